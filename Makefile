@@ -1,0 +1,40 @@
+# Every target sets itself up: a virtual environment in .venv with the tested versions, made again when they change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed   ## three hospitals, four methods, offline
+	$(BIN)/fedex-lora demo --out demo
+
+test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev   ## style, types, the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
+	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) demo runs

@@ -1,0 +1,22 @@
+"""fedex-lora: exact federated fine-tuning with LoRA. `aggregate` is the mathematics; `load_model` opens what a run made."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["METHODS", "Aggregate", "ClientUpdate", "LoRAPair", "LowRank", "ServerState", "aggregate", "load_model"]
+
+if TYPE_CHECKING:
+    from fedex_lora.aggregation import METHODS, aggregate
+    from fedex_lora.peft_io import load_model
+    from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
+
+_HOMES = {"METHODS": "aggregation", "aggregate": "aggregation", "load_model": "peft_io"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `fedex-lora --help` does not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fedex_lora' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"fedex_lora.{_HOMES.get(name, 'types')}"), name)

@@ -1,0 +1,199 @@
+"""From clients' updates to one aggregate: checks, weights, one scaling, then the method, many modules of one shape at a time."""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation.methods import METHODS, Factors, Method
+from fedex_lora.errors import AggregationError, UsageError
+from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank
+
+WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
+BATCH_BYTES = 8 * 2**20  # of clients' factors that one call of a method works on: enough to hide call overhead, small beside the adapters
+
+
+def aggregate(updates: Sequence[ClientUpdate], method: str = "fedex", weights: WeightRule = "num_examples") -> Aggregate:
+    """Aggregate clients' updates by one of `METHODS`.
+
+    With `M = sum_i p_i s_i B_i A_i` per module (FedEx-LoRA, eq. 7-9), an exact method returns an adapter and a residual such
+    that `adapter.scaling * B @ A + residual.U @ residual.V = M`, to fp32 rounding. Sums run in the order of the client ids, so the
+    bits do not depend on the order of arrival. Half-precision factors are aggregated in fp32.
+
+    Args:
+        updates: one a client; the same modules and shapes in all of them.
+        method: a name in `METHODS`.
+        weights: "num_examples", "uniform", or one number >= 0 an update, in their order; normalised to sum one.
+
+    Raises:
+        AggregationError: no updates, or they do not fit together, or hold NaN or infinity, or the weights are impossible.
+        UsageError: unknown method.
+
+    Example:
+        >>> import torch
+        >>> pair = lambda: LoRAPair(A=torch.randn(4, 16), B=torch.randn(8, 4), scaling=2.0)
+        >>> result = aggregate([ClientUpdate("a", {"q": pair()}, 10), ClientUpdate("b", {"q": pair()}, 30)])
+        >>> result.residual["q"].rank, dict(result.weights)
+        (4, {'a': 0.25, 'b': 0.75})
+    """
+    row = method_named(method)
+    p = normalised_weights(updates, weights)
+    order = sorted(range(len(updates)), key=lambda i: updates[i].client_id)
+    updates, p = [updates[i] for i in order], [p[i] for i in order]
+    _require_same_structure(updates)
+    adapter: dict[str, LoRAPair] = {}
+    residual: dict[str, LowRank] = {}
+    for modules in _batches(updates):
+        scaling, clients = _stacked(updates, modules)
+        try:
+            means, gain = row.aggregate(clients, clients.A.new_tensor(p))
+        except AggregationError as error:
+            raise AggregationError(f"module {modules[0]}: {error}") from None
+        _require_finite(updates, modules, means)
+        B = means.B.mT.contiguous()
+        for index, module in enumerate(modules):
+            adapter[module] = LoRAPair(A=means.A[index], B=B[index], scaling=scaling)
+        if gain is not None:
+            residual.update(_gains(modules, gain, scaling))
+    adapter = {module: adapter[module] for module in updates[0].adapter}
+    other = {name: _mean([update.other[name] for update in updates], p, name) for name in updates[0].other}
+    weights_by_client = {update.client_id: weight for update, weight in zip(updates, p, strict=True)}
+    return Aggregate(adapter=adapter, residual=residual, other=other, weights=weights_by_client, method=method)
+
+
+def method_named(name: str) -> Method:
+    """The row of `METHODS` called `name`; an unknown name names the nearest."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
+        raise UsageError(f"unknown method {name!r}: {hint}")
+    return METHODS[name]
+
+
+def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> list[float]:
+    """`p_i >= 0` in float64 with sum one, over the participants, in their order."""
+    if not updates:
+        raise AggregationError("no updates to aggregate: give at least one")
+    if isinstance(weights, str):
+        if weights not in ("num_examples", "uniform"):
+            raise AggregationError(f"unknown weights {weights!r}: use 'num_examples', 'uniform' or one number a client")
+        raw = [1.0 if weights == "uniform" else float(update.num_examples) for update in updates]
+    else:
+        raw = [float(weight) for weight in weights]
+        if len(raw) != len(updates):
+            raise AggregationError(f"{len(raw)} weights for {len(updates)} updates: give one weight an update")
+    if any(not math.isfinite(weight) or weight < 0 for weight in raw):
+        raise AggregationError(f"weights {raw} must be finite and not negative")
+    total = math.fsum(raw) if math.isfinite(sum(raw)) else math.inf
+    if total == 0:
+        raise AggregationError("the weights sum to zero: at least one client must count (has every client zero examples?)")
+    if not math.isfinite(total):
+        raise AggregationError(f"the weights {raw} sum to infinity: scale them down")
+    return [weight / total for weight in raw]
+
+
+def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
+    """The same product on another scaling: `B <- (s_i / s) B`, in fp64 and back in a dtype of at least fp32."""
+    if pair.scaling == scaling:
+        return pair
+    dtype = torch.promote_types(pair.B.dtype, torch.float32)
+    return LoRAPair(A=pair.A, B=(pair.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling)
+
+
+def _batches(updates: Sequence[ClientUpdate]) -> Iterator[list[str]]:
+    """The modules, those of one shape, rank and scaling together, in portions of `BATCH_BYTES`."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for module, pair in updates[0].adapter.items():
+        alike.setdefault((pair.shape, pair.rank, pair.scaling), []).append(module)
+    for modules in alike.values():
+        pair = updates[0].adapter[modules[0]]
+        size = max(1, BATCH_BYTES // (4 * len(updates) * (pair.A.numel() + pair.B.numel())))
+        yield from (modules[start : start + size] for start in range(0, len(modules), size))
+
+
+def _stacked(updates: Sequence[ClientUpdate], modules: Sequence[str]) -> tuple[float, Factors]:
+    """The modules' factors of all clients in one dtype of at least fp32, on the first client's scaling: a copy."""
+    scaling = updates[0].adapter[modules[0]].scaling
+    pairs = [on_scaling(update.adapter[module], scaling) for module in modules for update in updates]
+    A, B = torch.stack(_one_dtype([pair.A for pair in pairs])), torch.stack(_one_dtype([pair.B for pair in pairs]))
+    dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(updates))
+    A, B = A.to(dtype).unflatten(0, shape), B.to(dtype).mT.contiguous().unflatten(0, shape)
+    return scaling, Factors(A=A, B=B)
+
+
+def _one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    """fp32 as it is; anything else in fp64 if some are, else in fp32."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes == {torch.float32}:
+        return tensors
+    return [tensor.to(torch.float64 if torch.float64 in dtypes else torch.float32) for tensor in tensors]
+
+
+def _gains(modules: Sequence[str], gain: Factors, scaling: float) -> dict[str, LowRank]:
+    """`s R` per module, without the modules where it is zero."""
+    A, B = gain.A, gain.B.mul_(scaling)
+    norms = zip(torch.linalg.vector_norm(A, dim=(1, 2)).tolist(), torch.linalg.vector_norm(B, dim=(1, 2)).tolist(), strict=True)
+    return {
+        module: LowRank(U=B[index].mT, V=A[index]) for index, (module, (a, b)) in enumerate(zip(modules, norms, strict=True)) if a and b
+    }
+
+
+def _mean(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
+    """`sum p_i x_i`, differences first, in fp32 or better, back in the tensors' dtype."""
+    if not tensors[0].is_floating_point():
+        raise AggregationError(f"other tensor {name} is {tensors[0].dtype}, which has no mean: send floating-point tensors only")
+    last = tensors[-1].to(torch.promote_types(tensors[-1].dtype, torch.float32))
+    mean = last.clone()
+    for tensor, weight in zip(tensors[:-1], p[:-1], strict=True):
+        mean.add_(tensor.to(last.dtype) - last, alpha=weight)
+    if not torch.isfinite(mean).all():
+        raise AggregationError(f"other tensor {name} of some client holds NaN or infinity, or overflows: leave that client out")
+    return mean.to(tensors[0].dtype)
+
+
+def _require_same_structure(updates: Sequence[ClientUpdate]) -> None:
+    """The same modules, shapes, ranks and other tensors in all updates; ids unique; scalings finite and not zero."""
+    first, ids = updates[0], [update.client_id for update in updates]
+    if len(set(ids)) < len(ids):
+        raise AggregationError(f"client ids {ids} are not unique: give every client its own")
+    for update in updates:
+        who = f"clients {first.client_id} and {update.client_id}"
+        _require_same_names(who, "modules", first.adapter, update.adapter)
+        _require_same_names(who, "other tensors", first.other, update.other)
+        for module, pair in update.adapter.items():
+            reference = first.adapter[module]
+            if (pair.shape, pair.rank) != (reference.shape, reference.rank):
+                raise AggregationError(
+                    f"{who} differ in {module}: shape {reference.shape} rank {reference.rank} against shape {pair.shape} rank {pair.rank}; "
+                    "train all adapters on one model with one rank"
+                )
+            if not math.isfinite(pair.scaling) or pair.scaling == 0:
+                raise AggregationError(f"client {update.client_id} has scaling {pair.scaling} in {module}: it must be finite and not zero")
+        for name, tensor in update.other.items():
+            if tensor.shape != first.other[name].shape:
+                raise AggregationError(f"{who} differ in {name}: shape {tuple(first.other[name].shape)} against {tuple(tensor.shape)}")
+
+
+def _require_same_names(who: str, what: str, left: Mapping[str, object], right: Mapping[str, object]) -> None:
+    if left.keys() != right.keys():
+        odd = sorted(left.keys() ^ right.keys())
+        raise AggregationError(
+            f"{who} have different {what} ({odd[0]} and {len(odd) - 1} more in one only): train the same ones everywhere"
+        )
+
+
+def _require_finite(updates: Sequence[ClientUpdate], modules: Sequence[str], means: Factors) -> None:
+    """NaN and infinity survive every sum, so a look at the means finds them in any input; then name who sent them."""
+    if math.isfinite(means.A.sum() + means.B.sum()) or bool(torch.isfinite(means.A).all() and torch.isfinite(means.B).all()):
+        return
+    for update in updates:
+        for module in modules:
+            pair = update.adapter[module]
+            if not (torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
+                raise AggregationError(
+                    f"client {update.client_id} sent NaN or infinity in {module}: leave it out, or lower its learning rate"
+                )
+    raise AggregationError(f"the mean of {modules[0]} overflows: some client's factors are near the largest number of their dtype")

@@ -1,0 +1,68 @@
+"""Algebra of low-rank matrices kept as factors. Pure functions; nothing here forms an `out x in` matrix unless it is smaller."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedex_lora.types import Delta, Dense, LowRank
+
+
+def concatenate(terms: Sequence[LowRank]) -> LowRank:
+    """The sum of products as one product: `sum_j U_j V_j = [U_1 .. U_t] [V_1; ..; V_t]`."""
+    return LowRank(U=torch.cat([term.U for term in terms], dim=1), V=torch.cat([term.V for term in terms], dim=0))
+
+
+def smallest(delta: Delta) -> Delta:
+    """The form with fewer numbers: factors have `q (out + in)`, the matrix `out * in` (summed in fp64, kept in the factors' dtype)."""
+    if isinstance(delta, LowRank) and delta.numel >= delta.shape[0] * delta.shape[1]:
+        return Dense(W=delta.dense().to(delta.U.dtype))
+    return delta
+
+
+def add(delta: Delta | None, gain: LowRank) -> Delta:
+    """`delta + gain`, in the smaller of the two forms.
+
+    Deterministic in its arguments, so parties that add the same gains in the same order hold the same bits.
+    """
+    if delta is None:
+        return smallest(gain)
+    if isinstance(delta, Dense):
+        return Dense(W=(delta.dense() + gain.dense()).to(delta.W.dtype))
+    return smallest(concatenate([delta, gain]))
+
+
+def core(delta: Delta) -> Tensor:
+    """A small fp64 matrix with the singular values of D: `R_U R_V^T` from the QR decompositions of the factors, or D where that costs less.
+
+    Unlike the Gram form `U^T U V V^T` this does not lose half of the digits when the factors cancel.
+    """
+    (out, inner), rank = delta.shape, delta.rank if isinstance(delta, LowRank) else 0
+    if isinstance(delta, Dense) or 2 * rank * (out + inner) >= out * inner:
+        return delta.dense()
+    r_u = torch.linalg.qr(delta.U.double(), mode="r").R
+    r_v = torch.linalg.qr(delta.V.double().T, mode="r").R
+    return r_u @ r_v.T
+
+
+def frobenius(delta: Delta) -> float:
+    """`|D|_F` in fp64."""
+    return float(torch.linalg.matrix_norm(core(delta)))
+
+
+def signed_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
+    """`sum_j c_j D_j` in fp64: as factors when every term has factors, else as a matrix."""
+    factors = [LowRank(U=c * term.U.double(), V=term.V.double()) for c, term in terms if isinstance(term, LowRank)]
+    if len(factors) == len(terms):
+        return concatenate(factors)
+    return Dense(W=torch.stack([c * term.dense() for c, term in terms]).sum(0))
+
+
+def factorise(delta: Delta) -> LowRank:
+    """Any delta as factors; a dense one by its SVD, with as many columns as its numerical rank in its own dtype."""
+    if isinstance(delta, LowRank):
+        return delta
+    U, sigma, V = torch.linalg.svd(delta.dense(), full_matrices=False)
+    rank = max(1, int((sigma > sigma[0] * torch.finfo(delta.W.dtype).eps * 1e-2).sum()))
+    root = sigma[:rank].sqrt()
+    return LowRank(U=(U[:, :rank] * root).to(delta.W.dtype), V=(root[:, None] * V[:rank]).to(delta.W.dtype))

@@ -1,0 +1,214 @@
+"""The command line: thin. Each command reads its options, calls the library, and prints."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from fedex_lora.errors import FedexLoraError, UsageError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Exact federated fine-tuning with LoRA.")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Any error becomes one line on standard error and a non-zero exit; `--debug` lets it through."""
+
+    @wraps(command)
+    def guarded(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except FedexLoraError as error:
+            if options.get("debug"):
+                raise
+            _fail(f"error: {error}", error.exit_status)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if options.get("debug"):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            _fail(f"error: {type(error).__name__}: {reason} (unexpected; --debug shows the trace)", 1)
+
+    return guarded
+
+
+def _fail(line: str, status: int) -> None:
+    print(" ".join(line.split()), file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def _consoles(as_json: bool) -> Console:
+    """Where people look: standard error when standard output carries JSON."""
+    return Console(stderr=as_json, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from fedex_lora import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@one_line_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs and the table go; an earlier demo there is replaced.")] = Path(
+        "fedex-lora-demo"
+    ),
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Rounds of each method.")] = None,  # noqa: UP045 (typer)
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Three hospitals, four methods, offline, in about two minutes: see what exact aggregation is."""
+    from fedex_lora.demo import run_demo
+
+    console = _consoles(as_json)
+    result = run_demo(out, rounds, console)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+@one_line_errors
+def run(
+    config: Annotated[Path, typer.Argument(help="A TOML file.")],
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a federation on this machine, as a TOML file says."""
+    from fedex_lora.config import read_config
+
+    settings = read_config(config, set_ or [])
+    out = out or Path("runs") / config.stem
+    from fedex_lora.display import Display
+    from fedex_lora.runner import run as run_here
+
+    console = _consoles(as_json)
+    last: dict[str, Any] = {}
+
+    def remember(event: str, **fields: Any) -> None:
+        if event in ("round_done", "run_done"):
+            last.update(fields)
+
+    def both(event: str, **fields: Any) -> None:
+        remember(event, **fields)
+        display(event, **fields)
+
+    with Display(console) as display:
+        run_here(settings, out, both)
+    console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
+    if as_json:
+        _print_json({"method": settings.method, "out": str(out), **last})
+
+
+@app.command()
+@one_line_errors
+def aggregate(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
+    weights: Annotated[Optional[str], typer.Option(help="Comma-separated numbers, one an adapter; by default uniform.")] = None,  # noqa: UP045
+    method: Annotated[str, typer.Option(help="fedex, fedit or ffa.")] = "fedex",
+    state: Annotated[Optional[Path], typer.Option(help="The result folder that the adapters were trained on top of.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
+    from fedex_lora.adapters import aggregate_folders
+
+    result = aggregate_folders(adapters, out, method, _numbers(weights), state)
+    if as_json:
+        _print_json(result)
+        return
+    console = _consoles(False)
+    shares = ", ".join(f"{client} {weight:.4g}" for client, weight in result["weights"].items())
+    console.print(
+        f"{result['method']}: {result['modules']} modules of {len(result['weights'])} adapters; weights {shares}", highlight=False
+    )
+    console.print(
+        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by {result['deviation']:.1%}",
+        highlight=False,
+    )
+    console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text!r}: give comma-separated numbers, such as 0.2,0.3,0.5") from None
+
+
+@app.command()
+@one_line_errors
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
+    base: Annotated[Optional[str], typer.Option(help="The base model: its own weights are compared too.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Recompute the ideal update in fp64 from the stored updates; print the error per module and in total."""
+    from fedex_lora.display import table
+    from fedex_lora.verify import EXACT_BELOW
+    from fedex_lora.verify import verify as verify_here
+
+    result = verify_here(path, base)
+    if as_json:
+        _print_json(result)
+    else:
+        console = _consoles(False)
+        for row in result["rounds"]:
+            rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
+            console.print(table(f"{row['folder']} ({row['method']}, round {row['round']})", ["module", "relative error"], rows))
+        console.print(
+            f"relative error, worst module: {result['max_relative_error']:.2e}   all modules: {result['total_relative_error']:.2e}"
+        )
+        if base:
+            console.print(f"of the model's own weights: {result['realised_error']:.2e}   floor of fp32 weights: {result['floor']:.2e}")
+    if result["exact_method"] and result["max_relative_error"] > EXACT_BELOW:
+        _fail(f"error: method {result['method']} is exact, and the stored result is off by {result['max_relative_error']:.1e}", 1)
+
+
+@app.command()
+@one_line_errors
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Versions, devices, precision, telemetry: what would go wrong on this machine."""
+    from fedex_lora.doctor import examine
+
+    console = _consoles(as_json)
+    with console.status("looking") if console.is_terminal else nullcontext():
+        facts, problems = examine()
+    if as_json:
+        _print_json({"facts": facts, "problems": problems})
+    else:
+        for name, value in facts.items():
+            console.print(f"{name:24} {value}", highlight=False)
+        for problem in problems:
+            console.print(f"! {problem}", highlight=False)
+        console.print("nothing would go wrong" if not problems else f"{len(problems)} to look at", highlight=False)
+
+
+def main() -> None:
+    """The entry point of the `fedex-lora` command."""
+    app(prog_name="fedex-lora")
+
+
+if __name__ == "__main__":
+    main()

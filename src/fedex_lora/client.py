@@ -1,0 +1,224 @@
+"""One client's work: go on from a download, train on rows that stay here, answer with an update."""
+
+import dataclasses
+import hashlib
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
+
+from fedex_lora.config import Config, nearest
+from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.peft_io import read_model, read_other
+from fedex_lora.tasks import Task, collator
+from fedex_lora.types import ClientUpdate
+
+StepHook = Callable[[int, int], None]
+"""(step, steps of this round)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """A client's tokenised rows: to train on, and to measure on."""
+
+    train: Dataset
+    held_out: Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What every client of a run shares: settings, task, tokenizer."""
+
+    config: Config
+    task: Task
+    tokenizer: Any
+
+
+def derive_seed(seed: int, round: int, client: str) -> int:
+    """A seed of (run, round, client), so that results do not depend on who ran first."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{round}/{client}".encode()).digest()[:4], "big") >> 1
+
+
+def training_arguments(config: Config, output: str = "unused", seed: int = 0) -> TrainingArguments:
+    """`transformers.TrainingArguments` from `[training]`, with what is ours set by us.
+
+    Raises:
+        ConfigError: an unknown field (the nearest is named), or a value that transformers refuses.
+    """
+    fields = [field.name for field in dataclasses.fields(TrainingArguments)]
+    for key in config.training:
+        if key not in fields:
+            near = nearest(key, fields)
+            raise ConfigError(
+                f"unknown key training.{key}" + (f": did you mean training.{near}?" if near else ": see transformers.TrainingArguments")
+            )
+    ours: dict[str, Any] = {
+        "output_dir": output,
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**{**config.training, **ours})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
+
+
+def local_update(
+    model: nn.Module,
+    client_id: str,
+    round: int,
+    data: ClientData,
+    work: Work,
+    optimizer_state: Mapping[str, Any] | None = None,
+    on_step: StepHook | None = None,
+) -> tuple[ClientUpdate, Mapping[str, Any]]:
+    """Train the model, as it stands, for one round.
+
+    Args:
+        model: with the global adapter and base in it; trained in place.
+        client_id, round: with the run's seed they give the seed of dropout and of the order of rows.
+        data: the client's rows.
+        work: settings, task, tokenizer.
+        optimizer_state: Adam's moments from the client's last round; None: start anew.
+        on_step: told of every step.
+
+    Returns:
+        The update, and the optimiser's state after it.
+
+    Raises:
+        TrainingError: the loss is not finite, or memory ran out.
+    """
+    seed, started = derive_seed(work.config.seed, round, client_id), time.perf_counter()
+    with _trainer(model, work, seed, data.train, on_step) as trainer:
+        optimizer = trainer.create_optimizer()
+        if optimizer_state is not None:
+            optimizer.load_state_dict({**optimizer_state, "param_groups": _current_rates(optimizer_state, optimizer)})
+        if work.config.local.schedule == "run":
+            trainer.lr_scheduler = _run_schedule(trainer, optimizer, round, work.config.rounds)
+        set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
+        try:
+            output = trainer.train()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "out of memory" in str(error) or "can't allocate memory" in str(error):
+                size = trainer.args.per_device_train_batch_size
+                raise TrainingError(
+                    f"client {client_id} ran out of memory at batch size {size}: lower training.per_device_train_batch_size"
+                ) from None
+            raise
+        loss = float(output.training_loss)
+    if not math.isfinite(loss):
+        raise TrainingError(f"client {client_id}: the training loss of round {round} is {loss}: lower training.learning_rate")
+    adapter, other = read_model(model), read_other(model)
+    metrics = {"train_loss": loss, "steps": float(output.global_step), "seconds": time.perf_counter() - started}
+    update = ClientUpdate(client_id=client_id, adapter=adapter, num_examples=len(data.train), other=other, metrics=metrics)
+    return update, optimizer.state_dict()
+
+
+def evaluate(model: nn.Module, rows: Dataset, work: Work) -> dict[str, float]:
+    """The task's metrics and the loss of the model on tokenised rows, with `rows` their number; nothing for no rows."""
+    if not len(rows):
+        return {}
+    with _trainer(model, work, work.config.seed, None, None) as trainer:
+        numbers = trainer.evaluate(rows)  # type: ignore[arg-type] # a datasets.Dataset is what Trainer works on
+    known = {name.removeprefix("eval_"): float(value) for name, value in numbers.items() if isinstance(value, int | float | np.floating)}
+    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    return {name: value for name, value in known.items() if name not in speed} | {"rows": float(len(rows))}
+
+
+def weighted_mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics over several clients, weighted by their rows; `rows` is the sum."""
+    measured = [one for one in metrics if one.get("rows")]
+    total = math.fsum(one["rows"] for one in measured)
+    names = set.intersection(*(set(one) for one in measured)) - {"rows"} if measured else set()
+    return {name: math.fsum(one[name] * one["rows"] for one in measured) / total for name in sorted(names)} | (
+        {"rows": total} if measured else {}
+    )
+
+
+@contextmanager
+def _trainer(model: nn.Module, work: Work, seed: int, rows: Dataset | None, on_step: StepHook | None) -> Iterator[Trainer]:
+    """A Trainer for one call, in a temporary folder that stays empty."""
+    with tempfile.TemporaryDirectory(prefix="fedex-lora-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(work.config, folder, seed),
+            train_dataset=rows,  # type: ignore[arg-type]
+            data_collator=collator(work.task.kind, work.tokenizer),
+            compute_metrics=lambda prediction: work.task.metrics(_first_output(prediction)),
+            preprocess_logits_for_metrics=_argmax if work.task.kind == "causal-lm" else None,
+            callbacks=[_Steps(on_step)] if on_step else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        yield trainer
+
+
+class _Steps(TrainerCallback):
+    """Tells a function of every training step."""
+
+    def __init__(self, hook: StepHook) -> None:
+        self._hook = hook
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._hook(state.global_step, state.max_steps)
+
+
+def _first_output(prediction: EvalPrediction) -> EvalPrediction:
+    """Some models return more than logits; they come first."""
+    predictions = prediction.predictions
+    return EvalPrediction(predictions=predictions[0] if isinstance(predictions, tuple) else predictions, label_ids=prediction.label_ids)
+
+
+def _argmax(logits: Any, _: Tensor) -> Tensor:
+    """Token ids instead of logits: a vocabulary's worth less memory."""
+    first: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return first.argmax(dim=-1)
+
+
+def _current_rates(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The saved parameter groups with the fresh optimiser's settings: the moments continue, learning rates start as scheduled."""
+    return [
+        {**group, "params": saved["params"]}
+        for saved, group in zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+    ]
+
+
+def _run_schedule(trainer: Trainer, optimizer: torch.optim.Optimizer, round: int, rounds: int) -> Any:
+    """The learning-rate schedule over the whole run, advanced to the first step of this round."""
+    args = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    updates = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    total = rounds * steps
+    kwargs: Any = args.lr_scheduler_kwargs
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(total), total, scheduler_specific_kwargs=kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "step the optimizer first": it was, in earlier rounds
+        for _ in range((round - 1) * steps):
+            scheduler.step()
+    return scheduler
+
+
+def quiet() -> None:
+    """No progress bars, telemetry or tokenizer threads of the libraries: ours are enough."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,212 @@
+"""The configuration: pydantic models read from TOML, overridden by `--set a.b=v`. An unknown key is an error that names the nearest."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedex_lora.errors import ConfigError
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Table):
+    """The frozen model."""
+
+    model: str = Field(description="Hub name or local folder in Transformers format.")
+    dtype: Literal["float32"] = Field("float32", description="The base's precision; the base delta is folded into it.")
+    delta: Literal["auto", "fold"] = Field("auto", description="Where the base delta lives: folded into the weights.")
+    random_weights: bool = Field(False, description="Only read the folder's config and start from random weights (tests, benchmarks).")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you trust its author.")
+
+
+class Lora(_Table):
+    """The adapters; names as in `peft.LoraConfig`."""
+
+    r: int = Field(4, ge=1)
+    alpha: float = Field(8, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str | None = Field(
+        None, description='Module names, a regular expression, "all-linear", or PEFT\'s default.'
+    )
+    rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules trained whole beside the adapters (a classification head is added by itself)."
+    )
+
+
+class Task(_Table):
+    """What is learnt, from which rows."""
+
+    name: str = Field(description='"glue/mrpc" and its like, "custom" or "demo".')
+    data: Path | None = Field(None, description="Folder of the data in its published layout; without it, the hub.")
+    train: str | None = Field(None, description="custom: a jsonl, csv, tsv or parquet file, or HUB_NAME:SPLIT.")
+    eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
+    kind: Literal["classification", "causal-lm"] = Field("classification", description="custom: what is predicted.")
+    text: list[str] = Field(["text"], description="custom classification: one or two text columns.")
+    label: str = Field("label", description="custom classification: the column of the class.")
+    prompt: str = Field("{prompt}", description="causal-lm: template of what the model reads; column names in braces.")
+    completion: str = Field("{completion}", description="causal-lm: template of what it must say; the loss is on this part only.")
+    max_length: int = Field(128, ge=2, description="Tokens; longer inputs are cut.")
+    train_rows: int | None = Field(None, ge=1, description="Use this many training rows, drawn with the run's seed.")
+    eval_rows: int | None = Field(None, ge=1)
+
+
+class Clients(_Table):
+    """Who takes part, and who holds which rows."""
+
+    count: int = Field(3, ge=1)
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round.")
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    dirichlet_alpha: float = Field(0.5, gt=0, description="dirichlet: small is skewed.")
+    column: str | None = Field(
+        None, description="column: one client for each of its values; dirichlet: the classes (the task's label by default)."
+    )
+    holdout: float = Field(0.1, ge=0, lt=1, description="Share of a client's rows that it keeps to measure on.")
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> "Clients":
+        if self.partition == "column" and not self.column:
+            raise ValueError('partition = "column" needs clients.column')
+        return self
+
+
+class Local(_Table):
+    """How local training continues from round to round."""
+
+    schedule: Literal["round", "run"] = Field("round", description="The learning-rate schedule spans one round, or the whole run.")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="Adam's moments start anew each round, or each client keeps its own."
+    )
+
+
+OWNED = (
+    "seed",
+    "data_seed",
+    "output_dir",
+    "overwrite_output_dir",
+    "report_to",
+    "run_name",
+    "push_to_hub",
+    "do_train",
+    "do_eval",
+    "do_predict",
+)
+OWNED_PREFIXES = (
+    "save_",
+    "hub_",
+    "resume_",
+    "load_best",
+    "logging_",
+    "eval_str",
+    "eval_st",
+    "eval_delay",
+    "metric_for",
+    "greater_is",
+    "disable_tqdm",
+)
+
+
+class Config(_Table):
+    """One run."""
+
+    method: str = Field("fedex", description="See fedex_lora.METHODS.")
+    rounds: int = Field(5, ge=1)
+    seed: int = Field(0, ge=0)
+    weights: Literal["num_examples", "uniform"] = "num_examples"
+    torch_threads: int | None = Field(None, ge=1, description="CPU threads; recorded, because other numbers give other last bits.")
+    base: Base
+    lora: Lora = Lora()
+    task: Task
+    clients: Clients = Clients()
+    local: Local = Local()
+    training: dict[str, Any] = Field(
+        {}, description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting."
+    )
+
+    @field_validator("training")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in OWNED or key.startswith(OWNED_PREFIXES):
+                raise ValueError(f"{key} is set by fedex-lora itself: remove it (seeds derive from `seed`, files go to --out)")
+        return value
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file, with `a.b=v` overrides (v as in TOML, or a bare string)."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give the path of a TOML file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        _set(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """A validated configuration from plain values; errors in one line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_one_line(detail) for detail in error.errors()[:3])) from None
+
+
+def write_config(config: Config) -> str:
+    """The configuration as TOML, complete but for what is unset."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {override!r}: write it as table.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, key = path.strip().split(".")
+    for name in tables:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override!r}: {name} is a value, not a table")
+    tree[key] = value
+
+
+def _one_line(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        *tables, key = (str(part) for part in detail["loc"])
+        near = nearest(key, _fields(tables))
+        return f"unknown key {where}" + (f": did you mean {'.'.join([*tables, near])}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{where} is missing: add it to the file, or --set {where}=..."
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{where} = {detail['input']!r}: {message[:1].lower()}{message[1:]}" if where and detail["type"] != "value_error" else message
+
+
+def _fields(tables: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in tables:
+        annotation: Any = model.model_fields[name].annotation
+        model = next(
+            (option for option in (annotation, *get_args(annotation)) if isinstance(option, type) and issubclass(option, BaseModel)), model
+        )
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that is most like `name`, if any is like it at all."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

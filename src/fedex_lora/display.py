@@ -1,0 +1,119 @@
+"""What a person sees of a run: progress bars on a terminal, one line a round anywhere else."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+HIDDEN = ("rows", "runtime")
+
+
+class Display:
+    """An `Emit` that shows a run on a console.
+
+    Args:
+        console: where; bars are drawn only on a terminal.
+        label: in front of every line.
+    """
+
+    def __init__(self, console: Console, label: str = "") -> None:
+        self._console, self._label, self._rounds = console, f"{label}  " if label else "", 0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._bars: dict[str, TaskID] = {}
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Show one event."""
+        handler = getattr(self, f"_on_{event}", None)
+        if handler:
+            handler(fields)
+
+    def _on_started(self, fields: dict[str, Any]) -> None:
+        clients = len(fields["clients"])
+        self._rounds = fields["rounds"]
+        trained, total = fields["trainable_parameters"], fields["total_parameters"]
+        self._console.print(
+            f"{self._label}{fields['method']} on {fields['task']}: {clients} clients, {trained:,} of {total:,} parameters trained"
+        )
+        self._console.print(f"{self._label}round 0/{self._rounds}  {numbers(fields['metrics'])}")
+        self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, note="")
+
+    def _on_round_started(self, fields: dict[str, Any]) -> None:
+        for name in ("clients", "steps"):
+            if name in self._bars:
+                self._progress.remove_task(self._bars.pop(name))
+        self._bars["clients"] = self._progress.add_task("clients", total=len(fields["clients"]), note="")
+        self._bars["steps"] = self._progress.add_task("steps", total=None, note="")
+
+    def _on_step(self, fields: dict[str, Any]) -> None:
+        self._progress.update(self._bars["steps"], completed=fields["step"], total=fields["steps"], note=fields["client"])
+
+    def _on_client_done(self, fields: dict[str, Any]) -> None:
+        self._progress.update(self._bars["clients"], advance=1, note=f"loss {fields.get('train_loss', float('nan')):.4f}")
+
+    def _on_round_done(self, fields: dict[str, Any]) -> None:
+        self._progress.update(self._bars["rounds"], completed=fields["round"])
+        line = f"{self._label}round {fields['round']}/{self._rounds}  {numbers(fields['metrics'])}"
+        if "exactness_error" in fields:
+            line += (
+                f"  exactness error {fields['exactness_error']:.1e} (weights {fields['realised_error']:.1e}, floor {fields['floor']:.1e})"
+            )
+            line += f"  averaging alone is off by {fields['deviation']:.1%}"
+        self._console.print(
+            f"{line}  down {size(fields['bytes_down'])} up {size(fields['bytes_up'])}  {fields['seconds']:.1f} s", highlight=False
+        )
+
+    def _on_held_out(self, fields: dict[str, Any]) -> None:
+        if fields["round"]:
+            self._console.print(
+                f"{self._label}  the clients' own held-out rows after round {fields['round']}: {numbers(fields['metrics'])}",
+                highlight=False,
+            )
+
+    def _on_run_done(self, fields: dict[str, Any]) -> None:
+        best = fields["best_round"]
+        note = (
+            f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}" if best else "no held-out rows, so no best round"
+        )
+        self._console.print(f"{self._label}{note}; {time.perf_counter() - self._started:.0f} s in all", highlight=False)
+
+
+def numbers(metrics: dict[str, float]) -> str:
+    """Metrics on one line, the loss last."""
+    shown = {name: value for name, value in metrics.items() if name not in HIDDEN}
+    return " ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=lambda item: item[0] == "loss"))
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table whose first column is text and the others numbers."""
+    made = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made

@@ -1,0 +1,71 @@
+"""`doctor`: facts about this machine and installation, and what would go wrong."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+
+def examine() -> tuple[dict[str, str], list[str]]:
+    """(facts, problems), both in words."""
+    facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
+    problems: list[str] = []
+    for text in requires("fedex-lora") or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            facts[requirement.name] = version(requirement.name)
+        except PackageNotFoundError:
+            problems.append(f"{requirement.name} is not installed: pip install {requirement.name!r}")
+            continue
+        if not requirement.specifier.contains(facts[requirement.name], prereleases=True):
+            problems.append(
+                f"{requirement.name} {facts[requirement.name]} does not satisfy {requirement.specifier}: pip install '{requirement}'"
+            )
+    facts |= _devices()
+    facts["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online if the network allows"
+    facts["hub telemetry"] = (
+        "off" if os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "1" else "on unless HF_HUB_DISABLE_TELEMETRY=1 (runs switch it off)"
+    )
+    free = shutil.disk_usage(".").free
+    facts["free disk here"] = f"{free / 1e9:.1f} GB"
+    if free < 2e9:
+        problems.append("less than 2 GB of disk are free here: give --out on another disk")
+    error = _exactness_here()
+    facts["exactness here"] = f"{error:.1e} relative error of a test aggregation"
+    if error > 1e-6:
+        problems.append(f"a test aggregation is off by {error:.1e}: this build of torch computes fp32 with less than fp32 (TF32?)")
+    return facts, problems
+
+
+def _devices() -> dict[str, str]:
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return {"device": names, "bf16": str(torch.cuda.is_bf16_supported()), "tf32 matmul": str(torch.backends.cuda.matmul.allow_tf32)}
+    return {
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "bf16": f"in software or AVX512 ({torch.backends.cpu.get_cpu_capability()})",
+    }
+
+
+def _exactness_here() -> float:
+    """The relative error of one small aggregation on this machine, against fp64."""
+    from fedex_lora import measure, server
+    from fedex_lora.types import ClientUpdate, LoRAPair
+
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def pair() -> LoRAPair:
+        draw = [torch.randn(*shape, generator=generator, device=device) for shape in ((8, 96), (64, 8))]
+        return LoRAPair(A=draw[0], B=draw[1], scaling=2.0)
+
+    before = server.init({"m": pair()}, {})
+    updates = [ClientUpdate(f"c{index}", {"m": pair()}, index + 1) for index in range(3)]
+    after, result = server.step(before, updates)
+    return measure.audit(before, updates, result.weights, after).max_relative_error

@@ -1,0 +1,57 @@
+"""The error tree. Every message is one line that says what is wrong and how to mend it.
+
+FedexLoraError              exit 1: the work failed
+|- AggregationError         updates that cannot be averaged: names, shapes, scalings, weights, values
+|- AdapterError             an adapter folder or model that the algebra does not cover
+|- StorageError             a file or folder that is missing, truncated or altered
+|- WireError                a message that is not what the round declared
+|- DataError                rows, columns, labels, partitions
+|- ModelError               a base model that cannot be loaded or is not the right one
+|- TrainingError            local training that failed
+`- UsageError               exit 2: wrong usage
+   `- ConfigError           a configuration that says something impossible
+"""
+
+
+class FedexLoraError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    exit_status = 1
+
+
+class AggregationError(FedexLoraError):
+    """The updates cannot be averaged."""
+
+
+class AdapterError(FedexLoraError):
+    """An adapter that the algebra does not cover, or that does not fit."""
+
+
+class StorageError(FedexLoraError):
+    """A file or folder that is missing, truncated or altered."""
+
+
+class WireError(FedexLoraError):
+    """A message that is not what the round declared."""
+
+
+class DataError(FedexLoraError):
+    """Rows, columns, labels or partitions that do not fit the task."""
+
+
+class ModelError(FedexLoraError):
+    """A base model that cannot be loaded, or is not the one that the adapters belong to."""
+
+
+class TrainingError(FedexLoraError):
+    """Local training failed."""
+
+
+class UsageError(FedexLoraError):
+    """Wrong usage: the command line exits with status 2."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A configuration that says something impossible."""

@@ -1,0 +1,105 @@
+"""Numbers from types, no I/O: how exact a round was, how far plain averaging is off, and how large things are.
+
+Everything here is fp64 and uses the plain formulas (mean of products minus product of means), not the closed form that
+`aggregation` computes with: it checks that code and shares nothing with it but the container types.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation.lowrank import frobenius, signed_sum
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """|got - ideal| and |ideal| (Frobenius) per module, of updates relative to the pretrained weights.
+
+    Attributes:
+        error: module path -> |(W_eff - W0) - (E - W0)|.
+        ideal: module path -> |E - W0|.
+    """
+
+    error: Mapping[str, float]
+    ideal: Mapping[str, float]
+
+    @property
+    def per_module(self) -> dict[str, float]:
+        """Module path -> |got - ideal| / |ideal|."""
+        return {module: _ratio(self.error[module], self.ideal[module]) for module in self.error}
+
+    @property
+    def max_relative_error(self) -> float:
+        """The worst module's relative error."""
+        return max(self.per_module.values(), default=0.0)
+
+    @property
+    def total_relative_error(self) -> float:
+        """|got - ideal| / |ideal| over all modules together."""
+        return _ratio(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def ideal_update(base_delta: Mapping[str, Delta], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Delta]:
+    """`E - W0` per module: what the participants' models average to, `E = sum_i p_i (W0 + D + s_i B_i A_i)`, in fp64.
+
+    Args:
+        base_delta: D, what the base had gained when the participants started.
+        updates: the participants' updates.
+        weights: client id -> p_i.
+    """
+    ideal: dict[str, Delta] = {}
+    for module in updates[0].adapter:
+        terms: list[tuple[float, Delta]] = [(weights[update.client_id], _product(update.adapter[module])) for update in updates]
+        ideal[module] = signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+    return ideal
+
+
+def exactness(ideal: Mapping[str, Delta], adapter: Adapter, base_delta: Mapping[str, Delta]) -> Exactness:
+    """The model `W0 + base_delta + s B A` against `W0 + ideal`, from the factors."""
+    error: dict[str, float] = {}
+    for module, delta in ideal.items():
+        terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module])), (-1.0, delta)]
+        error[module] = frobenius(signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else [])))
+    return Exactness(error=error, ideal={module: frobenius(delta) for module, delta in ideal.items()})
+
+
+def audit(before: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], after: ServerState) -> Exactness:
+    """One round's exactness: the state after it against the mean of the participants' models."""
+    return exactness(ideal_update(before.base_delta, updates, weights), after.adapter, after.base_delta)
+
+
+def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
+    """What averaging the factors alone would lose this round, `|s Bbar Abar - M| / |M|` (paper, section 6), whatever the method."""
+    mean: dict[str, LoRAPair] = {}
+    for module, pair in result.adapter.items():
+        p = [result.weights[update.client_id] for update in updates]
+        A = _sum([weight * update.adapter[module].A.double() for weight, update in zip(p, updates, strict=True)])
+        B = _sum(
+            [
+                (weight * update.adapter[module].scaling / pair.scaling) * update.adapter[module].B.double()
+                for weight, update in zip(p, updates, strict=True)
+            ]
+        )
+        mean[module] = LoRAPair(A=A, B=B, scaling=pair.scaling)
+    return exactness(ideal_update({}, updates, result.weights), mean, {})
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)
+
+
+def fp32_floor(weight_norm: float, update_norm: float, dtype: torch.dtype = torch.float32) -> float:
+    """The relative error that storing `W0 + D` in `dtype` costs by itself: `eps |W| / |update|`."""
+    return _ratio(torch.finfo(dtype).eps * weight_norm, update_norm)
+
+
+def _product(pair: LoRAPair) -> LowRank:
+    return LowRank(U=pair.scaling * pair.B.double(), V=pair.A.double())

@@ -1,0 +1,28 @@
+"""PEFT and Transformers models to our types and back: the only home of scale, orientation (`fan_in_fan_out`) and dtype."""
+
+from fedex_lora.peft_io._base import FoldedBase
+from fedex_lora.peft_io._folders import AdapterFolder, adapter_config, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._model import add_lora, load_base, load_tokenizer, read_model, read_other, trainable_parameters, write_model
+from fedex_lora.peft_io._result import Result, load_model, open_model, read_result, result_folders, write_result
+
+__all__ = [
+    "AdapterFolder",
+    "FoldedBase",
+    "Result",
+    "adapter_config",
+    "add_lora",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+    "open_model",
+    "read_adapter_folder",
+    "read_model",
+    "read_other",
+    "read_result",
+    "result_folders",
+    "stacked",
+    "trainable_parameters",
+    "write_adapter_folder",
+    "write_model",
+    "write_result",
+]

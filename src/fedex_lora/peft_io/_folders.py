@@ -1,0 +1,151 @@
+"""PEFT adapter folders (`adapter_config.json`, `adapter_model.safetensors`) to our types and back, without a model."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedex_lora.aggregation.lowrank import concatenate, factorise
+from fedex_lora.errors import AdapterError, StorageError
+from fedex_lora.storage import load_tensors, save_tensors
+from fedex_lora.types import Adapter, Delta, LoRAPair
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFolder:
+    """A PEFT LoRA adapter as read from its folder.
+
+    Attributes:
+        adapter: module path -> LoRA factors with their scaling.
+        other: the remaining tensors (heads, `modules_to_save`, biases), named as in the model.
+        config: `adapter_config.json`.
+    """
+
+    adapter: dict[str, LoRAPair]
+    other: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+
+def read_adapter_folder(folder: Path) -> AdapterFolder:
+    """Read a PEFT LoRA adapter.
+
+    Raises:
+        StorageError: a file is missing or broken.
+        AdapterError: it is not plain LoRA.
+    """
+    config = _read_config(folder)
+    require_plain_lora(config, str(folder))
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise StorageError(f"{folder} holds a pickled adapter_model.bin, which is never opened here: save it as safetensors with PEFT")
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    factors: dict[str, dict[str, Tensor]] = {}
+    other: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = _FACTOR.match(name)
+        if match is None:
+            other[name] = tensor
+        elif match["embedding"] or tensor.ndim != 2:
+            raise AdapterError(
+                f"{folder}: module {match['module']} is an embedding or a convolution: only linear layers are aggregated so far"
+            )
+        else:
+            factors.setdefault(match["module"], {})[match["factor"]] = tensor
+    adapter: dict[str, LoRAPair] = {}
+    for module, pair in factors.items():
+        if pair.keys() != {"A", "B"}:
+            raise AdapterError(f"{folder}: module {module} has only one of its two factors: copy the adapter again")
+        adapter[module] = LoRAPair(A=pair["A"], B=pair["B"], scaling=scaling_of(config, module, pair["A"].shape[0]))
+    if not adapter:
+        raise AdapterError(f"{folder} has no LoRA factors: is it an adapter of another kind?")
+    return AdapterFolder(adapter=adapter, other=other, config=config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise StorageError(f"{folder / CONFIG} is not a JSON object")
+    return config
+
+
+def require_plain_lora(config: Mapping[str, Any], where: str) -> None:
+    """Refuse by name what changes the algebra (another base, another product, a third factor)."""
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{where}: peft_type is {config.get('peft_type')}: only LORA adapters can be aggregated")
+    initialisation = config.get("init_lora_weights", True)
+    if isinstance(initialisation, str) and initialisation.lower().startswith(("pissa", "olora", "corda", "loftq", "eva")):
+        raise AdapterError(f"{where}: init_lora_weights={initialisation!r} changes the base as well: train with the default initialisation")
+    for key in ("use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens", "trainable_token_indices", "use_qalora"):
+        if config.get(key):
+            raise AdapterError(f"{where}: {key} is set, and the sum of such updates is not the sum of their factors: train without it")
+
+
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha from `alpha_pattern` where it names the module (PEFT's rule)."""
+    alpha = next(
+        (value for pattern, value in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)),
+        config.get("lora_alpha", 8),
+    )
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter_config.json` for these factors: ranks and alphas as the tensors and scalings say, everything else as in `like`."""
+    ranks = {module: pair.rank for module, pair in adapter.items()}
+    alphas = {module: pair.scaling * pair.rank for module, pair in adapter.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        **like,
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {re.escape(module): value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted(adapter),
+    }
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return max(sorted(set(values.values())), key=list(values.values()).count)
+
+
+def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
+    """Write a folder that plain PEFT loads (into a folder that nobody reads yet)."""
+    tensors = {
+        f"{PREFIX}{module}.lora_{part}.weight": tensor
+        for module, pair in adapter.items()
+        for part, tensor in (("A", pair.A), ("B", pair.B))
+    }
+    save_tensors(folder / WEIGHTS, tensors | {f"{PREFIX}{name}": tensor for name, tensor in other.items()}, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stacked(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:
+    """One stand-alone adapter, `s B A + D = [s B, U] [A; V]`: all of the update, with scaling one."""
+    total: dict[str, LoRAPair] = {}
+    for module, pair in adapter.items():
+        terms = [pair.low_rank()] + ([factorise(base_delta[module])] if module in base_delta else [])
+        whole = concatenate(terms)
+        total[module] = LoRAPair(A=whole.V, B=whole.U, scaling=1.0)
+    return total

@@ -1,0 +1,177 @@
+"""Base models, PEFT models, and the tensors in them that are trained."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedex_lora.config import Base, Lora
+from fedex_lora.errors import AdapterError, ModelError
+from fedex_lora.peft_io._folders import PREFIX, require_plain_lora
+from fedex_lora.types import Adapter, LoRAPair
+
+Kind: TypeAlias = Literal["classification", "causal-lm", "features"]
+AUTO = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM", "features": "AutoModel"}
+TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "features": None}
+
+
+def load_base(base: Base, kind: Kind, **config: Any) -> PreTrainedModel:
+    """The pretrained model with a head for `kind`; a new head is random, so set the seed first.
+
+    Args:
+        base: name or folder, precision.
+        kind: which head.
+        config: more for the model's config (`num_labels`, `problem_type`).
+
+    Raises:
+        ModelError: it is not there, is not readable, or has no such head.
+    """
+    auto = getattr(transformers, AUTO[kind])
+    options = {"trust_remote_code": base.trust_remote_code, **config}
+    try:
+        with _quiet():
+            if base.random_weights:
+                return auto.from_config(transformers.AutoConfig.from_pretrained(base.model, **options)).to(getattr(torch, base.dtype))
+            return auto.from_pretrained(base.model, dtype=getattr(torch, base.dtype), use_safetensors=True, **options)
+    except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
+        raise ModelError(_why_not(base.model, error)) from error
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The tokenizer that belongs to the base; the end token pads where there is no padding token."""
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base.model, trust_remote_code=base.trust_remote_code)
+    except Exception as error:
+        raise ModelError(_why_not(base.model, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _why_not(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if Path(name).exists():
+        return f"{name} is a folder, but no model could be loaded from it: {reason}"
+    return f"model {name!r} is neither a local folder nor to be had from the hub: give a folder, or check the name and go online ({reason})"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report and progress bars; errors still rise."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, kind: Kind, train_a: bool = True) -> PeftModel:
+    """The model with fresh adapters (A random, B zero: set the seed first); `train_a=False` freezes A, as FFA-LoRA does.
+
+    Raises:
+        AdapterError: no module fits, or one that the algebra does not cover.
+    """
+    config = LoraConfig(
+        task_type=TASK_TYPES[kind],
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type] # PEFT divides it only
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        modules_to_save=lora.modules_to_save,
+    )
+    try:
+        wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules") from None
+    require_plain_lora(config.to_dict(), "lora")
+    for layer in lora_layers(wrapped).values():
+        layer.lora_A["default"].weight.requires_grad_(train_a)
+    return wrapped
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Module path (as in the base model) -> PEFT layer.
+
+    Raises:
+        AdapterError: a layer other than a linear one.
+    """
+    layers: dict[str, Any] = {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear | transformers.pytorch_utils.Conv1D):
+            raise AdapterError(
+                f"module {name} is a {type(base).__name__}: only linear layers are covered so far: leave it out of lora.target_modules"
+            )
+    return layers
+
+
+def read_model(model: nn.Module) -> dict[str, LoRAPair]:
+    """The adapter in a PEFT model, as copies; empty for a model without LoRA."""
+    return {
+        name: LoRAPair(
+            A=layer.lora_A["default"].weight.detach().clone(),
+            B=layer.lora_B["default"].weight.detach().clone(),
+            scaling=layer.scaling["default"],
+        )
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trained parameter that is no LoRA factor, named as in the base model: heads, `modules_to_save`, or the whole model."""
+    return {
+        name.removeprefix(PREFIX).replace(".modules_to_save.default", "").replace(".base_layer", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name
+    }
+
+
+def read_other(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of `other_parameters`."""
+    return {name: parameter.detach().clone() for name, parameter in other_parameters(model).items()}
+
+
+@torch.no_grad()
+def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor]) -> None:
+    """Put an adapter (with its scalings) and the other trained tensors into a model of the same structure.
+
+    Raises:
+        AdapterError: names or shapes differ.
+    """
+    layers, parameters = lora_layers(model), other_parameters(model)
+    if layers.keys() != adapter.keys() or parameters.keys() != other.keys():
+        odd = sorted((layers.keys() ^ adapter.keys()) | (parameters.keys() ^ other.keys()))
+        raise AdapterError(f"the adapter does not fit the model: {odd[0]} ({len(odd)} such) is in one of them only")
+    for name, layer in layers.items():
+        _copy(name, layer.lora_A["default"].weight, adapter[name].A)
+        _copy(name, layer.lora_B["default"].weight, adapter[name].B)
+        layer.scaling["default"] = adapter[name].scaling
+    for name, parameter in parameters.items():
+        _copy(name, parameter, other[name])
+
+
+def _copy(name: str, target: Tensor, source: Tensor) -> None:
+    if target.shape != source.shape:
+        raise AdapterError(f"the adapter does not fit the model: {name} is {tuple(source.shape)}, the model has {tuple(target.shape)}")
+    target.copy_(source)
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers that are trained, and all numbers."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -1,0 +1,210 @@
+"""Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and the model that such a folder describes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedex_lora.config import Base
+from fedex_lora.errors import ModelError, StorageError
+from fedex_lora.peft_io._base import FoldedBase
+from fedex_lora.peft_io._folders import adapter_config, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._model import Kind, load_base, write_model
+from fedex_lora.storage import (
+    MANIFEST,
+    atomic_folder,
+    load_delta,
+    load_tensors,
+    load_update,
+    read_manifest,
+    save_delta,
+    save_tensors,
+    save_update,
+)
+from fedex_lora.types import ClientUpdate, Delta, LoRAPair, ServerState
+
+TRAINABLE, DELTA, PREVIOUS, UPDATES, STANDALONE, WHOLE = (
+    "trainable",
+    "base_delta.safetensors",
+    "previous_delta.safetensors",
+    "updates",
+    "adapter",
+    "model.safetensors",
+)
+README = """# Only right on top of the base delta
+
+This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
+frozen base: `../{delta}`. Plain PEFT loads this folder without a word and gives another model.
+Load both with `fedex_lora.load_model({name!r}, BASE)`.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a result folder holds.
+
+    Attributes:
+        adapter, base_delta, other: the state after the round.
+        previous_delta: the base delta that the participants started from.
+        updates: the participants' updates, where they were kept.
+        weights: client id -> p_i.
+        manifest: method, round, inputs, versions, sha256 of every file.
+        config: the adapter's PEFT configuration.
+    """
+
+    adapter: Mapping[str, LoRAPair]
+    base_delta: Mapping[str, Delta]
+    other: Mapping[str, Tensor]
+    previous_delta: Mapping[str, Delta]
+    updates: Sequence[ClientUpdate]
+    weights: Mapping[str, float]
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+def write_result(
+    folder: Path,
+    state: ServerState,
+    updates: Sequence[ClientUpdate],
+    weights: Mapping[str, float],
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    previous_delta: Mapping[str, Delta] | None = None,
+    standalone: bool = False,
+) -> None:
+    """Write a result folder in one step.
+
+    Args:
+        folder: must not exist, or be empty.
+        state: after the round.
+        updates: the participants', so that `verify` can recompute the ideal.
+        weights: client id -> p_i.
+        config: the adapters' PEFT configuration.
+        facts: for the manifest.
+        previous_delta: the base delta before the round, where no earlier round folder holds it.
+        standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
+    """
+    inputs = [
+        {
+            "client": update.client_id,
+            "weight": weights[update.client_id],
+            "num_examples": update.num_examples,
+            "scaling": sorted({pair.scaling for pair in update.adapter.values()}),
+        }
+        for update in updates
+    ]
+    with atomic_folder(folder, {"method": state.method, "round": state.round, "inputs": inputs, **facts}) as temporary:
+        if state.adapter:
+            write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, config)
+            rank = max(pair.rank for pair in state.adapter.values())
+            text = README.format(rank=rank, method=state.method, round=state.round, delta=DELTA, name=folder.name)
+            (temporary / TRAINABLE / "README.md").write_text(text, encoding="utf-8")
+        else:
+            save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
+        save_delta(temporary / DELTA, state.base_delta)
+        if previous_delta:
+            save_delta(temporary / PREVIOUS, previous_delta)
+        for update in updates:
+            save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
+        if standalone:
+            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, config)
+
+
+def safe_name(client_id: str) -> str:
+    """A client id as a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".") or "_"
+
+
+def read_result(folder: Path, check: bool = True) -> Result:
+    """Read a result folder, after comparing sha256 sums.
+
+    Raises:
+        StorageError: something is missing or altered.
+    """
+    manifest = read_manifest(folder, check)
+    if "method" not in manifest:
+        raise StorageError(f"{folder} is not the result of an aggregation: give a round folder, final/ or the OUT of aggregate")
+    if (folder / TRAINABLE).is_dir():
+        trainable = read_adapter_folder(folder / TRAINABLE)
+        adapter, other, config = trainable.adapter, trainable.other, trainable.config
+    else:
+        adapter, config = {}, {}
+        other, _ = load_tensors(folder / WHOLE)
+    earlier = folder.parent / f"{manifest['round'] - 1:04d}" / DELTA
+    previous = folder / PREVIOUS if (folder / PREVIOUS).exists() else earlier
+    return Result(
+        adapter=adapter,
+        base_delta=load_delta(folder / DELTA),
+        other=other,
+        previous_delta=load_delta(previous) if previous.exists() else {},
+        updates=[load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))],
+        weights={entry["client"]: entry["weight"] for entry in manifest["inputs"]},
+        manifest=manifest,
+        config=config,
+    )
+
+
+def result_folders(path: Path) -> list[Path]:
+    """The result folders below a run folder, or the folder itself."""
+    rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
+    return rounds or [path]
+
+
+def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
+    """The model that a folder describes: the base with the base delta folded in, and the adapter on it.
+
+    Args:
+        folder: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
+        base: the pretrained model, its name or its folder; a model object is changed in place.
+
+    Returns:
+        A `PeftModel` in evaluation mode (for full fine-tuning, the model itself).
+
+    Raises:
+        StorageError: the folder is broken.
+        ModelError: the base does not fit.
+
+    Example:
+        >>> model = load_model("runs/mrpc", "roberta-base")                              # doctest: +SKIP
+    """
+    folder = Path(folder)
+    model, _ = open_model(read_result(folder / "final" if (folder / "final").is_dir() else folder), base)
+    return model
+
+
+def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FoldedBase]:
+    """As `load_model`, from a result in memory; also the folded base, which knows the pristine weights."""
+    model: nn.Module = base if isinstance(base, PreTrainedModel) else _base_for(result, str(base))
+    if result.adapter:
+        config = adapter_config(result.adapter, result.config)
+        try:
+            model = get_peft_model(
+                model, LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__})
+            )  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ModelError(
+                f"this base has not the modules of the adapter: {str(error).splitlines()[0][:200]}: is it another model?"
+            ) from None
+    folded = FoldedBase(model)
+    folded.set(result.base_delta)
+    write_model(model, result.adapter, result.other)
+    return model.eval(), folded
+
+
+def _base_for(result: Result, name: str) -> PreTrainedModel:
+    """The base with the head that the result was trained with."""
+    kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", None: "features"}
+    task_type = result.config.get("task_type") if result.adapter else result.manifest.get("task_type")
+    if task_type not in kinds:
+        raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to load_model")
+    options: dict[str, Any] = {}
+    if kinds[task_type] == "classification":
+        heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+        rows = [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
+        options = {"num_labels": rows[0]} if rows else {}
+    return load_base(Base(model=name), kinds[task_type], **options)

@@ -1,0 +1,234 @@
+"""The round loop: sample, send, collect, step, measure, store. All of a federation but the way that messages travel."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedex_lora import __version__, measure, server
+from fedex_lora.aggregation import METHODS
+from fedex_lora.client import derive_seed, weighted_mean
+from fedex_lora.config import Config
+from fedex_lora.errors import TrainingError, WireError
+from fedex_lora.measure import Exactness
+from fedex_lora.peft_io import write_result
+from fedex_lora.storage import append_event
+from fedex_lora.types import ClientUpdate, Delta, LowRank, ServerState
+from fedex_lora.wire import Download, decode_update, encode_download
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a client: bytes, or why there are none."""
+
+    client: str
+    payload: bytes | None
+    error: str = ""
+
+
+Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply]]
+"""(client -> message, deadline in seconds) -> replies, in any order. A transport is one such function."""
+
+
+class Emit(Protocol):
+    """Told of everything that happens."""
+
+    def __call__(self, event: str, **fields: Any) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """What the loop needs from the place where the model lives.
+
+    Attributes:
+        clients: the ids of all clients.
+        exchange: the transport.
+        evaluate: the global model's metrics on the task's evaluation rows, from the server's state.
+        realised: (state, ideal) -> the exactness of the model's own weights, and its floor.
+        peft_config: the adapters' PEFT configuration, for result folders.
+        facts: for manifests (base model, versions).
+    """
+
+    clients: Sequence[str]
+    exchange: Exchange
+    evaluate: Callable[[ServerState], dict[str, float]]
+    realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float]]
+    peft_config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+@dataclass
+class _Books:
+    """What the server remembers of its clients: the residual of every round, and the base version that each client has."""
+
+    residuals: dict[int, Mapping[str, LowRank]]
+    version: dict[str, int]
+
+    def lacking(self, client: str, version: int) -> dict[int, Mapping[str, LowRank]]:
+        have = self.version.get(client, 0)
+        return {number: self.residuals[number] for number in range(have + 1, version + 1)}
+
+    def delivered(self, participants: Sequence[str], version: int, clients: Sequence[str]) -> None:
+        """The participants have the base of `version` now; residuals that everybody has are forgotten."""
+        self.version |= dict.fromkeys(participants, version)
+        oldest = min(self.version.get(client, 0) for client in clients)
+        self.residuals = {number: residual for number, residual in self.residuals.items() if number > oldest}
+
+
+def run_rounds(config: Config, state: ServerState, federation: Federation, out: Path, emit: Emit) -> ServerState:
+    """Run `config.rounds` rounds from `state` (round 0) and return the final state.
+
+    Every round leaves a result folder `out/rounds/NNNN`; the last is `out/final`.
+
+    Raises:
+        TrainingError: a client failed.
+        WireError: a client's answer is not what the round declared.
+    """
+    books = _Books(residuals={}, version={})
+    emit(
+        "started",
+        method=config.method,
+        rounds=config.rounds,
+        clients=list(federation.clients),
+        metrics=federation.evaluate(state),
+        **federation.facts,
+    )
+    held_out: dict[int, dict[str, float]] = {}
+    for number in range(state.round + 1, config.rounds + 1):
+        began = time.perf_counter()
+        participants = sample(federation.clients, config.clients.fraction, config.seed, number)
+        emit("round_started", round=number, clients=participants)
+        sent, downloads, down = _messages("train", participants, state, books, out.name, number)
+        updates, up = _collect(federation.exchange(sent, None), downloads, state.method, emit)
+        held_out[number - 1] = _held_out_event(number - 1, updates, emit)
+        before, (state, result) = state, server.step(state, updates, config.weights)
+        books.delivered(participants, number - 1, federation.clients)
+        books.residuals[number] = result.residual
+        numbers = _measured(before, updates, result.weights, state, federation)
+        numbers["deviation"] = measure.deviation(result, updates).total_relative_error if state.adapter else None
+        write_result(out / "rounds" / f"{number:04d}", state, updates, result.weights, federation.peft_config, federation.facts)
+        seconds = time.perf_counter() - began
+        emit("round_done", round=number, metrics=federation.evaluate(state), bytes_down=down, bytes_up=up, seconds=seconds, **numbers)
+    held_out[config.rounds] = _final_held_out(state, federation, books, out, emit)
+    write_result(out / "final", state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta)
+    best = _best(held_out, federation.facts)
+    emit("run_done", rounds=config.rounds, best_round=best, held_out={str(number): metrics for number, metrics in held_out.items()})
+    return state
+
+
+def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
+    """This round's participants: `ceil(fraction * k)` of the clients, sorted."""
+    wanted = max(1, math.ceil(fraction * len(clients) - 1e-9))
+    rng = np.random.default_rng(derive_seed(seed, round, "sampling"))
+    return sorted(str(client) for client in rng.choice(sorted(clients), wanted, replace=False))
+
+
+def _messages(
+    kind: Any, participants: Sequence[str], state: ServerState, books: _Books, run: str, number: int
+) -> tuple[dict[str, bytes], dict[str, Download], int]:
+    downloads = {
+        client: Download(
+            kind=kind,
+            run=run,
+            round=number,
+            client=client,
+            method=state.method,
+            adapter=state.adapter,
+            other=state.other,
+            residuals=books.lacking(client, state.round),
+        )
+        for client in participants
+    }
+    frozen_a = METHODS[state.method].trains == "B"
+    sent = {client: encode_download(download, omit_a=frozen_a and client in books.version) for client, download in downloads.items()}
+    return sent, downloads, sum(map(len, sent.values()))
+
+
+def _collect(replies: Iterable[Reply], downloads: Mapping[str, Download], method: str, emit: Emit) -> tuple[list[ClientUpdate], int]:
+    """The valid updates, in the order of client ids, and the bytes that came."""
+    updates, received = [], 0
+    for reply in replies:
+        if reply.payload is None:
+            raise TrainingError(f"client {reply.client} failed: {reply.error}")
+        try:
+            update = decode_update(reply.payload, downloads[reply.client], omit_a=METHODS[method].trains == "B")
+        except WireError as error:
+            raise WireError(f"client {reply.client}: {error}") from None
+        received += len(reply.payload)
+        updates.append(update)
+        training = {name: value for name, value in update.metrics.items() if not name.startswith("held_out_")}
+        emit(
+            "client_done",
+            round=downloads[reply.client].round,
+            client=reply.client,
+            num_examples=update.num_examples,
+            bytes_up=len(reply.payload),
+            **training,
+        )
+    return sorted(updates, key=lambda update: update.client_id), received
+
+
+def _held_out_event(version: int, updates: Sequence[ClientUpdate], emit: Emit) -> dict[str, float]:
+    """The mean over the clients' own held-out rows of the model that they received (after round `version`)."""
+    own = {
+        update.client_id: {name.removeprefix("held_out_"): value for name, value in update.metrics.items() if name.startswith("held_out_")}
+        for update in updates
+    }
+    metrics = weighted_mean(list(own.values()))
+    if metrics:
+        emit("held_out", round=version, metrics=metrics, clients=own)
+    return metrics
+
+
+def _final_held_out(state: ServerState, federation: Federation, books: _Books, out: Path, emit: Emit) -> dict[str, float]:
+    """One more message, after the last round: how good is the final model on the clients' own rows? (No A, B travel back.)"""
+    sent, downloads, down = _messages("evaluate", list(federation.clients), state, books, out.name, state.round + 1)
+    updates, up = _collect(federation.exchange(sent, None), downloads, state.method, lambda *_, **__: None)
+    emit("evaluated", round=state.round, bytes_down=down, bytes_up=up)
+    return _held_out_event(state.round, updates, emit)
+
+
+def _measured(
+    before: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], after: ServerState, federation: Federation
+) -> dict[str, Any]:
+    """The exactness that this round achieved, from the factors and from the model's own weights."""
+    if not after.adapter:
+        return {}
+    factors = measure.audit(before, updates, weights, after)
+    realised, floor = federation.realised(after, measure.ideal_update(before.base_delta, updates, weights))
+    return {
+        "exactness_error": factors.max_relative_error,
+        "exactness_error_total": factors.total_relative_error,
+        "realised_error": realised.max_relative_error,
+        "floor": floor,
+    }
+
+
+def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
+    """The round whose model was best on the clients' own held-out rows; ties go to the earlier one."""
+    headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
+    measured = {number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics}
+    return max(measured, key=lambda number: (sign * measured[number], -number)) if measured else None
+
+
+def log_to(path: Path, *others: Emit) -> Emit:
+    """An `Emit` that appends to `events.jsonl` and tells the others. Steps are shown, not kept."""
+
+    def emit(event: str, **fields: Any) -> None:
+        if event != "step":
+            append_event(path, event, **fields)
+        for other in others:
+            other(event, **fields)
+
+    return emit
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from importlib.metadata import version
+
+    return {"fedex-lora": __version__} | {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "safetensors")}

@@ -1,0 +1,196 @@
+"""The in-process runner: all clients on this machine, one base model in memory however many they are."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+
+from fedex_lora import server
+from fedex_lora.aggregation import METHODS, method_named
+from fedex_lora.client import ClientData, Work, evaluate, local_update, quiet, training_arguments
+from fedex_lora.config import Config, write_config
+from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.measure import Exactness
+from fedex_lora.partition import partition
+from fedex_lora.peft_io import FoldedBase, add_lora, load_base, load_tokenizer, read_model, read_other, trainable_parameters, write_model
+from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, versions
+from fedex_lora.storage import write_text
+from fedex_lora.tasks import Task, load_task
+from fedex_lora.types import ClientUpdate, Delta, ServerState
+from fedex_lora.wire import Download, decode_download, encode_update
+
+POOLED = "all"  # the one client of a centralised run
+
+
+class InProcess:
+    """All parties of a federation in one process: the model, every client's rows, and the `exchange` that lets each train in turn.
+
+    Args:
+        config: the run.
+        emit: told of steps.
+
+    Raises:
+        FedexLoraError: whatever is wrong with the configuration, the data or the model; nothing has been written then.
+    """
+
+    def __init__(self, config: Config, emit: Emit) -> None:
+        method = method_named(config.method)
+        training_arguments(config)
+        if config.torch_threads:
+            torch.set_num_threads(config.torch_threads)
+        task = load_task(config.task, config.seed)
+        self._parts = partition(task, config.clients, config.seed)
+        self._emit, self._config = emit, config
+        self._work = Work(config=config, task=task, tokenizer=load_tokenizer(config.base))
+        set_seed(config.seed)
+        model: nn.Module = load_base(config.base, task.kind, **task.model_config)
+        if self._work.tokenizer.pad_token_id is not None:
+            model.config.pad_token_id = self._work.tokenizer.pad_token_id  # type: ignore[union-attr]
+        if method.lora:
+            set_seed(config.seed)
+            model = add_lora(model, config.lora, task.kind, train_a=method.trains == "AB")  # type: ignore[arg-type]
+        self.model = model
+        self._base, self._version = FoldedBase(model), 0
+        self._base_delta: Mapping[str, Delta] = {}
+        self._first = read_model(model)
+        self._data, self._eval = self._tokenised(task)
+        self._optimizers: dict[str, Mapping[str, Any]] = {}
+
+    def _tokenised(self, task: Task) -> tuple[dict[str, ClientData], Dataset]:
+        """Every row tokenised once; clients hold selections. A pooled method has one client with all training rows."""
+        train = task.tokenize(self._work.tokenizer, task.train)
+        parts = self._parts
+        if METHODS[self._config.method].pooled:
+            together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
+            parts = {POOLED: (together[0], together[1])}
+        data = {client: ClientData(train=train.select(mine), held_out=train.select(held)) for client, (mine, held) in parts.items()}
+        return data, task.tokenize(self._work.tokenizer, task.eval)
+
+    def initial(self) -> ServerState:
+        """The state before round 1."""
+        return server.init(self._first, read_other(self.model), self._config.method)
+
+    def federation(self) -> Federation:
+        """What the round loop needs of this place."""
+        return Federation(
+            clients=sorted(self._data),
+            exchange=self.exchange,
+            evaluate=self.evaluate,
+            realised=self.realised,
+            peft_config=peft_config(self.model),
+            facts=self.facts(),
+        )
+
+    def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
+        """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
+        for client, payload in messages.items():
+            try:
+                yield Reply(client, self._answer(client, decode_download(payload, self._first)))
+            except TrainingError as error:
+                yield Reply(client, None, str(error))
+
+    def _answer(self, client: str, message: Download) -> bytes:
+        self._catch_up(message)
+        write_model(self.model, message.adapter, message.other)
+        data, steps = self._data[client], self._emit
+        own = {f"held_out_{name}": value for name, value in evaluate(self.model, data.held_out, self._work).items()}
+        if message.kind == "evaluate":
+            update = ClientUpdate(client_id=client, adapter={}, num_examples=len(data.train), metrics=own)
+        else:
+            kept = self._optimizers.get(client)
+            update, optimizer = local_update(
+                self.model,
+                client,
+                message.round,
+                data,
+                self._work,
+                kept,
+                lambda step, total: steps("step", round=message.round, client=client, step=step, steps=total),
+            )
+            update = replace(update, metrics={**update.metrics, **own})
+            if self._config.local.optimizer_state == "keep":
+                self._optimizers[client] = optimizer
+        return encode_update(update, message.run, message.round, message.method, omit_a=METHODS[message.method].trains == "B")
+
+    def _catch_up(self, message: Download) -> None:
+        """The base of the message's version. Clients share one base here, so a residual that another client brought is not added again."""
+        for number in sorted(message.residuals):
+            if number == self._version + 1:
+                self._base_delta, self._version = server.advance(self._base_delta, message.residuals[number]), number
+        if self._version != message.round - 1:
+            raise TrainingError(f"the base is at version {self._version}, the message needs {message.round - 1}")
+        self._base.set(self._base_delta)
+
+    def load(self, state: ServerState) -> nn.Module:
+        """The global model of a state."""
+        self._base.set(state.base_delta)
+        write_model(self.model, state.adapter, state.other)
+        return self.model
+
+    def evaluate(self, state: ServerState) -> dict[str, float]:
+        """The global model on the task's evaluation rows."""
+        return evaluate(self.load(state), self._eval, self._work)
+
+    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
+        """The exactness of the weights that the model has."""
+        self.load(state)
+        return self._base.realised(state.adapter, ideal)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest and the first event."""
+        trained, total = trainable_parameters(self.model)
+        task = self._work.task
+        return {
+            "base_model": os.path.abspath(self._config.base.model) if Path(self._config.base.model).is_dir() else self._config.base.model,
+            "task": self._config.task.name,
+            "task_type": peft_config(self.model).get("task_type") or {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task.kind],
+            "headline": task.headline,
+            "greater_is_better": task.greater_is_better,
+            "trainable_parameters": trained,
+            "total_parameters": total,
+            "base_bytes": 4 * (total - trained),
+            "train_rows": {client: len(data.train) for client, data in self._data.items()},
+            "torch_threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
+
+def run(config: Config, out: Path, emit: Emit) -> ServerState:
+    """One whole run in this process, into the run folder `out`.
+
+    Raises:
+        UsageError: `out` is not empty.
+        FedexLoraError: see `InProcess` and `run_rounds`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not empty: give another --out, or remove it")
+    quiet()
+    place = InProcess(config, emit)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.toml", write_config(config))
+    except OSError as error:
+        raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out") from None
+    return run_rounds(config, place.initial(), place.federation(), out, log_to(out / "events.jsonl", emit))
+
+
+def peft_config(model: nn.Module) -> dict[str, Any]:
+    """The PEFT configuration as plain JSON values; empty without LoRA."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.peft_config["default"].to_dict()
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in config.items() if _plain(value)
+    }
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | dict | set | None)

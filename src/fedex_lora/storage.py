@@ -1,0 +1,188 @@
+"""Files: safetensors and JSON, written beside and renamed, with a manifest of sha256 sums."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
+
+MANIFEST = "manifest.json"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file (in a folder that nobody reads yet: see `atomic_folder`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file.
+
+    Raises:
+        StorageError: missing, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+
+
+def save_delta(path: Path, base_delta: Mapping[str, Delta]) -> None:
+    """`base_delta.safetensors`: `M.U` (`out x q`) and `M.V` (`q x in`) for each module M, or `M.W` (`out x in`) where that is smaller."""
+    tensors: dict[str, Tensor] = {}
+    for module, delta in base_delta.items():
+        tensors |= {f"{module}.W": delta.W} if isinstance(delta, Dense) else {f"{module}.U": delta.U, f"{module}.V": delta.V}
+    save_tensors(path, tensors, {"format": "pt"})
+
+
+def load_delta(path: Path) -> dict[str, Delta]:
+    """The inverse of `save_delta`."""
+    tensors, _ = load_tensors(path)
+    deltas: dict[str, Delta] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "W":
+            deltas[module] = Dense(W=tensor)
+        elif part == "U" and f"{module}.V" in tensors:
+            deltas[module] = LowRank(U=tensor, V=tensors[f"{module}.V"])
+        elif part != "V" or f"{module}.U" not in tensors:
+            raise StorageError(f"{path} has a tensor {name} that is no part of a base delta (module.U with module.V, or module.W)")
+    return deltas
+
+
+def save_update(path: Path, update: ClientUpdate) -> None:
+    """A client's update: `M.A`, `M.B`, `other|NAME`, and the rest as metadata."""
+    tensors = {f"{module}.{part}": tensor for module, pair in update.adapter.items() for part, tensor in (("A", pair.A), ("B", pair.B))}
+    about = {
+        "client_id": update.client_id,
+        "num_examples": update.num_examples,
+        "scalings": {module: pair.scaling for module, pair in update.adapter.items()},
+    }
+    save_tensors(path, tensors | {f"other|{name}": tensor for name, tensor in update.other.items()}, {"update": json.dumps(about)})
+
+
+def load_update(path: Path) -> ClientUpdate:
+    """The inverse of `save_update`."""
+    tensors, metadata = load_tensors(path)
+    try:
+        about = json.loads(metadata["update"])
+        return ClientUpdate(
+            client_id=about["client_id"],
+            adapter={
+                module: LoRAPair(A=tensors[f"{module}.A"], B=tensors[f"{module}.B"], scaling=scaling)
+                for module, scaling in about["scalings"].items()
+            },
+            num_examples=about["num_examples"],
+            other={name.removeprefix("other|"): tensor for name, tensor in tensors.items() if name.startswith("other|")},
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"{path} is not a client's update: {error!r}") from None
+
+
+@contextmanager
+def atomic_folder(path: Path, manifest: Mapping[str, Any], replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A manifest with the given facts and the sha256 of every file is written last.
+
+    Raises:
+        UsageError: `path` exists and holds something (unless `replace`).
+        StorageError: it cannot be written.
+    """
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists and is not empty: choose another output folder, or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise StorageError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
+    try:
+        yield temporary
+        files = {str(file.relative_to(temporary)): sha256(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
+        write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
+        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            _fsync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}: is the disk full or read-only?") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
+    """The manifest of a folder; with `check`, after comparing every file's sha256.
+
+    Raises:
+        StorageError: no manifest, or a file is missing or altered.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{folder} has no {MANIFEST}: give a folder that fedex-lora wrote") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from None
+    for name, digest in manifest.get("files", {}).items() if check else ():
+        if not (folder / name).is_file():
+            raise StorageError(f"{folder / name} is missing: copy the folder again")
+        if sha256(folder / name) != digest:
+            raise StorageError(f"{folder / name} has changed since it was written: copy the folder again")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step: beside, then renamed over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """One JSON object as one line at the end of `events.jsonl`."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All events of a run; a torn last line is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

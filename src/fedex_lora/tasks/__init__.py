@@ -1,0 +1,29 @@
+"""The tasks: one file a family, one row here."""
+
+from collections.abc import Callable
+from functools import partial
+
+from fedex_lora import config
+from fedex_lora.errors import DataError
+from fedex_lora.tasks import custom, demo, glue
+from fedex_lora.tasks._task import Task, collator
+
+__all__ = ["TASKS", "Task", "collator", "load_task"]
+
+TASKS: dict[str, Callable[[config.Task], Task]] = {
+    **{f"glue/{name}": partial(glue.load, name) for name in glue.GLUE},
+    "custom": custom.load,
+    "demo": demo.load,
+}
+
+
+def load_task(settings: config.Task, seed: int) -> Task:
+    """The task called `settings.name`, with at most `train_rows` and `eval_rows` rows, drawn with `seed`.
+
+    Raises:
+        DataError: unknown name (the nearest is named), or the task's own complaint.
+    """
+    if settings.name not in TASKS:
+        near = config.nearest(settings.name, list(TASKS))
+        raise DataError(f"unknown task {settings.name!r}: " + (f"did you mean {near!r}?" if near else f"known: {', '.join(TASKS)}"))
+    return TASKS[settings.name](settings).limited(settings.train_rows, settings.eval_rows, seed)

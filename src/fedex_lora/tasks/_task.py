@@ -1,0 +1,154 @@
+"""What a task is: rows, how they become tokens, and how predictions become numbers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, load_dataset
+from numpy.typing import NDArray
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPrediction
+
+from fedex_lora import config
+from fedex_lora.errors import DataError
+
+Rows: TypeAlias = pd.DataFrame
+Array: TypeAlias = NDArray[Any]
+IGNORED = -100  # the label that transformers leaves out of the loss
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A loaded task.
+
+    Attributes:
+        kind: the head that the model needs.
+        train, eval: rows to learn from, rows that only measure.
+        tokenize: (tokenizer, rows) -> data set of `input_ids`, `attention_mask`, `labels`.
+        metrics: predictions -> name -> number.
+        headline: the metric that ranks rounds on the clients' own held-out rows.
+        model_config: what the model's config needs (`num_labels`, `problem_type`).
+        classes: one value a training row, for Dirichlet partitions.
+        greater_is_better: of the headline.
+    """
+
+    kind: Literal["classification", "causal-lm"]
+    train: Rows
+    eval: Rows
+    tokenize: Callable[[Any, Rows], Dataset]
+    metrics: Callable[[EvalPrediction], dict[str, float]]
+    headline: str
+    model_config: Mapping[str, Any]
+    classes: Array
+    greater_is_better: bool = True
+
+    def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
+        """The same task with at most so many rows, drawn at random and kept in their order."""
+        kept = _draw(len(self.train), train_rows, seed)
+        return replace(
+            self,
+            train=self.train.iloc[kept].reset_index(drop=True),
+            eval=self.eval.iloc[_draw(len(self.eval), eval_rows, seed)].reset_index(drop=True),
+            classes=self.classes[kept],
+        )
+
+
+def _draw(rows: int, wanted: int | None, seed: int) -> Array:
+    if wanted is None or wanted >= rows:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
+
+
+def collator(kind: str, tokenizer: Any) -> Any:
+    """Pads a batch: inputs by the tokenizer, labels of a causal LM with `IGNORED`."""
+    if kind == "causal-lm":
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], max_length: int) -> Dataset:
+    """Classification inputs: one text or a pair a row."""
+    columns = [list(column) for column in texts]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+    return Dataset.from_dict({**encoded, "labels": labels})
+
+
+def tokenize_completions(tokenizer: Any, prompts: list[str], completions: list[str], max_length: int, end: bool = True) -> Dataset:
+    """Causal-LM inputs: prompt then completion then the end token; labels on the completion only; long prompts lose their beginning."""
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    tail = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
+    heads = tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    answers = tokenizer(completions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for head, answer in zip(heads, answers, strict=True):
+        answer = (answer + tail)[: max_length - 1]
+        head = head[max(0, len(head) + len(answer) - max_length) :]
+        rows["input_ids"].append(head + answer)
+        rows["attention_mask"].append([1] * (len(head) + len(answer)))
+        rows["labels"].append([IGNORED] * len(head) + answer)
+    return Dataset.from_dict(rows)
+
+
+def completion_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Of the argmax at each completion token, with the true tokens before it: the share that is right, and of rows that are all right."""
+    predicted, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
+    counted = labels != IGNORED
+    right = (predicted == labels) | ~counted
+    return {"token_accuracy": float(right[counted].mean()), "accuracy": float(right.all(axis=1).mean())}
+
+
+def read_rows(source: str, data: Path | None = None) -> Rows:
+    """The rows of a jsonl, json, csv, tsv or parquet file, or of HUB_NAME:SPLIT (nothing is cached of a local file).
+
+    Raises:
+        DataError: not there, not readable, or a hub that cannot be reached.
+    """
+    path = data / source if data else Path(source)
+    readers: dict[str, Callable[[Path], Rows]] = {
+        ".jsonl": lambda file: pd.read_json(file, lines=True),
+        ".json": pd.read_json,
+        ".csv": lambda file: pd.read_csv(file, keep_default_na=False),
+        ".tsv": lambda file: pd.read_csv(file, sep="\t", keep_default_na=False, quoting=3),
+        ".parquet": pd.read_parquet,
+    }
+    if path.suffix in readers:
+        if not path.is_file():
+            raise DataError(f"{path} does not exist: give task.train and task.eval as files, or HUB_NAME:SPLIT")
+        try:
+            return readers[path.suffix](path)
+        except (ValueError, OSError, pd.errors.ParserError) as error:
+            raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
+    name, _, split = source.partition(":")
+    return read_hub(name, None, split or "train")
+
+
+def read_hub(name: str, subset: str | None, split: str) -> Rows:
+    """A split of a data set on the Hugging Face hub."""
+    try:
+        frame = load_dataset(name, subset, split=split).to_pandas()
+    except Exception as error:  # datasets, hub and network each raise their own
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise DataError(
+            f"data set {name} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})"
+        ) from None
+    assert isinstance(frame, pd.DataFrame)
+    return frame
+
+
+def require_columns(rows: Rows, columns: list[str], where: str) -> None:
+    """Every column is there."""
+    for column in columns:
+        if column not in rows.columns:
+            near = config.nearest(column, [str(name) for name in rows.columns])
+            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
+            raise DataError(f"{where} has no column {column!r}: {hint}")
+
+
+def label_indices(values: Any, names: list[Any], where: str) -> list[int]:
+    """Class names or numbers to 0..n-1."""
+    index = {name: position for position, name in enumerate(names)}
+    try:
+        return [index[value] for value in values]
+    except KeyError as error:
+        raise DataError(f"{where} has a label {error.args[0]!r} outside {names}") from None

@@ -1,0 +1,123 @@
+"""GLUE: CoLA, RTE, MRPC, SST-2, QNLI, STS-B, from the hub or from a folder with the published TSV files.
+
+A row (MRPC, label 1: the sentences say the same)::
+
+    sentence1: Amrozi accused his brother, whom he called "the witness", of deliberately distorting his evidence.
+    sentence2: Referring to him as only "the witness", Amrozi accused his brother of deliberately distorting his evidence.
+
+Metrics as on https://gluebenchmark.com/leaderboard, by scikit-learn and scipy. The dev split only measures; nothing is chosen on it.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import EvalPrediction
+
+from fedex_lora import config
+from fedex_lora.errors import DataError
+from fedex_lora.tasks._task import Rows, Task, label_indices, read_hub, require_columns, tokenize_texts
+
+HUB = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Glue:
+    """One GLUE task: its folder and columns in the published files, its metrics."""
+
+    folder: str
+    text: tuple[str, ...]
+    label: str
+    metrics: tuple[str, ...]
+    classes: tuple[str, ...] = ("0", "1")
+    columns: tuple[str, ...] | None = None  # of a file without a header
+    hub_text: tuple[str, ...] = ("sentence1", "sentence2")
+
+
+GLUE = {
+    "cola": Glue("CoLA", ("sentence",), "label", ("mcc",), columns=("source", "label", "mark", "sentence"), hub_text=("sentence",)),
+    "rte": Glue("RTE", ("sentence1", "sentence2"), "label", ("accuracy",), ("entailment", "not_entailment")),
+    "mrpc": Glue("MRPC", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1")),
+    "sst2": Glue("SST-2", ("sentence",), "label", ("accuracy",), hub_text=("sentence",)),
+    "qnli": Glue(
+        "QNLI", ("question", "sentence"), "label", ("accuracy",), ("entailment", "not_entailment"), hub_text=("question", "sentence")
+    ),
+    "stsb": Glue("STS-B", ("sentence1", "sentence2"), "score", ("pearson", "spearman"), classes=()),
+}
+
+
+def load(name: str, settings: config.Task) -> Task:
+    """The task `glue/NAME`.
+
+    Raises:
+        DataError: files or columns are missing, or a label is outside the set.
+    """
+    key = name.replace("-", "").replace("_", "")
+    if key not in GLUE:
+        near = config.nearest(name, list(GLUE))
+        raise DataError(f"unknown GLUE task {name!r}: " + (f"did you mean glue/{near}?" if near else f"known: {', '.join(GLUE)}"))
+    glue = GLUE[key]
+    names: list[Any]
+    if settings.data:
+        root = settings.data / glue.folder if (settings.data / glue.folder).is_dir() else settings.data
+        train, held = (_read(root / f"{split}.tsv", glue) for split in ("train", "dev"))
+        text, label, names = list(glue.text), glue.label, list(glue.classes)
+    else:
+        train, held = (read_hub(HUB, key, split) for split in ("train", "validation"))
+        text, label, names = list(glue.hub_text), "label", list(range(len(glue.classes)))
+
+    def labels(rows: Rows) -> list[Any]:
+        return [float(value) for value in rows[label]] if not names else label_indices(rows[label], names, f"glue/{name}")
+
+    return Task(
+        kind="classification",
+        train=train,
+        eval=held,
+        tokenize=lambda tokenizer, rows: tokenize_texts(
+            tokenizer, [list(rows[column]) for column in text], labels(rows), settings.max_length
+        ),
+        metrics=lambda prediction: glue_metrics(prediction, glue.metrics),
+        headline=glue.metrics[0],
+        model_config={"num_labels": len(names), "problem_type": "single_label_classification"}
+        if names
+        else {"num_labels": 1, "problem_type": "regression"},
+        classes=np.asarray(labels(train)) if names else np.asarray(pd.cut(train[label].astype(float), 5, labels=False)),
+    )
+
+
+def _read(path: Path, glue: Glue) -> Rows:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: task.data must hold {glue.folder}/train.tsv and dev.tsv as GLUE publishes them")
+    names = list(glue.columns) if glue.columns else None
+    try:
+        rows = pd.read_csv(
+            path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False, encoding="utf-8-sig", names=names, on_bad_lines="skip"
+        )
+    except (ValueError, pd.errors.ParserError) as error:
+        raise DataError(f"{path} is not a GLUE file: {str(error).splitlines()[0]}") from None
+    require_columns(rows, [*glue.text, glue.label], str(path))
+    return rows
+
+
+def glue_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
+    """The named metrics of logits (`rows x classes`, or `rows` for regression) against labels."""
+    scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    values = scores.reshape(len(labels)) if names[0] == "pearson" else scores.argmax(axis=-1)
+    formulas = {
+        "accuracy": lambda: accuracy_score(labels, values),
+        "f1": lambda: f1_score(labels, values, zero_division=0.0),
+        "mcc": lambda: matthews_corrcoef(labels, values),
+        "pearson": lambda: _correlation(pearsonr, values, labels),
+        "spearman": lambda: _correlation(spearmanr, values, labels),
+    }
+    return {name: float(formulas[name]()) for name in names}
+
+
+def _correlation(measure: Any, values: Any, labels: Any) -> float:
+    """A correlation; of constant scores, which have none, zero."""
+    return 0.0 if np.ptp(values) == 0 or np.ptp(labels) == 0 else float(measure(values, labels)[0])

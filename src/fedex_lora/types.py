@@ -1,0 +1,171 @@
+"""The nouns of federated LoRA: frozen records of tensors, with their shapes. No mathematics beyond their own products.
+
+Orientation is that of `nn.Linear` everywhere: a module's weight `W` is `out x in`, whatever the layer stores.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedex_lora.errors import AggregationError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoRAPair:
+    """One module's LoRA factors; the module computes `W x + scaling * B A x`.
+
+    Args:
+        A: `r x in`.
+        B: `out x r`.
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Raises:
+        AggregationError: the shapes do not chain.
+
+    Example:
+        >>> import torch
+        >>> LoRAPair(A=torch.ones(2, 5), B=torch.ones(3, 2), scaling=0.5).delta().shape
+        torch.Size([3, 5])
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise AggregationError(
+                f"B {tuple(self.B.shape)} times A {tuple(self.A.shape)} is no LoRA product: give A as rank x in and B as out x rank"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the module's weight."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The dense update `scaling * B A`, `out x in`."""
+        return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+
+    def low_rank(self) -> "LowRank":
+        """The same update as `U V`, the scaling in U."""
+        return LowRank(U=self.scaling * self.B, V=self.A)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LowRank:
+    """A matrix `U V` kept as its factors: `U` is `out x q`, `V` is `q x in`; any scaling is inside."""
+
+    U: Tensor
+    V: Tensor
+
+    def __post_init__(self) -> None:
+        if self.U.ndim != 2 or self.V.ndim != 2 or self.U.shape[1] != self.V.shape[0]:
+            raise AggregationError(
+                f"U {tuple(self.U.shape)} times V {tuple(self.V.shape)} is no product: give U as out x q and V as q x in"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of U: a bound on the rank of the product."""
+        return self.V.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.U.shape[0], self.V.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return self.U.numel() + self.V.numel()
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.U.to(dtype) @ self.V.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Dense:
+    """A matrix `W`, `out x in`, kept whole: the smaller form once factors have more numbers than the matrix."""
+
+    W: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return self.W.numel()
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.W.to(dtype)
+
+
+Delta: TypeAlias = LowRank | Dense
+"""What a frozen weight has gained: factors, or the matrix where that is smaller."""
+
+Adapter: TypeAlias = Mapping[str, LoRAPair]
+"""Module path -> LoRA factors."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ClientUpdate:
+    """What one client sends back after local training.
+
+    Args:
+        client_id: unique within the round; also the order in which sums are taken.
+        adapter: module path -> `LoRAPair`, as trained.
+        num_examples: training rows, the usual weight.
+        other: every other trained tensor by name (classification head, biases, `modules_to_save`).
+        metrics: numbers that the client reports (loss, its own held-out accuracy); never used in the aggregate.
+    """
+
+    client_id: str
+    adapter: Adapter
+    num_examples: int
+    other: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Aggregate:
+    """The result of one aggregation.
+
+    Attributes:
+        adapter: what the clients go on with.
+        residual: module path -> what the frozen base gains this round, scaling included; absent where it gains nothing.
+        other: the averaged other tensors.
+        weights: client id -> p_i, float64, summing to one.
+        method: the method's name.
+    """
+
+    adapter: Adapter
+    residual: Mapping[str, LowRank]
+    other: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    method: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ServerState:
+    """All that a server knows between rounds: a value, never changed in place.
+
+    Attributes:
+        method: the method's name.
+        round: rounds completed; also the version of `base_delta`.
+        adapter: the global adapter.
+        base_delta: module path -> what the frozen base has gained since the pretrained model (`W = W0 + base_delta`).
+        other: the other trained tensors.
+    """
+
+    method: str
+    round: int
+    adapter: Adapter
+    base_delta: Mapping[str, Delta]
+    other: Mapping[str, Tensor]

@@ -1,0 +1,110 @@
+"""What cannot be averaged is refused, in one line that names the culprit."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.conftest import make_pair, make_updates
+
+from fedex_lora import LoRAPair, aggregate
+from fedex_lora.errors import AggregationError, UsageError
+
+
+def altered(index, **changes):
+    updates = make_updates(3)
+    updates[index] = replace(updates[index], **changes)
+    return updates
+
+
+def with_value(value, part):
+    pair = make_pair(1)
+    getattr(pair, part)[0, 0] = value
+    return altered(1, adapter={**make_updates(3)[1].adapter, "m0": pair})
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", ["fedex", "fedit"])
+def test_nan_and_infinity(method, value, part):
+    with pytest.raises(AggregationError, match=r"client client-1 sent NaN or infinity in m0"):
+        aggregate(with_value(value, part), method)
+
+
+def test_nan_of_a_client_without_weight():
+    with pytest.raises(AggregationError, match="client-1"):
+        aggregate(with_value(math.nan, "A"), weights=[1, 0, 1])
+
+
+def test_overflow_is_not_called_nan():
+    with pytest.raises(AggregationError, match="overflows"):
+        aggregate([replace(update, adapter={"m": LoRAPair(A=sign * torch.full((2, 4), 3e38), B=torch.ones(4, 2))}) for sign, update in
+                   zip((1, -1), make_updates(2), strict=True)], weights=[0.4, 0.6])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1, 2], "2 weights for 3 updates"),
+        ([1, -1, 1], "not negative"),
+        ([0, 0, 0], "sum to zero"),
+        ([1, math.nan, 1], "finite"),
+        ([1e308, 1e308, 1e308], "infinity"),
+        ("majority", "unknown weights"),
+    ],
+)
+def test_impossible_weights(weights, message):
+    with pytest.raises(AggregationError, match=message):
+        aggregate(make_updates(3), weights=weights)
+
+
+def test_no_updates():
+    with pytest.raises(AggregationError, match="no updates"):
+        aggregate([])
+
+
+def test_clients_without_examples():
+    with pytest.raises(AggregationError, match="zero"):
+        aggregate([replace(update, num_examples=0) for update in make_updates(3)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"client_id": "client-0"}, "not unique"),
+        ({"adapter": {"m0": make_pair(0)}}, "different modules"),
+        (
+            {"adapter": {**make_updates(1)[0].adapter, "m0": make_pair(0, 20, 12)}},
+            r"differ in m0: shape \(12, 20\) rank 3 against shape \(20, 12\)",
+        ),
+        ({"adapter": {**make_updates(1)[0].adapter, "m0": make_pair(0, rank=2)}}, "rank 3 against .* rank 2"),
+        ({"adapter": {**make_updates(1)[0].adapter, "m0": make_pair(0, scaling=math.nan)}}, "scaling nan"),
+        ({"other": {}}, "different other tensors"),
+        ({"other": {"head.weight": torch.ones(12, 4)}}, "differ in head.weight"),
+        ({"other": {"head.weight": torch.full((4, 12), math.nan)}}, "head.weight of some client holds NaN"),
+    ],
+)
+def test_updates_that_do_not_fit(changes, message):
+    with pytest.raises(AggregationError, match=message):
+        aggregate(altered(1, **changes))
+
+
+def test_integer_tensors_have_no_mean():
+    updates = [replace(update, other={"steps": torch.tensor([3])}) for update in make_updates(2)]
+    with pytest.raises(AggregationError, match="no mean"):
+        aggregate(updates)
+
+
+def test_ffa_needs_one_shared_a():
+    with pytest.raises(AggregationError, match="ffa needs one A"):
+        aggregate(make_updates(2), "ffa")
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'fedex'"):
+        aggregate(make_updates(2), "fedx")
+
+
+def test_factors_that_do_not_chain():
+    with pytest.raises(AggregationError, match="no LoRA product"):
+        LoRAPair(A=torch.ones(2, 5), B=torch.ones(3, 3))

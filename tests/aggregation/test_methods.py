@@ -1,0 +1,189 @@
+"""Every method against the fp64 oracle: the defining property, and what it implies. A new row of METHODS is tested by itself."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import oracle
+from tests.conftest import make_updates
+
+from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate
+
+EXACT = 1e-6
+LORA = [name for name, method in METHODS.items() if method.lora and not method.pooled]
+EXACT_METHODS = [name for name in LORA if METHODS[name].exact]
+INEXACT_METHODS = [name for name in LORA if not METHODS[name].exact]
+
+
+def updates_for(method: str, k: int, out: int, inner: int, rank: int, seed: int, spread: float, scalings) -> list[ClientUpdate]:
+    """k clients around a common start, `spread` apart; one shared A where the method freezes it."""
+    generator = torch.Generator().manual_seed(seed)
+    start_A, start_B = torch.randn(rank, inner, generator=generator), torch.randn(out, rank, generator=generator)
+    updates = []
+    for i in range(k):
+        A = start_A + spread * torch.randn(rank, inner, generator=generator)
+        B = start_B + spread * torch.randn(out, rank, generator=generator)
+        A = start_A if METHODS[method].trains == "B" else A
+        updates.append(ClientUpdate(f"c{i:02d}", {"m": LoRAPair(A=A, B=B, scaling=scalings[i % len(scalings)])}, num_examples=i + 1))
+    return updates
+
+
+def pairs_and_shares(updates):
+    return [update.adapter["m"] for update in updates], oracle.shares([update.num_examples for update in updates])
+
+
+shapes = st.tuples(st.integers(4, 40), st.integers(4, 40), st.integers(1, 4))
+cases = st.tuples(st.integers(1, 10), shapes, st.integers(0, 2**16), st.sampled_from([1.0, 0.1, 1e-3]))
+
+
+@pytest.mark.parametrize("method", EXACT_METHODS)
+@given(case=cases, scalings=st.sampled_from([(1.0,), (2.0,), (8 / 3,), (0.5, 2.0, 16 / 4**0.5)]))
+@settings(max_examples=60, deadline=None)
+def test_exact_methods_give_the_mean_of_products(method, case, scalings):
+    """Reference: s B A + U V = sum p_i s_i B_i A_i (paper, eq. 7-9), for any shape, number of clients, weights and scalings."""
+    k, (out, inner, rank), seed, spread = case
+    updates = updates_for(method, k, out, inner, rank, seed, spread, scalings)
+    result = aggregate(updates, method)
+    assert oracle.relative(oracle.total(result, "m"), oracle.ideal(*pairs_and_shares(updates))) < EXACT
+
+
+@pytest.mark.parametrize("method", INEXACT_METHODS)
+@given(case=cases.filter(lambda case: case[0] > 1 and case[3] == 1.0))
+@settings(max_examples=30, deadline=None)
+def test_inexact_methods_measurably_miss_it(method, case):
+    """The check above can fail: with the same inputs, an inexact method is off by more than a thousand times the bound."""
+    k, (out, inner, rank), seed, spread = case
+    updates = updates_for(method, k, out, inner, rank, seed, spread, (2.0,))
+    result = aggregate(updates, method)
+    assert oracle.relative(oracle.total(result, "m"), oracle.ideal(*pairs_and_shares(updates))) > 1000 * EXACT
+
+
+def test_fedit_is_the_product_of_means():
+    updates = make_updates(4)
+    result, p = aggregate(updates, "fedit"), oracle.shares([10, 20, 30, 40])
+    for module in updates[0].adapter:
+        pairs = [update.adapter[module] for update in updates]
+        assert oracle.relative(oracle.total(result, module), oracle.product_of_means(pairs, p)) < EXACT
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+def test_residual_keeps_its_digits_however_close_the_clients_are(spread):
+    """R itself, not R beside the adapter. In fp32 the subtractive formula has lost it at spread 1e-3 (the last lines), in fp64 at 1e-6."""
+    updates = updates_for("fedex", 3, 64, 48, 4, seed=1, spread=spread, scalings=(1.0,))
+    pairs, p = pairs_and_shares(updates)
+    gain = aggregate(updates).residual["m"]
+    want = oracle.ideal(pairs, p) - oracle.product_of_means(pairs, p)
+    assert oracle.relative(oracle.numpy64(gain.U) @ oracle.numpy64(gain.V), want) < 3e-7
+    if spread <= 1e-3:
+        w = [np.float32(share) for share in p]
+        M = sum(share * (pair.B.numpy() @ pair.A.numpy()) for share, pair in zip(w, pairs, strict=True))
+        Bbar, Abar = (sum(share * getattr(pair, name).numpy() for share, pair in zip(w, pairs, strict=True)) for name in "BA")
+        assert oracle.relative(M - Bbar @ Abar, want) > 1e-2
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_one_client_is_returned_as_it_is(method):
+    update = updates_for(method, 1, 10, 14, 3, seed=2, spread=1.0, scalings=(2.0,))
+    result = aggregate(update, method)
+    assert not result.residual
+    assert torch.equal(result.adapter["m"].A, update[0].adapter["m"].A)
+    assert torch.equal(result.adapter["m"].B, update[0].adapter["m"].B)
+
+
+@pytest.mark.parametrize("equal", ["A", "B", "both"])
+def test_equal_factors_leave_no_residual(equal):
+    """R is a covariance of A and B: it is zero when either does not vary."""
+    updates = make_updates(3)
+    first = updates[0].adapter
+    same = [
+        ClientUpdate(
+            update.client_id,
+            {
+                module: LoRAPair(
+                    A=first[module].A if equal in ("A", "both") else pair.A,
+                    B=first[module].B if equal in ("B", "both") else pair.B,
+                    scaling=2.0,
+                )
+                for module, pair in update.adapter.items()
+            },
+            update.num_examples,
+        )
+        for update in updates
+    ]
+    assert not aggregate(same).residual
+
+
+@given(k=st.integers(2, 8), rank=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_residual_has_rank_at_most_k_minus_one_times_r(k, rank):
+    updates = updates_for("fedex", k, 40, 36, rank, seed=k, spread=1.0, scalings=(2.0,))
+    gain = aggregate(updates).residual["m"]
+    assert gain.rank == (k - 1) * rank
+    dense = oracle.numpy64(gain.U) @ oracle.numpy64(gain.V)
+    assert np.linalg.matrix_rank(dense, tol=1e-6 * np.linalg.norm(dense)) <= (k - 1) * rank
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_order_of_arrival_does_not_change_a_bit(method):
+    updates = updates_for(method, 5, 12, 16, 3, seed=3, spread=0.5, scalings=(2.0,))
+    first, second = aggregate(updates, method), aggregate(updates[::-1], method)
+    assert torch.equal(first.adapter["m"].A, second.adapter["m"].A)
+    assert torch.equal(first.adapter["m"].B, second.adapter["m"].B)
+    assert first.residual.keys() == second.residual.keys()
+    for module, gain in first.residual.items():
+        assert torch.equal(gain.U, second.residual[module].U)
+        assert torch.equal(gain.V, second.residual[module].V)
+
+
+@pytest.mark.parametrize("method", EXACT_METHODS)
+@given(factor=st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_scaling_all_weights_changes_nothing(method, factor):
+    updates = updates_for(method, 4, 12, 16, 3, seed=4, spread=0.5, scalings=(2.0,))
+    raw = [1.0, 2.0, 0.5, 7.0]
+    totals = [oracle.total(aggregate(updates, method, weights), "m") for weights in (raw, [factor * weight for weight in raw])]
+    assert oracle.relative(*totals) < EXACT
+
+
+@pytest.mark.parametrize("method", EXACT_METHODS)
+def test_a_gauge_change_shared_by_all_leaves_the_update(method):
+    """(B G, G^-1 A) is the same product."""
+    updates = updates_for(method, 4, 12, 16, 3, seed=5, spread=0.5, scalings=(2.0,))
+    G = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turned = []
+    for update in updates:
+        pair = update.adapter["m"]
+        other = LoRAPair(A=torch.linalg.solve(G, pair.A.double()), B=pair.B.double() @ G, scaling=2.0)
+        turned.append(ClientUpdate(update.client_id, {"m": other}, update.num_examples))
+    assert oracle.relative(oracle.total(aggregate(turned, method), "m"), oracle.total(aggregate(updates, method), "m")) < EXACT
+
+
+def test_duplicate_clients_and_zero_weights():
+    updates = updates_for("fedex", 3, 12, 16, 3, seed=6, spread=0.5, scalings=(2.0,))
+    twin = ClientUpdate("twin", updates[0].adapter, updates[0].num_examples)
+    pairs = [update.adapter["m"] for update in [*updates, twin]]
+    weights = [1.0, 0.0, 2.0, 1.0]
+    result = aggregate([*updates, twin], weights=weights)
+    assert oracle.relative(oracle.total(result, "m"), oracle.ideal(pairs, oracle.shares(weights))) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_factors_are_aggregated_in_fp32(dtype):
+    updates = [
+        ClientUpdate(
+            update.client_id,
+            {name: LoRAPair(A=pair.A.to(dtype), B=pair.B.to(dtype), scaling=pair.scaling) for name, pair in update.adapter.items()},
+            update.num_examples,
+        )
+        for update in updates_for("fedex", 3, 12, 16, 3, seed=7, spread=0.5, scalings=(2.0,))
+    ]
+    result = aggregate(updates)
+    assert result.adapter["m"].A.dtype == torch.float32
+    assert oracle.relative(oracle.total(result, "m"), oracle.ideal(*pairs_and_shares(updates))) < EXACT
+
+
+def test_other_tensors_are_averaged_with_the_same_weights():
+    updates = make_updates(3)
+    want = sum(p * oracle.numpy64(update.other["head.weight"]) for p, update in zip(oracle.shares([10, 20, 30]), updates, strict=True))
+    assert oracle.relative(oracle.numpy64(aggregate(updates).other["head.weight"]), want) < EXACT

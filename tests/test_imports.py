@@ -1,0 +1,56 @@
+"""The layout: each module imports only from those above it, and the mathematics and the server import no training library."""
+
+import ast
+from pathlib import Path
+
+import fedex_lora
+
+ROOT = Path(fedex_lora.__file__).parent
+ORDER = """
+errors types config aggregation measure server wire storage peft_io verify adapters tasks partition client rounds runner display demo doctor cli
+""".split()  # noqa: SIM905 (reads better)
+PURE = ("errors", "types", "aggregation", "measure", "server")
+TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
+
+
+def sources():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts != ("__init__",):
+            yield parts[0], path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield from ([f"fedex_lora.{alias.name}" for alias in node.names] if node.module == "fedex_lora" else [node.module])
+
+
+def test_every_module_has_its_place():
+    assert {module for module, _ in sources()} == set(ORDER)
+
+
+def test_modules_import_only_from_above():
+    for module, path in sources():
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "fedex_lora" and len(parts) > 1 and parts[1] in ORDER and parts[1] != module:
+                assert ORDER.index(parts[1]) < ORDER.index(module), f"{path.relative_to(ROOT)} imports {parts[1]}, which is below it"
+
+
+def test_mathematics_and_server_import_no_training_library():
+    for module, path in sources():
+        if module in PURE:
+            assert not TRAINING & {name.split(".")[0] for name in imported(path)}, f"{path.relative_to(ROOT)}"
+
+
+def test_the_check_can_fail():
+    assert "transformers" in {name.split(".")[0] for name in imported(ROOT / "client.py")}
+
+
+def test_public_names_exist():
+    for name in fedex_lora.__all__:
+        assert getattr(fedex_lora, name) is not None
