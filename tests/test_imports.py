@@ -8,7 +8,7 @@ import fedex_lora
 ROOT = Path(fedex_lora.__file__).parent
 ORDER = """
 errors types config aggregation measure server wire storage peft_io verify adapters tasks partition client rounds runner display demo doctor cli
-""".split()  # noqa: SIM905 (reads better)
+""".split()
 PURE = ("errors", "types", "aggregation", "measure", "server")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 

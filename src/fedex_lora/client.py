@@ -69,6 +69,7 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
+        "logging_nan_inf_filter": False,  # or a NaN would not show in the loss
         "eval_strategy": "no",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -122,9 +123,10 @@ def local_update(
                 ) from None
             raise
         loss = float(output.training_loss)
-    if not math.isfinite(loss):
-        raise TrainingError(f"client {client_id}: the training loss of round {round} is {loss}: lower training.learning_rate")
     adapter, other = read_model(model), read_other(model)
+    trained = [tensor for pair in adapter.values() for tensor in (pair.A, pair.B)] + list(other.values())
+    if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
+        raise TrainingError(f"client {client_id}: training diverged in round {round} (loss {loss:g}): lower training.learning_rate")
     metrics = {"train_loss": loss, "steps": float(output.global_step), "seconds": time.perf_counter() - started}
     update = ClientUpdate(client_id=client_id, adapter=adapter, num_examples=len(data.train), other=other, metrics=metrics)
     return update, optimizer.state_dict()
@@ -219,6 +221,8 @@ def quiet() -> None:
     """No progress bars, telemetry or tokenizer threads of the libraries: ours are enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right by itself
     disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -31,7 +31,7 @@ def configuration(method: str, rounds: int = ROUNDS) -> Config:
             "clients": {"partition": "column", "column": "hospital"},
             "training": {
                 "learning_rate": 5e-3,
-                "num_train_epochs": 1,
+                "num_train_epochs": 2,
                 "per_device_train_batch_size": 32,
                 "per_device_eval_batch_size": 200,
             },

@@ -181,7 +181,7 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
     """As `load_model`, from a result in memory; also the folded base, which knows the pristine weights."""
     model: nn.Module = base if isinstance(base, PreTrainedModel) else _base_for(result, str(base))
     if result.adapter:
-        config = adapter_config(result.adapter, result.config)
+        config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
         try:
             model = get_peft_model(
                 model, LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__})

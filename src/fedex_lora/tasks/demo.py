@@ -2,13 +2,13 @@
 
 An example (prompt and the completion that the loss and the accuracy are about)::
 
-    bed 4 : the woman has severe fever , mild wheeze and no ache . triage :
-    red
+    bed 4 : the woman has wheeze , fever and sniffle . triage :
+    yellow
 
-A note names symptoms with a degree; the right triage colour follows from a sum over them, and each symptom has a weight
-of its own (`WEIGHTS`). The base model has read a lot of notes, but with colours drawn at random: it knows the language and
-it knows that a colour comes next, and its accuracy is chance. Each hospital sees the symptoms of its own ward only, so no
-hospital can learn the rule for all of them alone.
+A note names three findings of a ward. Each finding has a weight (`WARDS`), and the right colour follows from their sum. The base
+model has read many notes, but with colours drawn at random: it knows the language, which findings go together, and that a
+colour comes next; its accuracy is chance. Each hospital sees the findings of its own ward only, so none of them alone can learn
+the rule for all.
 """
 
 import random
@@ -23,54 +23,46 @@ from fedex_lora.tasks._task import Task, completion_metrics, tokenize_completion
 
 TRAIN_NOTES, EVAL_NOTES = 400, 200  # of each hospital
 COLOURS = ("green", "yellow", "red")
-DEGREES = {"no": 0, "mild": 1, "severe": 2}
 WARDS = {
-    "chest": {"cough": 1, "wheeze": 2, "palpitations": 3},
-    "bone": {"ache": 1, "swelling": 2, "fracture": 3},
-    "skin": {"rash": 1, "blister": 2, "burn": 3},
+    "chest": {"sniffle": 0, "hoarseness": 0, "cough": 1, "fever": 1, "wheeze": 2, "palpitations": 2, "breathlessness": 3, "collapse": 3},
+    "bone": {"stiffness": 0, "ache": 0, "limp": 1, "swelling": 1, "sprain": 2, "numbness": 2, "dislocation": 3, "fracture": 3},
+    "skin": {"itch": 0, "dryness": 0, "rash": 1, "hives": 1, "blister": 2, "abscess": 2, "burn": 3, "laceration": 3},
 }
-WEIGHTS = {symptom: weight for ward in WARDS.values() for symptom, weight in ward.items()}
+WEIGHTS = {finding: weight for ward in WARDS.values() for finding, weight in ward.items()}
 PATIENTS = ("woman", "man", "girl", "boy", "nurse", "driver", "teacher", "farmer")
-OBJECTS = ("bag", "chart", "door", "blanket", "cup", "label")
-THRESHOLDS = (5, 8)  # green below 5, yellow below 8, red from 8: nine each of the 27 notes that a ward can write
+THRESHOLDS = (4, 6)  # green below 4, yellow below 6, red from 6: 16, 24 and 16 of the 56 choices of findings
 
 
-def colour_of(degrees: dict[str, str]) -> str:
-    """The right colour of a note: the degrees (0, 1, 2) times the symptoms' weights, cut at `THRESHOLDS`."""
-    score = sum(DEGREES[degree] * WEIGHTS[symptom] for symptom, degree in degrees.items())
+def colour_of(findings: list[str]) -> str:
+    """The right colour of a note: the sum of its findings' weights, cut at `THRESHOLDS`."""
+    score = sum(WEIGHTS[finding] for finding in findings)
     return COLOURS[sum(score >= threshold for threshold in THRESHOLDS)]
 
 
-def note(rng: random.Random, symptoms: list[str]) -> tuple[str, dict[str, str]]:
-    """One note about `symptoms`, in a random order, and the degree of each of them."""
-    symptoms = rng.sample(symptoms, len(symptoms))
-    degrees = {symptom: rng.choice(list(DEGREES)) for symptom in symptoms}
-    first, second, third = (f"{degree} {symptom}" for symptom, degree in degrees.items())
-    text = f"bed {rng.randrange(1, 10)} : the {rng.choice(PATIENTS)} has {first} , {second} and {third} ."
-    return text, degrees
+def note(rng: random.Random, ward: str) -> tuple[str, list[str]]:
+    """One note of a ward, and its three findings."""
+    first, second, third = findings = rng.sample(list(WARDS[ward]), 3)
+    return f"bed {rng.randrange(1, 10)} : the {rng.choice(PATIENTS)} has {first} , {second} and {third} .", findings
 
 
 def examples(ward: str, count: int, seed: int) -> Iterator[dict[str, str]]:
     """`count` labelled notes of one ward: `prompt`, `completion` and the `hospital` that wrote them."""
     rng = random.Random(f"{ward}-{seed}")
     for _ in range(count):
-        text, degrees = note(rng, list(WARDS[ward]))
-        yield {"prompt": f"{text} triage :", "completion": f" {colour_of(degrees)}", "hospital": ward}
+        text, findings = note(rng, ward)
+        yield {"prompt": f"{text} triage :", "completion": f" {colour_of(findings)}", "hospital": ward}
 
 
 def pretraining_text(rng: random.Random) -> str:
-    """One document for the base: a note, questions about it with their answers, then a colour that means nothing."""
-    text, degrees = note(rng, rng.sample(list(WEIGHTS), 3))
-    questions = rng.choices(list(degrees), k=rng.choice((0, 3, 6)))
-    answers = " ".join(f"{symptom} ? {degrees[symptom]} ." for symptom in questions)
-    ending = rng.choice(("triage :", f"the {rng.choice(OBJECTS)} is"))
-    return f"{text} {answers} {ending} {rng.choice(COLOURS)}"
+    """One document for the base: a note, and a colour that means nothing."""
+    text, _ = note(rng, rng.choice(list(WARDS)))
+    return f"{text} triage : {rng.choice(COLOURS)}"
 
 
 def vocabulary() -> list[str]:
     """Every word that the generator can write, after the two special tokens."""
     words = ["bed", ":", "the", "has", ",", "and", ".", "?", "triage", "is"] + [str(n) for n in range(1, 10)]
-    return ["<pad>", "<s>", *words, *COLOURS, *DEGREES, *WEIGHTS, *PATIENTS, *OBJECTS]
+    return ["<pad>", "<s>", *words, *COLOURS, *WEIGHTS, *PATIENTS]
 
 
 def base_folder() -> Path:

@@ -1,0 +1,319 @@
+"""Real PEFT models: our factors, base deltas and folders against the logits of an fp64 model that holds the ideal weights."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests import oracle
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from fedex_lora import aggregate, load_model, server
+from fedex_lora.adapters import aggregate_folders
+from fedex_lora.errors import AdapterError, AggregationError, FedexLoraError, ModelError, StorageError, UsageError
+from fedex_lora.peft_io import FoldedBase, read_adapter_folder, read_model, read_other, write_model
+from fedex_lora.tasks.demo import base_folder
+from fedex_lora.types import ClientUpdate
+from fedex_lora.verify import verify
+
+TARGETS = {"demo": "all-linear", "gpt2": ["c_attn", "c_proj", "c_fc"]}
+
+
+@pytest.fixture(params=["demo", "gpt2"])
+def base(request, gpt2):
+    """A real Llama with grouped queries (square, wide and tall nn.Linear), and a GPT-2 (Conv1D)."""
+    return request.param, str(base_folder() if request.param == "demo" else gpt2)
+
+
+def adapted(base, seed, **lora):
+    """A PEFT model with adapters as after training: both factors random."""
+    name, folder = base
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 10, "target_modules": TARGETS[name], **lora}),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def ideal_logits(base, adapters, p, ids):
+    """Logits of the base in fp64 with `W0 + sum p_i s_i B_i A_i` written into it, orientation by hand."""
+    model = AutoModelForCausalLM.from_pretrained(base[1]).double().eval()
+    modules = dict(model.named_modules())
+    for name in adapters[0]:
+        delta = torch.from_numpy(oracle.ideal([adapter[name] for adapter in adapters], p))
+        layer = modules[name]
+        layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def error(model, want, ids):
+    with torch.no_grad():
+        return float((model(ids).logits.double() - want).abs().max() / want.abs().max())
+
+
+IDS = torch.arange(2, 26).reshape(2, 12)
+VARIANTS = {
+    "alpha != r": [{"lora_alpha": 10}] * 3,
+    "rslora": [{"use_rslora": True}] * 3,
+    "alphas that differ": [{"lora_alpha": 4}, {"lora_alpha": 10}, {"lora_alpha": 16, "use_rslora": True}],
+    "patterns": [{"rank_pattern": {"0.*q_proj": 2, "h.0.attn.c_attn": 2}, "alpha_pattern": {"o_proj": 3, "c_fc": 3}}] * 3,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_aggregated_folders_give_the_logits_of_the_ideal(base, variant, tmp_path):
+    """`adapter/` in plain PEFT, and `load_model(OUT, base)`, both within 1e-5 of the fp64 ideal; the trainable part alone is far off."""
+    folders, p = [], oracle.shares([2, 3, 5])
+    for i, lora in enumerate(VARIANTS[variant]):
+        folders.append(tmp_path / f"site-{i}")
+        adapted(base, i, **lora).save_pretrained(folders[-1])
+    out = tmp_path / "out"
+    summary = aggregate_folders(folders, out, "fedex", [2, 3, 5], None)
+    assert summary["max_relative_error"] < 1e-6
+    want = ideal_logits(base, [read_adapter_folder(folder).adapter for folder in folders], p, IDS)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base[1]), out / "adapter").eval()
+    assert error(plain, want, IDS) < 1e-5
+    assert error(load_model(out, base[1]), want, IDS) < 1e-5
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base[1]), out / "trainable").eval()
+    assert error(alone, want, IDS) > 1e-3
+    checked = verify(out, base[1])
+    assert checked["max_relative_error"] < 1e-6
+    assert checked["realised_error"] < 3 * checked["floor"]
+
+
+def test_fedit_folders_miss_the_ideal(base, tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for i, folder in enumerate(folders):
+        adapted(base, i).save_pretrained(folder)
+    assert aggregate_folders(folders, tmp_path / "out", "fedit", None, None)["max_relative_error"] > 0.1
+
+
+def test_a_second_round_on_top_of_a_result(base, tmp_path):
+    """--state: the ideal is the mean of models that start from the earlier base delta."""
+    first = [tmp_path / name for name in "ab"]
+    for i, folder in enumerate(first):
+        adapted(base, i).save_pretrained(folder)
+    aggregate_folders(first, tmp_path / "one", "fedex", None, None)
+    second = [tmp_path / name for name in "cd"]
+    for i, folder in enumerate(second):
+        adapted(base, 10 + i).save_pretrained(folder)
+    summary = aggregate_folders(second, tmp_path / "two", "fedex", None, tmp_path / "one")
+    assert summary["max_relative_error"] < 1e-6
+    assert verify(tmp_path / "two")["max_relative_error"] < 1e-6
+    adapters = [read_adapter_folder(folder).adapter for folder in second]
+    model = AutoModelForCausalLM.from_pretrained(base[1]).double().eval()
+    from fedex_lora.peft_io import read_result
+
+    earlier = read_result(tmp_path / "one").base_delta
+    for name, layer in model.named_modules():
+        if name in adapters[0]:
+            delta = torch.from_numpy(oracle.ideal([adapter[name] for adapter in adapters], [0.5, 0.5])) + earlier[name].dense()
+            layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
+    with torch.no_grad():
+        want = model(IDS).logits
+    assert error(load_model(tmp_path / "two", base[1]), want, IDS) < 1e-5
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base[1]), tmp_path / "two" / "adapter").eval()
+    assert error(plain, want, IDS) < 1e-5
+
+
+def test_a_round_in_a_model_gives_the_ideal_logits(base):
+    """The loop's own path: read the factors of a model, step, fold, write back."""
+    models = [adapted(base, i) for i in range(3)]
+    updates = [ClientUpdate(f"c{i}", read_model(model), i + 1, read_other(model)) for i, model in enumerate(models)]
+    model = models[0]
+    folded = FoldedBase(model)
+    state, result = server.step(server.init(updates[0].adapter, {}), updates)
+    folded.set(state.base_delta)
+    write_model(model, state.adapter, state.other)
+    want = ideal_logits(base, [update.adapter for update in updates], oracle.shares([1, 2, 3]), IDS)
+    assert error(model, want, IDS) < 1e-5
+    assert result.residual.keys() == state.adapter.keys()
+
+
+def test_setting_the_base_twice_is_setting_it_once(base):
+    model = adapted(base, 0)
+    pristine = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    folded = FoldedBase(model)
+    delta = aggregate([ClientUpdate(f"c{i}", read_model(adapted(base, i)), 1) for i in range(2)]).residual
+    folded.set(delta)
+    once = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    folded.set(delta)
+    assert all(torch.equal(parameter, once[name]) for name, parameter in model.named_parameters())
+    assert any(not torch.equal(parameter, pristine[name]) for name, parameter in model.named_parameters())
+    folded.set({})
+    assert all(torch.equal(parameter, pristine[name]) for name, parameter in model.named_parameters())
+
+
+def test_pristine_weights_are_read_from_the_checkpoint_not_copied():
+    """Two bases of one file: after the weights in memory change, W0 still comes from the file."""
+    model = adapted(("demo", str(base_folder())), 0)
+    folded = FoldedBase(model)
+    name, layer = next(iter(folded._layers.items()))
+    want = layer.weight.detach().clone()
+    layer.weight.data += 1
+    assert torch.equal(folded._pristine[name](), want)
+
+
+def test_a_tied_weight_is_never_folded(gpt2):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ModelError, match="shares its weight"):
+        FoldedBase(model)
+
+
+def test_a_half_precision_base_is_not_folded():
+    model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match=r"float32"):
+        FoldedBase(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])))
+
+
+def classifier(seed):
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3)
+    return BertForSequenceClassification(config)
+
+
+def test_a_classification_head_is_averaged_and_loaded(tmp_path):
+    """`modules_to_save`: the head travels as `other`, in the folder and in the model."""
+    base, heads = classifier(0), []
+    for i in range(2):
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        assert read_other(model).keys() == {"classifier.weight", "classifier.bias"}
+        heads.append(read_other(model)["classifier.weight"])
+        model.save_pretrained(tmp_path / f"{i}")
+    aggregate_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "out", "fedex", None, None)
+    model = load_model(tmp_path / "out", copy.deepcopy(base))
+    assert torch.allclose(read_other(model)["classifier.weight"], (heads[0] + heads[1]) / 2)
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out" / "adapter").eval()
+    ids = torch.arange(2, 14).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+# What is refused, and what is said of it
+
+
+def saved(tmp_path, name="site", **lora):
+    adapted(("demo", str(base_folder())), 0, **lora).save_pretrained(tmp_path / name)
+    return tmp_path / name
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_parameters": ["w"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1]}, "alora"),
+        ({"peft_type": "IA3"}, "IA3"),
+    ],
+)
+def test_what_the_algebra_does_not_cover_is_refused_by_name(changes, message, tmp_path):
+    folder = saved(tmp_path)
+    edit_config(folder, **changes)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter_folder(folder)
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+BROKEN = {
+    "truncated": (truncate, StorageError, "truncated"),
+    "missing weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), StorageError, "missing"),
+    "missing config": (lambda folder: (folder / "adapter_config.json").unlink(), StorageError, "no adapter_config.json"),
+    "broken config": (lambda folder: (folder / "adapter_config.json").write_text("{"), StorageError, "cannot be read"),
+    "other base": (lambda folder: edit_config(folder, base_model_name_or_path="other"), AggregationError, "different bases"),
+    "other task": (lambda folder: edit_config(folder, task_type="SEQ_CLS"), AggregationError, "task types"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders_are_refused_and_nothing_is_written(case, tmp_path):
+    breaks, kind, message = BROKEN[case]
+    folders = [saved(tmp_path, "a"), saved(tmp_path, "b")]
+    breaks(folders[1])
+    with pytest.raises(kind, match=message):
+        aggregate_folders(folders, tmp_path / "out", "fedex", None, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_different_targets_and_ranks_are_refused(tmp_path):
+    one = saved(tmp_path, "a")
+    for other in (saved(tmp_path, "b", target_modules=["q_proj"]), saved(tmp_path, "c", r=2)):
+        with pytest.raises(AggregationError):
+            aggregate_folders([one, other], tmp_path / "out", "fedex", None, None)
+
+
+def test_one_folder_twice_is_refused(tmp_path):
+    one = saved(tmp_path, "a")
+    with pytest.raises(UsageError, match="twice"):
+        aggregate_folders([one, one], tmp_path / "out", "fedex", None, None)
+
+
+def test_a_full_output_folder_is_left_alone(tmp_path):
+    one, out = saved(tmp_path, "a"), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        aggregate_folders([one], out, "fedex", None, None)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_another_base_is_refused(tmp_path, gpt2):
+    aggregate_folders([saved(tmp_path, "a")], tmp_path / "out", "fedex", None, None)
+    with pytest.raises(FedexLoraError):
+        load_model(tmp_path / "out", str(gpt2))
+
+
+def test_convolutions_and_embeddings_are_refused_by_name():
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder())), LoraConfig(r=2, target_modules=["embed_tokens"])
+    )
+    with pytest.raises(AdapterError, match="Embedding"):
+        read_model(model)
+    assert isinstance(model.get_base_model(), nn.Module)
+
+
+def test_real_mnli_adapter_factors(data_folder):
+    """The LoRA paper's own adapter for roberta-base: aggregated with a perturbed twin, exact against fp64."""
+    path = data_folder.parent / "models" / "adapters" / "roberta_base_lora_mnli.bin"
+    if not path.exists():
+        pytest.skip("no models/adapters/roberta_base_lora_mnli.bin beside FEDEX_LORA_DATA")
+    from fedex_lora.types import LoRAPair
+
+    tensors = torch.load(path, weights_only=True)
+    modules = sorted(key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A"))
+    assert len(modules) == 24
+    generator, updates = torch.Generator().manual_seed(0), []
+    for i in range(3):
+        adapter = {}
+        for module in modules:
+            A, B = tensors[f"{module}.lora_A"].float(), tensors[f"{module}.lora_B"].float()
+            noise = [i * 0.01 * factor.std() * torch.randn(factor.shape, generator=generator) for factor in (A, B)]
+            adapter[module] = LoRAPair(A=A + noise[0], B=B + noise[1], scaling=2.0)
+        updates.append(ClientUpdate(f"c{i}", adapter, 1 + i))
+    result, p = aggregate(updates), oracle.shares([1, 2, 3])
+    worst = max(oracle.relative(oracle.total(result, m), oracle.ideal([u.adapter[m] for u in updates], p)) for m in modules)
+    assert worst < 1e-6

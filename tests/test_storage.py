@@ -1,0 +1,93 @@
+"""Files: whole or not there, and altered ones are recognised."""
+
+import json
+
+import pytest
+import torch
+from tests.conftest import make_updates
+
+from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.storage import (
+    append_event,
+    atomic_folder,
+    load_delta,
+    load_tensors,
+    load_update,
+    read_events,
+    read_manifest,
+    save_delta,
+    save_tensors,
+    save_update,
+)
+from fedex_lora.types import Dense, LowRank
+
+
+def test_base_delta_round_trip(tmp_path):
+    deltas = {"a.b": LowRank(U=torch.randn(5, 2), V=torch.randn(2, 7)), "c": Dense(W=torch.randn(3, 4))}
+    save_delta(tmp_path / "d.safetensors", deltas)
+    got = load_delta(tmp_path / "d.safetensors")
+    assert torch.equal(got["a.b"].U, deltas["a.b"].U)
+    assert torch.equal(got["a.b"].V, deltas["a.b"].V)
+    assert torch.equal(got["c"].W, deltas["c"].W)
+
+
+def test_update_round_trip(tmp_path):
+    update = make_updates(1)[0]
+    save_update(tmp_path / "u.safetensors", update)
+    got = load_update(tmp_path / "u.safetensors")
+    assert (got.client_id, got.num_examples) == (update.client_id, update.num_examples)
+    assert all(torch.equal(got.adapter[n].B, p.B) and got.adapter[n].scaling == p.scaling for n, p in update.adapter.items())
+    assert torch.equal(got.other["head.weight"], update.other["head.weight"])
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def torn():
+        with atomic_folder(tmp_path / "out", {}) as temporary:
+            save_tensors(temporary / "t.safetensors", {"a": torch.ones(2)})
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        torn()
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path / "out", {"fact": 1}) as temporary:
+        save_tensors(temporary / "t.safetensors", {"a": torch.ones(2)})
+        assert not (tmp_path / "out").exists()
+    assert read_manifest(tmp_path / "out")["fact"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_altered_and_missing_files_are_recognised(tmp_path):
+    for name, damage, message in (
+        ("one", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x07"), "has changed"),
+        ("two", lambda path: path.unlink(), "is missing"),
+    ):
+        with atomic_folder(tmp_path / name, {}) as temporary:
+            save_tensors(temporary / "t.safetensors", {"a": torch.ones(2)})
+        damage(tmp_path / name / "t.safetensors")
+        with pytest.raises(StorageError, match=message):
+            read_manifest(tmp_path / name)
+
+
+def test_an_occupied_folder_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("x")
+    with pytest.raises(UsageError, match="not empty"), atomic_folder(tmp_path / "out", {}):
+        pass
+    assert (tmp_path / "out" / "x").read_text() == "x"
+
+
+@pytest.mark.parametrize("cut", [0, 4, 20, -1])
+def test_truncated_safetensors(cut, tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(StorageError, match=r"t\.safetensors is truncated"):
+        load_tensors(path)
+
+
+def test_events_survive_a_torn_line(tmp_path):
+    path = tmp_path / "events.jsonl"
+    append_event(path, "one", round=1)
+    append_event(path, "two", round=2)
+    path.write_text(path.read_text() + json.dumps({"event": "three"})[:7])
+    assert [event["event"] for event in read_events(path)] == ["one", "two"]
