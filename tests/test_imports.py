@@ -6,9 +6,8 @@ from pathlib import Path
 import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
-ORDER = """
-errors types config aggregation measure server wire storage peft_io verify adapters tasks partition client rounds runner display demo doctor cli
-""".split()
+ABOVE = "errors types config aggregation measure server wire storage peft_io verify adapters tasks partition client rounds runner"
+ORDER = f"{ABOVE} display demo doctor cli".split()
 PURE = ("errors", "types", "aggregation", "measure", "server")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 

@@ -120,7 +120,7 @@ def _stacked(updates: Sequence[ClientUpdate], modules: Sequence[str]) -> tuple[f
     pairs = [on_scaling(update.adapter[module], scaling) for module in modules for update in updates]
     A, B = torch.stack(_one_dtype([pair.A for pair in pairs])), torch.stack(_one_dtype([pair.B for pair in pairs]))
     dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(updates))
-    A, B = A.to(dtype).unflatten(0, shape), B.to(dtype).mT.contiguous().unflatten(0, shape)
+    A, B = A.to(dtype).unflatten(0, shape), B.to(dtype).mT.unflatten(0, shape)
     return scaling, Factors(A=A, B=B)
 
 
@@ -134,11 +134,15 @@ def _one_dtype(tensors: list[Tensor]) -> list[Tensor]:
 
 def _gains(modules: Sequence[str], gain: Factors, scaling: float) -> dict[str, LowRank]:
     """`s R` per module, without the modules where it is zero."""
-    A, B = gain.A, gain.B.mul_(scaling)
-    norms = zip(torch.linalg.vector_norm(A, dim=(1, 2)).tolist(), torch.linalg.vector_norm(B, dim=(1, 2)).tolist(), strict=True)
-    return {
-        module: LowRank(U=B[index].mT, V=A[index]) for index, (module, (a, b)) in enumerate(zip(modules, norms, strict=True)) if a and b
-    }
+    if scaling != 1:
+        gain.B.mul_(scaling)
+    gains = {module: LowRank(U=gain.B[index].mT, V=gain.A[index]) for index, module in enumerate(modules)}
+    return {module: residual for module, residual in gains.items() if residual.rank and _any(residual.U) and _any(residual.V)}
+
+
+def _any(matrix: Tensor) -> bool:
+    """Is anything in it not zero? Looks at one row and one column first, where the answer nearly always is."""
+    return bool(matrix[0].any() or matrix[:, 0].any() or matrix.any())
 
 
 def _mean(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
@@ -165,7 +169,7 @@ def _require_same_structure(updates: Sequence[ClientUpdate]) -> None:
         _require_same_names(who, "other tensors", first.other, update.other)
         for module, pair in update.adapter.items():
             reference = first.adapter[module]
-            if (pair.shape, pair.rank) != (reference.shape, reference.rank):
+            if pair.A.shape != reference.A.shape or pair.B.shape != reference.B.shape:
                 raise AggregationError(
                     f"{who} differ in {module}: shape {reference.shape} rank {reference.rank} against shape {pair.shape} rank {pair.rank}; "
                     "train all adapters on one model with one rank"

@@ -35,20 +35,19 @@ Step: TypeAlias = tuple[Factors, Factors | None]
 
 
 def differences(x: Tensor) -> Tensor:
-    """`x_i - x_k` for i < k, over dimension 1 (overwrites x)."""
-    return x[:, :-1].sub_(x[:, -1:])
+    """`x_i - x_k` for i < k, over dimension 1; contiguous whatever the layout of x."""
+    return torch.sub(x[:, :-1], x[:, -1:], out=x.new_empty(x[:, :-1].shape))
 
 
-def mean(difference: Tensor, p: Tensor) -> Tensor:
-    """`xbar - x_k = sum_{i<k} p_i (x_i - x_k)`, from `differences`."""
-    return (p[:-1] @ difference.flatten(2)).unflatten(1, difference.shape[2:])
+def mean(x: Tensor, difference: Tensor, p: Tensor) -> Tensor:
+    """`xbar = x_k + sum_{i<k} p_i (x_i - x_k)`."""
+    return (p[:-1] @ difference.flatten(2)).unflatten(1, x.shape[2:]).add_(x[:, -1])
 
 
 def fedit(clients: Factors, p: Tensor) -> Step:
     """FedIT: `Abar = sum p_i A_i`, `Bbar = sum p_i B_i`, nothing for the base (FedEx-LoRA paper, eq. 3-4; inexact)."""
     A, B = clients
-    last_A, last_B = A[:, -1].clone(), B[:, -1].clone()
-    return Factors(A=mean(differences(A), p).add_(last_A), B=mean(differences(B), p).add_(last_B)), None
+    return Factors(A=mean(A, differences(A), p), B=mean(B, differences(B), p)), None
 
 
 def fedex(clients: Factors, p: Tensor) -> Step:
@@ -59,18 +58,19 @@ def fedex(clients: Factors, p: Tensor) -> Step:
     """
     A, B = clients
     dA, dB = differences(A), differences(B)
-    mean_dA, mean_dB = mean(dA, p), mean(dB, p)
-    centred = dB.sub_(mean_dB[:, None]).mul_(p[:-1, None, None])  # p_i (B_i - Bbar)
-    return Factors(A=mean_dA.add_(A[:, -1]), B=mean_dB.add_(B[:, -1])), Factors(A=dA.flatten(1, 2), B=centred.flatten(1, 2))
+    p_i = p[:-1, None, None]
+    weighted_dB = dB.mul_(p_i)  # p_i (B_i - B_k)
+    mean_dB = weighted_dB.sum(dim=1, keepdim=True)  # Bbar - B_k
+    centred = weighted_dB.sub_(p_i * mean_dB)  # p_i (B_i - Bbar)
+    return Factors(A=mean(A, dA, p), B=mean_dB[:, 0].add_(B[:, -1])), Factors(A=dA.flatten(1, 2), B=centred.flatten(1, 2))
 
 
 def ffa(clients: Factors, p: Tensor) -> Step:
     """FFA-LoRA: A frozen and shared, `Bbar = sum p_i B_i` (arXiv 2403.12313; exact, half of the factors trained)."""
-    shared = clients.A[:, -1].clone()
-    if not torch.equal(clients.A, shared[:, None].expand_as(clients.A)):
+    A, B = clients
+    if not torch.equal(A, A[:, -1:].expand_as(A)):
         raise AggregationError("ffa needs one A that all clients share, and theirs differ: freeze A while training, or use method fedex")
-    (_, B), _ = fedit(clients, p)
-    return Factors(A=shared, B=B), None
+    return Factors(A=A[:, -1].clone(), B=mean(B, differences(B), p)), None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Method:
 
     Attributes:
         name: as in configurations.
-        aggregate: (clients' factors, p) -> (global factors, gain of the base / s); may overwrite the factors.
+        aggregate: (clients' factors, p) -> (global factors, gain of the base / s).
         exact: does `B A + gain` equal the ideal update?
         trains: the factors that clients train; a method that trains B only shares one frozen A.
         lora: False where clients train the whole model instead (all of it travels as other tensors).

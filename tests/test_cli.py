@@ -1,0 +1,200 @@
+"""The command line in process: what people type, what they read, and what the exit status says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from fedex_lora import __version__
+from fedex_lora.cli import app
+from fedex_lora.tasks.demo import base_folder
+
+CONFIG = f"""
+method = "fedex"
+rounds = 1
+[base]
+model = "{base_folder()}"
+[lora]
+r = 2
+target_modules = "all-linear"
+[task]
+name = "demo"
+train_rows = 60
+eval_rows = 15
+[clients]
+partition = "column"
+column = "hospital"
+[training]
+num_train_epochs = 1
+per_device_train_batch_size = 16
+"""
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    folders = []
+    for name in ("one", "two", "three"):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base_folder()),
+            LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False),
+        )
+        folders.append(tmp_path / name)
+        model.save_pretrained(folders[-1])
+    return folders
+
+
+def test_help_names_the_commands():
+    result = call("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "run", "aggregate", "verify", "doctor"):
+        assert command in result.stdout
+
+
+def test_version():
+    assert call("--version").stdout.strip() == __version__
+
+
+def test_run_then_verify(config, tmp_path):
+    ran = call("run", config, "--out", tmp_path / "out", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    numbers = json.loads(ran.stdout)
+    assert numbers["exactness_error"] < 1e-6
+    assert "exactness error" in ran.stderr
+    checked = call("verify", tmp_path / "out", "--base", base_folder(), "--json")
+    assert checked.exit_code == 0
+    result = json.loads(checked.stdout)
+    assert result["max_relative_error"] < 1e-6
+    assert result["realised_error"] < 3 * result["floor"]
+    shown = call("verify", tmp_path / "out")
+    assert shown.exit_code == 0
+    assert "relative error, worst module" in shown.stdout
+
+
+def test_aggregate_and_verify(adapters, tmp_path):
+    out = tmp_path / "out"
+    done = call("aggregate", *adapters, "--weights", "0.2,0.3,0.5", "-o", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["weights"] == {"one": 0.2, "three": 0.5, "two": 0.3}
+    assert result["max_relative_error"] < 1e-6
+    assert result["residual_rank"] == 4
+    assert call("verify", out).exit_code == 0
+
+
+def test_an_exact_result_that_is_not_exact_fails_verification(adapters, tmp_path):
+    """A result that lost its base delta (with a manifest that agrees) is off, and verify says so with a non-zero exit."""
+    from fedex_lora.storage import MANIFEST, save_delta, sha256
+
+    out = tmp_path / "out"
+    call("aggregate", *adapters, "-o", out)
+    save_delta(out / "base_delta.safetensors", {})
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"]["base_delta.safetensors"] = sha256(out / "base_delta.safetensors")
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    result = call("verify", out)
+    assert result.exit_code == 1
+    assert "is off by" in result.stderr
+
+
+def test_doctor():
+    result = call("doctor", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)["facts"]
+    assert {"python", "torch", "transformers", "peft", "exactness here"} <= facts.keys()
+    assert call("doctor").exit_code == 0
+
+
+def one_line(result, status):
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == status, (result.exit_code, result.stdout, result.stderr)
+    assert len(lines) == 1, lines
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "message"),
+    [
+        (["lora.rnk=3"], 2, "unknown key lora.rnk"),
+        (["rounds=many"], 2, "rounds = 'many'"),
+        (["method=fedexx"], 2, "did you mean 'fedex'"),
+        (["base.model=nobody/nothing"], 1, "neither a local folder nor to be had from the hub"),
+        (["task.name=glue/mrpc"], 1, "task.data"),
+        (["clients.column=ward"], 1, "no column"),
+        (["clients.partition=iid", "clients.count=50", "task.train_rows=20"], 1, "gets no examples"),
+        (["lora.target_modules=['nothing']"], 1, "set lora.target_modules"),
+        (["lora.target_modules=['embed_tokens']"], 1, "Embedding"),
+        (["training.learning_rat=1"], 2, "did you mean training.learning_rate"),
+        (["training.seed=1"], 2, "seed is set by fedex-lora"),
+    ],
+)
+def test_bad_configurations(overrides, status, message, config, tmp_path):
+    options = [part for override in overrides for part in ("--set", override)]
+    line = one_line(call("run", config, *options, "--out", tmp_path / "out"), status)
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--weights", "1,2"], 1, "2 weights for 3 updates"),
+        (["--weights", "1,x,2"], 2, "comma-separated numbers"),
+        (["--weights", "1,-1,1"], 1, "not negative"),
+        (["--weights", "0,0,0"], 1, "sum to zero"),
+        (["--method", "centralised"], 2, "use fedex, fedit or ffa"),
+        (["--method", "ffa"], 1, "needs one A"),
+        (["--state", "/nowhere"], 1, "has no manifest.json"),
+    ],
+)
+def test_bad_aggregations(options, status, message, adapters, tmp_path):
+    line = one_line(call("aggregate", *adapters, *options, "-o", tmp_path / "out"), status)
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_paths(tmp_path):
+    assert "not a PEFT adapter" in one_line(call("aggregate", tmp_path / "nothing", "-o", tmp_path / "out"), 1)
+    assert "manifest.json" in one_line(call("verify", tmp_path / "nothing"), 1)
+    assert "does not exist" in one_line(call("run", tmp_path / "nothing.toml"), 2)
+
+
+def test_wrong_usage_is_status_2():
+    assert call("aggregate").exit_code == 2
+    assert call("nonsense").exit_code == 2
+
+
+def test_debug_shows_the_trace(config):
+    result = call("run", config, "--set", "method=fedexx", "--debug")
+    assert result.exception is not None
+    assert not isinstance(result.exception, SystemExit)
+
+
+def test_demo(tmp_path):
+    """One round of each method: the table, the JSON, the run folders; again over its own folder, never over somebody else's."""
+    out = tmp_path / "demo"
+    shown = call("demo", "--rounds", 1, "--out", out)
+    assert shown.exit_code == 0, shown.stderr
+    for method in ("fedex", "fedit", "ffa", "centralised"):
+        assert method in shown.stdout
+        assert (out / method / "final" / "manifest.json").exists()
+    methods = json.loads((out / "demo.json").read_text())["methods"]
+    assert methods["fedex"]["exactness_error"] < 1e-6 < methods["fedit"]["exactness_error"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    assert "no earlier demo" in one_line(call("demo", "--out", tmp_path / "mine"), 2)
+    assert Path(tmp_path / "mine" / "thesis.tex").read_text() == "mine"
