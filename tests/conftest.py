@@ -70,7 +70,7 @@ def gpt2(tmp_path_factory) -> Path:
     """A random tiny GPT-2 (Conv1D layers, tied embeddings) with the demo's tokenizer."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from fedex_lora.tasks.demo import base_folder
+    from fedex_lora.config import base_folder
 
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = AutoTokenizer.from_pretrained(base_folder())

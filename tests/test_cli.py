@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fedex_lora import __version__
 from fedex_lora.cli import app
-from fedex_lora.tasks.demo import base_folder
+from fedex_lora.config import base_folder
 
 CONFIG = f"""
 method = "fedex"

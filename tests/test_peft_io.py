@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora import aggregate, load_model, server
 from fedex_lora.adapters import aggregate_folders
+from fedex_lora.config import base_folder
 from fedex_lora.errors import AdapterError, AggregationError, FedexLoraError, ModelError, StorageError, UsageError
 from fedex_lora.peft_io import FoldedBase, read_adapter_folder, read_model, read_other, write_model
-from fedex_lora.tasks.demo import base_folder
 from fedex_lora.types import ClientUpdate
 from fedex_lora.verify import verify
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from fedex_lora import METHODS
-from fedex_lora.config import parse_config
+from fedex_lora.config import base_folder, parse_config
 from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.peft_io import read_result
 from fedex_lora.runner import InProcess, run
 from fedex_lora.storage import load_tensors, read_events
-from fedex_lora.tasks.demo import base_folder
 from fedex_lora.verify import verify
 
 

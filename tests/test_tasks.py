@@ -9,12 +9,12 @@ from sklearn import metrics
 from transformers import AutoTokenizer, EvalPrediction
 
 from fedex_lora import config
-from fedex_lora.config import Clients
+from fedex_lora.config import Clients, base_folder
 from fedex_lora.errors import DataError
 from fedex_lora.partition import partition
 from fedex_lora.tasks import TASKS, load_task
 from fedex_lora.tasks._task import IGNORED, completion_metrics, tokenize_completions
-from fedex_lora.tasks.demo import COLOURS, WARDS, base_folder, colour_of
+from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.glue import glue_metrics
 
 

@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,13 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedex_lora.errors import ConfigError
+
+DEMO = "demo"
+
+
+def base_folder() -> Path:
+    """The folder of the tiny base that the package carries (made by scripts/pretrain_demo_base.py)."""
+    return Path(str(files("fedex_lora"))) / "data" / "demo_base"
 
 
 class _Table(BaseModel):
@@ -19,11 +27,16 @@ class _Table(BaseModel):
 class Base(_Table):
     """The frozen model."""
 
-    model: str = Field(description="Hub name or local folder in Transformers format.")
+    model: str = Field(description='Hub name, local folder in Transformers format, or "demo", the tiny model that comes with the package.')
     dtype: Literal["float32"] = Field("float32", description="The base's precision; the base delta is folded into it.")
     delta: Literal["auto", "fold"] = Field("auto", description="Where the base delta lives: folded into the weights.")
     random_weights: bool = Field(False, description="Only read the folder's config and start from random weights (tests, benchmarks).")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you trust its author.")
+
+    @property
+    def source(self) -> str:
+        """What transformers loads: the name or folder, or where "demo" is."""
+        return str(base_folder()) if self.model == DEMO else self.model
 
 
 class Lora(_Table):

@@ -7,12 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from fedex_lora.config import Config, parse_config
+from fedex_lora.config import DEMO, Config, parse_config
 from fedex_lora.display import Display, size, table
 from fedex_lora.errors import UsageError
 from fedex_lora.runner import run
 from fedex_lora.storage import read_events, write_text
-from fedex_lora.tasks.demo import base_folder
 
 METHODS = ("fedex", "fedit", "ffa", "centralised")
 ROUNDS = 6
@@ -25,7 +24,7 @@ def configuration(method: str, rounds: int = ROUNDS) -> Config:
         {
             "method": method,
             "rounds": rounds,
-            "base": {"model": str(base_folder())},
+            "base": {"model": DEMO},
             "lora": {"r": 4, "alpha": 8, "target_modules": "all-linear"},
             "task": {"name": "demo"},
             "clients": {"partition": "column", "column": "hospital"},

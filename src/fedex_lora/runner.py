@@ -149,7 +149,7 @@ class InProcess:
         trained, total = trainable_parameters(self.model)
         task = self._work.task
         return {
-            "base_model": os.path.abspath(self._config.base.model) if Path(self._config.base.model).is_dir() else self._config.base.model,
+            "base_model": os.path.abspath(model) if Path(model := self._config.base.model).is_dir() else model,
             "task": self._config.task.name,
             "task_type": peft_config(self.model).get("task_type") or {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task.kind],
             "headline": task.headline,

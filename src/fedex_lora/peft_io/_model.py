@@ -39,8 +39,8 @@ def load_base(base: Base, kind: Kind, **config: Any) -> PreTrainedModel:
     try:
         with _quiet():
             if base.random_weights:
-                return auto.from_config(transformers.AutoConfig.from_pretrained(base.model, **options)).to(getattr(torch, base.dtype))
-            return auto.from_pretrained(base.model, dtype=getattr(torch, base.dtype), use_safetensors=True, **options)
+                return auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options)).to(getattr(torch, base.dtype))
+            return auto.from_pretrained(base.source, dtype=getattr(torch, base.dtype), use_safetensors=True, **options)
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
 
@@ -49,7 +49,7 @@ def load_tokenizer(base: Base) -> Any:
     """The tokenizer that belongs to the base; the end token pads where there is no padding token."""
     try:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(base.model, trust_remote_code=base.trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
     except Exception as error:
         raise ModelError(_why_not(base.model, error)) from error
     if tokenizer.pad_token is None:

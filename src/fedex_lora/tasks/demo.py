@@ -13,8 +13,6 @@ the rule for all.
 
 import random
 from collections.abc import Iterator
-from importlib.resources import files
-from pathlib import Path
 
 import pandas as pd
 
@@ -63,11 +61,6 @@ def vocabulary() -> list[str]:
     """Every word that the generator can write, after the two special tokens."""
     words = ["bed", ":", "the", "has", ",", "and", ".", "?", "triage", "is"] + [str(n) for n in range(1, 10)]
     return ["<pad>", "<s>", *words, *COLOURS, *WEIGHTS, *PATIENTS]
-
-
-def base_folder() -> Path:
-    """The folder of the tiny base that the package carries (made by scripts/pretrain_demo_base.py)."""
-    return Path(str(files("fedex_lora"))) / "data" / "demo_base"
 
 
 def load(settings: config.Task) -> Task:

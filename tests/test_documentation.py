@@ -1,0 +1,110 @@
+"""README and docs: every command runs as written, every Python block runs, the table of keys is the code's, links lead somewhere."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from fedex_lora import __version__
+from fedex_lora.cli import app
+from fedex_lora.config import base_folder, read_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(language):
+    return [(page, text) for page in PAGES for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S)]
+
+
+def commands():
+    return [line for _, block in blocks("sh") for line in block.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as the README supposes it: the examples, and three adapters."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("site-a", "site-b", "site-c"):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base_folder()),
+            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
+        )
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def test_every_command_runs_as_written(workplace, monkeypatch):
+    """In the order of the pages. `make` only says what it would do: its targets are what CI and a fresh clone run."""
+    monkeypatch.chdir(workplace)
+    ran = 0
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            done = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (command, done.stderr)
+        elif words[0] == "pip":
+            assert (ROOT / "constraints.txt").exists()
+        elif words[0] == "python":
+            done = subprocess.run([sys.executable, *words[1:], "--help"], capture_output=True, text=True, check=False, cwd=ROOT)
+            assert done.returncode == 0, (command, done.stderr)
+        else:
+            assert words[0] == "fedex-lora", command
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, (command, result.stdout, result.stderr)
+        ran += 1
+    assert ran >= 8
+
+
+def test_every_python_block_runs(tmp_path):
+    found = blocks("python")
+    assert found
+    for _, text in found:
+        path = tmp_path / "block.py"
+        path.write_text(text)
+        names = runpy.run_path(str(path))
+        if "result" in names:
+            assert names["result"].residual["q_proj"].rank == 8
+
+
+def test_examples_are_valid():
+    paths = sorted((ROOT / "examples").glob("*.toml"))
+    assert len(paths) >= 3
+    for path in paths:
+        read_config(path)
+
+
+def test_the_table_of_keys_is_the_code_s():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "configuration_table.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_changelog_and_version_agree():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert "## Unreleased" in changelog
+    assert __version__ == "0.1.0" or f"## {__version__}" in changelog
+
+
+def test_events_are_documented():
+    """Every event that the code emits stands in docs/events.md."""
+    emitted = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        emitted |= set(re.findall(r"emit\(\s*\"(\w+)\"", path.read_text()))
+    documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "events.md").read_text(), flags=re.M))
+    assert emitted == documented
