@@ -13,7 +13,7 @@ demo: $(VENV)/.installed   ## three hospitals, four methods, offline
 	$(BIN)/fedex-lora demo --out demo
 
 test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/.installed-dev   ## style, types, the order of imports
 	$(BIN)/ruff check .

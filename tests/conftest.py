@@ -10,6 +10,7 @@ import torch
 from fedex_lora.types import ClientUpdate, LoRAPair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # two test processes share two cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -187,6 +187,17 @@ def test_learning_needs_the_adapters(tmp_path):
     assert events_of(tmp_path / "run", "round_done")[-1]["metrics"]["accuracy"] > 0.75
 
 
+def test_conv1d_layers(gpt2, tmp_path):
+    """A GPT-2 stores its weights `in x out`; the residual is put in the right way round, in the weights too."""
+    config = configuration(base={"model": str(gpt2)}, lora={"target_modules": ["c_attn", "c_proj", "c_fc"]})
+    run(config, tmp_path / "run", ignore)
+    checked = verify(tmp_path / "run", str(gpt2))
+    assert checked["max_relative_error"] < 1e-6
+    assert checked["realised_error"] < 3 * checked["floor"]
+    losses = [event["metrics"]["loss"] for name in ("started", "round_done") for event in events_of(tmp_path / "run", name)]
+    assert losses[-1] < losses[0]
+
+
 def test_a_real_encoder_on_real_rows(minilm, data_folder, tmp_path):
     """MiniLM on MRPC: a classification head, base weights re-read from the checkpoint, exact."""
     tree = {
