@@ -225,6 +225,11 @@ def edit_config(folder, **changes):
         ({"target_parameters": ["w"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1]}, "alora"),
         ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
     ],
 )
 def test_what_the_algebra_does_not_cover_is_refused_by_name(changes, message, tmp_path):
@@ -272,6 +277,33 @@ def test_one_folder_twice_is_refused(tmp_path):
         aggregate_folders([one, one], tmp_path / "out", "fedex", None, None)
 
 
+def test_clients_whose_names_differ_in_odd_characters_only(tmp_path):
+    folders = [saved(tmp_path, "sp ace"), saved(tmp_path, "sp_ace")]
+    aggregate_folders(folders, tmp_path / "out", "fedex", None, None)
+    assert len(list((tmp_path / "out" / "updates").iterdir())) == 2
+    assert verify(tmp_path / "out")["max_relative_error"] < 1e-6
+
+
+def test_verify_checks_the_stand_alone_adapter(tmp_path):
+    from fedex_lora.storage import load_tensors, save_tensors, sha256
+
+    folders = [saved(tmp_path, "a"), saved(tmp_path, "b")]
+    aggregate_folders(folders, tmp_path / "out", "fedex", None, None)
+    path = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {name: 2 * tensor for name, tensor in tensors.items()}, metadata)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["files"]["adapter/adapter_model.safetensors"] = sha256(path)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "out")["max_relative_error"] > 0.1
+
+
+def test_an_output_inside_an_input_is_refused(tmp_path):
+    folder = saved(tmp_path, "a")
+    with pytest.raises(UsageError, match="lies in one of the adapters"):
+        aggregate_folders([folder], folder / "out", "fedex", None, None)
+
+
 def test_a_full_output_folder_is_left_alone(tmp_path):
     one, out = saved(tmp_path, "a"), tmp_path / "out"
     out.mkdir()
@@ -303,7 +335,7 @@ def test_real_mnli_adapter_factors(data_folder):
         pytest.skip("no models/adapters/roberta_base_lora_mnli.bin beside FEDEX_LORA_DATA")
     from fedex_lora.types import LoRAPair
 
-    tensors = torch.load(path, weights_only=True)
+    tensors = torch.load(path, weights_only=True, map_location="cpu")
     modules = sorted(key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A"))
     assert len(modules) == 24
     generator, updates = torch.Generator().manual_seed(0), []

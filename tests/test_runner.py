@@ -1,17 +1,22 @@
 """Whole runs in this process on the embedded base: exact every round, the same bits from the same seeds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fedex_lora import METHODS
-from fedex_lora.config import base_folder, parse_config
-from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora import METHODS, load_model, rounds
+from fedex_lora.client import evaluate
+from fedex_lora.config import Task, base_folder, parse_config
+from fedex_lora.errors import StorageError, TrainingError, UsageError
 from fedex_lora.peft_io import read_result
+from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import load_tensors, read_events
+from fedex_lora.storage import load_tensors, read_events, save_tensors, sha256
+from fedex_lora.tasks import load_task
 from fedex_lora.verify import verify
 
 
@@ -56,20 +61,20 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
     """Exact methods below 1e-6 in every round, from the factors and within the floor from the weights; fedit misses it."""
     lr = 1e-3 if method == "full-ft" else 5e-3
     run(configuration(method=method, training={"learning_rate": lr}), tmp_path / "run", ignore)
-    rounds = events_of(tmp_path / "run", "round_done")
-    assert [event["round"] for event in rounds] == [1, 2]
-    assert all(event["bytes_up"] > 0 and event["bytes_down"] > 0 for event in rounds)
+    done = events_of(tmp_path / "run", "round_done")
+    assert [event["round"] for event in done] == [1, 2]
+    assert all(event["bytes_up"] > 0 and event["bytes_down"] > 0 for event in done)
     if method == "full-ft":
         assert (tmp_path / "run" / "final" / "model.safetensors").exists()
         return
     checked = verify(tmp_path / "run", str(base_folder()))
-    assert len(checked["rounds"]) == 2
+    assert [row["round"] for row in checked["rounds"]] == [1, 2, 2]  # every round, and final/
     if METHODS[method].exact:
         assert checked["max_relative_error"] < 1e-6
-        assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in rounds)
+        assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
     else:
         assert checked["max_relative_error"] > 1e-3
-        assert all(event["exactness_error"] > 1e-3 for event in rounds)
+        assert all(event["exactness_error"] > 1e-3 for event in done)
 
 
 def test_bytes_are_what_the_method_promises(tmp_path):
@@ -155,13 +160,85 @@ def test_the_run_folder(tmp_path):
 
 
 def test_verify_notices_tampering(tmp_path):
-    from fedex_lora.errors import StorageError
-
     run(configuration(rounds=1), tmp_path / "run", ignore)
-    path = tmp_path / "run" / "rounds" / "0001" / "base_delta.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(StorageError, match="has changed"):
-        verify(tmp_path / "run")
+    for path in (tmp_path / "run" / "rounds" / "0001" / "base_delta.safetensors", tmp_path / "run" / "final" / "base_delta.safetensors"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(StorageError, match="has changed"):
+            verify(tmp_path / "run")
+        path.write_bytes(whole)
+    assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
+
+
+def test_a_round_folder_can_be_verified_alone(tmp_path):
+    run(configuration(rounds=2), tmp_path / "run", ignore)
+    shutil.copytree(tmp_path / "run" / "rounds" / "0002", tmp_path / "alone")
+    assert verify(tmp_path / "alone")["max_relative_error"] < 1e-6
+
+
+def test_the_realised_error_is_the_model_s(tmp_path, monkeypatch):
+    """Were the adapter never written into the model, the number would show it."""
+    place = InProcess(configuration(), ignore)
+    load = InProcess.load
+
+    def forgetful(self, state):
+        load(self, state)
+        for name, parameter in self.model.named_parameters():
+            if ".lora_B" in name:
+                parameter.data.mul_(1.01)
+        return self.model
+
+    monkeypatch.setattr(InProcess, "load", forgetful)
+    run_rounds(configuration(), place.initial(), place.federation(), tmp_path / "run", log_to(tmp_path / "events.jsonl"))
+    last = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "round_done"][-1]
+    assert last["realised_error"] > 100 * last["floor"]
+    assert last["exactness_error"] < 1e-6
+
+
+def test_a_client_that_is_not_sent_all_it_lacks_is_noticed(tmp_path, monkeypatch):
+    lacking = rounds._Books.lacking
+    monkeypatch.setattr(rounds._Books, "lacking", lambda self, client, version: dict(list(lacking(self, client, version).items())[-1:]))
+    with pytest.raises(TrainingError, match="a base at version"):
+        run(configuration(rounds=5, clients={"partition": "iid", "count": 4, "fraction": 0.3}), tmp_path / "run", ignore)
+
+
+def test_the_last_round_s_metrics_are_the_loaded_model_s(tmp_path):
+    """A checkpoint without the pooler: it is random, so it is trained and travels; `load_model` gives the run's model under any seed."""
+    torch.manual_seed(3)
+    shape = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    BertModel(shape, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_folder()).save_pretrained(tmp_path / "base")
+    rows = load_task(Task(name="demo", train_rows=60, eval_rows=30), 0)
+    for name, frame in (("train", rows.train), ("eval", rows.eval)):
+        frame.rename(columns={"prompt": "text", "completion": "label"}).to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    task = {"name": "custom", "data": str(tmp_path), "train": "train.jsonl", "eval": "eval.jsonl", "train_rows": None, "eval_rows": None}
+    config = configuration(base={"model": str(tmp_path / "base")}, task=task, lora={"target_modules": ["query", "value"]})
+    place = InProcess(config, ignore)
+    final = run(config, tmp_path / "run", ignore)
+    assert "bert.pooler.dense.weight" in final.other
+    want = place.evaluate(final)["loss"]
+    assert want == pytest.approx(events_of(tmp_path / "run", "round_done")[-1]["metrics"]["loss"], rel=1e-5)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = load_model(tmp_path / "run", tmp_path / "base")
+        assert evaluate(model, place._eval, place._work)["loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_verify_checks_the_head_and_the_final_folder(tmp_path):
+    test_the_last_round_s_metrics_are_the_loaded_model_s(tmp_path)
+    folder = tmp_path / "run" / "final"
+    path = folder / "trainable" / "adapter_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {name: -5 * tensor if "classifier" in name else tensor for name, tensor in tensors.items()}, metadata)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["trainable/adapter_model.safetensors"] = sha256(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "run")["max_relative_error"] > 1
+
+
+def test_no_round_is_best_when_different_clients_measured(tmp_path):
+    run(configuration(clients={"partition": "iid", "count": 4, "fraction": 0.5}), tmp_path / "run", ignore)
+    assert events_of(tmp_path / "run", "run_done")[0]["best_round"] is None
 
 
 def test_an_occupied_run_folder_is_left_alone(tmp_path):

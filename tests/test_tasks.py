@@ -117,6 +117,7 @@ def test_custom_files(file):
         ({"text": ["sentence"], "label": "kind"}, "no column 'sentence'"),
         ({"kind": "causal-lm", "prompt": "{questoin}", "completion": "{answer}"}, "did you mean 'question'"),
         ({"kind": "causal-lm", "prompt": "{question", "completion": "{answer}"}, "template"),
+        ({"kind": "causal-lm", "prompt": "{question!r}", "completion": "{answer}"}, "plain column names"),
         ({"kind": "causal-lm", "prompt": "{question.__class__}", "completion": "{answer}"}, "plain column names"),
     ],
 )
@@ -125,6 +126,22 @@ def test_custom_columns_and_templates(changes, message, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with pytest.raises(DataError, match=message):
         load_task(settings(**{"name": "custom", "train": str(path), "eval": str(path), **changes}), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "text,label\nx,1\ny,\n", r"row 2 has no 'label' \(1 such\)"),
+        ("a.jsonl", '{"text": null, "label": 1}\n{"text": "x", "label": 0}\n', "row 1 has no 'text'"),
+        ("a.csv", "text,label\nx,1,more\ny,0\n", "more fields than its header|cannot be read"),
+        ("a.csv", "text,label\n", "has no rows"),
+        ("a.xlsx", "x", "an ending that is not read"),
+    ],
+)
+def test_holes_and_shifted_columns(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_task(settings(name="custom", data=tmp_path, train=name, eval=name), 0)
 
 
 def test_a_label_outside_the_set(tmp_path):

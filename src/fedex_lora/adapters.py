@@ -34,6 +34,8 @@ def aggregate_folders(
     row = method_named(method)
     if not row.lora or row.pooled:
         raise UsageError(f"method {method} trains nothing that adapters hold: use fedex, fedit or ffa")
+    if any(out.resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise UsageError(f"{out} lies in one of the adapters: give another -o")
     read = [read_adapter_folder(folder) for folder in folders]
     _require_one_base(folders, read)
     updates = [
@@ -69,6 +71,11 @@ def aggregate_folders(
     }
 
 
+def _normal(name: str | None) -> str | None:
+    """Two spellings of one local folder are one base."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, or their whole paths where two have one name.
 
@@ -84,7 +91,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _require_one_base(folders: Sequence[Path], read: Sequence[AdapterFolder]) -> None:
     for folder, one in zip(folders, read, strict=True):
-        if one.base_model != read[0].base_model:
+        if _normal(one.base_model) != _normal(read[0].base_model):
             raise AggregationError(
                 f"{folders[0]} was trained on {read[0].base_model}, {folder} on {one.base_model}: adapters of different bases have no mean"
             )

@@ -1,6 +1,5 @@
 """The command line: thin. Each command reads its options, calls the library, and prints."""
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,7 +52,9 @@ def _consoles(as_json: bool) -> Console:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value))
+    from fedex_lora.storage import plain_json
+
+    print(plain_json(value))
 
 
 @app.callback(invoke_without_command=True)
@@ -165,10 +166,12 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Recompute the ideal update in fp64 from the stored updates; print the error per module and in total."""
+    from fedex_lora.client import quiet
     from fedex_lora.display import table
     from fedex_lora.verify import EXACT_BELOW
     from fedex_lora.verify import verify as verify_here
 
+    quiet()
     result = verify_here(path, base)
     if as_json:
         _print_json(result)

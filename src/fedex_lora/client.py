@@ -63,6 +63,8 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
             raise ConfigError(
                 f"unknown key training.{key}" + (f": did you mean training.{near}?" if near else ": see transformers.TrainingArguments")
             )
+    for key, value in config.training.items():
+        _require_sensible(key, value)
     ours: dict[str, Any] = {
         "output_dir": output,
         "seed": seed,
@@ -77,6 +79,31 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
     try:
         return TrainingArguments(**{**config.training, **ours})
     except (ValueError, TypeError, ImportError) as error:
+        hint = " (on a CPU also set training.use_cpu = true)" if "use_cpu" in str(error) else ""
+        raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}{hint}") from None
+
+
+def _require_sensible(key: str, value: Any) -> None:
+    """The right kind of value, finite, and positive where it must be: transformers would say so in the middle of a round only."""
+    default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
+    number = isinstance(default, int | float) and not isinstance(default, bool)
+    if number and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
+        raise ConfigError(f"training.{key} = {value!r}: give a finite number")
+    positive = key in ("learning_rate", "num_train_epochs", "gradient_accumulation_steps") or "batch_size" in key
+    if number and positive and value <= 0:
+        raise ConfigError(f"training.{key} = {value!r}: it must be greater than zero")
+
+
+def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
+    """Build the Trainer and the optimiser once, so that settings that they refuse are refused before anything is written.
+
+    Raises:
+        ConfigError: in the words of transformers.
+    """
+    try:
+        with _trainer(model, work, 0, rows, None) as trainer:
+            trainer.create_optimizer()
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
 
 

@@ -27,7 +27,9 @@ class _Table(BaseModel):
 class Base(_Table):
     """The frozen model."""
 
-    model: str = Field(description='Hub name, local folder in Transformers format, or "demo", the tiny model that comes with the package.')
+    model: str = Field(
+        min_length=1, description='Hub name, local folder in Transformers format, or "demo", the tiny model that comes with the package.'
+    )
     dtype: Literal["float32"] = Field("float32", description="The base's precision; the base delta is folded into it.")
     delta: Literal["auto", "fold"] = Field("auto", description="Where the base delta lives: folded into the weights.")
     random_weights: bool = Field(False, description="Only read the folder's config and start from random weights (tests, benchmarks).")
@@ -42,15 +44,15 @@ class Base(_Table):
 class Lora(_Table):
     """The adapters; names as in `peft.LoraConfig`."""
 
-    r: int = Field(4, ge=1)
-    alpha: float = Field(8, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(4, ge=1, description="Rank.")
+    alpha: float = Field(8, gt=0, description="The scaling is alpha / r, or alpha / sqrt(r) with rslora.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the adapters' input.")
     target_modules: list[str] | str | None = Field(
         None, description='Module names, a regular expression, "all-linear", or PEFT\'s default.'
     )
-    rslora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rslora: bool = Field(False, description="Rank-stabilised scaling.")
+    rank_pattern: dict[str, int] = Field({}, description="Module pattern -> rank, where it differs.")
+    alpha_pattern: dict[str, float] = Field({}, description="Module pattern -> alpha, where it differs.")
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained whole beside the adapters (a classification head is added by itself)."
     )
@@ -64,21 +66,21 @@ class Task(_Table):
     train: str | None = Field(None, description="custom: a jsonl, csv, tsv or parquet file, or HUB_NAME:SPLIT.")
     eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
     kind: Literal["classification", "causal-lm"] = Field("classification", description="custom: what is predicted.")
-    text: list[str] = Field(["text"], description="custom classification: one or two text columns.")
+    text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom classification: one or two text columns.")
     label: str = Field("label", description="custom classification: the column of the class.")
     prompt: str = Field("{prompt}", description="causal-lm: template of what the model reads; column names in braces.")
     completion: str = Field("{completion}", description="causal-lm: template of what it must say; the loss is on this part only.")
     max_length: int = Field(128, ge=2, description="Tokens; longer inputs are cut.")
     train_rows: int | None = Field(None, ge=1, description="Use this many training rows, drawn with the run's seed.")
-    eval_rows: int | None = Field(None, ge=1)
+    eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
 
 
 class Clients(_Table):
     """Who takes part, and who holds which rows."""
 
-    count: int = Field(3, ge=1)
+    count: int = Field(3, ge=1, description='How many; not used with partition = "column".')
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round.")
-    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    partition: Literal["iid", "dirichlet", "column"] = Field("iid", description="How the training rows are dealt out.")
     dirichlet_alpha: float = Field(0.5, gt=0, description="dirichlet: small is skewed.")
     column: str | None = Field(
         None, description="column: one client for each of its values; dirichlet: the classes (the task's label by default)."
@@ -112,6 +114,11 @@ OWNED = (
     "do_train",
     "do_eval",
     "do_predict",
+    "eval_do_concat_batches",
+    "eval_on_start",
+    "batch_eval_metrics",
+    "prediction_loss_only",
+    "label_names",
 )
 OWNED_PREFIXES = (
     "save_",
@@ -132,10 +139,10 @@ class Config(_Table):
     """One run."""
 
     method: str = Field("fedex", description="See fedex_lora.METHODS.")
-    rounds: int = Field(5, ge=1)
-    seed: int = Field(0, ge=0)
-    weights: Literal["num_examples", "uniform"] = "num_examples"
-    torch_threads: int | None = Field(None, ge=1, description="CPU threads; recorded, because other numbers give other last bits.")
+    rounds: int = Field(5, ge=1, description="Aggregation rounds.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
+    weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
+    torch_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; recorded, because other numbers give other last bits.")
     base: Base
     lora: Lora = Lora()
     task: Task

@@ -89,7 +89,9 @@ class Display:
     def _on_run_done(self, fields: dict[str, Any]) -> None:
         best = fields["best_round"]
         note = (
-            f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}" if best else "no held-out rows, so no best round"
+            f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}"
+            if best
+            else "no round is called best: not every client measured every round"
         )
         self._console.print(f"{self._label}{note}; {time.perf_counter() - self._started:.0f} s in all", highlight=False)
 

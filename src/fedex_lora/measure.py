@@ -96,6 +96,15 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(0)
 
 
+def other_errors(other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
+    """Name -> |x - sum p_i x_i| / |sum p_i x_i| of the other tensors (heads, modules trained whole), in fp64."""
+    errors = {}
+    for name, tensor in other.items():
+        mean = _sum([weights[update.client_id] * update.other[name].double() for update in updates])
+        errors[name] = _ratio(float(torch.linalg.vector_norm(tensor.double() - mean)), float(torch.linalg.vector_norm(mean)))
+    return errors
+
+
 def fp32_floor(weight_norm: float, update_norm: float, dtype: torch.dtype = torch.float32) -> float:
     """The relative error that storing `W0 + D` in `dtype` costs by itself: `eps |W| / |update|`."""
     return _ratio(torch.finfo(dtype).eps * weight_norm, update_norm)

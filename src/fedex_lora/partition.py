@@ -56,6 +56,8 @@ def _named(parts: Sequence[Indices]) -> dict[str, Indices]:
 def _column(task: Task, name: str) -> NDArray[Any]:
     if name not in task.train.columns:
         raise DataError(f"clients.column = {name!r} is no column of the training rows: they have {', '.join(map(str, task.train.columns))}")
+    if task.train[name].isna().any() or (task.train[name].astype(str) == "").any():
+        raise DataError(f"clients.column = {name!r} is empty in some training rows: fill it in or leave those rows out")
     return np.asarray(task.train[name])
 
 
@@ -63,5 +65,5 @@ def _hold_out(client: str, part: Indices, share: float, rng: np.random.Generator
     part = rng.permutation(part)
     held = min(len(part) - 1, max(1, round(share * len(part)))) if share and len(part) > 1 else 0
     if len(part) - held < 1:
-        raise DataError(f"{client} gets no examples: use fewer clients, more rows, or a larger clients.dirichlet_alpha")
+        raise DataError(f"{client} gets no examples: use fewer clients or more rows (a larger clients.dirichlet_alpha is more even)")
     return np.sort(part[held:]), np.sort(part[:held])

@@ -110,7 +110,8 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         books.residuals[number] = result.residual
         numbers = _measured(before, updates, result.weights, state, federation)
         numbers["deviation"] = measure.deviation(result, updates).total_relative_error if state.adapter else None
-        write_result(out / "rounds" / f"{number:04d}", state, updates, result.weights, federation.peft_config, federation.facts)
+        folder = out / "rounds" / f"{number:04d}"
+        write_result(folder, state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta)
         seconds = time.perf_counter() - began
         emit("round_done", round=number, metrics=federation.evaluate(state), bytes_down=down, bytes_up=up, seconds=seconds, **numbers)
     held_out[config.rounds] = _final_held_out(state, federation, books, out, emit)
@@ -209,10 +210,17 @@ def _measured(
 
 
 def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
-    """The round whose model was best on the clients' own held-out rows; ties go to the earlier one."""
+    """The round whose model was best on the held-out rows of all clients; ties go to the earlier one.
+
+    A round that only some clients measured (`clients.fraction` below one) is not compared: its rows were other rows.
+    """
     headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
-    measured = {number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics}
-    return max(measured, key=lambda number: (sign * measured[number], -number)) if measured else None
+    rows = max((metrics.get("rows", 0) for metrics in held_out.values()), default=0)
+    measured = {
+        number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics and metrics["rows"] == rows
+    }
+    compared = len(measured) == len(held_out.keys() - {0})
+    return max(measured, key=lambda number: (sign * measured[number], -number)) if measured and compared else None
 
 
 def log_to(path: Path, *others: Emit) -> Emit:

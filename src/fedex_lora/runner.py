@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from fedex_lora import server
 from fedex_lora.aggregation import METHODS, method_named
-from fedex_lora.client import ClientData, Work, evaluate, local_update, quiet, training_arguments
+from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.measure import Exactness
@@ -24,7 +24,7 @@ from fedex_lora.peft_io import FoldedBase, add_lora, load_base, load_tokenizer, 
 from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, versions
 from fedex_lora.storage import write_text
 from fedex_lora.tasks import Task, load_task
-from fedex_lora.types import ClientUpdate, Delta, ServerState
+from fedex_lora.types import ClientUpdate, Delta, LowRank, ServerState
 from fedex_lora.wire import Download, decode_download, encode_update
 
 POOLED = "all"  # the one client of a centralised run
@@ -51,18 +51,22 @@ class InProcess:
         self._emit, self._config = emit, config
         self._work = Work(config=config, task=task, tokenizer=load_tokenizer(config.base))
         set_seed(config.seed)
-        model: nn.Module = load_base(config.base, task.kind, **task.model_config)
+        loaded = load_base(config.base, task.kind, **task.model_config)
+        model: nn.Module = loaded.model
         if self._work.tokenizer.pad_token_id is not None:
             model.config.pad_token_id = self._work.tokenizer.pad_token_id  # type: ignore[union-attr]
         if method.lora:
             set_seed(config.seed)
-            model = add_lora(model, config.lora, task.kind, train_a=method.trains == "AB")  # type: ignore[arg-type]
+            model = add_lora(loaded, config.lora, task.kind, train_a=method.trains == "AB")
         self.model = model
-        self._base, self._version = FoldedBase(model), 0
+        self._base = FoldedBase(model)
         self._base_delta: Mapping[str, Delta] = {}
+        self._version, self._versions = 0, dict[str, int]()
+        self._log: dict[int, Mapping[str, LowRank]] = {}
         self._first = read_model(model)
         self._data, self._eval = self._tokenised(task)
         self._optimizers: dict[str, Mapping[str, Any]] = {}
+        probe(model, self._eval, self._work)
 
     def _tokenised(self, task: Task) -> tuple[dict[str, ClientData], Dataset]:
         """Every row tokenised once; clients hold selections. A pooled method has one client with all training rows."""
@@ -121,12 +125,23 @@ class InProcess:
         return encode_update(update, message.run, message.round, message.method, omit_a=METHODS[message.method].trains == "B")
 
     def _catch_up(self, message: Download) -> None:
-        """The base of the message's version. Clients share one base here, so a residual that another client brought is not added again."""
-        for number in sorted(message.residuals):
+        """The base of the message's version.
+
+        Clients share one base here, so what one of them brought is not added again. But each must be sent all that it lacks, and
+        the same as the others: a client alone on its machine would depend on it.
+        """
+        have, needed = self._versions.get(message.client, 0), message.round - 1
+        if sorted(message.residuals) != list(range(have + 1, needed + 1)):
+            raise TrainingError(f"a base at version {have} needs version {needed}, and residuals {sorted(message.residuals)} came")
+        for number, residual in sorted(message.residuals.items()):
             if number == self._version + 1:
-                self._base_delta, self._version = server.advance(self._base_delta, message.residuals[number]), number
-        if self._version != message.round - 1:
-            raise TrainingError(f"the base is at version {self._version}, the message needs {message.round - 1}")
+                self._base_delta, self._version = server.advance(self._base_delta, residual), number
+                self._log[number] = residual
+            elif not _same(residual, self._log[number]):
+                raise TrainingError(f"the residual of round {number} is not the one that other clients were sent")
+        self._versions[message.client] = needed
+        oldest = min(self._versions.get(client, 0) for client in self._data)
+        self._log = {number: residual for number, residual in self._log.items() if number > oldest}
         self._base.set(self._base_delta)
 
     def load(self, state: ServerState) -> nn.Module:
@@ -142,7 +157,7 @@ class InProcess:
     def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
         """The exactness of the weights that the model has."""
         self.load(state)
-        return self._base.realised(state.adapter, ideal)
+        return self._base.realised(ideal)
 
     def facts(self) -> dict[str, Any]:
         """For the manifest and the first event."""
@@ -174,9 +189,10 @@ def run(config: Config, out: Path, emit: Emit) -> ServerState:
         raise UsageError(f"{out} exists and is not empty: give another --out, or remove it")
     quiet()
     place = InProcess(config, emit)
+    resolved = write_config(config)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.toml", write_config(config))
+        write_text(out / "config.toml", resolved)
     except OSError as error:
         raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out") from None
     return run_rounds(config, place.initial(), place.federation(), out, log_to(out / "events.jsonl", emit))
@@ -190,6 +206,12 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     return {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in config.items() if _plain(value)
     }
+
+
+def _same(left: Mapping[str, LowRank], right: Mapping[str, LowRank]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(gain.U, right[name].U) and torch.equal(gain.V, right[name].V) for name, gain in left.items()
+    )
 
 
 def _plain(value: Any) -> bool:

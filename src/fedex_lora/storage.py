@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -34,7 +35,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         StorageError: missing, truncated, or not safetensors.
     """
     if not path.is_file():
-        raise StorageError(f"{path} is missing")
+        raise StorageError(f"{path} is missing: copy the folder again")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
@@ -104,6 +105,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], replace: bool = False
         UsageError: `path` exists and holds something (unless `replace`).
         StorageError: it cannot be written.
     """
+    path = path.resolve()
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists and is not empty: choose another output folder, or remove it")
     try:
@@ -141,7 +143,9 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
         raise StorageError(f"{folder} has no {MANIFEST}: give a folder that fedex-lora wrote") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
-    for name, digest in manifest.get("files", {}).items() if check else ():
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise StorageError(f"{path} is no manifest of fedex-lora: copy the folder again")
+    for name, digest in manifest["files"].items() if check else ():
         if not (folder / name).is_file():
             raise StorageError(f"{folder / name} is missing: copy the folder again")
         if sha256(folder / name) != digest:
@@ -166,7 +170,20 @@ def write_text(path: Path, text: str) -> None:
 def append_event(path: Path, event: str, **fields: Any) -> None:
     """One JSON object as one line at the end of `events.jsonl`."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
+        file.write(plain_json({"event": event, "time": time.time(), **fields}) + "\n")
+
+
+def plain_json(value: Any) -> str:
+    """JSON as the standard has it: numbers that are not finite become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         base: the pretrained model; with it the weights of the model itself are compared too.
 
     Returns:
-        `max_relative_error` = |trainable + base_delta - ideal| / |ideal| of the worst module and round, from the factors; with `base` also
+        `max_relative_error` = |trainable + base_delta - ideal| / |ideal| of the worst module and round, from the factors (also of the
+        stand-alone adapter, and of the other tensors against their mean); with `base` also
         `realised_error` (from the model's weights, same denominator) and its `floor`; `rounds`, with errors per module.
 
     Raises:
@@ -46,16 +47,21 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
 def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any]:
     ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights)
     factors = measure.exactness(ideal, result.adapter, result.base_delta)
+    per_module = factors.per_module
+    if result.standalone:
+        whole = measure.exactness(ideal, result.standalone.adapter, {})
+        per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
+    per_module |= {f"other {name}": error for name, error in measure.other_errors(result.other, result.updates, result.weights).items()}
     row: dict[str, Any] = {
         "folder": str(folder),
         "method": result.manifest["method"],
         "round": result.manifest["round"],
-        "max_relative_error": factors.max_relative_error,
+        "max_relative_error": max(per_module.values()),
         "total_relative_error": factors.total_relative_error,
-        "per_module": factors.per_module,
+        "per_module": per_module,
     }
     if base:
         _, folded = open_model(result, base)
-        realised, floor = folded.realised(result.adapter, ideal)
+        realised, floor = folded.realised(ideal)
         row |= {"realised_error": realised.max_relative_error, "floor": floor}
     return row

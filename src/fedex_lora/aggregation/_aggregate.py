@@ -86,7 +86,7 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
         if len(raw) != len(updates):
             raise AggregationError(f"{len(raw)} weights for {len(updates)} updates: give one weight an update")
     if any(not math.isfinite(weight) or weight < 0 for weight in raw):
-        raise AggregationError(f"weights {raw} must be finite and not negative")
+        raise AggregationError(f"weights {raw} must be finite and not negative: give numbers from zero up")
     total = math.fsum(raw) if math.isfinite(sum(raw)) else math.inf
     if total == 0:
         raise AggregationError("the weights sum to zero: at least one client must count (has every client zero examples?)")

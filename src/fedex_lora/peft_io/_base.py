@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora.errors import ModelError
 from fedex_lora.measure import Exactness, fp32_floor
-from fedex_lora.peft_io._model import lora_layers
-from fedex_lora.types import Adapter, Delta
+from fedex_lora.peft_io._model import lora_layers, read_model
+from fedex_lora.types import Delta
 
 
 class FoldedBase:
@@ -25,6 +25,7 @@ class FoldedBase:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._layers = {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
         targets = {id(layer) for layer in self._layers.values()}
         elsewhere = {
@@ -64,9 +65,10 @@ class FoldedBase:
             weight.copy_(self._w0(name) + delta.dense(torch.float32).to(weight.device))
         self._changed = set(base_delta)
 
-    def realised(self, adapter: Adapter, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
+    def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
         """The model's own weights, `W + s B A`, against `W0 + ideal` in fp64, and the floor `eps |W| / |ideal|` of the worst module."""
         error, size, floor = {}, {}, 0.0
+        adapter = read_model(self._model)
         for name, delta in ideal.items():
             target = self._w0(name).double().cpu() + delta.dense()
             got = oriented(self._layers[name]).double().cpu() + adapter[name].delta()

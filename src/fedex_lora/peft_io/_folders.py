@@ -90,12 +90,39 @@ def require_plain_lora(config: Mapping[str, Any], where: str) -> None:
     """Refuse by name what changes the algebra (another base, another product, a third factor)."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{where}: peft_type is {config.get('peft_type')}: only LORA adapters can be aggregated")
+    _require_numbers(config, where)
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{where}: bias={config['bias']!r} trains biases of the base, which are not carried over: train with bias='none'"
+        )
     initialisation = config.get("init_lora_weights", True)
-    if isinstance(initialisation, str) and initialisation.lower().startswith(("pissa", "olora", "corda", "loftq", "eva")):
+    if isinstance(initialisation, str) and initialisation.lower() not in ("gaussian", "orthogonal"):
         raise AdapterError(f"{where}: init_lora_weights={initialisation!r} changes the base as well: train with the default initialisation")
-    for key in ("use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens", "trainable_token_indices", "use_qalora"):
+    for key in (
+        "use_dora",
+        "lora_bias",
+        "target_parameters",
+        "alora_invocation_tokens",
+        "trainable_token_indices",
+        "use_qalora",
+        "layer_replication",
+    ):
         if config.get(key):
             raise AdapterError(f"{where}: {key} is set, and the sum of such updates is not the sum of their factors: train without it")
+
+
+def _require_numbers(config: Mapping[str, Any], where: str) -> None:
+    """alpha is a number, and the patterns map regular expressions to numbers."""
+    if not isinstance(config.get("lora_alpha", 8), int | float):
+        raise AdapterError(f"{where}: lora_alpha is {config['lora_alpha']!r}, not a number")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(value, int | float) for value in patterns.values()):
+        raise AdapterError(f"{where}: alpha_pattern must map module patterns to numbers")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"{where}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -2,9 +2,10 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import transformers
@@ -23,7 +24,14 @@ AUTO = {"classification": "AutoModelForSequenceClassification", "causal-lm": "Au
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "features": None}
 
 
-def load_base(base: Base, kind: Kind, **config: Any) -> PreTrainedModel:
+class Loaded(NamedTuple):
+    """A base model, and the modules in it that its checkpoint does not hold: they are random, so they must be trained and travel."""
+
+    model: PreTrainedModel
+    fresh: list[str]
+
+
+def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
     """The pretrained model with a head for `kind`; a new head is random, so set the seed first.
 
     Args:
@@ -39,8 +47,11 @@ def load_base(base: Base, kind: Kind, **config: Any) -> PreTrainedModel:
     try:
         with _quiet():
             if base.random_weights:
-                return auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options)).to(getattr(torch, base.dtype))
-            return auto.from_pretrained(base.source, dtype=getattr(torch, base.dtype), use_safetensors=True, **options)
+                shape = transformers.AutoConfig.from_pretrained(base.source, **options)
+                return Loaded(auto.from_config(shape).to(getattr(torch, base.dtype)), [])
+            options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
+            model, info = auto.from_pretrained(base.source, **options)
+            return Loaded(model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
 
@@ -77,12 +88,18 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, kind: Kind, train_a: bool = True) -> PeftModel:
-    """The model with fresh adapters (A random, B zero: set the seed first); `train_a=False` freezes A, as FFA-LoRA does.
+HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
+
+
+def add_lora(loaded: Loaded, lora: Lora, kind: Kind, train_a: bool = True) -> PeftModel:
+    """The model with new adapters (A random, B zero: set the seed first); `train_a=False` freezes A, as FFA-LoRA does.
+
+    Modules that the checkpoint did not hold (a pooler, say) are trained whole, as the head is.
 
     Raises:
         AdapterError: no module fits, or one that the algebra does not cover.
     """
+    fresh = [module for module in loaded.fresh if not HEADS & set(module.split("."))]
     config = LoraConfig(
         task_type=TASK_TYPES[kind],
         r=lora.r,
@@ -92,11 +109,11 @@ def add_lora(model: PreTrainedModel, lora: Lora, kind: Kind, train_a: bool = Tru
         use_rslora=lora.rslora,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
-        modules_to_save=lora.modules_to_save,
+        modules_to_save=sorted({*(lora.modules_to_save or []), *fresh}) or None,
     )
     try:
-        wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+        wrapped = get_peft_model(loaded.model, config)
+    except (ValueError, TypeError, re.error) as error:
         raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules") from None
     require_plain_lora(config.to_dict(), "lora")
     for layer in lora_layers(wrapped).values():

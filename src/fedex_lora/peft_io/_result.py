@@ -1,5 +1,6 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and the model that such a folder describes."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedex_lora.aggregation import METHODS
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.peft_io._base import FoldedBase
-from fedex_lora.peft_io._folders import adapter_config, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._folders import AdapterFolder, adapter_config, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.peft_io._model import Kind, load_base, write_model
 from fedex_lora.storage import (
     MANIFEST,
@@ -53,6 +55,7 @@ class Result:
         previous_delta: the base delta that the participants started from.
         updates: the participants' updates, where they were kept.
         weights: client id -> p_i.
+        standalone: the whole update as one adapter, where it was written.
         manifest: method, round, inputs, versions, sha256 of every file.
         config: the adapter's PEFT configuration.
     """
@@ -63,6 +66,7 @@ class Result:
     previous_delta: Mapping[str, Delta]
     updates: Sequence[ClientUpdate]
     weights: Mapping[str, float]
+    standalone: AdapterFolder | None
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
 
@@ -86,7 +90,7 @@ def write_result(
         weights: client id -> p_i.
         config: the adapters' PEFT configuration.
         facts: for the manifest.
-        previous_delta: the base delta before the round, where no earlier round folder holds it.
+        previous_delta: the base delta before the round.
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
     """
     inputs = [
@@ -116,8 +120,9 @@ def write_result(
 
 
 def safe_name(client_id: str) -> str:
-    """A client id as a file name."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".") or "_"
+    """A client id as a file name; ids with odd characters get a hash, so that no two share a name."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".")[:100]
+    return plain if plain == client_id else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
 
 
 def read_result(folder: Path, check: bool = True) -> Result:
@@ -127,7 +132,12 @@ def read_result(folder: Path, check: bool = True) -> Result:
         StorageError: something is missing or altered.
     """
     manifest = read_manifest(folder, check)
-    if "method" not in manifest:
+    inputs = manifest.get("inputs")
+    if (
+        manifest.get("method") not in METHODS
+        or not isinstance(inputs, list)
+        or not all({"client", "weight"} <= entry.keys() for entry in inputs)
+    ):
         raise StorageError(f"{folder} is not the result of an aggregation: give a round folder, final/ or the OUT of aggregate")
     if (folder / TRAINABLE).is_dir():
         trainable = read_adapter_folder(folder / TRAINABLE)
@@ -135,24 +145,28 @@ def read_result(folder: Path, check: bool = True) -> Result:
     else:
         adapter, config = {}, {}
         other, _ = load_tensors(folder / WHOLE)
-    earlier = folder.parent / f"{manifest['round'] - 1:04d}" / DELTA
-    previous = folder / PREVIOUS if (folder / PREVIOUS).exists() else earlier
+    previous = folder / PREVIOUS
+    updates = [load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))]
+    weights = {entry["client"]: entry["weight"] for entry in inputs}
+    if updates and {update.client_id for update in updates} != weights.keys():
+        raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
     return Result(
         adapter=adapter,
         base_delta=load_delta(folder / DELTA),
         other=other,
         previous_delta=load_delta(previous) if previous.exists() else {},
-        updates=[load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))],
-        weights={entry["client"]: entry["weight"] for entry in manifest["inputs"]},
+        updates=updates,
+        weights=weights,
+        standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,
         manifest=manifest,
         config=config,
     )
 
 
 def result_folders(path: Path) -> list[Path]:
-    """The result folders below a run folder, or the folder itself."""
+    """The result folders below a run folder (every round's, and `final/`), or the folder itself."""
     rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
-    return rounds or [path]
+    return [*rounds, path / "final"] if rounds else [path]
 
 
 def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
@@ -207,4 +221,4 @@ def _base_for(result: Result, name: str) -> PreTrainedModel:
         heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
         rows = [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
         options = {"num_labels": rows[0]} if rows else {}
-    return load_base(Base(model=name), kinds[task_type], **options)
+    return load_base(Base(model=name), kinds[task_type], **options).model

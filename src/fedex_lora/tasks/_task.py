@@ -1,5 +1,7 @@
 """What a task is: rows, how they become tokens, and how predictions become numbers."""
 
+import csv
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +110,8 @@ def read_rows(source: str, data: Path | None = None) -> Rows:
     readers: dict[str, Callable[[Path], Rows]] = {
         ".jsonl": lambda file: pd.read_json(file, lines=True),
         ".json": pd.read_json,
-        ".csv": lambda file: pd.read_csv(file, keep_default_na=False),
-        ".tsv": lambda file: pd.read_csv(file, sep="\t", keep_default_na=False, quoting=3),
+        ".csv": lambda file: _read_table(file),
+        ".tsv": lambda file: _read_table(file, sep="\t", quoting=csv.QUOTE_NONE),
         ".parquet": pd.read_parquet,
     }
     if path.suffix in readers:
@@ -119,8 +121,20 @@ def read_rows(source: str, data: Path | None = None) -> Rows:
             return readers[path.suffix](path)
         except (ValueError, OSError, pd.errors.ParserError) as error:
             raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
+    if path.is_file():
+        raise DataError(f"{path} has an ending that is not read: give {', '.join(readers)}, or HUB_NAME:SPLIT")
     name, _, split = source.partition(":")
     return read_hub(name, None, split or "train")
+
+
+def _read_table(path: Path, **options: Any) -> Rows:
+    """A delimited file; a row with more fields than the header is an error, not a shift of columns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(path, keep_default_na=False, index_col=False, **options)
+        except pd.errors.ParserWarning:
+            raise DataError(f"{path} has rows with more fields than its header: quote fields that hold the separator") from None
 
 
 def read_hub(name: str, subset: str | None, split: str) -> Rows:
@@ -137,12 +151,17 @@ def read_hub(name: str, subset: str | None, split: str) -> Rows:
 
 
 def require_columns(rows: Rows, columns: list[str], where: str) -> None:
-    """Every column is there."""
+    """Every column is there, with a value in every row."""
     for column in columns:
         if column not in rows.columns:
             near = config.nearest(column, [str(name) for name in rows.columns])
             hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
             raise DataError(f"{where} has no column {column!r}: {hint}")
+        empty = rows[column].isna() | (rows[column].astype(str).str.strip() == "")
+        if empty.any():
+            raise DataError(
+                f"{where}: row {int(np.argmax(empty)) + 1} has no {column!r} ({int(empty.sum())} such): fill it in or leave the row out"
+            )
 
 
 def label_indices(values: Any, names: list[Any], where: str) -> list[int]:

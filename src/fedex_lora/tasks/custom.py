@@ -55,7 +55,7 @@ def _classification(settings: config.Task, train: Rows, held: Rows) -> Task:
     classes = sorted(train[settings.label].unique().tolist())
 
     def labels(rows: Rows) -> list[int]:
-        return label_indices(rows[settings.label].tolist(), classes, str(settings.eval))
+        return label_indices(rows[settings.label].tolist(), classes, f"task.eval, column {settings.label!r},")
 
     return Task(
         kind="classification",
@@ -107,6 +107,7 @@ def placeholders(template: str) -> list[str]:
         names = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise DataError(f"template {template!r}: {error}: write column names in braces, and {{{{ for a brace") from None
-    if any(not name.isidentifier() for name in names):
+    plain = all(not spec and not conversion for _, _, spec, conversion in string.Formatter().parse(template))
+    if not plain or any(not name.isidentifier() for name in names):
         raise DataError(f"template {template!r}: only plain column names may stand in braces")
     return names

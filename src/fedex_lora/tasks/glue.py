@@ -95,9 +95,7 @@ def _read(path: Path, glue: Glue) -> Rows:
         raise DataError(f"{path} does not exist: task.data must hold {glue.folder}/train.tsv and dev.tsv as GLUE publishes them")
     names = list(glue.columns) if glue.columns else None
     try:
-        rows = pd.read_csv(
-            path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False, encoding="utf-8-sig", names=names, on_bad_lines="skip"
-        )
+        rows = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False, encoding="utf-8-sig", names=names)
     except (ValueError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a GLUE file: {str(error).splitlines()[0]}") from None
     require_columns(rows, [*glue.text, glue.label], str(path))
