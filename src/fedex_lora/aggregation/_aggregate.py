@@ -13,7 +13,7 @@ from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank
 
 WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
-BATCH_BYTES = 8 * 2**20  # of clients' factors that one call of a method works on: enough to hide call overhead, small beside the adapters
+BATCH_BYTES = 2 * 2**20  # of clients' factors that one call of a method works on: hides call overhead, stays in the cache
 
 
 def aggregate(updates: Sequence[ClientUpdate], method: str = "fedex", weights: WeightRule = "num_examples") -> Aggregate:
@@ -46,8 +46,9 @@ def aggregate(updates: Sequence[ClientUpdate], method: str = "fedex", weights: W
     _require_same_structure(updates)
     adapter: dict[str, LoRAPair] = {}
     residual: dict[str, LowRank] = {}
+    space: dict[str, Tensor] = {}
     for modules in _batches(updates):
-        scaling, clients = _stacked(updates, modules)
+        scaling, clients = _stacked(updates, modules, space)
         try:
             means, gain = row.aggregate(clients, clients.A.new_tensor(p))
         except AggregationError as error:
@@ -114,14 +115,23 @@ def _batches(updates: Sequence[ClientUpdate]) -> Iterator[list[str]]:
         yield from (modules[start : start + size] for start in range(0, len(modules), size))
 
 
-def _stacked(updates: Sequence[ClientUpdate], modules: Sequence[str]) -> tuple[float, Factors]:
-    """The modules' factors of all clients in one dtype of at least fp32, on the first client's scaling: a copy."""
+def _stacked(updates: Sequence[ClientUpdate], modules: Sequence[str], space: dict[str, Tensor]) -> tuple[float, Factors]:
+    """The modules' factors of all clients in one dtype of at least fp32, on the first client's scaling: a copy, in `space`."""
     scaling = updates[0].adapter[modules[0]].scaling
     pairs = [on_scaling(update.adapter[module], scaling) for module in modules for update in updates]
-    A, B = torch.stack(_one_dtype([pair.A for pair in pairs])), torch.stack(_one_dtype([pair.B for pair in pairs]))
+    A = _stack(_one_dtype([pair.A for pair in pairs]), space, "A")
+    B = _stack(_one_dtype([pair.B for pair in pairs]), space, "B")
     dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(updates))
     A, B = A.to(dtype).unflatten(0, shape), B.to(dtype).mT.unflatten(0, shape)
     return scaling, Factors(A=A, B=B)
+
+
+def _stack(tensors: list[Tensor], space: dict[str, Tensor], part: str) -> Tensor:
+    """`torch.stack` into memory that the next batch uses again: fresh memory costs a page fault every 4 KiB, a third of the time."""
+    first, size = tensors[0], len(tensors) * tensors[0].numel()
+    if part not in space or space[part].numel() < size or space[part].dtype != first.dtype:
+        space[part] = first.new_empty(size)
+    return torch.stack(tensors, out=space[part][:size].view(len(tensors), *first.shape))
 
 
 def _one_dtype(tensors: list[Tensor]) -> list[Tensor]:
