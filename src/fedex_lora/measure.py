@@ -97,11 +97,15 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def other_errors(other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
-    """Name -> |x - sum p_i x_i| / |sum p_i x_i| of the other tensors (heads, modules trained whole), in fp64."""
+    """Name -> |x - sum p_i x_i| / sum p_i |x_i| of the other tensors (heads, modules trained whole), in fp64.
+
+    The clients' own size is the denominator: a bias of two numbers may well average to nearly nothing.
+    """
     errors = {}
     for name, tensor in other.items():
         mean = _sum([weights[update.client_id] * update.other[name].double() for update in updates])
-        errors[name] = _ratio(float(torch.linalg.vector_norm(tensor.double() - mean)), float(torch.linalg.vector_norm(mean)))
+        size = math.fsum(weights[update.client_id] * float(torch.linalg.vector_norm(update.other[name].double())) for update in updates)
+        errors[name] = _ratio(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
     return errors
 
 

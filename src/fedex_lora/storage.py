@@ -96,17 +96,17 @@ def load_update(path: Path) -> ClientUpdate:
 
 
 @contextmanager
-def atomic_folder(path: Path, manifest: Mapping[str, Any], replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
     A manifest with the given facts and the sha256 of every file is written last.
 
     Raises:
-        UsageError: `path` exists and holds something (unless `replace`).
+        UsageError: `path` exists and holds something.
         StorageError: it cannot be written.
     """
     path = path.resolve()
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists and is not empty: choose another output folder, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Every method against the fp64 oracle: the defining property, and what it implies. A new row of METHODS is tested by itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.conftest import make_updates
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate
+from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate, measure
 
 EXACT = 1e-6
 LORA = [name for name, method in METHODS.items() if method.lora and not method.pooled]
@@ -181,6 +183,15 @@ def test_half_precision_factors_are_aggregated_in_fp32(dtype):
     result = aggregate(updates)
     assert result.adapter["m"].A.dtype == torch.float32
     assert oracle.relative(oracle.total(result, "m"), oracle.ideal(*pairs_and_shares(updates))) < EXACT
+
+
+def test_other_tensors_in_half_precision_keep_their_mean():
+    updates = [replace(update, other={"head": update.other["head.weight"].bfloat16()}) for update in make_updates(3)]
+    result, p = aggregate(updates), oracle.shares([10, 20, 30])
+    want = sum(weight * oracle.numpy64(update.other["head"]) for weight, update in zip(p, updates, strict=True))
+    assert oracle.relative(oracle.numpy64(result.other["head"]), want) < EXACT
+    assert measure.other_errors(result.other, updates, result.weights)["head"] < EXACT
+    assert measure.other_errors({"head": 1.01 * result.other["head"]}, updates, result.weights)["head"] > 1000 * EXACT
 
 
 def test_other_tensors_are_averaged_with_the_same_weights():

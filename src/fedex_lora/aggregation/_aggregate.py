@@ -156,7 +156,7 @@ def _any(matrix: Tensor) -> bool:
 
 
 def _mean(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
-    """`sum p_i x_i`, differences first, in fp32 or better, back in the tensors' dtype."""
+    """`sum p_i x_i`, differences first, in fp32 or better, as the global factors are."""
     if not tensors[0].is_floating_point():
         raise AggregationError(f"other tensor {name} is {tensors[0].dtype}, which has no mean: send floating-point tensors only")
     last = tensors[-1].to(torch.promote_types(tensors[-1].dtype, torch.float32))
@@ -165,7 +165,7 @@ def _mean(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
         mean.add_(tensor.to(last.dtype) - last, alpha=weight)
     if not torch.isfinite(mean).all():
         raise AggregationError(f"other tensor {name} of some client holds NaN or infinity, or overflows: leave that client out")
-    return mean.to(tensors[0].dtype)
+    return mean
 
 
 def _require_same_structure(updates: Sequence[ClientUpdate]) -> None:
