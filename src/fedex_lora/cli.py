@@ -122,6 +122,53 @@ def run(
 
 @app.command()
 @one_line_errors
+def compare(
+    config: Annotated[Path, typer.Argument(help="A TOML file; its method, seed and learning rate are varied.")],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated METHOD, METHOD+GAUGE, or METHOD@2r for twice the rank.")
+    ] = "fedex,fedit,ffa",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    learning_rates: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Comma-separated grid; by default a third of the file's, it, and three times it."),
+    ] = None,
+    reference: Annotated[str, typer.Option(help="The method that differences are from.")] = "fedit",
+    target: Annotated[Optional[float], typer.Option(help="Count rounds to this value; by default the reference's end.")] = None,  # noqa: UP045
+    controls: Annotated[bool, typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is.")] = True,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Where runs and tables go; an interrupted comparison continues.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods fairly: paired seeds, a learning rate for each chosen on held-out training rows, confidence intervals."""
+    from fedex_lora.compare import compare as compare_here
+    from fedex_lora.compare import table_rows
+    from fedex_lora.config import read_config
+    from fedex_lora.display import Runs, table
+
+    settings, console = read_config(config, set_ or []), _consoles(as_json)
+    out = out or Path("compare") / config.stem
+    names, rates = methods.split(","), _numbers(learning_rates, "--learning-rates")
+    with Runs(console) as tell:
+        result = compare_here(settings, names, _seeds(seeds), out, rates, reference, target, controls, jobs, tell)
+    if as_json:
+        _print_json(result)
+    else:
+        columns, rows = table_rows(result)
+        console.print(table(f"{result['headline']} on {result['task']} after {result['rounds']} rounds", columns, rows))
+        console.print(f"± is a 95 % confidence interval; differences are paired by seed. {out / 'compare.json'}", highlight=False)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {text!r}: give comma-separated whole numbers, such as 0,1,2") from None
+
+
+@app.command()
+@one_line_errors
 def aggregate(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
@@ -134,7 +181,7 @@ def aggregate(
     """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
-    result = aggregate_folders(adapters, out, method, _numbers(weights), state)
+    result = aggregate_folders(adapters, out, method, _numbers(weights, "--weights"), state)
     if as_json:
         _print_json(result)
         return
@@ -150,11 +197,11 @@ def aggregate(
     console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--weights {text!r}: give comma-separated numbers, such as 0.2,0.3,0.5") from None
+        raise UsageError(f"{option} {text!r}: give comma-separated numbers, such as 0.2,0.3,0.5") from None
 
 
 @app.command()

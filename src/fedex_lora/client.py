@@ -1,7 +1,6 @@
 """One client's work: go on from a download, train on rows that stay here, answer with an update."""
 
 import dataclasses
-import hashlib
 import math
 import os
 import tempfile
@@ -18,9 +17,10 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
 
+from fedex_lora.aggregation import derive_seed, method_named
 from fedex_lora.config import Config, nearest
 from fedex_lora.errors import ConfigError, TrainingError
-from fedex_lora.peft_io import read_model, read_other
+from fedex_lora.peft_io import read_model, read_other, set_trained
 from fedex_lora.tasks import Task, collator
 from fedex_lora.types import ClientUpdate
 
@@ -43,11 +43,6 @@ class Work:
     config: Config
     task: Task
     tokenizer: Any
-
-
-def derive_seed(seed: int, round: int, client: str) -> int:
-    """A seed of (run, round, client), so that results do not depend on who ran first."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{round}/{client}".encode()).digest()[:4], "big") >> 1
 
 
 def training_arguments(config: Config, output: str = "unused", seed: int = 0) -> TrainingArguments:
@@ -133,6 +128,7 @@ def local_update(
         TrainingError: the loss is not finite, or memory ran out.
     """
     seed, started = derive_seed(work.config.seed, round, client_id), time.perf_counter()
+    set_trained(model, method_named(work.config.method).trained(round))
     with _trainer(model, work, seed, data.train, on_step) as trainer:
         optimizer = trainer.create_optimizer()
         if optimizer_state is not None:

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -85,6 +85,9 @@ class Clients(_Table):
     column: str | None = Field(
         None, description="column: one client for each of its values; dirichlet: the classes (the task's label by default)."
     )
+    ranks: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="A rank for each client, in the order of their names; the largest is lora.r."
+    )
     holdout: float = Field(0.1, ge=0, lt=1, description="Share of a client's rows that it keeps to measure on.")
 
     @model_validator(mode="after")
@@ -101,6 +104,20 @@ class Local(_Table):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="Adam's moments start anew each round, or each client keeps its own."
     )
+
+
+class Truncation(_Table):
+    """How much of the residual the base gains under fedex-svd; nothing said: as many ranks as the adapter has."""
+
+    rank: int | None = Field(None, ge=1, description="fedex-svd: so many ranks of every module's residual.")
+    energy: float | None = Field(None, gt=0, le=1, description="fedex-svd: the smallest rank with this share of |R|^2, for each module.")
+    bytes: int | None = Field(None, ge=1, description="fedex-svd: bytes of residual that one client downloads a round, over all modules.")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Truncation":
+        if sum(value is not None for value in (self.rank, self.energy, self.bytes)) > 1:
+            raise ValueError("truncation: give one of rank, energy and bytes")
+        return self
 
 
 OWNED = (
@@ -138,7 +155,7 @@ OWNED_PREFIXES = (
 class Config(_Table):
     """One run."""
 
-    method: str = Field("fedex", description="See fedex_lora.METHODS.")
+    method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
     rounds: int = Field(5, ge=1, description="Aggregation rounds.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
     weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
@@ -148,6 +165,7 @@ class Config(_Table):
     task: Task
     clients: Clients = Clients()
     local: Local = Local()
+    truncation: Truncation = Truncation()
     training: dict[str, Any] = Field(
         {}, description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting."
     )

@@ -96,6 +96,26 @@ class Display:
         self._console.print(f"{self._label}{note}; {time.perf_counter() - self._started:.0f} s in all", highlight=False)
 
 
+class Runs:
+    """Shows the runs of a comparison: a line for each that is done, and on a terminal a bar of how many."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._console, self._bar = console, self._progress.add_task("runs", total=None)
+
+    def __enter__(self) -> "Runs":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, line: str, done: int, total: int) -> None:
+        self._progress.update(self._bar, completed=done, total=total)
+        self._console.print(f"{done}/{total}  {line}", highlight=False)
+
+
 def numbers(metrics: dict[str, float]) -> str:
     """Metrics on one line, the loss last."""
     shown = {name: value for name, value in metrics.items() if name not in HIDDEN}

@@ -47,17 +47,27 @@ def _ratio(error: float, size: float) -> float:
     return error / size if size else (0.0 if error == 0 else math.inf)
 
 
-def ideal_update(base_delta: Mapping[str, Delta], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Delta]:
-    """`E - W0` per module: what the participants' models average to, `E = sum_i p_i (W0 + D + s_i B_i A_i)`, in fp64.
+Held = Mapping[str, Mapping[str, LowRank]]
+"""client -> module path -> what the client's base has beside the common one (see `server.start_of`)."""
+
+
+def ideal_update(
+    base_delta: Mapping[str, Delta], updates: Sequence[ClientUpdate], weights: Mapping[str, float], held: Held | None = None
+) -> dict[str, Delta]:
+    """`E - W0` per module: what the participants' models average to, `E = sum_i p_i (W0 + D + held_i + s_i B_i A_i)`, in fp64.
 
     Args:
         base_delta: D, what the base had gained when the participants started.
         updates: the participants' updates.
         weights: client id -> p_i.
+        held: what single clients held beside D.
     """
     ideal: dict[str, Delta] = {}
     for module in updates[0].adapter:
         terms: list[tuple[float, Delta]] = [(weights[update.client_id], _product(update.adapter[module])) for update in updates]
+        for update in updates:
+            if held and module in held.get(update.client_id, {}):
+                terms.append((weights[update.client_id], held[update.client_id][module]))
         ideal[module] = signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
     return ideal
 
@@ -71,13 +81,18 @@ def exactness(ideal: Mapping[str, Delta], adapter: Adapter, base_delta: Mapping[
     return Exactness(error=error, ideal={module: frobenius(delta) for module, delta in ideal.items()})
 
 
-def audit(before: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], after: ServerState) -> Exactness:
+def audit(
+    before: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], after: ServerState, held: Held | None = None
+) -> Exactness:
     """One round's exactness: the state after it against the mean of the participants' models."""
-    return exactness(ideal_update(before.base_delta, updates, weights), after.adapter, after.base_delta)
+    return exactness(ideal_update(before.base_delta, updates, weights, held), after.adapter, after.base_delta)
 
 
 def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
-    """What averaging the factors alone would lose this round, `|s Bbar Abar - M| / |M|` (paper, section 6), whatever the method."""
+    """What averaging the factors alone would lose this round, `|s Bbar Abar - M| / |M|` (paper, section 6), whatever the method.
+
+    Factors of lower rank are padded with zeros.
+    """
     mean: dict[str, LoRAPair] = {}
     for module, pair in result.adapter.items():
         p = [result.weights[update.client_id] for update in updates]
@@ -93,6 +108,10 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, or of matrices padded with zeros to the largest."""
+    if tensors[0].ndim == 2:
+        rows, columns = (max(tensor.shape[axis] for tensor in tensors) for axis in (0, 1))
+        tensors = [torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])) for tensor in tensors]
     return torch.stack(list(tensors)).sum(0)
 
 

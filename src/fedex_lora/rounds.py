@@ -3,21 +3,24 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.aggregation import METHODS
-from fedex_lora.client import derive_seed, weighted_mean
-from fedex_lora.config import Config
-from fedex_lora.errors import TrainingError, WireError
-from fedex_lora.measure import Exactness
+from fedex_lora.aggregation import METHODS, derive_seed, method_named
+from fedex_lora.aggregation.lowrank import frobenius
+from fedex_lora.client import weighted_mean
+from fedex_lora.config import Config, Truncation
+from fedex_lora.errors import ConfigError, TrainingError, WireError
+from fedex_lora.measure import Exactness, Held
 from fedex_lora.peft_io import write_result
+from fedex_lora.server import start_of
 from fedex_lora.storage import append_event
-from fedex_lora.types import ClientUpdate, Delta, LowRank, ServerState
+from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
 from fedex_lora.wire import Download, decode_update, encode_download
 
 
@@ -51,6 +54,7 @@ class Federation:
         realised: (state, ideal) -> the exactness of the model's own weights, and its floor.
         peft_config: the adapters' PEFT configuration, for result folders.
         facts: for manifests (base model, versions).
+        ranks: client -> its rank, where they differ.
     """
 
     clients: Sequence[str]
@@ -59,14 +63,33 @@ class Federation:
     realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float]]
     peft_config: Mapping[str, Any]
     facts: Mapping[str, Any]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class _Books:
-    """What the server remembers of its clients: the residual of every round, and the base version that each client has."""
+    """What the server remembers of its clients.
 
-    residuals: dict[int, Mapping[str, LowRank]]
-    version: dict[str, int]
+    Attributes:
+        residuals: round -> what the base gained in it.
+        version: client -> the round after which it has base and adapter.
+        changed: "A" and "B" -> the last round that changed those factors of the global adapter.
+    """
+
+    residuals: dict[int, Mapping[str, LowRank]] = field(default_factory=dict)
+    version: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
+
+    def stepped(self, before: ServerState, after: ServerState, residual: Mapping[str, LowRank]) -> None:
+        """Remember what a round changed."""
+        self.residuals[after.round] = residual
+        for part in self.changed:
+            if any(not torch.equal(getattr(before.adapter[name], part), getattr(pair, part)) for name, pair in after.adapter.items()):
+                self.changed[part] = after.round
+
+    def known(self, client: str) -> str:
+        """The factors of the global adapter that a client has as they are."""
+        return "".join(part for part, last in self.changed.items() if client in self.version and last <= self.version[client])
 
     def lacking(self, client: str, version: int) -> dict[int, Mapping[str, LowRank]]:
         have = self.version.get(client, 0)
@@ -79,6 +102,35 @@ class _Books:
         self.residuals = {number: residual for number, residual in self.residuals.items() if number > oldest}
 
 
+USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
+
+
+def require_consistent(config: Config, clients: int) -> None:
+    """What single keys cannot say: do method, ranks, truncation and optimiser state go together?
+
+    Raises:
+        UsageError: unknown method or gauge.
+        ConfigError: they do not.
+    """
+    method = method_named(config.method)
+    if config.clients.ranks is not None:
+        ranks = config.clients.ranks
+        if not method.per_client_ranks or method.pooled:
+            able = ", ".join(name for name, row in METHODS.items() if row.per_client_ranks)
+            raise ConfigError(f"method {config.method} needs one rank for all clients: remove clients.ranks, or use one of {able}")
+        if len(ranks) != clients:
+            raise ConfigError(f"clients.ranks has {len(ranks)} ranks for {clients} clients: give one a client, in the order of their names")
+        if max(ranks) != config.lora.r:
+            raise ConfigError(f"the largest of clients.ranks is {max(ranks)} and lora.r is {config.lora.r}: make them equal")
+    if method.refactors and config.local.optimizer_state == "keep":
+        raise ConfigError(
+            f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
+            "Adam's moments would belong to other coordinates; use 'reset'"
+        )
+    if config.truncation != Truncation() and method.rest != "truncate":
+        raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
+
+
 def run_rounds(config: Config, state: ServerState, federation: Federation, out: Path, emit: Emit) -> ServerState:
     """Run `config.rounds` rounds from `state` (round 0) and return the final state.
 
@@ -88,7 +140,7 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         TrainingError: a client failed.
         WireError: a client's answer is not what the round declared.
     """
-    books = _Books(residuals={}, version={})
+    books = _Books()
     emit(
         "started",
         method=config.method,
@@ -102,20 +154,24 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         began = time.perf_counter()
         participants = sample(federation.clients, config.clients.fraction, config.seed, number)
         emit("round_started", round=number, clients=participants)
-        sent, downloads, down = _messages("train", participants, state, books, out.name, number)
+        sent, downloads, down = _messages("train", participants, state, books, federation, out.name)
         updates, up = _collect(federation.exchange(sent, None), downloads, state.method, emit)
+        held = {
+            client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client))[1]
+            for client in participants
+        }
         held_out[number - 1] = _held_out_event(number - 1, updates, emit)
-        before, (state, result) = state, server.step(state, updates, config.weights)
+        before, (state, result) = state, server.step(state, updates, config.weights, config.truncation)
         books.delivered(participants, number - 1, federation.clients)
-        books.residuals[number] = result.residual
-        numbers = _measured(before, updates, result.weights, state, federation)
-        numbers["deviation"] = measure.deviation(result, updates).total_relative_error if state.adapter else None
+        books.stepped(before, state, result.residual)
+        numbers = _measured(before, updates, result, state, held, federation)
+        _warn_of_flat_spectrum(result, number, emit)
         folder = out / "rounds" / f"{number:04d}"
-        write_result(folder, state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta)
+        write_result(folder, state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta, held=held)
         seconds = time.perf_counter() - began
         emit("round_done", round=number, metrics=federation.evaluate(state), bytes_down=down, bytes_up=up, seconds=seconds, **numbers)
     held_out[config.rounds] = _final_held_out(state, federation, books, out, emit)
-    write_result(out / "final", state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta)
+    write_result(out / "final", state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta, held=held)
     best = _best(held_out, federation.facts)
     emit("run_done", rounds=config.rounds, best_round=best, held_out={str(number): metrics for number, metrics in held_out.items()})
     return state
@@ -129,23 +185,28 @@ def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> li
 
 
 def _messages(
-    kind: Any, participants: Sequence[str], state: ServerState, books: _Books, run: str, number: int
+    kind: Any, participants: Sequence[str], state: ServerState, books: _Books, federation: Federation, run: str
 ) -> tuple[dict[str, bytes], dict[str, Download], int]:
-    downloads = {
-        client: Download(
+    """The participants' messages as bytes, as values, and the number of bytes: each gets what it lacks."""
+    method = method_named(state.method)
+    drawn = method.draws and state.round > 0
+    sent, downloads = {}, {}
+    for client in participants:
+        rank = federation.ranks.get(client)
+        whole = rank is None or method.frozen_side or drawn
+        downloads[client] = Download(
             kind=kind,
             run=run,
-            round=number,
+            round=state.round + 1,
             client=client,
             method=state.method,
-            adapter=state.adapter,
+            adapter=state.adapter if whole else start_of(state.method, state.adapter, rank, None)[0],
             other=state.other,
             residuals=books.lacking(client, state.round),
+            rank=rank,
+            fresh=state.seed if drawn else None,
         )
-        for client in participants
-    }
-    frozen_a = METHODS[state.method].trains == "B"
-    sent = {client: encode_download(download, omit_a=frozen_a and client in books.version) for client, download in downloads.items()}
+        sent[client] = encode_download(downloads[client], omit="AB" if drawn else books.known(client))
     return sent, downloads, sum(map(len, sent.values()))
 
 
@@ -156,7 +217,7 @@ def _collect(replies: Iterable[Reply], downloads: Mapping[str, Download], method
         if reply.payload is None:
             raise TrainingError(f"client {reply.client} failed: {reply.error}")
         try:
-            update = decode_update(reply.payload, downloads[reply.client], omit_a=METHODS[method].trains == "B")
+            update = decode_update(reply.payload, downloads[reply.client], omit=stays(method, downloads[reply.client].round))
         except WireError as error:
             raise WireError(f"client {reply.client}: {error}") from None
         received += len(reply.payload)
@@ -187,26 +248,47 @@ def _held_out_event(version: int, updates: Sequence[ClientUpdate], emit: Emit) -
 
 def _final_held_out(state: ServerState, federation: Federation, books: _Books, out: Path, emit: Emit) -> dict[str, float]:
     """One more message, after the last round: how good is the final model on the clients' own rows? (No A, B travel back.)"""
-    sent, downloads, down = _messages("evaluate", list(federation.clients), state, books, out.name, state.round + 1)
+    sent, downloads, down = _messages("evaluate", list(federation.clients), state, books, federation, out.name)
     updates, up = _collect(federation.exchange(sent, None), downloads, state.method, lambda *_, **__: None)
     emit("evaluated", round=state.round, bytes_down=down, bytes_up=up)
     return _held_out_event(state.round, updates, emit)
 
 
+def stays(method: str, round: int) -> str:
+    """The factors that do not travel up in a round."""
+    return "".join(part for part in "AB" if part not in method_named(method).sent(round))
+
+
 def _measured(
-    before: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], after: ServerState, federation: Federation
+    before: ServerState, updates: Sequence[ClientUpdate], result: Aggregate, after: ServerState, held: Held, federation: Federation
 ) -> dict[str, Any]:
-    """The exactness that this round achieved, from the factors and from the model's own weights."""
-    if not after.adapter:
+    """The exactness that this round achieved, from the factors and from the model's own weights; nothing where there is no global model."""
+    if not after.adapter or method_named(after.method).exactness == "personalised":
         return {}
-    factors = measure.audit(before, updates, weights, after)
-    realised, floor = federation.realised(after, measure.ideal_update(before.base_delta, updates, weights))
-    return {
+    ideal = measure.ideal_update(before.base_delta, updates, result.weights, held)
+    factors = measure.exactness(ideal, after.adapter, after.base_delta)
+    realised, floor = federation.realised(after, ideal)
+    dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if result.dropped else {}
+    return dropped | {
         "exactness_error": factors.max_relative_error,
         "exactness_error_total": factors.total_relative_error,
         "realised_error": realised.max_relative_error,
         "floor": floor,
+        "deviation": measure.deviation(result, updates).total_relative_error,
     }
+
+
+def _warn_of_flat_spectrum(result: Aggregate, round: int, emit: Emit) -> None:
+    """A truncation that loses most of the residual costs bytes and buys little."""
+    if method_named(result.method).rest != "truncate" or not result.dropped:
+        return
+    tail = math.hypot(*result.dropped.values())
+    kept = math.hypot(*(frobenius(gain) for gain in result.residual.values()))
+    share = tail / math.hypot(tail, kept) if tail else 0.0
+    if share > USELESS_TAIL:
+        advice = "raise truncation.rank, or use fedex (all of it) or fedit (none of it)"
+        text = f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"
+        emit("warning", round=round, message=text, tail=share)
 
 
 def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:

@@ -14,17 +14,27 @@ from torch import nn
 from transformers import set_seed
 
 from fedex_lora import server
-from fedex_lora.aggregation import METHODS, method_named
+from fedex_lora.aggregation import method_named
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.measure import Exactness
 from fedex_lora.partition import partition
-from fedex_lora.peft_io import FoldedBase, add_lora, load_base, load_tokenizer, read_model, read_other, trainable_parameters, write_model
-from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, versions
+from fedex_lora.peft_io import (
+    FoldedBase,
+    add_lora,
+    load_base,
+    load_tokenizer,
+    read_model,
+    read_other,
+    set_trained,
+    trainable_parameters,
+    write_model,
+)
+from fedex_lora.rounds import Emit, Federation, Reply, log_to, require_consistent, run_rounds, stays, versions
 from fedex_lora.storage import write_text
 from fedex_lora.tasks import Task, load_task
-from fedex_lora.types import ClientUpdate, Delta, LowRank, ServerState
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LowRank, ServerState
 from fedex_lora.wire import Download, decode_download, encode_update
 
 POOLED = "all"  # the one client of a centralised run
@@ -48,6 +58,8 @@ class InProcess:
             torch.set_num_threads(config.torch_threads)
         task = load_task(config.task, config.seed)
         self._parts = partition(task, config.clients, config.seed)
+        require_consistent(config, len(self._parts))
+        self._ranks = dict(zip(sorted(self._parts), config.clients.ranks or [], strict=False))
         self._emit, self._config = emit, config
         self._work = Work(config=config, task=task, tokenizer=load_tokenizer(config.base))
         set_seed(config.seed)
@@ -57,7 +69,8 @@ class InProcess:
             model.config.pad_token_id = self._work.tokenizer.pad_token_id  # type: ignore[union-attr]
         if method.lora:
             set_seed(config.seed)
-            model = add_lora(loaded, config.lora, task.kind, train_a=method.trains == "AB")
+            model = add_lora(loaded, config.lora, task.kind)
+            set_trained(model, method.trained(1))
         self.model = model
         self._base = FoldedBase(model)
         self._base_delta: Mapping[str, Delta] = {}
@@ -65,14 +78,16 @@ class InProcess:
         self._log: dict[int, Mapping[str, LowRank]] = {}
         self._first = read_model(model)
         self._data, self._eval = self._tokenised(task)
-        self._optimizers: dict[str, Mapping[str, Any]] = {}
+        self._latest: Adapter = self._first  # what a client's copy of the global adapter is, in the factors that do not travel again
+        self._own: dict[str, Adapter] = {}
+        self._optimizers: dict[tuple[str, str], Mapping[str, Any]] = {}
         probe(model, self._eval, self._work)
 
     def _tokenised(self, task: Task) -> tuple[dict[str, ClientData], Dataset]:
         """Every row tokenised once; clients hold selections. A pooled method has one client with all training rows."""
         train = task.tokenize(self._work.tokenizer, task.train)
         parts = self._parts
-        if METHODS[self._config.method].pooled:
+        if method_named(self._config.method).pooled:
             together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
             parts = {POOLED: (together[0], together[1])}
         data = {client: ClientData(train=train.select(mine), held_out=train.select(held)) for client, (mine, held) in parts.items()}
@@ -80,7 +95,7 @@ class InProcess:
 
     def initial(self) -> ServerState:
         """The state before round 1."""
-        return server.init(self._first, read_other(self.model), self._config.method)
+        return server.init(self._first, read_other(self.model), self._config.method, self._config.seed)
 
     def federation(self) -> Federation:
         """What the round loop needs of this place."""
@@ -91,25 +106,30 @@ class InProcess:
             realised=self.realised,
             peft_config=peft_config(self.model),
             facts=self.facts(),
+            ranks=self._ranks,
         )
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
         """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
         for client, payload in messages.items():
             try:
-                yield Reply(client, self._answer(client, decode_download(payload, self._first)))
+                yield Reply(client, self._answer(client, decode_download(payload, self._latest)))
             except TrainingError as error:
                 yield Reply(client, None, str(error))
 
     def _answer(self, client: str, message: Download) -> bytes:
+        method = method_named(message.method)
         self._catch_up(message)
-        write_model(self.model, message.adapter, message.other)
+        self._latest = message.adapter if message.rank is None else self._latest
+        start, held = server.start_of(message.method, message.adapter, message.rank, self._own.get(client))
+        self._base.set(server.advance(self._base_delta, held))
+        write_model(self.model, start, message.other)
         data, steps = self._data[client], self._emit
         own = {f"held_out_{name}": value for name, value in evaluate(self.model, data.held_out, self._work).items()}
         if message.kind == "evaluate":
             update = ClientUpdate(client_id=client, adapter={}, num_examples=len(data.train), metrics=own)
         else:
-            kept = self._optimizers.get(client)
+            kept = self._optimizers.get((client, method.trained(message.round)))
             update, optimizer = local_update(
                 self.model,
                 client,
@@ -121,8 +141,10 @@ class InProcess:
             )
             update = replace(update, metrics={**update.metrics, **own})
             if self._config.local.optimizer_state == "keep":
-                self._optimizers[client] = optimizer
-        return encode_update(update, message.run, message.round, message.method, omit_a=METHODS[message.method].trains == "B")
+                self._optimizers[client, method.trained(message.round)] = optimizer
+            if method.own:
+                self._own[client] = update.adapter
+        return encode_update(update, message.run, message.round, message.method, omit=stays(message.method, message.round))
 
     def _catch_up(self, message: Download) -> None:
         """The base of the message's version.
@@ -142,7 +164,6 @@ class InProcess:
         self._versions[message.client] = needed
         oldest = min(self._versions.get(client, 0) for client in self._data)
         self._log = {number: residual for number, residual in self._log.items() if number > oldest}
-        self._base.set(self._base_delta)
 
     def load(self, state: ServerState) -> nn.Module:
         """The global model of a state."""
@@ -151,7 +172,9 @@ class InProcess:
         return self.model
 
     def evaluate(self, state: ServerState) -> dict[str, float]:
-        """The global model on the task's evaluation rows."""
+        """The global model on the task's evaluation rows; nothing once there is none."""
+        if state.round and method_named(state.method).exactness == "personalised":
+            return {}
         return evaluate(self.load(state), self._eval, self._work)
 
     def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:

@@ -8,26 +8,29 @@ from torch import Tensor
 
 from fedex_lora.aggregation import WeightRule, aggregate, method_named, on_scaling
 from fedex_lora.aggregation.lowrank import add
+from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
-from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LowRank, ServerState
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
 
 
-def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex") -> ServerState:
+def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex", seed: int = 0) -> ServerState:
     """The state before the first round: the initial adapter, and a base that has gained nothing."""
     method_named(method)
-    return ServerState(method=method, round=0, adapter=dict(adapter), base_delta={}, other=dict(other))
+    return ServerState(method=method, round=0, adapter=dict(adapter), base_delta={}, other=dict(other), seed=seed)
 
 
-def step(state: ServerState, updates: Sequence[ClientUpdate], weights: WeightRule = "num_examples") -> tuple[ServerState, Aggregate]:
+def step(
+    state: ServerState, updates: Sequence[ClientUpdate], weights: WeightRule = "num_examples", truncation: Truncation | None = None
+) -> tuple[ServerState, Aggregate]:
     """One round: aggregate the updates and put the residual into the base.
 
-    `D_v = D_{v-1} + s R_v`, so that `W0 + D_v + s Bbar Abar = sum_i p_i (W0 + D_{v-1} + s_i B_i A_i)`, the mean of the
-    participants' models (FedEx-LoRA, eq. 5-9 and 13-14).
+    `D_v = D_{v-1} + s R_v`, so that `W0 + D_v + s Bbar Abar = sum_i p_i (W_i,start + s_i B_i A_i)`, the mean of the
+    participants' models (FedEx-LoRA, eq. 5-9 and 13-14), whatever rank they train (`start_of`).
 
     Args:
         state: as left by `init` or the previous `step`; not changed.
         updates: this round's participants, in any order.
-        weights: see `aggregate`.
+        weights, truncation: see `aggregate`.
 
     Returns:
         The next state, and this round's aggregate (its residual is what clients that were there must download).
@@ -43,13 +46,17 @@ def step(state: ServerState, updates: Sequence[ClientUpdate], weights: WeightRul
         >>> state.round, state.base_delta["q"].rank
         (1, 2)
     """
-    result = aggregate([_continuing(state, update) for update in updates], state.method, weights)
-    following = ServerState(
-        method=state.method,
+    row = method_named(state.method)
+    updates = [_continuing(state, update) for update in updates]
+    result = aggregate(updates, state.method, weights, truncation, state)
+    shared = "A" in row.uploads and "B" in row.uploads
+    following = replace(
+        state,
         round=state.round + 1,
         adapter=result.adapter,
         base_delta=advance(state.base_delta, result.residual),
         other=result.other,
+        personal={**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {},
     )
     return following, result
 
@@ -59,17 +66,53 @@ def advance(base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank]) ->
     return {**base_delta, **{module: add(base_delta.get(module), gain) for module, gain in residual.items()}}
 
 
+def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | None) -> tuple[Adapter, dict[str, LowRank]]:
+    """What one client trains, and what it holds frozen beside the common base, from the global adapter.
+
+    Its model is `W0 + D + held + s B A`. Under an exact method that is the same model for every client:
+
+    - a client of lower rank trains the first components of the global adapter, and holds the others;
+    - a client with factors of its own trains them, and its base lacks what they add: `held = - s B A`.
+
+    Args:
+        method: the run's.
+        adapter: the global one.
+        rank: the client's; None: the adapter's.
+        own: the factors that the client kept from its last round, where the method has it keep some.
+
+    Returns:
+        (the factors to train, module path -> what is held frozen; nothing for most methods).
+    """
+    row = method_named(method)
+    if own is not None and row.own == "AB":
+        return own, {module: LowRank(U=-pair.scaling * pair.B, V=pair.A) for module, pair in own.items()}
+    if own is not None and row.own:
+        return {module: _with_own(pair, own[module], row.own) for module, pair in adapter.items()}, {}
+    if rank is None or all(pair.rank <= rank for pair in adapter.values()):
+        return adapter, {}
+    first = {module: pair.first(rank) for module, pair in adapter.items()}
+    held = {module: pair.after(rank) for module, pair in adapter.items() if row.frozen_side and pair.rank > rank}
+    return first, held
+
+
+def _with_own(pair: LoRAPair, own: LoRAPair, part: str) -> LoRAPair:
+    return replace(pair, A=own.A) if part == "A" else replace(pair, B=own.B)
+
+
 def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
     """The update on the scalings of the global adapter, if it continues that adapter."""
-    frozen_a = method_named(state.method).trains == "B"
+    row = method_named(state.method)
+    frozen = [part for part in "AB" if part not in row.trained(state.round + 1)]
     for module, pair in state.adapter.items():
         sent = update.adapter.get(module)
-        if sent is None or (sent.shape, sent.rank) != (pair.shape, pair.rank):
+        fits = sent is not None and sent.shape == pair.shape
+        if sent is None or not fits or sent.rank > pair.rank or (sent.rank < pair.rank and not row.per_client_ranks):
             raise AggregationError(
                 f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
             )
-        if frozen_a and not torch.equal(sent.A, pair.A):
-            raise AggregationError(f"client {update.client_id} changed A of {module}, which method {state.method} freezes")
+        for part in frozen:
+            if not torch.equal(getattr(sent, part), getattr(pair, part)):
+                raise AggregationError(f"client {update.client_id} changed {part} of {module}, which method {state.method} freezes")
     kept = {module: on_scaling(pair, state.adapter[module].scaling) for module, pair in update.adapter.items() if module in state.adapter}
     if len(kept) < len(update.adapter):
         raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have")

@@ -43,7 +43,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
 
 
-def save_delta(path: Path, base_delta: Mapping[str, Delta]) -> None:
+def save_delta(path: Path, base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> None:
     """`base_delta.safetensors`: `M.U` (`out x q`) and `M.V` (`q x in`) for each module M, or `M.W` (`out x in`) where that is smaller."""
     tensors: dict[str, Tensor] = {}
     for module, delta in base_delta.items():
@@ -64,6 +64,11 @@ def load_delta(path: Path) -> dict[str, Delta]:
         elif part != "V" or f"{module}.U" not in tensors:
             raise StorageError(f"{path} has a tensor {name} that is no part of a base delta (module.U with module.V, or module.W)")
     return deltas
+
+
+def load_factors(path: Path) -> dict[str, LowRank]:
+    """As `load_delta`, of a file that holds factors only."""
+    return {module: delta for module, delta in load_delta(path).items() if isinstance(delta, LowRank)}
 
 
 def save_update(path: Path, update: ClientUpdate) -> None:

@@ -50,6 +50,14 @@ class LoRAPair:
         """(out, in) of the module's weight."""
         return self.B.shape[0], self.A.shape[1]
 
+    def first(self, rank: int) -> "LoRAPair":
+        """The first components only."""
+        return self if rank >= self.rank else LoRAPair(A=self.A[:rank], B=self.B[:, :rank], scaling=self.scaling)
+
+    def after(self, rank: int) -> "LowRank":
+        """What `first(rank)` leaves out, as `U V`, the scaling in U."""
+        return LowRank(U=self.scaling * self.B[:, rank:], V=self.A[rank:])
+
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense update `scaling * B A`, `out x in`."""
         return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
@@ -143,6 +151,7 @@ class Aggregate:
         other: the averaged other tensors.
         weights: client id -> p_i, float64, summing to one.
         method: the method's name.
+        dropped: module path -> Frobenius norm of what a truncation left out, scaling included; empty for methods that truncate nothing.
     """
 
     adapter: Adapter
@@ -150,6 +159,7 @@ class Aggregate:
     other: Mapping[str, Tensor]
     weights: Mapping[str, float]
     method: str
+    dropped: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -162,6 +172,8 @@ class ServerState:
         adapter: the global adapter.
         base_delta: module path -> what the frozen base has gained since the pretrained model (`W = W0 + base_delta`).
         other: the other trained tensors.
+        seed: of the run, for factors that start anew.
+        personal: client -> its own factors, for methods whose clients keep them (and let the server know them).
     """
 
     method: str
@@ -169,3 +181,5 @@ class ServerState:
     adapter: Adapter
     base_delta: Mapping[str, Delta]
     other: Mapping[str, Tensor]
+    seed: int = 0
+    personal: Mapping[str, Adapter] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import measure
-from fedex_lora.aggregation import METHODS
+from fedex_lora.aggregation import method_named
 from fedex_lora.errors import StorageError
 from fedex_lora.peft_io import Result, open_model, read_result, result_folders
 
@@ -29,13 +29,15 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     rows = []
     for folder in result_folders(path):
         result = read_result(folder)
+        if method_named(result.manifest["method"]).exactness == "personalised":
+            raise StorageError(f"{folder} is of method {result.manifest['method']}, which has no global model: nothing to verify")
         if not result.updates or not result.adapter:
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
         rows.append(_verify_one(folder, result, base))
     worst = max(rows, key=lambda row: row["max_relative_error"])
     summary: dict[str, Any] = {
         "method": worst["method"],
-        "exact_method": METHODS[worst["method"]].exact,
+        "exact_method": method_named(worst["method"]).exact,
         "max_relative_error": worst["max_relative_error"],
         "total_relative_error": max(row["total_relative_error"] for row in rows),
     }
@@ -45,7 +47,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
 
 
 def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any]:
-    ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights)
+    ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
     factors = measure.exactness(ideal, result.adapter, result.base_delta)
     per_module = factors.per_module
     if result.standalone:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedex_lora.aggregation import derive_seed, fresh_a
 from fedex_lora.errors import WireError
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, LowRank
 
@@ -39,6 +40,8 @@ class Header(BaseModel):
     num_examples: int = Field(0, ge=0)
     metrics: dict[str, float] = {}
     residual_rounds: list[int] = []
+    rank: int | None = Field(None, ge=1)
+    fresh: int | None = Field(None, ge=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,8 @@ class Download:
         kind: "train" (evaluate what arrives, then train), or "evaluate" (only that).
         round: the round that is going on, from 1; the adapter is the global one after round - 1.
         residuals: round -> what the base gained in it, for every round that the client's base lacks.
+        rank: how many components of the adapter this client trains; None: all.
+        fresh: the run's seed, where the client draws the adapter itself instead of receiving it.
     """
 
     kind: Literal["train", "evaluate"]
@@ -59,11 +64,13 @@ class Download:
     adapter: Adapter
     other: Mapping[str, Tensor]
     residuals: Mapping[int, Mapping[str, LowRank]] = field(default_factory=dict)
+    rank: int | None = None
+    fresh: int | None = None
 
 
-def encode_download(message: Download, omit_a: bool = False) -> bytes:
-    """The bytes of a download; `omit_a` leaves A out for a client that has it already, where the method freezes it."""
-    tensors = _adapter_tensors(message.adapter, omit_a) | {f"other|{name}": tensor for name, tensor in message.other.items()}
+def encode_download(message: Download, omit: str = "") -> bytes:
+    """The bytes of a download; `omit` names the factors ("A", "B", "AB") that the client has already, or draws itself."""
+    tensors = _adapter_tensors(message.adapter, omit) | {f"other|{name}": tensor for name, tensor in message.other.items()}
     for number, residual in message.residuals.items():
         for module, gain in residual.items():
             tensors |= {f"residual|{number}|{module}|U": gain.U, f"residual|{number}|{module}|V": gain.V}
@@ -75,15 +82,20 @@ def encode_download(message: Download, omit_a: bool = False) -> bytes:
         method=message.method,
         scalings={module: pair.scaling for module, pair in message.adapter.items()},
         residual_rounds=list(message.residuals),
+        rank=message.rank,
+        fresh=message.fresh,
     )
     return _encode(header, tensors)
 
 
 def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
-    """A download from its bytes; A factors that did not travel are taken from `known`."""
+    """A download from its bytes; factors that did not travel are taken from `known`, or drawn in its shapes where the server says so."""
     header, tensors = _decode(payload)
     if header.kind == "update":
         raise WireError("expected a download, got an update: is this message going the wrong way?")
+    known = known or {}
+    if header.fresh is not None:
+        known = fresh_adapter(known, header.fresh, header.round - 1)
     residuals: dict[int, dict[str, LowRank]] = {number: {} for number in header.residual_rounds}
     for name in tensors:
         if name.startswith("residual|") and name.endswith("|U"):
@@ -95,15 +107,28 @@ def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
         round=header.round,
         client=header.client,
         method=header.method,
-        adapter=_adapter(header, {f"adapter|{module}|A": pair.A for module, pair in (known or {}).items()} | tensors),
+        adapter=_adapter(header, _adapter_tensors(known) | tensors),
         other=_other(tensors),
         residuals=residuals,
+        rank=header.rank,
+        fresh=header.fresh,
     )
 
 
-def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit_a: bool = False) -> bytes:
-    """The bytes of a client's upload; `omit_a` leaves A out, for methods that freeze it (the server knows it)."""
-    tensors = _adapter_tensors(update.adapter, omit_a) | {f"other|{name}": tensor for name, tensor in update.other.items()}
+def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
+    """The adapter that a method with new factors goes on with after `round`, in the shapes of `like`: A drawn, B zero."""
+    drawn = derive_seed(seed, round, "fresh")
+    return {
+        module: LoRAPair(
+            A=fresh_a(module, pair.rank, pair.shape[1], drawn).to(pair.A.dtype), B=torch.zeros_like(pair.B), scaling=pair.scaling
+        )
+        for module, pair in like.items()
+    }
+
+
+def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit: str = "") -> bytes:
+    """The bytes of a client's upload; `omit` names the factors that stay: frozen in this round (the server knows them), or private."""
+    tensors = _adapter_tensors(update.adapter, omit) | {f"other|{name}": tensor for name, tensor in update.other.items()}
     header = Header(
         kind="update",
         run=run,
@@ -117,19 +142,21 @@ def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit_
     return _encode(header, tensors)
 
 
-def decode_update(payload: bytes, sent: Download, omit_a: bool = False) -> ClientUpdate:
+def decode_update(payload: bytes, sent: Download, omit: str = "") -> ClientUpdate:
     """A client's update, if it answers `sent`: same run, round, client, method, scalings, names, shapes and dtypes, all finite.
 
     Args:
         payload: the bytes that arrived.
         sent: the download that they answer.
-        omit_a: A was frozen and did not travel; it is taken from `sent`.
+        omit: the factors that did not travel; they are taken from `sent`.
 
     Raises:
         WireError: with the first thing that is wrong. Nothing is decoded when the size alone is wrong.
     """
     adapter, other = (sent.adapter, sent.other) if sent.kind == "train" else ({}, {})  # an evaluation answers with numbers only
-    expected = _adapter_tensors(adapter, omit_a) | {f"other|{name}": tensor for name, tensor in other.items()}
+    if sent.rank is not None:
+        adapter = {module: pair.first(sent.rank) for module, pair in adapter.items()}
+    expected = _adapter_tensors(adapter, omit) | {f"other|{name}": tensor for name, tensor in other.items()}
     _require_declared(payload, expected)
     header, tensors = _decode(payload)
     for name, here, there in (
@@ -145,8 +172,7 @@ def decode_update(payload: bytes, sent: Download, omit_a: bool = False) -> Clien
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise WireError(f"tensor {name} holds NaN or infinity")
-    if omit_a:
-        tensors |= {f"adapter|{module}|A": pair.A for module, pair in adapter.items()}
+    tensors = _adapter_tensors(adapter) | tensors
     return ClientUpdate(
         client_id=header.client,
         adapter=_adapter(header, tensors),
@@ -156,9 +182,8 @@ def decode_update(payload: bytes, sent: Download, omit_a: bool = False) -> Clien
     )
 
 
-def _adapter_tensors(adapter: Adapter, omit_a: bool = False) -> dict[str, Tensor]:
-    tensors = {} if omit_a else {f"adapter|{module}|A": pair.A for module, pair in adapter.items()}
-    return tensors | {f"adapter|{module}|B": pair.B for module, pair in adapter.items()}
+def _adapter_tensors(adapter: Adapter, omit: str = "") -> dict[str, Tensor]:
+    return {f"adapter|{module}|{part}": getattr(pair, part) for part in "AB" if part not in omit for module, pair in adapter.items()}
 
 
 def _other(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,20 @@
 """Exact aggregation of LoRA adapters: the whole of it in pure torch, without a model, a file or a network."""
 
-from fedex_lora.aggregation._aggregate import WeightRule, aggregate, method_named, normalised_weights, on_scaling
+from fedex_lora.aggregation._aggregate import WeightRule, aggregate, normalised_weights, on_scaling
+from fedex_lora.aggregation._naming import method_named
+from fedex_lora.aggregation.factors import derive_seed, fresh_a
+from fedex_lora.aggregation.gauges import GAUGES
 from fedex_lora.aggregation.methods import METHODS, Method
 
-__all__ = ["METHODS", "Method", "WeightRule", "aggregate", "method_named", "normalised_weights", "on_scaling"]
+__all__ = [
+    "GAUGES",
+    "METHODS",
+    "Method",
+    "WeightRule",
+    "aggregate",
+    "derive_seed",
+    "fresh_a",
+    "method_named",
+    "normalised_weights",
+    "on_scaling",
+]

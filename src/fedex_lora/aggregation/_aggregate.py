@@ -1,6 +1,5 @@
 """From clients' updates to one aggregate: checks, weights, one scaling, then the method, many modules of one shape at a time."""
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -8,15 +7,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.methods import METHODS, Factors, Method
-from fedex_lora.errors import AggregationError, UsageError
-from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank
+from fedex_lora.aggregation._naming import method_named
+from fedex_lora.aggregation.factors import Factors, derive_seed
+from fedex_lora.aggregation.gauges import GAUGES
+from fedex_lora.aggregation.methods import METHODS, Clients, Method, factor_means
+from fedex_lora.aggregation.truncation import truncate
+from fedex_lora.config import Truncation
+from fedex_lora.errors import AggregationError
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
 WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
 BATCH_BYTES = 2 * 2**20  # of clients' factors that one call of a method works on: hides call overhead, stays in the cache
 
 
-def aggregate(updates: Sequence[ClientUpdate], method: str = "fedex", weights: WeightRule = "num_examples") -> Aggregate:
+def aggregate(
+    updates: Sequence[ClientUpdate],
+    method: str = "fedex",
+    weights: WeightRule = "num_examples",
+    truncation: Truncation | None = None,
+    state: ServerState | None = None,
+) -> Aggregate:
     """Aggregate clients' updates by one of `METHODS`.
 
     With `M = sum_i p_i s_i B_i A_i` per module (FedEx-LoRA, eq. 7-9), an exact method returns an adapter and a residual such
@@ -24,13 +34,15 @@ def aggregate(updates: Sequence[ClientUpdate], method: str = "fedex", weights: W
     bits do not depend on the order of arrival. Half-precision factors are aggregated in fp32.
 
     Args:
-        updates: one a client; the same modules and shapes in all of them.
-        method: a name in `METHODS`.
+        updates: one a client; the same modules and shapes in all of them, and the same rank unless the method takes ranks that differ.
+        method: a name in `METHODS`, or METHOD+GAUGE.
         weights: "num_examples", "uniform", or one number >= 0 an update, in their order; normalised to sum one.
+        truncation: of the residual, for `fedex-svd`; by default to the adapter's rank.
+        state: what the clients went on from (see `server.step`); None: adapters from anywhere.
 
     Raises:
         AggregationError: no updates, or they do not fit together, or hold NaN or infinity, or the weights are impossible.
-        UsageError: unknown method.
+        UsageError: unknown method or gauge.
 
     Example:
         >>> import torch
@@ -43,35 +55,55 @@ def aggregate(updates: Sequence[ClientUpdate], method: str = "fedex", weights: W
     p = normalised_weights(updates, weights)
     order = sorted(range(len(updates)), key=lambda i: updates[i].client_id)
     updates, p = [updates[i] for i in order], [p[i] for i in order]
-    _require_same_structure(updates)
+    _require_same_structure(updates, row)
     adapter: dict[str, LoRAPair] = {}
     residual: dict[str, LowRank] = {}
+    dropped: dict[str, float] = {}
     space: dict[str, Tensor] = {}
     for modules in _batches(updates):
-        scaling, clients = _stacked(updates, modules, space)
-        try:
-            means, gain = row.aggregate(clients, clients.A.new_tensor(p))
-        except AggregationError as error:
-            raise AggregationError(f"module {modules[0]}: {error}") from None
-        _require_finite(updates, modules, means)
-        B = means.B.mT.contiguous()
-        for index, module in enumerate(modules):
-            adapter[module] = LoRAPair(A=means.A[index], B=B[index], scaling=scaling)
-        if gain is not None:
-            residual.update(_gains(modules, gain, scaling))
+        clients, scaling = _clients(updates, p, modules, row, state, space)
+        factors, rest = _split(row, clients)
+        _require_finite(updates, modules, factors)
+        B = factors.B.mT.contiguous()
+        adapter |= {module: LoRAPair(A=factors.A[index], B=B[index], scaling=scaling) for index, module in enumerate(modules)}
+        if rest is not None and row.rest == "drop":
+            dropped |= {module: scaling * norm for module, norm in zip(modules, _norms(rest), strict=True)}
+        elif rest is not None:
+            residual.update(_gains(modules, rest, scaling))
     adapter = {module: adapter[module] for module in updates[0].adapter}
-    other = {name: _mean([update.other[name] for update in updates], p, name) for name in updates[0].other}
-    weights_by_client = {update.client_id: weight for update, weight in zip(updates, p, strict=True)}
-    return Aggregate(adapter=adapter, residual=residual, other=other, weights=weights_by_client, method=method)
+    if row.rest == "truncate":
+        residual, dropped = truncate(residual, truncation or Truncation(), max((pair.rank for pair in adapter.values()), default=1))
+    return Aggregate(
+        adapter=adapter,
+        residual=residual,
+        other={name: _mean([update.other[name] for update in updates], p, name) for name in updates[0].other},
+        weights={update.client_id: weight for update, weight in zip(updates, p, strict=True)},
+        method=method,
+        dropped=dropped,
+    )
 
 
-def method_named(name: str) -> Method:
-    """The row of `METHODS` called `name`; an unknown name names the nearest."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
-        raise UsageError(f"unknown method {name!r}: {hint}")
-    return METHODS[name]
+def _split(row: Method, clients: Clients) -> tuple[Factors, Factors | None]:
+    """The method's split, with the adapter in the method's gauge."""
+    if row.trains != ("AB",) and not any(_shared(x) for x in clients.factors):
+        raise AggregationError(
+            f"{row.name} needs one A that all clients share (or one B), and theirs differ: freeze one while training, or use method fedex"
+        )
+    adapter, rest = row.split(clients)
+    if row.gauge != "as-is":
+        means, _ = factor_means(clients)
+        adapter = GAUGES[row.gauge](adapter, means, clients.fresh)
+    return adapter, rest
+
+
+def _shared(x: Tensor) -> bool:
+    """Do all clients have the same?"""
+    return torch.equal(x, x[:, -1:].expand_as(x))
+
+
+def _norms(product: Factors) -> list[float]:
+    """The Frobenius norms of a stack of products whose columns are orthogonal, as those of an SVD are."""
+    return [float(norm) for norm in (product.A.double().norm(dim=2) * product.B.double().norm(dim=2)).norm(dim=1)]
 
 
 def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> list[float]:
@@ -105,25 +137,62 @@ def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
 
 
 def _batches(updates: Sequence[ClientUpdate]) -> Iterator[list[str]]:
-    """The modules, those of one shape, rank and scaling together, in portions of `BATCH_BYTES`."""
+    """The modules, those of one shape, ranks and scaling together, in portions of `BATCH_BYTES`."""
     alike: dict[tuple[object, ...], list[str]] = {}
     for module, pair in updates[0].adapter.items():
-        alike.setdefault((pair.shape, pair.rank, pair.scaling), []).append(module)
+        ranks = tuple(update.adapter[module].rank for update in updates)
+        alike.setdefault((pair.shape, ranks, pair.scaling), []).append(module)
     for modules in alike.values():
         pair = updates[0].adapter[modules[0]]
         size = max(1, BATCH_BYTES // (4 * len(updates) * (pair.A.numel() + pair.B.numel())))
         yield from (modules[start : start + size] for start in range(0, len(modules), size))
 
 
-def _stacked(updates: Sequence[ClientUpdate], modules: Sequence[str], space: dict[str, Tensor]) -> tuple[float, Factors]:
-    """The modules' factors of all clients in one dtype of at least fp32, on the first client's scaling: a copy, in `space`."""
-    scaling = updates[0].adapter[modules[0]].scaling
-    pairs = [on_scaling(update.adapter[module], scaling) for module in modules for update in updates]
+def _clients(
+    updates: Sequence[ClientUpdate],
+    p: Sequence[float],
+    modules: Sequence[str],
+    row: Method,
+    state: ServerState | None,
+    space: dict[str, Tensor],
+) -> tuple[Clients, float]:
+    """What the method's split sees, and the scaling s that it is on: the global adapter's, else the first client's."""
+    first = modules[0]
+    live = state.adapter[first] if state else updates[0].adapter[first]
+    ranks = [update.adapter[first].rank for update in updates]
+    rank = max([*ranks, live.rank] if row.per_client_ranks else ranks)
+    stacked = _stacked([update.adapter for update in updates], modules, rank, live.scaling, space)
+    weights = stacked.A.new_tensor(p)
+    frozen = origins = None
+    if state and row.frozen_side and min(ranks) < rank:
+        held = torch.tensor([sum(w for w, r in zip(p, ranks, strict=True) if r <= component) for component in range(rank)])
+        pairs = [state.adapter[module] for module in modules]
+        frozen = Factors(
+            A=torch.stack([pair.A for pair in pairs]), B=held.to(stacked.B)[:, None] * torch.stack([pair.B.mT for pair in pairs])
+        )
+    if state and row.own and any(update.client_id in state.personal for update in updates):
+        own = [state.personal.get(update.client_id) or _zeros_like(update.adapter) for update in updates]
+        origins = _stacked(own, modules, rank, live.scaling, {})
+    seed = derive_seed(state.seed, state.round + 1, "fresh") if state else 0
+    return Clients(A=stacked.A, B=stacked.B, p=weights, modules=modules, seed=seed, frozen=frozen, origins=origins), live.scaling
+
+
+def _zeros_like(adapter: Adapter) -> Adapter:
+    return {name: LoRAPair(torch.zeros_like(pair.A), torch.zeros_like(pair.B), pair.scaling) for name, pair in adapter.items()}
+
+
+def _stacked(adapters: Sequence[Adapter], modules: Sequence[str], rank: int, scaling: float, space: dict[str, Tensor]) -> Factors:
+    """The modules' factors of all clients in one dtype of at least fp32, on one scaling, zeros up to `rank`: a copy, in `space`."""
+    pairs = [_padded(on_scaling(adapter[module], scaling), rank) for module in modules for adapter in adapters]
     A = _stack(_one_dtype([pair.A for pair in pairs]), space, "A")
     B = _stack(_one_dtype([pair.B for pair in pairs]), space, "B")
-    dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(updates))
-    A, B = A.to(dtype).unflatten(0, shape), B.to(dtype).mT.unflatten(0, shape)
-    return scaling, Factors(A=A, B=B)
+    dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(adapters))
+    return Factors(A=A.to(dtype).unflatten(0, shape), B=B.to(dtype).mT.unflatten(0, shape))
+
+
+def _padded(pair: LoRAPair, rank: int) -> LoRAPair:
+    missing, pad = rank - pair.rank, torch.nn.functional.pad
+    return LoRAPair(A=pad(pair.A, (0, 0, 0, missing)), B=pad(pair.B, (0, missing)), scaling=pair.scaling) if missing else pair
 
 
 def _stack(tensors: list[Tensor], space: dict[str, Tensor], part: str) -> Tensor:
@@ -168,7 +237,7 @@ def _mean(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
     return mean
 
 
-def _require_same_structure(updates: Sequence[ClientUpdate]) -> None:
+def _require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None:
     """The same modules, shapes, ranks and other tensors in all updates; ids unique; scalings finite and not zero."""
     first, ids = updates[0], [update.client_id for update in updates]
     if len(set(ids)) < len(ids):
@@ -179,10 +248,13 @@ def _require_same_structure(updates: Sequence[ClientUpdate]) -> None:
         _require_same_names(who, "other tensors", first.other, update.other)
         for module, pair in update.adapter.items():
             reference = first.adapter[module]
-            if pair.A.shape != reference.A.shape or pair.B.shape != reference.B.shape:
+            if pair.shape != reference.shape or (pair.rank != reference.rank and not row.per_client_ranks):
+                mend = "; train all adapters on one model"
+                if pair.shape == reference.shape:
+                    mend = f", and {row.name} needs one rank: use {', '.join(m.name for m in METHODS.values() if m.per_client_ranks)}"
                 raise AggregationError(
-                    f"{who} differ in {module}: shape {reference.shape} rank {reference.rank} against shape {pair.shape} rank {pair.rank}; "
-                    "train all adapters on one model with one rank"
+                    f"{who} differ in {module}: shape {reference.shape} rank {reference.rank} "
+                    f"against shape {pair.shape} rank {pair.rank}{mend}"
                 )
             if not math.isfinite(pair.scaling) or pair.scaling == 0:
                 raise AggregationError(f"client {update.client_id} has scaling {pair.scaling} in {module}: it must be finite and not zero")

@@ -2,7 +2,16 @@
 
 from fedex_lora.peft_io._base import FoldedBase
 from fedex_lora.peft_io._folders import AdapterFolder, adapter_config, read_adapter_folder, stacked, write_adapter_folder
-from fedex_lora.peft_io._model import add_lora, load_base, load_tokenizer, read_model, read_other, trainable_parameters, write_model
+from fedex_lora.peft_io._model import (
+    add_lora,
+    load_base,
+    load_tokenizer,
+    read_model,
+    read_other,
+    set_trained,
+    trainable_parameters,
+    write_model,
+)
 from fedex_lora.peft_io._result import Result, load_model, open_model, read_result, result_folders, write_result
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "read_other",
     "read_result",
     "result_folders",
+    "set_trained",
     "stacked",
     "trainable_parameters",
     "write_adapter_folder",

@@ -91,13 +91,13 @@ def _quiet() -> Iterator[None]:
 HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
 
 
-def add_lora(loaded: Loaded, lora: Lora, kind: Kind, train_a: bool = True) -> PeftModel:
-    """The model with new adapters (A random, B zero: set the seed first); `train_a=False` freezes A, as FFA-LoRA does.
+def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
+    """The model with new adapters (A random, B zero: set the seed first).
 
     Modules that the checkpoint did not hold (a pooler, say) are trained whole, as the head is.
 
     Raises:
-        AdapterError: no module fits, or one that the algebra does not cover.
+        AdapterError: no module fits, or one that the algebra does not cover, or a rank above a layer's size.
     """
     fresh = [module for module in loaded.fresh if not HEADS & set(module.split("."))]
     config = LoraConfig(
@@ -116,9 +116,20 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind, train_a: bool = True) -> Pe
     except (ValueError, TypeError, re.error) as error:
         raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules") from None
     require_plain_lora(config.to_dict(), "lora")
-    for layer in lora_layers(wrapped).values():
-        layer.lora_A["default"].weight.requires_grad_(train_a)
+    for name, pair in read_model(wrapped).items():
+        if pair.rank > min(pair.shape):
+            raise AdapterError(
+                f"rank {pair.rank} is above the size of module {name}, {pair.shape[0]} x {pair.shape[1]}: lower lora.r, or set its rank in "
+                "lora.rank_pattern"
+            )
     return wrapped
+
+
+def set_trained(model: nn.Module, factors: str) -> None:
+    """Train the named factors ("AB", "A" or "B") of every adapter, and freeze the others."""
+    for layer in lora_layers(model).values():
+        layer.lora_A["default"].weight.requires_grad_("A" in factors)
+        layer.lora_B["default"].weight.requires_grad_("B" in factors)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def read_other(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor]) -> None:
-    """Put an adapter (with its scalings) and the other trained tensors into a model of the same structure.
+    """Put an adapter (with its ranks and scalings) and the other trained tensors into a model with the same modules.
 
     Raises:
         AdapterError: names or shapes differ.
@@ -175,11 +186,21 @@ def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor])
         odd = sorted((layers.keys() ^ adapter.keys()) | (parameters.keys() ^ other.keys()))
         raise AdapterError(f"the adapter does not fit the model: {odd[0]} ({len(odd)} such) is in one of them only")
     for name, layer in layers.items():
+        if layer.r["default"] != adapter[name].rank:
+            _resize(layer, adapter[name].rank)
         _copy(name, layer.lora_A["default"].weight, adapter[name].A)
         _copy(name, layer.lora_B["default"].weight, adapter[name].B)
         layer.scaling["default"] = adapter[name].scaling
     for name, parameter in parameters.items():
         _copy(name, parameter, other[name])
+
+
+def _resize(layer: Any, rank: int) -> None:
+    """Another rank for a layer's adapter: new factors in the place of the old ones, trained or frozen as those were."""
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    A.weight = nn.Parameter(A.weight.new_zeros(rank, A.in_features), A.weight.requires_grad)
+    B.weight = nn.Parameter(B.weight.new_zeros(B.out_features, rank), B.weight.requires_grad)
+    A.out_features = B.in_features = layer.r["default"] = rank
 
 
 def _copy(name: str, target: Tensor, source: Tensor) -> None:

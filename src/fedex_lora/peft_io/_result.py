@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fedex_lora.aggregation import METHODS
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
+from fedex_lora.measure import Held
 from fedex_lora.peft_io._base import FoldedBase
 from fedex_lora.peft_io._folders import AdapterFolder, adapter_config, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.peft_io._model import Kind, load_base, write_model
@@ -21,6 +22,7 @@ from fedex_lora.storage import (
     MANIFEST,
     atomic_folder,
     load_delta,
+    load_factors,
     load_tensors,
     load_update,
     read_manifest,
@@ -30,11 +32,12 @@ from fedex_lora.storage import (
 )
 from fedex_lora.types import ClientUpdate, Delta, LoRAPair, ServerState
 
-TRAINABLE, DELTA, PREVIOUS, UPDATES, STANDALONE, WHOLE = (
+TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
     "trainable",
     "base_delta.safetensors",
     "previous_delta.safetensors",
     "updates",
+    "held",
     "adapter",
     "model.safetensors",
 )
@@ -53,6 +56,7 @@ class Result:
     Attributes:
         adapter, base_delta, other: the state after the round.
         previous_delta: the base delta that the participants started from.
+        held: client -> what its base had beside that one.
         updates: the participants' updates, where they were kept.
         weights: client id -> p_i.
         standalone: the whole update as one adapter, where it was written.
@@ -64,6 +68,7 @@ class Result:
     base_delta: Mapping[str, Delta]
     other: Mapping[str, Tensor]
     previous_delta: Mapping[str, Delta]
+    held: Held
     updates: Sequence[ClientUpdate]
     weights: Mapping[str, float]
     standalone: AdapterFolder | None
@@ -80,6 +85,7 @@ def write_result(
     facts: Mapping[str, Any],
     previous_delta: Mapping[str, Delta] | None = None,
     standalone: bool = False,
+    held: Held | None = None,
 ) -> None:
     """Write a result folder in one step.
 
@@ -92,6 +98,7 @@ def write_result(
         facts: for the manifest.
         previous_delta: the base delta before the round.
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
+        held: what single participants held beside the previous delta.
     """
     inputs = [
         {
@@ -115,6 +122,8 @@ def write_result(
             save_delta(temporary / PREVIOUS, previous_delta)
         for update in updates:
             save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
+            if held and held.get(update.client_id):
+                save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
         if standalone:
             write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, config)
 
@@ -134,7 +143,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
     manifest = read_manifest(folder, check)
     inputs = manifest.get("inputs")
     if (
-        manifest.get("method") not in METHODS
+        str(manifest.get("method")).partition("+")[0] not in METHODS
         or not isinstance(inputs, list)
         or not all({"client", "weight"} <= entry.keys() for entry in inputs)
     ):
@@ -155,6 +164,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         base_delta=load_delta(folder / DELTA),
         other=other,
         previous_delta=load_delta(previous) if previous.exists() else {},
+        held={client: load_factors(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
         updates=updates,
         weights=weights,
         standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,

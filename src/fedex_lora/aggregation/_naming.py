@@ -1,0 +1,37 @@
+"""METHOD+GAUGE: from a name to a row."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fedex_lora.aggregation.gauges import GAUGES
+from fedex_lora.aggregation.methods import METHODS, Method
+from fedex_lora.errors import UsageError
+
+
+def method_named(name: str) -> Method:
+    """The method called `name`, a key of `METHODS` or METHOD+GAUGE with a key of `GAUGES`.
+
+    Raises:
+        UsageError: unknown (the nearest is named), or a gauge where there are no common factors to re-write.
+
+    Example:
+        >>> method_named("fedit+balanced").gauge
+        'balanced'
+    """
+    method, plus, gauge = name.partition("+")
+    _require_known("method", method, METHODS)
+    row = METHODS[method]
+    if not plus:
+        return row
+    _require_known("gauge", gauge, GAUGES)
+    if row.own or not row.lora:
+        reason = "each client goes on with factors of its own" if row.own else "there are no factors"
+        raise UsageError(f"method {method} has no gauge to choose, because {reason}: write {method} alone")
+    return replace(row, name=name, gauge=gauge, refactors=row.refactors or gauge != "as-is")
+
+
+def _require_known(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        raise UsageError(f"unknown {what} {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))

@@ -1,0 +1,80 @@
+"""Stacks of low-rank products kept as factors: their SVD, and new factors. Nothing here forms an `out x in` matrix unless it is smaller."""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """Stacked factors of products `B^T A`, both with the rank as rows, so that every client's numbers lie together.
+
+    Attributes:
+        A: `g x q x in`.
+        B: `g x q x out`: the transpose of LoRA's B.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+def without_zeros(product: Factors) -> Factors:
+    """Without the columns that are zero in every product: padding, and what has not been trained."""
+    alive = product.B.abs().amax(dim=(0, 2)).mul(product.A.abs().amax(dim=(0, 2))).ne(0)
+    return product if bool(alive.all()) else Factors(A=product.A[:, alive], B=product.B[:, alive])
+
+
+class Parts(NamedTuple):
+    """A stack of singular value decompositions `U diag(S) V` in fp64: `g x out x q`, `g x q` (falling), `g x q x in`."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    dtype: torch.dtype
+
+
+def svd(product: Factors) -> Parts:
+    """The SVD of `B^T A` from QR decompositions of the factors and the SVD of a `q x q` core, in fp64.
+
+    Cost `O(q^2 (out + in) + q^3)`. Exact to fp64 rounding, also with dependent columns (duplicate clients), where the Gram form loses half
+    of the digits.
+    """
+    Q_B, R_B = torch.linalg.qr(product.B.double().mT)
+    Q_A, R_A = torch.linalg.qr(product.A.double().mT)
+    U, S, V = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Parts(U=Q_B @ U, S=S, V=V @ Q_A.mT, dtype=product.A.dtype)
+
+
+def components(parts: Parts, start: int, stop: int | None, fresh: Tensor | None = None) -> Factors:
+    """Components `start..stop` as balanced factors `B = U sqrt(S)`, `A = sqrt(S) V`.
+
+    Args:
+        parts: the decompositions.
+        start, stop: which components; None: all that are not zero (to fp64 rounding) in one of the products.
+        fresh: `g x (stop - start) x in`, new A rows for components that are zero, or missing: balanced zeros would never train.
+    """
+    if stop is None:
+        stop = max(start, int((parts.S[:, :1] * 1e-14 < parts.S).sum(1).max()))
+    S = parts.S[:, start:stop]
+    root = S.sqrt()[..., None]
+    A, B = root * parts.V[:, start:stop], root * parts.U.mT[:, start:stop]
+    if fresh is not None:
+        missing = stop - start - S.shape[1]
+        dead = torch.nn.functional.pad(parts.S[:, :1] * torch.finfo(torch.float32).eps >= S, (0, missing), value=True)[..., None]
+        A, B = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (A, B))
+        A, B = torch.where(dead, fresh.double(), A), B.masked_fill(dead, 0)
+    return Factors(A=A.to(parts.dtype), B=B.to(parts.dtype))
+
+
+def derive_seed(seed: int, round: int, purpose: str) -> int:
+    """A seed of (run, round, client or purpose), so that results do not depend on who ran first."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{round}/{purpose}".encode()).digest()[:4], "big") >> 1
+
+
+def fresh_a(module: str, rank: int, inner: int, seed: int) -> Tensor:
+    """A new A factor, `rank x in`, uniform in `+-1/sqrt(in)` as PEFT's (Kaiming, a = sqrt 5); a function of its arguments, in fp32."""
+    digest = hashlib.sha256(f"{seed}/{module}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return (torch.rand(rank, inner, generator=generator) * 2 - 1) / math.sqrt(inner)

@@ -1,0 +1,76 @@
+"""Gauges: re-writing an adapter's factors, `(B G^-1, G A)`, without changing their product.
+
+A gauge is a preconditioner of what comes next (gradients of A scale with B), so it changes training although it changes no model. The
+literature mixes its effect up with that of exactness: here it is an option of every method, written METHOD+GAUGE.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation.factors import Factors, components, svd
+
+Gauge: TypeAlias = Callable[[Factors, Factors, Tensor], Factors]
+"""(the adapter: `g x r`, the averaged factors that it is aligned to, new A rows for components that are zero) -> the same products."""
+
+CONDITION = 10.0  # of G in `gl_aligned`: fp32 rounding of the product grows with it
+
+
+def as_is(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
+    """As the method leaves them."""
+    return adapter
+
+
+def balanced(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
+    """`B = U sqrt(S)`, `A = sqrt(S) V` from the SVD of the product; components that are zero get new A rows."""
+    return components(svd(adapter), 0, adapter.A.shape[1], fresh)
+
+
+def orthonormal_a(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
+    """`A` with orthonormal rows, `B = U S` (FedSVD, arXiv 2505.12805); a zero product keeps the span of A.
+
+    Where A has more rows than columns it keeps its length in that many orthonormal ones, and zeros.
+    """
+    Q, R = torch.linalg.qr(adapter.A.double().mT)  # A^T = Q R, so B^T A = (R B)^T Q^T
+    U, S, V = torch.linalg.svd((R @ adapter.B.double()).mT, full_matrices=False)
+    missing = R.shape[1] - S.shape[1]  # a module with fewer outputs than the rank
+    if missing:
+        V = _completed(V)
+        U, S = torch.nn.functional.pad(U, (0, missing)), torch.nn.functional.pad(S, (0, missing))
+    extra = adapter.A.shape[1] - V.shape[1]
+    A, B = V @ Q.mT, (U * S[:, None]).mT
+    A, B = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (A, B))
+    return Factors(A=A.to(adapter.A), B=B.to(adapter.B))
+
+
+def procrustes(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
+    """The rotation `G` (orthogonal) that brings the factors nearest to the averaged ones: min `|G A - Abar|^2 + |B G^T - Bbar|^2`."""
+    U, _, V = torch.linalg.svd(sum(ours.double() @ theirs.double().mT for ours, theirs in zip(adapter, reference, strict=True)))
+    G = V.mT @ U.mT
+    return Factors(A=(G @ adapter.A.double()).to(adapter.A), B=(G @ adapter.B.double()).to(adapter.B))
+
+
+def gl_aligned(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
+    """Any invertible G: least squares `G A = Abar`, its singular values raised to a tenth of the largest so that rounding stays small."""
+    G = reference.A.double() @ torch.linalg.pinv(adapter.A.double())
+    U, S, V = torch.linalg.svd(G)
+    S = torch.where(S[:, :1] > 0, S.clamp(min=S[:, :1] / CONDITION), torch.ones_like(S))
+    G, inverse_transpose = (U * S[:, None]) @ V, (U / S[:, None]) @ V
+    return Factors(A=(G @ adapter.A.double()).to(adapter.A), B=(inverse_transpose @ adapter.B.double()).to(adapter.B))
+
+
+def _completed(rows: Tensor) -> Tensor:
+    """Orthonormal rows, `g x q x r`, completed to a basis, `g x r x r`."""
+    basis, _ = torch.linalg.qr(rows.mT, mode="complete")
+    return torch.cat([rows, basis.mT[:, rows.shape[1] :]], dim=1)
+
+
+GAUGES: dict[str, Gauge] = {
+    "as-is": as_is,
+    "balanced": balanced,
+    "orthonormal-a": orthonormal_a,
+    "procrustes": procrustes,
+    "gl-aligned": gl_aligned,
+}

@@ -1,0 +1,205 @@
+"""`fedex-lora compare`: methods by seeds, paired, each at its own learning rate."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.compare._plan import Variant, configured, grid_around, variants
+from fedex_lora.compare._runs import Job, Outcome, outcomes
+from fedex_lora.compare._statistics import Curve, held_out_score, interval, summary
+from fedex_lora.config import Config, write_config
+from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.rounds import versions
+from fedex_lora.storage import plain_json, read_events, write_text
+
+__all__ = ["Curve", "Variant", "compare", "interval", "markdown", "variants"]
+
+RESULT, TABLE = "compare.json", "compare.md"
+Told = Callable[[str, int, int], None]
+"""(a line about a run that is done, how many are done, how many there are in this phase)."""
+
+
+def compare(
+    config: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    learning_rates: Sequence[float] | None = None,
+    reference: str = "fedit",
+    target: float | None = None,
+    controls: bool = True,
+    jobs: int = 1,
+    tell: Told = lambda line, done, total: None,
+) -> dict[str, Any]:
+    """Run every method with every seed, and say what can be said about their differences.
+
+    The learning rate of each variant is the one of the grid that is best on the clients' own held-out rows (training rows that they keep
+    back) with the first seed; the evaluation rows are not looked at. All variants with one seed share its partition, initial weights and
+    order of rows, so differences are paired by seed.
+
+    Args:
+        config: the run that is varied.
+        methods: METHOD, METHOD+GAUGE or METHOD@2r.
+        seeds: at least one; two or more for intervals.
+        out: gets `compare.json`, `compare.md` and `runs/`; a comparison that was interrupted there continues.
+        learning_rates: the grid; None: a third of the configured one, it, and three times it.
+        reference: the variant that differences are from.
+        target: of the column "rounds to"; None: the reference's mean at the end.
+        controls: add `fedit+balanced`, and `ffa@2r` where `ffa` is.
+        jobs: runs at once, each in its own process.
+        tell: told of every run that is done.
+
+    Raises:
+        UsageError: an unknown method, no seeds, a reference that is not compared, or another comparison in `out`.
+        TrainingError: a variant that diverges with a seed at the rate that was chosen, or at every rate.
+    """
+    chosen = variants(methods, controls)
+    names = [variant.name for variant in chosen]
+    if reference not in names:
+        raise UsageError(f"the reference {reference!r} is not among the methods compared: {', '.join(names)}; set --reference")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds {list(seeds)}: give at least one, each once")
+    if config.clients.holdout == 0:
+        raise UsageError("clients.holdout is 0, so there are no rows to choose learning rates on: set it to 0.1, say")
+    grid = sorted(set(learning_rates or grid_around(config)))
+    if jobs > 1 and config.torch_threads is None:
+        config = config.model_copy(update={"torch_threads": max(1, (os.cpu_count() or 1) // jobs)})
+    _claim(out, config)
+
+    def job(variant: Variant, rate: float, seed: int) -> Job:
+        return Job(configured(config, variant, rate, seed), out / "runs" / variant.name / f"lr-{rate:g}" / f"seed-{seed}")
+
+    tuning = {(variant.name, rate): job(variant, rate, seeds[0]) for variant in chosen for rate in grid}
+    tuned = _run(tuning, jobs, tell)
+    events = read_events(next(one.job.folder for one in tuned.values() if one.curve) / "events.jsonl")
+    facts = events[0]
+    sign = 1 if facts["greater_is_better"] else -1
+    rates = {variant.name: _best_rate(variant.name, grid, tuned, sign) for variant in chosen}
+    final = {(variant.name, seed): job(variant, rates[variant.name], seed) for seed in seeds for variant in chosen}
+    ran = _run(final, jobs, tell)
+    curves: dict[str, dict[int, Curve]] = {name: {} for name in names}
+    for (name, seed), outcome in ran.items():
+        if outcome.curve is None:
+            raise TrainingError(f"{name} at learning rate {rates[name]:g}, seed {seed}: {outcome.reason}; leave that rate out of the grid")
+        curves[name][int(seed)] = outcome.curve
+    goal, rows = summary(curves, reference, target, sign)
+    for row, variant in zip(rows, chosen, strict=True):
+        row |= _described(variant, grid, rates[variant.name], tuned, sign)
+    result = {
+        "task": facts["task"],
+        "base_model": facts["base_model"],
+        "headline": facts["headline"],
+        "reference": reference,
+        "target": goal,
+        "seeds": list(seeds),
+        "rounds": config.rounds,
+        "learning_rates": grid,
+        "methods": rows,
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "versions": versions(),
+    }
+    write_text(out / RESULT, plain_json(result) + "\n")
+    write_text(out / TABLE, markdown(result))
+    return result
+
+
+def _claim(out: Path, config: Config) -> None:
+    """The folder is new, or holds this comparison."""
+    mark, text = out / "config.toml", write_config(config)
+    if mark.is_file():
+        if mark.read_text(encoding="utf-8") != text:
+            raise UsageError(f"{out} holds a comparison of another configuration: give another --out, or remove it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is no comparison: give another --out")
+    write_text(mark, text)
+
+
+def _run(jobs: Mapping[Any, Job], at_once: int, tell: Told) -> dict[Any, Outcome]:
+    keys = {job.folder: key for key, job in jobs.items()}
+    found: dict[Any, Outcome] = {}
+    for outcome in outcomes(jobs.values(), at_once):
+        found[keys[outcome.job.folder]] = outcome
+        config, end = outcome.job.config, outcome.curve
+        told = f"{end.metric[-1]:.4f} in {end.seconds:.0f} s" if end else f"failed: {outcome.reason}"
+        name = outcome.job.folder.parent.parent.name
+        tell(f"{name}  learning rate {config.training['learning_rate']:g}  seed {config.seed}: {told}", len(found), len(jobs))
+    return found
+
+
+def _best_rate(name: str, grid: Sequence[float], tuned: Mapping[Any, Outcome], sign: int) -> float:
+    scores = {rate: held_out_score(run, sign) for rate in grid if (run := tuned[name, rate].curve) is not None}
+    if not scores:
+        raise TrainingError(f"{name} fails at every learning rate of {grid}: {tuned[name, grid[0]].reason}")
+    return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
+def _described(variant: Variant, grid: Sequence[float], rate: float, tuned: Mapping[Any, Outcome], sign: int) -> dict[str, Any]:
+    """What a row says beside its numbers."""
+    scores = {f"{one:g}": sign * held_out_score(run, sign)[0] if (run := tuned[variant.name, one].curve) else None for one in grid}
+    method = method_named(variant.method)
+    return {
+        "method": variant.method,
+        "rank_times": variant.times,
+        "exactness": method.exactness,
+        "measured_on": "clients' held-out rows" if method.exactness == "personalised" else "evaluation rows",
+        "learning_rate": rate,
+        "learning_rate_at_edge": len(grid) > 1 and rate in (grid[0], grid[-1]),
+        "held_out_by_learning_rate": scores,
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table for documents: one line a variant, then the curves."""
+    seeds, headline = len(result["seeds"]), result["headline"]
+    columns, rows = table_rows(result)
+    lines = [f"{headline} on {result['task']}, {result['rounds']} rounds, {seeds} seeds; ± is a 95 % confidence interval of the mean", ""]
+    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", f"Mean {headline} after each round:", "", f"| round | {' | '.join(map(str, range(result['rounds'] + 1)))} |"]
+    lines += ["|" + "---|" * (result["rounds"] + 2)]
+    for row in result["methods"]:
+        means = [sum(values) / len(values) for values in zip(*row["seeds"].values(), strict=True)]
+        lines.append(f"| {row['name']} | {' | '.join(f'{value:.3f}' for value in means)} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and cells, for the terminal and for Markdown."""
+    reference, target = result["reference"], result["target"]
+    columns = [
+        "method",
+        "lr",
+        result["headline"],
+        f"minus {reference}",
+        "over rounds",
+        f"rounds to {target:.3f}",
+        "exactness",
+        "down",
+        "up",
+    ]
+    rows = []
+    for row in result["methods"]:
+        mark = " (edge)" if row["learning_rate_at_edge"] else ""
+        reached = " ".join("-" if number is None else str(number) for number in row["rounds_to_target"])
+        error = row["exactness_error"]
+        own = " (own rows)" if row["exactness"] == "personalised" else ""
+        rows.append(
+            [
+                f"{row['name']}{own}",
+                f"{row['learning_rate']:g}{mark}",
+                _plus_minus(row["mean"], row["half_width"]),
+                "" if row["name"] == reference else _plus_minus(row["difference"], row["difference_half_width"], "+"),
+                f"{row['over_rounds']:.4f}",
+                reached,
+                "" if error is None else f"{error:.1e}",
+                f"{row['bytes_down'] / 1e6:.2f} MB",
+                f"{row['bytes_up'] / 1e6:.2f} MB",
+            ]
+        )
+    return columns, rows
+
+
+def _plus_minus(value: float, width: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if width is None else f" ± {width:.4f}")

@@ -1,0 +1,88 @@
+"""The runs of a comparison: each in its folder, done once, several at a time."""
+
+import multiprocessing
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedex_lora.client import quiet
+from fedex_lora.compare._statistics import Curve, curve
+from fedex_lora.config import Config, write_config
+from fedex_lora.errors import TrainingError
+from fedex_lora.runner import run
+from fedex_lora.storage import read_events, write_text
+
+FAILED = "failed.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its configuration and its folder."""
+
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to: a curve, or why training failed."""
+
+    job: Job
+    curve: Curve | None
+    reason: str = ""
+
+
+def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
+    """Every job's outcome, as they come; those that are done already first.
+
+    A run counts as done when its folder has the same configuration and its last event. Anything else in that folder is what an
+    interrupted comparison left, and is run again.
+
+    Raises:
+        FedexLoraError: whatever stops a run but training itself.
+    """
+    waiting = []
+    for job in jobs:
+        done = _done(job)
+        if done:
+            yield done
+        else:
+            waiting.append(job)
+    if at_once == 1 or len(waiting) < 2:
+        yield from map(_perform, waiting)
+        return
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_perform, job) for job in waiting]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _done(job: Job) -> Outcome | None:
+    config, events = job.folder / "config.toml", job.folder / "events.jsonl"
+    if not config.is_file() or config.read_text(encoding="utf-8") != write_config(job.config):
+        return None
+    if (job.folder / FAILED).is_file():
+        return Outcome(job, None, (job.folder / FAILED).read_text(encoding="utf-8").strip())
+    recorded = read_events(events) if events.is_file() else []
+    if not recorded or recorded[-1]["event"] != "run_done":
+        return None
+    return Outcome(job, curve(recorded))
+
+
+def _perform(job: Job) -> Outcome:
+    """Run a job. Of its files the configuration, the events and the final model stay."""
+    quiet()
+    if job.folder.exists():
+        shutil.rmtree(job.folder)
+    try:
+        run(job.config, job.folder, lambda event, **fields: None)
+    except TrainingError as error:
+        write_text(job.folder / FAILED, f"{error}\n")
+        return Outcome(job, None, str(error))
+    shutil.rmtree(job.folder / "rounds", ignore_errors=True)
+    return Outcome(job, curve(read_events(job.folder / "events.jsonl")))

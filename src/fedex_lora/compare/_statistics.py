@@ -1,0 +1,125 @@
+"""From events to a table: pure functions of numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run as a comparison sees it.
+
+    Attributes:
+        metric: the headline on the evaluation rows, for rounds 0..T (for a personalised method: on the clients' held-out rows).
+        held_out: the headline on the clients' held-out rows, round -> value.
+        held_out_loss: likewise.
+        bytes_down, bytes_up: of all clients, the mean over the rounds.
+        exactness: the worst round's relative error; None where there is no global model.
+        seconds: of all rounds.
+        trainable: parameters that a client trains.
+    """
+
+    metric: list[float]
+    held_out: dict[int, float]
+    held_out_loss: dict[int, float]
+    bytes_down: float
+    bytes_up: float
+    exactness: float | None
+    seconds: float
+    trainable: int
+
+
+def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
+    """A run's events as one record."""
+    started = next(event for event in events if event["event"] == "started")
+    rounds = [event for event in events if event["event"] == "round_done"]
+    held = {event["round"]: event["metrics"] for event in events if event["event"] == "held_out"}
+    headline = started["headline"]
+    held_out = {number: metrics[headline] for number, metrics in held.items() if headline in metrics}
+    metric = [started["metrics"].get(headline), *(event["metrics"].get(headline) for event in rounds)]
+    if None in metric:  # no global model: what the clients measure on their own rows
+        metric = [held_out.get(number, math.nan) for number in range(len(metric))]
+    errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
+    return Curve(
+        metric=metric,
+        held_out=held_out,
+        held_out_loss={number: metrics["loss"] for number, metrics in held.items() if "loss" in metrics},
+        bytes_down=float(np.mean([event["bytes_down"] for event in rounds])),
+        bytes_up=float(np.mean([event["bytes_up"] for event in rounds])),
+        exactness=max(errors, default=None),
+        seconds=math.fsum(event["seconds"] for event in rounds),
+        trainable=started["trainable_parameters"],
+    )
+
+
+def held_out_score(run: Curve, sign: int) -> tuple[float, float]:
+    """What a learning rate is chosen by: the mean held-out headline over the later half of the rounds, then minus the loss there.
+
+    Larger is better. A mean, because a few hundred held-out rows after one round are too noisy to choose by.
+    """
+    later = [number for number in run.held_out if number > (len(run.metric) - 1) // 2]
+    scores = [sign * run.held_out[number] for number in later]
+    losses = [run.held_out_loss[number] for number in later if number in run.held_out_loss]
+    return (float(np.mean(scores)) if scores else -math.inf, -float(np.mean(losses)) if losses else -math.inf)
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+    """The mean, and the half-width of Student's confidence interval for it; no width for one value.
+
+    Example:
+        >>> [round(number, 3) for number in interval([0.70, 0.72, 0.74])]
+        [0.72, 0.05]
+    """
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, None
+    return mean, float(student.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def rounds_to(metric: Sequence[float], target: float, sign: int) -> int | None:
+    """The first round whose metric is at least as good as `target`; None if there is none."""
+    return next((number for number, value in enumerate(metric) if sign * value >= sign * target), None)
+
+
+def summary(runs: Mapping[str, Mapping[int, Curve]], reference: str, target: float | None, sign: int) -> tuple[float, list[dict[str, Any]]]:
+    """One record a variant, paired by seed with the reference.
+
+    Args:
+        runs: variant -> seed -> run.
+        reference: the variant that the differences are from.
+        target: of "rounds to"; None: the reference's mean at the end.
+        sign: 1 where larger is better, -1 otherwise.
+
+    Returns:
+        The target, and the records.
+    """
+    ends = {name: {seed: run.metric[-1] for seed, run in by_seed.items()} for name, by_seed in runs.items()}
+    goal = target if target is not None else float(np.mean(list(ends[reference].values())))
+    rows = []
+    for name, by_seed in runs.items():
+        mean, width = interval(list(ends[name].values()))
+        difference, paired = interval([value - ends[reference][seed] for seed, value in ends[name].items()])
+        reached = [rounds_to(run.metric, goal, sign) for run in by_seed.values()]
+        first = next(iter(by_seed.values()))
+        rows.append(
+            {
+                "name": name,
+                "mean": mean,
+                "half_width": width,
+                "difference": difference,
+                "difference_half_width": paired,
+                "over_rounds": float(np.mean([np.mean(run.metric[1:]) for run in by_seed.values()])),
+                "rounds_to_target": reached,
+                "exactness_error": max((run.exactness for run in by_seed.values() if run.exactness is not None), default=None),
+                "bytes_down": first.bytes_down,
+                "bytes_up": first.bytes_up,
+                "trainable_parameters": first.trainable,
+                "seeds": {str(seed): run.metric for seed, run in by_seed.items()},
+                "held_out": {str(seed): {str(number): value for number, value in run.held_out.items()} for seed, run in by_seed.items()},
+            }
+        )
+    return goal, rows
