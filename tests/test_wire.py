@@ -40,11 +40,11 @@ def test_update_round_trip():
 
 
 def test_a_frozen_a_does_not_travel():
-    payload = encode_update(UPDATE, "run", 3, "fedex", omit_a=True)
+    payload = encode_update(UPDATE, "run", 3, "fedex", omit="A")
     assert len(payload) < 0.8 * len(encode_update(UPDATE, "run", 3, "fedex"))
-    got = decode_update(payload, SENT, omit_a=True)
+    got = decode_update(payload, SENT, omit="A")
     assert same({n: p.A for n, p in got.adapter.items()}, {n: p.A for n, p in SENT.adapter.items()})
-    again = decode_download(encode_download(SENT, omit_a=True), known=SENT.adapter)
+    again = decode_download(encode_download(SENT, omit="A"), known=SENT.adapter)
     assert same({n: p.A for n, p in again.adapter.items()}, {n: p.A for n, p in SENT.adapter.items()})
 
 

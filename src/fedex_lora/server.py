@@ -103,6 +103,7 @@ def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
     """The update on the scalings of the global adapter, if it continues that adapter."""
     row = method_named(state.method)
     frozen = [part for part in "AB" if part not in row.trained(state.round + 1)]
+    kept: dict[str, LoRAPair] = {}
     for module, pair in state.adapter.items():
         sent = update.adapter.get(module)
         fits = sent is not None and sent.shape == pair.shape
@@ -110,10 +111,12 @@ def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
             raise AggregationError(
                 f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
             )
+        kept[module] = on_scaling(sent, pair.scaling)
         for part in frozen:
-            if not torch.equal(getattr(sent, part), getattr(pair, part)):
+            ours, theirs = getattr(pair, part), getattr(kept[module], part)
+            if not torch.allclose(ours.to(theirs.dtype), theirs, rtol=1e-6, atol=0):  # rounding of another scaling is no change
                 raise AggregationError(f"client {update.client_id} changed {part} of {module}, which method {state.method} freezes")
-    kept = {module: on_scaling(pair, state.adapter[module].scaling) for module, pair in update.adapter.items() if module in state.adapter}
+            kept[module] = _with_own(kept[module], pair, part)
     if len(kept) < len(update.adapter):
         raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have")
     return replace(update, adapter=kept)

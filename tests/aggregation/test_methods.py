@@ -8,25 +8,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import oracle
-from tests.conftest import make_updates
+from tests.conftest import make_pair, make_updates
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate, measure
+from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate, measure, server
+from fedex_lora.errors import AggregationError
 
 EXACT = 1e-6
 LORA = [name for name, method in METHODS.items() if method.lora and not method.pooled]
 EXACT_METHODS = [name for name in LORA if METHODS[name].exact]
-INEXACT_METHODS = [name for name in LORA if not METHODS[name].exact]
+INEXACT_METHODS = [name for name in LORA if METHODS[name].exactness == "inexact"]
 
 
 def updates_for(method: str, k: int, out: int, inner: int, rank: int, seed: int, spread: float, scalings) -> list[ClientUpdate]:
-    """k clients around a common start, `spread` apart; one shared A where the method freezes it."""
+    """k clients around a common start, `spread` apart; the factors that the method freezes in its first round are shared."""
     generator = torch.Generator().manual_seed(seed)
     start_A, start_B = torch.randn(rank, inner, generator=generator), torch.randn(out, rank, generator=generator)
     updates = []
     for i in range(k):
         A = start_A + spread * torch.randn(rank, inner, generator=generator)
         B = start_B + spread * torch.randn(out, rank, generator=generator)
-        A = start_A if METHODS[method].trains == "B" else A
+        A = A if "A" in METHODS[method].trained(1) else start_A
         updates.append(ClientUpdate(f"c{i:02d}", {"m": LoRAPair(A=A, B=B, scaling=scalings[i % len(scalings)])}, num_examples=i + 1))
     return updates
 
@@ -86,11 +87,93 @@ def test_residual_keeps_its_digits_however_close_the_clients_are(spread):
 
 @pytest.mark.parametrize("method", LORA)
 def test_one_client_is_returned_as_it_is(method):
+    """Its product for every method; its factors, bit for bit, where they are not re-written."""
     update = updates_for(method, 1, 10, 14, 3, seed=2, spread=1.0, scalings=(2.0,))
     result = aggregate(update, method)
+    assert oracle.relative(oracle.total(result, "m"), oracle.product(update[0].adapter["m"])) < EXACT
+    if METHODS[method].refactors or METHODS[method].draws:
+        return
     assert not result.residual
-    assert torch.equal(result.adapter["m"].A, update[0].adapter["m"].A)
-    assert torch.equal(result.adapter["m"].B, update[0].adapter["m"].B)
+    assert oracle.relative(oracle.numpy64(result.adapter["m"].A), oracle.numpy64(update[0].adapter["m"].A)) < EXACT
+    if method != "hetlora":
+        assert torch.equal(result.adapter["m"].A, update[0].adapter["m"].A)
+        assert torch.equal(result.adapter["m"].B, update[0].adapter["m"].B)
+
+
+def test_flexlora_is_the_best_approximation_of_the_ideal():
+    """Eckart-Young: the error is the tail of the ideal's singular values, and it is reported."""
+    updates = make_updates(4)
+    result, p = aggregate(updates, "flexlora"), oracle.shares([10, 20, 30, 40])
+    for module in updates[0].adapter:
+        ideal = oracle.ideal([update.adapter[module] for update in updates], p)
+        tail = np.sqrt((np.linalg.svd(ideal, compute_uv=False)[3:] ** 2).sum())
+        assert np.linalg.norm(oracle.total(result, module) - ideal) == pytest.approx(tail, rel=1e-5)
+        assert result.dropped[module] == pytest.approx(tail, rel=1e-5)
+
+
+def test_fedex_best_leaves_the_smallest_possible_residual():
+    updates, p = make_updates(4), oracle.shares([10, 20, 30, 40])
+    best, mean = aggregate(updates, "fedex-best"), aggregate(updates, "fedex")
+    for module in updates[0].adapter:
+        ideal = oracle.ideal([update.adapter[module] for update in updates], p)
+        tail = np.sqrt((np.linalg.svd(ideal, compute_uv=False)[3:] ** 2).sum())
+        sizes = [np.linalg.norm(oracle.numpy64(result.residual[module].dense())) for result in (best, mean)]
+        assert sizes[0] == pytest.approx(tail, rel=1e-5)
+        assert sizes[0] < sizes[1]
+
+
+def test_hetlora_pads_and_weighs_by_norms():
+    """Ranks 1, 3 and 4 in one module: zeros up to rank 4, weights |B_i A_i| / sum."""
+    pairs = [make_pair(seed, rank=rank) for seed, rank in ((1, 1), (2, 3), (3, 4))]
+    result = aggregate([ClientUpdate(f"c{i}", {"m": pair}, 5 * i + 1) for i, pair in enumerate(pairs)], "hetlora")
+    norms = np.array([np.linalg.norm(oracle.product(pair)) for pair in pairs])
+    A = sum(w * np.pad(oracle.numpy64(pair.A), ((0, 4 - pair.rank), (0, 0))) for w, pair in zip(norms / norms.sum(), pairs, strict=True))
+    B = sum(w * np.pad(oracle.numpy64(pair.B), ((0, 0), (0, 4 - pair.rank))) for w, pair in zip(norms / norms.sum(), pairs, strict=True))
+    assert oracle.relative(oracle.product(result.adapter["m"]), 2.0 * B @ A) < EXACT
+
+
+def test_factors_that_start_anew_do_so_from_the_seed():
+    """reinit: A as PEFT draws it (uniform in +-1/sqrt(in)), another one each round and module, B zero, and all of M in the base."""
+    updates = make_updates(2, shapes=((64, 400), (64, 400)))
+    state = server.init(updates[0].adapter, updates[0].other, "reinit", seed=3)
+    first, again = aggregate(updates, "reinit", state=state), aggregate(updates, "reinit", state=state)
+    later = aggregate(updates, "reinit", state=replace(state, round=1))
+    A = first.adapter["m0"].A
+    assert torch.equal(A, again.adapter["m0"].A)
+    assert not torch.equal(A, later.adapter["m0"].A)
+    assert not torch.equal(A, first.adapter["m1"].A)
+    assert A.abs().max() <= 400**-0.5
+    assert A.std() == pytest.approx((400 * 3) ** -0.5, rel=0.1)
+    assert not first.adapter["m0"].B.any()
+    assert first.residual["m0"].rank == 6
+
+
+@pytest.mark.parametrize("method", [name for name in LORA if METHODS[name].per_client_ranks and METHODS[name].exact])
+@given(ranks=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_ranks_may_differ(method, ranks, seed):
+    pairs = [make_pair(seed + i, rank=rank, scaling=1.0 + i) for i, rank in enumerate(ranks)]
+    result = aggregate([ClientUpdate(f"c{i}", {"m": pair}, i + 1) for i, pair in enumerate(pairs)], method)
+    want = oracle.ideal(pairs, oracle.shares([i + 1 for i in range(len(pairs))]))
+    assert oracle.relative(oracle.total(result, "m"), want) < EXACT
+    assert result.adapter["m"].rank == max(ranks)
+
+
+@pytest.mark.parametrize("method", [name for name in LORA if not METHODS[name].per_client_ranks])
+def test_ranks_that_differ_are_refused_where_they_cannot(method):
+    updates = [ClientUpdate(name, {"m": make_pair(rank, rank=rank)}, 1) for name, rank in (("a", 2), ("b", 3))]
+    with pytest.raises(AggregationError, match="needs one rank: use fedex-best"):
+        aggregate(updates, method)
+
+
+@pytest.mark.parametrize("method", EXACT_METHODS)
+def test_untrained_factors_have_an_ideal_of_zero(method):
+    """B = 0 everywhere: nothing to gain, and a factor A that can still be trained."""
+    updates = [ClientUpdate(name, {"m": LoRAPair(A=make_pair(0).A, B=torch.zeros(12, 3), scaling=2.0)}, 1) for name in ("a", "b")]
+    result = aggregate(updates, method)
+    assert not oracle.total(result, "m").any()
+    assert not result.residual
+    assert result.adapter["m"].A.norm(dim=1).min() > 0.1
 
 
 @pytest.mark.parametrize("equal", ["A", "B", "both"])

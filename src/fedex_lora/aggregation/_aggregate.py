@@ -10,7 +10,8 @@ from torch import Tensor
 from fedex_lora.aggregation._naming import method_named
 from fedex_lora.aggregation.factors import Factors, derive_seed
 from fedex_lora.aggregation.gauges import GAUGES
-from fedex_lora.aggregation.methods import METHODS, Clients, Method, factor_means
+from fedex_lora.aggregation.methods import METHODS, Method
+from fedex_lora.aggregation.splits import Clients, factor_means
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError

@@ -1,0 +1,120 @@
+"""Splits: how the clients' updates become a rank-r adapter and a rest. Each reads like its equation.
+
+A split sees `g` modules of one shape and scaling `s`, from `k` clients, stacked as `Clients`. With `M = sum_i p_i B_i A_i` the ideal
+update (over s), the split is exact when `adapter + rest = M`, and so is a method whose base gains the whole rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
+
+
+@dataclass(frozen=True, eq=False)
+class Clients:
+    """What a split sees.
+
+    Attributes:
+        A: `g x k x r x in`; a client of lower rank has zero rows after its own.
+        B: `g x k x r x out`, the transpose of LoRA's B, padded alike.
+        p: `k` weights with sum one.
+        modules: the g module paths.
+        seed: for factors that start anew.
+        frozen: what the clients of lower rank hold frozen beside their adapter, weighted (`g x q`); None: nothing.
+        origins: the factors that each client started from, padded alike, where every client goes on with its own; None: zero products.
+    """
+
+    A: Tensor
+    B: Tensor
+    p: Tensor
+    modules: Sequence[str]
+    seed: int
+    frozen: Factors | None = None
+    origins: Factors | None = None
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(A=self.A, B=self.B)
+
+    @property
+    def fresh(self) -> Tensor:
+        """New A factors, `g x r x in`."""
+        return torch.stack([fresh_a(module, self.A.shape[2], self.A.shape[3], self.seed).to(self.A) for module in self.modules])
+
+
+Split: TypeAlias = tuple[Factors, Factors | None]
+"""(the adapter that clients go on with: `g x r`, the rest of M: `g x q`, or None where there is none or nobody needs it)."""
+
+
+def differences(x: Tensor) -> Tensor:
+    """`x_i - x_k` for i < k, over dimension 1; contiguous whatever the layout of x."""
+    return torch.sub(x[:, :-1], x[:, -1:], out=x.new_empty(x[:, :-1].shape))
+
+
+def mean(x: Tensor, difference: Tensor, p: Tensor) -> Tensor:
+    """`xbar = x_k + sum_{i<k} p_i (x_i - x_k)`: differences first, which are exact in fp32 when the clients are close."""
+    return (p[:-1] @ difference.flatten(2)).unflatten(1, x.shape[2:]).add_(x[:, -1])
+
+
+def factor_means(clients: Clients) -> Split:
+    """`Abar = sum p_i A_i`, `Bbar = sum p_i B_i` (FedEx-LoRA paper, eq. 3-4). Exact where the clients share A, or share B."""
+    A, B, p = clients.A, clients.B, clients.p
+    return Factors(A=mean(A, differences(A), p), B=mean(B, differences(B), p)), None
+
+
+def factor_means_and_residual(clients: Clients) -> Split:
+    """The mean factors, and `R = sum p_i B_i A_i - Bbar Abar` as the rest (eq. 5-6, 11-14).
+
+    R is a weighted covariance, `sum_i p_i (B_i - Bbar)(A_i - Abar)`, and the weighted deviations of B sum to zero, so
+    `R = sum_{i<k} [p_i (B_i - Bbar)] [A_i - A_k]`: rank (k-1) r, in closed form. Differences come first, so R keeps all its digits in fp32
+    however small it is (1e-7 relative, where the mean of products minus the product of means has none left).
+    """
+    A, B, p = clients.A, clients.B, clients.p
+    dA, dB = differences(A), differences(B)
+    p_i = p[:-1, None, None]
+    weighted_dB = dB.mul_(p_i)  # p_i (B_i - B_k)
+    mean_dB = weighted_dB.sum(dim=1, keepdim=True)  # Bbar - B_k
+    centred = weighted_dB.sub_(p_i * mean_dB)  # p_i (B_i - Bbar)
+    means = Factors(A=mean(A, dA, p), B=mean_dB[:, 0].add_(B[:, -1]))
+    return means, Factors(A=dA.flatten(1, 2), B=centred.flatten(1, 2))
+
+
+def best_rank(clients: Clients) -> Split:
+    """The best rank-r approximation of M as balanced factors, and what is left of M (Eckart-Young; rank sum r_i - r).
+
+    The components are in falling order, so that a client of lower rank goes on with the strongest ones.
+    """
+    parts, rank = svd(products(clients)), clients.A.shape[2]
+    return components(parts, 0, rank, clients.fresh), components(parts, rank, None)
+
+
+def all_to_rest(clients: Clients) -> Split:
+    """A new adapter (A random, B zero), and all of M as the rest: the stacking of FLoRA (rank sum r_i)."""
+    A = clients.fresh
+    return Factors(A=A, B=clients.B.new_zeros(*A.shape[:2], clients.B.shape[3])), products(clients)
+
+
+def padded_means(clients: Clients) -> Split:
+    """HetLoRA: factors padded with zeros to the largest rank, averaged with weights `|B_i A_i| / sum_j |B_j A_j|` (per module)."""
+    grams = [x.double() @ x.double().mT for x in (clients.A, clients.B)]
+    norms = (grams[0] * grams[1]).sum((2, 3)).clamp(min=0).sqrt()
+    total = norms.sum(1, keepdim=True)
+    weights = torch.where(total > 0, norms / total, clients.p.double())[..., None, None]
+    return Factors(A=(weights * clients.A).sum(1).to(clients.A), B=(weights * clients.B).sum(1).to(clients.B)), None
+
+
+def products(clients: Clients) -> Factors:
+    """`M = sum_i p_i (B_i A_i - origin_i)` and what is held frozen, as one product of `sum r_i` (and more) columns."""
+    p = clients.p[:, None, None]
+    A, B = [clients.A], [p * clients.B]
+    if clients.origins is not None:  # B A - B0 A0 = (B - B0) A + B0 (A - A0)
+        B0 = clients.origins.B
+        A, B = [clients.A, clients.A - clients.origins.A], [p * (clients.B - B0), p * B0]
+    terms = [without_zeros(Factors(A=a.flatten(1, 2), B=b.flatten(1, 2))) for a, b in zip(A, B, strict=True)]
+    if clients.frozen is not None:
+        terms.append(without_zeros(clients.frozen))
+    return Factors(A=torch.cat([term.A for term in terms], dim=1), B=torch.cat([term.B for term in terms], dim=1))
