@@ -69,15 +69,21 @@ class Display:
 
     def _on_round_done(self, fields: dict[str, Any]) -> None:
         self._progress.update(self._bars["rounds"], completed=fields["round"])
-        line = f"{self._label}round {fields['round']}/{self._rounds}  {numbers(fields['metrics'])}"
+        metrics = numbers(fields["metrics"]) or "no global model: see the clients' own rows"
+        line = f"{self._label}round {fields['round']}/{self._rounds}  {metrics}"
         if "exactness_error" in fields:
             line += (
                 f"  exactness error {fields['exactness_error']:.1e} (weights {fields['realised_error']:.1e}, floor {fields['floor']:.1e})"
             )
             line += f"  averaging alone is off by {fields['deviation']:.1%}"
+        if "dropped" in fields:
+            line += f"  truncation dropped {fields['dropped']:.1%}"
         self._console.print(
             f"{line}  down {size(fields['bytes_down'])} up {size(fields['bytes_up'])}  {fields['seconds']:.1f} s", highlight=False
         )
+
+    def _on_warning(self, fields: dict[str, Any]) -> None:
+        self._console.print(f"{self._label}! round {fields['round']}: {fields['message']}", highlight=False)
 
     def _on_held_out(self, fields: dict[str, Any]) -> None:
         if fields["round"]:

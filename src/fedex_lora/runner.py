@@ -27,8 +27,10 @@ from fedex_lora.peft_io import (
     load_tokenizer,
     read_model,
     read_other,
+    safe_name,
     set_trained,
     trainable_parameters,
+    write_adapter_folder,
     write_model,
 )
 from fedex_lora.rounds import Emit, Federation, Reply, log_to, require_consistent, run_rounds, stays, versions
@@ -182,6 +184,14 @@ class InProcess:
         self.load(state)
         return self._base.realised(ideal)
 
+    def save_personal(self, state: ServerState, folder: Path) -> None:
+        """Under a personalised method each client's model is its own: its adapter, as a PEFT folder, in `CLIENT/adapter`."""
+        if method_named(state.method).exactness != "personalised":
+            return
+        for client, own in self._own.items():
+            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), own)
+            write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, peft_config(self.model))
+
     def facts(self) -> dict[str, Any]:
         """For the manifest and the first event."""
         trained, total = trainable_parameters(self.model)
@@ -218,7 +228,9 @@ def run(config: Config, out: Path, emit: Emit) -> ServerState:
         write_text(out / "config.toml", resolved)
     except OSError as error:
         raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out") from None
-    return run_rounds(config, place.initial(), place.federation(), out, log_to(out / "events.jsonl", emit))
+    state = run_rounds(config, place.initial(), place.federation(), out, log_to(out / "events.jsonl", emit))
+    place.save_personal(state, out / "clients")
+    return state
 
 
 def peft_config(model: nn.Module) -> dict[str, Any]:

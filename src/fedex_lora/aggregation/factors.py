@@ -27,8 +27,18 @@ def without_zeros(product: Factors) -> Factors:
 
 
 class Parts(NamedTuple):
-    """A stack of singular value decompositions `U diag(S) V` in fp64: `g x out x q`, `g x q` (falling), `g x q x in`."""
+    """A stack of singular value decompositions, fp64; the singular vectors stay inside the QR decompositions until they are asked for.
 
+    Attributes:
+        left, right: QR of `B^T` and of `A^T`, as `torch.geqrf` gives them.
+        U: `g x q x q`, left singular vectors of the core; those of the product are `Q_B U`.
+        S: `g x q`, the singular values, falling.
+        V: `g x q x q`, right singular vectors of the core as rows.
+        dtype: of the product's factors.
+    """
+
+    left: tuple[Tensor, Tensor]
+    right: tuple[Tensor, Tensor]
     U: Tensor
     S: Tensor
     V: Tensor
@@ -41,10 +51,10 @@ def svd(product: Factors) -> Parts:
     Cost `O(q^2 (out + in) + q^3)`. Exact to fp64 rounding, also with dependent columns (duplicate clients), where the Gram form loses half
     of the digits.
     """
-    Q_B, R_B = torch.linalg.qr(product.B.double().mT)
-    Q_A, R_A = torch.linalg.qr(product.A.double().mT)
+    left, right = torch.geqrf(product.B.double().mT), torch.geqrf(product.A.double().mT)
+    R_B, R_A = (qr[..., : min(qr.shape[-2:]), :].triu() for qr, _ in (left, right))
     U, S, V = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Parts(U=Q_B @ U, S=S, V=V @ Q_A.mT, dtype=product.A.dtype)
+    return Parts(left=left, right=right, U=U, S=S, V=V, dtype=product.A.dtype)
 
 
 def components(parts: Parts, start: int, stop: int | None, fresh: Tensor | None = None) -> Factors:
@@ -56,16 +66,21 @@ def components(parts: Parts, start: int, stop: int | None, fresh: Tensor | None 
         fresh: `g x (stop - start) x in`, new A rows for components that are zero, or missing: balanced zeros would never train.
     """
     if stop is None:
-        stop = max(start, int((parts.S[:, :1] * 1e-14 < parts.S).sum(1).max()))
+        stop = max(start, int((parts.S > parts.S[:, :1] * 1e-14).sum(1).max()))
     S = parts.S[:, start:stop]
     root = S.sqrt()[..., None]
-    A, B = root * parts.V[:, start:stop], root * parts.U.mT[:, start:stop]
+    A, B = root * _times_q(parts.right, parts.V.mT[..., start:stop]), root * _times_q(parts.left, parts.U[..., start:stop])
     if fresh is not None:
         missing = stop - start - S.shape[1]
-        dead = torch.nn.functional.pad(parts.S[:, :1] * torch.finfo(torch.float32).eps >= S, (0, missing), value=True)[..., None]
+        dead = torch.nn.functional.pad(S <= parts.S[:, :1] * torch.finfo(torch.float32).eps, (0, missing), value=True)[..., None]
         A, B = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (A, B))
         A, B = torch.where(dead, fresh.double(), A), B.masked_fill(dead, 0)
     return Factors(A=A.to(parts.dtype), B=B.to(parts.dtype))
+
+
+def _times_q(qr: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+    """`(Q x)^T` for columns x, without forming Q."""
+    return torch.ormqr(*qr, torch.nn.functional.pad(columns, (0, 0, 0, qr[0].shape[-2] - columns.shape[-2]))).mT
 
 
 def derive_seed(seed: int, round: int, purpose: str) -> int:

@@ -1,11 +1,13 @@
 """The runs of a comparison: each in its folder, done once, several at a time."""
 
 import multiprocessing
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedex_lora.client import quiet
 from fedex_lora.compare._statistics import Curve, curve
@@ -53,13 +55,27 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
     if at_once == 1 or len(waiting) < 2:
         yield from map(_perform, waiting)
         return
-    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _remember_parent, (os.getpid(),)) as pool:
         futures = [pool.submit(_perform, job) for job in waiting]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+_parent: int | None = None
+
+
+def _remember_parent(pid: int) -> None:
+    global _parent
+    _parent = pid
+
+
+def _stop_when_orphaned(event: str, **fields: Any) -> None:
+    """A worker whose comparison was killed must not go on writing where the next one writes."""
+    if _parent is not None and os.getppid() != _parent:
+        os._exit(1)
 
 
 def _done(job: Job) -> Outcome | None:
@@ -80,7 +96,7 @@ def _perform(job: Job) -> Outcome:
     if job.folder.exists():
         shutil.rmtree(job.folder)
     try:
-        run(job.config, job.folder, lambda event, **fields: None)
+        run(job.config, job.folder, _stop_when_orphaned)
     except TrainingError as error:
         write_text(job.folder / FAILED, f"{error}\n")
         return Outcome(job, None, str(error))

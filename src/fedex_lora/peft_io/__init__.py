@@ -12,7 +12,7 @@ from fedex_lora.peft_io._model import (
     trainable_parameters,
     write_model,
 )
-from fedex_lora.peft_io._result import Result, load_model, open_model, read_result, result_folders, write_result
+from fedex_lora.peft_io._result import Result, load_model, open_model, read_result, result_folders, safe_name, write_result
 
 __all__ = [
     "AdapterFolder",
@@ -29,6 +29,7 @@ __all__ = [
     "read_other",
     "read_result",
     "result_folders",
+    "safe_name",
     "set_trained",
     "stacked",
     "trainable_parameters",

@@ -176,7 +176,8 @@ def read_result(folder: Path, check: bool = True) -> Result:
 def result_folders(path: Path) -> list[Path]:
     """The result folders below a run folder (every round's, and `final/`), or the folder itself."""
     rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
-    return [*rounds, path / "final"] if rounds else [path]
+    final = [path / "final"] if (path / "final" / MANIFEST).exists() else []
+    return [*rounds, *final] or [path]
 
 
 def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
