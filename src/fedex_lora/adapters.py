@@ -7,13 +7,19 @@ from typing import Any
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import aggregate, method_named
+from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.peft_io import AdapterFolder, read_adapter_folder, read_result, write_result
-from fedex_lora.types import ClientUpdate, ServerState
+from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
 
 def aggregate_folders(
-    folders: Sequence[Path], out: Path, method: str, weights: Sequence[float] | None, previous: Path | None
+    folders: Sequence[Path],
+    out: Path,
+    method: str,
+    weights: Sequence[float] | None,
+    previous: Path | None,
+    truncation: Truncation | None = None,
 ) -> dict[str, Any]:
     """Aggregate PEFT LoRA adapters that were trained on one base model, and write a result folder.
 
@@ -21,9 +27,10 @@ def aggregate_folders(
         folders: one adapter a client; the folder's name is the client's id.
         out: must not exist, or be empty. It gets `trainable/` with `base_delta.safetensors` (what clients go on with), and `adapter/`,
             one stand-alone adapter with all of the update.
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, or METHOD+GAUGE.
         weights: one a folder; None: uniform.
         previous: the result folder that the adapters were trained on top of.
+        truncation: of the residual, for fedex-svd.
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64.
@@ -33,7 +40,11 @@ def aggregate_folders(
     """
     row = method_named(method)
     if not row.lora or row.pooled:
-        raise UsageError(f"method {method} trains nothing that adapters hold: use fedex, fedit or ffa")
+        raise UsageError(f"method {method} trains nothing that adapters hold: use fedex, say")
+    if row.exactness == "personalised":
+        raise UsageError(f"method {method} has no global model to write: each client goes on with its own; use fedex, say")
+    if truncation not in (None, Truncation()) and row.rest != "truncate":
+        raise UsageError(f"--truncate is for fedex-svd, and the method is {method}")
     if any(out.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise UsageError(f"{out} lies in one of the adapters: give another -o")
     read = [read_adapter_folder(folder) for folder in folders]
@@ -44,19 +55,21 @@ def aggregate_folders(
     ]
     before = _state(previous, method, updates)
     rule: Any = "uniform" if weights is None else list(weights)
+    held: measure.Held = {}
     if previous is None:
-        result = aggregate(updates, method, rule)
+        result = aggregate(updates, method, rule, truncation)
         after = ServerState(method=method, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
     else:
-        after, result = server.step(before, updates, rule)
-    audit = measure.audit(before, updates, result.weights, after)
+        after, result = server.step(before, updates, rule, truncation)
+        held = {update.client_id: _held(before, update) for update in updates}
+    audit = measure.audit(before, updates, result.weights, after, held)
     facts = {
         "base_model": read[0].base_model,
         "task_type": read[0].config.get("task_type"),
         "sources": [str(folder) for folder in folders],
         "versions": {"fedex-lora": __version__},
     }
-    write_result(out, after, updates, result.weights, read[0].config, facts, previous_delta=before.base_delta, standalone=True)
+    write_result(out, after, updates, result.weights, read[0].config, facts, previous_delta=before.base_delta, standalone=True, held=held)
     return {
         "method": method,
         "exact_method": row.exact,
@@ -66,6 +79,7 @@ def aggregate_folders(
         "residual_rank": max((gain.rank for gain in result.residual.values()), default=0),
         "max_relative_error": audit.max_relative_error,
         "total_relative_error": audit.total_relative_error,
+        "tail": measure.tail(result),
         "deviation": measure.deviation(result, updates).total_relative_error,
         "out": str(out),
     }
@@ -105,4 +119,11 @@ def _state(previous: Path | None, method: str, updates: Sequence[ClientUpdate]) 
         return server.init(updates[0].adapter, updates[0].other, method)
     result = read_result(previous / "final" if (previous / "final").is_dir() else previous)
     state = server.init(result.adapter, result.other, method)
-    return replace(state, round=int(result.manifest["round"]), base_delta=result.base_delta)
+    own = {update.client_id: update.adapter for update in result.updates} if method_named(method).own else {}
+    return replace(state, round=int(result.manifest["round"]), base_delta=result.base_delta, personal=own)
+
+
+def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:
+    """What a client held frozen while it trained, from its rank and from the factors that it had."""
+    rank = max(pair.rank for pair in update.adapter.values())
+    return server.start_of(before.method, before.adapter, rank, before.personal.get(update.client_id))[1]

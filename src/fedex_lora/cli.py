@@ -143,7 +143,7 @@ def compare(
 ) -> None:
     """Compare methods fairly: paired seeds, a learning rate for each chosen on held-out training rows, confidence intervals."""
     from fedex_lora.compare import compare as compare_here
-    from fedex_lora.compare import table_rows
+    from fedex_lora.compare import footnotes, table_rows
     from fedex_lora.config import read_config
     from fedex_lora.display import Runs, table
 
@@ -156,8 +156,9 @@ def compare(
         _print_json(result)
     else:
         columns, rows = table_rows(result)
-        console.print(table(f"{result['headline']} on {result['task']} after {result['rounds']} rounds", columns, rows))
-        console.print(f"± is a 95 % confidence interval; differences are paired by seed. {out / 'compare.json'}", highlight=False)
+        for title, start, stop in ((f"{result['headline']} on {result['task']} after {result['rounds']} rounds", 1, 5), ("costs", 5, None)):
+            console.print(table(title, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
+        console.print(f"{footnotes(result)} {out / 'compare.json'}", highlight=False)
 
 
 def _seeds(text: str) -> list[int]:
@@ -173,15 +174,19 @@ def aggregate(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
     weights: Annotated[Optional[str], typer.Option(help="Comma-separated numbers, one an adapter; by default uniform.")] = None,  # noqa: UP045
-    method: Annotated[str, typer.Option(help="fedex, fedit or ffa.")] = "fedex",
+    method: Annotated[str, typer.Option(help="METHOD or METHOD+GAUGE; see docs/methods.md.")] = "fedex",
     state: Annotated[Optional[Path], typer.Option(help="The result folder that the adapters were trained on top of.")] = None,  # noqa: UP045
+    truncate: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="fedex-svd: rank=R, energy=SHARE or bytes=N; by default the adapter's rank."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
-    result = aggregate_folders(adapters, out, method, _numbers(weights, "--weights"), state)
+    result = aggregate_folders(adapters, out, method, _numbers(weights, "--weights"), state, _truncation(truncate))
     if as_json:
         _print_json(result)
         return
@@ -194,7 +199,21 @@ def aggregate(
         f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by {result['deviation']:.1%}",
         highlight=False,
     )
+    if result["tail"]:
+        console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
     console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
+
+
+def _truncation(text: str | None) -> Any:
+    from fedex_lora.config import Truncation
+
+    if text is None:
+        return None
+    key, _, value = text.partition("=")
+    try:
+        return Truncation.model_validate({key: value})
+    except ValueError:
+        raise UsageError(f"--truncate {text!r}: write rank=8, energy=0.99 or bytes=1000000") from None
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:

@@ -141,7 +141,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """A table whose first column is text and the others numbers."""
     made = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         made.add_row(*row)
     return made

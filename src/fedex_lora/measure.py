@@ -115,6 +115,13 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(0)
 
 
+def tail(result: Aggregate) -> float:
+    """What a truncation dropped, as a share of the whole residual: `|R - R'| / |R|` over all modules."""
+    dropped = math.hypot(*result.dropped.values())
+    kept = math.hypot(*(frobenius(gain) for gain in result.residual.values()))
+    return dropped / math.hypot(dropped, kept) if dropped else 0.0
+
+
 def other_errors(other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
     """Name -> |x - sum p_i x_i| / sum p_i |x_i| of the other tensors (heads, modules trained whole), in fp64.
 

@@ -12,7 +12,6 @@ import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import METHODS, derive_seed, method_named
-from fedex_lora.aggregation.lowrank import frobenius
 from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config, Truncation
 from fedex_lora.errors import ConfigError, TrainingError, WireError
@@ -268,7 +267,8 @@ def _measured(
     ideal = measure.ideal_update(before.base_delta, updates, result.weights, held)
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
     realised, floor = federation.realised(after, ideal)
-    dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if result.dropped else {}
+    cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
+    dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if cuts else {}
     return dropped | {
         "exactness_error": factors.max_relative_error,
         "exactness_error_total": factors.total_relative_error,
@@ -280,11 +280,9 @@ def _measured(
 
 def _warn_of_flat_spectrum(result: Aggregate, round: int, emit: Emit) -> None:
     """A truncation that loses most of the residual costs bytes and buys little."""
-    if method_named(result.method).rest != "truncate" or not result.dropped:
+    if method_named(result.method).rest != "truncate":
         return
-    tail = math.hypot(*result.dropped.values())
-    kept = math.hypot(*(frobenius(gain) for gain in result.residual.values()))
-    share = tail / math.hypot(tail, kept) if tail else 0.0
+    share = measure.tail(result)
     if share > USELESS_TAIL:
         advice = "raise truncation.rank, or use fedex (all of it) or fedit (none of it)"
         text = f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from tests import oracle
 from tests.conftest import make_updates
 
-from fedex_lora import aggregate
+from fedex_lora import aggregate, measure
 from fedex_lora.config import Truncation
 
 UPDATES = make_updates(5)
@@ -84,3 +84,12 @@ def test_a_budget_too_small_for_anything_is_fedit():
 def test_one_measure_only():
     with pytest.raises(ValidationError, match="one of rank, energy and bytes"):
         Truncation(rank=2, energy=0.5)
+
+
+def test_the_tail_of_a_flat_spectrum():
+    """Random clients: rank 1 of 12 keeps less than half of the energy, and the share that is dropped is told."""
+    result = aggregate(UPDATES, "fedex-svd", truncation=Truncation(rank=1))
+    dropped, whole = (np.sqrt(sum(tail(module, rank) ** 2 for module in FULL.residual)) for rank in (1, 0))
+    assert measure.tail(result) == pytest.approx(dropped / whole, rel=1e-5)
+    assert measure.tail(result) > 0.7
+    assert measure.tail(FULL) == 0

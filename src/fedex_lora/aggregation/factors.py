@@ -66,13 +66,13 @@ def components(parts: Parts, start: int, stop: int | None, fresh: Tensor | None 
         fresh: `g x (stop - start) x in`, new A rows for components that are zero, or missing: balanced zeros would never train.
     """
     if stop is None:
-        stop = max(start, int((parts.S > parts.S[:, :1] * 1e-14).sum(1).max()))
+        stop = max(start, int((parts.S[:, :1] * 1e-14 < parts.S).sum(1).max()))
     S = parts.S[:, start:stop]
     root = S.sqrt()[..., None]
     A, B = root * _times_q(parts.right, parts.V.mT[..., start:stop]), root * _times_q(parts.left, parts.U[..., start:stop])
     if fresh is not None:
         missing = stop - start - S.shape[1]
-        dead = torch.nn.functional.pad(S <= parts.S[:, :1] * torch.finfo(torch.float32).eps, (0, missing), value=True)[..., None]
+        dead = torch.nn.functional.pad(parts.S[:, :1] * torch.finfo(torch.float32).eps >= S, (0, missing), value=True)[..., None]
         A, B = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (A, B))
         A, B = torch.where(dead, fresh.double(), A), B.masked_fill(dead, 0)
     return Factors(A=A.to(parts.dtype), B=B.to(parts.dtype))

@@ -1,5 +1,6 @@
 """`fedex-lora compare`: methods by seeds, paired, each at its own learning rate."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,13 +9,26 @@ from typing import Any
 from fedex_lora.aggregation import method_named
 from fedex_lora.compare._plan import Variant, configured, grid_around, variants
 from fedex_lora.compare._runs import Job, Outcome, outcomes
-from fedex_lora.compare._statistics import Curve, held_out_score, interval, summary
+from fedex_lora.compare._statistics import Curve, held_out_score, interval, rounds_to, summary
+from fedex_lora.compare._tables import footnotes, markdown, table_rows
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.rounds import versions
 from fedex_lora.storage import plain_json, read_events, write_text
 
-__all__ = ["Curve", "Variant", "compare", "interval", "markdown", "variants"]
+__all__ = [
+    "Curve",
+    "Variant",
+    "compare",
+    "footnotes",
+    "held_out_score",
+    "interval",
+    "markdown",
+    "rounds_to",
+    "summary",
+    "table_rows",
+    "variants",
+]
 
 RESULT, TABLE = "compare.json", "compare.md"
 Told = Callable[[str, int, int], None]
@@ -61,9 +75,11 @@ def compare(
         raise UsageError(f"the reference {reference!r} is not among the methods compared: {', '.join(names)}; set --reference")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds {list(seeds)}: give at least one, each once")
+    grid = sorted(set(learning_rates or grid_around(config)))
+    if any(not math.isfinite(rate) or rate <= 0 for rate in grid):
+        raise UsageError(f"learning rates {grid}: give finite numbers greater than zero")
     if config.clients.holdout == 0:
         raise UsageError("clients.holdout is 0, so there are no rows to choose learning rates on: set it to 0.1, say")
-    grid = sorted(set(learning_rates or grid_around(config)))
     if jobs > 1 and config.torch_threads is None:
         config = config.model_copy(update={"torch_threads": max(1, (os.cpu_count() or 1) // jobs)})
     _claim(out, config)
@@ -73,8 +89,7 @@ def compare(
 
     tuning = {(variant.name, rate): job(variant, rate, seeds[0]) for variant in chosen for rate in grid}
     tuned = _run(tuning, jobs, tell)
-    events = read_events(next(one.job.folder for one in tuned.values() if one.curve) / "events.jsonl")
-    facts = events[0]
+    facts = _facts(tuned)
     sign = 1 if facts["greater_is_better"] else -1
     rates = {variant.name: _best_rate(variant.name, grid, tuned, sign) for variant in chosen}
     final = {(variant.name, seed): job(variant, rates[variant.name], seed) for seed in seeds for variant in chosen}
@@ -128,6 +143,15 @@ def _run(jobs: Mapping[Any, Job], at_once: int, tell: Told) -> dict[Any, Outcome
     return found
 
 
+def _facts(tuned: Mapping[Any, Outcome]) -> dict[str, Any]:
+    """The first event of a run: task, model, headline."""
+    folders = [outcome.job.folder for outcome in tuned.values() if outcome.curve]
+    if not folders:
+        name, rate = next(iter(tuned))
+        raise TrainingError(f"{name} fails at every learning rate, as does the rest: {tuned[name, rate].reason}")
+    return read_events(folders[0] / "events.jsonl")[0]
+
+
 def _best_rate(name: str, grid: Sequence[float], tuned: Mapping[Any, Outcome], sign: int) -> float:
     scores = {rate: held_out_score(run, sign) for rate in grid if (run := tuned[name, rate].curve) is not None}
     if not scores:
@@ -148,58 +172,3 @@ def _described(variant: Variant, grid: Sequence[float], rate: float, tuned: Mapp
         "learning_rate_at_edge": len(grid) > 1 and rate in (grid[0], grid[-1]),
         "held_out_by_learning_rate": scores,
     }
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The table for documents: one line a variant, then the curves."""
-    seeds, headline = len(result["seeds"]), result["headline"]
-    columns, rows = table_rows(result)
-    lines = [f"{headline} on {result['task']}, {result['rounds']} rounds, {seeds} seeds; ± is a 95 % confidence interval of the mean", ""]
-    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"Mean {headline} after each round:", "", f"| round | {' | '.join(map(str, range(result['rounds'] + 1)))} |"]
-    lines += ["|" + "---|" * (result["rounds"] + 2)]
-    for row in result["methods"]:
-        means = [sum(values) / len(values) for values in zip(*row["seeds"].values(), strict=True)]
-        lines.append(f"| {row['name']} | {' | '.join(f'{value:.3f}' for value in means)} |")
-    return "\n".join(lines) + "\n"
-
-
-def table_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column names and cells, for the terminal and for Markdown."""
-    reference, target = result["reference"], result["target"]
-    columns = [
-        "method",
-        "lr",
-        result["headline"],
-        f"minus {reference}",
-        "over rounds",
-        f"rounds to {target:.3f}",
-        "exactness",
-        "down",
-        "up",
-    ]
-    rows = []
-    for row in result["methods"]:
-        mark = " (edge)" if row["learning_rate_at_edge"] else ""
-        reached = " ".join("-" if number is None else str(number) for number in row["rounds_to_target"])
-        error = row["exactness_error"]
-        own = " (own rows)" if row["exactness"] == "personalised" else ""
-        rows.append(
-            [
-                f"{row['name']}{own}",
-                f"{row['learning_rate']:g}{mark}",
-                _plus_minus(row["mean"], row["half_width"]),
-                "" if row["name"] == reference else _plus_minus(row["difference"], row["difference_half_width"], "+"),
-                f"{row['over_rounds']:.4f}",
-                reached,
-                "" if error is None else f"{error:.1e}",
-                f"{row['bytes_down'] / 1e6:.2f} MB",
-                f"{row['bytes_up'] / 1e6:.2f} MB",
-            ]
-        )
-    return columns, rows
-
-
-def _plus_minus(value: float, width: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if width is None else f" ± {width:.4f}")

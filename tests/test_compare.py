@@ -1,0 +1,194 @@
+"""Comparisons: paired, tuned on held-out training rows only, continued after an interruption."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from tests.test_runner import configuration
+
+from fedex_lora.compare import Curve, compare, held_out_score, interval, rounds_to, summary, variants
+from fedex_lora.compare._plan import Variant, configured, grid_around
+from fedex_lora.config import write_config
+from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.storage import read_events
+
+CURVE = Curve([0.4, 0.5, 0.6, 0.7], {0: 0.1, 1: 0.9, 2: 0.5, 3: 0.7}, {0: 3.0, 1: 2.0, 2: 1.0, 3: 0.5}, 10.0, 5.0, 1e-8, 3.0, 100)
+
+
+def test_controls_stand_in_every_comparison():
+    assert [v.name for v in variants(["fedit", "fedex", "ffa", "fedex"])] == ["fedit", "fedex", "ffa", "fedit+balanced", "ffa@2r"]
+    assert [v.name for v in variants(["fedit", "fedex"], controls=False)] == ["fedit", "fedex"]
+    assert [v.name for v in variants(["full-ft"])] == ["full-ft"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fedx", "did you mean 'fedex'"),
+        ("ffa@r2", "METHOD@2r"),
+        ("ffa@", "METHOD@2r"),
+        ("fedit+balance", "did you mean 'balanced'"),
+        ("", "unknown method"),
+    ],
+)
+def test_names_that_mean_nothing(name, message):
+    with pytest.raises(UsageError, match=message):
+        variants(["fedit", name])
+
+
+def test_a_variant_changes_method_rate_seed_and_rank_only():
+    config = configuration(lora={"r": 2, "alpha": 6, "rank_pattern": {"q_proj": 3}})
+    made = configured(config, Variant.parse("ffa@2r"), 0.5, 7)
+    assert (made.method, made.seed, made.training["learning_rate"]) == ("ffa", 7, 0.5)
+    assert (made.lora.r, made.lora.alpha, made.lora.rank_pattern) == (4, 12, {"q_proj": 6})  # alpha / r stays
+    assert made.model_copy(update={key: getattr(config, key) for key in ("method", "seed", "lora", "training")}) == config
+    assert grid_around(config) == [0.00167, 0.005, 0.015]
+
+
+def test_a_rate_is_chosen_by_the_later_half_of_the_held_out_rows():
+    """Rounds 2 and 3 of 3; ties go to the lower loss; smaller metrics can be the better ones."""
+    assert held_out_score(CURVE, 1) == (pytest.approx(0.6), pytest.approx(-0.75))
+    assert held_out_score(CURVE, -1)[0] == pytest.approx(-0.6)
+    assert held_out_score(replace(CURVE, held_out_loss={2: 0.1, 3: 0.1}), 1) > held_out_score(CURVE, 1)
+
+
+@pytest.mark.parametrize("values", [[0.7, 0.72, 0.75], [0.1, 0.9], list(np.linspace(0, 1, 9))])
+def test_intervals_are_students(values):
+    """Against scipy's own interval."""
+    mean, width = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean - width, mean + width) == (pytest.approx(low), pytest.approx(high))
+    assert interval([0.5]) == (0.5, None)
+
+
+def test_differences_are_paired_by_seed():
+    """Two methods whose seeds vary far more than their difference: the paired interval is narrow, the single ones are not."""
+
+    def ending(value):
+        return replace(CURVE, metric=[0.0, value])
+
+    noise = {0: 0.2, 1: 0.5, 2: 0.9}
+    runs = {"a": {s: ending(v) for s, v in noise.items()}, "b": {s: ending(v + 0.01 + 0.001 * s) for s, v in noise.items()}}
+    target, (a, b) = summary(runs, "a", None, 1)
+    assert target == pytest.approx(np.mean(list(noise.values())))
+    assert a["difference"] == 0
+    assert b["difference"] == pytest.approx(0.011)
+    assert b["difference_half_width"] == pytest.approx(interval([0.01, 0.011, 0.012])[1])
+    assert b["half_width"] > 100 * b["difference_half_width"]
+
+
+def test_rounds_to_a_target():
+    assert rounds_to([0.1, 0.5, 0.4, 0.9], 0.5, 1) == 1
+    assert rounds_to([3.0, 2.0, 1.0], 1.5, -1) == 2
+    assert rounds_to([0.1, 0.2], 0.5, 1) is None
+
+
+def test_a_whole_comparison(tmp_path):
+    """Each rate is the best on the held-out rows, seeds are paired, the table and the JSON say the same, and a second call runs nothing."""
+    config, told = configuration(rounds=2, clients={"partition": "iid", "count": 2, "holdout": 0.2}), []
+
+    def tell(line, done, total):
+        told.append((line, done, total))
+
+    out = tmp_path / "out"
+    result = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2, tell=tell)
+    assert json.loads((out / "compare.json").read_text()) == result
+    assert [row["name"] for row in result["methods"]] == ["fedit", "fedex", "fedsa", "fedit+balanced"]
+    starts, finals = {}, {}
+    for row in result["methods"]:
+        scores = {float(rate): score for rate, score in row["held_out_by_learning_rate"].items()}
+        assert row["learning_rate"] == max(scores, key=scores.get)
+        for seed in (0, 1):
+            events = read_events(out / "runs" / row["name"] / f"lr-{row['learning_rate']:g}" / f"seed-{seed}" / "events.jsonl")
+            starts.setdefault(seed, []).append((events[0]["metrics"], events[0]["train_rows"]))
+            finals[row["name"], seed] = [event["metrics"].get("accuracy") for event in events if event["event"] == "round_done"]
+            if row["name"] != "fedsa":
+                assert row["seeds"][str(seed)][1:] == finals[row["name"], seed]
+        assert f"| {row['name']}" in (out / "compare.md").read_text()
+    for same in starts.values():  # one partition and one initial model for all variants
+        assert all(start == same[0] for start in same)
+    fedsa = next(row for row in result["methods"] if row["name"] == "fedsa")
+    assert fedsa["measured_on"] == "clients' held-out rows"
+    assert fedsa["exactness_error"] is None
+    assert result["methods"][1]["exactness_error"] < 1e-6
+    files = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
+    again = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2)
+    assert again == result
+    assert files == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
+    assert not list(out.rglob("rounds"))
+    with pytest.raises(UsageError, match="another configuration"):
+        compare(configuration(rounds=1), ["fedit"], [0], out)
+
+
+def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
+    """SIGKILL in the middle: its workers stop too, finished runs are kept, and the end is that of a comparison left alone."""
+    (tmp_path / "config.toml").write_text(write_config(configuration(rounds=2)))
+    command = [sys.executable, "-m", "fedex_lora.cli", "compare", "config.toml", "--methods", "fedit,fedex", "--seeds", "0,1", "--json"]
+    command += ["--learning-rates", "5e-3", "--jobs", "2", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "killed"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs = tmp_path / "killed" / "runs"
+    deadline = time.time() + 120
+    while time.time() < deadline and not any("run_done" in path.read_text() for path in runs.rglob("events.jsonl")):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in runs.rglob("events.jsonl") if "run_done" in path.read_text()}
+    assert 0 < len(finished) < 6
+    time.sleep(8)  # longer than a round: workers without a parent have noticed
+    before = {path: path.read_bytes() for path in runs.rglob("events.jsonl")}
+    time.sleep(3)
+    assert before == {path: path.read_bytes() for path in runs.rglob("events.jsonl")}
+    ends = [
+        subprocess.run([*command, name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        for name in ("killed", "alone")
+    ]
+    left, right = (json.loads(end.stdout) for end in ends)
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    for one in (left, right):
+        for row in one["methods"]:
+            row["bytes_up"] = round(row["bytes_up"], -2)  # seconds travel as decimals
+    assert left == right
+
+
+def test_a_rate_that_diverges_is_left_out(tmp_path):
+    """A rate at which training fails is no candidate; a method that fails at every rate is an error that names it."""
+    config = configuration(rounds=1)
+    result = compare(config, ["fedit"], [0], tmp_path / "a", [5e-3, 1e30], controls=False)
+    assert result["methods"][0]["learning_rate"] == 5e-3
+    assert result["methods"][0]["held_out_by_learning_rate"]["1e+30"] is None
+    assert math.isfinite(result["methods"][0]["mean"])
+    with pytest.raises(TrainingError, match="fedit fails at every learning rate"):
+        compare(config, ["fedit"], [0], tmp_path / "b", [1e30], controls=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["fedex"], "reference": "fedit"}, "reference 'fedit' is not among the methods compared: fedex, fedit\\+balanced"),
+        ({"seeds": []}, "at least one"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"learning_rates": [0.0]}, "learning rates"),
+        ({"config": configuration(clients={"holdout": 0})}, "clients.holdout is 0"),
+    ],
+)
+def test_comparisons_that_cannot_be(options, message, tmp_path):
+    given = {"config": configuration(), "methods": ["fedit"], "seeds": [0], "out": tmp_path / "out", **options}
+    with pytest.raises(UsageError, match=message):
+        compare(**given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="is no comparison"):
+        compare(configuration(), ["fedit"], [0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
