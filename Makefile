@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench exactness clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -23,6 +23,10 @@ check: $(VENV)/.installed-dev   ## style, types, the order of imports
 
 bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
+	$(BIN)/python benchmarks/bench_truncation.py --out benchmarks/results/truncation.json
+
+exactness: $(VENV)/.installed   ## every method against the fp64 ideal
+	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

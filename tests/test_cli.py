@@ -163,7 +163,7 @@ def test_bad_configurations(overrides, status, message, config, tmp_path):
         (["--weights", "1,x,2"], 2, "comma-separated numbers"),
         (["--weights", "1,-1,1"], 1, "not negative"),
         (["--weights", "0,0,0"], 1, "sum to zero"),
-        (["--method", "centralised"], 2, "use fedex, fedit or ffa"),
+        (["--method", "centralised"], 2, "use fedex, say"),
         (["--method", "ffa"], 1, "needs one A"),
         (["--state", "/nowhere"], 1, "has no manifest.json"),
     ],
