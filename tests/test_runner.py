@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fedex_lora import METHODS, load_model, rounds
+from fedex_lora import METHODS, load_model, measure, rounds
 from fedex_lora.aggregation import method_named
 from fedex_lora.client import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
@@ -151,7 +151,7 @@ def test_a_flat_spectrum_is_warned_of(tmp_path, monkeypatch):
     """The event comes when the tail is above the bound, and only then (residuals here are not flat: the bound is lowered)."""
     config = configuration(method="fedex-svd", truncation={"rank": 1}, training={"num_train_epochs": 2})
     for name, bound in (("kept", 0.99), ("flat", 1e-3)):
-        monkeypatch.setattr(rounds, "USELESS_TAIL", bound)
+        monkeypatch.setattr(measure, "USELESS_TAIL", bound)
         run(config, tmp_path / name, ignore)
     assert not events_of(tmp_path / "kept", "warning")
     told = events_of(tmp_path / "flat", "warning")

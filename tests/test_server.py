@@ -97,7 +97,7 @@ def test_methods_that_train_both_factors_agree_after_one_round_and_part_afterwar
         assert max(distances) < 1e-6 if round == 1 else min(distances) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["fedex-best", "reinit", "keep", "fedex-best+orthonormal-a"])
+@pytest.mark.parametrize("method", ["fedex-best", "reinit", "keep", "keep+balanced", "fedex-best+orthonormal-a"])
 def test_ranks_that_differ_are_exact_for_every_client(method):
     """Ranks 2, 4, 8, 16, 16, other participants each round: every client's W0 + D + held + s B A is the mean model, and nothing is dead."""
     ranks = dict(zip("abcde", (2, 4, 8, 16, 16), strict=True))

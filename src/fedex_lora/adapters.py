@@ -80,6 +80,7 @@ def aggregate_folders(
         "max_relative_error": audit.max_relative_error,
         "total_relative_error": audit.total_relative_error,
         "tail": measure.tail(result),
+        "warning": measure.useless_truncation(result),
         "deviation": measure.deviation(result, updates).total_relative_error,
         "out": str(out),
     }

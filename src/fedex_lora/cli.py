@@ -201,6 +201,8 @@ def aggregate(
     )
     if result["tail"]:
         console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
+    if result["warning"]:
+        console.print(f"! {result['warning']}", highlight=False)
     console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
 
 

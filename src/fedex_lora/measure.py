@@ -1,7 +1,7 @@
 """Numbers from types, no I/O: how exact a round was, how far plain averaging is off, and how large things are.
 
 Everything here is fp64 and uses the plain formulas (mean of products minus product of means), not the closed form that
-`aggregation` computes with: it checks that code and shares nothing with it but the container types.
+`aggregation` computes with: it checks that code and shares nothing with it but container types and the rows of `METHODS`.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation.lowrank import frobenius, signed_sum
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
 
@@ -47,6 +48,7 @@ def _ratio(error: float, size: float) -> float:
     return error / size if size else (0.0 if error == 0 else math.inf)
 
 
+USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
 Held = Mapping[str, Mapping[str, LowRank]]
 """client -> module path -> what the client's base has beside the common one (see `server.start_of`)."""
 
@@ -120,6 +122,15 @@ def tail(result: Aggregate) -> float:
     dropped = math.hypot(*result.dropped.values())
     kept = math.hypot(*(frobenius(gain) for gain in result.residual.values()))
     return dropped / math.hypot(dropped, kept) if dropped else 0.0
+
+
+def useless_truncation(result: Aggregate) -> str | None:
+    """What to say when a truncation of the residual costs bytes and buys little; None otherwise."""
+    share = tail(result)
+    if share <= USELESS_TAIL or method_named(result.method).rest != "truncate":
+        return None
+    advice = "truncate less, or use fedex (all of it) or fedit (none of it)"
+    return f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"
 
 
 def other_errors(other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:

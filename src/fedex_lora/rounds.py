@@ -101,9 +101,6 @@ class _Books:
         self.residuals = {number: residual for number, residual in self.residuals.items() if number > oldest}
 
 
-USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
-
-
 def require_consistent(config: Config, clients: int) -> None:
     """What single keys cannot say: do method, ranks, truncation and optimiser state go together?
 
@@ -164,7 +161,8 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         books.delivered(participants, number - 1, federation.clients)
         books.stepped(before, state, result.residual)
         numbers = _measured(before, updates, result, state, held, federation)
-        _warn_of_flat_spectrum(result, number, emit)
+        if useless := measure.useless_truncation(result):
+            emit("warning", round=number, message=useless, tail=measure.tail(result))
         folder = out / "rounds" / f"{number:04d}"
         write_result(folder, state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta, held=held)
         seconds = time.perf_counter() - began
@@ -276,17 +274,6 @@ def _measured(
         "floor": floor,
         "deviation": measure.deviation(result, updates).total_relative_error,
     }
-
-
-def _warn_of_flat_spectrum(result: Aggregate, round: int, emit: Emit) -> None:
-    """A truncation that loses most of the residual costs bytes and buys little."""
-    if method_named(result.method).rest != "truncate":
-        return
-    share = measure.tail(result)
-    if share > USELESS_TAIL:
-        advice = "raise truncation.rank, or use fedex (all of it) or fedit (none of it)"
-        text = f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"
-        emit("warning", round=round, message=text, tail=share)
 
 
 def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import WeightRule, aggregate, method_named, on_scaling
+from fedex_lora.aggregation import WeightRule, aggregate, method_named, on_scaling, regauged
 from fedex_lora.aggregation.lowrank import add
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
@@ -85,6 +85,7 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
     """
     row = method_named(method)
     if own is not None and row.own == "AB":
+        own = regauged(own, row.gauge)
         return own, {module: LowRank(U=-pair.scaling * pair.B, V=pair.A) for module, pair in own.items()}
     if own is not None and row.own:
         return {module: _with_own(pair, own[module], row.own) for module, pair in adapter.items()}, {}

@@ -3,7 +3,7 @@
 from fedex_lora.aggregation._aggregate import WeightRule, aggregate, normalised_weights, on_scaling
 from fedex_lora.aggregation._naming import method_named
 from fedex_lora.aggregation.factors import derive_seed, fresh_a
-from fedex_lora.aggregation.gauges import GAUGES
+from fedex_lora.aggregation.gauges import GAUGES, regauged
 from fedex_lora.aggregation.methods import METHODS, Method
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "method_named",
     "normalised_weights",
     "on_scaling",
+    "regauged",
 ]

@@ -91,7 +91,7 @@ def _split(row: Method, clients: Clients) -> tuple[Factors, Factors | None]:
             f"{row.name} needs one A that all clients share (or one B), and theirs differ: freeze one while training, or use method fedex"
         )
     adapter, rest = row.split(clients)
-    if row.gauge != "as-is":
+    if row.gauge != "as-is" and not row.own:
         means, _ = factor_means(clients)
         adapter = GAUGES[row.gauge](adapter, means, clients.fresh)
     return adapter, rest

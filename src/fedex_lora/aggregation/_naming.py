@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedex_lora.aggregation.gauges import GAUGES
+from fedex_lora.aggregation.gauges import ALIGNED, GAUGES
 from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.errors import UsageError
 
@@ -25,9 +25,13 @@ def method_named(name: str) -> Method:
     if not plus:
         return row
     _require_known("gauge", gauge, GAUGES)
-    if row.own or not row.lora:
-        reason = "each client goes on with factors of its own" if row.own else "there are no factors"
+    if not row.lora or row.own == "B":
+        reason = "its clients share one A" if row.own else "there are no factors"
         raise UsageError(f"method {method} has no gauge to choose, because {reason}: write {method} alone")
+    if row.own and gauge in ALIGNED:
+        raise UsageError(
+            f"{gauge} aligns factors with averaged ones, and clients of {method} see their own only: use balanced or orthonormal-a"
+        )
     return replace(row, name=name, gauge=gauge, refactors=row.refactors or gauge != "as-is")
 
 

@@ -10,7 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.factors import Factors, components, svd
+from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd
+from fedex_lora.types import Adapter, LoRAPair
 
 Gauge: TypeAlias = Callable[[Factors, Factors, Tensor], Factors]
 """(the adapter: `g x r`, the averaged factors that it is aligned to, new A rows for components that are zero) -> the same products."""
@@ -67,6 +68,7 @@ def _completed(rows: Tensor) -> Tensor:
     return torch.cat([rows, basis.mT[:, rows.shape[1] :]], dim=1)
 
 
+ALIGNED = ("procrustes", "gl-aligned")  # gauges that need the averaged factors
 GAUGES: dict[str, Gauge] = {
     "as-is": as_is,
     "balanced": balanced,
@@ -74,3 +76,22 @@ GAUGES: dict[str, Gauge] = {
     "procrustes": procrustes,
     "gl-aligned": gl_aligned,
 }
+
+
+def regauged(adapter: Adapter, gauge: str) -> Adapter:
+    """One client's own factors in a gauge that needs no others; the same products.
+
+    Example:
+        >>> pair = LoRAPair(A=torch.ones(1, 4), B=4 * torch.ones(4, 1))
+        >>> regauged({"q": pair}, "balanced")["q"].A.norm() == regauged({"q": pair}, "balanced")["q"].B.norm()
+        tensor(True)
+    """
+    if gauge == "as-is":
+        return adapter
+    turned = {}
+    for module, pair in adapter.items():
+        factors = Factors(A=pair.A[None], B=pair.B.mT[None])
+        fresh = fresh_a(module, pair.rank, pair.shape[1], seed=0)[None].to(pair.A)
+        A, B = GAUGES[gauge](factors, factors, fresh)
+        turned[module] = LoRAPair(A=A[0], B=B[0].mT.contiguous(), scaling=pair.scaling)
+    return turned
