@@ -111,7 +111,7 @@ def theory(method: str, pairs: list[LoRAPair], p: np.ndarray, s: float) -> float
         return tail(M, RANK)
     if method.startswith("hetlora"):
         norms = np.array([np.linalg.norm(b @ a) for b, a in zip(B, A, strict=True)])
-        w = norms / norms.sum()
+        w = p * norms / (p * norms).sum()
         return float(
             np.linalg.norm(M - s * (sum(x * b for x, b in zip(w, B, strict=True)) @ sum(x * a for x, a in zip(w, A, strict=True))))
         )

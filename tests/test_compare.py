@@ -14,19 +14,23 @@ import pytest
 from scipy import stats
 from tests.test_runner import configuration
 
-from fedex_lora.compare import Curve, compare, held_out_score, interval, rounds_to, summary, variants
+from fedex_lora.compare import Curve, compare, controls, held_out_score, interval, rounds_to, summary, variants
 from fedex_lora.compare._plan import Variant, configured, grid_around
 from fedex_lora.config import write_config
-from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.storage import read_events
 
 CURVE = Curve([0.4, 0.5, 0.6, 0.7], {0: 0.1, 1: 0.9, 2: 0.5, 3: 0.7}, {0: 3.0, 1: 2.0, 2: 1.0, 3: 0.5}, 10.0, 5.0, 1e-8, 3.0, 100)
 
 
 def test_controls_stand_in_every_comparison():
-    assert [v.name for v in variants(["fedit", "fedex", "ffa", "fedex"])] == ["fedit", "fedex", "ffa", "fedit+balanced", "ffa@2r"]
-    assert [v.name for v in variants(["fedit", "fedex"], controls=False)] == ["fedit", "fedex"]
-    assert [v.name for v in variants(["full-ft"])] == ["full-ft"]
+    def names(*chosen):
+        return [variant.name for variant in controls(variants(chosen))]
+
+    assert names("fedit", "fedex", "ffa", "fedex") == ["fedit+balanced", "ffa@2r"]
+    assert names("fedit+balanced", "ffa@2r") == []
+    assert names("full-ft") == []
+    assert [variant.name for variant in variants(["fedit", "fedit "])] == ["fedit"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,7 @@ def test_rounds_to_a_target():
     assert rounds_to([0.1, 0.5, 0.4, 0.9], 0.5, 1) == 1
     assert rounds_to([3.0, 2.0, 1.0], 1.5, -1) == 2
     assert rounds_to([0.1, 0.2], 0.5, 1) is None
+    assert rounds_to([0.9, 0.2, 0.8], 0.5, 1) == 2  # an untrained model reaches nothing
 
 
 def test_a_whole_comparison(tmp_path):
@@ -118,6 +123,7 @@ def test_a_whole_comparison(tmp_path):
     fedsa = next(row for row in result["methods"] if row["name"] == "fedsa")
     assert fedsa["measured_on"] == "clients' held-out rows"
     assert fedsa["exactness_error"] is None
+    assert fedsa["difference"] is None
     assert result["methods"][1]["exactness_error"] < 1e-6
     files = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
     again = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2)
@@ -162,12 +168,12 @@ def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
 def test_a_rate_that_diverges_is_left_out(tmp_path):
     """A rate at which training fails is no candidate; a method that fails at every rate is an error that names it."""
     config = configuration(rounds=1)
-    result = compare(config, ["fedit"], [0], tmp_path / "a", [5e-3, 1e30], controls=False)
+    result = compare(config, ["fedit"], [0], tmp_path / "a", [5e-3, 1e30], with_controls=False)
     assert result["methods"][0]["learning_rate"] == 5e-3
     assert result["methods"][0]["held_out_by_learning_rate"]["1e+30"] is None
     assert math.isfinite(result["methods"][0]["mean"])
     with pytest.raises(TrainingError, match="fedit fails at every learning rate"):
-        compare(config, ["fedit"], [0], tmp_path / "b", [1e30], controls=False)
+        compare(config, ["fedit"], [0], tmp_path / "b", [1e30], with_controls=False)
 
 
 @pytest.mark.parametrize(
@@ -178,13 +184,56 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
         ({"seeds": [1, 1]}, "each once"),
         ({"learning_rates": [0.0]}, "learning rates"),
         ({"config": configuration(clients={"holdout": 0})}, "clients.holdout is 0"),
+        ({"seeds": [-1]}, "seed = -1"),
+        ({"seeds": [2**40]}, "seed = 1099511627776"),
+        ({"target": math.nan}, "target nan"),
+        ({"methods": ["fedit", "fedsa"], "reference": "fedsa"}, "fedsa has no global model, so it cannot be the reference"),
+        ({"methods": ["fedit", "fedex@50r"]}, "rank 100 is above the size of module"),
+        ({"methods": ["fedit", "fedx"]}, "did you mean 'fedex'"),
+        ({"config": configuration(base={"model": "nowhere"})}, "'nowhere' is neither a local folder"),
+        ({"config": configuration(training={"learning_rate": "abc"})}, "learning_rate = 'abc' is no number"),
+        ({"methods": ["fedex"], "reference": "fedex", "config": configuration(clients={"ranks": [1, 2, 2]})}, "needs one rank"),
     ],
 )
 def test_comparisons_that_cannot_be(options, message, tmp_path):
+    """One line, before anything is written, also for what only the model or the data can tell."""
     given = {"config": configuration(), "methods": ["fedit"], "seeds": [0], "out": tmp_path / "out", **options}
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(FedexLoraError, match=message) as caught:
         compare(**given)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "methods", "dropped"),
+    [
+        (configuration(clients={"ranks": [1, 2, 2]}, rounds=1), ["fedex-best", "flexlora"], ["fedit+balanced"]),
+        (configuration(local={"optimizer_state": "keep"}, rounds=1), ["fedex"], ["fedit+balanced"]),
+        (configuration(lora={"r": 40}, rounds=1), ["ffa"], ["ffa@2r"]),
+    ],
+)
+def test_a_control_that_cannot_be_is_left_out_and_said(config, methods, dropped, tmp_path):
+    told = []
+    result = compare(config, methods, [0], tmp_path / "out", [1e-3], reference=methods[0], tell=lambda line, done, total: told.append(line))
+    names = [row["name"] for row in result["methods"]]
+    assert names[: len(methods)] == methods
+    assert not set(dropped) & set(names)
+    assert [name for name in dropped if any(line.startswith(f"without the control {name}: ") for line in told)] == dropped
+
+
+def test_a_truncation_is_for_those_that_truncate(tmp_path):
+    config = configuration(rounds=1, truncation={"rank": 1}, training={"num_train_epochs": 2})
+    result = compare(config, ["fedex", "fedex-svd"], [0], tmp_path / "out", [5e-3], reference="fedex", with_controls=False)
+    exact, cut = (row["exactness_error"] for row in result["methods"])
+    assert exact < 1e-6 < 1e-3 < cut
+
+
+def test_more_jobs_continue_the_same_comparison(tmp_path):
+    """The number of threads is that of the first call, so the bits are too."""
+    config = configuration(rounds=1).model_copy(update={"torch_threads": None})
+    before = compare(config, ["fedit"], [0], tmp_path / "out", [1e-3], with_controls=False, jobs=2)
+    after = compare(config, ["fedit"], [0, 1], tmp_path / "out", [1e-3], with_controls=False, jobs=1)
+    assert before["methods"][0]["seeds"]["0"] == after["methods"][0]["seeds"]["0"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

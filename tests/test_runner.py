@@ -12,7 +12,7 @@ from fedex_lora import METHODS, load_model, measure, rounds
 from fedex_lora.aggregation import method_named
 from fedex_lora.client import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
-from fedex_lora.errors import FedexLoraError, StorageError, TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.peft_io import read_adapter_folder, read_result
 from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
@@ -125,6 +125,8 @@ def test_clients_of_different_ranks(method, tmp_path):
         ({"method": "reinit", "clients": {"ranks": [1, 1, 1]}}, "the largest of clients.ranks is 1 and lora.r is 2"),
         ({"method": "fedit+balanced", "local": {"optimizer_state": "keep"}}, "optimizer_state = 'keep' does not go with fedit\\+balanced"),
         ({"method": "reinit", "local": {"optimizer_state": "keep"}}, "does not go with reinit"),
+        ({"method": "rolora", "local": {"optimizer_state": "keep"}}, "which trains factors in turn"),
+        ({"method": "flexlora+procrustes", "clients": {"ranks": [1, 2, 2]}}, "clients.ranks needs components in falling order"),
         ({"method": "fedex", "truncation": {"rank": 2}}, r"\[truncation\] is for fedex-svd"),
         ({"lora": {"r": 80}}, "rank 80 is above the size of module .*, 64 x 128: lower lora.r"),
         ({"method": "fedx"}, "unknown method 'fedx': did you mean 'fedex'"),
@@ -136,15 +138,6 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
         run(configuration(**changes), tmp_path / "run", ignore)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_kept_optimiser_state_of_a_method_that_trains_factors_in_turn(tmp_path):
-    """rolora: Adam's moments of B and of A are kept apart, so they matter, and every round works."""
-    for name, state in (("kept", "keep"), ("reset", "reset")):
-        run(configuration(method="rolora", rounds=4, local={"optimizer_state": state}), tmp_path / name, ignore)
-    assert verify(tmp_path / "kept")["max_relative_error"] < 1e-6
-    kept, reset = tensors(tmp_path / "kept"), tensors(tmp_path / "reset")
-    assert any(not torch.equal(kept[name], reset[name]) for name in kept.keys() & reset.keys())
 
 
 def test_a_flat_spectrum_is_warned_of(tmp_path, monkeypatch):
@@ -171,6 +164,8 @@ def test_personal_factors_stay_with_their_clients(tmp_path):
         for name, pair in one.adapter.items():
             assert torch.equal(pair.A, result.adapter[name].A)
             assert pair.B.any()
+    with pytest.raises(ModelError, match="load clients/CLIENT/adapter"):
+        load_model(tmp_path / "run", base_folder())
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):

@@ -118,13 +118,14 @@ def _state(previous: Path | None, method: str, updates: Sequence[ClientUpdate]) 
     """The state that the adapters were trained from; without one, a base that has gained nothing."""
     if previous is None:
         return server.init(updates[0].adapter, updates[0].other, method)
+    if method_named(method).own:
+        raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
     result = read_result(previous / "final" if (previous / "final").is_dir() else previous)
     state = server.init(result.adapter, result.other, method)
-    own = {update.client_id: update.adapter for update in result.updates} if method_named(method).own else {}
-    return replace(state, round=int(result.manifest["round"]), base_delta=result.base_delta, personal=own)
+    return replace(state, round=int(result.manifest["round"]), base_delta=result.base_delta)
 
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:
-    """What a client held frozen while it trained, from its rank and from the factors that it had."""
+    """What a client of lower rank held frozen while it trained."""
     rank = max(pair.rank for pair in update.adapter.values())
-    return server.start_of(before.method, before.adapter, rank, before.personal.get(update.client_id))[1]
+    return server.start_of(before.method, before.adapter, rank, None)[1]

@@ -135,7 +135,7 @@ def compare(
     reference: Annotated[str, typer.Option(help="The method that differences are from.")] = "fedit",
     target: Annotated[Optional[float], typer.Option(help="Count rounds to this value; by default the reference's end.")] = None,  # noqa: UP045
     controls: Annotated[bool, typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is.")] = True,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
     set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Where runs and tables go; an interrupted comparison continues.")] = None,  # noqa: UP045
     as_json: Json = False,
@@ -143,21 +143,23 @@ def compare(
 ) -> None:
     """Compare methods fairly: paired seeds, a learning rate for each chosen on held-out training rows, confidence intervals."""
     from fedex_lora.compare import compare as compare_here
-    from fedex_lora.compare import footnotes, table_rows
+    from fedex_lora.compare import footnotes, table_rows, title
     from fedex_lora.config import read_config
     from fedex_lora.display import Runs, table
 
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: give one or more")
     settings, console = read_config(config, set_ or []), _consoles(as_json)
     out = out or Path("compare") / config.stem
-    names, rates = methods.split(","), _numbers(learning_rates, "--learning-rates")
+    names, rates = methods.split(","), _numbers(learning_rates, "--learning-rates", "1e-3,3e-3")
     with Runs(console) as tell:
         result = compare_here(settings, names, _seeds(seeds), out, rates, reference, target, controls, jobs, tell)
     if as_json:
         _print_json(result)
     else:
         columns, rows = table_rows(result)
-        for title, start, stop in ((f"{result['headline']} on {result['task']} after {result['rounds']} rounds", 1, 5), ("costs", 5, None)):
-            console.print(table(title, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
+        for heading, start, stop in ((title(result), 1, 5), ("costs", 5, None)):
+            console.print(table(heading, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
         console.print(f"{footnotes(result)} {out / 'compare.json'}", highlight=False)
 
 
@@ -186,7 +188,7 @@ def aggregate(
     """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
-    result = aggregate_folders(adapters, out, method, _numbers(weights, "--weights"), state, _truncation(truncate))
+    result = aggregate_folders(adapters, out, method, _numbers(weights, "--weights", "0.2,0.3,0.5"), state, _truncation(truncate))
     if as_json:
         _print_json(result)
         return
@@ -218,11 +220,11 @@ def _truncation(text: str | None) -> Any:
         raise UsageError(f"--truncate {text!r}: write rank=8, energy=0.99 or bytes=1000000") from None
 
 
-def _numbers(text: str | None, option: str) -> list[float] | None:
+def _numbers(text: str | None, option: str, example: str) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text!r}: give comma-separated numbers, such as 0.2,0.3,0.5") from None
+        raise UsageError(f"{option} {text!r}: give comma-separated numbers, such as {example}") from None
 
 
 @app.command()

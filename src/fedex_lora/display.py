@@ -118,8 +118,9 @@ class Runs:
         self._progress.stop()
 
     def __call__(self, line: str, done: int, total: int) -> None:
-        self._progress.update(self._bar, completed=done, total=total)
-        self._console.print(f"{done}/{total}  {line}", highlight=False)
+        if total:
+            self._progress.update(self._bar, completed=done, total=total)
+        self._console.print(f"{done}/{total}  {line}" if total else line, highlight=False)
 
 
 def numbers(metrics: dict[str, float]) -> str:

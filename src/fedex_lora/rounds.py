@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.aggregation import METHODS, derive_seed, method_named
+from fedex_lora.aggregation import ALIGNED, METHODS, derive_seed, method_named
 from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config, Truncation
 from fedex_lora.errors import ConfigError, TrainingError, WireError
@@ -118,6 +118,12 @@ def require_consistent(config: Config, clients: int) -> None:
             raise ConfigError(f"clients.ranks has {len(ranks)} ranks for {clients} clients: give one a client, in the order of their names")
         if max(ranks) != config.lora.r:
             raise ConfigError(f"the largest of clients.ranks is {max(ranks)} and lora.r is {config.lora.r}: make them equal")
+        if method.gauge in ALIGNED:
+            raise ConfigError(
+                f"clients.ranks needs components in falling order, and {method.gauge} turns them: use balanced or orthonormal-a"
+            )
+    if len(method.trains) > 1 and config.local.optimizer_state == "keep":
+        raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
     if method.refactors and config.local.optimizer_state == "keep":
         raise ConfigError(
             f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "

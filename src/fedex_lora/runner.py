@@ -82,7 +82,7 @@ class InProcess:
         self._data, self._eval = self._tokenised(task)
         self._latest: Adapter = self._first  # what a client's copy of the global adapter is, in the factors that do not travel again
         self._own: dict[str, Adapter] = {}
-        self._optimizers: dict[tuple[str, str], Mapping[str, Any]] = {}
+        self._optimizers: dict[str, Mapping[str, Any]] = {}
         probe(model, self._eval, self._work)
 
     def _tokenised(self, task: Task) -> tuple[dict[str, ClientData], Dataset]:
@@ -131,7 +131,7 @@ class InProcess:
         if message.kind == "evaluate":
             update = ClientUpdate(client_id=client, adapter={}, num_examples=len(data.train), metrics=own)
         else:
-            kept = self._optimizers.get((client, method.trained(message.round)))
+            kept = self._optimizers.get(client)
             update, optimizer = local_update(
                 self.model,
                 client,
@@ -143,7 +143,7 @@ class InProcess:
             )
             update = replace(update, metrics={**update.metrics, **own})
             if self._config.local.optimizer_state == "keep":
-                self._optimizers[client, method.trained(message.round)] = optimizer
+                self._optimizers[client] = optimizer
             if method.own:
                 self._own[client] = update.adapter
         return encode_update(update, message.run, message.round, message.method, omit=stays(message.method, message.round))
@@ -188,8 +188,8 @@ class InProcess:
         """Under a personalised method each client's model is its own: its adapter, as a PEFT folder, in `CLIENT/adapter`."""
         if method_named(state.method).exactness != "personalised":
             return
-        for client, own in self._own.items():
-            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), own)
+        for client in self._data:
+            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), self._own.get(client))
             write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, peft_config(self.model))
 
     def facts(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.conftest import make_pair, make_updates
 
-from fedex_lora import LoRAPair, aggregate
+from fedex_lora import METHODS, LoRAPair, aggregate
 from fedex_lora.errors import AggregationError, UsageError
 
 
@@ -25,7 +25,7 @@ def with_value(value, part):
 
 @pytest.mark.parametrize("part", ["A", "B"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("method", ["fedex", "fedit"])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.lora and row.trained(1) == "AB"])
 def test_nan_and_infinity(method, value, part):
     with pytest.raises(AggregationError, match=r"client client-1 sent NaN or infinity in m0"):
         aggregate(with_value(value, part), method)
@@ -108,3 +108,11 @@ def test_unknown_method_names_the_nearest():
 def test_factors_that_do_not_chain():
     with pytest.raises(AggregationError, match="no LoRA product"):
         LoRAPair(A=torch.ones(2, 5), B=torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("method", ["ffa", "fedsvd", "rolora"])
+def test_nan_under_a_frozen_a(method):
+    updates = [replace(update, adapter={"m0": LoRAPair(A=make_pair(0).A, B=make_pair(i).B)}) for i, update in enumerate(make_updates(3))]
+    updates[1].adapter["m0"].B[0, 0] = math.nan
+    with pytest.raises(AggregationError, match="client client-1 sent NaN or infinity in m0"):
+        aggregate(updates, method)

@@ -13,7 +13,7 @@ from fedex_lora.aggregation import GAUGES, METHODS, method_named
 from fedex_lora.aggregation.gauges import ALIGNED
 from fedex_lora.errors import UsageError
 
-GAUGED = [name for name, row in METHODS.items() if row.lora and not row.pooled and row.own != "B"]
+GAUGED = [name for name, row in METHODS.items() if row.lora and not row.pooled and row.own != "B" and (row.own or not row.draws)]
 
 
 def updates_sharing(method, k, out, inner, rank, seed):
@@ -110,7 +110,8 @@ def test_components_that_are_zero_can_still_be_trained(method):
         ("fedex+balancd", "unknown gauge 'balancd': did you mean 'balanced'"),
         ("fedx+balanced", "unknown method 'fedx': did you mean 'fedex'"),
         ("fedex+", "unknown gauge ''"),
-        ("fedsa+balanced", "fedsa has no gauge to choose"),
+        ("fedsa+balanced", "fedsa has no gauge to choose, because its clients share one A"),
+        ("reinit+balanced", "its adapter is drawn anew"),
         ("keep+procrustes", "clients of keep see their own only: use balanced or orthonormal-a"),
         ("full-ft+balanced", "there are no factors"),
     ],

@@ -123,13 +123,37 @@ def test_fedex_best_leaves_the_smallest_possible_residual():
 
 
 def test_hetlora_pads_and_weighs_by_norms():
-    """Ranks 1, 3 and 4 in one module: zeros up to rank 4, weights |B_i A_i| / sum."""
+    """Ranks 1, 3 and 4 in one module: zeros up to rank 4, weights in proportion to p_i |B_i A_i|."""
     pairs = [make_pair(seed, rank=rank) for seed, rank in ((1, 1), (2, 3), (3, 4))]
     result = aggregate([ClientUpdate(f"c{i}", {"m": pair}, 5 * i + 1) for i, pair in enumerate(pairs)], "hetlora")
-    norms = np.array([np.linalg.norm(oracle.product(pair)) for pair in pairs])
+    norms = np.array([(5 * i + 1) * np.linalg.norm(oracle.product(pair)) for i, pair in enumerate(pairs)])
     A = sum(w * np.pad(oracle.numpy64(pair.A), ((0, 4 - pair.rank), (0, 0))) for w, pair in zip(norms / norms.sum(), pairs, strict=True))
     B = sum(w * np.pad(oracle.numpy64(pair.B), ((0, 0), (0, 4 - pair.rank))) for w, pair in zip(norms / norms.sum(), pairs, strict=True))
     assert oracle.relative(oracle.product(result.adapter["m"]), 2.0 * B @ A) < EXACT
+
+
+def test_hetlora_leaves_no_component_dead():
+    """When only clients of low rank take part, the components beyond them get a new A, which B = 0 can grow from."""
+    live = {"m": make_pair(0, rank=6)}
+    state = server.init(live, {}, "hetlora")
+    state, _ = server.step(state, [ClientUpdate("a", {"m": make_pair(1, rank=2)}, 1), ClientUpdate("b", {"m": make_pair(2, rank=4)}, 1)])
+    assert (state.adapter["m"].A.norm(dim=1) > 0.1).all()
+    assert not state.adapter["m"].B[:, 4:].any()
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_modules_of_one_shape_and_other_live_ranks(order):
+    """Two modules alike but for the rank of the global adapter, participants of the lower rank in both: each keeps its own."""
+    pairs = {"a": make_pair(1, rank=4), "b": make_pair(2, rank=2)}
+    live = {name: pairs[name] for name in order}
+    state = server.init(live, {}, "fedex-best")
+    sent = {name: make_pair(5 + ord(name), rank=2) for name in order}
+    after, _ = server.step(state, [ClientUpdate("c", sent, 1)])
+    for name, pair in live.items():
+        want = oracle.product(sent[name]) + oracle.product(pair) - oracle.product(pair.first(2))
+        got = oracle.product(after.adapter[name]) + (after.base_delta[name].dense().numpy() if name in after.base_delta else 0)
+        assert after.adapter[name].rank == pair.rank
+        assert oracle.relative(got, want) < EXACT
 
 
 def test_factors_that_start_anew_do_so_from_the_seed():

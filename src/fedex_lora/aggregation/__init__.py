@@ -3,10 +3,11 @@
 from fedex_lora.aggregation._aggregate import WeightRule, aggregate, normalised_weights, on_scaling
 from fedex_lora.aggregation._naming import method_named
 from fedex_lora.aggregation.factors import derive_seed, fresh_a
-from fedex_lora.aggregation.gauges import GAUGES, regauged
+from fedex_lora.aggregation.gauges import ALIGNED, GAUGES, regauged
 from fedex_lora.aggregation.methods import METHODS, Method
 
 __all__ = [
+    "ALIGNED",
     "GAUGES",
     "METHODS",
     "Method",

@@ -61,8 +61,10 @@ def aggregate(
     residual: dict[str, LowRank] = {}
     dropped: dict[str, float] = {}
     space: dict[str, Tensor] = {}
-    for modules in _batches(updates):
+    for modules in _batches(updates, state):
         clients, scaling = _clients(updates, p, modules, row, state, space)
+        if row.refactors or row.draws:  # the result would not show what came in
+            _require_finite(updates, modules, clients.factors)
         factors, rest = _split(row, clients)
         _require_finite(updates, modules, factors)
         B = factors.B.mT.contiguous()
@@ -137,12 +139,13 @@ def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
     return LoRAPair(A=pair.A, B=(pair.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling)
 
 
-def _batches(updates: Sequence[ClientUpdate]) -> Iterator[list[str]]:
+def _batches(updates: Sequence[ClientUpdate], state: ServerState | None) -> Iterator[list[str]]:
     """The modules, those of one shape, ranks and scaling together, in portions of `BATCH_BYTES`."""
     alike: dict[tuple[object, ...], list[str]] = {}
     for module, pair in updates[0].adapter.items():
         ranks = tuple(update.adapter[module].rank for update in updates)
-        alike.setdefault((pair.shape, ranks, pair.scaling), []).append(module)
+        live = state.adapter[module] if state else pair
+        alike.setdefault((pair.shape, ranks, live.rank, live.scaling), []).append(module)
     for modules in alike.values():
         pair = updates[0].adapter[modules[0]]
         size = max(1, BATCH_BYTES // (4 * len(updates) * (pair.A.numel() + pair.B.numel())))
@@ -272,9 +275,10 @@ def _require_same_names(who: str, what: str, left: Mapping[str, object], right: 
         )
 
 
-def _require_finite(updates: Sequence[ClientUpdate], modules: Sequence[str], means: Factors) -> None:
+def _require_finite(updates: Sequence[ClientUpdate], modules: Sequence[str], factors: Factors) -> None:
     """NaN and infinity survive every sum, so a look at the means finds them in any input; then name who sent them."""
-    if math.isfinite(means.A.sum() + means.B.sum()) or bool(torch.isfinite(means.A).all() and torch.isfinite(means.B).all()):
+    A, B = factors
+    if math.isfinite(A.sum() + B.sum()) or bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
         return
     for update in updates:
         for module in modules:

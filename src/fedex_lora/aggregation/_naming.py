@@ -25,14 +25,20 @@ def method_named(name: str) -> Method:
     if not plus:
         return row
     _require_known("gauge", gauge, GAUGES)
-    if not row.lora or row.own == "B":
-        reason = "its clients share one A" if row.own else "there are no factors"
+    if not row.lora or row.own == "B" or (row.draws and not row.own):
+        reason = (
+            "its clients share one A"
+            if row.own
+            else "its adapter is drawn anew, with a product of zero"
+            if row.draws
+            else "there are no factors"
+        )
         raise UsageError(f"method {method} has no gauge to choose, because {reason}: write {method} alone")
     if row.own and gauge in ALIGNED:
         raise UsageError(
             f"{gauge} aligns factors with averaged ones, and clients of {method} see their own only: use balanced or orthonormal-a"
         )
-    return replace(row, name=name, gauge=gauge, refactors=row.refactors or gauge != "as-is")
+    return replace(row, name=name, gauge=gauge)
 
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:

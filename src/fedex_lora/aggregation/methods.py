@@ -51,7 +51,6 @@ class Method:
         uploads: the factors that may leave a client.
         own: the factors that each client keeps for itself from round to round (a stateful client); "" for none.
         gauge: see `GAUGES`: how the adapter's factors are re-written without changing their product.
-        refactors: the adapter after a round is not in the coordinates that it was trained in (so Adam's moments mean nothing there).
         draws: the adapter after a round is drawn from the run's seed, so it does not travel.
         per_client_ranks: may clients have different ranks?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
@@ -69,7 +68,6 @@ class Method:
     uploads: Part = "AB"
     own: Part | Literal[""] = ""
     gauge: str = "as-is"
-    refactors: bool = False
     draws: bool = False
     per_client_ranks: bool = False
     lora: bool = True
@@ -78,6 +76,11 @@ class Method:
     @property
     def exact(self) -> bool:
         return self.exactness == "exact"
+
+    @property
+    def refactors(self) -> bool:
+        """Is the adapter after a round in other coordinates than it was trained in (so that Adam's moments mean nothing there)?"""
+        return self.gauge != "as-is" or (self.split in (best_rank, all_to_rest) and not self.own)
 
     @property
     def frozen_side(self) -> bool:
@@ -128,7 +131,6 @@ METHODS: dict[str, Method] = {
             f"{FEDEX}, with the best rank-r part in the adapter",
             rest="base",
             rest_rank=_beyond_best,
-            refactors=True,
             per_client_ranks=True,
         ),
         Method("fedex-svd", "to the reported tail", factor_means_and_residual, f"{FEDEX}, eq. 15-16", rest="truncate", rest_rank=_centred),
@@ -139,7 +141,6 @@ METHODS: dict[str, Method] = {
             "FLoRA, arXiv 2409.05976",
             rest="base",
             rest_rank=_stacked,
-            refactors=True,
             draws=True,
             per_client_ranks=True,
         ),
@@ -157,8 +158,8 @@ METHODS: dict[str, Method] = {
         Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644"),
         Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trains=("B",)),
         Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trains=("B", "A")),
-        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trains=("B",), gauge="orthonormal-a", refactors=True),
-        Method("flexlora", "best rank r", best_rank, "FlexLoRA, arXiv 2402.11505", refactors=True, per_client_ranks=True),
+        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trains=("B",), gauge="orthonormal-a"),
+        Method("flexlora", "best rank r", best_rank, "FlexLoRA, arXiv 2402.11505", per_client_ranks=True),
         Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", per_client_ranks=True),
         Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", uploads="A", own="B"),
         Method("centralised", "exact", factor_means, "LoRA, arXiv 2106.09685, on all rows in one place", pooled=True),

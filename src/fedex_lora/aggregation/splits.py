@@ -99,12 +99,17 @@ def all_to_rest(clients: Clients) -> Split:
 
 
 def padded_means(clients: Clients) -> Split:
-    """HetLoRA: factors padded with zeros to the largest rank, averaged with weights `|B_i A_i| / sum_j |B_j A_j|` (per module)."""
-    grams = [x.double() @ x.double().mT for x in (clients.A, clients.B)]
-    norms = (grams[0] * grams[1]).sum((2, 3)).clamp(min=0).sqrt()
+    """HetLoRA: factors padded with zeros to the largest rank, averaged with weights in proportion to `p_i |B_i A_i|`, per module.
+
+    With uniform p these are the paper's weights. Components that no participant has get new A rows, because zeros would never train.
+    """
+    grams = [x.double() @ x.double().mT for x in clients.factors]
+    norms = clients.p.double() * (grams[0] * grams[1]).sum((2, 3)).clamp(min=0).sqrt()
     total = norms.sum(1, keepdim=True)
     weights = torch.where(total > 0, norms / total, clients.p.double())[..., None, None]
-    return Factors(A=(weights * clients.A).sum(1).to(clients.A), B=(weights * clients.B).sum(1).to(clients.B)), None
+    missing = (clients.A == 0).all(3).all(1)[..., None]
+    A = torch.where(missing, clients.fresh, (weights * clients.A).sum(1).to(clients.A))
+    return Factors(A=A, B=(weights * clients.B).sum(1).to(clients.B)), None
 
 
 def products(clients: Clients) -> Factors:

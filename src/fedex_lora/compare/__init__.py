@@ -2,24 +2,29 @@
 
 import math
 import os
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedex_lora.aggregation import method_named
-from fedex_lora.compare._plan import Variant, configured, grid_around, variants
-from fedex_lora.compare._runs import Job, Outcome, outcomes
+from fedex_lora.client import quiet
+from fedex_lora.compare._plan import Variant, configured, controls, grid_around, variants
+from fedex_lora.compare._runs import Job, Outcome, done, outcomes
 from fedex_lora.compare._statistics import Curve, held_out_score, interval, rounds_to, summary
-from fedex_lora.compare._tables import footnotes, markdown, table_rows
+from fedex_lora.compare._tables import footnotes, markdown, table_rows, title
 from fedex_lora.config import Config, write_config
-from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.rounds import versions
+from fedex_lora.runner import InProcess
 from fedex_lora.storage import plain_json, read_events, write_text
 
 __all__ = [
     "Curve",
     "Variant",
     "compare",
+    "controls",
     "footnotes",
     "held_out_score",
     "interval",
@@ -27,12 +32,32 @@ __all__ = [
     "rounds_to",
     "summary",
     "table_rows",
+    "title",
     "variants",
 ]
 
 RESULT, TABLE = "compare.json", "compare.md"
 Told = Callable[[str, int, int], None]
-"""(a line about a run that is done, how many are done, how many there are in this phase)."""
+"""(a line, how many runs are done, how many there are)."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All runs that a comparison consists of."""
+
+    config: Config
+    variants: Sequence[Variant]
+    grid: Sequence[float]
+    seeds: Sequence[int]
+    out: Path
+
+    def job(self, variant: Variant, rate: float, seed: int) -> Job:
+        folder = self.out / "runs" / variant.name / f"lr-{rate:.12g}" / f"seed-{seed}"
+        return Job(configured(self.config, variant, rate, seed), folder)
+
+    @property
+    def runs(self) -> int:
+        return len(self.variants) * (len(self.grid) + len(self.seeds) - 1)
 
 
 def compare(
@@ -43,7 +68,7 @@ def compare(
     learning_rates: Sequence[float] | None = None,
     reference: str = "fedit",
     target: float | None = None,
-    controls: bool = True,
+    with_controls: bool = True,
     jobs: int = 1,
     tell: Told = lambda line, done, total: None,
 ) -> dict[str, Any]:
@@ -61,63 +86,108 @@ def compare(
         learning_rates: the grid; None: a third of the configured one, it, and three times it.
         reference: the variant that differences are from.
         target: of the column "rounds to"; None: the reference's mean at the end.
-        controls: add `fedit+balanced`, and `ffa@2r` where `ffa` is.
+        with_controls: add `fedit+balanced`, and `ffa@2r` where `ffa` is, as far as the configuration allows.
         jobs: runs at once, each in its own process.
         tell: told of every run that is done.
 
     Raises:
         UsageError: an unknown method, no seeds, a reference that is not compared, or another comparison in `out`.
+        ConfigError: a variant that the configuration does not allow. Nothing has been written then.
         TrainingError: a variant that diverges with a seed at the rate that was chosen, or at every rate.
     """
-    chosen = variants(methods, controls)
-    names = [variant.name for variant in chosen]
-    if reference not in names:
-        raise UsageError(f"the reference {reference!r} is not among the methods compared: {', '.join(names)}; set --reference")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds {list(seeds)}: give at least one, each once")
-    grid = sorted(set(learning_rates or grid_around(config)))
-    if any(not math.isfinite(rate) or rate <= 0 for rate in grid):
-        raise UsageError(f"learning rates {grid}: give finite numbers greater than zero")
-    if config.clients.holdout == 0:
-        raise UsageError("clients.holdout is 0, so there are no rows to choose learning rates on: set it to 0.1, say")
-    if jobs > 1 and config.torch_threads is None:
-        config = config.model_copy(update={"torch_threads": max(1, (os.cpu_count() or 1) // jobs)})
+    grid = _checked(config, seeds, learning_rates, target)
+    config = _with_threads(config, jobs, out)
+    plan = _admitted(_Plan(config, variants(methods), grid, seeds, out), with_controls, tell)
+    _require_reference(reference, plan.variants)
     _claim(out, config)
-
-    def job(variant: Variant, rate: float, seed: int) -> Job:
-        return Job(configured(config, variant, rate, seed), out / "runs" / variant.name / f"lr-{rate:g}" / f"seed-{seed}")
-
-    tuning = {(variant.name, rate): job(variant, rate, seeds[0]) for variant in chosen for rate in grid}
-    tuned = _run(tuning, jobs, tell)
+    tuning = {(variant.name, rate): plan.job(variant, rate, seeds[0]) for variant in plan.variants for rate in grid}
+    tuned = _run(tuning, jobs, tell, plan.runs, {})
     facts = _facts(tuned)
     sign = 1 if facts["greater_is_better"] else -1
-    rates = {variant.name: _best_rate(variant.name, grid, tuned, sign) for variant in chosen}
-    final = {(variant.name, seed): job(variant, rates[variant.name], seed) for seed in seeds for variant in chosen}
-    ran = _run(final, jobs, tell)
-    curves: dict[str, dict[int, Curve]] = {name: {} for name in names}
-    for (name, seed), outcome in ran.items():
-        if outcome.curve is None:
-            raise TrainingError(f"{name} at learning rate {rates[name]:g}, seed {seed}: {outcome.reason}; leave that rate out of the grid")
-        curves[name][int(seed)] = outcome.curve
-    goal, rows = summary(curves, reference, target, sign)
-    for row, variant in zip(rows, chosen, strict=True):
-        row |= _described(variant, grid, rates[variant.name], tuned, sign)
+    rates = {variant.name: _best_rate(variant.name, grid, tuned, sign) for variant in plan.variants}
+    final = {(variant.name, seed): plan.job(variant, rates[variant.name], seed) for seed in seeds for variant in plan.variants}
+    told = {outcome.job.folder: outcome for outcome in tuned.values()}
+    curves = _curves(_run(final, jobs, tell, plan.runs, told), rates)
+    apart = [variant.name for variant in plan.variants if method_named(variant.method).exactness == "personalised"]
+    goal, rows = summary(curves, reference, target, sign, apart)
     result = {
-        "task": facts["task"],
-        "base_model": facts["base_model"],
-        "headline": facts["headline"],
+        **{key: facts[key] for key in ("task", "base_model", "headline")},
         "reference": reference,
         "target": goal,
         "seeds": list(seeds),
         "rounds": config.rounds,
         "learning_rates": grid,
-        "methods": rows,
+        "methods": [
+            row | _described(variant, grid, rates[variant.name], tuned, sign) for row, variant in zip(rows, plan.variants, strict=True)
+        ],
         "config": config.model_dump(mode="json", exclude_none=True),
         "versions": versions(),
     }
     write_text(out / RESULT, plain_json(result) + "\n")
     write_text(out / TABLE, markdown(result))
     return result
+
+
+def _checked(config: Config, seeds: Sequence[int], learning_rates: Sequence[float] | None, target: float | None) -> list[float]:
+    """The grid, if the options make sense."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds {list(seeds)}: give at least one, each once")
+    if target is not None and not math.isfinite(target):
+        raise UsageError(f"target {target}: give a finite number")
+    if config.clients.holdout == 0:
+        raise UsageError("clients.holdout is 0, so there are no rows to choose learning rates on: set it to 0.1, say")
+    grid = sorted({float(f"{rate:.12g}") for rate in learning_rates or grid_around(config)})
+    if any(not math.isfinite(rate) or rate <= 0 for rate in grid):
+        raise UsageError(f"learning rates {grid}: give finite numbers greater than zero")
+    return grid
+
+
+def _with_threads(config: Config, jobs: int, out: Path) -> Config:
+    """Several runs at once share the cores; a comparison that continues keeps its number of threads, because the last bits depend on it."""
+    if config.torch_threads is not None:
+        return config
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    mark = out / "config.toml"
+    if mark.is_file():
+        threads = tomllib.loads(mark.read_text(encoding="utf-8")).get("torch_threads")
+    return config.model_copy(update={"torch_threads": threads})
+
+
+def _admitted(plan: _Plan, with_controls: bool, tell: Told) -> _Plan:
+    """The plan with its controls, after every variant's model, data and settings were tried out; controls that cannot be are left out.
+
+    Raises:
+        FedexLoraError: what is wrong with a variant that was asked for.
+    """
+    quiet()
+    for variant in plan.variants:
+        _try_out(plan, variant)
+    admitted = list(plan.variants)
+    for control in controls(plan.variants) if with_controls else ():
+        try:
+            _try_out(plan, control)
+        except FedexLoraError as error:
+            tell(f"without the control {control.name}: {error}", 0, 0)
+        else:
+            admitted.append(control)
+    return _Plan(plan.config, admitted, plan.grid, plan.seeds, plan.out)
+
+
+def _try_out(plan: _Plan, variant: Variant) -> None:
+    """Build what a variant's runs need, unless its first one is done already; validate all seeds."""
+    for seed in plan.seeds:
+        job = plan.job(variant, plan.grid[0], seed)
+    job = plan.job(variant, plan.grid[0], plan.seeds[0])
+    if not done(job):
+        InProcess(job.config, lambda event, **fields: None)
+
+
+def _require_reference(reference: str, chosen: Sequence[Variant]) -> None:
+    named = {variant.name: method_named(variant.method) for variant in chosen}
+    if reference not in named:
+        raise UsageError(f"the reference {reference!r} is not among the methods compared: {', '.join(named)}; set --reference")
+    if named[reference].exactness == "personalised":
+        raise UsageError(f"{reference} has no global model, so it cannot be the reference: set --reference to another method")
 
 
 def _claim(out: Path, config: Config) -> None:
@@ -131,16 +201,30 @@ def _claim(out: Path, config: Config) -> None:
     write_text(mark, text)
 
 
-def _run(jobs: Mapping[Any, Job], at_once: int, tell: Told) -> dict[Any, Outcome]:
+def _run(jobs: Mapping[Any, Job], at_once: int, tell: Told, total: int, told: dict[Path, Outcome]) -> dict[Any, Outcome]:
+    """Every job's outcome by its key; tells of those that are not in `told` yet."""
     keys = {job.folder: key for key, job in jobs.items()}
     found: dict[Any, Outcome] = {}
     for outcome in outcomes(jobs.values(), at_once):
         found[keys[outcome.job.folder]] = outcome
+        if outcome.job.folder in told:
+            continue
+        told[outcome.job.folder] = outcome
         config, end = outcome.job.config, outcome.curve
-        told = f"{end.metric[-1]:.4f} in {end.seconds:.0f} s" if end else f"failed: {outcome.reason}"
+        came = f"{end.metric[-1]:.4f} in {end.seconds:.0f} s" if end else f"failed: {outcome.reason}"
         name = outcome.job.folder.parent.parent.name
-        tell(f"{name}  learning rate {config.training['learning_rate']:g}  seed {config.seed}: {told}", len(found), len(jobs))
+        tell(f"{name}  learning rate {config.training['learning_rate']:g}  seed {config.seed}: {came}", len(told), total)
     return found
+
+
+def _curves(ran: Mapping[Any, Outcome], rates: Mapping[str, float]) -> dict[str, dict[int, Curve]]:
+    """Variant -> seed -> curve."""
+    curves: dict[str, dict[int, Curve]] = {name: {} for name in rates}
+    for (name, seed), outcome in ran.items():
+        if outcome.curve is None:
+            raise TrainingError(f"{name} at learning rate {rates[name]:g}, seed {seed}: {outcome.reason}; leave that rate out of the grid")
+        curves[name][seed] = outcome.curve
+    return curves
 
 
 def _facts(tuned: Mapping[Any, Outcome]) -> dict[str, Any]:

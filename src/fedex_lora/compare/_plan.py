@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedex_lora.aggregation import METHODS, method_named
-from fedex_lora.config import Config
+from fedex_lora.aggregation import method_named
+from fedex_lora.config import Config, parse_config
 from fedex_lora.errors import UsageError
 
 CONTROL, TWICE = "fedit+balanced", "ffa@2r"
@@ -34,49 +34,48 @@ class Variant:
         return cls(name=name.strip(), method=method, times=int(match[1]) if match else 1)
 
 
-def variants(names: Sequence[str], controls: bool = True) -> list[Variant]:
-    """The variants named, each once, and the standing controls.
+def variants(names: Sequence[str]) -> list[Variant]:
+    """The variants named, each once."""
+    return [Variant.parse(name) for name in dict.fromkeys(name.strip() for name in names)]
+
+
+def controls(chosen: Sequence[Variant]) -> list[Variant]:
+    """What should stand beside them.
 
     A gauge alone can change training more than exactness does, so `fedit+balanced` stands in every comparison of LoRA methods; and
     `ffa` trains half of the numbers, so it also runs at twice the rank.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names))
-    if controls and any(METHODS[name.partition("+")[0].partition("@")[0]].lora for name in wanted if _known(name)):
-        wanted += [CONTROL] if CONTROL not in wanted else []
-        wanted += [TWICE] if "ffa" in wanted and TWICE not in wanted else []
-    return [Variant.parse(name) for name in wanted]
-
-
-def _known(name: str) -> bool:
-    return Variant.parse(name).method.partition("+")[0] in METHODS
+    names = [variant.name for variant in chosen]
+    wanted = [CONTROL] if any(method_named(variant.method).lora for variant in chosen) else []
+    wanted += [TWICE] if "ffa" in names else []
+    return [Variant.parse(name) for name in wanted if name not in names]
 
 
 def configured(config: Config, variant: Variant, learning_rate: float, seed: int) -> Config:
-    """The run of one variant: method, learning rate, seed, and the rank (alpha in proportion, so the scaling stays)."""
-    times = variant.times
-    lora = config.lora.model_copy(
-        update={
-            "r": config.lora.r * times,
-            "alpha": config.lora.alpha * times,
-            "rank_pattern": {pattern: rank * times for pattern, rank in config.lora.rank_pattern.items()},
-            "alpha_pattern": {pattern: alpha * times for pattern, alpha in config.lora.alpha_pattern.items()},
-        }
-    )
-    clients = config.clients
-    if clients.ranks and times > 1:
-        clients = clients.model_copy(update={"ranks": [rank * times for rank in clients.ranks]})
-    return config.model_copy(
-        update={
-            "method": variant.method,
-            "seed": seed,
-            "lora": lora,
-            "clients": clients,
-            "training": {**config.training, "learning_rate": learning_rate},
-        }
-    )
+    """The run of one variant: method, learning rate, seed, and the rank (alpha in proportion, so the scaling stays).
+
+    `[truncation]` is for the variants that truncate.
+
+    Raises:
+        ConfigError: a seed out of range, say.
+    """
+    tree, times = config.model_dump(mode="json", exclude_none=True), variant.times
+    lora, clients = tree["lora"], tree["clients"]
+    for key in ("r", "alpha"):
+        lora[key] *= times
+    for key in ("rank_pattern", "alpha_pattern"):
+        lora[key] = {pattern: value * times for pattern, value in lora[key].items()}
+    if "ranks" in clients:
+        clients["ranks"] = [rank * times for rank in clients["ranks"]]
+    if method_named(variant.method).rest != "truncate":
+        tree["truncation"] = {}
+    tree["training"]["learning_rate"] = learning_rate
+    return parse_config(tree | {"method": variant.method, "seed": seed})
 
 
 def grid_around(config: Config) -> list[float]:
     """The configured learning rate, a third of it, and three times it."""
-    middle = float(config.training.get("learning_rate", 5e-5))
+    middle = config.training.get("learning_rate", 5e-5)
+    if isinstance(middle, bool) or not isinstance(middle, int | float):
+        raise UsageError(f"training.learning_rate = {middle!r} is no number: mend it, or give --learning-rates")
     return [float(f"{middle * factor:.3g}") for factor in (1 / 3, 1, 3)]

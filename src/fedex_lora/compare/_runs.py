@@ -14,9 +14,7 @@ from fedex_lora.compare._statistics import Curve, curve
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import TrainingError
 from fedex_lora.runner import run
-from fedex_lora.storage import read_events, write_text
-
-FAILED = "failed.txt"
+from fedex_lora.storage import read_events
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,11 @@ class Outcome:
     reason: str = ""
 
 
+def done(job: Job) -> bool:
+    """Has this run been finished, with this configuration?"""
+    return _done(job) is not None
+
+
 def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
     """Every job's outcome, as they come; those that are done already first.
 
@@ -47,9 +50,9 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
     """
     waiting = []
     for job in jobs:
-        done = _done(job)
-        if done:
-            yield done
+        finished = _done(job)
+        if finished:
+            yield finished
         else:
             waiting.append(job)
     if at_once == 1 or len(waiting) < 2:
@@ -79,26 +82,24 @@ def _stop_when_orphaned(event: str, **fields: Any) -> None:
 
 
 def _done(job: Job) -> Outcome | None:
+    """What a finished run came to; of its files the configuration, the events and the final model stay."""
     config, events = job.folder / "config.toml", job.folder / "events.jsonl"
     if not config.is_file() or config.read_text(encoding="utf-8") != write_config(job.config):
         return None
-    if (job.folder / FAILED).is_file():
-        return Outcome(job, None, (job.folder / FAILED).read_text(encoding="utf-8").strip())
     recorded = read_events(events) if events.is_file() else []
     if not recorded or recorded[-1]["event"] != "run_done":
         return None
+    shutil.rmtree(job.folder / "rounds", ignore_errors=True)
     return Outcome(job, curve(recorded))
 
 
 def _perform(job: Job) -> Outcome:
-    """Run a job. Of its files the configuration, the events and the final model stay."""
+    """Run a job."""
     quiet()
     if job.folder.exists():
         shutil.rmtree(job.folder)
     try:
         run(job.config, job.folder, _stop_when_orphaned)
     except TrainingError as error:
-        write_text(job.folder / FAILED, f"{error}\n")
         return Outcome(job, None, str(error))
-    shutil.rmtree(job.folder / "rounds", ignore_errors=True)
-    return Outcome(job, curve(read_events(job.folder / "events.jsonl")))
+    return _done(job) or Outcome(job, None, "its folder was changed while it ran")

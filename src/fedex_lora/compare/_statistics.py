@@ -81,11 +81,13 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def rounds_to(metric: Sequence[float], target: float, sign: int) -> int | None:
-    """The first round whose metric is at least as good as `target`; None if there is none."""
-    return next((number for number, value in enumerate(metric) if sign * value >= sign * target), None)
+    """The first round after which the metric (of rounds 0..T) is at least as good as `target`; None if there is none."""
+    return next((number for number, value in enumerate(metric) if number and sign * value >= sign * target), None)
 
 
-def summary(runs: Mapping[str, Mapping[int, Curve]], reference: str, target: float | None, sign: int) -> tuple[float, list[dict[str, Any]]]:
+def summary(
+    runs: Mapping[str, Mapping[int, Curve]], reference: str, target: float | None, sign: int, apart: Sequence[str] = ()
+) -> tuple[float, list[dict[str, Any]]]:
     """One record a variant, paired by seed with the reference.
 
     Args:
@@ -93,6 +95,7 @@ def summary(runs: Mapping[str, Mapping[int, Curve]], reference: str, target: flo
         reference: the variant that the differences are from.
         target: of "rounds to"; None: the reference's mean at the end.
         sign: 1 where larger is better, -1 otherwise.
+        apart: variants that are measured on other rows, and have no difference.
 
     Returns:
         The target, and the records.
@@ -102,7 +105,8 @@ def summary(runs: Mapping[str, Mapping[int, Curve]], reference: str, target: flo
     rows = []
     for name, by_seed in runs.items():
         mean, width = interval(list(ends[name].values()))
-        difference, paired = interval([value - ends[reference][seed] for seed, value in ends[name].items()])
+        differences = [value - ends[reference][seed] for seed, value in ends[name].items()]
+        difference, paired = (None, None) if name in apart else interval(differences)
         reached = [rounds_to(run.metric, goal, sign) for run in by_seed.values()]
         first = next(iter(by_seed.values()))
         rows.append(

@@ -8,9 +8,9 @@ EDGE, OWN = "*", "†"
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table for documents: one line a variant, then the curves."""
-    seeds, headline = len(result["seeds"]), result["headline"]
+    headline = result["headline"]
     columns, rows = table_rows(result)
-    lines = [f"{headline} on {result['task']} after {result['rounds']} rounds, {seeds} seeds.", ""]
+    lines = [f"{title(result)}.", ""]
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += [
@@ -28,11 +28,18 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def title(result: Mapping[str, Any]) -> str:
+    """What was compared."""
+    rounds, seeds = result["rounds"], len(result["seeds"])
+    after = f"{rounds} round{'s' * (rounds > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    return f"{result['headline']} on {result['task']} after {after}"
+
+
 def table_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column names and cells, for the terminal and for Markdown."""
     reference, target = result["reference"], result["target"]
     columns = ["method", "lr", result["headline"], f"minus {reference}", f"rounds to {target:.3f}"]
-    columns += ["mean over rounds", "exactness", "down a round", "up a round"]
+    columns += ["mean over rounds", "exactness", "down, all", "up, all"]
     rows = []
     for row in result["methods"]:
         mark = EDGE if row["learning_rate_at_edge"] else ""
@@ -44,7 +51,9 @@ def table_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{row['name']}{own}",
                 f"{row['learning_rate']:g}{mark}",
                 _plus_minus(row["mean"], row["half_width"]),
-                "" if row["name"] == reference else _plus_minus(row["difference"], row["difference_half_width"], "+"),
+                ""
+                if row["name"] == reference or row["difference"] is None
+                else _plus_minus(row["difference"], row["difference_half_width"], "+"),
                 reached,
                 f"{row['over_rounds']:.3f}",
                 "" if error is None else f"{error:.1e}",
@@ -61,7 +70,9 @@ def _plus_minus(value: float, width: float | None, sign: str = "") -> str:
 
 def footnotes(result: Mapping[str, Any]) -> str:
     """What the marks in the table mean, as far as they occur."""
-    notes = ["± is a 95 % confidence interval of the mean over seeds; differences are paired by seed."]
+    notes = ["Bytes are of all clients together, the mean over the rounds; differences are paired by seed."]
+    if len(result["seeds"]) > 1:
+        notes.append("± is a 95 % confidence interval of the mean over seeds.")
     if any(row["learning_rate_at_edge"] for row in result["methods"]):
         notes.append(f"{EDGE} the best learning rate is at the edge of the grid: a wider one may do better.")
     if any(row["exactness"] == "personalised" for row in result["methods"]):

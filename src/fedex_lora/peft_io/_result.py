@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedex_lora.aggregation import METHODS
+from fedex_lora.aggregation import METHODS, method_named
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.measure import Held
@@ -198,7 +198,12 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
         >>> model = load_model("runs/mrpc", "roberta-base")                              # doctest: +SKIP
     """
     folder = Path(folder)
-    model, _ = open_model(read_result(folder / "final" if (folder / "final").is_dir() else folder), base)
+    result = read_result(folder / "final" if (folder / "final").is_dir() else folder)
+    if method_named(result.manifest["method"]).exactness == "personalised":
+        raise ModelError(
+            f"{folder} is of method {result.manifest['method']}, whose clients' models differ: load clients/CLIENT/adapter with PEFT"
+        )
+    model, _ = open_model(result, base)
     return model
 
 
