@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.aggregation import aggregate, method_named
+from fedex_lora.aggregation import Method, aggregate, method_named
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.peft_io import AdapterFolder, read_adapter_folder, read_result, write_result
@@ -39,12 +39,7 @@ def aggregate_folders(
         FedexLoraError: an adapter that is broken or does not fit the others; nothing is written then.
     """
     row = method_named(method)
-    if not row.lora or row.pooled:
-        raise UsageError(f"method {method} trains nothing that adapters hold: use fedex, say")
-    if row.exactness == "personalised":
-        raise UsageError(f"method {method} has no global model to write: each client goes on with its own; use fedex, say")
-    if truncation not in (None, Truncation()) and row.rest != "truncate":
-        raise UsageError(f"--truncate is for fedex-svd, and the method is {method}")
+    _require_global_model(row, truncation)
     if any(out.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise UsageError(f"{out} lies in one of the adapters: give another -o")
     read = [read_adapter_folder(folder) for folder in folders]
@@ -84,6 +79,15 @@ def aggregate_folders(
         "deviation": measure.deviation(result, updates).total_relative_error,
         "out": str(out),
     }
+
+
+def _require_global_model(row: Method, truncation: Truncation | None) -> None:
+    if not row.lora or row.pooled:
+        raise UsageError(f"method {row.name} trains nothing that adapters hold: use fedex, say")
+    if row.exactness == "personalised":
+        raise UsageError(f"method {row.name} has no global model to write: each client goes on with its own; use fedex, say")
+    if truncation not in (None, Truncation()) and row.rest != "truncate":
+        raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
 
 
 def _normal(name: str | None) -> str | None:
@@ -126,6 +130,8 @@ def _state(previous: Path | None, method: str, updates: Sequence[ClientUpdate]) 
 
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:
-    """What a client of lower rank held frozen while it trained."""
-    rank = max(pair.rank for pair in update.adapter.values())
-    return server.start_of(before.method, before.adapter, rank, None)[1]
+    """What a client of lower rank held frozen while it trained: the other components of the global adapter."""
+    if not method_named(before.method).frozen_side:
+        return {}
+    live = before.adapter
+    return {module: live[module].after(pair.rank) for module, pair in update.adapter.items() if pair.rank < live[module].rank}
