@@ -1,24 +1,24 @@
 """From clients' updates to one aggregate: checks, weights, one scaling, then the method, many modules of one shape at a time."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedex_lora.aggregation._naming import method_named
-from fedex_lora.aggregation.factors import Factors, derive_seed
+from fedex_lora.aggregation._stacking import Space, batches, clients_of
+from fedex_lora.aggregation.factors import Factors
 from fedex_lora.aggregation.gauges import GAUGES
 from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.aggregation.splits import Clients, factor_means
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
-from fedex_lora.types import Adapter, Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
+from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
 WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
-BATCH_BYTES = 2 * 2**20  # of clients' factors that one call of a method works on: hides call overhead, stays in the cache
 
 
 def aggregate(
@@ -60,9 +60,9 @@ def aggregate(
     adapter: dict[str, LoRAPair] = {}
     residual: dict[str, LowRank] = {}
     dropped: dict[str, float] = {}
-    space: dict[str, Tensor] = {}
-    for modules in _batches(updates, state):
-        clients, scaling = _clients(updates, p, modules, row, state, space)
+    space: Space = {}
+    for modules in batches(updates, state):
+        clients, scaling = clients_of(updates, p, modules, row, state, space)
         if row.refactors or row.draws:  # the result would not show what came in
             _require_finite(updates, modules, clients.factors)
         factors, rest = _split(row, clients)
@@ -70,7 +70,7 @@ def aggregate(
         B = factors.B.mT.contiguous()
         adapter |= {module: LoRAPair(A=factors.A[index], B=B[index], scaling=scaling) for index, module in enumerate(modules)}
         if rest is not None and row.rest == "drop":
-            dropped |= {module: scaling * norm for module, norm in zip(modules, _norms(rest), strict=True)}
+            dropped |= {module: abs(scaling) * norm for module, norm in zip(modules, _norms(rest), strict=True)}
         elif rest is not None:
             residual.update(_gains(modules, rest, scaling))
     adapter = {module: adapter[module] for module in updates[0].adapter}
@@ -129,90 +129,6 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
     if not math.isfinite(total):
         raise AggregationError(f"the weights {raw} sum to infinity: scale them down")
     return [weight / total for weight in raw]
-
-
-def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
-    """The same product on another scaling: `B <- (s_i / s) B`, in fp64 and back in a dtype of at least fp32."""
-    if pair.scaling == scaling:
-        return pair
-    dtype = torch.promote_types(pair.B.dtype, torch.float32)
-    return LoRAPair(A=pair.A, B=(pair.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling)
-
-
-def _batches(updates: Sequence[ClientUpdate], state: ServerState | None) -> Iterator[list[str]]:
-    """The modules, those of one shape, ranks and scaling together, in portions of `BATCH_BYTES`."""
-    alike: dict[tuple[object, ...], list[str]] = {}
-    for module, pair in updates[0].adapter.items():
-        ranks = tuple(update.adapter[module].rank for update in updates)
-        live = state.adapter[module] if state else pair
-        alike.setdefault((pair.shape, ranks, live.rank, live.scaling), []).append(module)
-    for modules in alike.values():
-        pair = updates[0].adapter[modules[0]]
-        size = max(1, BATCH_BYTES // (4 * len(updates) * (pair.A.numel() + pair.B.numel())))
-        yield from (modules[start : start + size] for start in range(0, len(modules), size))
-
-
-def _clients(
-    updates: Sequence[ClientUpdate],
-    p: Sequence[float],
-    modules: Sequence[str],
-    row: Method,
-    state: ServerState | None,
-    space: dict[str, Tensor],
-) -> tuple[Clients, float]:
-    """What the method's split sees, and the scaling s that it is on: the global adapter's, else the first client's."""
-    first = modules[0]
-    live = state.adapter[first] if state else updates[0].adapter[first]
-    ranks = [update.adapter[first].rank for update in updates]
-    rank = max([*ranks, live.rank] if row.per_client_ranks else ranks)
-    stacked = _stacked([update.adapter for update in updates], modules, rank, live.scaling, space)
-    weights = stacked.A.new_tensor(p)
-    frozen = origins = None
-    if state and row.frozen_side and min(ranks) < rank:
-        held = torch.tensor([sum(w for w, r in zip(p, ranks, strict=True) if r <= component) for component in range(rank)])
-        pairs = [state.adapter[module] for module in modules]
-        frozen = Factors(
-            A=torch.stack([pair.A for pair in pairs]), B=held.to(stacked.B)[:, None] * torch.stack([pair.B.mT for pair in pairs])
-        )
-    if state and row.own and any(update.client_id in state.personal for update in updates):
-        own = [state.personal.get(update.client_id) or _zeros_like(update.adapter) for update in updates]
-        origins = _stacked(own, modules, rank, live.scaling, {})
-    seed = derive_seed(state.seed, state.round + 1, "fresh") if state else 0
-    return Clients(A=stacked.A, B=stacked.B, p=weights, modules=modules, seed=seed, frozen=frozen, origins=origins), live.scaling
-
-
-def _zeros_like(adapter: Adapter) -> Adapter:
-    return {name: LoRAPair(torch.zeros_like(pair.A), torch.zeros_like(pair.B), pair.scaling) for name, pair in adapter.items()}
-
-
-def _stacked(adapters: Sequence[Adapter], modules: Sequence[str], rank: int, scaling: float, space: dict[str, Tensor]) -> Factors:
-    """The modules' factors of all clients in one dtype of at least fp32, on one scaling, zeros up to `rank`: a copy, in `space`."""
-    pairs = [_padded(on_scaling(adapter[module], scaling), rank) for module in modules for adapter in adapters]
-    A = _stack(_one_dtype([pair.A for pair in pairs]), space, "A")
-    B = _stack(_one_dtype([pair.B for pair in pairs]), space, "B")
-    dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(adapters))
-    return Factors(A=A.to(dtype).unflatten(0, shape), B=B.to(dtype).mT.unflatten(0, shape))
-
-
-def _padded(pair: LoRAPair, rank: int) -> LoRAPair:
-    missing, pad = rank - pair.rank, torch.nn.functional.pad
-    return LoRAPair(A=pad(pair.A, (0, 0, 0, missing)), B=pad(pair.B, (0, missing)), scaling=pair.scaling) if missing else pair
-
-
-def _stack(tensors: list[Tensor], space: dict[str, Tensor], part: str) -> Tensor:
-    """`torch.stack` into memory that the next batch uses again: fresh memory costs a page fault every 4 KiB, a third of the time."""
-    first, size = tensors[0], len(tensors) * tensors[0].numel()
-    if part not in space or space[part].numel() < size or space[part].dtype != first.dtype:
-        space[part] = first.new_empty(size)
-    return torch.stack(tensors, out=space[part][:size].view(len(tensors), *first.shape))
-
-
-def _one_dtype(tensors: list[Tensor]) -> list[Tensor]:
-    """fp32 as it is; anything else in fp64 if some are, else in fp32."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if dtypes == {torch.float32}:
-        return tensors
-    return [tensor.to(torch.float64 if torch.float64 in dtypes else torch.float32) for tensor in tensors]
 
 
 def _gains(modules: Sequence[str], gain: Factors, scaling: float) -> dict[str, LowRank]:
