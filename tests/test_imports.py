@@ -6,7 +6,7 @@ from pathlib import Path
 import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
-ABOVE = "errors types config aggregation measure server wire storage peft_io verify adapters tasks partition client rounds runner"
+ABOVE = "errors types config aggregation measure server wire storage peft_io verify adapters export tasks partition client rounds runner"
 ORDER = f"{ABOVE} display compare demo doctor cli".split()
 PURE = ("errors", "types", "aggregation", "measure", "server")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}

@@ -261,6 +261,33 @@ def verify(
 
 @app.command()
 @one_line_errors
+def export(
+    source: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
+    form: Annotated[str, typer.Option("--as", help="merged, adapter or base+adapter.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
+    base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
+    rank: Annotated[Optional[int], typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model for plain transformers, PEFT or vLLM; reload it, and compare its logits with the run's."""
+    from fedex_lora.client import quiet
+    from fedex_lora.export import export as export_here
+
+    quiet()
+    result = export_here(source, form, out, base, rank)
+    if as_json:
+        _print_json(result)
+        return
+    console = _consoles(False)
+    cut = f"; of the update {result['update_error']:.2e} is missing" if result["update_error"] else ""
+    console.print(f"{form} in {out}, rank {result['rank']}{cut}", highlight=False)
+    console.print(f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's", highlight=False)
+    console.print(f"vLLM: {result['vllm']}", highlight=False)
+
+
+@app.command()
+@one_line_errors
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Versions, devices, precision, telemetry: what would go wrong on this machine."""
     from fedex_lora.doctor import examine

@@ -12,7 +12,7 @@ from fedex_lora.peft_io._model import (
     trainable_parameters,
     write_model,
 )
-from fedex_lora.peft_io._result import Result, load_model, open_model, read_result, result_folders, safe_name, write_result
+from fedex_lora.peft_io._result import Result, base_for, load_model, open_model, read_result, result_folders, safe_name, write_result
 
 __all__ = [
     "AdapterFolder",
@@ -20,6 +20,7 @@ __all__ = [
     "Result",
     "adapter_config",
     "add_lora",
+    "base_for",
     "load_base",
     "load_model",
     "load_tokenizer",

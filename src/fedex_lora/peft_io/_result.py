@@ -209,7 +209,7 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
 
 def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FoldedBase]:
     """As `load_model`, from a result in memory; also the folded base, which knows the pristine weights."""
-    model: nn.Module = base if isinstance(base, PreTrainedModel) else _base_for(result, str(base))
+    model: nn.Module = base if isinstance(base, PreTrainedModel) else base_for(result, str(base))
     if result.adapter:
         config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
         try:
@@ -226,7 +226,7 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
     return model.eval(), folded
 
 
-def _base_for(result: Result, name: str) -> PreTrainedModel:
+def base_for(result: Result, name: str) -> PreTrainedModel:
     """The base with the head that the result was trained with."""
     kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", None: "features"}
     task_type = result.config.get("task_type") if result.adapter else result.manifest.get("task_type")

@@ -1,0 +1,168 @@
+"""`export`: the model of a run or result as folders that plain transformers, PEFT and vLLM load, checked before they are called done."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedex_lora import __version__
+from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation.lowrank import frobenius
+from fedex_lora.aggregation.truncation import truncate
+from fedex_lora.config import Base, Truncation
+from fedex_lora.errors import ModelError, UsageError
+from fedex_lora.peft_io import Result, base_for, load_tokenizer, open_model, read_result, stacked, write_adapter_folder
+from fedex_lora.storage import atomic_folder, write_text
+from fedex_lora.types import Adapter, LoRAPair
+
+FORMS = ("merged", "adapter", "base+adapter")
+SAME = 1e-5  # of the largest logit: what fp32 rounding of another order of sums stays under
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
+BASE, ADAPTER = "base", "adapter"
+
+
+def export(source: Path, form: str, out: Path, base: str | None = None, rank: int | None = None) -> dict[str, Any]:
+    """Write the model of a run or result folder in a form that needs nothing of ours, reload it, and compare logits.
+
+    Args:
+        source: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
+        form: "merged": one model; "adapter": one PEFT adapter with all of the update, for the untouched base; "base+adapter": the base with
+            the base delta in it, and the rank-r adapter to go on with.
+        out: must not exist, or be empty.
+        base: the pretrained model; None: as the folder says.
+        rank: cut the adapter to its best approximation of this rank (of the same rank in every module).
+
+    Returns:
+        `output_error` = max |logits - the run's| / max |the run's|; `update_error` = |cut update - update| / |update| for a cut; rank; what
+        vLLM makes of it.
+
+    Raises:
+        UsageError: no such form, a rank above the total, a rank for a form without a stacked adapter, a personalised method.
+        ModelError: the reloaded model is not the run's. Nothing is left behind then.
+    """
+    result = _exportable(source, form, rank)
+    name = base or str(result.manifest.get("base_model"))
+    whole = stacked(result.adapter, result.base_delta)
+    adapter, update_error = (whole, 0.0) if rank is None else _cut(whole, rank)
+    facts = {
+        "format": form,
+        "method": result.manifest["method"],
+        "round": result.manifest["round"],
+        "base_model": name,
+        "fedex-lora": __version__,
+    }
+    run, _ = open_model(result, name)
+    want = logits(run)
+    with atomic_folder(out, facts) as folder:
+        got = _write(folder, form, result, run, adapter, name)
+        error = float((got - want).abs().max() / want.abs().max())
+        numbers = {
+            "output_error": error,
+            "update_error": update_error,
+            "rank": _rank(result.adapter if form == "base+adapter" else adapter),
+        }
+        write_text(folder / "README.md", _card(facts, numbers, result))
+        if rank is None and not error < SAME:
+            raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
+    vllm = _vllm(form, int(numbers["rank"]), result)
+    return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
+
+
+def _exportable(source: Path, form: str, rank: int | None) -> Result:
+    """What the source holds, if it can be had in that form."""
+    if form not in FORMS:
+        raise UsageError(f"--as {form!r}: give {', '.join(FORMS)}")
+    if rank is not None and form != "adapter":
+        raise UsageError(f"--rank cuts the stand-alone adapter, and the form is {form}: use --as adapter")
+    result = read_result(source / "final" if (source / "final").is_dir() else source)
+    if method_named(result.manifest["method"]).exactness == "personalised":
+        raise UsageError(f"{source} is of method {result.manifest['method']}: clients/CLIENT/adapter are plain PEFT adapters already")
+    if not result.adapter and form != "merged":
+        raise UsageError(f"{source} holds a whole model, no adapter: use --as merged")
+    return result
+
+
+def _write(folder: Path, form: str, result: Result, run: nn.Module, adapter: Adapter, name: str) -> Tensor:
+    """Write the form into a folder, and return the logits of what plain transformers and PEFT load from there."""
+    if form == "adapter":
+        write_adapter_folder(folder, adapter, result.other, {**result.config, "base_model_name_or_path": name})
+        return logits(PeftModel.from_pretrained(base_for(result, name), folder))
+    kind: Any = type(run.get_base_model() if isinstance(run, PeftModel) else run)
+    tokenizer = load_tokenizer(Base(model=name))
+    if form == "merged":
+        whole: Any = run.merge_and_unload() if isinstance(run, PeftModel) else run  # type: ignore[operator]
+        whole.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return logits(kind.from_pretrained(folder))
+    write_adapter_folder(folder / ADAPTER, result.adapter, result.other, {**result.config, "base_model_name_or_path": BASE})
+    run.unload().save_pretrained(folder / BASE)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder / BASE)
+    return logits(PeftModel.from_pretrained(kind.from_pretrained(folder / BASE), folder / ADAPTER))
+
+
+def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
+    """The best approximation of every module's update, and `|cut - update| / |update|` over all."""
+    total = {module: pair.low_rank() for module, pair in whole.items()}
+    most = max(update.rank for update in total.values())
+    if not 1 <= rank <= most:
+        raise UsageError(f"--rank {rank}: give 1 to {most}, the rank of the total update")
+    kept, dropped = truncate(total, Truncation(rank=rank), rank)
+    cut = {module: LoRAPair(A=kept[module].V, B=kept[module].U) if module in kept else whole[module].first(1) for module in whole}
+    size = math.hypot(*(frobenius(update) for update in total.values()))
+    return cut, math.hypot(*dropped.values()) / size if size else 0.0
+
+
+def _rank(adapter: Adapter) -> int:
+    return max((pair.rank for pair in adapter.values()), default=0)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """The model's first output on fixed random tokens, 4 x 16."""
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
+    output: Tensor = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    return output.double()
+
+
+def _vllm(form: str, rank: int, result: Result) -> str:
+    """How vLLM serves it, or why not (vLLM: ranks of MaxLoRARanks, no modules_to_save, causal LMs)."""
+    if result.config.get("task_type") not in ("CAUSAL_LM", None):
+        return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
+    if form == "merged":
+        return "vllm serve OUT"
+    where = "OUT" if form == "adapter" else f"OUT/{ADAPTER}"
+    if result.other:
+        return f"not as an adapter: it trains {len(result.other)} tensors whole, and vLLM loads no modules_to_save; use --as merged"
+    fits = next((most for most in VLLM_RANKS if most >= rank), None)
+    if fits is None:
+        return f"not as an adapter: rank {rank} is above vLLM's {VLLM_RANKS[-1]}; use --rank, or --as merged"
+    served = "BASE" if form == "adapter" else f"OUT/{BASE}"
+    return f"vllm serve {served} --enable-lora --max-lora-rank {fits} --lora-modules fedex={where}"
+
+
+def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) -> str:
+    inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest["inputs"])
+    cut = (
+        f" It is cut to rank {numbers['rank']}: {numbers['update_error']:.2e} of the update is missing." if numbers["update_error"] else ""
+    )
+    library = "transformers" if facts["format"] == "merged" else "peft"
+    return f"""---
+base_model: {facts["base_model"]}
+library_name: {library}
+---
+# {facts["format"]} export of a federated LoRA run
+
+Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}, by fedex-lora {facts["fedex-lora"]}.{cut}
+Reloaded after writing: its logits differ from the run's by {numbers["output_error"]:.1e} of the largest.
+`manifest.json` has the sha256 of every file.
+
+Participants of the last round:
+
+{inputs}
+"""

@@ -1,0 +1,144 @@
+"""Exports: plain transformers and PEFT give the logits of the run; what is not so is not written."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from tests import oracle
+from tests.test_runner import configuration, ignore
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+import fedex_lora.export as exporting
+from fedex_lora import load_model
+from fedex_lora.cli import app
+from fedex_lora.config import base_folder
+from fedex_lora.errors import ModelError
+from fedex_lora.export import export, logits
+from fedex_lora.peft_io import read_adapter_folder
+from fedex_lora.runner import run
+from fedex_lora.storage import read_manifest
+
+CAUSAL = {"method": "fedex", "rounds": 2, "training": {"learning_rate": 2e-2, "num_train_epochs": 2}}
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """A run of a causal LM, two rounds, so that there is a base delta."""
+    out = tmp_path_factory.mktemp("causal") / "run"
+    run(configuration(**CAUSAL), out, ignore)
+    return out
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A run with a head, which is trained whole."""
+    folder = tmp_path_factory.mktemp("classifier")
+    rows = [{"text": f"a cough of {word}", "label": index % 2} for index, word in enumerate(("mild", "severe") * 12)]
+    for name in ("train", "eval"):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {"name": "custom", "data": str(folder), "train": "train.jsonl", "eval": "eval.jsonl", "kind": "classification"}
+    config = configuration(
+        task=task, clients={"partition": "iid", "count": 2, "column": None}, lora={"target_modules": ["q_proj", "v_proj"]}
+    )
+    run(config, folder / "run", ignore)
+    return folder / "run"
+
+
+def reloaded(form, folder):
+    """As someone would who has never heard of this package."""
+    if form == "merged":
+        return AutoModelForCausalLM.from_pretrained(folder)
+    base, adapter = (base_folder(), folder) if form == "adapter" else (folder / "base", folder / "adapter")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
+def distance(left, right):
+    return float((left - right).abs().max() / right.abs().max())
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter", "base+adapter"])
+def test_an_export_has_the_logits_of_the_run(form, causal, tmp_path):
+    """And the run's model is not its base, nor its adapter alone: the check can fail."""
+    result = export(causal, form, tmp_path / "out")
+    want = logits(load_model(causal, str(base_folder())))
+    assert distance(logits(reloaded(form, tmp_path / "out")), want) < 1e-5
+    assert result["output_error"] < 1e-5
+    assert result["update_error"] == 0
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(base_folder())), want) > 1e-2
+    trainable = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder()), causal / "final" / "trainable")
+    assert distance(logits(trainable), want) > 1e-4
+    assert read_manifest(tmp_path / "out")["format"] == form  # and all sha256 sums fit
+    assert "fedex" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_cut_adapter_has_the_error_that_it_says(causal, tmp_path):
+    """Eckart-Young per module, in numpy; rank 4 of 8 misses some of the update, and the reported number is that."""
+    whole = export(causal, "adapter", tmp_path / "whole")
+    cut = export(causal, "adapter", tmp_path / "cut", rank=4)
+    assert (whole["rank"], cut["rank"]) == (2 + 2 * 2 * 2, 4)
+    missing = total = 0.0
+    adapters = [read_adapter_folder(tmp_path / name).adapter for name in ("whole", "cut")]
+    for name, pair in adapters[0].items():
+        update = oracle.product(pair)
+        missing += np.linalg.norm(update - oracle.product(adapters[1][name])) ** 2
+        total += np.linalg.norm(update) ** 2
+        tail = np.sqrt((np.linalg.svd(update, compute_uv=False)[4:] ** 2).sum())
+        assert np.linalg.norm(update - oracle.product(adapters[1][name])) == pytest.approx(tail, rel=1e-3, abs=1e-7)
+    assert cut["update_error"] == pytest.approx(math.sqrt(missing / total), rel=1e-4)
+    want = logits(load_model(causal, str(base_folder())))
+    assert distance(logits(reloaded("adapter", tmp_path / "cut")), want) == pytest.approx(cut["output_error"], rel=1e-3)
+
+
+def test_a_head_travels_in_every_form(classifier, tmp_path):
+    want = logits(load_model(classifier, str(base_folder())))
+    for form in ("merged", "adapter", "base+adapter"):
+        assert export(classifier, form, tmp_path / form)["output_error"] < 1e-5
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert distance(logits(merged), want) < 1e-5
+
+
+def test_what_vllm_makes_of_it_is_said(causal, classifier, tmp_path):
+    assert export(causal, "adapter", tmp_path / "a")["vllm"].startswith("vllm serve BASE --enable-lora --max-lora-rank 16")
+    assert "OUT/base" in export(causal, "base+adapter", tmp_path / "b")["vllm"]
+    assert export(causal, "merged", tmp_path / "c")["vllm"] == "vllm serve OUT"
+    assert "not a causal LM" in export(classifier, "adapter", tmp_path / "d")["vllm"]
+
+
+def test_an_export_that_is_not_the_run_is_not_left_behind(causal, tmp_path, monkeypatch):
+    """The comparison decides: if what was reloaded gave other logits, there would be one line and no folder."""
+    monkeypatch.setattr(exporting, "logits", lambda model: logits(model) + (0.1 if isinstance(model, PeftModel) else 0.0))
+    with pytest.raises(ModelError, match="gives other logits than the run"):
+        export(causal, "merged", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--as", "onnx"], "give merged, adapter, base\\+adapter"),
+        (["--as", "merged", "--rank", "2"], "--rank cuts the stand-alone adapter"),
+        (["--as", "adapter", "--rank", "0"], "give 1 to 10"),
+        (["--as", "adapter", "--base", "nowhere"], "neither a local folder"),
+    ],
+)
+def test_bad_exports(options, message, causal, tmp_path):
+    """One line, a status, nothing written."""
+    done = CliRunner().invoke(app, ["export", str(causal), "-o", str(tmp_path / "out"), *options])
+    assert done.exit_code in (1, 2)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(message, done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_numbers(causal, tmp_path):
+    done = CliRunner().invoke(app, ["export", str(causal), "--as", "adapter", "--rank", "3", "-o", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.stderr
+    numbers = json.loads(done.stdout)
+    assert numbers["rank"] == 3
+    assert 0 < numbers["update_error"] < 1
+    assert torch.isfinite(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"))).all()
