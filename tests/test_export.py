@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tests import oracle
 from tests.test_runner import configuration, ignore
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import fedex_lora.export as exporting
@@ -22,6 +22,7 @@ from fedex_lora.export import export, logits
 from fedex_lora.peft_io import read_adapter_folder
 from fedex_lora.runner import run
 from fedex_lora.storage import read_manifest
+from fedex_lora.verify import verify
 
 CAUSAL = {"method": "fedex", "rounds": 2, "training": {"learning_rate": 2e-2, "num_train_epochs": 2}}
 
@@ -100,6 +101,23 @@ def test_a_head_travels_in_every_form(classifier, tmp_path):
         assert export(classifier, form, tmp_path / form)["output_error"] < 1e-5
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert distance(logits(merged), want) < 1e-5
+
+
+def test_another_base_is_refused_by_its_weights(causal, tmp_path):
+    """The same architecture with one module's weights changed; for export, load_model and verify alike."""
+    other = AutoModelForCausalLM.from_pretrained(base_folder())
+    with torch.no_grad():
+        other.model.layers[1].self_attn.v_proj.weight.mul_(1.001)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(base_folder()).save_pretrained(tmp_path / "other")
+    for use in (
+        lambda: export(causal, "merged", tmp_path / "out", str(tmp_path / "other")),
+        lambda: load_model(causal, tmp_path / "other"),
+        lambda: verify(causal, str(tmp_path / "other")),
+    ):
+        with pytest.raises(ModelError, match="is not the base of this result: its weights differ"):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_vllm_makes_of_it_is_said(causal, classifier, tmp_path):

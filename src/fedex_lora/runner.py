@@ -198,6 +198,7 @@ class InProcess:
         task = self._work.task
         return {
             "base_model": os.path.abspath(model) if Path(model := self._config.base.model).is_dir() else model,
+            "base_fingerprint": self._base.fingerprint(),
             "task": self._config.task.name,
             "task_type": peft_config(self.model).get("task_type") or {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task.kind],
             "headline": task.headline,

@@ -1,5 +1,6 @@
 """The frozen base: `W = W0 + D`, always from the pristine W0, so that setting the same D twice is setting it once."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -64,6 +65,15 @@ class FoldedBase:
                 )
             weight.copy_(self._w0(name) + delta.dense(torch.float32).to(weight.device))
         self._changed = set(base_delta)
+
+    def fingerprint(self) -> str:
+        """sha256 of the kind of model and of the pristine weights under the adapters: their names, shapes, and 256 values of each."""
+        digest = hashlib.sha256(str(getattr(getattr(self._model, "config", None), "model_type", "")).encode())
+        for name in sorted(self._layers):
+            weight = self._w0(name).cpu()
+            sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)][:256].float().contiguous()
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
 
     def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
         """The model's own weights, `W + s B A`, against `W0 + ideal` in fp64, and the floor `eps |W| / |ideal|` of the worst module."""

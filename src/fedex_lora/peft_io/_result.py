@@ -221,6 +221,12 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
                 f"this base has not the modules of the adapter: {str(error).splitlines()[0][:200]}: is it another model?"
             ) from None
     folded = FoldedBase(model)
+    known = result.manifest.get("base_fingerprint")
+    if known is not None and result.adapter and known != folded.fingerprint():
+        name = base if isinstance(base, str | Path) else "the model given"
+        raise ModelError(
+            f"{name} is not the base of this result: its weights differ from those of {result.manifest.get('base_model')}; give that one"
+        )
     folded.set(result.base_delta)
     write_model(model, result.adapter, result.other)
     return model.eval(), folded
