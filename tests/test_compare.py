@@ -188,6 +188,7 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
         ({"seeds": [2**40]}, "seed = 1099511627776"),
         ({"target": math.nan}, "target nan"),
         ({"methods": ["fedit", "fedsa"], "reference": "fedsa"}, "fedsa has no global model, so it cannot be the reference"),
+        ({"methods": ["fedsa"], "with_controls": False}, "fedsa has no global model"),
         ({"methods": ["fedit", "fedex@50r"]}, "rank 100 is above the size of module"),
         ({"methods": ["fedit", "fedx"]}, "did you mean 'fedex'"),
         ({"config": configuration(base={"model": "nowhere"})}, "'nowhere' is neither a local folder"),
@@ -223,7 +224,8 @@ def test_a_control_that_cannot_be_is_left_out_and_said(config, methods, dropped,
 
 def test_a_truncation_is_for_those_that_truncate(tmp_path):
     config = configuration(rounds=1, truncation={"rank": 1}, training={"num_train_epochs": 2})
-    result = compare(config, ["fedex", "fedex-svd"], [0], tmp_path / "out", [5e-3], reference="fedex", with_controls=False)
+    result = compare(config, ["fedex", "fedex-svd"], [0], tmp_path / "out", [5e-3], with_controls=False)
+    assert result["reference"] == "fedex"
     exact, cut = (row["exactness_error"] for row in result["methods"])
     assert exact < 1e-6 < 1e-3 < cut
 

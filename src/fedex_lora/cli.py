@@ -132,7 +132,10 @@ def compare(
         Optional[str],  # noqa: UP045
         typer.Option(help="Comma-separated grid; by default a third of the file's, it, and three times it."),
     ] = None,
-    reference: Annotated[str, typer.Option(help="The method that differences are from.")] = "fedit",
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The method that differences are from; by default fedit, or the first."),
+    ] = None,
     target: Annotated[Optional[float], typer.Option(help="Count rounds to this value; by default the reference's end.")] = None,  # noqa: UP045
     controls: Annotated[bool, typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is.")] = True,
     jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,

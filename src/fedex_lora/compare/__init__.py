@@ -66,7 +66,7 @@ def compare(
     seeds: Sequence[int],
     out: Path,
     learning_rates: Sequence[float] | None = None,
-    reference: str = "fedit",
+    reference: str | None = None,
     target: float | None = None,
     with_controls: bool = True,
     jobs: int = 1,
@@ -84,7 +84,7 @@ def compare(
         seeds: at least one; two or more for intervals.
         out: gets `compare.json`, `compare.md` and `runs/`; a comparison that was interrupted there continues.
         learning_rates: the grid; None: a third of the configured one, it, and three times it.
-        reference: the variant that differences are from.
+        reference: the variant that differences are from; None: `fedit` if it is there, else the first that has a global model.
         target: of the column "rounds to"; None: the reference's mean at the end.
         with_controls: add `fedit+balanced`, and `ffa@2r` where `ffa` is, as far as the configuration allows.
         jobs: runs at once, each in its own process.
@@ -98,7 +98,7 @@ def compare(
     grid = _checked(config, seeds, learning_rates, target)
     config = _with_threads(config, jobs, out)
     plan = _admitted(_Plan(config, variants(methods), grid, seeds, out), with_controls, tell)
-    _require_reference(reference, plan.variants)
+    reference = _reference(reference, plan.variants)
     _claim(out, config)
     tuning = {(variant.name, rate): plan.job(variant, rate, seeds[0]) for variant in plan.variants for rate in grid}
     tuned = _run(tuning, jobs, tell, plan.runs, {})
@@ -182,12 +182,22 @@ def _try_out(plan: _Plan, variant: Variant) -> None:
         InProcess(job.config, lambda event, **fields: None)
 
 
-def _require_reference(reference: str, chosen: Sequence[Variant]) -> None:
+def _reference(reference: str | None, chosen: Sequence[Variant]) -> str:
+    """The variant that differences are from.
+
+    Raises:
+        UsageError: it is not compared, or has no global model.
+    """
     named = {variant.name: method_named(variant.method) for variant in chosen}
+    if reference is None:
+        reference = "fedit" if "fedit" in named else next((n for n, m in named.items() if m.exactness != "personalised"), chosen[0].name)
     if reference not in named:
         raise UsageError(f"the reference {reference!r} is not among the methods compared: {', '.join(named)}; set --reference")
     if named[reference].exactness == "personalised":
-        raise UsageError(f"{reference} has no global model, so it cannot be the reference: set --reference to another method")
+        raise UsageError(
+            f"{reference} has no global model, so it cannot be the reference: compare it with another method, and set --reference to that"
+        )
+    return reference
 
 
 def _claim(out: Path, config: Config) -> None:
