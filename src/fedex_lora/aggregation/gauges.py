@@ -1,7 +1,7 @@
 """Gauges: re-writing an adapter's factors, `(B G^-1, G A)`, without changing their product.
 
 A gauge is a preconditioner of what comes next (gradients of A scale with B), so it changes training although it changes no model. The
-literature mixes its effect up with that of exactness: here it is an option of every method, written METHOD+GAUGE.
+literature mixes its effect up with that of exactness: here it is an option, written METHOD+GAUGE.
 """
 
 from collections.abc import Callable

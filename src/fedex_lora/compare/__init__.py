@@ -175,11 +175,9 @@ def _admitted(plan: _Plan, with_controls: bool, tell: Told) -> _Plan:
 
 def _try_out(plan: _Plan, variant: Variant) -> None:
     """Build what a variant's runs need, unless its first one is done already; validate all seeds."""
-    for seed in plan.seeds:
-        job = plan.job(variant, plan.grid[0], seed)
-    job = plan.job(variant, plan.grid[0], plan.seeds[0])
-    if not done(job):
-        InProcess(job.config, lambda event, **fields: None)
+    first, *_ = [plan.job(variant, plan.grid[0], seed) for seed in plan.seeds]
+    if not done(first):
+        InProcess(first.config, lambda event, **fields: None)
 
 
 def _reference(reference: str | None, chosen: Sequence[Variant]) -> str:
