@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, ServerState, server
 from fedex_lora.aggregation import method_named
-from fedex_lora.peft_io import FoldedBase, read_model, write_model
+from fedex_lora.peft_io import FrozenBase, read_model, write_model
 
 RANK, SCALING, ROUNDS = 4, 2.5, 3
 CLIENTS, MIXED = (1, 2, 3, 10), [2, 4, 8, 16, 16]
@@ -124,7 +124,7 @@ class Federation:
     def __init__(self, method: str, ranks: list[int], seed: int) -> None:
         self.method, self.ranks, self.row = method, ranks, method_named(method)
         self.generator, self.net = torch.Generator().manual_seed(seed), model(max(ranks))
-        self.base, first = FoldedBase(self.net), read_model(self.net)
+        self.base, first = FrozenBase(self.net), read_model(self.net)
         self.w0 = {name: effective(self.net, name) for name in first}
         self.state = server.init(first, {}, method, seed=seed)
         self.gained = {name: np.zeros_like(weight) for name, weight in self.w0.items()}  # E - W0

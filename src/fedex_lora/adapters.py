@@ -64,7 +64,7 @@ def aggregate_folders(
         "sources": [str(folder) for folder in folders],
         "versions": {"fedex-lora": __version__},
     }
-    write_result(out, after, updates, result.weights, read[0].config, facts, previous_delta=before.base_delta, standalone=True, held=held)
+    write_result(out, after, updates, result.weights, read[0].format, facts, previous_delta=before.base_delta, standalone=True, held=held)
     return {
         "method": method,
         "exact_method": row.exact,

@@ -257,7 +257,10 @@ def verify(
             f"relative error, worst module: {result['max_relative_error']:.2e}   all modules: {result['total_relative_error']:.2e}"
         )
         if base:
-            console.print(f"of the model's own weights: {result['realised_error']:.2e}   floor of fp32 weights: {result['floor']:.2e}")
+            console.print(f"of the model's own layers: {result['realised_error']:.2e}   floor of their precision: {result['floor']:.2e}")
+            for compute, kind in ((result["compute_dtype"], ""), ("float32", "_float32")):
+                error, floor = result[f"output_error{kind}"], result[f"output_floor{kind}"]
+                console.print(f"of the logits, computed in {compute}: {error:.2e}   without the base delta: {floor:.2e}", highlight=False)
     if result["exact_method"] and result["max_relative_error"] > EXACT_BELOW:
         _fail(f"error: method {result['method']} is exact, and the stored result is off by {result['max_relative_error']:.1e}", 1)
 

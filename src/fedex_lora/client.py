@@ -246,6 +246,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right by itself
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # it says for every call that int8 layers compute in float16
     disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

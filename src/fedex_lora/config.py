@@ -30,10 +30,44 @@ class Base(_Table):
     model: str = Field(
         min_length=1, description='Hub name, local folder in Transformers format, or "demo", the tiny model that comes with the package.'
     )
-    dtype: Literal["float32"] = Field("float32", description="The base's precision; the base delta is folded into it.")
-    delta: Literal["auto", "fold"] = Field("auto", description="Where the base delta lives: folded into the weights.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of the weights that are not quantised, and of the computation. Adapters and heads stay float32."
+    )
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none",
+        description="Linear layers in 4 or 8 bits, by bitsandbytes (the extra `quantized`); heads and embeddings are left as they are.",
+    )
+    delta: Literal["auto", "fold", "side"] = Field(
+        "auto",
+        description="Where the base delta lives: folded into the weights (float32, not tied), beside them as a frozen low-rank path, or "
+        "(auto) folded where that is exact.",
+    )
+    compact_rank: int | None = Field(
+        None, ge=1, description="Side paths: keep the best approximation of this rank of every module's delta."
+    )
+    compact_tolerance: float | None = Field(
+        None, gt=0, lt=1, description="Side paths: keep the smallest rank that is off by at most this share of every module's |D|."
+    )
     random_weights: bool = Field(False, description="Only read the folder's config and start from random weights (tests, benchmarks).")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you trust its author.")
+
+    @model_validator(mode="after")
+    def _delta_has_a_home(self) -> "Base":
+        if self.delta == "fold" and (self.quantization != "none" or self.dtype != "float32"):
+            kind = self.dtype if self.quantization == "none" else self.quantization
+            raise ValueError(f"base.delta = 'fold' would lose the base delta in {kind} weights: use 'auto' or 'side'")
+        if self.quantization != "none" and self.random_weights:
+            raise ValueError("base.quantization needs a checkpoint: remove base.random_weights")
+        if self.compact_rank is not None and self.compact_tolerance is not None:
+            raise ValueError("give one of base.compact_rank and base.compact_tolerance")
+        return self
+
+    @property
+    def compaction(self) -> "Truncation | None":
+        """What side paths keep of their deltas; None: all."""
+        if self.compact_tolerance is not None:
+            return Truncation(energy=1 - self.compact_tolerance**2)
+        return None if self.compact_rank is None else Truncation(rank=self.compact_rank)
 
     @property
     def source(self) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedex_lora import __version__
 from fedex_lora.aggregation import method_named
@@ -15,7 +14,19 @@ from fedex_lora.aggregation.lowrank import frobenius
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
-from fedex_lora.peft_io import Result, base_for, load_tokenizer, open_model, read_result, stacked, write_adapter_folder
+from fedex_lora.peft_io import (
+    Format,
+    Result,
+    base_for,
+    in_float32,
+    load_tokenizer,
+    logits,
+    open_model,
+    plain_model,
+    read_result,
+    stacked,
+    write_adapter_folder,
+)
 from fedex_lora.storage import atomic_folder, write_text
 from fedex_lora.types import Adapter, LoRAPair
 
@@ -56,9 +67,9 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         "fedex-lora": __version__,
     }
     run, _ = open_model(result, name)
-    want = logits(run)
+    want = logits(in_float32(run))
     with atomic_folder(out, facts) as folder:
-        got = _write(folder, form, result, run, adapter, name)
+        got = _write(folder, form, result, adapter, name)
         error = float((got - want).abs().max() / want.abs().max())
         numbers = {
             "output_error": error,
@@ -86,22 +97,23 @@ def _exportable(source: Path, form: str, rank: int | None) -> Result:
     return result
 
 
-def _write(folder: Path, form: str, result: Result, run: nn.Module, adapter: Adapter, name: str) -> Tensor:
-    """Write the form into a folder, and return the logits of what plain transformers and PEFT load from there."""
+def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str) -> Tensor:
+    """Write the form into a folder, and return the float32 logits of what plain transformers and PEFT load from there."""
+    format = Format(config={**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}, layouts=result.format.layouts)
+    base = base_for(result, name)
     if form == "adapter":
-        write_adapter_folder(folder, adapter, result.other, {**result.config, "base_model_name_or_path": name})
-        return logits(PeftModel.from_pretrained(base_for(result, name), folder))
-    kind: Any = type(run.get_base_model() if isinstance(run, PeftModel) else run)
-    tokenizer = load_tokenizer(Base(model=name))
+        write_adapter_folder(folder, adapter, result.other, format)
+        return logits(PeftModel.from_pretrained(in_float32(base), folder))  # type: ignore[arg-type]
+    gained = {module: pair.low_rank() for module, pair in adapter.items()} if form == "merged" else result.base_delta
+    whole: Any = plain_model(base, gained, result.other)
+    where = folder if form == "merged" else folder / BASE
+    whole.save_pretrained(where)
+    load_tokenizer(Base(model=name)).save_pretrained(where)
+    reloaded = type(whole).from_pretrained(where)
     if form == "merged":
-        whole: Any = run.merge_and_unload() if isinstance(run, PeftModel) else run  # type: ignore[operator]
-        whole.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return logits(kind.from_pretrained(folder))
-    write_adapter_folder(folder / ADAPTER, result.adapter, result.other, {**result.config, "base_model_name_or_path": BASE})
-    run.unload().save_pretrained(folder / BASE)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder / BASE)
-    return logits(PeftModel.from_pretrained(kind.from_pretrained(folder / BASE), folder / ADAPTER))
+        return logits(reloaded)
+    write_adapter_folder(folder / ADAPTER, result.adapter, result.other, format)
+    return logits(PeftModel.from_pretrained(reloaded, folder / ADAPTER))
 
 
 def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
@@ -118,16 +130,6 @@ def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
 
 def _rank(adapter: Adapter) -> int:
     return max((pair.rank for pair in adapter.values()), default=0)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    """The model's first output on fixed random tokens, 4 x 16."""
-    config: Any = model.config
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
-    output: Tensor = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
-    return output.double()
 
 
 def _vllm(form: str, rank: int, result: Result) -> str:

@@ -16,7 +16,7 @@ from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config, Truncation
 from fedex_lora.errors import ConfigError, TrainingError, WireError
 from fedex_lora.measure import Exactness, Held
-from fedex_lora.peft_io import write_result
+from fedex_lora.peft_io import Format, write_result
 from fedex_lora.server import start_of
 from fedex_lora.storage import append_event
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
@@ -51,7 +51,7 @@ class Federation:
         exchange: the transport.
         evaluate: the global model's metrics on the task's evaluation rows, from the server's state.
         realised: (state, ideal) -> the exactness of the model's own weights, and its floor.
-        peft_config: the adapters' PEFT configuration, for result folders.
+        format: how adapters are written, for result folders.
         facts: for manifests (base model, versions).
         ranks: client -> its rank, where they differ.
     """
@@ -60,7 +60,7 @@ class Federation:
     exchange: Exchange
     evaluate: Callable[[ServerState], dict[str, float]]
     realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float]]
-    peft_config: Mapping[str, Any]
+    format: Format
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)
 
@@ -170,11 +170,11 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         if useless := measure.useless_truncation(result):
             emit("warning", round=number, message=useless, tail=measure.tail(result))
         folder = out / "rounds" / f"{number:04d}"
-        write_result(folder, state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta, held=held)
+        write_result(folder, state, updates, result.weights, federation.format, federation.facts, before.base_delta, held=held)
         seconds = time.perf_counter() - began
         emit("round_done", round=number, metrics=federation.evaluate(state), bytes_down=down, bytes_up=up, seconds=seconds, **numbers)
     held_out[config.rounds] = _final_held_out(state, federation, books, out, emit)
-    write_result(out / "final", state, updates, result.weights, federation.peft_config, federation.facts, before.base_delta, held=held)
+    write_result(out / "final", state, updates, result.weights, federation.format, federation.facts, before.base_delta, held=held)
     best = _best(held_out, federation.facts)
     emit("run_done", rounds=config.rounds, best_round=best, held_out={str(number): metrics for number, metrics in held_out.items()})
     return state

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
@@ -21,8 +20,10 @@ from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.measure import Exactness
 from fedex_lora.partition import partition
 from fedex_lora.peft_io import (
-    FoldedBase,
+    FrozenBase,
     add_lora,
+    format_of,
+    frozen_bytes,
     load_base,
     load_tokenizer,
     read_model,
@@ -74,7 +75,7 @@ class InProcess:
             model = add_lora(loaded, config.lora, task.kind)
             set_trained(model, method.trained(1))
         self.model = model
-        self._base = FoldedBase(model)
+        self._base = FrozenBase(model, config.base.delta, config.base.compaction)
         self._base_delta: Mapping[str, Delta] = {}
         self._version, self._versions = 0, dict[str, int]()
         self._log: dict[int, Mapping[str, LowRank]] = {}
@@ -106,7 +107,7 @@ class InProcess:
             exchange=self.exchange,
             evaluate=self.evaluate,
             realised=self.realised,
-            peft_config=peft_config(self.model),
+            format=format_of(self.model),
             facts=self.facts(),
             ranks=self._ranks,
         )
@@ -190,7 +191,7 @@ class InProcess:
             return
         for client in self._data:
             adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), self._own.get(client))
-            write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, peft_config(self.model))
+            write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, format_of(self.model))
 
     def facts(self) -> dict[str, Any]:
         """For the manifest and the first event."""
@@ -200,12 +201,16 @@ class InProcess:
             "base_model": os.path.abspath(model) if Path(model := self._config.base.model).is_dir() else model,
             "base_fingerprint": self._base.fingerprint(),
             "task": self._config.task.name,
-            "task_type": peft_config(self.model).get("task_type") or {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task.kind],
+            "task_type": format_of(self.model).config.get("task_type")
+            or {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task.kind],
             "headline": task.headline,
             "greater_is_better": task.greater_is_better,
             "trainable_parameters": trained,
             "total_parameters": total,
-            "base_bytes": 4 * (total - trained),
+            "base_bytes": frozen_bytes(self.model),
+            "base_dtype": self._config.base.dtype,
+            "base_quantization": self._config.base.quantization,
+            "base_delta": self._base.homes,
             "train_rows": {client: len(data.train) for client, data in self._data.items()},
             "torch_threads": torch.get_num_threads(),
             "versions": versions(),
@@ -234,21 +239,7 @@ def run(config: Config, out: Path, emit: Emit) -> ServerState:
     return state
 
 
-def peft_config(model: nn.Module) -> dict[str, Any]:
-    """The PEFT configuration as plain JSON values; empty without LoRA."""
-    if not isinstance(model, PeftModel):
-        return {}
-    config = model.peft_config["default"].to_dict()
-    return {
-        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in config.items() if _plain(value)
-    }
-
-
 def _same(left: Mapping[str, LowRank], right: Mapping[str, LowRank]) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(gain.U, right[name].U) and torch.equal(gain.V, right[name].V) for name, gain in left.items()
     )
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | list | dict | set | None)

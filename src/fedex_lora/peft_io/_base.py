@@ -1,50 +1,63 @@
-"""The frozen base: `W = W0 + D`, always from the pristine W0, so that setting the same D twice is setting it once."""
+"""The frozen base `W0 + D`: D folded into the weight where that is exact, or kept beside it where it is not."""
 
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from fedex_lora.aggregation.lowrank import factorise
+from fedex_lora.aggregation.truncation import truncate
+from fedex_lora.config import Truncation
 from fedex_lora.errors import ModelError
 from fedex_lora.measure import Exactness, fp32_floor
-from fedex_lora.peft_io._model import lora_layers, read_model
-from fedex_lora.types import Delta
+from fedex_lora.peft_io._folders import PREFIX
+from fedex_lora.peft_io._layers import Layer, keep_unpacked
+from fedex_lora.peft_io._model import lora_layers
+from fedex_lora.types import Delta, Dense
+
+Where: TypeAlias = Literal["auto", "fold", "side"]
 
 
-class FoldedBase:
-    """The weights under a PEFT model's adapters, with the base delta folded into them (fp32 only).
+class FrozenBase:
+    """The weights under a PEFT model's adapters, and what they have gained.
 
-    W0 is not kept in memory where the model came from a safetensors checkpoint whose bytes equal the loaded weight: it is read again
-    from the memory-mapped file. A weight that the file does not hold as it is (random, converted) is kept as a copy.
+    A delta has two homes. *Folded* into the weight, `W = W0 + D`, always from the pristine W0, so that setting the same D twice is setting
+    it once: exact to rounding in float32, and free at run time. Or as a *side* path, `W0 x + U (V x)`, a frozen low-rank product whose
+    factors stay float32: for weights of 16 bits or quantised, where folding would lose most of D, and for weights that another module
+    shares (tied embeddings), where folding would change both.
+
+    Args:
+        model: a PEFT model; changed in place.
+        where: "auto" folds float32 weights of their own, and keeps the others' deltas beside them; "fold" and "side" say it for all.
+        compaction: keep only so much of every side path (rank or energy); what the model lacks then is `compaction_error`.
 
     Raises:
-        ModelError: the base is not fp32, or a target's weight is shared with another module (folding would change both).
+        ModelError: to be folded into a weight that is not float32, or is shared.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._layers = {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
-        targets = {id(layer) for layer in self._layers.values()}
-        elsewhere = {
-            parameter.data_ptr(): name
-            for name, module in model.named_modules(remove_duplicate=False)
-            if id(module) not in targets
-            for parameter in module.parameters(recurse=False)
-        }
-        for name, layer in self._layers.items():
-            if layer.weight.dtype != torch.float32:
-                raise ModelError(
-                    f"the base weight {name} is {layer.weight.dtype}: folding is exact in float32 only; set base.dtype = 'float32'"
-                )
-            if layer.weight.data_ptr() in elsewhere:
-                raise ModelError(f"{name} shares its weight with {elsewhere[layer.weight.data_ptr()]}: leave it out of lora.target_modules")
+    def __init__(self, model: nn.Module, where: Where = "auto", compaction: Truncation | None = None) -> None:
+        self._model, self._compaction = model, compaction
+        self._layers = lora_layers(model)
+        keep_unpacked(model)
+        owners = _owners(model)
         checkpoint = _Checkpoint(getattr(getattr(model, "config", None), "_name_or_path", ""))
-        self._pristine = {name: checkpoint.source(name, layer.weight) for name, layer in self._layers.items()}
-        self._changed: set[str] = set()
+        self._homes: dict[str, _Home] = {}
+        for name, layer in self._layers.items():
+            why_not = _why_not_fold(layer, owners)
+            if where == "fold" and why_not:
+                raise ModelError(f"{name} {why_not}: set base.delta = 'auto' or 'side'")
+            side = where == "side" or (where == "auto" and why_not is not None)
+            self._homes[name] = _Side(layer) if side else _Fold(layer, checkpoint)
+        if compaction is not None and not self.homes["side"]:
+            raise ModelError(
+                "base.compact_rank and compact_tolerance are for side paths, and all deltas are folded: set base.delta = 'side'"
+            )
+        self._now: dict[str, Delta] = {}
+        self._dropped: dict[str, tuple[float, float]] = {}
 
     @torch.no_grad()
     def set(self, base_delta: Mapping[str, Delta]) -> None:
@@ -53,49 +66,170 @@ class FoldedBase:
         Raises:
             ModelError: a module that the model does not have, or another shape.
         """
-        for name in self._changed - base_delta.keys():
-            self._layers[name].weight.copy_(self._pristine[name]())
         for name, delta in base_delta.items():
-            if name not in self._layers:
+            if name not in self._homes:
                 raise ModelError(f"the base delta has a module {name} that this model has no adapter on: is it another base model?")
-            weight = oriented(self._layers[name])
-            if weight.shape != delta.shape:
-                raise ModelError(
-                    f"the base delta of {name} is {delta.shape}, the model's weight {tuple(weight.shape)}: is it another base model?"
-                )
-            weight.copy_(self._w0(name) + delta.dense(torch.float32).to(weight.device))
-        self._changed = set(base_delta)
+            shape = tuple(self._layers[name].weight().shape) if delta is not self._now.get(name) else delta.shape
+            if shape != delta.shape:
+                raise ModelError(f"the base delta of {name} is {delta.shape}, the model's weight {shape}: is it another base model?")
+        for name, home in self._homes.items():
+            delta_now, wanted = self._now.get(name), base_delta.get(name)
+            if wanted is not delta_now:
+                self._dropped.pop(name, None)
+                home.set(self._compacted(name, wanted) if isinstance(home, _Side) and wanted is not None else wanted)
+        self._now = dict(base_delta)
+
+    def _compacted(self, name: str, delta: Delta) -> Delta:
+        if self._compaction is None:
+            return delta
+        whole = factorise(delta)
+        kept, dropped = truncate({name: whole}, self._compaction, whole.rank)
+        self._dropped[name] = dropped[name], float(torch.linalg.matrix_norm(delta.dense()))
+        return kept.get(name, Dense(W=torch.zeros(delta.shape, dtype=torch.float32)))
+
+    @property
+    def compaction_error(self) -> float:
+        """`|D - what the side paths hold| / |D|` over all side modules, as last set."""
+        dropped, size = (sum(pair[index] ** 2 for pair in self._dropped.values()) ** 0.5 for index in (0, 1))
+        return dropped / size if size else 0.0
+
+    @property
+    def homes(self) -> dict[str, int]:
+        """How many modules' deltas are folded, and how many stay beside."""
+        side = sum(isinstance(home, _Side) for home in self._homes.values())
+        return {"fold": len(self._homes) - side, "side": side}
 
     def fingerprint(self) -> str:
-        """sha256 of the kind of model and of the pristine weights under the adapters: their names, shapes, and 256 values of each."""
+        """sha256 of the kind of model and of the pristine weights under the adapters: their names, shapes, and 256 values of each.
+
+        Of a quantised weight, packed as it is, so such a base is known by its precision too.
+        """
         digest = hashlib.sha256(str(getattr(getattr(self._model, "config", None), "model_type", "")).encode())
         for name in sorted(self._layers):
-            weight = self._w0(name).cpu()
-            sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)][:256].float().contiguous()
+            weight = self._layers[name].base.weight.detach() if self._layers[name].quantised else self._homes[name].w0()
+            sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)][:256].cpu().float().contiguous()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
 
+    @torch.no_grad()
     def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
-        """The model's own weights, `W + s B A`, against `W0 + ideal` in fp64, and the floor `eps |W| / |ideal|` of the worst module."""
+        """What the model's own layers compute, against `W0 + ideal` in fp64 (W0 as stored: dequantised, upcast).
+
+        Of a folded module the weight is read, `W + s B A`. A module with a side path is run, in its own precision, on random inputs.
+
+        Returns:
+            (the errors, and the floor `eps |W| / |ideal|` of the worst module, eps of the precision that it computes in).
+        """
         error, size, floor = {}, {}, 0.0
-        adapter = read_model(self._model)
         for name, delta in ideal.items():
-            target = self._w0(name).double().cpu() + delta.dense()
-            got = oriented(self._layers[name]).double().cpu() + adapter[name].delta()
-            error[name] = float(torch.linalg.matrix_norm(got - target))
-            size[name] = float(torch.linalg.matrix_norm(delta.dense()))
-            floor = max(floor, fp32_floor(float(torch.linalg.matrix_norm(target)), size[name]))
+            error[name], size[name], here = self._homes[name].realised(delta, getattr(self._model, "dtype", torch.float32))
+            floor = max(floor, here)
         return Exactness(error=error, ideal=size), floor
 
-    def _w0(self, name: str) -> Tensor:
-        w0 = self._pristine[name]()
-        return w0.T if isinstance(self._layers[name], Conv1D) else w0
+
+class _Home(Protocol):
+    """Where one module's delta lives."""
+
+    def set(self, delta: Delta | None) -> None: ...
+
+    def w0(self) -> Tensor: ...
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]: ...
 
 
-def oriented(layer: nn.Module) -> Tensor:
-    """The layer's weight as `out x in`: a view, transposed for GPT-2's Conv1D, which stores `in x out`."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, assignment]
-    return weight.T if isinstance(layer, Conv1D) else weight
+class _Fold:
+    """`W = W0 + D`. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
+
+    def __init__(self, layer: Layer, checkpoint: "_Checkpoint") -> None:
+        self._layer, self._pristine = layer, checkpoint.source(layer.name, layer.base.weight)
+
+    def set(self, delta: Delta | None) -> None:
+        if delta is None:
+            self._layer.base.weight.copy_(self._pristine())
+        else:
+            self._layer.weight().copy_(self.w0() + delta.dense(torch.float32).to(self._layer.base.weight.device))
+
+    def w0(self) -> Tensor:
+        return self._layer.oriented(self._pristine())
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
+        target = self.w0().double().cpu() + ideal.dense()
+        got = self._layer.weight().double().cpu() + self._layer.pair().delta().cpu()
+        norm = torch.linalg.matrix_norm
+        size = float(norm(ideal.dense()))
+        return float(norm(got - target)), size, fp32_floor(float(norm(target)), size)
+
+
+class _Side:
+    """`W0 x + U (V x)`: a frozen product in float32 that the layer itself carries, outside its state dict."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        layer.base.base_delta = SidePath(layer)
+        layer.base.register_forward_hook(layer.base.base_delta.added)
+
+    def set(self, delta: Delta | None) -> None:
+        self._layer.base.base_delta.hold(delta)
+
+    def w0(self) -> Tensor:
+        return self._layer.weight()
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
+        x = self._layer.probe(torch.Generator().manual_seed(0))
+        x = (x.to(compute) if x.is_floating_point() else x).to(self._layer.base.weight.device)
+        training = self._layer.peft.training
+        got = self._layer.peft.eval()(x).double().cpu()
+        self._layer.peft.train(training)
+        x, matrix = x.double().cpu() if x.is_floating_point() else x.cpu(), ideal.dense()
+        change, target = (self._layer.apply(x, [W]) for W in (matrix, self.w0().double().cpu() + matrix))
+        if getattr(self._layer.base, "bias", None) is not None:
+            bias = self._layer.base.bias.detach().double().cpu()
+            target = target + bias.reshape(-1, *[1] * (target.ndim - 2)) if self._layer.layout.kernel else target + bias
+        norm = torch.linalg.vector_norm
+        return float(norm(got - target)), float(norm(change)), fp32_floor(float(norm(target)), float(norm(change)), compute)
+
+
+class SidePath(nn.Module):
+    """What a layer's output gains from its base delta: computed from float32 factors, and rounded once, with the output."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self._layer = layer
+        self.hold(None)
+
+    def hold(self, delta: Delta | None) -> None:
+        """Take factors, a matrix, or nothing."""
+        device = self._layer.base.weight.device
+        parts = (None, None) if delta is None else (None, delta.W) if isinstance(delta, Dense) else (delta.V, delta.U)
+        for name, part in zip(("first", "last"), parts, strict=True):
+            self.register_buffer(name, None if part is None else part.detach().float().to(device), persistent=False)
+
+    def added(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The forward hook: `output + D x`."""
+        matrices = [part for part in (self.first, self.last) if isinstance(part, Tensor)]
+        if not matrices:
+            return output
+        gained = self._layer.apply(args[0], matrices)
+        return (output.to(gained.dtype) + gained).to(output.dtype)
+
+
+def _owners(model: nn.Module) -> dict[int, dict[int, str]]:
+    """Address of a weight -> the modules that use it, by identity, with their names."""
+    owners: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter.data_ptr(), {})[id(module)] = name.removeprefix(PREFIX)
+    return owners
+
+
+def _why_not_fold(layer: Layer, owners: Mapping[int, Mapping[int, str]]) -> str | None:
+    weight = layer.base.weight
+    if layer.quantised:
+        return f"is quantised ({type(weight).__name__}), and folding would lose the base delta"
+    if weight.dtype != torch.float32:
+        return f"is {weight.dtype}, and folding is exact in float32 only"
+    others = [name for module, name in owners[weight.data_ptr()].items() if module != id(layer.base)]
+    return f"shares its weight with {others[0]}, and folding would change both" if others else None
 
 
 class _Checkpoint:

@@ -4,20 +4,29 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import concatenate, factorise
-from fedex_lora.errors import AdapterError, StorageError
+from fedex_lora.errors import AdapterError, AggregationError, StorageError
+from fedex_lora.peft_io._layers import LINEAR, Layout
 from fedex_lora.storage import load_tensors, save_tensors
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
+_FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])$")
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """How an adapter is written: its PEFT configuration as plain JSON values, and the layout of modules that are not linear."""
+
+    config: Mapping[str, Any]
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +36,16 @@ class AdapterFolder:
     Attributes:
         adapter: module path -> LoRA factors with their scaling.
         other: the remaining tensors (heads, `modules_to_save`, biases), named as in the model.
-        config: `adapter_config.json`.
+        format: how it was written, `adapter_config.json` within.
     """
 
     adapter: dict[str, LoRAPair]
     other: dict[str, Tensor]
-    config: dict[str, Any]
+    format: Format
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.format.config
 
     @property
     def base_model(self) -> str | None:
@@ -58,20 +71,21 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         match = _FACTOR.match(name)
         if match is None:
             other[name] = tensor
-        elif match["embedding"] or tensor.ndim != 2:
-            raise AdapterError(
-                f"{folder}: module {match['module']} is an embedding or a convolution: only linear layers are aggregated so far"
-            )
         else:
-            factors.setdefault(match["module"], {})[match["factor"]] = tensor
+            factors.setdefault(match["module"], {})[match["part"]] = tensor
     adapter: dict[str, LoRAPair] = {}
-    for module, pair in factors.items():
-        if pair.keys() != {"A", "B"}:
-            raise AdapterError(f"{folder}: module {module} has only one of its two factors: copy the adapter again")
-        adapter[module] = LoRAPair(A=pair["A"], B=pair["B"], scaling=scaling_of(config, module, pair["A"].shape[0]))
+    layouts: dict[str, Layout] = {}
+    for module, parts in factors.items():
+        try:
+            layouts[module], A, B = Layout.read(parts)
+            adapter[module] = LoRAPair(A=A, B=B, scaling=scaling_of(config, module, A.shape[0]))
+        except (AdapterError, AggregationError) as error:
+            raise AdapterError(f"{folder}: module {module}: {error}: copy the adapter again") from None
     if not adapter:
         raise AdapterError(f"{folder} has no LoRA factors: is it an adapter of another kind?")
-    return AdapterFolder(adapter=adapter, other=other, config=config)
+    frozen = {f"{module}.base_layer.weight" for module in adapter}  # PEFT saves the embedding under an adapter with it
+    other = {name: tensor for name, tensor in other.items() if name not in frozen}
+    return AdapterFolder(adapter=adapter, other=other, format=Format(config=config, layouts=layouts))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -106,6 +120,11 @@ def require_plain_lora(config: Mapping[str, Any], where: str) -> None:
         "trainable_token_indices",
         "use_qalora",
         "layer_replication",
+        "velora_config",
+        "monteclora_config",
+        "use_bdlora",
+        "arrow_config",
+        "ensure_weight_tying",
     ):
         if config.get(key):
             raise AdapterError(f"{where}: {key} is set, and the sum of such updates is not the sum of their factors: train without it")
@@ -157,15 +176,15 @@ def _commonest(values: Mapping[str, Any]) -> Any:
     return max(sorted(set(values.values())), key=list(values.values()).count)
 
 
-def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
+def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Tensor], like: Format) -> None:
     """Write a folder that plain PEFT loads (into a folder that nobody reads yet)."""
     tensors = {
-        f"{PREFIX}{module}.lora_{part}.weight": tensor
+        f"{PREFIX}{module}.{part}": tensor
         for module, pair in adapter.items()
-        for part, tensor in (("A", pair.A), ("B", pair.B))
+        for part, tensor in like.layouts.get(module, LINEAR).stored(pair).items()
     }
     save_tensors(folder / WEIGHTS, tensors | {f"{PREFIX}{name}": tensor for name, tensor in other.items()}, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like.config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def stacked(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:

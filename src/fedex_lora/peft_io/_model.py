@@ -1,6 +1,7 @@
 """Base models, PEFT models, and the tensors in them that are trained."""
 
 import contextlib
+import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from fedex_lora.config import Base, Lora
 from fedex_lora.errors import AdapterError, ModelError
-from fedex_lora.peft_io._folders import PREFIX, require_plain_lora
+from fedex_lora.peft_io._folders import PREFIX, Format, require_plain_lora
+from fedex_lora.peft_io._layers import ADAPTER, Layer, is_quantised, keep_unpacked, layer_of
 from fedex_lora.types import Adapter, LoRAPair
 
 Kind: TypeAlias = Literal["classification", "causal-lm", "features"]
@@ -50,10 +54,33 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
                 return Loaded(auto.from_config(shape).to(getattr(torch, base.dtype)), [])
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
+            if base.quantization != "none":
+                options["quantization_config"] = _quantization(base, auto, options["dtype"], config)
             model, info = auto.from_pretrained(base.source, **options)
+            keep_unpacked(model)
             return Loaded(model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
+
+
+def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:
+    """bitsandbytes' settings: linear layers only, without heads, tied and output embeddings, and poolers (which may be new)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("it needs bitsandbytes: pip install 'fedex-lora[quantized]'")
+    options = {"trust_remote_code": base.trust_remote_code}
+    with torch.device("meta"):
+        shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
+    kept = [*get_keys_to_not_convert(shape), *heads_of(shape), "pooler"]
+    if base.quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=base.quantization, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+    )
+
+
+def heads_of(model: PreTrainedModel) -> list[str]:
+    """The modules on top of the body, which has a name of its own in every architecture."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -112,7 +139,7 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         modules_to_save=sorted({*(lora.modules_to_save or []), *fresh}) or None,
     )
     try:
-        wrapped = get_peft_model(loaded.model, config)
+        wrapped = wrap(loaded.model, config)
     except (ValueError, TypeError, re.error) as error:
         raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules") from None
     require_plain_lora(config.to_dict(), "lora")
@@ -125,39 +152,73 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     return wrapped
 
 
+def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`get_peft_model`, where all that is trained is float32, whatever the base is.
+
+    PEFT sees to the adapters. Modules that are trained whole would stay in 16 bits, where small steps and means are lost: they become
+    float32, their inputs with them; and their outputs return to the base's precision unless they are the model's own (a head).
+    """
+    wrapped = get_peft_model(model, config)
+    for name, module in wrapped.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        trained = module.modules_to_save[ADAPTER]
+        if any(is_quantised(inner) for inner in trained.modules()):
+            raise ValueError(f"{name.removeprefix(PREFIX)} is quantised and cannot be trained whole: leave it out of lora.modules_to_save")
+        if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained.parameters()):
+            trained.float()
+            trained.register_forward_pre_hook(_cast_inputs)
+            if "." in name.removeprefix(PREFIX):
+                module.register_forward_hook(_cast_outputs)
+    return wrapped
+
+
+def _cast_inputs(trained: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return _cast(args, next(trained.parameters()).dtype)
+
+
+def _cast_outputs(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return _cast(output, next(module.original_module.parameters()).dtype)  # type: ignore[operator, union-attr]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def set_trained(model: nn.Module, factors: str) -> None:
     """Train the named factors ("AB", "A" or "B") of every adapter, and freeze the others."""
     for layer in lora_layers(model).values():
-        layer.lora_A["default"].weight.requires_grad_("A" in factors)
-        layer.lora_B["default"].weight.requires_grad_("B" in factors)
+        for part in "AB":
+            layer.parameter(part).requires_grad_(part in factors)
 
 
-def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Module path (as in the base model) -> PEFT layer.
+def lora_layers(model: nn.Module) -> dict[str, Layer]:
+    """Module path (as in the base model) -> its LoRA layer.
 
     Raises:
-        AdapterError: a layer other than a linear one.
+        AdapterError: a kind of layer that the algebra does not cover.
     """
-    layers: dict[str, Any] = {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    for name, layer in layers.items():
-        base = layer.get_base_layer()
-        if not isinstance(base, nn.Linear | transformers.pytorch_utils.Conv1D):
-            raise AdapterError(
-                f"module {name} is a {type(base).__name__}: only linear layers are covered so far: leave it out of lora.target_modules"
-            )
-    return layers
+    found = {name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer_of(name, module) for name, module in found.items()}
 
 
 def read_model(model: nn.Module) -> dict[str, LoRAPair]:
     """The adapter in a PEFT model, as copies; empty for a model without LoRA."""
-    return {
-        name: LoRAPair(
-            A=layer.lora_A["default"].weight.detach().clone(),
-            B=layer.lora_B["default"].weight.detach().clone(),
-            scaling=layer.scaling["default"],
-        )
-        for name, layer in lora_layers(model).items()
+    return {name: layer.pair() for name, layer in lora_layers(model).items()}
+
+
+def format_of(model: nn.Module) -> Format:
+    """How a model's adapter is written; an empty configuration without LoRA."""
+    if not isinstance(model, PeftModel):
+        return Format(config={})
+    config = {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in model.peft_config[ADAPTER].to_dict().items()
+        if isinstance(value, str | int | float | bool | list | dict | set | None)
     }
+    return Format(config=config, layouts={name: layer.layout for name, layer in lora_layers(model).items()})
 
 
 def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -186,21 +247,13 @@ def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor])
         odd = sorted((layers.keys() ^ adapter.keys()) | (parameters.keys() ^ other.keys()))
         raise AdapterError(f"the adapter does not fit the model: {odd[0]} ({len(odd)} such) is in one of them only")
     for name, layer in layers.items():
-        if layer.r["default"] != adapter[name].rank:
-            _resize(layer, adapter[name].rank)
-        _copy(name, layer.lora_A["default"].weight, adapter[name].A)
-        _copy(name, layer.lora_B["default"].weight, adapter[name].B)
-        layer.scaling["default"] = adapter[name].scaling
+        if layer.rank != adapter[name].rank:
+            layer.resize(adapter[name].rank)
+        _copy(name, layer.factor("A"), adapter[name].A)
+        _copy(name, layer.factor("B"), adapter[name].B)
+        layer.peft.scaling[ADAPTER] = adapter[name].scaling
     for name, parameter in parameters.items():
         _copy(name, parameter, other[name])
-
-
-def _resize(layer: Any, rank: int) -> None:
-    """Another rank for a layer's adapter: new factors in the place of the old ones, trained or frozen as those were."""
-    A, B = layer.lora_A["default"], layer.lora_B["default"]
-    A.weight = nn.Parameter(A.weight.new_zeros(rank, A.in_features), A.weight.requires_grad)
-    B.weight = nn.Parameter(B.weight.new_zeros(B.out_features, rank), B.weight.requires_grad)
-    A.out_features = B.in_features = layer.r["default"] = rank
 
 
 def _copy(name: str, target: Tensor, source: Tensor) -> None:
@@ -210,6 +263,12 @@ def _copy(name: str, target: Tensor, source: Tensor) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers that are trained, and all numbers."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    """Numbers that are trained, and all numbers (two in a byte of 4-bit weights)."""
+    per_element = {"Params4bit": 2}
+    sizes = [(per_element.get(type(p).__name__, 1) * p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """The size of what is not trained, as it is stored."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad)

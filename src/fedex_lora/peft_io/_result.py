@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,9 +15,9 @@ from fedex_lora.aggregation import METHODS, method_named
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.measure import Held
-from fedex_lora.peft_io._base import FoldedBase
-from fedex_lora.peft_io._folders import AdapterFolder, adapter_config, read_adapter_folder, stacked, write_adapter_folder
-from fedex_lora.peft_io._model import Kind, load_base, write_model
+from fedex_lora.peft_io._base import FrozenBase
+from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._model import Kind, load_base, wrap, write_model
 from fedex_lora.storage import (
     MANIFEST,
     atomic_folder,
@@ -61,7 +61,7 @@ class Result:
         weights: client id -> p_i.
         standalone: the whole update as one adapter, where it was written.
         manifest: method, round, inputs, versions, sha256 of every file.
-        config: the adapter's PEFT configuration.
+        format: how the adapter was written.
     """
 
     adapter: Mapping[str, LoRAPair]
@@ -73,7 +73,11 @@ class Result:
     weights: Mapping[str, float]
     standalone: AdapterFolder | None
     manifest: Mapping[str, Any]
-    config: Mapping[str, Any]
+    format: Format
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.format.config
 
 
 def write_result(
@@ -81,7 +85,7 @@ def write_result(
     state: ServerState,
     updates: Sequence[ClientUpdate],
     weights: Mapping[str, float],
-    config: Mapping[str, Any],
+    format: Format,
     facts: Mapping[str, Any],
     previous_delta: Mapping[str, Delta] | None = None,
     standalone: bool = False,
@@ -94,7 +98,7 @@ def write_result(
         state: after the round.
         updates: the participants', so that `verify` can recompute the ideal.
         weights: client id -> p_i.
-        config: the adapters' PEFT configuration.
+        format: how adapters are written.
         facts: for the manifest.
         previous_delta: the base delta before the round.
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
@@ -111,7 +115,7 @@ def write_result(
     ]
     with atomic_folder(folder, {"method": state.method, "round": state.round, "inputs": inputs, **facts}) as temporary:
         if state.adapter:
-            write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, config)
+            write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
             rank = max(pair.rank for pair in state.adapter.values())
             text = README.format(rank=rank, method=state.method, round=state.round, delta=DELTA, name=folder.name)
             (temporary / TRAINABLE / "README.md").write_text(text, encoding="utf-8")
@@ -125,7 +129,7 @@ def write_result(
             if held and held.get(update.client_id):
                 save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
         if standalone:
-            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, config)
+            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, format)
 
 
 def safe_name(client_id: str) -> str:
@@ -150,9 +154,9 @@ def read_result(folder: Path, check: bool = True) -> Result:
         raise StorageError(f"{folder} is not the result of an aggregation: give a round folder, final/ or the OUT of aggregate")
     if (folder / TRAINABLE).is_dir():
         trainable = read_adapter_folder(folder / TRAINABLE)
-        adapter, other, config = trainable.adapter, trainable.other, trainable.config
+        adapter, other, format = trainable.adapter, trainable.other, trainable.format
     else:
-        adapter, config = {}, {}
+        adapter, format = {}, Format(config={})
         other, _ = load_tensors(folder / WHOLE)
     previous = folder / PREVIOUS
     updates = [load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))]
@@ -169,7 +173,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         weights=weights,
         standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,
         manifest=manifest,
-        config=config,
+        format=format,
     )
 
 
@@ -181,7 +185,7 @@ def result_folders(path: Path) -> list[Path]:
 
 
 def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
-    """The model that a folder describes: the base with the base delta folded in, and the adapter on it.
+    """The model that a folder describes: the base with the base delta in it (folded, or beside it: see `FrozenBase`), and the adapter.
 
     Args:
         folder: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
@@ -207,33 +211,31 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
     return model
 
 
-def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FoldedBase]:
-    """As `load_model`, from a result in memory; also the folded base, which knows the pristine weights."""
-    model: nn.Module = base if isinstance(base, PreTrainedModel) else base_for(result, str(base))
+def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
+    """As `load_model`, from a result in memory; also the frozen base, which knows the pristine weights."""
+    model: Any = base if isinstance(base, PreTrainedModel) else base_for(result, str(base))
     if result.adapter:
         config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
         try:
-            model = get_peft_model(
-                model, LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__})
-            )  # type: ignore[arg-type]
+            model = wrap(model, LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}))
         except ValueError as error:
             raise ModelError(
                 f"this base has not the modules of the adapter: {str(error).splitlines()[0][:200]}: is it another model?"
             ) from None
-    folded = FoldedBase(model)
+    frozen = FrozenBase(model)
     known = result.manifest.get("base_fingerprint")
-    if known is not None and result.adapter and known != folded.fingerprint():
+    if known is not None and result.adapter and known != frozen.fingerprint():
         name = base if isinstance(base, str | Path) else "the model given"
         raise ModelError(
             f"{name} is not the base of this result: its weights differ from those of {result.manifest.get('base_model')}; give that one"
         )
-    folded.set(result.base_delta)
+    frozen.set(result.base_delta)
     write_model(model, result.adapter, result.other)
-    return model.eval(), folded
+    return model.eval(), frozen
 
 
 def base_for(result: Result, name: str) -> PreTrainedModel:
-    """The base with the head that the result was trained with."""
+    """The base in the precision, and with the head, that the result was trained with."""
     kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", None: "features"}
     task_type = result.config.get("task_type") if result.adapter else result.manifest.get("task_type")
     if task_type not in kinds:
@@ -243,4 +245,5 @@ def base_for(result: Result, name: str) -> PreTrainedModel:
         heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
         rows = [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
         options = {"num_labels": rows[0]} if rows else {}
-    return load_base(Base(model=name), kinds[task_type], **options).model
+    precision = {key: result.manifest[f"base_{key}"] for key in ("dtype", "quantization") if f"base_{key}" in result.manifest}
+    return load_base(Base(model=name, **precision), kinds[task_type], **options).model

@@ -1,0 +1,147 @@
+"""How exact a base of 16 or 4 bits is after ten federated rounds: the base delta beside its weights, and folded into them.
+
+Real runs (MiniLM on SST-2, stories260K on E2E), then the last round's model against the same base, dequantised and upcast, plus the ideal
+update in fp64, through the logits, relative to the change of logits that the base delta causes. Each in the precision that the run
+computes in, and in float32. `floor` is the same without any delta: what computing in that precision costs. `missing` is how much of the
+delta's effect is not there (one minus the least-squares factor between the model's change and the ideal one), which rounding hides less.
+
+    python benchmarks/precision.py --data FOLDER --minilm FOLDER --stories FOLDER --out benchmarks/results/precision.json
+"""
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedex_lora import verify
+from fedex_lora.client import quiet
+from fedex_lora.config import parse_config
+from fedex_lora.peft_io import in_float32, logits, open_model, read_result
+from fedex_lora.peft_io._layers import Layer
+from fedex_lora.peft_io._model import lora_layers
+from fedex_lora.runner import run
+
+ROWS = 256  # of 16 random tokens
+BASES = [("bfloat16", "none"), ("float32", "nf4"), ("bfloat16", "nf4"), ("float32", "int8"), ("float32", "none")]
+
+
+def configuration(which: str, args: argparse.Namespace, dtype: str, quantization: str) -> dict[str, Any]:
+    shared = {
+        "method": "fedex",
+        "rounds": args.rounds,
+        "torch_threads": 1,
+        "clients": {"count": 5, "partition": "dirichlet", "dirichlet_alpha": 1.0},
+    }
+    base = {"dtype": dtype, "quantization": quantization}
+    if which == "MiniLM":
+        return shared | {
+            "base": base | {"model": str(args.minilm)},
+            "task": {"name": "glue/sst2", "data": str(args.data / "glue"), "max_length": 64, "train_rows": args.rows, "eval_rows": 100},
+            "lora": {"r": 4, "alpha": 8, "target_modules": ["query", "value"]},
+            "training": {"learning_rate": 3e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1},
+        }
+    shared["clients"] = {"count": 5}
+    task = {
+        "name": "custom",
+        "kind": "causal-lm",
+        "train": "trainset.csv",
+        "eval": "devset.csv",
+        "prompt": "{mr} ||",
+        "completion": " {ref}",
+    }
+    return shared | {
+        "base": base | {"model": str(args.stories)},
+        "task": task | {"data": str(args.data / "e2e"), "max_length": 256, "train_rows": args.rows, "eval_rows": 100},
+        "lora": {"r": 4, "alpha": 8, "target_modules": "all-linear"},
+        "training": {"learning_rate": 5e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
+    }
+
+
+def fold(layer: Layer, update: torch.Tensor) -> None:
+    """Put an update into the weight as it is stored, rounding or quantising as that does."""
+    weight = layer.base.weight
+    total = layer.weight().double() + update
+    if not layer.quantised:
+        layer.weight().copy_(total.to(weight.dtype))
+        return
+    import bitsandbytes as bnb
+
+    if type(weight).__name__ == "Params4bit":
+        options = {"quant_type": weight.quant_type, "blocksize": weight.blocksize, "compress_statistics": weight.compress_statistics}
+        packed, state = bnb.functional.quantize_4bit(total.to(weight.quant_state.dtype).contiguous(), **options)
+        weight.data, weight.quant_state, layer.base.quant_state = packed, state, state
+    else:
+        packed, scale, _ = bnb.functional.int8_vectorwise_quant(total.half())
+        weight.data, weight.SCB, layer.base.state.SCB, layer.base.state.CB = packed, scale, scale, packed
+
+
+@torch.no_grad()
+def folded_answers(result: Any, base: str, float32: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `verify.model_answers`, of a base with the delta in its stored weights."""
+    model, frozen = open_model(result, base)
+    frozen.set({})
+    without = logits(in_float32(model) if float32 else model, ROWS)
+    for name, layer in lora_layers(model).items():
+        fold(layer, result.base_delta[name].dense())
+    return logits(model, ROWS), without
+
+
+def relative_size(result: Any, base: str) -> float:
+    """|D| / |W0| over all modules."""
+    model, _ = open_model(result, base)
+    layers, norm = lora_layers(model), torch.linalg.matrix_norm
+    delta = torch.stack([norm(gain.dense()) for gain in result.base_delta.values()]).norm()
+    return float(delta / torch.stack([norm(layers[name].weight().double()) for name in result.base_delta]).norm())
+
+
+def measured(which: str, args: argparse.Namespace, dtype: str, quantization: str) -> dict[str, Any]:
+    config = parse_config(configuration(which, args, dtype, quantization))
+    with tempfile.TemporaryDirectory() as folder:
+        out, last = Path(folder) / "run", {}
+        run(config, out, lambda event, **fields: last.update(fields) if event == "round_done" else None)
+        result, base = read_result(out / "final"), config.base.model
+        want, numbers = verify.ideal_answers(result, base, ROWS), {}
+        for home, answers in (("side", partial(verify.model_answers, rows=ROWS)), ("fold", folded_answers)):
+            for precision, float32 in (("", False), ("_float32", True)):
+                got = verify.Answers(*answers(result, base, float32), *want)
+                numbers |= {f"{home}{precision}": got.error, f"{home}{precision}_missing": abs(1 - got.share)}
+                numbers[f"floor{precision}"] = got.floor
+        return {
+            "model": which,
+            "dtype": dtype,
+            "quantization": quantization,
+            **numbers,
+            "delta_size": relative_size(result, base),
+            "exactness_error": last["exactness_error"],
+            "realised_error": last["realised_error"],
+            "realised_floor": last["floor"],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "minilm", "stories", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=name != "out")
+    parser.add_argument("--models", nargs="+", default=["stories260K", "MiniLM"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=2000)
+    args = parser.parse_args()
+    quiet()
+    rows = []
+    for which in args.models:
+        for dtype, quantization in BASES:
+            rows.append(measured(which, args, dtype, quantization))
+            print(
+                json.dumps({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in rows[-1].items()}),
+                flush=True,
+            )
+            if args.out:
+                args.out.write_text(json.dumps({"rounds": args.rounds, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The kinds of layer that LoRA adapts, each seen as one `out x in` matrix: the only place that knows how they differ.
+
+============  =======================  ==================  ==========================================
+layer         its weight               seen as             PEFT's factors, seen as `B` (out x r), `A` (r x in)
+============  =======================  ==================  ==========================================
+Linear        out x in                 itself              lora_B, lora_A
+Conv1D        in x out                 its transpose       lora_B, lora_A
+Conv1d/2d/3d  out x in x kernel        out x (in kernel)   lora_B, lora_A flattened the same way
+Embedding     vocabulary x dimension   itself              lora_embedding_A^T, lora_embedding_B^T
+============  =======================  ==================  ==========================================
+
+Quantised linear layers (bitsandbytes, 4 and 8 bits) are linear layers whose weight is read dequantised and never written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from fedex_lora.errors import AdapterError
+from fedex_lora.types import LoRAPair
+
+ADAPTER = "default"
+CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How PEFT stores the two factors of one module.
+
+    Attributes:
+        embedding: as two bare matrices, the other way round.
+        kernel: (in, *kernel) of a convolution; empty for linear layers.
+    """
+
+    embedding: bool = False
+    kernel: tuple[int, ...] = ()
+
+    def stored(self, pair: LoRAPair) -> dict[str, Tensor]:
+        """The tensors of a PEFT adapter file, by what follows the module's name."""
+        if self.embedding:
+            return {"lora_embedding_A": pair.B.T, "lora_embedding_B": pair.A.T}
+        A = pair.A.reshape(pair.rank, *self.kernel) if self.kernel else pair.A
+        B = pair.B.reshape(*pair.B.shape, *[1] * (len(self.kernel) - 1)) if self.kernel else pair.B
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor]) -> tuple["Layout", Tensor, Tensor]:
+        """The layout, A (`r x in`) and B (`out x r`) of the tensors of one module. The inverse of `stored`.
+
+        Raises:
+            AdapterError: not two factors of one kind.
+        """
+        match sorted(tensors):
+            case ["lora_embedding_A", "lora_embedding_B"]:
+                return Layout(embedding=True), tensors["lora_embedding_B"].T, tensors["lora_embedding_A"].T
+            case ["lora_A.weight", "lora_B.weight"]:
+                A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+                if A.ndim != B.ndim or A.ndim < 2 or prod(B.shape[2:]) != 1:
+                    raise AdapterError(f"its factors have shapes {tuple(A.shape)} and {tuple(B.shape)}, which make no layer's update")
+                return Layout(kernel=tuple(A.shape[1:]) if A.ndim > 2 else ()), A.flatten(1), B.flatten(1)
+        raise AdapterError("it has only one of its two factors")
+
+
+LINEAR = Layout()
+
+
+class Layer:
+    """One LoRA layer of a PEFT model; factors and weight are views as matrices, so writing into them writes into the model.
+
+    Args:
+        name: the module's path in the base model.
+        peft: PEFT's layer.
+        base: the layer that it wraps.
+    """
+
+    factors = ("lora_A", "lora_B")
+
+    def __init__(self, name: str, peft: Any, base: Any) -> None:
+        self.name, self.peft, self.base = name, peft, base
+
+    @property
+    def layout(self) -> Layout:
+        return LINEAR
+
+    @property
+    def quantised(self) -> bool:
+        return is_quantised(self.base)
+
+    @property
+    def rank(self) -> int:
+        return int(self.peft.r[ADAPTER])
+
+    def parameter(self, part: str) -> nn.Parameter:
+        """The parameter that holds A or B."""
+        holder = getattr(self.peft, self.factors["AB".index(part)])[ADAPTER]
+        return holder if isinstance(holder, nn.Parameter) else holder.weight
+
+    def factor(self, part: str) -> Tensor:
+        """A, `r x in`, or B, `out x r`."""
+        return self.parameter(part).detach()
+
+    def pair(self) -> LoRAPair:
+        """The factors, as copies."""
+        return LoRAPair(A=self.factor("A").clone(), B=self.factor("B").clone(), scaling=self.peft.scaling[ADAPTER])
+
+    def weight(self) -> Tensor:
+        """The base's weight, `out x in`: a view, or its dequantised values."""
+        return stored_weight(self.base)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A plain weight of this layer's shape as `out x in`: a view."""
+        return _oriented(self.base, weight)
+
+    def resize(self, rank: int) -> None:
+        """Another rank: new factors of zeros in the place of the old ones, trained or frozen as those were."""
+        A, B = (getattr(self.peft, name)[ADAPTER] for name in self.factors)
+        A.weight = nn.Parameter(A.weight.new_zeros(rank, *A.weight.shape[1:]), A.weight.requires_grad)
+        B.weight = nn.Parameter(B.weight.new_zeros(B.weight.shape[0], rank, *B.weight.shape[2:]), B.weight.requires_grad)
+        self._count(A, B, rank)
+        self.peft.r[ADAPTER] = rank
+
+    @staticmethod
+    def _count(A: Any, B: Any, rank: int) -> None:
+        A.out_features = B.in_features = rank
+
+    def apply(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """`W x` for the layer's input: of one matrix W (`out x in`), or of two whose product it is, V (`q x in`) and then U (`out x q`)."""
+        x = x.to(matrices[0].dtype)
+        for matrix in matrices:
+            x = functional.linear(x, matrix)
+        return x
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """An input: Gaussian, 64 vectors."""
+        return torch.randn(64, self.weight().shape[1], generator=generator)
+
+
+class Convolution(Layer):
+    """A convolution without groups, dilation or special padding."""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(kernel=tuple(self.base.weight.shape[1:]))
+
+    def factor(self, part: str) -> Tensor:
+        return super().factor(part).flatten(1)
+
+    @staticmethod
+    def _count(A: Any, B: Any, rank: int) -> None:
+        A.out_channels = B.in_channels = rank
+
+    def apply(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        (first, *rest), kernel = matrices, self.layout.kernel
+        convolve = CONVOLUTIONS[len(kernel) - 1]
+        x = convolve(x.to(first.dtype), first.reshape(-1, *kernel), None, self.base.stride, self.base.padding)
+        for matrix in rest:
+            x = convolve(x, matrix.reshape(*matrix.shape, *[1] * (len(kernel) - 1)))
+        return x
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        channels, *kernel = self.layout.kernel
+        return torch.randn(4, channels, *[2 * size + 1 for size in kernel], generator=generator)
+
+
+class Embedding(Layer):
+    """An embedding: its input picks rows of the weight, so U (or W) is looked up, and V multiplies from the right."""
+
+    factors = ("lora_embedding_B", "lora_embedding_A")
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(embedding=True)
+
+    def factor(self, part: str) -> Tensor:
+        return super().factor(part).T
+
+    def resize(self, rank: int) -> None:
+        for part, old in (("A", self.parameter("A")), ("B", self.parameter("B"))):
+            shape = (old.shape[0], rank) if part == "A" else (rank, old.shape[1])
+            getattr(self.peft, self.factors["AB".index(part)])[ADAPTER] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
+        self.peft.r[ADAPTER] = rank
+
+    def apply(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        looked_up, *rest = reversed(matrices)
+        rows = functional.embedding(x, looked_up)
+        for matrix in rest:
+            rows = rows @ matrix
+        scale = getattr(self.base, "embed_scale", None)  # Gemma's embeddings multiply what they look up
+        return rows if scale is None else rows * scale
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.weight().shape[0], (256,), generator=generator)
+
+
+def layer_of(name: str, peft: Any) -> Layer:
+    """The layer's kind.
+
+    Raises:
+        AdapterError: a kind whose update is not one matrix product.
+    """
+    base = peft.get_base_layer()
+    if isinstance(base, nn.Linear | Conv1D):
+        return Layer(name, peft, base)
+    if isinstance(base, nn.Embedding):
+        return Embedding(name, peft, base)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        plain = base.groups == 1 and set(base.dilation) == {1} and base.padding_mode == "zeros"
+        if plain:
+            return Convolution(name, peft, base)
+        raise AdapterError(
+            f"module {name} is a {type(base).__name__} with groups, dilation or {base.padding_mode} padding, where PEFT's update is no "
+            "convolution of the same form: leave it out of lora.target_modules"
+        )
+    raise AdapterError(
+        f"module {name} is a {type(base).__name__}; linear layers, convolutions and embeddings are covered: leave it out of "
+        "lora.target_modules"
+    )
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Are the layer's weights packed in 4 or 8 bits (bitsandbytes)?"""
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing 4-bit weights anew when it infers on a CPU: they cannot be trained on then, and are 0.8 % off."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def stored_weight(layer: Any) -> Tensor:
+    """A layer's weight as one matrix, `out x in`: a view where it is plain, float32 values where it is quantised."""
+    weight: Tensor = layer.weight.detach()
+    if is_quantised(layer):
+        return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).detach().float()
+    return _oriented(layer, weight)
+
+
+def _oriented(layer: nn.Module, weight: Tensor) -> Tensor:
+    return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
