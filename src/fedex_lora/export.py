@@ -15,7 +15,17 @@ from fedex_lora.aggregation.lowrank import frobenius
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
-from fedex_lora.peft_io import Result, base_for, load_tokenizer, open_model, read_result, stacked, write_adapter_folder
+from fedex_lora.peft_io import (
+    Result,
+    base_for,
+    image_shape,
+    kind_of,
+    load_processor,
+    open_model,
+    read_result,
+    stacked,
+    write_adapter_folder,
+)
 from fedex_lora.storage import atomic_folder, write_text
 from fedex_lora.types import Adapter, LoRAPair
 
@@ -68,7 +78,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         write_text(folder / "README.md", _card(facts, numbers, result))
         if rank is None and not error < SAME:
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
-    vllm = _vllm(form, int(numbers["rank"]), result)
+    vllm = _vllm(form, int(numbers["rank"]), result, name)
     return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
 
 
@@ -92,15 +102,15 @@ def _write(folder: Path, form: str, result: Result, run: nn.Module, adapter: Ada
         write_adapter_folder(folder, adapter, result.other, {**result.config, "base_model_name_or_path": name})
         return logits(PeftModel.from_pretrained(base_for(result, name), folder))
     kind: Any = type(run.get_base_model() if isinstance(run, PeftModel) else run)
-    tokenizer = load_tokenizer(Base(model=name))
+    processor = load_processor(Base(model=name), kind_of(result, name))
     if form == "merged":
         whole: Any = run.merge_and_unload() if isinstance(run, PeftModel) else run  # type: ignore[operator]
         whole.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         return logits(kind.from_pretrained(folder))
     write_adapter_folder(folder / ADAPTER, result.adapter, result.other, {**result.config, "base_model_name_or_path": BASE})
     run.unload().save_pretrained(folder / BASE)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder / BASE)
+    processor.save_pretrained(folder / BASE)
     return logits(PeftModel.from_pretrained(kind.from_pretrained(folder / BASE), folder / ADAPTER))
 
 
@@ -122,17 +132,21 @@ def _rank(adapter: Adapter) -> int:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """The model's first output on fixed random tokens, 4 x 16."""
+    """The model's first output on fixed random tokens, 4 x 16, or on 4 fixed random images."""
     config: Any = model.config
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
-    output: Tensor = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn(4, *image_shape(config), generator=generator)}
+    else:
+        tokens = torch.randint(config.get_text_config().vocab_size, (4, 16), generator=generator)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    output: Tensor = model.eval()(**inputs)[0]
     return output.double()
 
 
-def _vllm(form: str, rank: int, result: Result) -> str:
+def _vllm(form: str, rank: int, result: Result, name: str) -> str:
     """How vLLM serves it, or why not (vLLM: ranks of MaxLoRARanks, no modules_to_save, causal LMs)."""
-    if result.config.get("task_type") not in ("CAUSAL_LM", None):
+    if kind_of(result, name) not in ("causal-lm", "features"):
         return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
     if form == "merged":
         return "vllm serve OUT"

@@ -14,14 +14,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedex_lora.config import Base, Lora
+from fedex_lora.config import IMAGES, Base, Lora
 from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.peft_io._folders import PREFIX, require_plain_lora
 from fedex_lora.types import Adapter, LoRAPair
 
-Kind: TypeAlias = Literal["classification", "causal-lm", "features"]
-AUTO = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM", "features": "AutoModel"}
-TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "features": None}
+Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features"]
+AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    IMAGES: "AutoModelForImageClassification",
+    "features": "AutoModel",
+}
+TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: None, "features": None}
 
 
 class Loaded(NamedTuple):
@@ -50,10 +55,24 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
                 return Loaded(auto.from_config(shape).to(getattr(torch, base.dtype)), [])
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
+            if kind == IMAGES:
+                options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
             model, info = auto.from_pretrained(base.source, **options)
-            return Loaded(model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
+            misfit = {key for key, *_ in info["mismatched_keys"]}
+            if odd := sorted(key for key in misfit if key.partition(".")[0] not in image_heads(model)):
+                raise ValueError(f"{odd[0]} has another shape in the checkpoint than in config.json")
+            return Loaded(model, sorted({key.rpartition(".")[0] for key in info["missing_keys"] | misfit}))
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
+
+
+def takes_images(base: Base) -> bool:
+    """Can transformers classify images with it?"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+    except Exception:  # whoever loads it says why
+        return False
+    return type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -91,6 +110,13 @@ def _quiet() -> Iterator[None]:
 HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
 
 
+def image_heads(model: PreTrainedModel) -> set[str]:
+    """The modules of an image classifier beside its encoder, which is the model's own prefix, or else its largest part."""
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_children()}
+    body = model.base_model_prefix if model.base_model_prefix in sizes else max(sizes, key=lambda name: sizes[name])
+    return {name for name, size in sizes.items() if size and name != body}
+
+
 def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     """The model with new adapters (A random, B zero: set the seed first).
 
@@ -99,7 +125,10 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     Raises:
         AdapterError: no module fits, or one that the algebra does not cover, or a rank above a layer's size.
     """
-    fresh = [module for module in loaded.fresh if not HEADS & set(module.split("."))]
+    heads = image_heads(loaded.model) if kind == IMAGES else set[str]()  # PEFT has no type for images: it is told what the head is
+    if kind == IMAGES and not (heads or lora.modules_to_save):
+        raise AdapterError("the head of this model cannot be told from its encoder: name it in lora.modules_to_save")
+    fresh = [module for module in loaded.fresh if not (heads or HEADS) & set(module.split("."))]
     config = LoraConfig(
         task_type=TASK_TYPES[kind],
         r=lora.r,
@@ -109,7 +138,7 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         use_rslora=lora.rslora,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
-        modules_to_save=sorted({*(lora.modules_to_save or []), *fresh}) or None,
+        modules_to_save=sorted({*(lora.modules_to_save or []), *fresh, *heads}) or None,
     )
     try:
         wrapped = get_peft_model(loaded.model, config)
