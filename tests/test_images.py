@@ -10,7 +10,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tests import oracle
 from tests.test_runner import assert_same_bits, events_of, ignore
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    CLIPConfig,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from fedex_lora import load_model
 from fedex_lora.adapters import aggregate_folders
@@ -20,6 +29,7 @@ from fedex_lora.errors import AdapterError, ConfigError, DataError, ModelError, 
 from fedex_lora.export import export, logits
 from fedex_lora.partition import partition
 from fedex_lora.peft_io import load_processor, read_result
+from fedex_lora.peft_io._model import image_heads
 from fedex_lora.runner import InProcess, run
 from fedex_lora.storage import read_events
 from fedex_lora.tasks import collator, load_task
@@ -87,7 +97,8 @@ def configuration(data, base, random=False, **changes):
         "clients": {"partition": "column", "column": "site"},
         "training": {"learning_rate": 1e-2, "num_train_epochs": 4, "per_device_train_batch_size": 8},
     }
-    return parse_config({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in tree.items()})
+    merged = {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else changes.get(key, value) for key, value in tree.items()}
+    return parse_config({**changes, **merged})
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +224,13 @@ def test_channels_are_those_of_the_model(mode, channels, tmp_path):
     assert processor.pixels([picture("red", 0).convert(mode)]).shape == (1, channels, 32, 32)
 
 
+@pytest.mark.parametrize("config", [SwinConfig(embed_dim=16, depths=[1], num_heads=[2]), CLIPConfig()])
+def test_the_head_is_what_lies_beside_the_encoder(config):
+    """Also where the encoder is not called as the model's prefix (CLIP: `vision_model`). On the meta device: no weights."""
+    with torch.device("meta"):
+        assert image_heads(AutoModelForImageClassification.from_config(config)) == {"classifier"}
+
+
 def test_partitions_of_images(data):
     task = load_task(settings(data, train_rows=60), 0)
     for clients in (Clients(), Clients(partition="dirichlet"), Clients(partition="column", column="site")):
@@ -295,8 +313,12 @@ def test_bases_that_do_not_fit(data, shape, tmp_path, monkeypatch):
     ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"do not fit together: .*48.*preprocessor_config.json"):
         InProcess(configuration(data, tmp_path, random=True), ignore)
-    with pytest.raises(AdapterError, match="set lora.target_modules"):
-        InProcess(configuration(data, shape, random=True, lora={"target_modules": None}), ignore)
+    for modules in (None, ["query"]):
+        with pytest.raises(AdapterError, match=r"set lora.target_modules \(its linear layers are called .*k_proj, o_proj, q_proj, v_proj"):
+            InProcess(configuration(data, shape, random=True, lora={"target_modules": modules}), ignore)
+    ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ModelError, match="batch normalisation, whose running statistics are not averaged"):
+        InProcess(configuration(data, tmp_path / "resnet", random=True, method="centralised"), ignore)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'fedex-lora\[images\]'"):
         load_task(settings(data), 0)

@@ -53,7 +53,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
         with _quiet():
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
-                return Loaded(auto.from_config(shape).to(getattr(torch, base.dtype)), [])
+                return Loaded(_averageable(auto.from_config(shape)).to(getattr(torch, base.dtype)), [])
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
             if kind == IMAGES:
                 options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
@@ -61,9 +61,16 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
             misfit = {key for key, *_ in info["mismatched_keys"]}
             if odd := sorted(key for key in misfit if key.partition(".")[0] not in image_heads(model)):
                 raise ValueError(f"{odd[0]} has another shape in the checkpoint than in config.json")
-            return Loaded(model, sorted({key.rpartition(".")[0] for key in info["missing_keys"] | misfit}))
+            return Loaded(_averageable(model), sorted({key.rpartition(".")[0] for key in info["missing_keys"] | misfit}))
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
+
+
+def _averageable(model: Any) -> Any:
+    """The model, if all that training changes in it are parameters, which travel; running statistics do not."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()):
+        raise ValueError("it has batch normalisation, whose running statistics are not averaged: use a base with layer normalisation")
+    return model
 
 
 def takes_images(base: Base) -> bool:
@@ -143,7 +150,9 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     try:
         wrapped = get_peft_model(loaded.model, config)
     except (ValueError, TypeError, re.error) as error:
-        raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules") from None
+        linear = {name.rpartition(".")[2] for name, module in loaded.model.named_modules() if isinstance(module, nn.Linear)}
+        known = f" (its linear layers are called {', '.join(sorted(linear))})" if linear else ""
+        raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules{known}") from None
     require_plain_lora(config.to_dict(), "lora")
     for name, pair in read_model(wrapped).items():
         if pair.rank > min(pair.shape):
