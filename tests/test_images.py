@@ -49,7 +49,7 @@ def picture(name, seed):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """72 + 30 PNG files, and tables of them: names in csv and jsonl, bytes in parquet as the hub has them and plainly."""
+    """72 + 30 PNG files, and tables of them: names in csv and jsonl, bytes in parquet as the hub has them (with and without bytes) and plainly."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "png").mkdir()
     for split, count in (("train", 72), ("eval", 30)):
@@ -65,6 +65,7 @@ def data(tmp_path_factory):
         frame.assign(image=encoded).to_parquet(folder / f"{split}-plain.parquet")
         hub = [{"bytes": value, "path": f"{index}.png"} for index, value in enumerate(encoded)]
         frame.assign(image=hub).to_parquet(folder / f"{split}-hub.parquet")
+        frame.assign(image=[{"bytes": None, "path": row["image"]} for row in rows]).to_parquet(folder / f"{split}-paths.parquet")
     return folder
 
 
@@ -113,7 +114,7 @@ def assert_exact_and_learnt(folder):
     done = events_of(folder, "round_done")
     assert [event["round"] for event in done] == [1, 2]
     assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
-    assert done[-1]["metrics"]["accuracy"] > 0.6  # chance is 1/3
+    assert done[-1]["metrics"]["accuracy"] > 0.8  # chance is 1/3
 
 
 def test_a_vit_from_a_config_is_exact_and_learns(data, shape, tmp_path):
@@ -202,7 +203,7 @@ def settings(data, **changes):
     return Settings(**{"name": "custom", "kind": "image-classification", "data": data, "train": "train.csv", "eval": "eval.csv", **changes})
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train-plain.parquet", "train-hub.parquet"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train-plain.parquet", "train-hub.parquet", "train-paths.parquet"])
 def test_every_kind_of_file_gives_the_same_pixels(name, data, shape):
     processor = load_processor(Base(model=str(shape)), "image-classification")
 
