@@ -49,7 +49,7 @@ def picture(name, seed):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """72 + 30 PNG files, and tables of them: names in csv and jsonl, bytes in parquet as the hub has them (with and without bytes) and plainly."""
+    """72 + 30 PNG files, and tables of them: names in csv and jsonl, bytes in parquet plainly, or as the hub has them."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "png").mkdir()
     for split, count in (("train", 72), ("eval", 30)):
