@@ -318,11 +318,19 @@ def test_bases_that_do_not_fit(data, shape, tmp_path, monkeypatch):
         with pytest.raises(AdapterError, match=r"set lora.target_modules \(its linear layers are called .*k_proj, o_proj, q_proj, v_proj"):
             InProcess(configuration(data, shape, random=True, lora={"target_modules": modules}), ignore)
     ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(ModelError, match="batch normalisation, whose running statistics are not averaged"):
+    with pytest.raises(ModelError, match="resnet has batch normalisation, whose running statistics are not averaged"):
         InProcess(configuration(data, tmp_path / "resnet", random=True, method="centralised"), ignore)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'fedex-lora\[images\]'"):
         load_task(settings(data), 0)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(data, vit, tmp_path):
+    """Only a head may differ from what config.json says."""
+    ViTForImageClassification.from_pretrained(vit).save_pretrained(tmp_path)
+    ViTConfig(**{**SHAPE.to_dict(), "patch_size": 4}).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="vit.embeddings.* has another shape in the checkpoint"):
+        InProcess(configuration(data, tmp_path), ignore)
 
 
 def test_the_manifest_says_what_it_is(finished):

@@ -53,23 +53,25 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
         with _quiet():
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
-                return Loaded(_averageable(auto.from_config(shape)).to(getattr(torch, base.dtype)), [])
+                return Loaded(_averageable(auto.from_config(shape), base.model).to(getattr(torch, base.dtype)), [])
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
             if kind == IMAGES:
                 options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
             model, info = auto.from_pretrained(base.source, **options)
             misfit = {key for key, *_ in info["mismatched_keys"]}
             if odd := sorted(key for key in misfit if key.partition(".")[0] not in image_heads(model)):
-                raise ValueError(f"{odd[0]} has another shape in the checkpoint than in config.json")
-            return Loaded(_averageable(model), sorted({key.rpartition(".")[0] for key in info["missing_keys"] | misfit}))
+                raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
+            return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
+    except ModelError:
+        raise
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
 
 
-def _averageable(model: Any) -> Any:
+def _averageable(model: Any, name: str) -> Any:
     """The model, if all that training changes in it are parameters, which travel; running statistics do not."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()):
-        raise ValueError("it has batch normalisation, whose running statistics are not averaged: use a base with layer normalisation")
+        raise ModelError(f"{name} has batch normalisation, whose running statistics are not averaged: use a base with layer normalisation")
     return model
 
 
