@@ -329,7 +329,7 @@ def test_a_checkpoint_of_another_shape_is_refused(data, vit, tmp_path):
     """Only a head may differ from what config.json says."""
     ViTForImageClassification.from_pretrained(vit).save_pretrained(tmp_path)
     ViTConfig(**{**SHAPE.to_dict(), "patch_size": 4}).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="vit.embeddings.* has another shape in the checkpoint"):
+    with pytest.raises(ModelError, match=r"vit\.embeddings.* has another shape in the checkpoint"):
         InProcess(configuration(data, tmp_path), ignore)
 
 
