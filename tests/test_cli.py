@@ -143,7 +143,7 @@ def one_line(result, status):
         (["training.learning_rate=abc"], 2, "training.learning_rate = 'abc': give a finite number"),
         (["training.learning_rate=-1"], 2, "must be greater than zero"),
         (["training.per_device_train_batch_size=0"], 2, "must be greater than zero"),
-        (["training.optim=adamw_bnb_8bit"], 2, "refused by transformers"),
+        (["training.optim=lomo"], 2, "refused by transformers"),
         (["training.eval_on_start=true"], 2, "eval_on_start is set by fedex-lora"),
         (["seed=5000000000"], 2, "seed = 5000000000"),
         (["lora.target_modules=*"], 1, "set lora.target_modules"),

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
 
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.config import Config, nearest
-from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.config import IMAGES, Config, nearest
+from fedex_lora.errors import ConfigError, ModelError, TrainingError
 from fedex_lora.peft_io import read_model, read_other, set_trained
 from fedex_lora.tasks import Task, collator
 from fedex_lora.types import ClientUpdate
@@ -30,7 +30,7 @@ StepHook = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """A client's tokenised rows: to train on, and to measure on."""
+    """A client's rows, tokenised (images still encoded): to train on, and to measure on."""
 
     train: Dataset
     held_out: Dataset
@@ -38,11 +38,11 @@ class ClientData:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What every client of a run shares: settings, task, tokenizer."""
+    """What every client of a run shares: settings, task, tokenizer or image processor."""
 
     config: Config
     task: Task
-    tokenizer: Any
+    processor: Any
 
 
 def training_arguments(config: Config, output: str = "unused", seed: int = 0) -> TrainingArguments:
@@ -71,6 +71,8 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if config.task.kind == IMAGES:
+        ours["remove_unused_columns"] = False  # the model does not know the column `image`; the collator does
     try:
         return TrainingArguments(**{**config.training, **ours})
     except (ValueError, TypeError, ImportError) as error:
@@ -94,12 +96,25 @@ def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
 
     Raises:
         ConfigError: in the words of transformers.
+        ModelError: the image processor gives what the model does not take.
     """
     try:
         with _trainer(model, work, 0, rows, None) as trainer:
             trainer.create_optimizer()
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
+    if work.task.kind == IMAGES:
+        _try_one_image(model, rows, work)
+
+
+def _try_one_image(model: nn.Module, rows: Dataset, work: Work) -> None:
+    try:
+        evaluate(model, rows.select([0]), work)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{work.config.base.model}: its image processor and its model do not fit together: {str(error).splitlines()[0][:200]}: "
+            "correct preprocessor_config.json"
+        ) from None
 
 
 def local_update(
@@ -117,7 +132,7 @@ def local_update(
         model: with the global adapter and base in it; trained in place.
         client_id, round: with the run's seed they give the seed of dropout and of the order of rows.
         data: the client's rows.
-        work: settings, task, tokenizer.
+        work: settings, task, tokenizer or image processor.
         optimizer_state: Adam's moments from the client's last round; None: start anew.
         on_step: told of every step.
 
@@ -185,7 +200,7 @@ def _trainer(model: nn.Module, work: Work, seed: int, rows: Dataset | None, on_s
             model=model,
             args=training_arguments(work.config, folder, seed),
             train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=collator(work.task.kind, work.tokenizer),
+            data_collator=collator(work.task.kind, work.processor),
             compute_metrics=lambda prediction: work.task.metrics(_first_output(prediction)),
             preprocess_logits_for_metrics=_argmax if work.task.kind == "causal-lm" else None,
             callbacks=[_Steps(on_step)] if on_step else None,

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedex_lora.errors import ConfigError
 
 DEMO = "demo"
+IMAGES: Final = "image-classification"
 
 
 def base_folder() -> Path:
@@ -99,14 +100,27 @@ class Task(_Table):
     data: Path | None = Field(None, description="Folder of the data in its published layout; without it, the hub.")
     train: str | None = Field(None, description="custom: a jsonl, csv, tsv or parquet file, or HUB_NAME:SPLIT.")
     eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
-    kind: Literal["classification", "causal-lm"] = Field("classification", description="custom: what is predicted.")
+    kind: Literal["classification", "causal-lm", "image-classification"] = Field("classification", description="custom: what is predicted.")
     text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom classification: one or two text columns.")
-    label: str = Field("label", description="custom classification: the column of the class.")
+    image: str | None = Field(
+        None,
+        description="custom image-classification: the column of the image (`image` by default): a file relative to task.data, or the "
+        "encoded bytes (also as the hub's {bytes, path}).",
+    )
+    label: str = Field("label", description="custom classification, of texts or images: the column of the class.")
     prompt: str = Field("{prompt}", description="causal-lm: template of what the model reads; column names in braces.")
     completion: str = Field("{completion}", description="causal-lm: template of what it must say; the loss is on this part only.")
     max_length: int = Field(128, ge=2, description="Tokens; longer inputs are cut.")
     train_rows: int | None = Field(None, ge=1, description="Use this many training rows, drawn with the run's seed.")
     eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
+
+    @model_validator(mode="after")
+    def _images_are_for_images(self) -> "Task":
+        if self.image is not None and self.kind != IMAGES:
+            raise ValueError(f'task.image is for task.kind = "{IMAGES}", and the kind is {self.kind}: set the kind, or remove task.image')
+        if self.kind == IMAGES and self.name != "custom":
+            raise ValueError(f'task.kind = "{IMAGES}" is for task custom, and the task is {self.name}: set task.name = "custom"')
+        return self
 
 
 class Clients(_Table):

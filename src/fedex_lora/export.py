@@ -19,7 +19,8 @@ from fedex_lora.peft_io import (
     Result,
     base_for,
     in_float32,
-    load_tokenizer,
+    kind_of,
+    load_processor,
     logits,
     open_model,
     plain_model,
@@ -79,7 +80,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         write_text(folder / "README.md", _card(facts, numbers, result))
         if rank is None and not error < SAME:
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
-    vllm = _vllm(form, int(numbers["rank"]), result)
+    vllm = _vllm(form, int(numbers["rank"]), result, name)
     return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
 
 
@@ -108,7 +109,7 @@ def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str)
     whole: Any = plain_model(base, gained, result.other)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
-    load_tokenizer(Base(model=name)).save_pretrained(where)
+    load_processor(Base(model=name), kind_of(result, name)).save_pretrained(where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)
@@ -132,9 +133,9 @@ def _rank(adapter: Adapter) -> int:
     return max((pair.rank for pair in adapter.values()), default=0)
 
 
-def _vllm(form: str, rank: int, result: Result) -> str:
+def _vllm(form: str, rank: int, result: Result, name: str) -> str:
     """How vLLM serves it, or why not (vLLM: ranks of MaxLoRARanks, no modules_to_save, causal LMs)."""
-    if result.config.get("task_type") not in ("CAUSAL_LM", None):
+    if kind_of(result, name) not in ("causal-lm", "features"):
         return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
     if form == "merged":
         return "vllm serve OUT"

@@ -15,17 +15,18 @@ from transformers import set_seed
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
-from fedex_lora.config import Config, write_config
+from fedex_lora.config import IMAGES, Config, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.measure import Exactness
 from fedex_lora.partition import partition
 from fedex_lora.peft_io import (
+    IMAGE_TASK,
     FrozenBase,
     add_lora,
     format_of,
     frozen_bytes,
     load_base,
-    load_tokenizer,
+    load_processor,
     read_model,
     read_other,
     safe_name,
@@ -40,6 +41,7 @@ from fedex_lora.tasks import Task, load_task
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LowRank, ServerState
 from fedex_lora.wire import Download, decode_download, encode_update
 
+TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
 POOLED = "all"  # the one client of a centralised run
 
 
@@ -64,12 +66,12 @@ class InProcess:
         require_consistent(config, len(self._parts))
         self._ranks = dict(zip(sorted(self._parts), config.clients.ranks or [], strict=False))
         self._emit, self._config = emit, config
-        self._work = Work(config=config, task=task, tokenizer=load_tokenizer(config.base))
+        self._work = Work(config=config, task=task, processor=load_processor(config.base, task.kind))
         set_seed(config.seed)
         loaded = load_base(config.base, task.kind, **task.model_config)
         model: nn.Module = loaded.model
-        if self._work.tokenizer.pad_token_id is not None:
-            model.config.pad_token_id = self._work.tokenizer.pad_token_id  # type: ignore[union-attr]
+        if (padding := getattr(self._work.processor, "pad_token_id", None)) is not None:
+            model.config.pad_token_id = padding  # type: ignore[union-attr]
         if method.lora:
             set_seed(config.seed)
             model = add_lora(loaded, config.lora, task.kind)
@@ -88,13 +90,13 @@ class InProcess:
 
     def _tokenised(self, task: Task) -> tuple[dict[str, ClientData], Dataset]:
         """Every row tokenised once; clients hold selections. A pooled method has one client with all training rows."""
-        train = task.tokenize(self._work.tokenizer, task.train)
+        train = task.tokenize(self._work.processor, task.train)
         parts = self._parts
         if method_named(self._config.method).pooled:
             together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
             parts = {POOLED: (together[0], together[1])}
         data = {client: ClientData(train=train.select(mine), held_out=train.select(held)) for client, (mine, held) in parts.items()}
-        return data, task.tokenize(self._work.tokenizer, task.eval)
+        return data, task.tokenize(self._work.processor, task.eval)
 
     def initial(self) -> ServerState:
         """The state before round 1."""
@@ -201,8 +203,8 @@ class InProcess:
             "base_model": os.path.abspath(model) if Path(model := self._config.base.model).is_dir() else model,
             "base_fingerprint": self._base.fingerprint(),
             "task": self._config.task.name,
-            "task_type": format_of(self.model).config.get("task_type")
-            or {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task.kind],
+            "task_type": format_of(self.model).config.get("task_type") or TASK_TYPES[task.kind],
+            **({"labels": list(names.values())} if (names := task.model_config.get("id2label")) else {}),
             "headline": task.headline,
             "greater_is_better": task.greater_is_better,
             "trainable_parameters": trained,

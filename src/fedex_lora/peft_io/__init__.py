@@ -7,7 +7,6 @@ from fedex_lora.peft_io._model import (
     format_of,
     frozen_bytes,
     load_base,
-    load_tokenizer,
     read_model,
     read_other,
     set_trained,
@@ -15,22 +14,38 @@ from fedex_lora.peft_io._model import (
     write_model,
 )
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
-from fedex_lora.peft_io._result import Result, base_for, load_model, open_model, read_result, result_folders, safe_name, write_result
+from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
+from fedex_lora.peft_io._result import (
+    IMAGE_TASK,
+    Result,
+    base_for,
+    kind_of,
+    load_model,
+    open_model,
+    read_result,
+    result_folders,
+    safe_name,
+    write_result,
+)
 
 __all__ = [
+    "IMAGE_TASK",
     "AdapterFolder",
     "Format",
     "FrozenBase",
+    "ImageProcessor",
     "Result",
     "adapter_config",
     "add_lora",
     "base_for",
     "format_of",
     "frozen_bytes",
+    "image_shape",
     "in_float32",
+    "kind_of",
     "load_base",
     "load_model",
-    "load_tokenizer",
+    "load_processor",
     "logits",
     "open_model",
     "plain_model",
@@ -38,6 +53,7 @@ __all__ = [
     "read_model",
     "read_other",
     "read_result",
+    "require_pillow",
     "result_folders",
     "safe_name",
     "set_trained",

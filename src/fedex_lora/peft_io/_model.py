@@ -17,15 +17,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from fedex_lora.config import Base, Lora
+from fedex_lora.config import IMAGES, Base, Lora
 from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.peft_io._folders import PREFIX, Format, require_plain_lora
 from fedex_lora.peft_io._layers import ADAPTER, Layer, is_quantised, keep_unpacked, layer_of
 from fedex_lora.types import Adapter, LoRAPair
 
-Kind: TypeAlias = Literal["classification", "causal-lm", "features"]
-AUTO = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM", "features": "AutoModel"}
-TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "features": None}
+Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features"]
+AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    IMAGES: "AutoModelForImageClassification",
+    "features": "AutoModel",
+}
+TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: None, "features": None}
 
 
 class Loaded(NamedTuple):
@@ -52,13 +57,20 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
         with _quiet():
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
-                return Loaded(auto.from_config(shape).to(getattr(torch, base.dtype)), [])
+                return Loaded(_averageable(auto.from_config(shape), base.model).to(getattr(torch, base.dtype)), [])
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
+            if kind == IMAGES:
+                options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
             if base.quantization != "none":
                 options["quantization_config"] = _quantization(base, auto, options["dtype"], config)
             model, info = auto.from_pretrained(base.source, **options)
             keep_unpacked(model)
-            return Loaded(model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
+            misfit = {key for key, *_ in info["mismatched_keys"]}
+            if odd := sorted(key for key in misfit if key.partition(".")[0] not in heads_of(model)):
+                raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
+            return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
+    except ModelError:
+        raise
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
 
@@ -66,7 +78,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
 def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:
     """bitsandbytes' settings: linear layers only, without heads, tied and output embeddings, and poolers (which may be new)."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("it needs bitsandbytes: pip install 'fedex-lora[quantized]'")
+        raise ModelError("base.quantization needs bitsandbytes: pip install 'fedex-lora[quantized]'")
     options = {"trust_remote_code": base.trust_remote_code}
     with torch.device("meta"):
         shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
@@ -78,9 +90,20 @@ def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str
     )
 
 
-def heads_of(model: PreTrainedModel) -> list[str]:
-    """The modules on top of the body, which has a name of its own in every architecture."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+def _averageable(model: Any, name: str) -> Any:
+    """The model, if all that training changes in it are parameters, which travel; running statistics do not."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()):
+        raise ModelError(f"{name} has batch normalisation, whose running statistics are not averaged: use a base with layer normalisation")
+    return model
+
+
+def takes_images(base: Base) -> bool:
+    """Can transformers classify images with it?"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+    except Exception:  # whoever loads it says why
+        return False
+    return type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -118,6 +141,13 @@ def _quiet() -> Iterator[None]:
 HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
 
 
+def heads_of(model: PreTrainedModel) -> set[str]:
+    """The modules of an image classifier beside its encoder, which is the model's own prefix, or else its largest part."""
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_children()}
+    body = model.base_model_prefix if model.base_model_prefix in sizes else max(sizes, key=lambda name: sizes[name])
+    return {name for name, size in sizes.items() if size and name != body}
+
+
 def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     """The model with new adapters (A random, B zero: set the seed first).
 
@@ -126,7 +156,10 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     Raises:
         AdapterError: no module fits, or one that the algebra does not cover, or a rank above a layer's size.
     """
-    fresh = [module for module in loaded.fresh if not HEADS & set(module.split("."))]
+    heads = heads_of(loaded.model) if kind == IMAGES else set[str]()  # PEFT has no type for images: it is told what the head is
+    if kind == IMAGES and not (heads or lora.modules_to_save):
+        raise AdapterError("the head of this model cannot be told from its encoder: name it in lora.modules_to_save")
+    fresh = [module for module in loaded.fresh if not (heads or HEADS) & set(module.split("."))]
     config = LoraConfig(
         task_type=TASK_TYPES[kind],
         r=lora.r,
@@ -136,12 +169,14 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         use_rslora=lora.rslora,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
-        modules_to_save=sorted({*(lora.modules_to_save or []), *fresh}) or None,
+        modules_to_save=sorted({*(lora.modules_to_save or []), *fresh, *heads}) or None,
     )
     try:
         wrapped = wrap(loaded.model, config)
     except (ValueError, TypeError, re.error) as error:
-        raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules") from None
+        linear = {name.rpartition(".")[2] for name, module in loaded.model.named_modules() if isinstance(module, nn.Linear)}
+        known = f" (its linear layers are called {', '.join(sorted(linear))})" if linear else ""
+        raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules{known}") from None
     require_plain_lora(config.to_dict(), "lora")
     for name, pair in read_model(wrapped).items():
         if pair.rank > min(pair.shape):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from fedex_lora.errors import ModelError
 from fedex_lora.peft_io._layers import stored_weight
+from fedex_lora.peft_io._processor import image_shape
 from fedex_lora.types import Delta
 
 
@@ -75,9 +76,14 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module, rows: int = 4) -> Tensor:
-    """The model's first output on fixed random tokens, `rows` x 16, as fp64."""
+    """The model's first output on fixed random tokens, `rows` x 16, or on so many fixed random images; as fp64."""
     config: Any = model.config
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (rows, 16), generator=torch.Generator().manual_seed(0))
-    output: Tensor = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(rows, *image_shape(config), generator=generator)
+        inputs = {"pixel_values": pixels.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))}
+    else:
+        tokens = torch.randint(config.get_text_config().vocab_size, (rows, 16), generator=generator)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    output: Tensor = model.eval()(**inputs)[0]
     return output.double()

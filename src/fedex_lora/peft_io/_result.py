@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedex_lora.aggregation import METHODS, method_named
-from fedex_lora.config import Base
+from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.measure import Held
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
-from fedex_lora.peft_io._model import Kind, load_base, wrap, write_model
+from fedex_lora.peft_io._model import Kind, load_base, takes_images, wrap, write_model
 from fedex_lora.storage import (
     MANIFEST,
     atomic_folder,
@@ -32,6 +32,7 @@ from fedex_lora.storage import (
 )
 from fedex_lora.types import ClientUpdate, Delta, LoRAPair, ServerState
 
+IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
 TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
     "trainable",
     "base_delta.safetensors",
@@ -234,16 +235,30 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
     return model.eval(), frozen
 
 
-def base_for(result: Result, name: str) -> PreTrainedModel:
-    """The base in the precision, and with the head, that the result was trained with."""
-    kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", None: "features"}
-    task_type = result.config.get("task_type") if result.adapter else result.manifest.get("task_type")
+def kind_of(result: Result, name: str) -> Kind:
+    """The kind of model that the result was trained as; `name` of the base tells where the result does not (PEFT has no type for images).
+
+    Raises:
+        ModelError: none of ours.
+    """
+    kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", IMAGE_TASK: IMAGES, None: "features"}
+    task_type = (result.config.get("task_type") if result.adapter else None) or result.manifest.get("task_type")
     if task_type not in kinds:
         raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to load_model")
-    options: dict[str, Any] = {}
-    if kinds[task_type] == "classification":
-        heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-        rows = [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
+    return IMAGES if task_type is None and _head_rows(result) and takes_images(Base(model=name)) else kinds[task_type]
+
+
+def _head_rows(result: Result) -> list[int]:
+    heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+    return [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
+
+
+def base_for(result: Result, name: str) -> PreTrainedModel:
+    """The base with the head that the result was trained with."""
+    kind, options, rows = kind_of(result, name), dict[str, Any](), _head_rows(result)
+    if kind in ("classification", IMAGES):
         options = {"num_labels": rows[0]} if rows else {}
+    if labels := dict(enumerate(result.manifest.get("labels", []))):
+        options = {"num_labels": len(labels), "id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     precision = {key: result.manifest[f"base_{key}"] for key in ("dtype", "quantization") if f"base_{key}" in result.manifest}
-    return load_base(Base(model=name, **precision), kinds[task_type], **options).model
+    return load_base(Base(model=name, **precision), kind, **options).model

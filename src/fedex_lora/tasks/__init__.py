@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks import custom, demo, glue
-from fedex_lora.tasks._task import Task, collator
+from fedex_lora.tasks._images import ImageCollator
+from fedex_lora.tasks._task import Task, text_collator
 
 __all__ = ["TASKS", "Task", "collator", "load_task"]
 
@@ -15,6 +17,11 @@ TASKS: dict[str, Callable[[config.Task], Task]] = {
     "custom": custom.load,
     "demo": demo.load,
 }
+
+
+def collator(kind: str, processor: Any) -> Any:
+    """Rows of a task of this kind to a batch."""
+    return ImageCollator(processor) if kind == config.IMAGES else text_collator(kind, processor)
 
 
 def load_task(settings: config.Task, seed: int) -> Task:

@@ -28,7 +28,7 @@ class Task:
     Attributes:
         kind: the head that the model needs.
         train, eval: rows to learn from, rows that only measure.
-        tokenize: (tokenizer, rows) -> data set of `input_ids`, `attention_mask`, `labels`.
+        tokenize: (tokenizer, rows) -> data set of `input_ids`, `attention_mask`, `labels`; of images (encoded) and `labels`.
         metrics: predictions -> name -> number.
         headline: the metric that ranks rounds on the clients' own held-out rows.
         model_config: what the model's config needs (`num_labels`, `problem_type`).
@@ -36,7 +36,7 @@ class Task:
         greater_is_better: of the headline.
     """
 
-    kind: Literal["classification", "causal-lm"]
+    kind: Literal["classification", "causal-lm", "image-classification"]
     train: Rows
     eval: Rows
     tokenize: Callable[[Any, Rows], Dataset]
@@ -63,7 +63,7 @@ def _draw(rows: int, wanted: int | None, seed: int) -> Array:
     return np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
 
 
-def collator(kind: str, tokenizer: Any) -> Any:
+def text_collator(kind: str, tokenizer: Any) -> Any:
     """Pads a batch: inputs by the tokenizer, labels of a causal LM with `IGNORED`."""
     if kind == "causal-lm":
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -153,15 +153,20 @@ def read_hub(name: str, subset: str | None, split: str) -> Rows:
 def require_columns(rows: Rows, columns: list[str], where: str) -> None:
     """Every column is there, with a value in every row."""
     for column in columns:
-        if column not in rows.columns:
-            near = config.nearest(column, [str(name) for name in rows.columns])
-            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
-            raise DataError(f"{where} has no column {column!r}: {hint}")
+        require_column(rows, column, where)
         empty = rows[column].isna() | (rows[column].astype(str).str.strip() == "")
         if empty.any():
             raise DataError(
                 f"{where}: row {int(np.argmax(empty)) + 1} has no {column!r} ({int(empty.sum())} such): fill it in or leave the row out"
             )
+
+
+def require_column(rows: Rows, column: str, where: str) -> None:
+    """The column is there."""
+    if column not in rows.columns:
+        near = config.nearest(column, [str(name) for name in rows.columns])
+        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
+        raise DataError(f"{where} has no column {column!r}: {hint}")
 
 
 def label_indices(values: Any, names: list[Any], where: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Your own rows: sequence classification, or a causal LM with a prompt template and the loss on the completion only.
+"""Your own rows: sequence or image classification, or a causal LM with a prompt template and the loss on the completion only.
 
 A configuration and a row of its file::
 
@@ -22,12 +22,15 @@ from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
+from fedex_lora.peft_io import require_pillow
+from fedex_lora.tasks._images import image_cells, image_rows, require_images
 from fedex_lora.tasks._task import (
     Rows,
     Task,
     completion_metrics,
     label_indices,
     read_rows,
+    require_column,
     require_columns,
     tokenize_completions,
     tokenize_texts,
@@ -38,7 +41,8 @@ def load(settings: config.Task) -> Task:
     """The task that the settings describe.
 
     Raises:
-        DataError: a file or column is missing, or no rows.
+        DataError: a file, column or image is missing, or no rows.
+        UsageError: images without Pillow.
     """
     if not settings.train or not settings.eval:
         raise DataError("task custom needs task.train and task.eval: files (jsonl, csv, tsv, parquet) or HUB_NAME:SPLIT")
@@ -46,7 +50,8 @@ def load(settings: config.Task) -> Task:
     for name, rows in ((settings.train, train), (settings.eval, held)):
         if rows.empty:
             raise DataError(f"{name} has no rows")
-    return _classification(settings, train, held) if settings.kind == "classification" else _causal_lm(settings, train, held)
+    kinds = {"classification": _classification, "causal-lm": _causal_lm, config.IMAGES: _images}
+    return kinds[settings.kind](settings, train, held)
 
 
 def _classification(settings: config.Task, train: Rows, held: Rows) -> Task:
@@ -67,6 +72,36 @@ def _classification(settings: config.Task, train: Rows, held: Rows) -> Task:
         metrics=_class_metrics,
         headline="accuracy",
         model_config={"num_labels": len(classes), "problem_type": "single_label_classification"},
+        classes=np.asarray(labels(train)),
+    )
+
+
+def _images(settings: config.Task, train: Rows, held: Rows) -> Task:
+    require_pillow()
+    column = settings.image or "image"
+    for name, rows in ((settings.train, train), (settings.eval, held)):
+        require_column(rows, column, str(name))
+        require_columns(rows, [settings.label], str(name))
+        require_images(rows, column, settings.data, str(name))
+    classes = sorted(train[settings.label].unique().tolist())
+    names = {index: str(value) for index, value in enumerate(classes)}
+
+    def labels(rows: Rows) -> list[int]:
+        return label_indices(rows[settings.label].tolist(), classes, f"task.eval, column {settings.label!r},")
+
+    return Task(
+        kind="image-classification",
+        train=train,
+        eval=held,
+        tokenize=lambda _, rows: image_rows(image_cells(rows, column, settings.data), labels(rows)),
+        metrics=_class_metrics,
+        headline="accuracy",
+        model_config={
+            "num_labels": len(classes),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+            "problem_type": "single_label_classification",
+        },
         classes=np.asarray(labels(train)),
     )
 

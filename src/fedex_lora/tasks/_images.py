@@ -1,0 +1,116 @@
+"""Images as rows: files or encoded bytes, checked when they are loaded, decoded batch by batch."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+from torch import Tensor
+
+from fedex_lora.errors import DataError
+from fedex_lora.peft_io import ImageProcessor
+from fedex_lora.tasks._task import Rows
+
+FEATURES = Features({"image": {"bytes": Value("large_binary"), "path": Value("string")}, "labels": Value("int64")})
+
+
+def image_cells(rows: Rows, column: str, folder: Path | None) -> list[dict[str, Any]]:
+    """Of each row `{bytes, path}`, one of them None: a file, relative to `folder`, or the encoded image itself."""
+    return [_cell(value, folder) for value in rows[column]]
+
+
+def _cell(value: Any, folder: Path | None) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {"bytes": bytes(value) or None, "path": None}
+    empty = value is None or (isinstance(value, float) and np.isnan(value)) or not str(value).strip()
+    return {"bytes": None, "path": None if empty else str((folder or Path()) / str(value))}
+
+
+def require_images(rows: Rows, column: str, folder: Path | None, where: str) -> None:
+    """Every row has an image that opens.
+
+    Raises:
+        DataError: the first row that has none, or one that is missing, broken, or of more than 8 bits a channel.
+    """
+    for number, value in enumerate(rows[column], start=1):
+        cell = _cell(value, folder)
+        if cell["bytes"] is None and cell["path"] is None:
+            raise DataError(f"{where}: row {number} has no {column!r}: fill it in or leave the row out")
+        try:
+            _check(cell)
+        except DataError as error:
+            raise DataError(f"{where}: row {number}: {error}") from None
+
+
+def _check(cell: Mapping[str, Any]) -> None:
+    image = _open(cell)
+    try:
+        image.verify()
+    except Exception as error:
+        raise _broken(cell, error) from None
+    finally:
+        image.close()
+
+
+def _open(cell: Mapping[str, Any]) -> Any:
+    """The image, its header read."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{cell['path']} does not exist: give files relative to task.data") from None
+    except Exception as error:  # every format raises its own
+        raise _broken(cell, error) from None
+    if image.mode[0] in "IF":  # Pillow would cut their values at 255
+        raise DataError(f"{_name(cell)} has more than 8 bits a channel: save it with 8, scaled as the model shall see it")
+    return image
+
+
+def decode(cell: Mapping[str, Any]) -> Any:
+    """The image as Pillow has it, turned upright as its camera says.
+
+    Raises:
+        DataError: it cannot be decoded, though its header could be read.
+    """
+    from PIL import ImageOps
+
+    with _open(cell) as image:
+        try:
+            image.load()
+            return ImageOps.exif_transpose(image)
+        except Exception as error:
+            raise _broken(cell, error) from None
+
+
+def _broken(cell: Mapping[str, Any], error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return DataError(f"{_name(cell)} cannot be read as an image: save it again, or leave the row out ({reason})")
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    return cell["path"] or f"its image of {len(cell['bytes'])} bytes"
+
+
+def image_rows(cells: list[dict[str, Any]], labels: list[int]) -> Dataset:
+    """Rows as the collator takes them: still encoded, so that memory holds no pixels but those of one batch."""
+    return Dataset.from_dict({"image": cells, "labels": labels}, features=FEATURES)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCollator:
+    """Decodes and processes a batch."""
+
+    processor: ImageProcessor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {
+            "pixel_values": self.processor.pixels([decode(row["image"]) for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
