@@ -34,17 +34,17 @@ def configuration(which: str, args: argparse.Namespace, dtype: str, quantization
         "method": "fedex",
         "rounds": args.rounds,
         "torch_threads": 1,
-        "clients": {"count": 5, "partition": "dirichlet", "dirichlet_alpha": 1.0},
+        "clients": {"count": 3, "partition": "dirichlet", "dirichlet_alpha": 1.0},
     }
     base = {"dtype": dtype, "quantization": quantization}
     if which == "MiniLM":
         return shared | {
             "base": base | {"model": str(args.minilm)},
-            "task": {"name": "glue/sst2", "data": str(args.data / "glue"), "max_length": 64, "train_rows": args.rows, "eval_rows": 100},
+            "task": {"name": "glue/sst2", "data": str(args.data / "glue"), "max_length": 64, "train_rows": args.rows, "eval_rows": 16},
             "lora": {"r": 4, "alpha": 8, "target_modules": ["query", "value"]},
-            "training": {"learning_rate": 3e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1},
+            "training": {"learning_rate": 1e-2, "per_device_train_batch_size": 16, "num_train_epochs": 1},
         }
-    shared["clients"] = {"count": 5}
+    shared["clients"] = {"count": 3}
     task = {
         "name": "custom",
         "kind": "causal-lm",
@@ -55,9 +55,9 @@ def configuration(which: str, args: argparse.Namespace, dtype: str, quantization
     }
     return shared | {
         "base": base | {"model": str(args.stories)},
-        "task": task | {"data": str(args.data / "e2e"), "max_length": 256, "train_rows": args.rows, "eval_rows": 100},
+        "task": task | {"data": str(args.data / "e2e"), "max_length": 256, "train_rows": args.rows, "eval_rows": 16},
         "lora": {"r": 4, "alpha": 8, "target_modules": "all-linear"},
-        "training": {"learning_rate": 5e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
+        "training": {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "num_train_epochs": 1},
     }
 
 
@@ -128,7 +128,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=name != "out")
     parser.add_argument("--models", nargs="+", default=["stories260K", "MiniLM"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=300)
     args = parser.parse_args()
     quiet()
     rows = []

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -261,7 +262,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right by itself
-    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # it says for every call that int8 layers compute in float16
+    getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")  # int8 layers say at every call that they compute in float16
     disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -50,7 +50,7 @@ class Federation:
         clients: the ids of all clients.
         exchange: the transport.
         evaluate: the global model's metrics on the task's evaluation rows, from the server's state.
-        realised: (state, ideal) -> the exactness of the model's own weights, and its floor.
+        realised: (state, ideal) -> the exactness of the model's own layers, its floor, and what compaction left out of the base delta.
         format: how adapters are written, for result folders.
         facts: for manifests (base model, versions).
         ranks: client -> its rank, where they differ.
@@ -59,7 +59,7 @@ class Federation:
     clients: Sequence[str]
     exchange: Exchange
     evaluate: Callable[[ServerState], dict[str, float]]
-    realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float]]
+    realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, float]]
     format: Format
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -122,6 +122,8 @@ def require_consistent(config: Config, clients: int) -> None:
             raise ConfigError(
                 f"clients.ranks needs components in falling order, and {method.gauge} turns them: use balanced or orthonormal-a"
             )
+    if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
+        raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
     if len(method.trains) > 1 and config.local.optimizer_state == "keep":
         raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
     if method.refactors and config.local.optimizer_state == "keep":
@@ -270,16 +272,21 @@ def _measured(
         return {}
     ideal = measure.ideal_update(before.base_delta, updates, result.weights, held)
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
-    realised, floor = federation.realised(after, ideal)
+    realised, floor, lacking = federation.realised(after, ideal)
     cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
     dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if cuts else {}
-    return dropped | {
-        "exactness_error": factors.max_relative_error,
-        "exactness_error_total": factors.total_relative_error,
-        "realised_error": realised.max_relative_error,
-        "floor": floor,
-        "deviation": measure.deviation(result, updates).total_relative_error,
-    }
+    compacted = {"compaction_error": lacking} if lacking else {}
+    return (
+        dropped
+        | compacted
+        | {
+            "exactness_error": factors.max_relative_error,
+            "exactness_error_total": factors.total_relative_error,
+            "realised_error": realised.max_relative_error,
+            "floor": floor,
+            "deviation": measure.deviation(result, updates).total_relative_error,
+        }
+    )
 
 
 def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:

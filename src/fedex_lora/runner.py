@@ -182,10 +182,10 @@ class InProcess:
             return {}
         return evaluate(self.load(state), self._eval, self._work)
 
-    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
-        """The exactness of the weights that the model has."""
+    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float, float]:
+        """The exactness of what the model's layers compute, its floor, and the share of the base delta that compaction left out."""
         self.load(state)
-        return self._base.realised(ideal)
+        return *self._base.realised(ideal), self._base.compaction_error
 
     def save_personal(self, state: ServerState, folder: Path) -> None:
         """Under a personalised method each client's model is its own: its adapter, as a PEFT folder, in `CLIENT/adapter`."""

@@ -165,8 +165,10 @@ class _Side:
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
-        layer.base.base_delta = SidePath(layer)
-        layer.base.register_forward_hook(layer.base.base_delta.added)
+        if not hasattr(layer.base, "base_delta"):
+            layer.base.base_delta = SidePath(layer)
+            layer.base.register_forward_hook(layer.base.base_delta.added)
+        layer.base.base_delta.hold(None)
 
     def set(self, delta: Delta | None) -> None:
         self._layer.base.base_delta.hold(delta)

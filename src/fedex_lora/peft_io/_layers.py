@@ -12,7 +12,8 @@ Embedding     vocabulary x dimension   itself              lora_embedding_A^T, l
 Quantised linear layers (bitsandbytes, 4 and 8 bits) are linear layers whose weight is read dequantised and never written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -241,8 +242,23 @@ def stored_weight(layer: Any) -> Tensor:
     """A layer's weight as one matrix, `out x in`: a view where it is plain, float32 values where it is quantised."""
     weight: Tensor = layer.weight.detach()
     if is_quantised(layer):
-        return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).detach().float()
+        with _in_float32(layer.weight):
+            return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).detach().float()
     return _oriented(layer, weight)
+
+
+@contextmanager
+def _in_float32(weight: Any) -> Iterator[None]:
+    """4-bit weights are dequantised in the dtype that they came from; what is stored, a code times a float32 scale, needs float32."""
+    state = getattr(weight, "quant_state", None)
+    dtype = getattr(state, "dtype", None)
+    if state is not None:
+        state.dtype = torch.float32
+    try:
+        yield
+    finally:
+        if state is not None:
+            state.dtype = dtype
 
 
 def _oriented(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -171,6 +171,9 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         alpha_pattern=dict(lora.alpha_pattern),
         modules_to_save=sorted({*(lora.modules_to_save or []), *fresh, *heads}) or None,
     )
+    names = {part for name, _ in loaded.model.named_modules() for part in (name, name.rpartition(".")[2])}
+    if unknown := sorted(set(lora.modules_to_save or []) - names):
+        raise AdapterError(f"lora.modules_to_save names no module called {unknown[0]}: see model.named_modules()")
     try:
         wrapped = wrap(loaded.model, config)
     except (ValueError, TypeError, re.error) as error:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedex_lora.errors import ModelError
-from fedex_lora.peft_io._layers import stored_weight
+from fedex_lora.peft_io._layers import is_quantised, stored_weight
 from fedex_lora.peft_io._processor import image_shape
 from fedex_lora.types import Delta
 
@@ -30,9 +30,12 @@ def plain_model(
     Raises:
         ModelError: a module or parameter that the base does not have.
     """
-    if getattr(base, "is_quantized", False):
+    stored = {name: stored_weight(module) for name, module in base.named_modules() if is_quantised(module)}
+    if stored:
         base = base.dequantize()
     nn.Module.to(base, dtype)
+    for name, weight in stored.items():
+        base.get_submodule(name).weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     for name, gained in delta.items():
         module = _found(base, name)
         weight = stored_weight(module)
@@ -69,8 +72,8 @@ def in_float32(model: nn.Module) -> nn.Module:
     """The same model computing in float32; quantised weights stay, and are dequantised to float32 as they are used."""
     nn.Module.float(model)
     for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = torch.float32  # type: ignore[assignment]
+        if hasattr(module, "compute_dtype") and is_quantised(module):
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32  # type: ignore[assignment, union-attr]
     return model
 
 

@@ -1,0 +1,248 @@
+"""Bases of 16, 8 and 4 bits: the base delta beside the weights, against the base as it is stored, upcast, plus the ideal update in fp64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from tests import oracle
+from tests.test_runner import assert_same_bits, configuration, events_of, ignore
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fedex_lora import load_model
+from fedex_lora.config import Base, Lora, Truncation, base_folder
+from fedex_lora.errors import ModelError
+from fedex_lora.export import export
+from fedex_lora.peft_io import FrozenBase, add_lora, in_float32, load_base, logits, plain_model, read_other, read_result
+from fedex_lora.peft_io._model import lora_layers
+from fedex_lora.runner import InProcess, run
+from fedex_lora.types import LowRank
+from fedex_lora.verify import verify
+
+BASES = [("bfloat16", "none"), ("float16", "none"), ("float32", "nf4"), ("bfloat16", "nf4"), ("float32", "fp4"), ("float32", "int8")]
+
+
+def small(dtype, quantization, **changes):
+    """Few rows and a high learning rate, so that the base delta is large beside the rounding of the computation."""
+    base = {"dtype": dtype, "quantization": quantization}
+    return configuration(base=base, rounds=2, training={"learning_rate": 3e-2}, task={"train_rows": 60, "eval_rows": 12}, **changes)
+
+
+@pytest.fixture(scope="module", params=BASES, ids=lambda pair: "-".join(pair))
+def finished(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("precision") / "run"
+    run(small(*request.param), out, ignore)
+    return request.param, out
+
+
+def dequantised(dtype, quantization):
+    """Name -> weight of the base as it is stored, in fp64, straight from transformers and bitsandbytes."""
+    if quantization == "none":
+        model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=getattr(torch, dtype))
+        return {name: tensor.double() for name, tensor in model.state_dict().items()}
+    import bitsandbytes as bnb
+
+    kind = {"load_in_8bit": True} if quantization == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": quantization}
+    settings = BitsAndBytesConfig(**kind, llm_int8_skip_modules=["lm_head"], bnb_4bit_compute_dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=getattr(torch, dtype), quantization_config=settings)
+    found = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            codes = torch.stack([module.weight.data >> 4, module.weight.data & 15], -1).reshape(-1, state.blocksize).long()
+            values = state.code.double()[codes] * state.absmax.double()[:, None]  # two codes a byte, one scale a block
+            found[f"{name}.weight"] = values.reshape(state.shape)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            found[f"{name}.weight"] = module.weight.data.double() * module.weight.SCB.double()[:, None] / 127
+    return found
+
+
+def ideal_model(out, dtype, quantization, with_delta=True):
+    """A plain fp64 model: stored weights plus the mean of the participants' products (numpy), plus what they started from."""
+    result = read_result(out / "final")
+    model = AutoModelForCausalLM.from_pretrained(base_folder()).double()
+    stored = dequantised(dtype, quantization)
+    p = [result.weights[update.client_id] for update in result.updates]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored[name])
+        for name in result.adapter:
+            mean = oracle.ideal([update.adapter[name] for update in result.updates], p)
+            mean = mean + result.previous_delta[name].dense().numpy() if name in result.previous_delta else mean
+            removed = 0 if with_delta else result.base_delta[name].dense().numpy()
+            model.get_submodule(name).weight += torch.from_numpy(mean - removed)
+    return model
+
+
+def test_a_side_path_gives_the_ideal_logits(finished):
+    """Relative to the change that the base delta causes: 1e-4 in float32; in 16 bits no more than computing in them costs anyway.
+
+    (bitsandbytes' int8 layers quantise what goes into them as well, whatever the dtype: they are compared in their own precision only.)
+    """
+    (dtype, quantization), out = finished
+    want, without = (logits(ideal_model(out, dtype, quantization, with_delta)) for with_delta in (True, False))
+    change = torch.linalg.vector_norm(want - without)
+    model = load_model(out, str(base_folder()))
+    own = float(torch.linalg.vector_norm(logits(model) - want) / change)
+    bare = _without_delta(load_model(out, str(base_folder())))
+    floor = float(torch.linalg.vector_norm(logits(bare) - without) / change)
+    assert own < max(2 * floor, 1e-4)
+    if quantization != "int8":
+        upcast = float(torch.linalg.vector_norm(logits(in_float32(model)) - want) / change)
+        assert upcast < 1e-4
+    numbers = verify(out, str(base_folder()))
+    assert numbers["max_relative_error"] < 1e-6
+    assert numbers["output_error"] == pytest.approx(own, rel=0.05, abs=1e-5)
+    assert numbers["output_floor"] == pytest.approx(floor, rel=0.05, abs=1e-5)
+    assert numbers["compute_dtype"] == dtype
+
+
+def _without_delta(model):
+    for layer in lora_layers(model).values():
+        layer.base.base_delta.hold(None)
+    return model
+
+
+def test_every_round_says_what_the_layers_compute(finished):
+    """The audit: from the factors below 1e-6; of the layers' own outputs within a few floors of their precision."""
+    (_, quantization), out = finished
+    started = events_of(out, "started")[0]
+    assert started["base_delta"] == {"fold": 0, "side": 14}
+    for event in events_of(out, "round_done"):
+        assert event["exactness_error"] < 1e-6
+        assert event["realised_error"] < (math.inf if quantization == "int8" else 4 * event["floor"])
+
+
+def test_folding_into_such_weights_loses_the_delta(finished):
+    """Why there is a side path: the same delta added to the stored weights misses, measured in float32."""
+    (dtype, quantization), out = finished
+    if quantization != "none":
+        pytest.skip("benchmarks/precision.py measures it for quantised weights")
+    result = read_result(out / "final")
+    want, without = (logits(ideal_model(out, dtype, quantization, with_delta)) for with_delta in (True, False))
+    model = _without_delta(load_model(out, str(base_folder())))
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.base.weight.copy_((layer.base.weight.double() + result.base_delta[name].dense()).to(layer.base.weight.dtype))
+    error = torch.linalg.vector_norm(logits(in_float32(model)) - want) / torch.linalg.vector_norm(want - without)
+    assert error > 1e-4
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter", "base+adapter"])
+def test_exports_of_such_a_run(form, finished, tmp_path):
+    """In float32 the three forms have the run's logits; merged is a plain float32 model, adapter is for the base as it is stored."""
+    (dtype, quantization), out = finished
+    if quantization == "int8":
+        pytest.skip("int8 layers quantise their inputs, so a plain model with their weights answers otherwise")
+    done = export(out, form, tmp_path / "out")
+    assert done["output_error"] < 1e-5
+    if form == "merged":
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+        want = logits(ideal_model(out, dtype, quantization))
+        assert float((logits(plain) - want).abs().max() / want.abs().max()) < 1e-5
+    if form == "adapter" and quantization == "none":
+        base = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=getattr(torch, dtype))
+        assert torch.isfinite(logits(PeftModel.from_pretrained(base, tmp_path / "out"))).all()
+
+
+def test_an_int8_export_says_that_it_answers_otherwise(tmp_path):
+    run(small("float32", "int8"), tmp_path / "run", ignore)
+    done = export(tmp_path / "run", "adapter", tmp_path / "out")
+    assert done["output_error"] < 1e-2
+
+
+def test_the_same_bits_from_the_same_seeds(tmp_path):
+    for name in "ab":
+        run(small("bfloat16", "nf4"), tmp_path / name, ignore)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_side_path_in_float32_is_the_fold(tmp_path):
+    """The same run with either home: the same numbers to rounding."""
+    ends = {}
+    for where in ("fold", "side"):
+        place = InProcess(configuration(base={"delta": where}), ignore)
+        generator = torch.Generator().manual_seed(1)
+        delta = {
+            name: LowRank(U=0.1 * torch.randn(pair.shape[0], 3, generator=generator), V=torch.randn(3, pair.shape[1], generator=generator))
+            for name, pair in place.initial().adapter.items()
+        }
+        place._base.set(delta)
+        ends[where] = logits(place.model)
+    assert float((ends["side"] - ends["fold"]).abs().max() / ends["fold"].abs().max()) < 1e-4
+
+
+def test_what_is_trained_is_float32_on_a_base_of_16_bits(tmp_path):
+    """Adapters, and modules that are trained whole: a head, and an embedding in the middle whose outputs go on in the base's precision."""
+    for modules in (["lm_head"], ["embed_tokens"]):
+        loaded = load_base(Base(model=str(base_folder()), dtype="bfloat16"), "causal-lm")
+        model = add_lora(loaded, Lora(r=2, target_modules=["q_proj"], modules_to_save=modules), "causal-lm")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert {parameter.dtype for parameter in trained} == {torch.float32}
+        output = model(input_ids=torch.arange(2, 10)[None], labels=torch.arange(2, 10)[None])
+        output.loss.backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        assert read_other(model)
+
+
+def test_compaction_keeps_the_best_of_the_delta_and_says_what_it_lacks(tmp_path):
+    """Eckart-Young per module; the state keeps all of D, only the model lacks the tail."""
+    generator = torch.Generator().manual_seed(3)
+    loaded = load_base(Base(model=str(base_folder())), "causal-lm")
+    model = add_lora(loaded, Lora(r=2, target_modules=["q_proj", "down_proj"]), "causal-lm")
+    shapes = {name: pair.weight().shape for name, pair in lora_layers(model).items()}
+    delta = {
+        name: LowRank(U=torch.randn(out, 8, generator=generator), V=torch.randn(8, inner, generator=generator))
+        for name, (out, inner) in shapes.items()
+    }
+    tails = {name: torch.linalg.svdvals(gain.dense()) for name, gain in delta.items()}
+    base = FrozenBase(copy.deepcopy(model), "side", Truncation(rank=3))
+    base.set(delta)
+    lost = math.sqrt(sum(float((values[3:] ** 2).sum()) for values in tails.values()))
+    size = math.sqrt(sum(float((values**2).sum()) for values in tails.values()))
+    assert base.compaction_error == pytest.approx(lost / size, rel=1e-4)
+    for name, layer in base._layers.items():
+        held = layer.base.base_delta
+        assert held.first.shape[0] == 3
+        missing = torch.linalg.matrix_norm(held.last.double() @ held.first.double() - delta[name].dense())
+        assert float(missing) == pytest.approx(float((tails[name][3:] ** 2).sum().sqrt()), rel=1e-4)
+    base.set({})
+    assert base.compaction_error == 0
+    run(small("bfloat16", "none", method="reinit"), tmp_path / "all", ignore)
+    config = configuration(
+        base={"dtype": "bfloat16", "compact_tolerance": 0.2},
+        method="reinit",
+        rounds=2,
+        training={"learning_rate": 3e-2},
+        task={"train_rows": 60},
+    )
+    run(config, tmp_path / "some", ignore)
+    done = events_of(tmp_path / "some", "round_done")[-1]
+    assert 0.01 < done["compaction_error"] <= 0.2
+    assert done["exactness_error"] < 1e-6
+    assert "compaction_error" not in events_of(tmp_path / "all", "round_done")[-1]
+
+
+def test_a_quantised_base_is_told_from_the_plain_one(tmp_path):
+    """A result of an nf4 base, on the float32 weights: refused by the fingerprint."""
+    run(small("float32", "nf4"), tmp_path / "run", ignore)
+    with pytest.raises(ModelError, match="is not the base of this result"):
+        load_model(tmp_path / "run", AutoModelForCausalLM.from_pretrained(base_folder()))
+
+
+def test_a_plain_model_unties_what_gained_something(gpt2, tmp_path):
+    """lm_head gained and wte did not: saved, reloaded and untied, the logits stay."""
+    base = AutoModelForCausalLM.from_pretrained(gpt2)
+    before = base.transformer.wte.weight.detach().clone()
+    gained = {"lm_head": LowRank(U=torch.randn(base.lm_head.weight.shape[0], 2), V=torch.randn(2, 32))}
+    plain = plain_model(base, gained, {})
+    want = logits(plain)
+    plain.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.transformer.wte.weight, before)
+    assert not torch.equal(again.lm_head.weight, before)
+    assert float((logits(again) - want).abs().max()) < 1e-6
+    assert isinstance(again.lm_head, nn.Linear)
