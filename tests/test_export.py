@@ -123,7 +123,7 @@ def test_another_base_is_refused_by_its_weights(causal, tmp_path):
 def test_what_vllm_makes_of_it_is_said(causal, classifier, tmp_path):
     assert export(causal, "adapter", tmp_path / "a")["vllm"].startswith("vllm serve BASE --enable-lora --max-lora-rank 16")
     assert "OUT/base" in export(causal, "base+adapter", tmp_path / "b")["vllm"]
-    assert export(causal, "merged", tmp_path / "c")["vllm"] == "vllm serve OUT"
+    assert export(causal, "merged", tmp_path / "c")["vllm"].startswith("vllm serve OUT --dtype float32")
     assert "not a causal LM" in export(classifier, "adapter", tmp_path / "d")["vllm"]
 
 

@@ -134,9 +134,10 @@ def test_folding_into_such_weights_loses_the_delta(finished):
 def test_exports_of_such_a_run(form, finished, tmp_path):
     """In float32 the three forms have the run's logits; merged is a plain float32 model, adapter is for the base as it is stored."""
     (dtype, quantization), out = finished
-    if quantization == "int8":
-        pytest.skip("int8 layers quantise their inputs, so a plain model with their weights answers otherwise")
     done = export(out, form, tmp_path / "out")
+    if quantization == "int8" and form != "adapter":  # its layers quantise their inputs as well, a plain model does not: the number says so
+        assert 1e-4 < done["output_error"] < 5e-2
+        return
     assert done["output_error"] < 1e-5
     if form == "merged":
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -146,12 +147,6 @@ def test_exports_of_such_a_run(form, finished, tmp_path):
     if form == "adapter" and quantization == "none":
         base = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=getattr(torch, dtype))
         assert torch.isfinite(logits(PeftModel.from_pretrained(base, tmp_path / "out"))).all()
-
-
-def test_an_int8_export_says_that_it_answers_otherwise(tmp_path):
-    run(small("float32", "int8"), tmp_path / "run", ignore)
-    done = export(tmp_path / "run", "adapter", tmp_path / "out")
-    assert done["output_error"] < 1e-2
 
 
 def test_the_same_bits_from_the_same_seeds(tmp_path):

@@ -15,6 +15,7 @@ from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.peft_io import (
+    LINEAR,
     Format,
     Result,
     base_for,
@@ -33,6 +34,7 @@ from fedex_lora.types import Adapter, LoRAPair
 
 FORMS = ("merged", "adapter", "base+adapter")
 SAME = 1e-5  # of the largest logit: what fp32 rounding of another order of sums stays under
+SAME_INT8 = 5e-2  # int8 layers quantise their inputs too, and a plain model does not: the number is printed
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
 BASE, ADAPTER = "base", "adapter"
 
@@ -43,14 +45,15 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
     Args:
         source: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
         form: "merged": one model; "adapter": one PEFT adapter with all of the update, for the untouched base; "base+adapter": the base with
-            the base delta in it, and the rank-r adapter to go on with.
+            the base delta in it, and the rank-r adapter to go on with. Bases are written dequantised, in float32; tied weights of which one
+            gained something are untied.
         out: must not exist, or be empty.
         base: the pretrained model; None: as the folder says.
         rank: cut the adapter to its best approximation of this rank (of the same rank in every module).
 
     Returns:
-        `output_error` = max |logits - the run's| / max |the run's|; `update_error` = |cut update - update| / |update| for a cut; rank; what
-        vLLM makes of it.
+        `output_error` = max |logits - the run's| / max |the run's|, both computed in float32; `update_error` = |cut update - update| /
+        |update| for a cut; rank; what vLLM makes of it.
 
     Raises:
         UsageError: no such form, a rank above the total, a rank for a form without a stacked adapter, a personalised method.
@@ -65,6 +68,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         "method": result.manifest["method"],
         "round": result.manifest["round"],
         "base_model": name,
+        **{key: result.manifest[key] for key in ("base_dtype", "base_quantization") if key in result.manifest},
         "fedex-lora": __version__,
     }
     run, _ = open_model(result, name)
@@ -78,7 +82,8 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
             "rank": _rank(result.adapter if form == "base+adapter" else adapter),
         }
         write_text(folder / "README.md", _card(facts, numbers, result))
-        if rank is None and not error < SAME:
+        same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
+        if rank is None and not error < same:
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name)
     return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
@@ -134,18 +139,22 @@ def _rank(adapter: Adapter) -> int:
 
 
 def _vllm(form: str, rank: int, result: Result, name: str) -> str:
-    """How vLLM serves it, or why not (vLLM: ranks of MaxLoRARanks, no modules_to_save, causal LMs)."""
+    """How vLLM serves it, or why not (vLLM: causal LMs, ranks of MaxLoRARanks, linear layers of the body, no modules_to_save)."""
     if kind_of(result, name) not in ("causal-lm", "features"):
         return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
     if form == "merged":
-        return "vllm serve OUT"
+        return "vllm serve OUT --dtype float32 (other dtypes round the weights: the default for this export is float16)"
     where = "OUT" if form == "adapter" else f"OUT/{ADAPTER}"
     if result.other:
         return f"not as an adapter: it trains {len(result.other)} tensors whole, and vLLM loads no modules_to_save; use --as merged"
+    odd = [module for module in result.adapter if module.endswith("lm_head") or result.format.layouts.get(module, LINEAR) != LINEAR]
+    if odd:
+        return f"not as an adapter: it adapts {odd[0]}, and vLLM adapts the linear layers of the body only; use --as merged"
     fits = next((most for most in VLLM_RANKS if most >= rank), None)
     if fits is None:
         return f"not as an adapter: rank {rank} is above vLLM's {VLLM_RANKS[-1]}; use --rank, or --as merged"
-    served = "BASE" if form == "adapter" else f"OUT/{BASE}"
+    quantised = form == "adapter" and result.manifest.get("base_quantization", "none") != "none"
+    served = f"BASE{' --quantization bitsandbytes' if quantised else ''}" if form == "adapter" else f"OUT/{BASE} --dtype float32"
     return f"vllm serve {served} --enable-lora --max-lora-rank {fits} --lora-modules fedex={where}"
 
 
@@ -154,6 +163,9 @@ def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) 
     cut = (
         f" It is cut to rank {numbers['rank']}: {numbers['update_error']:.2e} of the update is missing." if numbers["update_error"] else ""
     )
+    dtype, quantization = facts.get("base_dtype", "float32"), facts.get("base_quantization", "none")
+    kept = ", and is for the base stored so" if facts["format"] == "adapter" else "; this export holds it as float32"
+    stored = "" if (dtype, quantization) == ("float32", "none") else f" (trained on it in {dtype}, quantization {quantization}{kept})"
     library = "transformers" if facts["format"] == "merged" else "peft"
     return f"""---
 base_model: {facts["base_model"]}
@@ -161,8 +173,8 @@ library_name: {library}
 ---
 # {facts["format"]} export of a federated LoRA run
 
-Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}, by fedex-lora {facts["fedex-lora"]}.{cut}
-Reloaded after writing: its logits differ from the run's by {numbers["output_error"]:.1e} of the largest.
+Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}
+Reloaded after writing: its logits, computed in float32, differ from the run's by {numbers["output_error"]:.1e} of the largest.
 `manifest.json` has the sha256 of every file.
 
 Participants of the last round:

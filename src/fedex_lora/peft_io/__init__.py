@@ -2,6 +2,7 @@
 
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._layers import LINEAR, Layout
 from fedex_lora.peft_io._model import (
     add_lora,
     format_of,
@@ -30,10 +31,12 @@ from fedex_lora.peft_io._result import (
 
 __all__ = [
     "IMAGE_TASK",
+    "LINEAR",
     "AdapterFolder",
     "Format",
     "FrozenBase",
     "ImageProcessor",
+    "Layout",
     "Result",
     "adapter_config",
     "add_lora",
