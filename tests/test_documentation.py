@@ -113,6 +113,11 @@ def test_the_tables_of_methods_are_the_code_s():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_precisions_is_what_was_measured():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "precision_table.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
