@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from tests.conftest import make_pair, make_updates
 
 from fedex_lora import LoRAPair, aggregate
+from fedex_lora.catch_up import CatchUp
 from fedex_lora.errors import WireError
 from fedex_lora.wire import Download, decode_download, decode_update, encode_download, encode_update
 
 UPDATE = make_updates(1)[0]
-SENT = Download("train", "run", 3, "client-0", "fedex", UPDATE.adapter, UPDATE.other, {2: aggregate(make_updates(3)).residual})
+LOG = CatchUp(since=1, version=2, log={2: aggregate(make_updates(3)).residual})
+SENT = Download("train", "run", 3, "client-0", "fedex", UPDATE.adapter, UPDATE.other, LOG)
 
 
 def same(left, right):
@@ -28,8 +30,8 @@ def test_download_round_trip():
         assert torch.equal(got.adapter[name].A, pair.A)
         assert torch.equal(got.adapter[name].B, pair.B)
         assert got.adapter[name].scaling == pair.scaling
-        assert torch.equal(got.residuals[2][name].U, SENT.residuals[2][name].U)
-        assert torch.equal(got.residuals[2][name].V, SENT.residuals[2][name].V)
+        assert torch.equal(got.catch_up.log[2][name].U, LOG.log[2][name].U)
+        assert torch.equal(got.catch_up.log[2][name].V, LOG.log[2][name].V)
 
 
 def test_update_round_trip():

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +12,15 @@ import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import ALIGNED, METHODS, derive_seed, method_named
+from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
 from fedex_lora.client import weighted_mean
-from fedex_lora.config import Config, Truncation
+from fedex_lora.config import Config, Messages, Truncation
 from fedex_lora.errors import ConfigError, TrainingError, WireError
 from fedex_lora.measure import Exactness, Held
 from fedex_lora.peft_io import write_result
 from fedex_lora.server import start_of
 from fedex_lora.storage import append_event
-from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, decode_update, encode_download
 
 
@@ -70,18 +71,30 @@ class _Books:
     """What the server remembers of its clients.
 
     Attributes:
-        residuals: round -> what the base gained in it.
+        messages: what may travel.
+        log: what the base gained in past rounds, as far as some client may need it.
         version: client -> the round after which it has base and adapter.
         changed: "A" and "B" -> the last round that changed those factors of the global adapter.
+        updates, weights: of the last round, for messages to its clients that count on their own factors.
     """
 
-    residuals: dict[int, Mapping[str, LowRank]] = field(default_factory=dict)
+    messages: Messages
+    log: Log = field(default_factory=Log)
     version: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
+    updates: Sequence[ClientUpdate] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
-    def stepped(self, before: ServerState, after: ServerState, residual: Mapping[str, LowRank]) -> None:
-        """Remember what a round changed."""
-        self.residuals[after.round] = residual
+    def stepped(
+        self, before: ServerState, after: ServerState, result: Aggregate, updates: Sequence[ClientUpdate], clients: Sequence[str]
+    ) -> None:
+        """Remember what a round changed: its participants have the base of the version before."""
+        self.version |= {update.client_id: before.round for update in updates}
+        oldest = min(self.version.get(client, 0) for client in clients)
+        gains = {**self.log.gains, after.round: result.residual}
+        self.log = pruned(replace(self.log, gains=gains), after.base_delta, oldest, self.messages)
+        if self.messages.per_client:
+            self.updates, self.weights = updates, result.weights
         for part in self.changed:
             if any(not torch.equal(getattr(before.adapter[name], part), getattr(pair, part)) for name, pair in after.adapter.items()):
                 self.changed[part] = after.round
@@ -90,15 +103,19 @@ class _Books:
         """The factors of the global adapter that a client has as they are."""
         return "".join(part for part, last in self.changed.items() if client in self.version and last <= self.version[client])
 
-    def lacking(self, client: str, version: int) -> dict[int, Mapping[str, LowRank]]:
-        have = self.version.get(client, 0)
-        return {number: self.residuals[number] for number in range(have + 1, version + 1)}
+    def lacking(self, since: int, state: ServerState) -> CatchUp:
+        """What a client with the base of version `since` lacks."""
+        return lacking(self.log, state.base_delta, since, state.round, self.messages)
 
-    def delivered(self, participants: Sequence[str], version: int, clients: Sequence[str]) -> None:
-        """The participants have the base of `version` now; residuals that everybody has are forgotten."""
-        self.version |= dict.fromkeys(participants, version)
-        oldest = min(self.version.get(client, 0) for client in clients)
-        self.residuals = {number: residual for number, residual in self.residuals.items() if number > oldest}
+    def of_the_others(self, client: str, state: ServerState) -> tuple[Adapter, CatchUp, float] | None:
+        """What the client cannot work out from its own factors of the last round, and its weight there; None if it was not in it.
+
+        A client with all the weight has no others, and factors that did not change need not be worked out.
+        """
+        share = self.weights.get(client, 1.0)
+        return (
+            None if share >= 1 or self.known(client) else (*of_the_others(client, self.updates, self.weights, state, self.messages), share)
+        )
 
 
 def require_consistent(config: Config, clients: int) -> None:
@@ -129,6 +146,11 @@ def require_consistent(config: Config, clients: int) -> None:
             f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
             "Adam's moments would belong to other coordinates; use 'reset'"
         )
+    if config.messages.per_client and config.method != "fedex":
+        raise ConfigError(
+            f"messages.per_client counts on the mean factors of fedex, and the method is {config.method}: "
+            "remove it, or set method = 'fedex'"
+        )
     if config.truncation != Truncation() and method.rest != "truncate":
         raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
 
@@ -142,7 +164,7 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         TrainingError: a client failed.
         WireError: a client's answer is not what the round declared.
     """
-    books = _Books()
+    books = _Books(config.messages)
     emit(
         "started",
         method=config.method,
@@ -164,8 +186,7 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         }
         held_out[number - 1] = _held_out_event(number - 1, updates, emit)
         before, (state, result) = state, server.step(state, updates, config.weights, config.truncation)
-        books.delivered(participants, number - 1, federation.clients)
-        books.stepped(before, state, result.residual)
+        books.stepped(before, state, result, updates, federation.clients)
         numbers = _measured(before, updates, result, state, held, federation)
         if useless := measure.useless_truncation(result):
             emit("warning", round=number, message=useless, tail=measure.tail(result))
@@ -194,6 +215,8 @@ def _messages(
     method = method_named(state.method)
     drawn = method.draws and state.round > 0
     sent, downloads = {}, {}
+    since = {client: books.version.get(client, 0) for client in participants}
+    lacking = {version: books.lacking(version, state) for version in set(since.values())}
     for client in participants:
         rank = federation.ranks.get(client)
         whole = rank is None or method.frozen_side or drawn
@@ -205,10 +228,13 @@ def _messages(
             method=state.method,
             adapter=state.adapter if whole else start_of(state.method, state.adapter, rank, None)[0],
             other=state.other,
-            residuals=books.lacking(client, state.round),
+            catch_up=lacking[since[client]],
             rank=rank,
             fresh=state.seed if drawn else None,
         )
+        if others := books.of_the_others(client, state):
+            adapter, catch_up, share = others
+            downloads[client] = replace(downloads[client], adapter=adapter, catch_up=catch_up, share=share)
         sent[client] = encode_download(downloads[client], omit="AB" if drawn else books.known(client))
     return sent, downloads, sum(map(len, sent.values()))
 
