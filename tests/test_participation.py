@@ -14,8 +14,8 @@ from tests import oracle
 from tests.conftest import make_pair
 from tests.test_runner import configuration, ignore
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, server
-from fedex_lora.catch_up import KEPT, BaseCopy, CatchUp, Log, caught_up, lacking, of_the_others, pruned, with_own
+from fedex_lora import METHODS, ClientUpdate, LoRAPair, catch_up, server
+from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking, of_the_others, pruned, with_own
 from fedex_lora.config import Base, Lora, Messages
 from fedex_lora.errors import FedexLoraError, WireError
 from fedex_lora.peft_io import FoldedBase, add_lora, load_base, read_model, write_model
@@ -291,12 +291,13 @@ def test_a_larger_tolerance_is_lossy_by_as_much():
     assert not lacking(log, D, 0, 2, Messages()).gain
 
 
-def test_the_log_does_not_grow_for_ever():
+def test_the_log_does_not_grow_for_ever(monkeypatch):
     """A client that never comes: the log stays within a few snapshots, and when it comes after all it is right. With "log" all is kept."""
+    monkeypatch.setattr(catch_up, "COLUMNS", 12)
     story = federate(["ab"] * 40, clients="abz", first=adapters(((12, 20), (20, 12))))
-    for name, delta in story.state.base_delta.items():
-        kept = sum(gains[name].numel for gains in story.log.gains.values() if name in gains)
-        assert 0 < kept <= KEPT * delta.numel
+    for name in story.state.base_delta:
+        kept = [gains[name] for gains in story.log.gains.values() if name in gains]
+        assert 0 < sum(gain.rank for gain in kept) <= 12
     assert equal(story.delta("z", "m0"), story.state.base_delta["m0"])
     assert story.worst("z") < 1e-6
     assert story.parties["z"].base.lossy == frozenset()
@@ -305,8 +306,9 @@ def test_the_log_does_not_grow_for_ever():
     assert equal(whole.delta("z", "m0"), story.delta("z", "m0"))
 
 
-def test_pruning_drops_only_what_cannot_be_the_smallest():
+def test_pruning_drops_only_what_cannot_be_the_smallest(monkeypatch):
     """What is sent from the pruned log is what would be sent from the whole one (nothing here can be recompressed)."""
+    monkeypatch.setattr(catch_up, "COLUMNS", 4)
     gains, D, log = {}, {}, Log()
     for number in range(1, 13):
         pairs = {name: make_pair(20 * number, *shape, 2, 1.0) for name, shape in (("small", (8, 9)), ("large", (20, 24)))}
@@ -318,7 +320,7 @@ def test_pruning_drops_only_what_cannot_be_the_smallest():
             assert got.snapshot.keys() == want.snapshot.keys()
             assert {n: set(g) for n, g in got.log.items()} == {n: set(g) for n, g in want.log.items()}
     assert all("small" not in log.gains[number] for number in (1, 2, 3))
-    assert "large" in log.gains[5]
+    assert "large" in log.gains[8]
 
 
 def test_nothing_lacks_nothing():
@@ -446,14 +448,14 @@ def whole_run(out, **changes):
 
 @pytest.mark.parametrize("messages", [{}, {"catch_up": "log"}, {"per_client": True}])
 def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
-    clients = {"partition": "iid", "count": 5, "fraction": 0.6}
+    clients = {"partition": "iid", "count": 5, "fraction": 0.4}
     place, _, worst = whole_run(tmp_path / "run", rounds=4, clients=clients, messages=messages, task={"train_rows": 50}, lora=FEW)
     assert worst < 1e-6
     copies = {id(base.delta) for base in place._copies.values()}
     lossy = [client for client, base in place._copies.items() if base.lossy]
     assert len(copies) == len(lossy) + (len(lossy) < 5)  # one object for all that have the server's bits
     assert bool(worst) == bool(lossy)
-    assert bool(lossy) == ("catch_up" not in messages)  # with so few steps the residuals of single clients can be recompressed
+    assert not lossy if "catch_up" in messages else lossy or not messages  # by default a residual may happen to be recompressed
 
 
 def test_a_whole_run_with_messages_per_client_has_two_thirds_of_the_bytes(tmp_path):

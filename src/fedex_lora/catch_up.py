@@ -22,7 +22,7 @@ from fedex_lora.errors import WireError
 from fedex_lora.server import advance
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
 
-KEPT = 2  # a module's log is kept up to so many times the numbers of its snapshot: beyond, recompression would have to save more than half
+COLUMNS = 256  # of a module's log, up to which recompression is tried: its time grows with their square, and it seldom pays
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,9 @@ class Log:
 
 
 def pruned(log: Log, base_delta: Mapping[str, Delta], oldest: int, messages: Messages) -> Log:
-    """The log without what no client needs, so that clients who never come cost no more than a few snapshots.
+    """The log without what can no longer be the smallest form for any client, so that it does not grow for ever with those who never come.
+
+    A module's log serves as it is while it has no more numbers than the snapshot, and to be recompressed up to `COLUMNS`.
 
     Args:
         log: up to the version of `base_delta`.
@@ -88,10 +90,10 @@ def pruned(log: Log, base_delta: Mapping[str, Delta], oldest: int, messages: Mes
     """
     whole = {module: max(oldest, log.whole.get(module, 0)) for module in base_delta}
     for module, delta in base_delta.items() if messages.catch_up == "smallest" else ():
-        size = 0
+        columns = 0
         for number in sorted(log.gains, reverse=True):
-            size += log.gains[number][module].numel if module in log.gains[number] else 0
-            if size > KEPT * delta.numel:
+            columns += log.gains[number][module].rank if module in log.gains[number] else 0
+            if columns > COLUMNS and columns * sum(delta.shape) > delta.numel:
                 whole[module] = max(whole[module], number)
                 break
     gains = {
@@ -115,6 +117,7 @@ def lacking(log: Log, base_delta: Mapping[str, Delta], since: int, version: int,
         sizes = {module: math.inf if parts is None else _numel(parts) for module, parts in pieces.items()}
         snapshot = {module: delta for module, delta in base_delta.items() if delta.numel < sizes[module]}
         summed = {module: concatenate(parts) for module, parts in pieces.items() if parts is not None and len(parts) > 1}
+        summed = {module: whole for module, whole in summed.items() if whole.rank <= COLUMNS}
         shorter, _ = truncate(summed, Truncation(energy=1 - messages.tolerance**2), default_rank=1)
         gain = {module: part for module, part in shorter.items() if part.numel < min(sizes[module], base_delta[module].numel)}
         snapshot = {module: delta for module, delta in snapshot.items() if module not in gain}
