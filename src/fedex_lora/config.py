@@ -168,6 +168,25 @@ class Truncation(_Table):
         return self
 
 
+class Messages(_Table):
+    """What travels to a client (docs/participation.md)."""
+
+    catch_up: Literal["smallest", "log"] = Field(
+        "smallest",
+        description="What a client lacks of the base delta, for each module: its past gains, their recompressed sum or a snapshot, "
+        "whichever is smallest; or always the past gains, which the server then keeps for as long as some client lacks them.",
+    )
+    tolerance: float = Field(
+        1e-7,
+        ge=1e-7,
+        lt=1,
+        description="Relative Frobenius error of a recompressed sum. Larger is lossy, and the exactness error does not show it.",
+    )
+    per_client: bool = Field(
+        False, description="fedex: a client of the last round uses its own factors and is sent (k-1) r ranks instead of k r."
+    )
+
+
 OWNED = (
     "seed",
     "data_seed",
@@ -214,6 +233,7 @@ class Config(_Table):
     clients: Clients = Clients()
     local: Local = Local()
     truncation: Truncation = Truncation()
+    messages: Messages = Messages()
     training: dict[str, Any] = Field(
         {}, description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting."
     )

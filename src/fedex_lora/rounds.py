@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.aggregation import ALIGNED, METHODS, derive_seed, method_named
+from fedex_lora.aggregation import derive_seed, method_named
+from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
 from fedex_lora.client import weighted_mean
-from fedex_lora.config import Config, Truncation
-from fedex_lora.errors import ConfigError, TrainingError, WireError
+from fedex_lora.config import Config, Messages
+from fedex_lora.errors import TrainingError, WireError
 from fedex_lora.measure import Exactness, Held
 from fedex_lora.peft_io import Format, write_result
 from fedex_lora.server import start_of
 from fedex_lora.storage import append_event
-from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, decode_update, encode_download
 
 
@@ -70,18 +71,30 @@ class _Books:
     """What the server remembers of its clients.
 
     Attributes:
-        residuals: round -> what the base gained in it.
+        messages: what may travel.
+        log: what the base gained in past rounds, as far as some client may need it.
         version: client -> the round after which it has base and adapter.
         changed: "A" and "B" -> the last round that changed those factors of the global adapter.
+        updates, weights: of the last round, for messages to its clients that count on their own factors.
     """
 
-    residuals: dict[int, Mapping[str, LowRank]] = field(default_factory=dict)
+    messages: Messages
+    log: Log = field(default_factory=Log)
     version: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
+    updates: Sequence[ClientUpdate] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
-    def stepped(self, before: ServerState, after: ServerState, residual: Mapping[str, LowRank]) -> None:
-        """Remember what a round changed."""
-        self.residuals[after.round] = residual
+    def stepped(
+        self, before: ServerState, after: ServerState, result: Aggregate, updates: Sequence[ClientUpdate], clients: Sequence[str]
+    ) -> None:
+        """Remember what a round changed: its participants have the base of the version before."""
+        self.version |= {update.client_id: before.round for update in updates}
+        oldest = min(self.version.get(client, 0) for client in clients)
+        gains = {**self.log.gains, after.round: result.residual}
+        self.log = pruned(replace(self.log, gains=gains), after.base_delta, oldest, self.messages)
+        if self.messages.per_client:
+            self.updates, self.weights = updates, result.weights
         for part in self.changed:
             if any(not torch.equal(getattr(before.adapter[name], part), getattr(pair, part)) for name, pair in after.adapter.items()):
                 self.changed[part] = after.round
@@ -90,49 +103,19 @@ class _Books:
         """The factors of the global adapter that a client has as they are."""
         return "".join(part for part, last in self.changed.items() if client in self.version and last <= self.version[client])
 
-    def lacking(self, client: str, version: int) -> dict[int, Mapping[str, LowRank]]:
-        have = self.version.get(client, 0)
-        return {number: self.residuals[number] for number in range(have + 1, version + 1)}
+    def lacking(self, since: int, state: ServerState) -> CatchUp:
+        """What a client with the base of version `since` lacks."""
+        return lacking(self.log, state.base_delta, since, state.round, self.messages)
 
-    def delivered(self, participants: Sequence[str], version: int, clients: Sequence[str]) -> None:
-        """The participants have the base of `version` now; residuals that everybody has are forgotten."""
-        self.version |= dict.fromkeys(participants, version)
-        oldest = min(self.version.get(client, 0) for client in clients)
-        self.residuals = {number: residual for number, residual in self.residuals.items() if number > oldest}
+    def of_the_others(self, client: str, state: ServerState) -> tuple[Adapter, CatchUp, float] | None:
+        """What the client cannot work out from its own factors of the last round, and its weight there; None if it was not in it.
 
-
-def require_consistent(config: Config, clients: int) -> None:
-    """What single keys cannot say: do method, ranks, truncation and optimiser state go together?
-
-    Raises:
-        UsageError: unknown method or gauge.
-        ConfigError: they do not.
-    """
-    method = method_named(config.method)
-    if config.clients.ranks is not None:
-        ranks = config.clients.ranks
-        if not method.per_client_ranks or method.pooled:
-            able = ", ".join(name for name, row in METHODS.items() if row.per_client_ranks)
-            raise ConfigError(f"method {config.method} needs one rank for all clients: remove clients.ranks, or use one of {able}")
-        if len(ranks) != clients:
-            raise ConfigError(f"clients.ranks has {len(ranks)} ranks for {clients} clients: give one a client, in the order of their names")
-        if max(ranks) != config.lora.r:
-            raise ConfigError(f"the largest of clients.ranks is {max(ranks)} and lora.r is {config.lora.r}: make them equal")
-        if method.gauge in ALIGNED:
-            raise ConfigError(
-                f"clients.ranks needs components in falling order, and {method.gauge} turns them: use balanced or orthonormal-a"
-            )
-    if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
-        raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
-    if len(method.trains) > 1 and config.local.optimizer_state == "keep":
-        raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
-    if method.refactors and config.local.optimizer_state == "keep":
-        raise ConfigError(
-            f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
-            "Adam's moments would belong to other coordinates; use 'reset'"
+        A client with all the weight has no others, and factors that did not change need not be worked out.
+        """
+        share = self.weights.get(client, 1.0)
+        return (
+            None if share >= 1 or self.known(client) else (*of_the_others(client, self.updates, self.weights, state, self.messages), share)
         )
-    if config.truncation != Truncation() and method.rest != "truncate":
-        raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
 
 
 def run_rounds(config: Config, state: ServerState, federation: Federation, out: Path, emit: Emit) -> ServerState:
@@ -144,7 +127,7 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         TrainingError: a client failed.
         WireError: a client's answer is not what the round declared.
     """
-    books = _Books()
+    books = _Books(config.messages)
     emit(
         "started",
         method=config.method,
@@ -166,8 +149,7 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         }
         held_out[number - 1] = _held_out_event(number - 1, updates, emit)
         before, (state, result) = state, server.step(state, updates, config.weights, config.truncation)
-        books.delivered(participants, number - 1, federation.clients)
-        books.stepped(before, state, result.residual)
+        books.stepped(before, state, result, updates, federation.clients)
         numbers = _measured(before, updates, result, state, held, federation)
         if useless := measure.useless_truncation(result):
             emit("warning", round=number, message=useless, tail=measure.tail(result))
@@ -196,6 +178,8 @@ def _messages(
     method = method_named(state.method)
     drawn = method.draws and state.round > 0
     sent, downloads = {}, {}
+    since = {client: books.version.get(client, 0) for client in participants}
+    lacking = {version: books.lacking(version, state) for version in set(since.values())}
     for client in participants:
         rank = federation.ranks.get(client)
         whole = rank is None or method.frozen_side or drawn
@@ -207,10 +191,13 @@ def _messages(
             method=state.method,
             adapter=state.adapter if whole else start_of(state.method, state.adapter, rank, None)[0],
             other=state.other,
-            residuals=books.lacking(client, state.round),
+            catch_up=lacking[since[client]],
             rank=rank,
             fresh=state.seed if drawn else None,
         )
+        if others := books.of_the_others(client, state):
+            adapter, catch_up, share = others
+            downloads[client] = replace(downloads[client], adapter=adapter, catch_up=catch_up, share=share)
         sent[client] = encode_download(downloads[client], omit="AB" if drawn else books.known(client))
     return sent, downloads, sum(map(len, sent.values()))
 

@@ -14,9 +14,11 @@ from transformers import set_seed
 
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
+from fedex_lora.catch_up import BaseCopy, caught_up
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
-from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.consistency import require_consistent
+from fedex_lora.errors import FedexLoraError, TrainingError, UsageError, WireError
 from fedex_lora.measure import Exactness
 from fedex_lora.partition import partition
 from fedex_lora.peft_io import (
@@ -35,11 +37,11 @@ from fedex_lora.peft_io import (
     write_adapter_folder,
     write_model,
 )
-from fedex_lora.rounds import Emit, Federation, Reply, log_to, require_consistent, run_rounds, stays, versions
+from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, stays, versions
 from fedex_lora.storage import write_text
 from fedex_lora.tasks import Task, load_task
-from fedex_lora.types import Adapter, ClientUpdate, Delta, LowRank, ServerState
-from fedex_lora.wire import Download, decode_download, encode_update
+from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, ServerState
+from fedex_lora.wire import Download, completed, decode_download, encode_update
 
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
 POOLED = "all"  # the one client of a centralised run
@@ -78,9 +80,9 @@ class InProcess:
             set_trained(model, method.trained(1))
         self.model = model
         self._base = FrozenBase(model, config.base.delta, config.base.compaction)
-        self._base_delta: Mapping[str, Delta] = {}
-        self._version, self._versions = 0, dict[str, int]()
-        self._log: dict[int, Mapping[str, LowRank]] = {}
+        self._copies = dict[str, BaseCopy]()  # every client's base delta; those with the same bits are one object
+        self._adapters = dict[str, Adapter]()  # the copies of the global adapter that are not its bits (messages.per_client)
+        self._trained = dict[str, tuple[int, Adapter]]()  # (round, what the client trained in it), where messages count on it
         self._first = read_model(model)
         self._data, self._eval = self._tokenised(task)
         self._latest: Adapter = self._first  # what a client's copy of the global adapter is, in the factors that do not travel again
@@ -118,16 +120,15 @@ class InProcess:
         """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
         for client, payload in messages.items():
             try:
-                yield Reply(client, self._answer(client, decode_download(payload, self._latest)))
-            except TrainingError as error:
+                yield Reply(client, self._answer(client, decode_download(payload, self._adapters.get(client, self._latest))))
+            except (TrainingError, WireError) as error:
                 yield Reply(client, None, str(error))
 
     def _answer(self, client: str, message: Download) -> bytes:
         method = method_named(message.method)
-        self._catch_up(message)
-        self._latest = message.adapter if message.rank is None else self._latest
+        message = self._catch_up(message)
         start, held = server.start_of(message.method, message.adapter, message.rank, self._own.get(client))
-        self._base.set(server.advance(self._base_delta, held))
+        self._base.set(server.advance(self._copies[client].delta, held))
         write_model(self.model, start, message.other)
         data, steps = self._data[client], self._emit
         own = {f"held_out_{name}": value for name, value in evaluate(self.model, data.held_out, self._work).items()}
@@ -149,26 +150,31 @@ class InProcess:
                 self._optimizers[client] = optimizer
             if method.own:
                 self._own[client] = update.adapter
+            if self._config.messages.per_client:
+                self._trained[client] = message.round, update.adapter
         return encode_update(update, message.run, message.round, message.method, omit=stays(message.method, message.round))
 
-    def _catch_up(self, message: Download) -> None:
-        """The base of the message's version.
+    def _catch_up(self, message: Download) -> Download:
+        """Bring the client's copies of base and adapter to the message's version, from what it has and what it was sent; the whole message.
 
-        Clients share one base here, so what one of them brought is not added again. But each must be sent all that it lacks, and
-        the same as the others: a client alone on its machine would depend on it.
+        Each client has its own copies here, as on its own machine. Those that must have the server's bits are compared, and are one
+        object in memory: one for each version that some client has.
         """
-        have, needed = self._versions.get(message.client, 0), message.round - 1
-        if sorted(message.residuals) != list(range(have + 1, needed + 1)):
-            raise TrainingError(f"a base at version {have} needs version {needed}, and residuals {sorted(message.residuals)} came")
-        for number, residual in sorted(message.residuals.items()):
-            if number == self._version + 1:
-                self._base_delta, self._version = server.advance(self._base_delta, residual), number
-                self._log[number] = residual
-            elif not _same(residual, self._log[number]):
-                raise TrainingError(f"the residual of round {number} is not the one that other clients were sent")
-        self._versions[message.client] = needed
-        oldest = min(self._versions.get(client, 0) for client in self._data)
-        self._log = {number: residual for number, residual in self._log.items() if number > oldest}
+        client, counted_on = message.client, message.share is not None
+        round, trained = self._trained.get(client, (0, None))
+        message = completed(message, trained if round == message.round - 1 else None)
+        copy = caught_up(self._copies.get(client, BaseCopy()), message.catch_up)
+        alike = (other for other in self._copies.values() if other.version == copy.version and not other.lossy)
+        if not copy.lossy and (twin := next(alike, None)):
+            if not _same(copy.delta, twin.delta):
+                raise WireError(f"the base of version {copy.version} is not the one that other clients were sent: ask for a snapshot")
+            copy = twin
+        self._copies[client] = copy
+        if counted_on or client in self._adapters:
+            self._adapters[client] = message.adapter
+        elif message.rank is None:
+            self._latest = message.adapter
+        return message
 
     def load(self, state: ServerState) -> nn.Module:
         """The global model of a state."""
@@ -241,7 +247,12 @@ def run(config: Config, out: Path, emit: Emit) -> ServerState:
     return state
 
 
-def _same(left: Mapping[str, LowRank], right: Mapping[str, LowRank]) -> bool:
+def _same(left: Mapping[str, Delta], right: Mapping[str, Delta]) -> bool:
     return left.keys() == right.keys() and all(
-        torch.equal(gain.U, right[name].U) and torch.equal(gain.V, right[name].V) for name, gain in left.items()
+        type(delta) is type(right[module]) and all(map(torch.equal, _matrices(delta), _matrices(right[module])))
+        for module, delta in left.items()
     )
+
+
+def _matrices(delta: Delta) -> list[torch.Tensor]:
+    return [delta.W] if isinstance(delta, Dense) else [delta.U, delta.V]

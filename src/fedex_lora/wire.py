@@ -1,15 +1,15 @@
 """Messages to bytes and back: safetensors (never pickle) with a small JSON header in its metadata.
 
-A download carries the global adapter, the other trained tensors and the residuals that the client lacks (the factor log from
-its version of the base to the round's). An upload carries what the client trained. Whatever arrives is checked against what
-the round declared before anything is computed with it.
+A download carries the global adapter, the other trained tensors and what the client's base lacks (`catch_up`); to a client of the last
+round it may carry only what the client cannot work out from its own factors (`completed`). An upload carries what the client trained.
+Whatever arrives is checked against what the round declared before anything is computed with it.
 """
 
 import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedex_lora.aggregation import derive_seed, fresh_a
-from fedex_lora.errors import WireError
-from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, LowRank
+from fedex_lora.catch_up import CatchUp, require_whole, with_own
+from fedex_lora.errors import AggregationError, WireError
+from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
 SCHEMA = 1
 
@@ -39,7 +40,9 @@ class Header(BaseModel):
     scalings: dict[str, float] = {}
     num_examples: int = Field(0, ge=0)
     metrics: dict[str, float] = {}
-    residual_rounds: list[int] = []
+    since: int = Field(0, ge=0)
+    log_rounds: list[int] = []
+    share: float | None = Field(None, ge=0, lt=1)
     rank: int | None = Field(None, ge=1)
     fresh: int | None = Field(None, ge=0)
 
@@ -51,9 +54,10 @@ class Download:
     Attributes:
         kind: "train" (evaluate what arrives, then train), or "evaluate" (only that).
         round: the round that is going on, from 1; the adapter is the global one after round - 1.
-        residuals: round -> what the base gained in it, for every round that the client's base lacks.
+        catch_up: what the client's base lacks of the base delta after round - 1.
         rank: how many components of the adapter this client trains; None: all.
         fresh: the run's seed, where the client draws the adapter itself instead of receiving it.
+        share: p_i of this client in the last round, where adapter and gain are those of the others: `completed` adds its own.
     """
 
     kind: Literal["train", "evaluate"]
@@ -63,17 +67,16 @@ class Download:
     method: str
     adapter: Adapter
     other: Mapping[str, Tensor]
-    residuals: Mapping[int, Mapping[str, LowRank]] = field(default_factory=dict)
+    catch_up: CatchUp
     rank: int | None = None
     fresh: int | None = None
+    share: float | None = None
 
 
 def encode_download(message: Download, omit: str = "") -> bytes:
     """The bytes of a download; `omit` names the factors ("A", "B", "AB") that the client has already, or draws itself."""
     tensors = _adapter_tensors(message.adapter, omit) | {f"other|{name}": tensor for name, tensor in message.other.items()}
-    for number, residual in message.residuals.items():
-        for module, gain in residual.items():
-            tensors |= {f"residual|{number}|{module}|U": gain.U, f"residual|{number}|{module}|V": gain.V}
+    tensors |= _catch_up_tensors(message.catch_up)
     header = Header(
         kind=message.kind,
         run=message.run,
@@ -81,38 +84,50 @@ def encode_download(message: Download, omit: str = "") -> bytes:
         client=message.client,
         method=message.method,
         scalings={module: pair.scaling for module, pair in message.adapter.items()},
-        residual_rounds=list(message.residuals),
+        since=message.catch_up.since,
+        log_rounds=list(message.catch_up.log),
         rank=message.rank,
         fresh=message.fresh,
+        share=message.share,
     )
     return _encode(header, tensors)
 
 
 def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
-    """A download from its bytes; factors that did not travel are taken from `known`, or drawn in its shapes where the server says so."""
+    """A download from its bytes; factors that did not travel are taken from `known`, or drawn in its shapes where the server says so.
+
+    Raises:
+        WireError: truncated, or it contradicts itself: see `_catch_up` and `require_whole`.
+    """
     header, tensors = _decode(payload)
     if header.kind == "update":
         raise WireError("expected a download, got an update: is this message going the wrong way?")
     known = known or {}
     if header.fresh is not None:
         known = fresh_adapter(known, header.fresh, header.round - 1)
-    residuals: dict[int, dict[str, LowRank]] = {number: {} for number in header.residual_rounds}
-    for name in tensors:
-        if name.startswith("residual|") and name.endswith("|U"):
-            _, number, module, _ = name.split("|")
-            residuals[int(number)][module] = LowRank(U=tensors[name], V=tensors[f"{name[:-1]}V"])
+    _require_finite(tensors)
+    adapter = _adapter(header, _adapter_tensors(known) | tensors)
     return Download(
         kind=header.kind,
         run=header.run,
         round=header.round,
         client=header.client,
         method=header.method,
-        adapter=_adapter(header, _adapter_tensors(known) | tensors),
+        adapter=adapter,
         other=_other(tensors),
-        residuals=residuals,
+        catch_up=_catch_up(header, tensors, adapter),
         rank=header.rank,
         fresh=header.fresh,
+        share=header.share,
     )
+
+
+def completed(message: Download, own: Adapter | None) -> Download:
+    """The whole message, from one that counts on the factors which the client trained in the last round (see `catch_up.with_own`)."""
+    if message.share is None:
+        return message
+    adapter, catch_up = with_own(message.adapter, message.catch_up, message.share, own)
+    return replace(message, adapter=adapter, catch_up=catch_up, share=None)
 
 
 def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
@@ -169,9 +184,7 @@ def decode_update(payload: bytes, sent: Download, omit: str = "") -> ClientUpdat
     ):
         if here != there:
             raise WireError(f"the update's {name} is {here!r}, this round declared {there!r}")
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise WireError(f"tensor {name} holds NaN or infinity")
+    _require_finite(tensors)
     tensors = _adapter_tensors(adapter) | tensors
     return ClientUpdate(
         client_id=header.client,
@@ -186,15 +199,87 @@ def _adapter_tensors(adapter: Adapter, omit: str = "") -> dict[str, Tensor]:
     return {f"adapter|{module}|{part}": getattr(pair, part) for part in "AB" if part not in omit for module, pair in adapter.items()}
 
 
+def _catch_up_tensors(message: CatchUp) -> dict[str, Tensor]:
+    """`log|ROUND|MODULE|U`, `gain|MODULE|U`, `snapshot|MODULE|U`, each with its V; or `snapshot|MODULE|W`."""
+    forms: dict[str, Delta] = {f"log|{number}|{module}": gain for number, gains in message.log.items() for module, gain in gains.items()}
+    forms |= {f"gain|{module}": gain for module, gain in message.gain.items()}
+    forms |= {f"snapshot|{module}": delta for module, delta in message.snapshot.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, delta in forms.items():
+        tensors |= {f"{name}|W": delta.W} if isinstance(delta, Dense) else {f"{name}|U": delta.U, f"{name}|V": delta.V}
+    return tensors
+
+
+def _catch_up(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -> CatchUp:
+    """What the base lacks, with modules and shapes those of the adapter.
+
+    Raises:
+        WireError: else; or half of a product, a tensor of no form, or what `require_whole` refuses.
+    """
+    log: dict[int, dict[str, LowRank]] = {number: {} for number in header.log_rounds}
+    gain: dict[str, LowRank] = {}
+    snapshot: dict[str, Delta] = {}
+    for place, delta in _deltas(tensors).items():
+        form, _, module = place.partition("|")
+        number, _, logged = module.partition("|")
+        rounds = {str(number): gains for number, gains in log.items()}
+        if form == "log" and number in rounds and isinstance(delta, LowRank):
+            module = logged
+            rounds[number][module] = delta
+        elif form == "gain" and isinstance(delta, LowRank):
+            gain[module] = delta
+        elif form == "snapshot":
+            snapshot[module] = delta
+        else:
+            raise WireError(f"tensor {place[:200]!r} has no place in a download with the log of rounds {header.log_rounds[:20]}")
+        if module not in adapter or adapter[module].shape != delta.shape:
+            ours = adapter[module].shape if module in adapter else "no such module"
+            raise WireError(f"{place[:200]!r} is {delta.shape} and the adapter has {ours}: is the message of another model?")
+    message = CatchUp(since=header.since, version=header.round - 1, log=log, gain=gain, snapshot=snapshot)
+    require_whole(message)
+    return message
+
+
+def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    """FORM|...|MODULE -> the product of its U and V, or its W."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(("adapter|", "other|")):
+            place, _, part = name.rpartition("|")
+            parts.setdefault(place, {})[part] = tensor
+    deltas: dict[str, Delta] = {}
+    for place, found in parts.items():
+        shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
+        if not all(tensor.ndim == 2 and tensor.is_floating_point() for tensor in found.values()):
+            raise WireError(f"{place[:200]!r} has {shapes}, which are no matrices of floating-point numbers")
+        if found.keys() == {"W"}:
+            deltas[place] = Dense(W=found["W"])
+        elif found.keys() == {"U", "V"} and shapes["U"][1] == shapes["V"][0]:
+            deltas[place] = LowRank(U=found["U"], V=found["V"])
+        else:
+            raise WireError(f"{place[:200]!r} has {shapes}: it must be U and V that chain, or W alone")
+    return deltas
+
+
 def _other(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("other|"): tensor for name, tensor in tensors.items() if name.startswith("other|")}
 
 
 def _adapter(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
-    return {
-        module: LoRAPair(A=tensors[f"adapter|{module}|A"], B=tensors[f"adapter|{module}|B"], scaling=scaling)
-        for module, scaling in header.scalings.items()
-    }
+    """The pairs that the header names.
+
+    Raises:
+        WireError: a factor is missing, or the two of a module do not chain.
+    """
+    try:
+        return {
+            module: LoRAPair(A=tensors[f"adapter|{module}|A"], B=tensors[f"adapter|{module}|B"], scaling=scaling)
+            for module, scaling in header.scalings.items()
+        }
+    except KeyError as error:
+        raise WireError(f"{error.args[0]} did not travel and is not known here: send the whole adapter") from None
+    except AggregationError as error:
+        raise WireError(f"the message's adapter is wrong: {error}") from None
 
 
 def _encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
@@ -229,6 +314,12 @@ def _decode(payload: bytes) -> tuple[Header, dict[str, Tensor]]:
         return header, load(payload)
     except SafetensorError as error:
         raise WireError(f"the message is not valid safetensors: {error}") from None
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WireError(f"tensor {name[:200]} holds NaN or infinity")
 
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}

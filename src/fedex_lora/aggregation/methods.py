@@ -115,7 +115,7 @@ class Method:
         down = 0 if self.draws and round > 1 else rank * sum(size[part] for part in changed)
         if self.rest_rank and round > 1:
             columns = self.rest_rank(ranks, min(shape)) * (2 if self.own and round > 2 else 1)  # with its own start, each product is two
-            down += min(columns, truncated or columns) * sum(shape)
+            down += min(min(columns, truncated or columns) * sum(shape), shape[0] * shape[1])  # or the base delta itself
         return Numbers(down=down, up=ranks[client] * sum(size[part] for part in self.sent(round)))
 
 

@@ -1,0 +1,47 @@
+"""What single keys of a configuration cannot say: whether they go together."""
+
+from fedex_lora.aggregation import ALIGNED, METHODS, Method, method_named
+from fedex_lora.config import Config, Truncation
+from fedex_lora.errors import ConfigError
+
+
+def require_consistent(config: Config, clients: int) -> None:
+    """What single keys cannot say: do method, ranks, truncation and optimiser state go together?
+
+    Raises:
+        UsageError: unknown method or gauge.
+        ConfigError: they do not.
+    """
+    method = method_named(config.method)
+    _require_ranks(config, method, clients)
+    if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
+        raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
+    if len(method.trains) > 1 and config.local.optimizer_state == "keep":
+        raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
+    if method.refactors and config.local.optimizer_state == "keep":
+        raise ConfigError(
+            f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
+            "Adam's moments would belong to other coordinates; use 'reset'"
+        )
+    if config.messages.per_client and config.method != "fedex":
+        raise ConfigError(
+            f"messages.per_client counts on the mean factors of fedex, and the method is {config.method}: "
+            "remove it, or set method = 'fedex'"
+        )
+    if config.truncation != Truncation() and method.rest != "truncate":
+        raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
+
+
+def _require_ranks(config: Config, method: Method, clients: int) -> None:
+    ranks = config.clients.ranks
+    if ranks is None:
+        return
+    if not method.per_client_ranks or method.pooled:
+        able = ", ".join(name for name, row in METHODS.items() if row.per_client_ranks)
+        raise ConfigError(f"method {config.method} needs one rank for all clients: remove clients.ranks, or use one of {able}")
+    if len(ranks) != clients:
+        raise ConfigError(f"clients.ranks has {len(ranks)} ranks for {clients} clients: give one a client, in the order of their names")
+    if max(ranks) != config.lora.r:
+        raise ConfigError(f"the largest of clients.ranks is {max(ranks)} and lora.r is {config.lora.r}: make them equal")
+    if method.gauge in ALIGNED:
+        raise ConfigError(f"clients.ranks needs components in falling order, and {method.gauge} turns them: use balanced or orthonormal-a")
