@@ -81,13 +81,15 @@ def fold(layer: Layer, update: torch.Tensor) -> None:
 
 @torch.no_grad()
 def folded_answers(result: Any, base: str, float32: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `verify.model_answers`, of a base with the delta in its stored weights."""
-    model, frozen = open_model(result, base)
-    frozen.set({})
-    without = logits(in_float32(model) if float32 else model, ROWS)
-    for name, layer in lora_layers(model).items():
-        fold(layer, result.base_delta[name].dense())
-    return logits(model, ROWS), without
+    """As `verify.model_answers`, of a base with the delta in its stored weights (folded first, then upcast)."""
+    answers = []
+    for with_delta in (True, False):
+        model, frozen = open_model(result, base)
+        frozen.set({})
+        for name, layer in lora_layers(model).items() if with_delta else ():
+            fold(layer, result.base_delta[name].dense())
+        answers.append(logits(in_float32(model) if float32 else model, ROWS))
+    return answers[0], answers[1]
 
 
 def relative_size(result: Any, base: str) -> float:
