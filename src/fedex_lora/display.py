@@ -73,7 +73,7 @@ class Display:
         line = f"{self._label}round {fields['round']}/{self._rounds}  {metrics}"
         if "exactness_error" in fields:
             line += (
-                f"  exactness error {fields['exactness_error']:.1e} (weights {fields['realised_error']:.1e}, floor {fields['floor']:.1e})"
+                f"  exactness error {fields['exactness_error']:.1e} (layers {fields['realised_error']:.1e}, floor {fields['floor']:.1e})"
             )
             line += f"  averaging alone is off by {fields['deviation']:.1%}"
         if "dropped" in fields:

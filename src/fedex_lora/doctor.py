@@ -27,6 +27,11 @@ def examine() -> tuple[dict[str, str], list[str]]:
             problems.append(
                 f"{requirement.name} {facts[requirement.name]} does not satisfy {requirement.specifier}: pip install '{requirement}'"
             )
+    for name, use in (("bitsandbytes", "base.quantization"), ("pillow", "images")):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = f"not installed ({use} would need it)"
     facts |= _devices()
     facts["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online if the network allows"
     facts["hub telemetry"] = (

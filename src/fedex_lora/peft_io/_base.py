@@ -1,6 +1,7 @@
 """The frozen base `W0 + D`: D folded into the weight where that is exact, or kept beside it where it is not."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -19,6 +20,20 @@ from fedex_lora.peft_io._layers import Layer, keep_unpacked
 from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.types import Delta, Dense
 
+CONFIG = (  # what may differ between models whose weights have the same shapes
+    "model_type",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
 Where: TypeAlias = Literal["auto", "fold", "side"]
 
 
@@ -69,8 +84,7 @@ class FrozenBase:
         for name, delta in base_delta.items():
             if name not in self._homes:
                 raise ModelError(f"the base delta has a module {name} that this model has no adapter on: is it another base model?")
-            shape = tuple(self._layers[name].weight().shape) if delta is not self._now.get(name) else delta.shape
-            if shape != delta.shape:
+            if (shape := self._layers[name].shape) != delta.shape:
                 raise ModelError(f"the base delta of {name} is {delta.shape}, the model's weight {shape}: is it another base model?")
         for name, home in self._homes.items():
             delta_now, wanted = self._now.get(name), base_delta.get(name)
@@ -100,11 +114,11 @@ class FrozenBase:
         return {"fold": len(self._homes) - side, "side": side}
 
     def fingerprint(self) -> str:
-        """sha256 of the kind of model and of the pristine weights under the adapters: their names, shapes, and 256 values of each.
-
-        Of a quantised weight, packed as it is, so such a base is known by its precision too.
+        """sha256 of what makes the base: of its config what shapes do not say (heads, activations, ..), and of the pristine weights under
+        the adapters their names, shapes, and 256 values of each. Quantised weights count as packed, so precision makes another base.
         """
-        digest = hashlib.sha256(str(getattr(getattr(self._model, "config", None), "model_type", "")).encode())
+        config = getattr(self._model, "config", None)
+        digest = hashlib.sha256(json.dumps({key: getattr(config, key, None) for key in CONFIG}, sort_keys=True, default=str).encode())
         for name in sorted(self._layers):
             weight = self._layers[name].base.weight.detach() if self._layers[name].quantised else self._homes[name].w0()
             sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)][:256].cpu().float().contiguous()

@@ -98,6 +98,11 @@ class Layer:
     def rank(self) -> int:
         return int(self.peft.r[ADAPTER])
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight as a matrix."""
+        return (self.base.out_features, self.base.in_features) if self.quantised else tuple(self.weight().shape)  # type: ignore[return-value]
+
     def parameter(self, part: str) -> nn.Parameter:
         """The parameter that holds A or B."""
         holder = getattr(self.peft, self.factors["AB".index(part)])[ADAPTER]

@@ -190,7 +190,8 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
 
     Args:
         folder: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
-        base: the pretrained model, its name or its folder; a model object is changed in place.
+        base: the pretrained model: its name or folder, loaded in the precision that `folder` says (float32 where it says none), or a
+            model object in any precision, which is changed in place.
 
     Returns:
         A `PeftModel` in evaluation mode (for full fine-tuning, the model itself).
