@@ -26,10 +26,18 @@ from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.runner import run
 
 ROWS = 256  # of 16 random tokens
-BASES = [("bfloat16", "none"), ("float32", "nf4"), ("bfloat16", "nf4"), ("float32", "int8"), ("float32", "none")]
+CASES = [  # method, dtype, quantization
+    ("fedex", "bfloat16", "none"),
+    ("fedex", "float32", "nf4"),
+    ("fedex", "bfloat16", "nf4"),
+    ("fedex", "float32", "int8"),
+    ("fedex", "float32", "none"),
+    ("reinit", "bfloat16", "none"),  # all of the update goes into the base
+    ("reinit", "bfloat16", "nf4"),
+]
 
 
-def configuration(which: str, args: argparse.Namespace, dtype: str, quantization: str) -> dict[str, Any]:
+def configuration(which: str, args: argparse.Namespace, method: str, dtype: str, quantization: str) -> dict[str, Any]:
     shared = {
         "method": "fedex",
         "rounds": args.rounds,
@@ -100,8 +108,8 @@ def relative_size(result: Any, base: str) -> float:
     return float(delta / torch.stack([norm(layers[name].weight().double()) for name in result.base_delta]).norm())
 
 
-def measured(which: str, args: argparse.Namespace, dtype: str, quantization: str) -> dict[str, Any]:
-    config = parse_config(configuration(which, args, dtype, quantization))
+def measured(which: str, args: argparse.Namespace, method: str, dtype: str, quantization: str) -> dict[str, Any]:
+    config = parse_config(configuration(which, args, method, dtype, quantization))
     with tempfile.TemporaryDirectory() as folder:
         out, last = Path(folder) / "run", {}
         run(config, out, lambda event, **fields: last.update(fields) if event == "round_done" else None)
@@ -114,6 +122,7 @@ def measured(which: str, args: argparse.Namespace, dtype: str, quantization: str
                 numbers[f"floor{precision}"] = got.floor
         return {
             "model": which,
+            "method": method,
             "dtype": dtype,
             "quantization": quantization,
             **numbers,
@@ -129,14 +138,17 @@ def main() -> None:
     for name in ("data", "minilm", "stories", "out"):
         parser.add_argument(f"--{name}", type=Path, required=name != "out")
     parser.add_argument("--models", nargs="+", default=["stories260K", "MiniLM"])
+    parser.add_argument("--methods", nargs="+", default=["fedex", "reinit"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rows", type=int, default=300)
     args = parser.parse_args()
     quiet()
     rows = []
     for which in args.models:
-        for dtype, quantization in BASES:
-            rows.append(measured(which, args, dtype, quantization))
+        for method, dtype, quantization in CASES:
+            if method not in args.methods:
+                continue
+            rows.append(measured(which, args, method, dtype, quantization))
             print(
                 json.dumps({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in rows[-1].items()}),
                 flush=True,

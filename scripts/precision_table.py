@@ -23,10 +23,10 @@ COLUMNS = {
 
 
 def table() -> str:
-    lines = [f"| model | base | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [f"| model | method | base | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 3) + "|"]
     for row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]:
         base = row["dtype"] if row["quantization"] == "none" else f"{row['quantization']}, {row['dtype']}"
-        lines.append(f"| {row['model']} | {base} | {' | '.join(f'{row[key]:.1e}' for key in COLUMNS.values())} |")
+        lines.append(f"| {row['model']} | {row['method']} | {base} | {' | '.join(f'{row[key]:.1e}' for key in COLUMNS.values())} |")
     return "\n".join(lines)
 
 
