@@ -39,7 +39,7 @@ CASES = [  # method, dtype, quantization
 
 def configuration(which: str, args: argparse.Namespace, method: str, dtype: str, quantization: str) -> dict[str, Any]:
     shared = {
-        "method": "fedex",
+        "method": method,
         "rounds": args.rounds,
         "torch_threads": 1,
         "clients": {"count": 3, "partition": "dirichlet", "dirichlet_alpha": 1.0},
