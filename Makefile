@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench exactness clean
+.PHONY: demo test check bench exactness precision clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -23,10 +23,14 @@ check: $(VENV)/.installed-dev   ## style, types, the order of imports
 
 bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
+	$(BIN)/python benchmarks/bench_catch_up.py
 	$(BIN)/python benchmarks/bench_truncation.py --out benchmarks/results/truncation.json
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json
+
+precision: $(VENV)/.installed-dev   ## ten rounds on bases of 16, 8 and 4 bits: make precision DATA=FOLDER MINILM=FOLDER STORIES=FOLDER
+	$(BIN)/python benchmarks/precision.py --data $(DATA) --minilm $(MINILM) --stories $(STORIES) --out benchmarks/results/precision.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tests import oracle
 from tests.test_runner import configuration, ignore
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 import fedex_lora.export as exporting
 from fedex_lora import load_model
+from fedex_lora.adapters import aggregate_folders
 from fedex_lora.cli import app
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ModelError
 from fedex_lora.export import export, logits
-from fedex_lora.peft_io import read_adapter_folder
+from fedex_lora.peft_io import plain_model, read_adapter_folder
 from fedex_lora.runner import run
 from fedex_lora.storage import read_manifest
 from fedex_lora.verify import verify
@@ -121,7 +122,7 @@ def test_another_base_is_refused_by_its_weights(causal, tmp_path):
 
 
 def test_what_vllm_makes_of_it_is_said(causal, classifier, tmp_path):
-    assert export(causal, "adapter", tmp_path / "a")["vllm"].startswith("vllm serve BASE --enable-lora --max-lora-rank 16")
+    assert export(causal, "adapter", tmp_path / "a")["vllm"].startswith("vllm serve BASE --dtype float32 --enable-lora --max-lora-rank 16")
     assert "OUT/base" in export(causal, "base+adapter", tmp_path / "b")["vllm"]
     assert export(causal, "merged", tmp_path / "c")["vllm"].startswith("vllm serve OUT --dtype float32")
     assert "not a causal LM" in export(classifier, "adapter", tmp_path / "d")["vllm"]
@@ -141,6 +142,7 @@ def test_an_export_that_is_not_the_run_is_not_left_behind(causal, tmp_path, monk
         (["--as", "onnx"], "give merged, adapter, base\\+adapter"),
         (["--as", "merged", "--rank", "2"], "--rank cuts the stand-alone adapter"),
         (["--as", "adapter", "--rank", "0"], "give 1 to 10"),
+        (["--as", "adapter", "--rank", "11"], "give 1 to 10"),
         (["--as", "adapter", "--base", "nowhere"], "neither a local folder"),
     ],
 )
@@ -151,6 +153,41 @@ def test_bad_exports(options, message, causal, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert re.search(message, done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_update_that_is_lost_is_noticed_however_small(tmp_path, monkeypatch):
+    """At a tiny learning rate the bare base has the run's logits to 1e-5 of the largest; the change that the update makes is what counts."""
+    run(configuration(rounds=1, training={"learning_rate": 1e-5}), tmp_path / "run", ignore)
+    assert export(tmp_path / "run", "merged", tmp_path / "good")["change_error"] < 0.1
+    monkeypatch.setattr(exporting, "plain_model", lambda base, delta, other, **options: plain_model(base, {}, other, **options))
+    with pytest.raises(ModelError, match="gives other logits than the run"):
+        export(tmp_path / "run", "merged", tmp_path / "bad")
+
+
+def test_full_fine_tuning_of_a_tied_model_is_exported(gpt2, tmp_path):
+    """Both ends of the tie were trained as one, and stay one."""
+    changes = {"base": {"model": str(gpt2)}, "training": {"learning_rate": 1e-3}, "task": {"max_length": 48}}
+    config = configuration(method="full-ft", rounds=1, **changes)
+    run(config, tmp_path / "run", ignore)
+    assert export(tmp_path / "run", "merged", tmp_path / "out")["output_error"] < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_adapters_without_a_task_type_find_their_head(tmp_path):
+    """PEFT users often leave it out; the base's modules tell which head they were trained with."""
+    for index in range(2):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder()), LoraConfig(r=2, target_modules=["q_proj"]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+        model.save_pretrained(tmp_path / f"{index}")
+    aggregate_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "out", "fedex", None, None)
+    assert isinstance(
+        load_model(tmp_path / "out", str(base_folder())).get_base_model(), type(AutoModelForCausalLM.from_pretrained(base_folder()))
+    )
+    assert export(tmp_path / "out", "merged", tmp_path / "merged", str(base_folder()))["output_error"] < 1e-5
+    assert verify(tmp_path / "out", str(base_folder()))["base_checked"] is False
 
 
 def test_the_command_prints_numbers(causal, tmp_path):

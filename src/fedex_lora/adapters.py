@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import Method, aggregate, method_named
 from fedex_lora.config import Truncation
@@ -116,6 +118,11 @@ def _require_one_base(folders: Sequence[Path], read: Sequence[AdapterFolder]) ->
             )
         if one.config.get("task_type") != read[0].config.get("task_type"):
             raise AggregationError(f"{folders[0]} and {folder} have different task types: aggregate adapters of one task")
+        for name in {*one.frozen, *read[0].frozen}:
+            if not (name in one.frozen and name in read[0].frozen and torch.equal(one.frozen[name], read[0].frozen[name])):
+                raise AggregationError(
+                    f"{folders[0]} and {folder} differ in {name}, which is not in modules_to_save: their bases have other embeddings"
+                )
 
 
 def _state(previous: Path | None, method: str, updates: Sequence[ClientUpdate]) -> ServerState:

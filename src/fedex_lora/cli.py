@@ -261,6 +261,8 @@ def verify(
             for compute, kind in ((result["compute_dtype"], ""), ("float32", "_float32")):
                 error, floor = result[f"output_error{kind}"], result[f"output_floor{kind}"]
                 console.print(f"of the logits, computed in {compute}: {error:.2e}   without the base delta: {floor:.2e}", highlight=False)
+            if not result["base_checked"]:
+                console.print("these adapters came without a fingerprint of their base: whether this is the one was not checked")
     if result["exact_method"] and result["max_relative_error"] > EXACT_BELOW:
         _fail(f"error: method {result['method']} is exact, and the stored result is off by {result['max_relative_error']:.1e}", 1)
 
@@ -288,7 +290,11 @@ def export(
     console = _consoles(False)
     cut = f"; of the update {result['update_error']:.2e} is missing" if result["update_error"] else ""
     console.print(f"{form} in {out}, rank {result['rank']}{cut}", highlight=False)
-    console.print(f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's", highlight=False)
+    console.print(
+        f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's, "
+        f"{result['change_error']:.1e} of what the update changes",
+        highlight=False,
+    )
     console.print(f"vLLM: {result['vllm']}", highlight=False)
 
 

@@ -86,7 +86,7 @@ class Lora(_Table):
         None, description='Module names, a regular expression, "all-linear", or PEFT\'s default.'
     )
     rslora: bool = Field(False, description="Rank-stabilised scaling.")
-    rank_pattern: dict[str, int] = Field({}, description="Module pattern -> rank, where it differs.")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="Module pattern -> rank, where it differs.")
     alpha_pattern: dict[str, float] = Field({}, description="Module pattern -> alpha, where it differs.")
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained whole beside the adapters (a classification head is added by itself)."

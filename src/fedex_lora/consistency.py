@@ -16,6 +16,8 @@ def require_consistent(config: Config, clients: int) -> None:
     _require_ranks(config, method, clients)
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
+    if not method.lora and config.base.compaction is not None:
+        raise ConfigError(f"{config.method} has no base delta to compact: remove base.compact_rank and base.compact_tolerance")
     if len(method.trains) > 1 and config.local.optimizer_state == "keep":
         raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
     if method.refactors and config.local.optimizer_state == "keep":

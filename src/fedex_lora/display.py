@@ -76,6 +76,8 @@ class Display:
                 f"  exactness error {fields['exactness_error']:.1e} (layers {fields['realised_error']:.1e}, floor {fields['floor']:.1e})"
             )
             line += f"  averaging alone is off by {fields['deviation']:.1%}"
+        if "compaction_error" in fields:
+            line += f"  compaction keeps all but {fields['compaction_error']:.1%} of the base delta"
         if "dropped" in fields:
             line += f"  truncation dropped {fields['dropped']:.1%}"
         self._console.print(

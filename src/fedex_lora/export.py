@@ -1,10 +1,13 @@
 """`export`: the model of a run or result as folders that plain transformers, PEFT and vLLM load, checked before they are called done."""
 
+import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -28,12 +31,14 @@ from fedex_lora.peft_io import (
     read_result,
     stacked,
     write_adapter_folder,
+    write_model,
 )
 from fedex_lora.storage import atomic_folder, write_text
 from fedex_lora.types import Adapter, LoRAPair
 
 FORMS = ("merged", "adapter", "base+adapter")
 SAME = 1e-5  # of the largest logit: what fp32 rounding of another order of sums stays under
+TINY = 1e-7  # of the largest logit: an update that changes less cannot be told from rounding in float32
 SAME_INT8 = 5e-2  # int8 layers quantise their inputs too, and a plain model does not: the number is printed
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
 BASE, ADAPTER = "base", "adapter"
@@ -52,8 +57,9 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         rank: cut the adapter to its best approximation of this rank (of the same rank in every module).
 
     Returns:
-        `output_error` = max |logits - the run's| / max |the run's|, both computed in float32; `update_error` = |cut update - update| /
-        |update| for a cut; rank; what vLLM makes of it.
+        `output_error` = max |logits - the run's| / max |the run's|, both computed in float32; `change_error`, the same difference relative
+        to the change of logits that the whole update makes; `update_error` = |cut update - update| / |update| for a cut; rank; what vLLM
+        makes of it.
 
     Raises:
         UsageError: no such form, a rank above the total, a rank for a form without a stacked adapter, a personalised method.
@@ -71,22 +77,34 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         **{key: result.manifest[key] for key in ("base_dtype", "base_quantization") if key in result.manifest},
         "fedex-lora": __version__,
     }
-    run, _ = open_model(result, name)
-    want = logits(in_float32(run))
+    want, bare = _logits_with_and_without(result, name)
+    change = float((want - bare).abs().max())
     with atomic_folder(out, facts) as folder:
         got = _write(folder, form, result, adapter, name)
-        error = float((got - want).abs().max() / want.abs().max())
+        error, off = float((got - want).abs().max() / want.abs().max()), float((got - want).abs().max())
         numbers = {
             "output_error": error,
+            "change_error": off / change if change else 0.0,
             "update_error": update_error,
             "rank": _rank(result.adapter if form == "base+adapter" else adapter),
         }
         write_text(folder / "README.md", _card(facts, numbers, result))
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
-        if rank is None and not error < same:
+        if rank is None and not (error < same and (off < 0.1 * change or error < TINY)):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name)
     return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
+
+
+def _logits_with_and_without(result: Result, name: str) -> tuple[Tensor, Tensor]:
+    """The run's logits, and those of its base with the same heads, both computed in float32."""
+    model, frozen = open_model(result, name)
+    want = logits(in_float32(model))
+    if not result.adapter:
+        return want, logits(base_for(result, name))
+    frozen.set({})
+    write_model(model, {module: replace(pair, B=torch.zeros_like(pair.B)) for module, pair in result.adapter.items()}, result.other)
+    return want, logits(model)
 
 
 def _exportable(source: Path, form: str, rank: int | None) -> Result:
@@ -111,10 +129,11 @@ def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str)
         write_adapter_folder(folder, adapter, result.other, format)
         return logits(PeftModel.from_pretrained(in_float32(base), folder))  # type: ignore[arg-type]
     gained = {module: pair.low_rank() for module, pair in adapter.items()} if form == "merged" else result.base_delta
-    whole: Any = plain_model(base, gained, result.other)
+    whole: Any = plain_model(base, gained, result.other, tied=not result.adapter)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
-    load_processor(Base(model=name), kind_of(result, name)).save_pretrained(where)
+    with contextlib.suppress(ModelError):  # a base without a tokenizer is exported without
+        load_processor(Base(model=name), kind_of(result, name)).save_pretrained(where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)
@@ -147,14 +166,20 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
     where = "OUT" if form == "adapter" else f"OUT/{ADAPTER}"
     if result.other:
         return f"not as an adapter: it trains {len(result.other)} tensors whole, and vLLM loads no modules_to_save; use --as merged"
+    stored = result.manifest.get("base_quantization", "none")
+    if form == "adapter" and stored not in ("none", "nf4"):
+        return f"not as an adapter: vLLM does not load bases in {stored}; use --as merged"
+    if form != "adapter" and len({pair.scaling for pair in result.adapter.values()}) > 1:
+        return "not as an adapter: its scalings differ between modules, and vLLM may read one for all; use --as adapter or --as merged"
     odd = [module for module in result.adapter if module.endswith("lm_head") or result.format.layouts.get(module, LINEAR) != LINEAR]
     if odd:
         return f"not as an adapter: it adapts {odd[0]}, and vLLM adapts the linear layers of the body only; use --as merged"
     fits = next((most for most in VLLM_RANKS if most >= rank), None)
     if fits is None:
         return f"not as an adapter: rank {rank} is above vLLM's {VLLM_RANKS[-1]}; use --rank, or --as merged"
-    quantised = form == "adapter" and result.manifest.get("base_quantization", "none") != "none"
-    served = f"BASE{' --quantization bitsandbytes' if quantised else ''}" if form == "adapter" else f"OUT/{BASE} --dtype float32"
+    dtype = result.manifest.get("base_dtype", "float32") if form == "adapter" else "float32"
+    served = "BASE" if form == "adapter" else f"OUT/{BASE}"
+    served += f" --dtype {dtype}" + (" --quantization bitsandbytes" if form == "adapter" and stored == "nf4" else "")
     return f"vllm serve {served} --enable-lora --max-lora-rank {fits} --lora-modules fedex={where}"
 
 

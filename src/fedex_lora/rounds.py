@@ -51,7 +51,7 @@ class Federation:
         clients: the ids of all clients.
         exchange: the transport.
         evaluate: the global model's metrics on the task's evaluation rows, from the server's state.
-        realised: (state, ideal) -> the exactness of the model's own layers, its floor, and what compaction left out of the base delta.
+        realised: (state, ideal) -> the exactness of the model's own layers, its floor, and more numbers for the round's event.
         format: how adapters are written, for result folders.
         facts: for manifests (base model, versions).
         ranks: client -> its rank, where they differ.
@@ -60,7 +60,7 @@ class Federation:
     clients: Sequence[str]
     exchange: Exchange
     evaluate: Callable[[ServerState], dict[str, float]]
-    realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, float]]
+    realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, dict[str, float]]]
     format: Format
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -259,13 +259,12 @@ def _measured(
         return {}
     ideal = measure.ideal_update(before.base_delta, updates, result.weights, held)
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
-    realised, floor, lacking = federation.realised(after, ideal)
+    realised, floor, more = federation.realised(after, ideal)
     cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
     dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if cuts else {}
-    compacted = {"compaction_error": lacking} if lacking else {}
     return (
         dropped
-        | compacted
+        | more
         | {
             "exactness_error": factors.max_relative_error,
             "exactness_error_total": factors.total_relative_error,

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.catch_up import BaseCopy, caught_up
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
@@ -40,7 +41,7 @@ from fedex_lora.peft_io import (
 from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, stays, versions
 from fedex_lora.storage import write_text
 from fedex_lora.tasks import Task, load_task
-from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, ServerState
+from fedex_lora.types import Adapter, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, completed, decode_download, encode_update
 
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
@@ -166,7 +167,7 @@ class InProcess:
         copy = caught_up(self._copies.get(client, BaseCopy()), message.catch_up)
         alike = (other for other in self._copies.values() if other.version == copy.version and not other.lossy)
         if not copy.lossy and (twin := next(alike, None)):
-            if not _same(copy.delta, twin.delta):
+            if copy.delta.keys() != twin.delta.keys() or not all(same_bits(copy.delta[name], twin.delta[name]) for name in twin.delta):
                 raise WireError(f"the base of version {copy.version} is not the one that other clients were sent: ask for a snapshot")
             copy = twin
         self._copies[client] = copy
@@ -188,10 +189,11 @@ class InProcess:
             return {}
         return evaluate(self.load(state), self._eval, self._work)
 
-    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float, float]:
-        """The exactness of what the model's layers compute, its floor, and the share of the base delta that compaction left out."""
+    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float, dict[str, float]]:
+        """The exactness of what the model's layers compute, its floor, and of side paths: their own error, and what compaction left out."""
         self.load(state)
-        return *self._base.realised(ideal), self._base.compaction_error
+        side = {"side_error": self._base.side_error, "compaction_error": self._base.compaction_error}
+        return *self._base.realised(ideal), {name: value for name, value in side.items() if value}
 
     def save_personal(self, state: ServerState, folder: Path) -> None:
         """Under a personalised method each client's model is its own: its adapter, as a PEFT folder, in `CLIENT/adapter`."""
@@ -218,6 +220,7 @@ class InProcess:
             "base_bytes": frozen_bytes(self.model),
             "base_dtype": self._config.base.dtype,
             "base_quantization": self._config.base.quantization,
+            **({"base_random_seed": self._config.seed} if self._config.base.random_weights else {}),
             "base_delta": self._base.homes,
             "train_rows": {client: len(data.train) for client, data in self._data.items()},
             "torch_threads": torch.get_num_threads(),
@@ -245,14 +248,3 @@ def run(config: Config, out: Path, emit: Emit) -> ServerState:
     state = run_rounds(config, place.initial(), place.federation(), out, log_to(out / "events.jsonl", emit))
     place.save_personal(state, out / "clients")
     return state
-
-
-def _same(left: Mapping[str, Delta], right: Mapping[str, Delta]) -> bool:
-    return left.keys() == right.keys() and all(
-        type(delta) is type(right[module]) and all(map(torch.equal, _matrices(delta), _matrices(right[module])))
-        for module, delta in left.items()
-    )
-
-
-def _matrices(delta: Delta) -> list[torch.Tensor]:
-    return [delta.W] if isinstance(delta, Dense) else [delta.U, delta.V]

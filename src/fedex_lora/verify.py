@@ -49,7 +49,8 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     }
     if base:
         summary |= {"realised_error": max(row["realised_error"] for row in rows), "floor": max(row["floor"] for row in rows)}
-        summary |= output_errors(read_result(result_folders(path)[-1]), base)
+        last = read_result(result_folders(path)[-1])
+        summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
     return summary | {"rounds": rows}
 
 

@@ -13,6 +13,15 @@ def concatenate(terms: Sequence[LowRank]) -> LowRank:
     return LowRank(U=torch.cat([term.U for term in terms], dim=1), V=torch.cat([term.V for term in terms], dim=0))
 
 
+def same_bits(left: Delta | None, right: Delta | None) -> bool:
+    """Are two deltas the same in form and in every bit?"""
+    if left is right or left is None or right is None:
+        return left is right
+    if isinstance(left, Dense) or isinstance(right, Dense):
+        return isinstance(left, Dense) and isinstance(right, Dense) and torch.equal(left.W, right.W)
+    return torch.equal(left.U, right.U) and torch.equal(left.V, right.V)
+
+
 def smallest(delta: Delta) -> Delta:
     """The form with fewer numbers: factors have `q (out + in)`, the matrix `out * in` (summed in fp64, kept in the factors' dtype)."""
     if isinstance(delta, LowRank) and delta.numel >= delta.shape[0] * delta.shape[1]:

@@ -1,39 +1,25 @@
 """The frozen base `W0 + D`: D folded into the weight where that is exact, or kept beside it where it is not."""
 
-import hashlib
-import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedex_lora.aggregation.lowrank import factorise
+from fedex_lora.aggregation.lowrank import factorise, frobenius, same_bits
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
 from fedex_lora.errors import ModelError
 from fedex_lora.measure import Exactness, fp32_floor
+from fedex_lora.peft_io._fingerprint import fingerprint
 from fedex_lora.peft_io._folders import PREFIX
 from fedex_lora.peft_io._layers import Layer, keep_unpacked
 from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.types import Delta, Dense
 
-CONFIG = (  # what may differ between models whose weights have the same shapes
-    "model_type",
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_head",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-)
 Where: TypeAlias = Literal["auto", "fold", "side"]
 
 
@@ -88,7 +74,7 @@ class FrozenBase:
                 raise ModelError(f"the base delta of {name} is {delta.shape}, the model's weight {shape}: is it another base model?")
         for name, home in self._homes.items():
             delta_now, wanted = self._now.get(name), base_delta.get(name)
-            if wanted is not delta_now:
+            if not same_bits(delta_now, wanted):
                 self._dropped.pop(name, None)
                 home.set(self._compacted(name, wanted) if isinstance(home, _Side) and wanted is not None else wanted)
         self._now = dict(base_delta)
@@ -98,7 +84,7 @@ class FrozenBase:
             return delta
         whole = factorise(delta)
         kept, dropped = truncate({name: whole}, self._compaction, whole.rank)
-        self._dropped[name] = dropped[name], float(torch.linalg.matrix_norm(delta.dense()))
+        self._dropped[name] = dropped[name], frobenius(delta)
         return kept.get(name, Dense(W=torch.zeros(delta.shape, dtype=torch.float32)))
 
     @property
@@ -114,16 +100,17 @@ class FrozenBase:
         return {"fold": len(self._homes) - side, "side": side}
 
     def fingerprint(self) -> str:
-        """sha256 of what makes the base: of its config what shapes do not say (heads, activations, ..), and of the pristine weights under
-        the adapters their names, shapes, and 256 values of each. Quantised weights count as packed, so precision makes another base.
+        """The base's name: see `fedex_lora.peft_io._fingerprint`."""
+        return fingerprint(self._model, {name: home.w0() for name, home in self._homes.items()})
+
+    @property
+    def side_error(self) -> float:
+        """The worst module's `|what its side path adds - D x| / |D x|` on random inputs, D as last set; the path runs as in the model.
+
+        Rounding to the output's precision comes after it, so this shows in 16 bits, too, whether D is there. Zero without side paths.
         """
-        config = getattr(self._model, "config", None)
-        digest = hashlib.sha256(json.dumps({key: getattr(config, key, None) for key in CONFIG}, sort_keys=True, default=str).encode())
-        for name in sorted(self._layers):
-            weight = self._layers[name].base.weight.detach() if self._layers[name].quantised else self._homes[name].w0()
-            sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)][:256].cpu().float().contiguous()
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        errors = [home.added_error(self._now[name]) for name, home in self._homes.items() if isinstance(home, _Side) and name in self._now]
+        return max(errors, default=0.0)
 
     @torch.no_grad()
     def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
@@ -190,9 +177,19 @@ class _Side:
     def w0(self) -> Tensor:
         return self._layer.weight()
 
-    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
+    def _probe(self, compute: torch.dtype) -> Tensor:
         x = self._layer.probe(torch.Generator().manual_seed(0))
-        x = (x.to(compute) if x.is_floating_point() else x).to(self._layer.base.weight.device)
+        return (x.to(compute) if x.is_floating_point() else x).to(self._layer.base.weight.device)
+
+    @torch.no_grad()
+    def added_error(self, delta: Delta) -> float:
+        x = self._probe(torch.float32)
+        want = self._layer.apply(x.double() if x.is_floating_point() else x, [delta.dense().to(x.device)])
+        got = self._layer.base.base_delta.added(self._layer.base, (x,), torch.zeros_like(want))
+        return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
+        x = self._probe(compute)
         training = self._layer.peft.training
         got = self._layer.peft.eval()(x).double().cpu()
         self._layer.peft.train(training)
@@ -202,11 +199,18 @@ class _Side:
             bias = self._layer.base.bias.detach().double().cpu()
             target = target + bias.reshape(-1, *[1] * (target.ndim - 2)) if self._layer.layout.kernel else target + bias
         norm = torch.linalg.vector_norm
-        return float(norm(got - target)), float(norm(change)), fp32_floor(float(norm(target)), float(norm(change)), compute)
+        floor = fp32_floor(float(norm(target)), float(norm(change)), compute)
+        eight_bits = type(self._layer.base.weight).__name__ == "Int8Params"  # its inputs are quantised too, by 1 / 127
+        return float(norm(got - target)), float(norm(change)), floor * (1 / 127 / torch.finfo(compute).eps if eight_bits else 1)
 
 
 class SidePath(nn.Module):
-    """What a layer's output gains from its base delta: computed from float32 factors, and rounded once, with the output."""
+    """What a layer's output gains from its base delta: computed and added in float32, then rounded to the output's precision.
+
+    It is in no state dict, so a model that is saved with `save_pretrained` lacks it, merged or not: that warns.
+    """
+
+    warned = False
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -227,6 +231,15 @@ class SidePath(nn.Module):
             return output
         gained = self._layer.apply(args[0], matrices)
         return (output.to(gained.dtype) + gained).to(output.dtype)
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._save_to_state_dict(*args, **options)
+        if self.last is not None and not SidePath.warned:
+            SidePath.warned = True
+            warnings.warn(
+                "the base delta beside this model's weights is not in its state dict, so what is saved lacks it: use fedex-lora export",
+                stacklevel=2,
+            )
 
 
 def _owners(model: nn.Module) -> dict[int, dict[int, str]]:

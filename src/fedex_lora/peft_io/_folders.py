@@ -35,12 +35,14 @@ class AdapterFolder:
 
     Attributes:
         adapter: module path -> LoRA factors with their scaling.
-        other: the remaining tensors (heads, `modules_to_save`, biases), named as in the model.
+        other: what was trained whole (`modules_to_save`, heads among them), named as in the model.
+        frozen: tensors of the base that PEFT saved with it (embeddings).
         format: how it was written, `adapter_config.json` within.
     """
 
     adapter: dict[str, LoRAPair]
     other: dict[str, Tensor]
+    frozen: dict[str, Tensor]
     format: Format
 
     @property
@@ -80,12 +82,17 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
             layouts[module], A, B = Layout.read(parts)
             adapter[module] = LoRAPair(A=A, B=B, scaling=scaling_of(config, module, A.shape[0]))
         except (AdapterError, AggregationError) as error:
-            raise AdapterError(f"{folder}: module {module}: {error}: copy the adapter again") from None
+            raise AdapterError(f"{folder}: module {module}: {error}") from None
     if not adapter:
         raise AdapterError(f"{folder} has no LoRA factors: is it an adapter of another kind?")
-    frozen = {f"{module}.base_layer.weight" for module in adapter}  # PEFT saves the embedding under an adapter with it
+    frozen = {name: tensor for name, tensor in other.items() if not _trained_whole(name, config)}
     other = {name: tensor for name, tensor in other.items() if name not in frozen}
-    return AdapterFolder(adapter=adapter, other=other, format=Format(config=config, layouts=layouts))
+    return AdapterFolder(adapter=adapter, other=other, frozen=frozen, format=Format(config=config, layouts=layouts))
+
+
+def _trained_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Does a tensor belong to `modules_to_save` (PEFT lists heads there)? Embeddings that PEFT saves of its own accord do not."""
+    return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or [])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class Layout:
                 A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
                 if A.ndim != B.ndim or A.ndim < 2 or prod(B.shape[2:]) != 1:
                     raise AdapterError(f"its factors have shapes {tuple(A.shape)} and {tuple(B.shape)}, which make no layer's update")
+                if A.ndim > 2 and A.shape[0] != B.shape[1]:
+                    raise AdapterError("it is a convolution in groups, whose update is not one matrix product: train without it")
                 return Layout(kernel=tuple(A.shape[1:]) if A.ndim > 2 else ()), A.flatten(1), B.flatten(1)
         raise AdapterError("it has only one of its two factors")
 
@@ -217,12 +219,20 @@ def layer_of(name: str, peft: Any) -> Layer:
     if isinstance(base, nn.Embedding):
         return Embedding(name, peft, base)
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        plain = base.groups == 1 and set(base.dilation) == {1} and base.padding_mode == "zeros"
-        if plain:
+        odd = [
+            text
+            for text, there in (
+                (f"{base.groups} groups", base.groups > 1),
+                (f"dilation {base.dilation}", set(base.dilation) != {1}),
+                (f"{base.padding_mode} padding", base.padding_mode != "zeros"),
+            )
+            if there
+        ]
+        if not odd:
             return Convolution(name, peft, base)
         raise AdapterError(
-            f"module {name} is a {type(base).__name__} with groups, dilation or {base.padding_mode} padding, where PEFT's update is no "
-            "convolution of the same form: leave it out of lora.target_modules"
+            f"module {name} is a {type(base).__name__} with {' and '.join(odd)}, where PEFT's update is no convolution of the same form: "
+            "leave it out of lora.target_modules"
         )
     raise AdapterError(
         f"module {name} is a {type(base).__name__}; linear layers, convolutions and embeddings are covered: leave it out of "

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -58,6 +58,8 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
                 return Loaded(_averageable(auto.from_config(shape), base.model).to(getattr(torch, base.dtype)), [])
+            if getattr(transformers.AutoConfig.from_pretrained(base.source, **options), "quantization_config", None) is not None:
+                raise ModelError(f"{base.model} is quantised already: give the plain checkpoint, and set base.quantization")
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
             if kind == IMAGES:
                 options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
@@ -97,6 +99,17 @@ def _averageable(model: Any, name: str) -> Any:
     return model
 
 
+def has_modules(base: Base, kind: Kind, names: Iterable[str]) -> bool:
+    """Does a model of this kind, of the base's config, have modules of these paths? (Nothing is loaded.)"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+        with torch.device("meta"):
+            model = getattr(transformers, AUTO[kind]).from_config(config, trust_remote_code=base.trust_remote_code)
+    except Exception:  # no such head; whoever loads it says why
+        return False
+    return set(names) <= {name for name, _ in model.named_modules()}
+
+
 def takes_images(base: Base) -> bool:
     """Can transformers classify images with it?"""
     try:
@@ -113,6 +126,8 @@ def load_tokenizer(base: Base) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
     except Exception as error:
         raise ModelError(_why_not(base.model, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{base.model} has no tokenizer: save it in the same folder, with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -171,9 +186,7 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         alpha_pattern=dict(lora.alpha_pattern),
         modules_to_save=sorted({*(lora.modules_to_save or []), *fresh, *heads}) or None,
     )
-    names = {part for name, _ in loaded.model.named_modules() for part in (name, name.rpartition(".")[2])}
-    if unknown := sorted(set(lora.modules_to_save or []) - names):
-        raise AdapterError(f"lora.modules_to_save names no module called {unknown[0]}: see model.named_modules()")
+    _require_names(loaded.model, lora)
     try:
         wrapped = wrap(loaded.model, config)
     except (ValueError, TypeError, re.error) as error:
@@ -181,13 +194,33 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         known = f" (its linear layers are called {', '.join(sorted(linear))})" if linear else ""
         raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules{known}") from None
     require_plain_lora(config.to_dict(), "lora")
-    for name, pair in read_model(wrapped).items():
+    adapter = read_model(wrapped)
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapter):
+                raise AdapterError(f"lora.{key}: no adapted module is called {pattern!r}: correct it, or remove it")
+    for name, pair in adapter.items():
         if pair.rank > min(pair.shape):
             raise AdapterError(
                 f"rank {pair.rank} is above the size of module {name}, {pair.shape[0]} x {pair.shape[1]}: lower lora.r, or set its rank in "
                 "lora.rank_pattern"
             )
     return wrapped
+
+
+def _require_names(model: PreTrainedModel, lora: Lora) -> None:
+    """`modules_to_save` names modules that can be trained whole, and patterns are regular expressions."""
+    for key in (*lora.rank_pattern, *lora.alpha_pattern):
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise AdapterError(f"lora.rank_pattern or alpha_pattern: {key!r} is no regular expression: {error}") from None
+    for wanted in lora.modules_to_save or []:
+        modules = [module for name, module in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not modules:
+            raise AdapterError(f"lora.modules_to_save names no module called {wanted}: see model.named_modules()")
+        if any(is_quantised(inner) for module in modules for inner in module.modules()):
+            raise AdapterError(f"{wanted} is quantised and cannot be trained whole: leave it out of lora.modules_to_save")
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -201,8 +234,6 @@ def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         if not isinstance(module, ModulesToSaveWrapper):
             continue
         trained = module.modules_to_save[ADAPTER]
-        if any(is_quantised(inner) for inner in trained.modules()):
-            raise ValueError(f"{name.removeprefix(PREFIX)} is quantised and cannot be trained whole: leave it out of lora.modules_to_save")
         if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained.parameters()):
             trained.float()
             trained.register_forward_pre_hook(_cast_inputs)

@@ -15,7 +15,7 @@ from fedex_lora.types import Delta
 
 @torch.no_grad()
 def plain_model(
-    base: PreTrainedModel, delta: Mapping[str, Delta], other: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    base: PreTrainedModel, delta: Mapping[str, Delta], other: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, tied: bool = False
 ) -> PreTrainedModel:
     """The base with all its weights in `dtype`, dequantised, and in them what they have gained.
 
@@ -26,6 +26,7 @@ def plain_model(
         delta: module path -> what its weight gains, `out x in`, summed in fp64.
         other: name -> tensor, of parameters that were trained whole.
         dtype: of the result.
+        tied: the parameters in `other` were trained tied, as in full fine-tuning, and stay so.
 
     Raises:
         ModelError: a module or parameter that the base does not have.
@@ -46,6 +47,9 @@ def plain_model(
     for name, tensor in other.items():
         path, _, leaf = name.rpartition(".")
         module = _found(base, path)
+        if tied:
+            getattr(module, leaf).copy_(tensor)
+            continue
         setattr(module, leaf, nn.Parameter(tensor.to(getattr(module, leaf)), requires_grad=False))
     _say_untied(base)
     return base.eval()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from fedex_lora.aggregation import METHODS, method_named
 from fedex_lora.config import IMAGES, Base
@@ -17,7 +18,7 @@ from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.measure import Held
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
-from fedex_lora.peft_io._model import Kind, load_base, takes_images, wrap, write_model
+from fedex_lora.peft_io._model import Kind, has_modules, load_base, takes_images, wrap, write_model
 from fedex_lora.storage import (
     MANIFEST,
     atomic_folder,
@@ -191,10 +192,11 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
     Args:
         folder: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
         base: the pretrained model: its name or folder, loaded in the precision that `folder` says (float32 where it says none), or a
-            model object in any precision, which is changed in place.
+            model object, in the precision of the run (any, for aggregated adapters), which is changed in place.
 
     Returns:
-        A `PeftModel` in evaluation mode (for full fine-tuning, the model itself).
+        A `PeftModel` in evaluation mode (for full fine-tuning, the model itself). Where the base delta stays beside the weights (see
+        `FrozenBase`), `save_pretrained` lacks it, merged or not: use `fedex-lora export`.
 
     Raises:
         StorageError: the folder is broken.
@@ -215,6 +217,10 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
 
 def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
     """As `load_model`, from a result in memory; also the frozen base, which knows the pristine weights."""
+    if isinstance(base, nn.Module) and (not isinstance(base, PreTrainedModel) or any(isinstance(one, LoraLayer) for one in base.modules())):
+        raise ModelError(
+            f"a {type(base).__name__} with adapters, or not of transformers, is no base: give its name or folder, or load it anew"
+        )
     model: Any = base if isinstance(base, PreTrainedModel) else base_for(result, str(base))
     if result.adapter:
         config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
@@ -237,16 +243,21 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
 
 
 def kind_of(result: Result, name: str) -> Kind:
-    """The kind of model that the result was trained as; `name` of the base tells where the result does not (PEFT has no type for images).
+    """The kind of model that the result was trained as; where it does not say, the kind of the base `name` that has its modules.
 
     Raises:
         ModelError: none of ours.
     """
-    kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", IMAGE_TASK: IMAGES, None: "features"}
+    kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", IMAGE_TASK: IMAGES}
     task_type = (result.config.get("task_type") if result.adapter else None) or result.manifest.get("task_type")
-    if task_type not in kinds:
-        raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to load_model")
-    return IMAGES if task_type is None and _head_rows(result) and takes_images(Base(model=name)) else kinds[task_type]
+    if task_type in kinds:
+        return kinds[task_type]
+    if task_type is not None:
+        raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to fedex_lora.load_model")
+    if _head_rows(result) and takes_images(Base(model=name)):
+        return IMAGES
+    candidates: tuple[Kind, ...] = ("features", "causal-lm", "classification")
+    return next((kind for kind in candidates if has_modules(Base(model=name), kind, result.adapter)), "features")
 
 
 def _head_rows(result: Result) -> list[int]:
@@ -262,4 +273,7 @@ def base_for(result: Result, name: str) -> PreTrainedModel:
     if labels := dict(enumerate(result.manifest.get("labels", []))):
         options = {"num_labels": len(labels), "id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     precision = {key: result.manifest[f"base_{key}"] for key in ("dtype", "quantization") if f"base_{key}" in result.manifest}
-    return load_base(Base(model=name, **precision), kind, **options).model
+    seed = result.manifest.get("base_random_seed")
+    if seed is not None:
+        set_seed(seed)
+    return load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
