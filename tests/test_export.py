@@ -156,7 +156,7 @@ def test_bad_exports(options, message, causal, tmp_path):
 
 
 def test_an_update_that_is_lost_is_noticed_however_small(tmp_path, monkeypatch):
-    """At a tiny learning rate the bare base has the run's logits to 1e-5 of the largest; the change that the update makes is what counts."""
+    """At a tiny learning rate the bare base has the logits of the run to 1e-5 of the largest: the change by the update counts."""
     run(configuration(rounds=1, training={"learning_rate": 1e-5}), tmp_path / "run", ignore)
     assert export(tmp_path / "run", "merged", tmp_path / "good")["change_error"] < 0.1
     monkeypatch.setattr(exporting, "plain_model", lambda base, delta, other, **options: plain_model(base, {}, other, **options))
