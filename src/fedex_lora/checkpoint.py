@@ -1,6 +1,8 @@
 """What a server needs to go on after a round, beside the result folder of the round: one file in it, written with it in one step."""
 
 import json
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fedex_lora.aggregation import method_named
 from fedex_lora.catch_up import Log
+from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
 from fedex_lora.peft_io import read_result
 from fedex_lora.storage import Tensors, load_tensors, run_rounds_of
@@ -119,6 +123,36 @@ def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
             folder.rename(folder.with_name(f"{folder.name}.broken"))
             complaints.append(str(error))
     return None, complaints
+
+
+def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
+    """About what a run folder holds in the end, from above: rounds with their updates, base deltas and log; `final`; clients' memories."""
+    row = method_named(config.method)
+    taking_part = max(1, math.ceil(config.clients.fraction * clients - 1e-9))
+    other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
+    adapter = other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
+
+    def base_delta(round: int) -> int:
+        columns = 0 if row.rest == "drop" else taking_part * round
+        return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in state.adapter.values())
+
+    rounds = [adapter * (1 + taking_part) + 3 * base_delta(number) for number in range(1, config.rounds + 1)]
+    kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds :]
+    return sum(kept) + rounds[-1] + clients * adapter * 5
+
+
+def require_space(out: Path, needed: int) -> None:
+    """So many bytes are free where `out` is or will be.
+
+    Raises:
+        StorageError: they are not.
+    """
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise StorageError(
+            f"the run needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {there}: set keep_rounds, or another --out"
+        )
 
 
 def scalings_of(adapter: Adapter) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import set_seed
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
 from fedex_lora.catch_up import caught_up
-from fedex_lora.checkpoint import Checkpoint, last_checkpoint
+from fedex_lora.checkpoint import Checkpoint, bytes_needed, last_checkpoint, require_space
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
 from fedex_lora.consistency import require_consistent
@@ -251,6 +251,7 @@ class InProcess:
             "trainable_parameters": trained,
             "total_parameters": total,
             "base_bytes": frozen_bytes(self.model),
+            "disk_bytes": bytes_needed(self._config, self.initial(), len(self._data)),
             "base_dtype": self._config.base.dtype,
             "base_quantization": self._config.base.quantization,
             "base_delta": self._base.homes,
@@ -281,6 +282,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False) -> ServerSt
         _require_run(out, resolved)
     quiet()
     place = InProcess(config, emit)
+    require_space(out, place.facts()["disk_bytes"])
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
@@ -311,11 +313,11 @@ def _go_on(config: Config, place: InProcess, out: Path, emit: Emit) -> ServerSta
     events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round
-        if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
-            emit("round_done", **checkpoint.done)
         if any(event["event"] == "run_done" for event in events):
             return checkpoint.state
-        emit("resumed", round=number + 1)
+        emit("resumed", round=number + 1, rounds=config.rounds)
+        if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
+            emit("round_done", **checkpoint.done)
     place.remember_in(out / "clients", place.initial() if checkpoint is None else checkpoint.state)
     return run_rounds(config, checkpoint or Checkpoint(place.initial()), place.federation(), out, emit)
 
