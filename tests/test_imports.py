@@ -6,10 +6,8 @@ from pathlib import Path
 import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
-ABOVE = (
-    "errors types config aggregation consistency measure server catch_up wire storage peft_io verify adapters export tasks partition client"
-)
-ORDER = f"{ABOVE} rounds runner display compare demo doctor cli".split()
+ABOVE = "errors types config aggregation consistency measure server catch_up wire storage peft_io checkpoint memory"
+ORDER = f"{ABOVE} verify adapters export tasks partition client rounds runner display compare demo doctor cli".split()
 PURE = ("errors", "types", "aggregation", "measure", "server", "catch_up")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 

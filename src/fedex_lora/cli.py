@@ -1,5 +1,6 @@
 """The command line: thin. Each command reads its options, calls the library, and prints."""
 
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -91,6 +92,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="A TOML file.")],
     set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted, to the same bits.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -113,8 +115,12 @@ def run(
         remember(event, **fields)
         display(event, **fields)
 
-    with Display(console) as display:
-        run_here(settings, out, both)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Display(console) as display:
+            run_here(settings, out, both, resume)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
     console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
     if as_json:
         _print_json({"method": settings.method, "out": str(out), **last})

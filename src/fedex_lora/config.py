@@ -225,6 +225,9 @@ class Config(_Table):
     method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
     rounds: int = Field(5, ge=1, description="Aggregation rounds.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
+    keep_rounds: int | None = Field(
+        None, ge=2, description="Keep the folders of so many rounds (and of older ones whose base an absent client has); all by default."
+    )
     weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
     torch_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; recorded, because other numbers give other last bits.")
     base: Base

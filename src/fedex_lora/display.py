@@ -49,10 +49,16 @@ class Display:
         self._rounds = fields["rounds"]
         trained, total = fields["trainable_parameters"], fields["total_parameters"]
         self._console.print(
-            f"{self._label}{fields['method']} on {fields['task']}: {clients} clients, {trained:,} of {total:,} parameters trained"
+            f"{self._label}{fields['method']} on {fields['task']}: {clients} clients, {trained:,} of {total:,} parameters trained, "
+            f"up to {fields['disk_bytes'] / 1e6:.0f} MB of disk"
         )
         self._console.print(f"{self._label}round 0/{self._rounds}  {numbers(fields['metrics'])}")
         self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, note="")
+
+    def _on_resumed(self, fields: dict[str, Any]) -> None:
+        self._rounds = fields["rounds"]
+        self._console.print(f"{self._label}going on with round {min(fields['round'], self._rounds)} of {self._rounds}")
+        self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, completed=fields["round"] - 1, note="")
 
     def _on_round_started(self, fields: dict[str, Any]) -> None:
         for name in ("clients", "steps"):

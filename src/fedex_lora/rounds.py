@@ -13,13 +13,14 @@ import torch
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import derive_seed, method_named
 from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
+from fedex_lora.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config, Messages
 from fedex_lora.errors import TrainingError, WireError
 from fedex_lora.measure import Exactness, Held
 from fedex_lora.peft_io import Format, write_result
 from fedex_lora.server import start_of
-from fedex_lora.storage import append_event
+from fedex_lora.storage import FINAL, append_event, copied_folder, removed, round_folder, run_rounds_of
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, decode_update, encode_download
 
@@ -55,6 +56,7 @@ class Federation:
         format: how adapters are written, for result folders.
         facts: for manifests (base model, versions).
         ranks: client -> its rank, where they differ.
+        finish: writes what else belongs to a finished run, from the last state, into the run folder.
     """
 
     clients: Sequence[str]
@@ -64,6 +66,7 @@ class Federation:
     format: Format
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)
+    finish: Callable[[ServerState, Path], None] = lambda state, out: None
 
 
 @dataclass
@@ -118,25 +121,21 @@ class _Books:
         )
 
 
-def run_rounds(config: Config, state: ServerState, federation: Federation, out: Path, emit: Emit) -> ServerState:
-    """Run `config.rounds` rounds from `state` (round 0) and return the final state.
+def run_rounds(config: Config, start: Checkpoint, federation: Federation, out: Path, emit: Emit) -> ServerState:
+    """Run the rounds of `config` that come after `start` (a fresh state, or the checkpoint of a round) and return the final state.
 
-    Every round leaves a result folder `out/rounds/NNNN`; the last is `out/final`.
+    Every round leaves a result folder `out/rounds/NNNN`, written in one step, from which the run can go on; `out/final` is the last one.
 
     Raises:
         TrainingError: a client failed.
         WireError: a client's answer is not what the round declared.
     """
-    books = _Books(config.messages)
-    emit(
-        "started",
-        method=config.method,
-        rounds=config.rounds,
-        clients=list(federation.clients),
-        metrics=federation.evaluate(state),
-        **federation.facts,
-    )
-    held_out: dict[int, dict[str, float]] = {}
+    counted_on = (start.updates, start.weights) if config.messages.per_client else ((), {})
+    books = _Books(config.messages, start.log, dict(start.version), dict(start.changed), *counted_on)
+    state, held_out = start.state, dict(start.held_out)
+    if state.round == 0:
+        metrics = federation.evaluate(state)
+        emit("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **federation.facts)
     for number in range(state.round + 1, config.rounds + 1):
         began = time.perf_counter()
         participants = sample(federation.clients, config.clients.fraction, config.seed, number)
@@ -153,15 +152,27 @@ def run_rounds(config: Config, state: ServerState, federation: Federation, out: 
         numbers = _measured(before, updates, result, state, held, federation)
         if useless := measure.useless_truncation(result):
             emit("warning", round=number, message=useless, tail=measure.tail(result))
-        folder = out / "rounds" / f"{number:04d}"
-        write_result(folder, state, updates, result.weights, federation.format, federation.facts, before.base_delta, held=held)
-        seconds = time.perf_counter() - began
-        emit("round_done", round=number, metrics=federation.evaluate(state), bytes_down=down, bytes_up=up, seconds=seconds, **numbers)
+        done = {"round": number, "metrics": federation.evaluate(state), "bytes_down": down, "bytes_up": up, **numbers}
+        done["seconds"] = time.perf_counter() - began
+        checkpoint = Checkpoint(state, books.log, books.version, books.changed, updates, result.weights, held_out, done)
+        folder, more = round_folder(out, number), {FILE: to_file(checkpoint)}
+        write_result(folder, state, updates, result.weights, federation.format, federation.facts, before.base_delta, held=held, more=more)
+        emit("round_done", **done)
+        _forget(out, number, config.keep_rounds, set(books.version.values()))
     held_out[config.rounds] = _final_held_out(state, federation, books, out, emit)
-    write_result(out / "final", state, updates, result.weights, federation.format, federation.facts, before.base_delta, held=held)
+    if not (out / FINAL).exists():
+        copied_folder(round_folder(out, config.rounds), out / FINAL, leave=[FILE])
+    federation.finish(state, out)
     best = _best(held_out, federation.facts)
     emit("run_done", rounds=config.rounds, best_round=best, held_out={str(number): metrics for number, metrics in held_out.items()})
     return state
+
+
+def _forget(out: Path, number: int, keep: int | None, versions: set[int]) -> None:
+    """Remove the folders of older rounds, but for those whose base some client has."""
+    for folder in run_rounds_of(out) if keep else ():
+        if int(folder.name) <= number - (keep or 0) and int(folder.name) not in versions:
+            removed(folder)
 
 
 def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from transformers import set_seed
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation.lowrank import same_bits
-from fedex_lora.catch_up import BaseCopy, caught_up
+from fedex_lora.catch_up import caught_up
+from fedex_lora.checkpoint import Checkpoint, bytes_needed, last_checkpoint, require_space
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
 from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError, WireError
 from fedex_lora.measure import Exactness
+from fedex_lora.memory import MEMORY, ClientMemory, load_memory, save_memory
 from fedex_lora.partition import partition
 from fedex_lora.peft_io import (
+    DELTA,
     IMAGE_TASK,
     FrozenBase,
     add_lora,
@@ -39,7 +43,7 @@ from fedex_lora.peft_io import (
     write_model,
 )
 from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, stays, versions
-from fedex_lora.storage import write_text
+from fedex_lora.storage import load_delta, locked, read_events, round_folder, swept, write_text
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.types import Adapter, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, completed, decode_download, encode_update
@@ -81,14 +85,11 @@ class InProcess:
             set_trained(model, method.trained(1))
         self.model = model
         self._base = FrozenBase(model, config.base.delta, config.base.compaction)
-        self._copies = dict[str, BaseCopy]()  # every client's base delta; those with the same bits are one object
-        self._adapters = dict[str, Adapter]()  # the copies of the global adapter that are not its bits (messages.per_client)
-        self._trained = dict[str, tuple[int, Adapter]]()  # (round, what the client trained in it), where messages count on it
+        self._memories = dict[str, ClientMemory]()  # base deltas with the same bits are one object
+        self._folder: Path | None = None
         self._first = read_model(model)
         self._data, self._eval = self._tokenised(task)
         self._latest: Adapter = self._first  # what a client's copy of the global adapter is, in the factors that do not travel again
-        self._own: dict[str, Adapter] = {}
-        self._optimizers: dict[str, Mapping[str, Any]] = {}
         probe(model, self._eval, self._work)
 
     def _tokenised(self, task: Task) -> tuple[dict[str, ClientData], Dataset]:
@@ -115,45 +116,80 @@ class InProcess:
             format=format_of(self.model),
             facts=self.facts(),
             ranks=self._ranks,
+            finish=lambda state, out: self.save_personal(state, out / "clients"),
         )
+
+    def remember_in(self, folder: Path, state: ServerState) -> None:
+        """Keep the clients' memories in `folder/CLIENT`, and take up those that are there, of a run whose server is at `state`.
+
+        Raises:
+            StorageError: one of them is broken.
+        """
+        self._folder, self._latest = folder, state.adapter
+        bases: dict[int, Mapping[str, Delta]] = {0: {}}
+
+        def base_of(version: int) -> Mapping[str, Delta]:
+            if version not in bases:
+                bases[version] = load_delta(round_folder(folder.parent, version) / DELTA)
+            return bases[version]
+
+        for client in self._data:
+            if (path := self._path(client)).exists():
+                self._memories[client] = load_memory(path, base_of)
+
+    def _path(self, client: str) -> Path:
+        assert self._folder is not None
+        return self._folder / safe_name(client) / MEMORY
+
+    def _memory(self, client: str) -> ClientMemory:
+        return self._memories.get(client, ClientMemory())
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
         """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
         for client, payload in messages.items():
+            memory = self._memory(client)
             try:
-                yield Reply(client, self._answer(client, decode_download(payload, self._adapters.get(client, self._latest))))
+                yield Reply(client, self._answer(client, decode_download(payload, memory.adapter or self._latest)))
             except (TrainingError, WireError) as error:
                 yield Reply(client, None, str(error))
 
     def _answer(self, client: str, message: Download) -> bytes:
-        method = method_named(message.method)
-        message = self._catch_up(message)
-        start, held = server.start_of(message.method, message.adapter, message.rank, self._own.get(client))
-        self._base.set(server.advance(self._copies[client].delta, held))
+        """What the client says to a message; to one that it answered before it was interrupted, the same again."""
+        memory = self._memory(client)
+        if message.kind == "train" and memory.round == message.round and memory.reply:
+            return memory.reply
+        method, message = method_named(message.method), self._catch_up(message)
+        memory = self._memory(client)
+        start, held = server.start_of(message.method, message.adapter, message.rank, memory.trained if method.own else None)
+        self._base.set(server.advance(memory.base.delta, held))
         write_model(self.model, start, message.other)
         data, steps = self._data[client], self._emit
         own = {f"held_out_{name}": value for name, value in evaluate(self.model, data.held_out, self._work).items()}
+        omit = stays(message.method, message.round)
         if message.kind == "evaluate":
             update = ClientUpdate(client_id=client, adapter={}, num_examples=len(data.train), metrics=own)
-        else:
-            kept = self._optimizers.get(client)
-            update, optimizer = local_update(
-                self.model,
-                client,
-                message.round,
-                data,
-                self._work,
-                kept,
-                lambda step, total: steps("step", round=message.round, client=client, step=step, steps=total),
-            )
-            update = replace(update, metrics={**update.metrics, **own})
-            if self._config.local.optimizer_state == "keep":
-                self._optimizers[client] = optimizer
-            if method.own:
-                self._own[client] = update.adapter
-            if self._config.messages.per_client:
-                self._trained[client] = message.round, update.adapter
-        return encode_update(update, message.run, message.round, message.method, omit=stays(message.method, message.round))
+            return encode_update(update, message.run, message.round, message.method, omit=omit)
+        update, optimizer = local_update(
+            self.model,
+            client,
+            message.round,
+            data,
+            self._work,
+            memory.optimizer,
+            lambda step, total: steps("step", round=message.round, client=client, step=step, steps=total),
+        )
+        reply = encode_update(replace(update, metrics={**update.metrics, **own}), message.run, message.round, message.method, omit=omit)
+        memory = replace(
+            memory,
+            trained=update.adapter if method.own or self._config.messages.per_client else None,
+            optimizer=optimizer if self._config.local.optimizer_state == "keep" else None,
+            round=message.round,
+            reply=reply,
+        )
+        if self._folder:
+            save_memory(self._path(client), memory)
+        self._memories[client] = replace(memory, reply=b"")
+        return reply
 
     def _catch_up(self, message: Download) -> Download:
         """Bring the client's copies of base and adapter to the message's version, from what it has and what it was sent; the whole message.
@@ -161,19 +197,18 @@ class InProcess:
         Each client has its own copies here, as on its own machine. Those that must have the server's bits are compared, and are one
         object in memory: one for each version that some client has.
         """
-        client, counted_on = message.client, message.share is not None
-        round, trained = self._trained.get(client, (0, None))
-        message = completed(message, trained if round == message.round - 1 else None)
-        copy = caught_up(self._copies.get(client, BaseCopy()), message.catch_up)
-        alike = (other for other in self._copies.values() if other.version == copy.version and not other.lossy)
+        client, counted_on, memory = message.client, message.share is not None, self._memory(message.client)
+        message = completed(message, memory.trained if memory.round == message.round - 1 else None)
+        copy = caught_up(memory.base, message.catch_up)
+        bases = [other.base for other in self._memories.values()]
+        alike = (other for other in bases if other.version == copy.version and not other.lossy)
         if not copy.lossy and (twin := next(alike, None)):
             if copy.delta.keys() != twin.delta.keys() or not all(same_bits(copy.delta[name], twin.delta[name]) for name in twin.delta):
                 raise WireError(f"the base of version {copy.version} is not the one that other clients were sent: ask for a snapshot")
             copy = twin
-        self._copies[client] = copy
-        if counted_on or client in self._adapters:
-            self._adapters[client] = message.adapter
-        elif message.rank is None:
+        own_copy = counted_on or memory.adapter is not None
+        self._memories[client] = replace(memory, base=copy, adapter=message.adapter if own_copy else None)
+        if not own_copy and message.rank is None:
             self._latest = message.adapter
         return message
 
@@ -200,7 +235,7 @@ class InProcess:
         if method_named(state.method).exactness != "personalised":
             return
         for client in self._data:
-            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), self._own.get(client))
+            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), self._memory(client).trained)
             write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, format_of(self.model))
 
     def facts(self) -> dict[str, Any]:
@@ -218,6 +253,7 @@ class InProcess:
             "trainable_parameters": trained,
             "total_parameters": total,
             "base_bytes": frozen_bytes(self.model),
+            "disk_bytes": bytes_needed(self._config, self.initial(), len(self._data)),
             "base_dtype": self._config.base.dtype,
             "base_quantization": self._config.base.quantization,
             **({"base_random_seed": self._config.seed} if self._config.base.random_weights else {}),
@@ -228,23 +264,62 @@ class InProcess:
         }
 
 
-def run(config: Config, out: Path, emit: Emit) -> ServerState:
+def run(config: Config, out: Path, emit: Emit, resume: bool = False) -> ServerState:
     """One whole run in this process, into the run folder `out`.
 
+    Args:
+        config: the run.
+        out: the run folder.
+        emit: told of everything.
+        resume: go on with what `out` holds, if anything: the last whole round, and the answers of clients that finished in the next one.
+
     Raises:
-        UsageError: `out` is not empty.
+        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on.
         FedexLoraError: see `InProcess` and `run_rounds`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty: give another --out, or remove it")
+    resolved = write_config(config)
+    found = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if found and not resume:
+        raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
+    if found:
+        _require_run(out, resolved)
     quiet()
     place = InProcess(config, emit)
-    resolved = write_config(config)
+    require_space(out, place.facts()["disk_bytes"])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.toml", resolved)
+        with locked(out):
+            swept(out)
+            write_text(out / "config.toml", resolved)
+            return _go_on(config, place, out, log_to(out / "events.jsonl", emit))
     except OSError as error:
-        raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out") from None
-    state = run_rounds(config, place.initial(), place.federation(), out, log_to(out / "events.jsonl", emit))
-    place.save_personal(state, out / "clients")
-    return state
+        raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
+
+
+def _require_run(out: Path, resolved: str) -> None:
+    """`out` is the folder of a run with this configuration."""
+    if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):
+        return  # killed before anything was in its place
+    if not (out / "config.toml").is_file():
+        raise UsageError(f"{out} holds something that is no run: give another --out")
+    there = (out / "config.toml").read_text(encoding="utf-8")
+    odd = next((ours for ours, theirs in zip_longest(resolved.splitlines(), there.splitlines()) if ours != theirs), None)
+    if resolved != there:
+        raise UsageError(f"{out} is a run with another configuration (first difference: {odd!r}): give the one in {out / 'config.toml'}")
+
+
+def _go_on(config: Config, place: InProcess, out: Path, emit: Emit) -> ServerState:
+    """The rounds that are not there yet; all of them in a new folder."""
+    checkpoint, complaints = last_checkpoint(out)
+    for complaint in complaints:
+        emit("warning", message=f"a broken round was set aside: {complaint}")
+    events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
+    if checkpoint is not None:
+        number = checkpoint.state.round
+        if any(event["event"] == "run_done" for event in events):
+            return checkpoint.state
+        emit("resumed", round=number + 1, rounds=config.rounds)
+        if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
+            emit("round_done", **checkpoint.done)
+    place.remember_in(out / "clients", place.initial() if checkpoint is None else checkpoint.state)
+    return run_rounds(config, checkpoint or Checkpoint(place.initial()), place.federation(), out, emit)

@@ -1,5 +1,6 @@
 """Files: safetensors and JSON, written beside and renamed, with a manifest of sha256 sums."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -7,10 +8,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,12 +21,35 @@ from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
 MANIFEST = "manifest.json"
+ROUNDS, FINAL = "rounds", "final"
+Tensors: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""What a safetensors file holds: tensors and metadata."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file (in a folder that nobody reads yet: see `atomic_folder`)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in one step: beside, synced, then renamed over."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_tensors(temporary, tensors, metadata)
+    try:
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: Exception) -> StorageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    return StorageError(f"cannot write {path}: {reason}: is the disk full or read-only?")
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -45,15 +69,25 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def save_delta(path: Path, base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> None:
     """`base_delta.safetensors`: `M.U` (`out x q`) and `M.V` (`q x in`) for each module M, or `M.W` (`out x in`) where that is smaller."""
+    save_tensors(path, delta_tensors(base_delta), {"format": "pt"})
+
+
+def delta_tensors(base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors of `save_delta`."""
     tensors: dict[str, Tensor] = {}
     for module, delta in base_delta.items():
         tensors |= {f"{module}.W": delta.W} if isinstance(delta, Dense) else {f"{module}.U": delta.U, f"{module}.V": delta.V}
-    save_tensors(path, tensors, {"format": "pt"})
+    return tensors
 
 
 def load_delta(path: Path) -> dict[str, Delta]:
     """The inverse of `save_delta`."""
     tensors, _ = load_tensors(path)
+    return deltas_of(tensors, path)
+
+
+def deltas_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Delta]:
+    """The inverse of `delta_tensors`; `path` is named in errors."""
     deltas: dict[str, Delta] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -174,8 +208,11 @@ def write_text(path: Path, text: str) -> None:
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
     """One JSON object as one line at the end of `events.jsonl`."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(plain_json({"event": event, "time": time.time(), **fields}) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(plain_json({"event": event, "time": time.time(), **fields}) + "\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def plain_json(value: Any) -> str:
@@ -200,6 +237,58 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return events
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time works on a run folder; the lock goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(f"another process is at work on {folder}: wait for it, or give another --out") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def swept(out: Path) -> None:
+    """A run folder without what a killed process left half-written: everything of ours that is not yet in its place has a dotted name."""
+    for folder in (out, out / ROUNDS, *(out / "clients").glob("*")):
+        for stray in folder.glob(".*") if folder.is_dir() else ():
+            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+    events = out / "events.jsonl"
+    if events.exists() and (text := events.read_bytes()) and not text.endswith(b"\n"):
+        write_text(events, text[: text.rfind(b"\n") + 1].decode("utf-8"))
+
+
+def run_rounds_of(out: Path) -> list[Path]:
+    """The round folders of a run, the newest first."""
+    return sorted((folder for folder in (out / ROUNDS).glob("*") if folder.name.isdigit()), reverse=True)
+
+
+def round_folder(out: Path, number: int) -> Path:
+    """Where a round's result is."""
+    return out / ROUNDS / f"{number:04d}"
+
+
+def removed(folder: Path) -> None:
+    """Remove a folder in one step, as others see it: renamed to a dotted name first."""
+    hidden = folder.rename(folder.with_name(f".{folder.name}.old"))
+    shutil.rmtree(hidden)
+
+
+def copied_folder(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """A folder with a manifest, without some of its files, under another name, in one step."""
+    facts = {key: value for key, value in read_manifest(source, check=False).items() if key != "files"}
+    with atomic_folder(target, facts) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=lambda _, names: [*leave, MANIFEST])
 
 
 def _fsync(path: Path) -> None:

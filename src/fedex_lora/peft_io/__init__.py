@@ -17,6 +17,7 @@ from fedex_lora.peft_io._model import (
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
 from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
 from fedex_lora.peft_io._result import (
+    DELTA,
     IMAGE_TASK,
     Result,
     base_for,
@@ -30,6 +31,7 @@ from fedex_lora.peft_io._result import (
 )
 
 __all__ = [
+    "DELTA",
     "IMAGE_TASK",
     "LINEAR",
     "AdapterFolder",

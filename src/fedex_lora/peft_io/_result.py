@@ -21,6 +21,7 @@ from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, r
 from fedex_lora.peft_io._model import Kind, has_modules, load_base, takes_images, wrap, write_model
 from fedex_lora.storage import (
     MANIFEST,
+    Tensors,
     atomic_folder,
     load_delta,
     load_factors,
@@ -92,6 +93,7 @@ def write_result(
     previous_delta: Mapping[str, Delta] | None = None,
     standalone: bool = False,
     held: Held | None = None,
+    more: Mapping[str, Tensors] | None = None,
 ) -> None:
     """Write a result folder in one step.
 
@@ -105,6 +107,7 @@ def write_result(
         previous_delta: the base delta before the round.
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
         held: what single participants held beside the previous delta.
+        more: file name -> what else the folder holds.
     """
     inputs = [
         {
@@ -130,6 +133,8 @@ def write_result(
             save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
             if held and held.get(update.client_id):
                 save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
+        for name, content in (more or {}).items():
+            save_tensors(temporary / name, *content)
         if standalone:
             write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, format)
 

@@ -1,0 +1,173 @@
+"""What a server needs to go on after a round, beside the result folder of the round: one file in it, written with it in one step."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.catch_up import Log
+from fedex_lora.config import Config
+from fedex_lora.errors import StorageError
+from fedex_lora.peft_io import read_result
+from fedex_lora.storage import Tensors, load_tensors, run_rounds_of
+from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, LowRank, ServerState
+
+FILE = "server.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The server between two rounds.
+
+    Attributes:
+        state: after the round.
+        log, version, changed: what it remembers of its clients (see `rounds._Books`).
+        updates, weights: of the round.
+        held_out: round -> the clients' own metrics.
+        done: the fields of the round's event `round_done`.
+    """
+
+    state: ServerState
+    log: Log = field(default_factory=Log)
+    version: Mapping[str, int] = field(default_factory=dict)
+    changed: Mapping[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
+    updates: Sequence[ClientUpdate] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    held_out: Mapping[int, dict[str, float]] = field(default_factory=dict)
+    done: Mapping[str, Any] = field(default_factory=dict)
+
+
+def to_file(checkpoint: Checkpoint) -> Tensors:
+    """What the result folder does not hold: the log, kept factors, and exact scalings (PEFT's alpha / r rounds them), in their order."""
+    state, log = checkpoint.state, checkpoint.log
+    tensors: dict[str, Tensor] = {}
+    for number, gains in log.gains.items():
+        for module, gain in gains.items():
+            tensors |= {f"log|{number}|{module}|U": gain.U, f"log|{number}|{module}|V": gain.V}
+    for index, adapter in enumerate(state.personal.values()):
+        tensors |= factors_of(f"personal{index}", adapter)
+    about = {
+        "seed": state.seed,
+        "adapter": scalings_of(state.adapter),
+        "base_delta": list(state.base_delta),
+        "other": list(state.other),
+        "personal": [[client, scalings_of(adapter)] for client, adapter in state.personal.items()],
+        "log": {str(number): list(gains) for number, gains in log.gains.items()},
+        "whole": log.whole,
+        "version": checkpoint.version,
+        "changed": checkpoint.changed,
+        "held_out": [[number, metrics] for number, metrics in checkpoint.held_out.items()],
+        "done": checkpoint.done,
+    }
+    return tensors, {"server": json.dumps(about)}
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a round's result folder.
+
+    Raises:
+        StorageError: something is missing or altered.
+    """
+    result = read_result(folder)
+    tensors, metadata = load_tensors(folder / FILE)
+    try:
+        about = json.loads(metadata["server"])
+        adapter = {module: LoRAPair(A=pair.A, B=pair.B, scaling=about["adapter"][module]) for module, pair in result.adapter.items()}
+        gains = {
+            int(number): {
+                module: LowRank(U=tensors[f"log|{number}|{module}|U"], V=tensors[f"log|{number}|{module}|V"]) for module in modules
+            }
+            for number, modules in about["log"].items()
+        }
+        personal = {
+            client: adapter_from(f"personal{index}", scalings, tensors) for index, (client, scalings) in enumerate(about["personal"])
+        }
+        state = ServerState(
+            method=result.manifest["method"],
+            round=int(result.manifest["round"]),
+            adapter={module: adapter[module] for module in about["adapter"]},
+            base_delta={module: result.base_delta[module] for module in about["base_delta"]},
+            other={name: result.other[name] for name in about["other"]},
+            seed=about["seed"],
+            personal=personal,
+        )
+        return Checkpoint(
+            state=state,
+            log=Log(gains=gains, whole=about["whole"]),
+            version=about["version"],
+            changed=about["changed"],
+            updates=sorted(result.updates, key=lambda update: update.client_id),
+            weights=result.weights,
+            held_out={number: metrics for number, metrics in about["held_out"]},
+            done=about["done"],
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StorageError(
+            f"{folder / FILE} is not what this version writes ({error!r}): resume with the version that began the run"
+        ) from None
+
+
+def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that is whole; broken ones before it are renamed to NAME.broken, and what was wrong is returned."""
+    complaints: list[str] = []
+    for folder in run_rounds_of(out):
+        try:
+            return load_checkpoint(folder), complaints
+        except StorageError as error:
+            folder.rename(folder.with_name(f"{folder.name}.broken"))
+            complaints.append(str(error))
+    return None, complaints
+
+
+def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
+    """About what a run folder holds in the end, from above: rounds with their updates, base deltas and log; `final`; clients' memories."""
+    row = method_named(config.method)
+    taking_part = max(1, math.ceil(config.clients.fraction * clients - 1e-9))
+    other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
+    adapter = other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
+
+    def base_delta(round: int) -> int:
+        columns = 0 if row.rest == "drop" else taking_part * round
+        return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in state.adapter.values())
+
+    rounds = [adapter * (1 + taking_part) + 3 * base_delta(number) for number in range(1, config.rounds + 1)]
+    kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds :]
+    return sum(kept) + rounds[-1] + clients * adapter * 5
+
+
+def require_space(out: Path, needed: int) -> None:
+    """So many bytes are free where `out` is or will be.
+
+    Raises:
+        StorageError: they are not.
+    """
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise StorageError(
+            f"the run needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {there}: set keep_rounds, or another --out"
+        )
+
+
+def scalings_of(adapter: Adapter) -> dict[str, float]:
+    """Module path -> scaling, in the adapter's order."""
+    return {module: pair.scaling for module, pair in adapter.items()}
+
+
+def factors_of(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B`."""
+    return {f"{prefix}|{module}|{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"}
+
+
+def adapter_from(prefix: str, scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
+    """The inverse of `factors_of` and `scalings_of`."""
+    return {
+        module: LoRAPair(A=tensors[f"{prefix}|{module}|A"], B=tensors[f"{prefix}|{module}|B"], scaling=scaling)
+        for module, scaling in scalings.items()
+    }

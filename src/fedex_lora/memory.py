@@ -1,0 +1,94 @@
+"""What a client remembers between rounds, and its file: a client that answered and was killed answers the same again, without training."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedex_lora.catch_up import BaseCopy
+from fedex_lora.checkpoint import adapter_from, factors_of, scalings_of
+from fedex_lora.errors import StorageError
+from fedex_lora.storage import delta_tensors, deltas_of, load_tensors, write_tensors
+from fedex_lora.types import Adapter, Delta
+
+MEMORY = "memory.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class ClientMemory:
+    """One client.
+
+    Attributes:
+        base: its base delta.
+        adapter: its copy of the global adapter, where that has not the server's bits (`messages.per_client`).
+        trained: what it trained last, where the method has it keep factors or messages count on them.
+        optimizer: Adam's moments, where they are kept.
+        round: the round that it answered last.
+        reply: its answer.
+    """
+
+    base: BaseCopy = field(default_factory=BaseCopy)
+    adapter: Adapter | None = None
+    trained: Adapter | None = None
+    optimizer: Mapping[str, Any] | None = None
+    round: int = 0
+    reply: bytes = b""
+
+
+def save_memory(path: Path, memory: ClientMemory) -> None:
+    """Write a client's memory in one step. A base with the server's bits is known by its version, and is not written."""
+    optimizer = memory.optimizer or {}
+    moments = {f"{index}|{name}": value for index, values in optimizer.get("state", {}).items() for name, value in values.items()}
+    tensors = {"reply": torch.frombuffer(bytearray(memory.reply), dtype=torch.uint8)}
+    tensors |= {f"optimizer|{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
+    tensors |= {f"base|{name}": tensor for name, tensor in delta_tensors(memory.base.delta).items()} if memory.base.lossy else {}
+    for prefix, adapter in (("adapter", memory.adapter), ("trained", memory.trained)):
+        tensors |= factors_of(prefix, adapter or {})
+    about = {
+        "round": memory.round,
+        "version": memory.base.version,
+        "lossy": sorted(memory.base.lossy),
+        "adapter": None if memory.adapter is None else scalings_of(memory.adapter),
+        "trained": None if memory.trained is None else scalings_of(memory.trained),
+        "optimizer": None if memory.optimizer is None else optimizer["param_groups"],
+        "plain": {name: value for name, value in moments.items() if not isinstance(value, Tensor)},
+    }
+    write_tensors(path, tensors, {"client": json.dumps(about)})
+
+
+def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> ClientMemory:
+    """The inverse of `save_memory`; `base_of` gives the server's base delta of a version.
+
+    Raises:
+        StorageError: it is missing or broken.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        about = json.loads(metadata["client"])
+        lossy = frozenset(about["lossy"])
+        base = deltas_of({name.removeprefix("base|"): tensor for name, tensor in tensors.items() if name.startswith("base|")}, path)
+        adapters = {name: None if about[name] is None else adapter_from(name, about[name], tensors) for name in ("adapter", "trained")}
+        return ClientMemory(
+            base=BaseCopy(version=about["version"], delta=base if lossy else base_of(about["version"]), lossy=lossy),
+            optimizer=_optimizer(about, tensors),
+            round=about["round"],
+            reply=tensors["reply"].numpy().tobytes(),
+            **adapters,
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"{path} is not a client's memory ({error!r}): resume with the version that began the run") from None
+
+
+def _optimizer(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    if about["optimizer"] is None:
+        return None
+    values = {name.removeprefix("optimizer|"): tensor for name, tensor in tensors.items() if name.startswith("optimizer|")} | about["plain"]
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in values.items():
+        index, _, key = name.partition("|")
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": about["optimizer"]}

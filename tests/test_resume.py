@@ -1,0 +1,124 @@
+"""Interrupted runs go on to the same bits, whenever they stopped and whatever the method keeps."""
+
+import shutil
+
+import pytest
+from tests.test_runner import assert_same_bits, configuration, events_of, ignore
+
+from fedex_lora.errors import UsageError
+from fedex_lora.runner import run
+from fedex_lora.storage import locked
+
+CASES = {
+    "fedex": {},
+    "per client": {"messages": {"per_client": True}},
+    "keep, two of three": {"method": "keep", "clients": {"fraction": 0.6}},
+    "fedsa": {"method": "fedsa"},
+    "ranks": {"method": "fedex-best", "clients": {"ranks": [1, 2, 2]}},
+    "reinit": {"method": "reinit"},
+    "moments kept, uneven scaling": {"local": {"optimizer_state": "keep", "schedule": "run"}, "lora": {"alpha": 1.1}},
+    "full-ft": {"method": "full-ft", "training": {"learning_rate": 1e-3}},
+}
+
+
+class StopError(Exception):
+    """What kills a run here; test_crash.py kills processes."""
+
+
+def stopping(event, count):
+    """An emit that fails at the count-th event of that name."""
+    seen = []
+
+    def emit(name, **fields):
+        if name == event:
+            seen.append(name)
+            if len(seen) == count:
+                raise StopError
+
+    return emit
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that were never interrupted, each made once."""
+    made = {}
+
+    def get(case="fedex"):
+        if case not in made:
+            made[case] = configuration(rounds=3, **CASES[case]), tmp_path_factory.mktemp("whole") / "run"
+            run(*made[case], ignore)
+        return made[case]
+
+    return get
+
+
+STOPS = [("started", 1), ("client_done", 2), ("round_done", 1), ("client_done", 5), ("evaluated", 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "event", "count"),
+    [
+        *(("fedex", *stop) for stop in STOPS),
+        *((case, "client_done", 5) for case in CASES if case not in ("fedex", "full-ft")),
+        ("full-ft", "client_done", 2),
+    ],
+)
+def test_a_run_goes_on_to_the_same_bits(case, event, count, whole, tmp_path):
+    config, want = whole(case)
+    with pytest.raises(StopError):
+        run(config, tmp_path / "run", stopping(event, count))
+    trained = []
+    run(
+        config,
+        tmp_path / "run",
+        lambda name, **fields: trained.append(fields["client"]) if name == "step" and fields["step"] == 1 else None,
+        True,
+    )
+    assert_same_bits(tmp_path / "run", want)
+    assert sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")) == sorted(
+        path.relative_to(want) for path in want.rglob("*")
+    )
+    assert [event["round"] for event in events_of(tmp_path / "run", "round_done")] == [1, 2, 3]
+    if event == "evaluated":
+        assert not trained  # every round was whole
+    if event == "client_done":
+        assert len(trained) == sum(len(one["clients"]) for one in events_of(want, "round_started")) - count  # answers are kept
+
+
+def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):
+    config, want = whole()
+    shutil.copytree(want, tmp_path / "run")
+    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.name != "config.toml" and path.is_file()}
+    run(config, tmp_path / "run", ignore, True)
+    assert all(path.stat().st_mtime == time for path, time in before.items())
+
+
+def test_another_process_is_kept_out(tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UsageError, match="another process is at work"):
+        run(configuration(), tmp_path / "run", ignore, True)
+
+
+def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
+    config, want = whole()
+    shutil.copytree(want, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "events.jsonl").write_text("\n".join(line for line in lines if "run_done" not in line) + "\n{torn")
+    broken = tmp_path / "run" / "rounds" / "0003" / "base_delta.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-3])
+    said = []
+    run(config, tmp_path / "run", lambda name, **fields: said.append(fields["message"]) if name == "warning" else None, True)
+    assert any("set aside" in message and "0003" in message for message in said)
+    assert (tmp_path / "run" / "rounds" / "0003.broken").is_dir()
+    assert_same_bits(tmp_path / "run", want)
+
+
+def test_another_configuration_is_refused(whole, tmp_path):
+    config, want = whole()
+    with pytest.raises(UsageError, match="another configuration"):
+        run(config.model_copy(update={"seed": 7}), want, ignore, True)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no run"):
+        run(config, tmp_path / "else", ignore, True)
