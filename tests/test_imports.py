@@ -7,10 +7,11 @@ import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
 ABOVE = (
-    "errors types config aggregation consistency measure server catch_up wire storage peft_io verify adapters export tasks partition client"
+    "errors types config aggregation consistency measure server screening catch_up framing wire answers"
+    " storage peft_io verify adapters export tasks partition client"
 )
 ORDER = f"{ABOVE} rounds runner display compare demo doctor cli".split()
-PURE = ("errors", "types", "aggregation", "measure", "server", "catch_up")
+PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 
 

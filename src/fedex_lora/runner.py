@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
+from fedex_lora.answers import Emit, Reply, stays
 from fedex_lora.catch_up import BaseCopy, caught_up
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
@@ -37,7 +38,7 @@ from fedex_lora.peft_io import (
     write_adapter_folder,
     write_model,
 )
-from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, stays, versions
+from fedex_lora.rounds import Federation, log_to, run_rounds, versions
 from fedex_lora.storage import write_text
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, ServerState
@@ -86,7 +87,7 @@ class InProcess:
         self._first = read_model(model)
         self._data, self._eval = self._tokenised(task)
         self._latest: Adapter = self._first  # what a client's copy of the global adapter is, in the factors that do not travel again
-        self._own: dict[str, Adapter] = {}
+        self._own = dict[str, dict[int, Adapter]]()  # client -> round -> the factors of its own that it trained in it
         self._optimizers: dict[str, Mapping[str, Any]] = {}
         probe(model, self._eval, self._work)
 
@@ -127,7 +128,8 @@ class InProcess:
     def _answer(self, client: str, message: Download) -> bytes:
         method = method_named(message.method)
         message = self._catch_up(message)
-        start, held = server.start_of(message.method, message.adapter, message.rank, self._own.get(client))
+        own_factors = self._counted(client, message.accepted) if method.own else None
+        start, held = server.start_of(message.method, message.adapter, message.rank, own_factors)
         self._base.set(server.advance(self._copies[client].delta, held))
         write_model(self.model, start, message.other)
         data, steps = self._data[client], self._emit
@@ -149,10 +151,22 @@ class InProcess:
             if self._config.local.optimizer_state == "keep":
                 self._optimizers[client] = optimizer
             if method.own:
-                self._own[client] = update.adapter
+                self._own.setdefault(client, {})[message.round] = update.adapter
             if self._config.messages.per_client:
                 self._trained[client] = message.round, update.adapter
-        return encode_update(update, message.run, message.round, message.method, omit=stays(message.method, message.round))
+        left = stays(message.method, message.round)
+        return encode_update(update, message.run, message.round, message.method, left, self._copies[client].version)
+
+    def _counted(self, client: str, accepted: int) -> Adapter | None:
+        """The client's own factors of the last round in which its update counted; what it trained since is forgotten.
+
+        Raises:
+            WireError: it has none of that round.
+        """
+        kept = self._own[client] = {round: own for round, own in self._own.get(client, {}).items() if round == accepted}
+        if accepted and not kept:
+            raise WireError(f"the server counts on this client's own factors of round {accepted}, and it has none: start the run anew")
+        return kept.get(accepted)
 
     def _catch_up(self, message: Download) -> Download:
         """Bring the client's copies of base and adapter to the message's version, from what it has and what it was sent; the whole message.
@@ -163,7 +177,7 @@ class InProcess:
         client, counted_on = message.client, message.share is not None
         round, trained = self._trained.get(client, (0, None))
         message = completed(message, trained if round == message.round - 1 else None)
-        copy = caught_up(self._copies.get(client, BaseCopy()), message.catch_up)
+        copy = caught_up(BaseCopy() if message.anew else self._copies.get(client, BaseCopy()), message.catch_up)
         alike = (other for other in self._copies.values() if other.version == copy.version and not other.lossy)
         if not copy.lossy and (twin := next(alike, None)):
             if not _same(copy.delta, twin.delta):
@@ -198,7 +212,8 @@ class InProcess:
         if method_named(state.method).exactness != "personalised":
             return
         for client in self._data:
-            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), self._own.get(client))
+            kept = self._own.get(client)
+            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), kept[max(kept)] if kept else None)
             write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, format_of(self.model))
 
     def facts(self) -> dict[str, Any]:
