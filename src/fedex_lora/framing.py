@@ -165,8 +165,8 @@ def require_same_names(here: Sequence[str], there: Sequence[str]) -> None:
     """The tensors that arrived are those that were declared.
 
     Raises:
-        WireError: with the first that is odd.
+        WireError: with one that is odd.
     """
-    odd = sorted(set(here) ^ set(there))
-    if odd:
-        raise WireError(f"tensor {shown(odd[0])} is {'not declared' if odd[0] in set(here) else 'missing'} ({len(odd)} such in all)")
+    for what, names in (("not declared", set(here) - set(there)), ("missing", set(there) - set(here))):
+        if names:
+            raise WireError(f"tensor {shown(min(names))} is {what} ({len(names)} such in all)")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import frobenius, signed_sum
+from fedex_lora.aggregation.lowrank import concatenate, frobenius
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, LowRank
 
 VOTERS = 3  # fewer updates have no median that says who is odd
@@ -44,7 +44,9 @@ def size_of(update: ClientUpdate, start: Adapter, other: Mapping[str, Tensor]) -
 
 
 def _moved(pair: LoRAPair, start: LoRAPair) -> float:
-    return frobenius(signed_sum([(sign * one.scaling, LowRank(U=one.B, V=one.A)) for sign, one in ((1.0, pair), (-1.0, start))]))
+    """`|s B A - s0 B0 A0|`, differences first: `(s B - s0 B0) A + s0 B0 (A - A0)`, so that nothing is lost where little has moved."""
+    A, A0, B, B0 = pair.A.double(), start.A.double(), pair.scaling * pair.B.double(), start.scaling * start.B.double()
+    return frobenius(concatenate([LowRank(U=B - B0, V=A), LowRank(U=B0, V=A - A0)]))
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
