@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench exactness clean
+.PHONY: demo test check bench exactness fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -27,6 +27,9 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json
+
+fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was sent byte for byte
+	$(BIN)/python -m tests.fuzz_wire 100000
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import concatenate, frobenius
-from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, LowRank
+from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
 VOTERS = 3  # fewer updates have no median that says who is odd
 LARGEST = 1e15  # norm of a tensor, beyond which the products of fp32 factors may overflow
@@ -26,7 +25,7 @@ class Size(NamedTuple):
     other: float
 
 
-NAMES = Size("the weights (|s B A - s B0 A0|)", "the factors (|A - A0|, |B - B0|)", "the other trained tensors")  # type: ignore[arg-type]
+NAMES = ("the weights (|s B A - s B0 A0|)", "the factors (|A - A0|, |B - B0|)", "the other trained tensors")  # of `Size`
 
 
 def size_of(update: ClientUpdate, start: Adapter, other: Mapping[str, Tensor]) -> Size:
@@ -37,16 +36,27 @@ def size_of(update: ClientUpdate, start: Adapter, other: Mapping[str, Tensor]) -
         start: module path -> the factors that the client started from.
         other: the other tensors that it started from.
     """
-    moved = [_moved(pair, start[module]) for module, pair in update.adapter.items()]
-    apart = [_distance(getattr(pair, part), getattr(start[module], part)) for module, pair in update.adapter.items() for part in "AB"]
+    moved, apart = list[float](), list[float]()
+    for module, pair in update.adapter.items():
+        product, factors = _moved(pair, start[module])
+        moved.append(product)
+        apart.append(factors)
     rest = [_distance(tensor, other[name]) for name, tensor in update.other.items()]
     return Size(math.hypot(*moved), math.hypot(*apart), math.hypot(*rest))
 
 
-def _moved(pair: LoRAPair, start: LoRAPair) -> float:
-    """`|s B A - s0 B0 A0|`, differences first: `(s B - s0 B0) A + s0 B0 (A - A0)`, so that nothing is lost where little has moved."""
-    A, A0, B, B0 = pair.A.double(), start.A.double(), pair.scaling * pair.B.double(), start.scaling * start.B.double()
-    return frobenius(concatenate([LowRank(U=B - B0, V=A), LowRank(U=B0, V=A - A0)]))
+def _moved(pair: LoRAPair, start: LoRAPair) -> tuple[float, float]:
+    """`|s B A - s0 B0 A0|` and `|(A - A0, B - B0)|`.
+
+    Differences first, `(s B - s0 B0) A + s0 B0 (A - A0) = U V`, and `|U V|^2 = <U^T U, V V^T>`: half of fp64's digits are kept, and a
+    bound needs fewer.
+    """
+    A, A0, B, B0 = pair.A.double(), start.A.double(), pair.B.double(), start.B.double()
+    dA = A - A0
+    U = torch.cat([pair.scaling * B - start.scaling * B0, start.scaling * B0], dim=1)
+    V = torch.cat([A, dA])
+    square = float(((U.T @ U) * (V @ V.T)).sum())
+    return math.sqrt(max(square, 0.0)), math.hypot(float(torch.linalg.vector_norm(dA)), _distance(B, B0))
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
@@ -61,8 +71,8 @@ def screened(
 ) -> tuple[list[ClientUpdate], dict[str, str]]:
     """The updates that may be averaged, in the order of client ids, and client -> why its update may not.
 
-    An update is refused when one of its sizes is above `factor` times the median of that size over all updates, where there are
-    at least `VOTERS` of them and the median is not zero; and always when a norm is so large that the mean could overflow.
+    An update is refused when a norm is so large that the mean could overflow; and of the others when one of its sizes is above `factor`
+    times their median of that size, where there are at least `VOTERS` of them and the median is not zero.
     The result does not depend on the order of the updates.
 
     Args:
@@ -81,7 +91,8 @@ def screened(
     ordered = sorted(updates, key=lambda update: update.client_id)
     sizes = {update.client_id: size_of(update, starts[update.client_id], other) for update in ordered}
     refused = {client: "its numbers are too large to be averaged" for client, size in sizes.items() if max(size[1:]) > LARGEST}
-    if factor and len(ordered) >= VOTERS:
+    sizes = {client: size for client, size in sizes.items() if client not in refused}
+    if factor and len(sizes) >= VOTERS:
         for kind, name in enumerate(NAMES):
             middle = median(size[kind] for size in sizes.values())
             for client, size in sizes.items():
