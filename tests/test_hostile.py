@@ -308,6 +308,29 @@ def test_nobody_is_waited_for_once_the_quorum_cannot_be_reached(federation, tmp_
     assert asked == ["client-0", "client-1"]
 
 
+def test_after_the_last_round_nobody_is_needed(federation, tmp_path):
+    """Who fails to measure the final model is left out, and the run has ended well."""
+    state, quick, sent = federation
+    rounds = iter(range(3))
+
+    def exchange(messages, deadline=None):
+        number = next(rounds)
+        for client in messages:
+            lost = number == 2 and client in (MALLORY, "client-2")
+            payload = b"junk" if lost and client == MALLORY else None if lost else sent[client][number]
+            yield Reply(client, payload, "it is away")
+
+    emit = log_to(tmp_path / "events.jsonl")
+    run_rounds(setting(clients={"partition": "iid", "count": 4}), state, replace(quick, exchange=exchange), tmp_path / "run", emit)
+    assert [(event["round"], event["client"], event["reason"]) for event in events_of(tmp_path, "refused")] == [
+        (2, MALLORY, "a message of 4 bytes is too short"),
+        (2, "client-2", "it failed: it is away"),
+    ]
+    assert events_of(tmp_path, "held_out")[-1]["clients"].keys() == {"client-0", "client-3"}
+    assert events_of(tmp_path, "run_done")
+    assert read_manifest(tmp_path / "run" / "final")["refused"] == []
+
+
 def test_a_quorum_that_can_never_be_is_a_configuration_error(tmp_path):
     with pytest.raises(ConfigError, match=r"clients.min_clients = 3 and 2 clients take part"):
         run(setting(clients={"partition": "iid", "count": 4, "fraction": 0.5, "min_clients": 3}), tmp_path / "run", ignore)
