@@ -22,6 +22,7 @@ from fedex_lora.runner import InProcess, run
 from fedex_lora.screening import screened
 from fedex_lora.storage import read_manifest
 from fedex_lora.verify import verify
+from fedex_lora.wire import declared_bytes
 
 MALLORY = "client-1"
 NAN, INFINITY = float("nan"), float("inf")
@@ -117,6 +118,15 @@ def unsealed(payload):
     return save(load(payload), metadata={"header": json.dumps(told)})
 
 
+def swollen(payload):
+    """A header above its bound in a message that is no larger than declared."""
+    begin, end = bounds(payload)
+    limit, whole = declared_bytes(load(payload))
+    made = with_header(payload[:end], payload[begin:end].ljust(limit + 1))
+    assert len(made) <= whole
+    return seal(made)
+
+
 def text(change):
     """The honest answer with the text of its table changed."""
 
@@ -164,7 +174,8 @@ HOSTILE = {
     "another client": (header(client="client-0"), "client is 'client-0', this round declared 'client-1'"),
     "another scaling": (header(scalings={"m": 1e6}), "scalings is"),
     "zip bomb header": (lambda payload: struct.pack("<Q", 2**40) + payload[8:], "truncated, or its header is a lie"),
-    "header of spaces": (text(lambda text: text + b" " * 50_000), "header has .* bytes where at most .* were expected|at most"),
+    "header of spaces": (text(lambda text: text + b" " * 50_000), "bytes arrived where at most .* were declared"),
+    "header in place of tensors": (swollen, "header has .* bytes where at most .* were expected"),
     "deep nesting": (text(lambda text: text[:-1] + b',"a":' + b"[" * 2000 + b"}"), "more brackets than its .* tensors need"),
     "many small values": (text(lambda text: text[:-1] + b',"a":[' + b"{}," * 1500 + b"{}]}"), "more brackets than its .* tensors need"),
     "a key twice": (text(lambda text: text[:-1] + text[text.rindex(b',"adapter') :]), "has the key 'adapter.*' twice"),
