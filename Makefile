@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench exactness precision crash clean
+.PHONY: demo test check bench exactness precision crash fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -34,6 +34,9 @@ precision: $(VENV)/.installed-dev   ## ten rounds on bases of 16, 8 and 4 bits: 
 
 crash: $(VENV)/.installed-dev   ## kill runs and fail their writes, resume them, compare the bits
 	$(BIN)/python -m tests.crash --kills 40 --faults 20
+
+fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was sent byte for byte
+	$(BIN)/python -m tests.fuzz_wire 100000
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

@@ -6,9 +6,12 @@ from pathlib import Path
 import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
-ABOVE = "errors types config aggregation consistency measure server catch_up wire storage peft_io checkpoint memory"
-ORDER = f"{ABOVE} verify adapters export tasks partition client rounds runner display compare demo doctor cli".split()
-PURE = ("errors", "types", "aggregation", "measure", "server", "catch_up")
+ABOVE = (
+    "errors types config aggregation consistency measure server screening catch_up framing wire answers"
+    " storage peft_io checkpoint memory verify adapters export tasks partition client"
+)
+ORDER = f"{ABOVE} rounds runner display compare demo doctor cli".split()
+PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 
 

@@ -13,8 +13,9 @@ from tests.conftest import make_pair, make_updates
 from fedex_lora import LoRAPair, aggregate
 from fedex_lora.catch_up import BaseCopy, CatchUp, caught_up
 from fedex_lora.errors import WireError
+from fedex_lora.framing import read_table, seal
 from fedex_lora.types import Dense, LowRank
-from fedex_lora.wire import Download, _json_header, decode_download, decode_update, encode_download, encode_update
+from fedex_lora.wire import Download, decode_download, decode_update, encode_download, encode_update
 
 UPDATE = make_updates(1)[0]
 LOG = CatchUp(since=1, version=2, log={2: aggregate(make_updates(3)).residual})
@@ -108,9 +109,9 @@ def test_size_is_looked_at_first():
 def tampered(header=None, **tensors):
     """The bytes of SENT with other tensors, or with other things in its header; a tensor given as None is left out."""
     payload = encode_download(SENT)
-    with_header = json.loads(_json_header(payload)["__metadata__"]["header"]) | (header or {})
+    with_header = json.loads(read_table(payload, len(payload))[0]) | (header or {})
     found = {name: tensor for name, tensor in (load(payload) | tensors).items() if tensor is not None}
-    return save(found, metadata={"header": json.dumps(with_header)})
+    return seal(save(found, metadata={"header": json.dumps(with_header, separators=(",", ":"))}))
 
 
 U, V, W = torch.ones(12, 2), torch.ones(2, 20), torch.ones(12, 20)
@@ -147,10 +148,10 @@ TAMPERED = {
     "rounds of the future": (tampered({"since": 2, "round": 2}), "goes backwards"),
     "no version at all": (tampered({"round": 0, "since": 0, "log_rounds": []}), "has no place|goes backwards"),
     "all the weight": (tampered({"share": 1.0}), "share"),
-    "a module without factors": (tampered({"scalings": {"m0": 2.0, "m1": 2.0, "m2": 2.0, "m3": 2.0}}), "m3[|]A did not travel"),
+    "a module without factors": (tampered({"scalings": {"m0": 2.0, "m1": 2.0, "m2": 2.0, "m3": 2.0}}), "m3[|]A' did not travel"),
     "factors that do not chain": (tampered(**{"adapter|m0|A": torch.ones(5, 20)}), "the message's adapter is wrong"),
     "another schema": (tampered({"schema_version": 2}), "this version speaks 1: use one version everywhere"),
-    "truncated": (encode_download(SENT)[:-7], "not valid safetensors"),
+    "truncated": (encode_download(SENT)[:-7], "the message is truncated"),
     "truncated in the header": (encode_download(SENT)[:40], "truncated, or its header is a lie"),
     "nothing": (b"", "0 bytes is too short"),
 }

@@ -107,10 +107,10 @@ def pruned(log: Log, base_delta: Mapping[str, Delta], oldest: int, messages: Mes
 def lacking(log: Log, base_delta: Mapping[str, Delta], since: int, version: int, messages: Messages) -> CatchUp:
     """What a client at version `since` lacks of `base_delta`, the D of `version`.
 
-    Each module in its smallest form (ties: log, snapshot, gain), or always as log, by `messages.catch_up`.
+    Each module in its smallest form (ties: log, snapshot, gain), or as log where it is still whole, by `messages.catch_up`.
     """
     rounds = range(since + 1, version + 1)
-    snapshot: dict[str, Delta] = {}
+    snapshot = {module: delta for module, delta in base_delta.items() if log.since(since, module) is None}
     gain: dict[str, LowRank] = {}
     if messages.catch_up == "smallest":
         pieces = {module: log.since(since, module) for module in base_delta}

@@ -28,6 +28,7 @@ class Checkpoint:
     Attributes:
         state: after the round.
         log, version, changed: what it remembers of its clients (see `rounds._Books`).
+        lost, accepted, told: the same.
         updates, weights: of the round.
         held_out: round -> the clients' own metrics.
         done: the fields of the round's event `round_done`.
@@ -37,6 +38,9 @@ class Checkpoint:
     log: Log = field(default_factory=Log)
     version: Mapping[str, int] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
+    lost: Sequence[str] = ()
+    accepted: Mapping[str, int] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
     updates: Sequence[ClientUpdate] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     held_out: Mapping[int, dict[str, float]] = field(default_factory=dict)
@@ -62,6 +66,9 @@ def to_file(checkpoint: Checkpoint) -> Tensors:
         "whole": log.whole,
         "version": checkpoint.version,
         "changed": checkpoint.changed,
+        "lost": checkpoint.lost,
+        "accepted": checkpoint.accepted,
+        "told": checkpoint.told,
         "held_out": [[number, metrics] for number, metrics in checkpoint.held_out.items()],
         "done": checkpoint.done,
     }
@@ -102,6 +109,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             log=Log(gains=gains, whole=about["whole"]),
             version=about["version"],
             changed=about["changed"],
+            lost=about["lost"],
+            accepted=about["accepted"],
+            told=about["told"],
             updates=sorted(result.updates, key=lambda update: update.client_id),
             weights=result.weights,
             held_out={number: metrics for number, metrics in about["held_out"]},

@@ -137,6 +137,14 @@ class Clients(_Table):
         None, description="A rank for each client, in the order of their names; the largest is lora.r."
     )
     holdout: float = Field(0.1, ge=0, lt=1, description="Share of a client's rows that it keeps to measure on.")
+    quorum: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a round's participants whose updates must be there and accepted for the round to go on without the others. "
+        "All of them by default: nobody is left out of the mean unless you allow it.",
+    )
+    min_clients: int = Field(1, ge=1, description="The same as a number; both must hold.")
 
     @model_validator(mode="after")
     def _column_is_named(self) -> "Clients":
@@ -184,6 +192,13 @@ class Messages(_Table):
     )
     per_client: bool = Field(
         False, description="fedex: a client of the last round uses its own factors and is sent (k-1) r ranks instead of k r."
+    )
+    max_examples: int = Field(10_000_000, ge=1, le=2**53, description="An update that claims more training rows than this is refused.")
+    norm_bound: float | None = Field(
+        10.0,
+        ge=0,
+        description="An update whose change (of the weights, the factors, the other tensors) has a Frobenius norm above so many times the "
+        "round's median is refused. Only where at least three updates came: a median of two says nothing. 0: no bound.",
     )
 
 

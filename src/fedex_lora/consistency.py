@@ -1,5 +1,7 @@
 """What single keys of a configuration cannot say: whether they go together."""
 
+import math
+
 from fedex_lora.aggregation import ALIGNED, METHODS, Method, method_named
 from fedex_lora.config import Config, Truncation
 from fedex_lora.errors import ConfigError
@@ -30,8 +32,21 @@ def require_consistent(config: Config, clients: int) -> None:
             f"messages.per_client counts on the mean factors of fedex, and the method is {config.method}: "
             "remove it, or set method = 'fedex'"
         )
+    asked = participants(config.clients.fraction, clients)
+    if config.clients.min_clients > asked and not method.pooled:
+        raise ConfigError(f"clients.min_clients = {config.clients.min_clients} and {asked} clients take part in a round: lower it")
     if config.truncation != Truncation() and method.rest != "truncate":
         raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
+
+
+def participants(fraction: float, clients: int) -> int:
+    """How many of the clients take part in a round."""
+    return max(1, math.ceil(fraction * clients - 1e-9))
+
+
+def quorum(config: Config, asked: int) -> int:
+    """How many of the clients that were asked must have an update accepted (a pooled method asks one only)."""
+    return min(asked, max(config.clients.min_clients, math.ceil(config.clients.quorum * asked - 1e-9)))
 
 
 def _require_ranks(config: Config, method: Method, clients: int) -> None:

@@ -93,6 +93,13 @@ class Display:
     def _on_warning(self, fields: dict[str, Any]) -> None:
         self._console.print(f"{self._label}! round {fields['round']}: {fields['message']}", highlight=False)
 
+    def _on_refused(self, fields: dict[str, Any]) -> None:
+        self._console.print(
+            f"{self._label}! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}",
+            highlight=False,
+            markup=False,
+        )
+
     def _on_held_out(self, fields: dict[str, Any]) -> None:
         if fields["round"]:
             self._console.print(

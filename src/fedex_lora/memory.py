@@ -25,7 +25,7 @@ class ClientMemory:
     Attributes:
         base: its base delta.
         adapter: its copy of the global adapter, where that has not the server's bits (`messages.per_client`).
-        trained: what it trained last, where the method has it keep factors or messages count on them.
+        trained: round -> what it trained in it, where the method has it keep factors or messages count on them.
         optimizer: Adam's moments, where they are kept.
         round: the round that it answered last.
         reply: its answer.
@@ -33,7 +33,7 @@ class ClientMemory:
 
     base: BaseCopy = field(default_factory=BaseCopy)
     adapter: Adapter | None = None
-    trained: Adapter | None = None
+    trained: Mapping[int, Adapter] = field(default_factory=dict)
     optimizer: Mapping[str, Any] | None = None
     round: int = 0
     reply: bytes = b""
@@ -46,14 +46,14 @@ def save_memory(path: Path, memory: ClientMemory) -> None:
     tensors = {"reply": torch.frombuffer(bytearray(memory.reply), dtype=torch.uint8)}
     tensors |= {f"optimizer|{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     tensors |= {f"base|{name}": tensor for name, tensor in delta_tensors(memory.base.delta).items()} if memory.base.lossy else {}
-    for prefix, adapter in (("adapter", memory.adapter), ("trained", memory.trained)):
-        tensors |= factors_of(prefix, adapter or {})
+    for prefix, adapter in (("adapter", memory.adapter or {}), *((f"trained{number}", one) for number, one in memory.trained.items())):
+        tensors |= factors_of(prefix, adapter)
     about = {
         "round": memory.round,
         "version": memory.base.version,
         "lossy": sorted(memory.base.lossy),
         "adapter": None if memory.adapter is None else scalings_of(memory.adapter),
-        "trained": None if memory.trained is None else scalings_of(memory.trained),
+        "trained": [[number, scalings_of(adapter)] for number, adapter in memory.trained.items()],
         "optimizer": None if memory.optimizer is None else optimizer["param_groups"],
         "plain": {name: value for name, value in moments.items() if not isinstance(value, Tensor)},
     }
@@ -71,13 +71,13 @@ def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> Cl
         about = json.loads(metadata["client"])
         lossy = frozenset(about["lossy"])
         base = deltas_of({name.removeprefix("base|"): tensor for name, tensor in tensors.items() if name.startswith("base|")}, path)
-        adapters = {name: None if about[name] is None else adapter_from(name, about[name], tensors) for name in ("adapter", "trained")}
         return ClientMemory(
             base=BaseCopy(version=about["version"], delta=base if lossy else base_of(about["version"]), lossy=lossy),
+            adapter=None if about["adapter"] is None else adapter_from("adapter", about["adapter"], tensors),
+            trained={number: adapter_from(f"trained{number}", scalings, tensors) for number, scalings in about["trained"]},
             optimizer=_optimizer(about, tensors),
             round=about["round"],
             reply=tensors["reply"].numpy().tobytes(),
-            **adapters,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StorageError(f"{path} is not a client's memory ({error!r}): resume with the version that began the run") from None

@@ -2,46 +2,33 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import derive_seed, method_named
+from fedex_lora.answers import Emit, Refusal, Reply, collect, refuse, require_quorum
 from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
 from fedex_lora.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config, Messages
-from fedex_lora.errors import TrainingError, WireError
+from fedex_lora.consistency import participants as how_many
+from fedex_lora.consistency import quorum
 from fedex_lora.measure import Exactness, Held
 from fedex_lora.peft_io import Format, write_result
+from fedex_lora.screening import screened
 from fedex_lora.server import start_of
 from fedex_lora.storage import FINAL, append_event, copied_folder, removed, round_folder, run_rounds_of
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, ServerState
-from fedex_lora.wire import Download, decode_update, encode_download
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back from a client: bytes, or why there are none."""
-
-    client: str
-    payload: bytes | None
-    error: str = ""
-
+from fedex_lora.wire import Download, encode_download
 
 Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply]]
 """(client -> message, deadline in seconds) -> replies, in any order. A transport is one such function."""
-
-
-class Emit(Protocol):
-    """Told of everything that happens."""
-
-    def __call__(self, event: str, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +66,9 @@ class _Books:
         version: client -> the round after which it has base and adapter.
         changed: "A" and "B" -> the last round that changed those factors of the global adapter.
         updates, weights: of the last round, for messages to its clients that count on their own factors.
+        lost: the clients that gave no valid answer when last asked: what they hold is not known.
+        accepted: client -> the last round in which its update was part of the mean.
+        told: client -> why its last update was refused, until it is told.
     """
 
     messages: Messages
@@ -87,12 +77,50 @@ class _Books:
     changed: dict[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
     updates: Sequence[ClientUpdate] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    accepted: dict[str, int] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, start: Checkpoint, messages: Messages) -> "_Books":
+        """As they were at a checkpoint."""
+        updates, weights = (start.updates, start.weights) if messages.per_client else ((), {})
+        changed, told = dict(start.changed), dict(start.told)
+        return cls(messages, start.log, dict(start.version), changed, updates, weights, set(start.lost), dict(start.accepted), told)
+
+    def checkpoint(
+        self, state: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], held_out: Any, done: Mapping[str, Any]
+    ) -> Checkpoint:
+        """They, and the server after a round."""
+        return Checkpoint(
+            state=state,
+            log=self.log,
+            version=self.version,
+            changed=self.changed,
+            lost=sorted(self.lost),
+            accepted=self.accepted,
+            told=self.told,
+            updates=updates,
+            weights=weights,
+            held_out=held_out,
+            done=done,
+        )
+
+    def answered(self, version: int, downloads: Mapping[str, Download], valid: Collection[str], reasons: Sequence["Refusal"]) -> None:
+        """Remember who holds base and adapter of `version`: who answered validly. What the others hold is not known."""
+        for client in downloads:
+            self.version.pop(client, None)
+            self.told.pop(client, None)
+        self.version |= dict.fromkeys(valid, version)
+        self.lost = (self.lost | downloads.keys()) - set(valid)
+        self.told |= {refusal.client: refusal.reason for refusal in reasons if refusal.client in downloads}
 
     def stepped(
         self, before: ServerState, after: ServerState, result: Aggregate, updates: Sequence[ClientUpdate], clients: Sequence[str]
     ) -> None:
         """Remember what a round changed: its participants have the base of the version before."""
         self.version |= {update.client_id: before.round for update in updates}
+        self.accepted |= {update.client_id: after.round for update in updates}
         oldest = min(self.version.get(client, 0) for client in clients)
         gains = {**self.log.gains, after.round: result.residual}
         self.log = pruned(replace(self.log, gains=gains), after.base_delta, oldest, self.messages)
@@ -127,11 +155,9 @@ def run_rounds(config: Config, start: Checkpoint, federation: Federation, out: P
     Every round leaves a result folder `out/rounds/NNNN`, written in one step, from which the run can go on; `out/final` is the last one.
 
     Raises:
-        TrainingError: a client failed.
-        WireError: a client's answer is not what the round declared.
+        TrainingError: fewer updates than the quorum were there and accepted.
     """
-    counted_on = (start.updates, start.weights) if config.messages.per_client else ((), {})
-    books = _Books(config.messages, start.log, dict(start.version), dict(start.changed), *counted_on)
+    books = _Books.of(start, config.messages)
     state, held_out = start.state, dict(start.held_out)
     if state.round == 0:
         metrics = federation.evaluate(state)
@@ -141,11 +167,20 @@ def run_rounds(config: Config, start: Checkpoint, federation: Federation, out: P
         participants = sample(federation.clients, config.clients.fraction, config.seed, number)
         emit("round_started", round=number, clients=participants)
         sent, downloads, down = _messages("train", participants, state, books, federation, out.name)
-        updates, up = _collect(federation.exchange(sent, None), downloads, state.method, emit)
-        held = {
-            client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client))[1]
-            for client in participants
+        spare = len(participants) - quorum(config, len(participants))
+        updates, refused, up = collect(federation.exchange(sent, None), downloads, config, emit, spare)
+        valid = [update.client_id for update in updates]
+        starts = {
+            client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client)) for client in valid
         }
+        held = {client: frozen for client, (_, frozen) in starts.items()}
+        updates, large = screened(
+            updates, {client: first for client, (first, _) in starts.items()}, state.other, config.messages.norm_bound
+        )
+        for client, reason in large.items():
+            refused.append(refuse(number, client, reason, emit))
+        books.answered(state.round, downloads, valid, refused)
+        require_quorum(number, updates, participants, refused, config)
         held_out[number - 1] = _held_out_event(number - 1, updates, emit)
         before, (state, result) = state, server.step(state, updates, config.weights, config.truncation)
         books.stepped(before, state, result, updates, federation.clients)
@@ -154,12 +189,13 @@ def run_rounds(config: Config, start: Checkpoint, federation: Federation, out: P
             emit("warning", round=number, message=useless, tail=measure.tail(result))
         done = {"round": number, "metrics": federation.evaluate(state), "bytes_down": down, "bytes_up": up, **numbers}
         done["seconds"] = time.perf_counter() - began
-        checkpoint = Checkpoint(state, books.log, books.version, books.changed, updates, result.weights, held_out, done)
+        checkpoint = books.checkpoint(state, updates, result.weights, held_out, done)
+        facts = {**federation.facts, "participants": participants, "refused": [vars(refusal) for refusal in refused]}
         folder, more = round_folder(out, number), {FILE: to_file(checkpoint)}
-        write_result(folder, state, updates, result.weights, federation.format, federation.facts, before.base_delta, held=held, more=more)
+        write_result(folder, state, updates, result.weights, federation.format, facts, before.base_delta, held=held, more=more)
         emit("round_done", **done)
         _forget(out, number, config.keep_rounds, set(books.version.values()))
-    held_out[config.rounds] = _final_held_out(state, federation, books, out, emit)
+    held_out[config.rounds] = _final_held_out(config, state, federation, books, out, emit)
     if not (out / FINAL).exists():
         copied_folder(round_folder(out, config.rounds), out / FINAL, leave=[FILE])
     federation.finish(state, out)
@@ -177,7 +213,7 @@ def _forget(out: Path, number: int, keep: int | None, versions: set[int]) -> Non
 
 def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
     """This round's participants: `ceil(fraction * k)` of the clients, sorted."""
-    wanted = max(1, math.ceil(fraction * len(clients) - 1e-9))
+    wanted = how_many(fraction, len(clients))
     rng = np.random.default_rng(derive_seed(seed, round, "sampling"))
     return sorted(str(client) for client in rng.choice(sorted(clients), wanted, replace=False))
 
@@ -205,36 +241,15 @@ def _messages(
             catch_up=lacking[since[client]],
             rank=rank,
             fresh=state.seed if drawn else None,
+            anew=client in books.lost,
+            accepted=books.accepted.get(client, 0),
+            refused=books.told.get(client, ""),
         )
         if others := books.of_the_others(client, state):
             adapter, catch_up, share = others
             downloads[client] = replace(downloads[client], adapter=adapter, catch_up=catch_up, share=share)
         sent[client] = encode_download(downloads[client], omit="AB" if drawn else books.known(client))
     return sent, downloads, sum(map(len, sent.values()))
-
-
-def _collect(replies: Iterable[Reply], downloads: Mapping[str, Download], method: str, emit: Emit) -> tuple[list[ClientUpdate], int]:
-    """The valid updates, in the order of client ids, and the bytes that came."""
-    updates, received = [], 0
-    for reply in replies:
-        if reply.payload is None:
-            raise TrainingError(f"client {reply.client} failed: {reply.error}")
-        try:
-            update = decode_update(reply.payload, downloads[reply.client], omit=stays(method, downloads[reply.client].round))
-        except WireError as error:
-            raise WireError(f"client {reply.client}: {error}") from None
-        received += len(reply.payload)
-        updates.append(update)
-        training = {name: value for name, value in update.metrics.items() if not name.startswith("held_out_")}
-        emit(
-            "client_done",
-            round=downloads[reply.client].round,
-            client=reply.client,
-            num_examples=update.num_examples,
-            bytes_up=len(reply.payload),
-            **training,
-        )
-    return sorted(updates, key=lambda update: update.client_id), received
 
 
 def _held_out_event(version: int, updates: Sequence[ClientUpdate], emit: Emit) -> dict[str, float]:
@@ -249,17 +264,20 @@ def _held_out_event(version: int, updates: Sequence[ClientUpdate], emit: Emit) -
     return metrics
 
 
-def _final_held_out(state: ServerState, federation: Federation, books: _Books, out: Path, emit: Emit) -> dict[str, float]:
-    """One more message, after the last round: how good is the final model on the clients' own rows? (No A, B travel back.)"""
+def _final_held_out(config: Config, state: ServerState, federation: Federation, books: _Books, out: Path, emit: Emit) -> dict[str, float]:
+    """One more message, after the last round: how good is the final model on the clients' own rows? (No A, B travel back.)
+
+    The model is there already, so no quorum is asked for: who fails is left out.
+    """
     sent, downloads, down = _messages("evaluate", list(federation.clients), state, books, federation, out.name)
-    updates, up = _collect(federation.exchange(sent, None), downloads, state.method, lambda *_, **__: None)
+
+    def told(event: str, **fields: Any) -> None:
+        if event == "refused":
+            emit(event, **{**fields, "round": state.round})
+
+    updates, _, up = collect(federation.exchange(sent, None), downloads, config, told)
     emit("evaluated", round=state.round, bytes_down=down, bytes_up=up)
     return _held_out_event(state.round, updates, emit)
-
-
-def stays(method: str, round: int) -> str:
-    """The factors that do not travel up in a round."""
-    return "".join(part for part in "AB" if part not in method_named(method).sent(round))
 
 
 def _measured(

@@ -16,7 +16,8 @@ from transformers import set_seed
 from fedex_lora import server
 from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation.lowrank import same_bits
-from fedex_lora.catch_up import caught_up
+from fedex_lora.answers import Emit, Reply, stays
+from fedex_lora.catch_up import BaseCopy, caught_up
 from fedex_lora.checkpoint import Checkpoint, bytes_needed, last_checkpoint, require_space
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
@@ -42,7 +43,7 @@ from fedex_lora.peft_io import (
     write_adapter_folder,
     write_model,
 )
-from fedex_lora.rounds import Emit, Federation, Reply, log_to, run_rounds, stays, versions
+from fedex_lora.rounds import Federation, log_to, run_rounds, versions
 from fedex_lora.storage import load_delta, locked, read_events, round_folder, swept, write_text
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.types import Adapter, ClientUpdate, Delta, ServerState
@@ -160,15 +161,16 @@ class InProcess:
             return memory.reply
         method, message = method_named(message.method), self._catch_up(message)
         memory = self._memory(client)
-        start, held = server.start_of(message.method, message.adapter, message.rank, memory.trained if method.own else None)
+        kept = _counted(memory, message.accepted) if method.own else {}
+        start, held = server.start_of(message.method, message.adapter, message.rank, kept.get(message.accepted))
         self._base.set(server.advance(memory.base.delta, held))
         write_model(self.model, start, message.other)
         data, steps = self._data[client], self._emit
         own = {f"held_out_{name}": value for name, value in evaluate(self.model, data.held_out, self._work).items()}
-        omit = stays(message.method, message.round)
+        left = stays(message.method, message.round)
         if message.kind == "evaluate":
             update = ClientUpdate(client_id=client, adapter={}, num_examples=len(data.train), metrics=own)
-            return encode_update(update, message.run, message.round, message.method, omit=omit)
+            return encode_update(update, message.run, message.round, message.method, left, memory.base.version)
         update, optimizer = local_update(
             self.model,
             client,
@@ -178,10 +180,11 @@ class InProcess:
             memory.optimizer,
             lambda step, total: steps("step", round=message.round, client=client, step=step, steps=total),
         )
-        reply = encode_update(replace(update, metrics={**update.metrics, **own}), message.run, message.round, message.method, omit=omit)
+        update = replace(update, metrics={**update.metrics, **own})
+        reply = encode_update(update, message.run, message.round, message.method, left, memory.base.version)
         memory = replace(
             memory,
-            trained=update.adapter if method.own or self._config.messages.per_client else None,
+            trained={**kept, message.round: update.adapter} if method.own or self._config.messages.per_client else {},
             optimizer=optimizer if self._config.local.optimizer_state == "keep" else None,
             round=message.round,
             reply=reply,
@@ -198,8 +201,8 @@ class InProcess:
         object in memory: one for each version that some client has.
         """
         client, counted_on, memory = message.client, message.share is not None, self._memory(message.client)
-        message = completed(message, memory.trained if memory.round == message.round - 1 else None)
-        copy = caught_up(memory.base, message.catch_up)
+        message = completed(message, memory.trained.get(message.round - 1))
+        copy = caught_up(BaseCopy() if message.anew else memory.base, message.catch_up)
         bases = [other.base for other in self._memories.values()]
         alike = (other for other in bases if other.version == copy.version and not other.lossy)
         if not copy.lossy and (twin := next(alike, None)):
@@ -235,7 +238,8 @@ class InProcess:
         if method_named(state.method).exactness != "personalised":
             return
         for client in self._data:
-            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), self._memory(client).trained)
+            kept = self._memory(client).trained
+            adapter, _ = server.start_of(state.method, state.adapter, self._ranks.get(client), kept[max(kept)] if kept else None)
             write_adapter_folder(folder / safe_name(client) / "adapter", adapter, state.other, format_of(self.model))
 
     def facts(self) -> dict[str, Any]:
@@ -323,3 +327,15 @@ def _go_on(config: Config, place: InProcess, out: Path, emit: Emit) -> ServerSta
             emit("round_done", **checkpoint.done)
     place.remember_in(out / "clients", place.initial() if checkpoint is None else checkpoint.state)
     return run_rounds(config, checkpoint or Checkpoint(place.initial()), place.federation(), out, emit)
+
+
+def _counted(memory: ClientMemory, accepted: int) -> dict[int, Adapter]:
+    """The client's own factors of the last round in which its update counted; what it trained since is forgotten.
+
+    Raises:
+        WireError: it has none of that round.
+    """
+    kept = {round: own for round, own in memory.trained.items() if round == accepted}
+    if accepted and not kept:
+        raise WireError(f"the server counts on this client's own factors of round {accepted}, and it has none: start the run anew")
+    return kept

@@ -5,15 +5,13 @@ round it may carry only what the client cannot work out from its own factors (`c
 Whatever arrives is checked against what the round declared before anything is computed with it.
 """
 
-import json
-import math
-import struct
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -21,30 +19,49 @@ from torch import Tensor
 from fedex_lora.aggregation import derive_seed, fresh_a
 from fedex_lora.catch_up import CatchUp, require_whole, with_own
 from fedex_lora.errors import AggregationError, WireError
+from fedex_lora.framing import UNSEALED, Entry, read_table, require_same_names, require_sealed, seal, shown, strict_json
 from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
 SCHEMA = 1
+EXAMPLES = 10_000_000  # of one client, at most, where the configuration says nothing
+METRICS, METRIC = 64, re.compile(r"[A-Za-z0-9_.@/ +-]{1,64}")
+TAKEN = {"event", "time", "path", "self", "round", "client", "num_examples", "bytes_up"}  # names of an event's own fields
+LARGEST = 1e100  # of a metric: sums of such numbers stay finite
+HEADER = 8192  # bytes of JSON, beside what the declared tensors need
 
 
 class Header(BaseModel):
     """What a message says of itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schema_version: int = SCHEMA
+    sha256: str = UNSEALED
     kind: Literal["train", "evaluate", "update"]
     run: str
-    round: int = Field(ge=0)
+    round: int = Field(ge=0, lt=2**53)
+    base_version: int | None = Field(None, ge=0)
     client: str
     method: str
-    scalings: dict[str, float] = {}
+    scalings: dict[str, FiniteFloat] = {}
     num_examples: int = Field(0, ge=0)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
     since: int = Field(0, ge=0)
     log_rounds: list[int] = []
     share: float | None = Field(None, ge=0, lt=1)
     rank: int | None = Field(None, ge=1)
     fresh: int | None = Field(None, ge=0)
+    anew: bool = False
+    accepted: int = Field(0, ge=0)
+    refused: str = ""
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_plain(cls, metrics: dict[str, float]) -> dict[str, float]:
+        for name, value in metrics.items():
+            if not METRIC.fullmatch(name) or name in TAKEN or abs(value) > LARGEST:
+                raise ValueError(f"{shown(name)} = {value:g} is no metric: its name is odd or taken, or its value absurd")
+        return metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +75,9 @@ class Download:
         rank: how many components of the adapter this client trains; None: all.
         fresh: the run's seed, where the client draws the adapter itself instead of receiving it.
         share: p_i of this client in the last round, where adapter and gain are those of the others: `completed` adds its own.
+        anew: the server does not know what the client holds: it forgets its base delta, and the message brings all of it.
+        accepted: the last round in which the client's update was part of the mean; what it trained since did not count.
+        refused: why its last update was refused, where it was.
     """
 
     kind: Literal["train", "evaluate"]
@@ -71,6 +91,9 @@ class Download:
     rank: int | None = None
     fresh: int | None = None
     share: float | None = None
+    anew: bool = False
+    accepted: int = 0
+    refused: str = ""
 
 
 def encode_download(message: Download, omit: str = "") -> bytes:
@@ -89,6 +112,9 @@ def encode_download(message: Download, omit: str = "") -> bytes:
         rank=message.rank,
         fresh=message.fresh,
         share=message.share,
+        anew=message.anew,
+        accepted=message.accepted,
+        refused=message.refused,
     )
     return _encode(header, tensors)
 
@@ -97,9 +123,10 @@ def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
     """A download from its bytes; factors that did not travel are taken from `known`, or drawn in its shapes where the server says so.
 
     Raises:
-        WireError: truncated, or it contradicts itself: see `_catch_up` and `require_whole`.
+        WireError: truncated or altered, or it contradicts itself: see `read_table`, `_catch_up` and `require_whole`.
     """
-    header, tensors = _decode(payload)
+    header, _ = _table(payload, 2**20 + len(payload) // 2)
+    tensors = _tensors(payload)
     if header.kind == "update":
         raise WireError("expected a download, got an update: is this message going the wrong way?")
     known = known or {}
@@ -119,6 +146,9 @@ def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
         rank=header.rank,
         fresh=header.fresh,
         share=header.share,
+        anew=header.anew,
+        accepted=header.accepted,
+        refused=header.refused,
     )
 
 
@@ -141,49 +171,60 @@ def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
     }
 
 
-def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit: str = "") -> bytes:
-    """The bytes of a client's upload; `omit` names the factors that stay: frozen in this round (the server knows them), or private."""
+def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit: str = "", base: int | None = None) -> bytes:
+    """The bytes of a client's upload.
+
+    Args:
+        update: what it trained.
+        run, round, method: as in the download.
+        omit: the factors that stay: frozen in this round (the server knows them), or private.
+        base: the version of the base that it trained on; None: that of the round.
+    """
     tensors = _adapter_tensors(update.adapter, omit) | {f"other|{name}": tensor for name, tensor in update.other.items()}
     header = Header(
         kind="update",
         run=run,
         round=round,
+        base_version=round - 1 if base is None else base,
         client=update.client_id,
         method=method,
         scalings={module: pair.scaling for module, pair in update.adapter.items()},
         num_examples=update.num_examples,
-        metrics={name: float(value) for name, value in update.metrics.items() if math.isfinite(value)},
+        metrics={name: float(value) for name, value in update.metrics.items() if abs(value) <= LARGEST},
     )
     return _encode(header, tensors)
 
 
-def decode_update(payload: bytes, sent: Download, omit: str = "") -> ClientUpdate:
-    """A client's update, if it answers `sent`: same run, round, client, method, scalings, names, shapes and dtypes, all finite.
+def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: int = EXAMPLES) -> ClientUpdate:
+    """A client's update, if it answers `sent`: same run, round, base, client, method, scalings, names, shapes and dtypes, all finite.
 
     Args:
         payload: the bytes that arrived.
         sent: the download that they answer.
         omit: the factors that did not travel; they are taken from `sent`.
+        max_examples: of one client.
 
     Raises:
-        WireError: with the first thing that is wrong. Nothing is decoded when the size alone is wrong.
+        WireError: with the first thing that is wrong. No tensor is made before size, names, shapes and dtypes are right.
     """
     adapter, other = (sent.adapter, sent.other) if sent.kind == "train" else ({}, {})  # an evaluation answers with numbers only
     if sent.rank is not None:
         adapter = {module: pair.first(sent.rank) for module, pair in adapter.items()}
     expected = _adapter_tensors(adapter, omit) | {f"other|{name}": tensor for name, tensor in other.items()}
-    _require_declared(payload, expected)
-    header, tensors = _decode(payload)
+    header = _require_declared(payload, expected)
     for name, here, there in (
         ("kind", header.kind, "update"),
         ("run", header.run, sent.run),
         ("round", header.round, sent.round),
+        ("base version", header.base_version, sent.catch_up.version),
         ("client", header.client, sent.client),
         ("method", header.method, sent.method),
         ("scalings", header.scalings, {module: pair.scaling for module, pair in adapter.items()}),
     ):
         if here != there:
-            raise WireError(f"the update's {name} is {here!r}, this round declared {there!r}")
+            raise WireError(f"the update's {name} is {shown(here)}, this round declared {shown(there)}")
+    _require_countable(header, sent.kind, max_examples)
+    tensors = _tensors(payload)
     _require_finite(tensors)
     tensors = _adapter_tensors(adapter) | tensors
     return ClientUpdate(
@@ -193,6 +234,20 @@ def decode_update(payload: bytes, sent: Download, omit: str = "") -> ClientUpdat
         other=_other(tensors),
         metrics=header.metrics,
     )
+
+
+def declared_bytes(expected: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The most bytes that the header, and the whole, of a message with these tensors may have."""
+    header = HEADER + sum(256 + 4 * len(name) for name in expected)
+    return header, 8 + header + sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+
+
+def _require_countable(header: Header, kind: str, most: int) -> None:
+    if not (kind == "evaluate" or header.num_examples) or header.num_examples > most:
+        raise WireError(f"num_examples is {header.num_examples}: it must be from 1 to messages.max_examples = {most}")
+    rows = header.metrics.get("held_out_rows", 0)
+    if not 0 <= rows <= most:
+        raise WireError(f"held_out_rows is {rows:g}: it must be from 0 to messages.max_examples = {most}")
 
 
 def _adapter_tensors(adapter: Adapter, omit: str = "") -> dict[str, Tensor]:
@@ -277,70 +332,61 @@ def _adapter(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, LoRAPai
             for module, scaling in header.scalings.items()
         }
     except KeyError as error:
-        raise WireError(f"{error.args[0]} did not travel and is not known here: send the whole adapter") from None
+        raise WireError(f"{shown(error.args[0])} did not travel and is not known here: send the whole adapter") from None
     except AggregationError as error:
         raise WireError(f"the message's adapter is wrong: {error}") from None
 
 
 def _encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata={"header": header.model_dump_json()})
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return seal(save(plain, metadata={"header": header.model_dump_json()}))
 
 
-def _json_header(payload: bytes) -> dict[str, Any]:
-    """The JSON at the start of a safetensors file, bounded by the payload's own size."""
-    if len(payload) < 8:
-        raise WireError(f"a message of {len(payload)} bytes is too short")
-    (size,) = struct.unpack("<Q", payload[:8])
-    if size > len(payload) - 8:
-        raise WireError("the message is truncated, or its header is a lie")
+def _table(payload: bytes, header_limit: int) -> tuple[Header, dict[str, Entry]]:
+    """What the message says of itself and of its tensors, before one is made of it."""
+    text, entries = read_table(payload, header_limit)
     try:
-        header = json.loads(payload[8 : 8 + size])
-    except (ValueError, RecursionError):
-        raise WireError("the message has no readable header") from None
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
-        raise WireError("the message has no header of this protocol")
-    return header
-
-
-def _decode(payload: bytes) -> tuple[Header, dict[str, Tensor]]:
-    try:
-        header = Header.model_validate_json(_json_header(payload)["__metadata__"].get("header", ""))
+        strict_json(text)
+        header = Header.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        raise WireError(f"the message's header is wrong: {'.'.join(map(str, first['loc'])) or 'header'}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"])) or "header"
+        raise WireError(f"the message's header is wrong: {shown(where)[1:-1]}: {first['msg']}") from None
+    except (ValueError, RecursionError):
+        raise WireError("the message's header is wrong: it is not JSON") from None
     if header.schema_version != SCHEMA:
         raise WireError(f"the message has schema {header.schema_version}, this version speaks {SCHEMA}: use one version everywhere")
+    return header, entries
+
+
+def _tensors(payload: bytes) -> dict[str, Tensor]:
+    require_sealed(payload)
     try:
-        return header, load(payload)
+        return load(payload)
     except SafetensorError as error:
-        raise WireError(f"the message is not valid safetensors: {error}") from None
+        raise WireError(f"the message is not valid safetensors: {shown(str(error))}") from None
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise WireError(f"tensor {name[:200]} holds NaN or infinity")
+            raise WireError(f"tensor {shown(name)} holds NaN or infinity")
 
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def _require_declared(payload: bytes, expected: Mapping[str, Tensor], header_bytes: int = 2**20) -> None:
-    """Size, names, shapes and dtypes as declared, from the message's own JSON, before a tensor is made of it."""
-    limit = sum(tensor.numel() * tensor.element_size() for tensor in expected.values()) + header_bytes + 512 * len(expected)
+def _require_declared(payload: bytes, expected: Mapping[str, Tensor]) -> Header:
+    """Size, names, shapes and dtypes as declared, before a tensor is made of the message."""
+    header_limit, limit = declared_bytes(expected)
     if len(payload) > limit:
         raise WireError(f"{len(payload)} bytes arrived where at most {limit} were declared")
-    entries = _json_header(payload)
-    _require_same_names(set(entries) - {"__metadata__"}, set(expected))
+    header, entries = _table(payload, header_limit)
+    require_same_names(list(entries), list(expected))
     for name, tensor in expected.items():
-        entry = entries[name] if isinstance(entries[name], dict) else {}
-        if entry.get("shape") != list(tensor.shape):
-            raise WireError(f"tensor {name} has shape {entry.get('shape')}, declared was {list(tensor.shape)}")
-        if entry.get("dtype") != DTYPES[tensor.dtype]:
-            raise WireError(f"tensor {name} has dtype {entry.get('dtype')}, declared was {DTYPES[tensor.dtype]}")
-
-
-def _require_same_names(here: set[str], there: set[str]) -> None:
-    odd: Sequence[str] = sorted(here ^ there)
-    if odd:
-        raise WireError(f"tensor {odd[0][:200]!r} is {'not declared' if odd[0] in here else 'missing'} ({len(odd)} such in all)")
+        entry = entries[name]
+        if entry.shape != tuple(tensor.shape):
+            raise WireError(f"tensor {shown(name)} has shape {list(entry.shape)}, declared was {list(tensor.shape)}")
+        if entry.dtype != DTYPES[tensor.dtype]:
+            raise WireError(f"tensor {shown(name)} has dtype {entry.dtype}, declared was {DTYPES[tensor.dtype]}")
+    return header

@@ -1,0 +1,258 @@
+"""A fuzz campaign on what arrives: mutated messages are refused with a WireError, or are what was sent, byte for byte.
+
+    python -m tests.fuzz_wire 100000
+
+Half of the mutants are sealed again (their checksum is right), as by somebody who means it: those may be another valid message, and what
+is decoded then must be what a plain reader finds in the bytes, with the names, shapes, dtypes and limits that were declared.
+"""
+
+import json
+import random
+import struct
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tests.conftest import make_pair
+
+from fedex_lora.catch_up import CatchUp
+from fedex_lora.errors import WireError
+from fedex_lora.framing import seal
+from fedex_lora.types import ClientUpdate, LowRank
+from fedex_lora.wire import Download, decode_download, decode_update, encode_download, encode_update
+
+SECONDS = 1.0
+SLACK = 2**14  # bytes, for Python's own small objects (an exception, a validator's message)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Messages of one direction: a valid one, others to splice with, those that may be accepted unsealed, and how they are read."""
+
+    valid: bytes
+    others: tuple[bytes, ...]
+    whole: tuple[bytes, ...]
+    decode: Callable[[bytes], ClientUpdate | Download]
+
+    @property
+    def declared(self):
+        return len(self.valid)
+
+
+def adapters(seed):
+    return {f"layer.{i}.q": make_pair(seed + i, out, inner, 16) for i, (out, inner) in enumerate(((128, 192), (192, 128), (128, 128)))}
+
+
+def subjects():
+    """An update, and a download with a log, a gain and a snapshot."""
+    head = {"head.weight": torch.randn(4, 128, generator=torch.Generator().manual_seed(1))}
+    gain = {name: LowRank(pair.B, pair.A) for name, pair in adapters(50).items()}
+    log = CatchUp(since=1, version=2, log={2: {"layer.0.q": gain["layer.0.q"]}}, gain={"layer.1.q": gain["layer.1.q"]})
+    sent = Download("train", "run", 3, "a", "fedex", adapters(0), head, log)
+    update = ClientUpdate("a", adapters(9), 120, head, {"train_loss": 0.5, "held_out_rows": 7.0})
+    up = encode_update(update, "run", 3, "fedex")
+    ups = (encode_update(update, "run", 2, "fedex"), encode_update(replace(update, client_id="b", adapter=adapters(30)), "run", 3, "fedex"))
+    down = encode_download(sent)
+    downs = (encode_download(replace(sent, adapter=adapters(70))), up)
+    return {
+        "update": Subject(up, ups, (up,), lambda payload: decode_update(payload, sent)),
+        "download": Subject(down, downs, (down, downs[0]), decode_download),
+    }
+
+
+def bounds(payload):
+    """Where the header begins and ends, as far as the message has one."""
+    size = struct.unpack("<Q", payload[:8])[0] if len(payload) >= 8 else 0
+    return 8, min(len(payload), 8 + size)
+
+
+def with_header(payload, text):
+    """The message with another header text, its length set right."""
+    _, end = bounds(payload)
+    return struct.pack("<Q", len(text)) + text + payload[end:]
+
+
+def flip(rng, payload, other):
+    place = rng.randrange(len(payload))
+    return payload[:place] + bytes([payload[place] ^ 1 << rng.randrange(8)]) + payload[place + 1 :]
+
+
+def flip_header(rng, payload, other):
+    place = rng.randrange(*bounds(payload))
+    return payload[:place] + bytes([rng.choice(b'0129{}[]",:\\ \x00\xffaN-')]) + payload[place + 1 :]
+
+
+def cut(rng, payload, other):
+    place = rng.randrange(len(payload))
+    return payload[:place] + payload[place + rng.choice((1, 7, 100, 10**6)) :]
+
+
+def insert(rng, payload, other):
+    place = rng.choice((rng.randrange(len(payload)), len(payload)))
+    return payload[:place] + rng.randbytes(rng.choice((1, 8, 500))) + payload[place:]
+
+
+def lie(rng, payload, other):
+    """Another length of the header."""
+    return struct.pack("<Q", rng.choice((0, 1, rng.randrange(5000), len(payload), 2**31, 2**40, 2**64 - 1))) + payload[8:]
+
+
+def splice(rng, payload, other):
+    place = rng.choice((8, bounds(payload)[1], rng.randrange(len(payload))))
+    return rng.choice((payload[:place] + other[place:], other[:place] + payload[place:]))
+
+
+def retype(rng, payload, other):
+    """Edit the table of tensors as JSON: offsets, shapes, dtypes, names; swapped between two tensors, or made up."""
+    begin, end = bounds(payload)
+    table = json.loads(payload[begin:end])
+    names = [name for name in table if name != "__metadata__"]
+    one, two = rng.choice(names), rng.choice(names)
+    field = rng.choice(("dtype", "shape", "data_offsets"))
+    odd = (0, -1, 2**63, 10**30, 1.5, None, "x", [], [0], [1] * 9, [-1, 4], [0, 10**12], {}, True, "F64", "I8", [[1]])
+    action = rng.randrange(5)
+    if action == 0:
+        table[one][field], table[two][field] = table[two][field], table[one][field]
+    elif action == 1:
+        table[one][field] = rng.choice(odd)
+    elif action == 2:
+        table[rng.choice(("../../etc/passwd", "a\nb", "x" * 5000, two + " ", "adapter|layer.9.q|A"))] = table.pop(one)
+    elif action == 3:
+        table[one][rng.choice(("extra", "shape "))] = rng.choice(odd)
+    else:
+        table[one]["shape"] = table[one]["shape"][::-1] if rng.random() < 0.5 else [*table[one]["shape"], 1]
+    return with_header(payload, json.dumps(table, separators=(",", ":")).encode())
+
+
+def retell(rng, payload, other):
+    """Edit what the message says of itself."""
+    begin, end = bounds(payload)
+    table = json.loads(payload[begin:end])
+    header = json.loads(table["__metadata__"]["header"])
+    odd = (-1, 0, 10**7 + 1, 10**30, 1e308, 0.5, "x", None, [], {}, True, "a\nb", {"event": 1.0}, {"rows": -1e308}, {"m": "x"}, [10**15])
+    header[rng.choice((*header, "extra"))] = rng.choice(odd)
+    table["__metadata__"]["header"] = json.dumps(header, separators=(",", ":"))
+    return with_header(payload, json.dumps(table, separators=(",", ":")).encode())
+
+
+def repeat(rng, payload, other):
+    """A key twice, or deep nesting, or many small values, or spaces, in the header."""
+    begin, end = bounds(payload)
+    text = payload[begin:end].rstrip()
+    more = rng.choice((b',"a":' + b"[" * 3000, b',"a":[' + b"{}," * 2000 + b"{}]", b" " * 9000, b',"a":[' + b"9," * 4000 + b"9]"))
+    again = text[text.rindex(b',"') :].rstrip(b"}") + b"}"
+    return with_header(payload, rng.choice((text[:-1] + more + b"}", text[:-1] + again + b"}", text + b" " * 8)))
+
+
+MUTATORS = (flip, flip_header, cut, insert, lie, splice, retype, retell, repeat)
+
+
+def mutant(rng, subject):
+    payload = subject.valid
+    names = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        mutate = rng.choice(MUTATORS)
+        try:
+            payload = mutate(rng, payload, rng.choice(subject.others)) or b""
+            names.append(mutate.__name__)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            continue  # there is no JSON left to edit
+    sealed = rng.random() < 0.5
+    if sealed:
+        try:
+            payload = seal(payload)
+        except WireError:
+            sealed = False
+    return payload, names, sealed
+
+
+def plain(payload):
+    """Name -> dtype, shape, bytes: an independent reader."""
+    begin, end = bounds(payload)
+    table = json.loads(payload[begin:end])
+    table.pop("__metadata__")
+    return {
+        name: (e["dtype"], tuple(e["shape"]), payload[end + e["data_offsets"][0] : end + e["data_offsets"][1]]) for name, e in table.items()
+    }
+
+
+def require_same(got, payload, valid):
+    """Every tensor that the server uses is the one that a plain reader finds, of the declared name, shape and dtype, and finite."""
+    read, declared = plain(payload), plain(valid)
+    tensors = {f"adapter|{name}|{part}": getattr(pair, part) for name, pair in got.adapter.items() for part in "AB"}
+    tensors |= {f"other|{name}": tensor for name, tensor in got.other.items()}
+    for name, tensor in tensors.items():
+        dtype, shape, data = read[name]
+        assert dtype == "F32"
+        assert shape == tuple(tensor.shape)
+        assert tensor.numpy().tobytes() == data
+        assert np.isfinite(np.frombuffer(data, np.float32)).all()
+    if isinstance(got, ClientUpdate):
+        assert {name: (dtype, shape) for name, (dtype, shape, _) in read.items()} == {n: (d, s) for n, (d, s, _) in declared.items()}
+        assert tensors.keys() == declared.keys()
+        assert got.client_id == "a"
+        assert 0 < got.num_examples <= 10**7
+        assert all(pair.scaling == 2.0 for pair in got.adapter.values())
+
+
+def check(subject, payload, sealed):
+    """One message: (accepted?, the most seconds, the most bytes beyond what was there before)."""
+    tracemalloc.reset_peak()
+    before, began = tracemalloc.get_traced_memory()[0], time.perf_counter()
+    got, reason = None, ""
+    try:
+        got = subject.decode(payload)
+    except WireError as error:
+        reason = str(error)
+    seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1] - before
+    assert reason.isprintable(), reason
+    assert len(reason) < 1000, reason
+    assert seconds < SECONDS, seconds
+    assert peak <= 2 * max(subject.declared, len(payload) if subject.decode is decode_download else 0) + SLACK, peak
+    if got is not None and sealed:
+        require_same(got, payload, subject.valid)
+    elif got is not None:
+        assert payload in subject.whole
+    return got is not None, seconds, peak
+
+
+def campaign(count, seed=0, progress=lambda line: None):
+    """So many mutants of both directions in turn; the counts of what became of them."""
+    rng, counts, slowest, largest = random.Random(seed), Counter(), 0.0, 0.0
+    both = subjects()
+    tracemalloc.start()
+    try:
+        for name, subject in both.items():
+            assert check(subject, subject.valid, sealed=False)[0], f"the valid {name} is refused"
+        for number in range(count):
+            name = ("update", "download")[number % 2]
+            payload, mutators, sealed = mutant(rng, both[name])
+            try:
+                accepted, seconds, peak = check(both[name], payload, sealed)
+            except Exception as error:
+                raise AssertionError(f"mutant {number} of seed {seed} ({name}, {mutators}, sealed {sealed}): {error!r}") from error
+            slowest, largest = max(slowest, seconds), max(largest, peak / both[name].declared)
+            kind = ("sealed" if sealed else "raw") if payload != both[name].valid else "unchanged"
+            counts[f"{name} {kind} {'accepted' if accepted else 'refused'}"] += 1
+            if (number + 1) % 10_000 == 0:
+                progress(f"{number + 1} mutants, slowest {slowest:.3f} s, most memory {largest:.2f} x the message")
+    finally:
+        tracemalloc.stop()
+    return counts, slowest, largest
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    counts, slowest, largest = campaign(wanted, int(sys.argv[2]) if len(sys.argv) > 2 else 0, lambda line: print(line, flush=True))
+    for kind, number in sorted(counts.items()):
+        print(f"{kind:32} {number}")
+    print(
+        f"{wanted} mutants in {time.perf_counter() - began:.0f} s; slowest {slowest:.3f} s; most memory {largest:.2f} x the valid message"
+    )
