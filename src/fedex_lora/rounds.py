@@ -149,7 +149,7 @@ class _Books:
         )
 
 
-def run_rounds(config: Config, start: Checkpoint, federation: Federation, out: Path, emit: Emit) -> ServerState:
+def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Federation, out: Path, emit: Emit) -> ServerState:
     """Run the rounds of `config` that come after `start` (a fresh state, or the checkpoint of a round) and return the final state.
 
     Every round leaves a result folder `out/rounds/NNNN`, written in one step, from which the run can go on; `out/final` is the last one.
@@ -157,6 +157,7 @@ def run_rounds(config: Config, start: Checkpoint, federation: Federation, out: P
     Raises:
         TrainingError: fewer updates than the quorum were there and accepted.
     """
+    start = Checkpoint(start) if isinstance(start, ServerState) else start
     books = _Books.of(start, config.messages)
     state, held_out = start.state, dict(start.held_out)
     if state.round == 0:

@@ -18,7 +18,7 @@ from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.answers import Emit, Reply, stays
 from fedex_lora.catch_up import BaseCopy, caught_up
-from fedex_lora.checkpoint import Checkpoint, bytes_needed, last_checkpoint, require_space
+from fedex_lora.checkpoint import bytes_needed, last_checkpoint, require_space
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
 from fedex_lora.config import IMAGES, Config, write_config
 from fedex_lora.consistency import require_consistent
@@ -326,7 +326,7 @@ def _go_on(config: Config, place: InProcess, out: Path, emit: Emit) -> ServerSta
         if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
             emit("round_done", **checkpoint.done)
     place.remember_in(out / "clients", place.initial() if checkpoint is None else checkpoint.state)
-    return run_rounds(config, checkpoint or Checkpoint(place.initial()), place.federation(), out, emit)
+    return run_rounds(config, checkpoint or place.initial(), place.federation(), out, emit)
 
 
 def _counted(memory: ClientMemory, accepted: int) -> dict[int, Adapter]:
