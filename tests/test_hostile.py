@@ -46,7 +46,7 @@ def federation(tmp_path_factory):
             yield reply
 
     state = place.initial()
-    quick = replace(told, evaluate=lambda state: {}, realised=lambda state, ideal: (Exactness({}, {}), 0.0, 0.0))
+    quick = replace(told, evaluate=lambda state: {}, realised=lambda state, ideal: (Exactness({}, {}), 0.0, {}))
     run_rounds(setting(), state, replace(quick, exchange=exchange), tmp_path_factory.mktemp("honest") / "run", ignore)
     return state, quick, sent
 
@@ -394,7 +394,7 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
         assert (told[2]["refused"], told[3]["refused"], told[4]["refused"]) == ("", refused[0]["reason"], "")
         assert [told[number]["anew"] for number in (1, 2, 3, 4)] == [False, False, answer != "is too large", False]
         assert [told[number]["accepted"] for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
-        copies = [place._copies[client] for client in ("client-0", MALLORY)]
+        copies = [place._memories[client].base for client in ("client-0", MALLORY)]
         assert [copy.version for copy in copies] == [3, 3]
         assert all(float((copies[0].delta[n].dense() - delta.dense()).norm()) < 1e-6 for n, delta in copies[1].delta.items())
         if method != "fedsa":

@@ -438,8 +438,8 @@ def whole_run(out, **changes):
     assert len(done) == config.rounds
     assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
     worst = 0.0
-    for client, base in place._copies.items():
-        party = Party(client, place._adapters.get(client, place._latest), base)
+    for client, memory in place._memories.items():
+        party = Party(client, memory.adapter or place._latest, memory.base)
         for name, delta in state.base_delta.items():
             want = oracle.numpy64(delta.dense()) + oracle.product(state.adapter[name])
             worst = max(worst, oracle.relative(party.model(name), want))
@@ -451,8 +451,8 @@ def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
     clients = {"partition": "iid", "count": 5, "fraction": 0.4}
     place, _, worst = whole_run(tmp_path / "run", rounds=4, clients=clients, messages=messages, task={"train_rows": 50}, lora=FEW)
     assert worst < 1e-6
-    copies = {id(base.delta) for base in place._copies.values()}
-    lossy = [client for client, base in place._copies.items() if base.lossy]
+    copies = {id(memory.base.delta) for memory in place._memories.values()}
+    lossy = [client for client, memory in place._memories.items() if memory.base.lossy]
     assert len(copies) == len(lossy) + (len(lossy) < 5)  # one object for all that have the server's bits
     assert bool(worst) == bool(lossy)
     assert not lossy if "catch_up" in messages else lossy or not messages  # by default a residual may happen to be recompressed
