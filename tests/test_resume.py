@@ -118,6 +118,9 @@ def test_another_configuration_is_refused(whole, tmp_path):
     config, want = whole()
     with pytest.raises(UsageError, match="another configuration"):
         run(config.model_copy(update={"seed": 7}), want, ignore, True)
+    looser = config.model_copy(update={"messages": config.messages.model_copy(update={"norm_bound": 50.0})})
+    run(looser, want, ignore, True)  # a bound may change: the run is the same
+    run(config, want, ignore, True)
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="no run"):

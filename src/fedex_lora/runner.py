@@ -20,7 +20,7 @@ from fedex_lora.answers import Emit, Reply, stays
 from fedex_lora.catch_up import BaseCopy, caught_up
 from fedex_lora.checkpoint import bytes_needed, last_checkpoint, require_space
 from fedex_lora.client import ClientData, Work, evaluate, local_update, probe, quiet, training_arguments
-from fedex_lora.config import IMAGES, Config, write_config
+from fedex_lora.config import IMAGES, Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError, WireError
 from fedex_lora.measure import Exactness
@@ -286,7 +286,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False) -> ServerSt
     if found and not resume:
         raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
     if found:
-        _require_run(out, resolved)
+        _require_run(out, config)
     quiet()
     place = InProcess(config, emit)
     require_space(out, place.facts()["disk_bytes"])
@@ -300,16 +300,23 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False) -> ServerSt
         raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
 
 
-def _require_run(out: Path, resolved: str) -> None:
+def _require_run(out: Path, config: Config) -> None:
     """`out` is the folder of a run with this configuration."""
     if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):
         return  # killed before anything was in its place
     if not (out / "config.toml").is_file():
         raise UsageError(f"{out} holds something that is no run: give another --out")
-    there = (out / "config.toml").read_text(encoding="utf-8")
-    odd = next((ours for ours, theirs in zip_longest(resolved.splitlines(), there.splitlines()) if ours != theirs), None)
-    if resolved != there:
+    here, there = (write_config(_without_bounds(one)).splitlines() for one in (config, read_config(out / "config.toml")))
+    if here != there:
+        odd = next(ours for ours, theirs in zip_longest(here, there) if ours != theirs)
         raise UsageError(f"{out} is a run with another configuration (first difference: {odd!r}): give the one in {out / 'config.toml'}")
+
+
+def _without_bounds(config: Config) -> Config:
+    """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
+    messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
+    clients = config.clients.model_copy(update={"quorum": 1.0, "min_clients": 1})
+    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None})
 
 
 def _go_on(config: Config, place: InProcess, out: Path, emit: Emit) -> ServerState:
