@@ -163,6 +163,7 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     if state.round == 0:
         metrics = federation.evaluate(state)
         emit("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **federation.facts)
+    _forget(out, state.round, config.keep_rounds, set(books.version.values()))
     for number in range(state.round + 1, config.rounds + 1):
         began = time.perf_counter()
         participants = sample(federation.clients, config.clients.fraction, config.seed, number)
