@@ -1,0 +1,26 @@
+"""The command line: thin. Each command reads its options, calls the library, and prints."""
+
+from typing import Annotated
+
+import typer
+
+from fedex_lora.cli import _federation as _federation  # isort: skip (the order of the commands in --help)
+from fedex_lora.cli import _adapters as _adapters  # isort: skip
+from fedex_lora.cli import _doctor as _doctor  # isort: skip
+from fedex_lora.cli._shared import app
+
+__all__ = ["app", "main"]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from fedex_lora import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of the `fedex-lora` command."""
+    app(prog_name="fedex-lora")

@@ -1,0 +1,5 @@
+"""`python -m fedex_lora.cli`."""
+
+from fedex_lora.cli import main
+
+main()

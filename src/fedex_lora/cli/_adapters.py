@@ -1,0 +1,127 @@
+"""Adapters and results: `aggregate`, `verify`, `export`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from fedex_lora.cli._shared import Debug, Json, app, consoles, fail, numbers, one_line_errors, print_json
+from fedex_lora.errors import UsageError
+
+
+@app.command()
+@one_line_errors
+def aggregate(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
+    weights: Annotated[Optional[str], typer.Option(help="Comma-separated numbers, one an adapter; by default uniform.")] = None,  # noqa: UP045
+    method: Annotated[str, typer.Option(help="METHOD or METHOD+GAUGE; see docs/methods.md.")] = "fedex",
+    state: Annotated[Optional[Path], typer.Option(help="The result folder that the adapters were trained on top of.")] = None,  # noqa: UP045
+    truncate: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="fedex-svd: rank=R, energy=SHARE or bytes=N; by default the adapter's rank."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
+    from fedex_lora.adapters import aggregate_folders
+
+    result = aggregate_folders(adapters, out, method, numbers(weights, "--weights", "0.2,0.3,0.5"), state, _truncation(truncate))
+    if as_json:
+        print_json(result)
+        return
+    console = consoles(False)
+    shares = ", ".join(f"{client} {weight:.4g}" for client, weight in result["weights"].items())
+    console.print(
+        f"{result['method']}: {result['modules']} modules of {len(result['weights'])} adapters; weights {shares}", highlight=False
+    )
+    console.print(
+        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by {result['deviation']:.1%}",
+        highlight=False,
+    )
+    if result["tail"]:
+        console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
+    if result["warning"]:
+        console.print(f"! {result['warning']}", highlight=False)
+    console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
+
+
+def _truncation(text: str | None) -> Any:
+    from fedex_lora.config import Truncation
+
+    if text is None:
+        return None
+    key, _, value = text.partition("=")
+    try:
+        return Truncation.model_validate({key: value})
+    except ValueError:
+        raise UsageError(f"--truncate {text!r}: write rank=8, energy=0.99 or bytes=1000000") from None
+
+
+@app.command()
+@one_line_errors
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
+    base: Annotated[Optional[str], typer.Option(help="The base model: its own weights are compared too.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Recompute the ideal update in fp64 from the stored updates; print the error per module and in total."""
+    from fedex_lora.client import quiet
+    from fedex_lora.display import table
+    from fedex_lora.verify import EXACT_BELOW
+    from fedex_lora.verify import verify as verify_here
+
+    quiet()
+    result = verify_here(path, base)
+    if as_json:
+        print_json(result)
+    else:
+        console = consoles(False)
+        for row in result["rounds"]:
+            rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
+            console.print(table(f"{row['folder']} ({row['method']}, round {row['round']})", ["module", "relative error"], rows))
+        console.print(
+            f"relative error, worst module: {result['max_relative_error']:.2e}   all modules: {result['total_relative_error']:.2e}"
+        )
+        if base:
+            console.print(f"of the model's own layers: {result['realised_error']:.2e}   floor of their precision: {result['floor']:.2e}")
+            for compute, kind in ((result["compute_dtype"], ""), ("float32", "_float32")):
+                error, floor = result[f"output_error{kind}"], result[f"output_floor{kind}"]
+                console.print(f"of the logits, computed in {compute}: {error:.2e}   without the base delta: {floor:.2e}", highlight=False)
+            if not result["base_checked"]:
+                console.print("these adapters came without a fingerprint of their base: whether this is the one was not checked")
+    if result["exact_method"] and result["max_relative_error"] > EXACT_BELOW:
+        fail(f"error: method {result['method']} is exact, and the stored result is off by {result['max_relative_error']:.1e}", 1)
+
+
+@app.command()
+@one_line_errors
+def export(
+    source: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
+    form: Annotated[str, typer.Option("--as", help="merged, adapter or base+adapter.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
+    base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
+    rank: Annotated[Optional[int], typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model for plain transformers, PEFT or vLLM; reload it, and compare its logits with the run's."""
+    from fedex_lora.client import quiet
+    from fedex_lora.export import export as export_here
+
+    quiet()
+    result = export_here(source, form, out, base, rank)
+    if as_json:
+        print_json(result)
+        return
+    console = consoles(False)
+    cut = f"; of the update {result['update_error']:.2e} is missing" if result["update_error"] else ""
+    console.print(f"{form} in {out}, rank {result['rank']}{cut}", highlight=False)
+    console.print(
+        f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's, "
+        f"{result['change_error']:.1e} of what the update changes",
+        highlight=False,
+    )
+    console.print(f"vLLM: {result['vllm']}", highlight=False)

@@ -1,0 +1,66 @@
+"""What every command shares: the application, errors as one line, where output goes."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from fedex_lora.errors import FedexLoraError, UsageError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Exact federated fine-tuning with LoRA.")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")]  # noqa: UP045 (typer)
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Any error becomes one line on standard error and a non-zero exit; `--debug` lets it through."""
+
+    @wraps(command)
+    def guarded(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except FedexLoraError as error:
+            if options.get("debug"):
+                raise
+            fail(f"error: {error}", error.exit_status)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if options.get("debug"):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            fail(f"error: {type(error).__name__}: {reason} (unexpected; --debug shows the trace)", 1)
+
+    return guarded
+
+
+def fail(line: str, status: int) -> None:
+    """Say one line on standard error, and leave with this status."""
+    print(" ".join(line.split()), file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def consoles(as_json: bool) -> Console:
+    """Where people look: standard error when standard output carries JSON."""
+    return Console(stderr=as_json, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    from fedex_lora.storage import plain_json
+
+    print(plain_json(value))
+
+
+def numbers(text: str | None, option: str, example: str) -> list[float] | None:
+    """Comma-separated numbers of an option."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: give comma-separated numbers, such as {example}") from None
