@@ -1,11 +1,12 @@
 """Kill a run, again and again, and let it go on: does it end in the same bits, and leave nothing behind?
 
     python -m tests.crash --kills 40        # the long form: make crash
-    python -m tests.crash --faults 60
+    python -m tests.crash --kills 0 --faults 60
+    python -m tests.crash --every           # every operation on a file of a run of two rounds fails once
 
 A run of three clients and six rounds works in a forked process. It is killed with SIGKILL at a random instant, or by itself right before
 or after a random operation on a file (open, write, fsync, rename, remove). With --faults, one such operation fails with "no space left on
-device" or "input/output error" instead: the run must stop with one of our errors, and go on afterwards.
+device" or "input/output error" instead: the run must stop with one of our errors, of one line, and go on afterwards.
 """
 
 import argparse
@@ -178,13 +179,49 @@ def campaign(kills: int, faults: int, seed: int = 0, rounds: int = 6, tell: Call
     return done
 
 
+def sweep(rounds: int = 2, step: int = 1, first: int = 1, tell: Callable[[str], None] = print) -> dict[str, int]:
+    """Let each operation on a file fail once, in a run of its own, with either error in turn, and resume that run.
+
+    Returns:
+        How many operations failed, and how many of those stopped the run (the others are cleaning up, which may fail).
+    """
+    config, done = configuration(rounds), {"failed operations": 0, "stops": 0}
+    with tempfile.TemporaryDirectory(prefix="fedex-lora-crash-") as folder:
+        reference = Path(folder) / "reference" / "run"
+        reference.parent.mkdir()
+        assert child(config, reference) == 0
+        operations = int((reference.parent / "operations").read_text())
+        for at in range(first, operations + 1, step):
+            out = Path(folder) / f"{at}" / "run"
+            out.parent.mkdir()
+            status = child(config, out, at, code=(errno.ENOSPC, errno.EIO)[at % 2])
+            assert status in (0, 3), f"operation {at}: the process ended with {status}"
+            if status:
+                said = (out.parent / "error").read_text()
+                assert said, f"operation {at}: no reason"
+                assert "\n" not in said, f"operation {at}: {said!r} is not one line"
+                assert child(config, out) == 0, f"operation {at}: the run did not go on"
+            require_same(out, reference)
+            done["failed operations"] += 1
+            done["stops"] += status == 3
+            shutil.rmtree(out.parent)
+            if at % 10 == 0:
+                tell(f"{at} of {operations}: {done}")
+    tell(f"all of {operations}: {done}" if step == 1 else f"{done}")
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", action="store_true", help="fail every operation once, instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.every:
+        sweep(tell=lambda line: print(line, flush=True))
+        sys.exit(0)
     campaign(args.kills, args.faults, args.seed, tell=lambda line: print(line, flush=True))
     sys.exit(0)
 
