@@ -61,17 +61,18 @@ def configuration(rounds: int = 6) -> Config:
 
 
 class Meddler:
-    """Counts operations on files, and does something at the n-th: before it, or after it."""
+    """Counts operations on the files of a folder, and does something at the n-th: before it, or after it."""
 
-    def __init__(self, at: int, action: Callable[[], None], after: bool = False) -> None:
-        self.count, self._at, self._action, self._after = 0, at, action, after
+    def __init__(self, folder: Path, at: int, action: Callable[[], None], after: bool = False) -> None:
+        self._folder, self.count, self._at, self._action, self._after = str(folder), 0, at, action, after
         for holder, name in OPERATIONS:
             setattr(holder, name, self._watched(getattr(holder, name)))
 
     def _watched(self, original: Any) -> Any:
         def watched(*args: Any, **options: Any) -> Any:
-            self.count += 1
-            mine = self.count == self._at
+            ours = isinstance(args[0], int) or any(self._folder in str(arg) for arg in args if isinstance(arg, str | Path))
+            self.count += ours
+            mine = ours and self.count == self._at
             if mine and not self._after:
                 self._action()
             result = original(*args, **options)
@@ -95,7 +96,7 @@ def failing(code: int) -> Callable[[], None]:
 
 def attempt(config: Config, out: Path, at: int, after: bool, code: int | None) -> None:
     """In a process of its own. Exit status 0: finished; 3: one of our errors; anything else is a failure of the test."""
-    meddler = Meddler(at, kill if code is None else failing(code), after)
+    meddler = Meddler(out.parent, at, kill if code is None else failing(code), after)
     try:
         run(config, out, lambda event, **fields: None, resume=True)
     except FedexLoraError as error:

@@ -177,7 +177,7 @@ def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(tmp_path):
         workers[0].kill()
 
     threading.Thread(target=kill_one).start()
-    with pytest.raises(TrainingError, match="a worker process died.*the same command goes on") as caught:
+    with pytest.raises(TrainingError, match=r"a worker process died.*the same command goes on") as caught:
         list(outcomes(jobs, 2))
     assert "\n" not in str(caught.value)
     assert all(outcome.curve for outcome in outcomes(jobs, 1))

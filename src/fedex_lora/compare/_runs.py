@@ -66,7 +66,7 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
                 yield future.result()
         except BrokenProcessPool:
             raise TrainingError(
-                "a worker process died, killed or out of memory: what is done is kept, and the same command goes on (--jobs 1 needs less memory)"
+                "a worker process died, killed or out of memory: what is done is kept, the same command goes on; --jobs 1 needs less memory"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
