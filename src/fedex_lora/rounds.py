@@ -198,7 +198,8 @@ def _skipped(got: _Gathered, federation: Federation, emit: Emit) -> tuple[Checkp
     state = server.skip(got.here.state)
     emit("warning", round=state.round, message=f"the round is skipped: {got.short}")
     done = {"round": state.round, "metrics": federation.evaluate(state), "skipped": got.short}
-    return replace(got.here, state=state, done=done), _Missed(got.open), {}
+    books = replace(got.here.books, updates=(), weights={})  # nobody was part of the last round's mean
+    return replace(got.here, state=state, books=books, done=done), _Missed(got.open), {}
 
 
 def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:
