@@ -16,11 +16,16 @@ from fedex_lora.wire import Download, decode_update
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a client: bytes, or why there are none."""
+    """What came back from a client: bytes, or why there are none.
+
+    Attributes:
+        round: of the message that it answers, where the transport knows it; None: the one that is going on.
+    """
 
     client: str
     payload: bytes | None
     error: str = ""
+    round: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Emit(Protocol):
 
 
 def collect(
-    replies: Iterable[Reply], downloads: Mapping[str, Download], config: Config, emit: Emit, spare: float = math.inf
+    replies: Iterable[Reply | None], downloads: Mapping[str, Download], config: Config, emit: Emit, spare: float = math.inf
 ) -> tuple[list[ClientUpdate], list[Refusal], int]:
     """The valid updates in the order of client ids, who sent none and why, and the bytes that came.
 
@@ -47,6 +52,8 @@ def collect(
     updates: dict[str, ClientUpdate] = {}
     refused, received, failed = list[Refusal](), 0, set[str]()
     for reply in replies:
+        if reply is None:
+            continue
         received += len(reply.payload or b"")
         round = next(iter(downloads.values())).round
         update = _accepted(reply, downloads, updates, config)

@@ -27,7 +27,7 @@ from fedex_lora.storage import FINAL, append_event, copied_folder, removed, roun
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, encode_download
 
-Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply]]
+Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply | None]]
 """(client -> message, deadline in seconds) -> replies, in any order. A transport is one such function."""
 
 
