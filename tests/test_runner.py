@@ -15,8 +15,8 @@ from fedex_lora.client import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.peft_io import read_adapter_folder, read_result
-from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.place import Host
+from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
 from fedex_lora.storage import load_tensors, read_events, save_tensors, sha256
 from fedex_lora.tasks import load_task
@@ -298,7 +298,7 @@ def test_the_last_round_s_metrics_are_the_loaded_model_s(tmp_path):
     place = InProcess(config, ignore)
     final = run(config, tmp_path / "run", ignore)
     assert "bert.pooler.dense.weight" in final.other
-    want = place.evaluate(final)["loss"]
+    want = place.host.evaluate(final)["loss"]
     assert want == pytest.approx(events_of(tmp_path / "run", "round_done")[-1]["metrics"]["loss"], rel=1e-5)
     for seed in (1, 2):
         torch.manual_seed(seed)
