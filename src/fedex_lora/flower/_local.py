@@ -105,22 +105,24 @@ class LocalDeployment:
         command += ["--root-certificates", str(ca or self.folder / "keys" / "ca.crt"), "--node-config", words]
         self.start(client, [*command, "--auth-supernode-private-key", str(self.folder / "keys" / (key or client))])
 
-    def flwr(self, *words: str, timeout: float = 90) -> Any:
-        """What a `flwr` command says, as JSON.
+    def flwr(self, *words: str) -> dict[str, Any]:
+        """What a `flwr` command says, as JSON. It runs in this process: a new one would need seconds to start.
 
         Raises:
             FedexLoraError: it fails.
         """
-        done = subprocess.run(
-            ["flwr", *words, "--format", "json"], env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        os.environ.update(ENVIRONMENT)  # Flower reads them when it is imported
+        from flwr.cli.app import app
+        from typer.testing import CliRunner
+
+        done = CliRunner().invoke(app, [*words, "--format", "json"], env={"FLWR_HOME": str(self.folder / "flwr")})
         text = done.stdout[done.stdout.find("{") :]
         try:
-            result = json.loads(text)
+            result: dict[str, Any] = json.loads(text)
         except ValueError:
-            result = {"success": False, "error-message": (done.stderr or done.stdout).strip()}
-        if done.returncode or not result.get("success", True):
-            raise FedexLoraError(f"flwr {words[0]} failed: {result.get('error-message', text)[:300]}")
+            result = {"success": False, "error-message": f"{done.output or done.exception}".strip()}
+        if done.exit_code or not result.get("success", True):
+            raise FedexLoraError(f"flwr {words[0]} failed: {' '.join(str(result.get('error-message', text)).split())[:300]}")
         return result
 
     def register(self, client: str) -> None:
@@ -140,19 +142,22 @@ class LocalDeployment:
         found = self.flwr("ls", CONNECTION, "--run-id", run)["runs"]
         return dict(found[0])
 
-    def finish(self, run: str, seconds: float) -> dict[str, Any]:
-        """Wait for a run's end.
+    def finish(self, run: str, out: Path, seconds: float) -> dict[str, Any]:
+        """Wait for the end of a run into the folder `out`.
 
         Raises:
             TrainingError: it failed, or took too long.
         """
-        self.wait_for(lambda: self.run_status(run)["status"] in ENDED, seconds, f"run {run} does not end", "superlink", pause=1.0)
-        status = self.run_status(run)
+        end = time.monotonic() + seconds
+        while (status := self.run_status(run))["status"] not in ENDED:
+            if time.monotonic() > end:
+                raise TrainingError(f"run {run} has not ended after {seconds:g} seconds: see {self.folder / 'logs'}")
+            time.sleep(1)
         if status["status"] != ENDED[0]:
-            raise TrainingError(f"the run ended as {status['status']}: {status.get('details', '')}: see {self.folder / 'logs'}")
+            raise TrainingError(f"the run ended as {status['status']}: {status.get('status-details', '')}: see {self.folder / 'logs'}")
         return status
 
-    def wait_for(self, ready: Any, seconds: float, failure: str, name: str, pause: float = 0.2) -> None:
+    def wait_for(self, ready: Any, seconds: float, failure: str, name: str) -> None:
         """Until `ready()` is true.
 
         Raises:
@@ -163,7 +168,7 @@ class LocalDeployment:
             ended = name in self.processes and self.processes[name].poll() is not None
             if ended or time.monotonic() > end:
                 raise TrainingError(f"{failure} (see {self.folder / 'logs' / name}.log): {self.log(name).strip()[-300:]}")
-            time.sleep(pause)
+            time.sleep(0.2)
 
 
 def _listens(port: int) -> bool:
