@@ -16,6 +16,7 @@ from typing import Any
 from fedex_lora.errors import FedexLoraError, TrainingError
 from fedex_lora.flower import ENVIRONMENT
 from fedex_lora.flower._keys import make_certificates, make_node_key
+from fedex_lora.storage import read_events
 
 CONNECTION = "local-deployment"  # in Flower's configuration file, which is in the deployment's folder
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")
@@ -35,14 +36,14 @@ class LocalDeployment:
     Attributes:
         folder: of certificates, keys, logs, Flower's own files and clients' states.
         clients: the parties.
-        node_config: more of every node's settings.
+        node_config: client -> more of its node's settings.
         port: of the SuperLink.
         processes: name -> its process, which leads a group of its own.
     """
 
     folder: Path
     clients: Sequence[str]
-    node_config: Mapping[str, Any] = field(default_factory=dict)
+    node_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -99,30 +100,26 @@ class LocalDeployment:
             ca: the certificate that it trusts; by default the federation's.
             port: where it looks for the SuperLink (a proxy's, for instance).
         """
-        given = {"client": client, "state": str(self.folder / "state" / client), **self.node_config}
+        given = {"client": client, "state": str(self.folder / "state" / client), **self.node_config.get(client, {})}
         words = " ".join(f"{name}={json.dumps(value)}" for name, value in given.items())
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{port or self.port}", "--port", str(free_port())]
         command += ["--root-certificates", str(ca or self.folder / "keys" / "ca.crt"), "--node-config", words]
         self.start(client, [*command, "--auth-supernode-private-key", str(self.folder / "keys" / (key or client))])
 
     def flwr(self, *words: str) -> dict[str, Any]:
-        """What a `flwr` command says, as JSON. It runs in this process: a new one would need seconds to start.
+        """What a `flwr` command says, as JSON.
 
         Raises:
             FedexLoraError: it fails.
         """
-        os.environ.update(ENVIRONMENT)  # Flower reads them when it is imported
-        from flwr.cli.app import app
-        from typer.testing import CliRunner
-
-        done = CliRunner().invoke(app, [*words, "--format", "json"], env={"FLWR_HOME": str(self.folder / "flwr")})
-        text = done.stdout[done.stdout.find("{") :]
+        command = ["flwr", *words, "--format", "json"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
         try:
-            result: dict[str, Any] = json.loads(text)
+            result: dict[str, Any] = json.loads(done.stdout[done.stdout.find("{") :])
         except ValueError:
-            result = {"success": False, "error-message": f"{done.output or done.exception}".strip()}
-        if done.exit_code or not result.get("success", True):
-            raise FedexLoraError(f"flwr {words[0]} failed: {' '.join(str(result.get('error-message', text)).split())[:300]}")
+            result = {"success": False, "error-message": done.stderr or done.stdout}
+        if done.returncode or not result.get("success", True):
+            raise FedexLoraError(f"flwr {words[0]} failed: {' '.join(str(result.get('error-message')).split())[:300]}")
         return result
 
     def register(self, client: str) -> None:
@@ -148,10 +145,16 @@ class LocalDeployment:
         Raises:
             TrainingError: it failed, or took too long.
         """
-        end = time.monotonic() + seconds
-        while (status := self.run_status(run))["status"] not in ENDED:
+        end, looked, events = time.monotonic() + seconds, time.monotonic(), out / "events.jsonl"
+        while not (events.exists() and any(event["event"] == "run_done" for event in read_events(events))):
             if time.monotonic() > end:
                 raise TrainingError(f"run {run} has not ended after {seconds:g} seconds: see {self.folder / 'logs'}")
+            if time.monotonic() - looked > 10:  # each look is a process
+                looked = time.monotonic()
+                if self.run_status(run)["status"] in ENDED:
+                    break
+            time.sleep(0.5)
+        while (status := self.run_status(run))["status"] not in ENDED and time.monotonic() < end:
             time.sleep(1)
         if status["status"] != ENDED[0]:
             raise TrainingError(f"the run ended as {status['status']}: {status.get('status-details', '')}: see {self.folder / 'logs'}")
@@ -178,13 +181,13 @@ def _listens(port: int) -> bool:
 
 
 @contextmanager
-def local_deployment(folder: Path, clients: Sequence[str], **node_config: Any) -> Iterator[LocalDeployment]:
+def local_deployment(folder: Path, clients: Sequence[str], node_config: Mapping[str, Mapping[str, Any]]) -> Iterator[LocalDeployment]:
     """SuperLink with TLS and one registered SuperNode for each client; all of it is stopped at the end, whatever happened.
 
     Args:
         folder: new; see `LocalDeployment`.
         clients: names.
-        node_config: more of every node's settings.
+        node_config: client -> more of its node's settings.
     """
     deployment = LocalDeployment(folder, clients, node_config)
     try:
