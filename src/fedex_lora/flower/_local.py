@@ -82,13 +82,29 @@ class LocalDeployment:
         path = self.folder / "logs" / f"{name}.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
+    def stop_all(self) -> None:
+        """Stop every process that was started here."""
+        for name in list(self.processes):
+            self.stop(name)
+
+    def connect(self, line: str) -> None:
+        """Tell the `flwr` command where the SuperLink is, and how it is trusted."""
+        home = self.folder / "flwr"
+        home.mkdir(parents=True, exist_ok=True)
+        text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\n{line}\n'
+        (home / "config.toml").write_text(text, encoding="utf-8")
+
+    @property
+    def place(self) -> list[str]:
+        """The SuperLink's options that are always the same."""
+        return ["--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"]
+
     def start_superlink(self) -> None:
         """The server's process; it is ready when this returns."""
         keys = self.folder / "keys"
         tls = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
-        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"]
-        command += [part for option, file in tls.items() for part in (f"--ssl-{option}", str(keys / file))]
-        self.start("superlink", [*command, "--disable-runtime-dependency-installation"])
+        options = [part for option, file in tls.items() for part in (f"--ssl-{option}", str(keys / file))]
+        self.start("superlink", ["flower-superlink", "--enable-supernode-auth", *options, *self.place])
         self.wait_for(lambda: _listens(self.port), 90, "the SuperLink does not listen", "superlink")
 
     def start_node(self, client: str, key: str | None = None, ca: Path | None = None, port: int | None = None) -> None:
@@ -185,24 +201,32 @@ def local_deployment(folder: Path, clients: Sequence[str], node_config: Mapping[
     """SuperLink with TLS and one registered SuperNode for each client; all of it is stopped at the end, whatever happened.
 
     Args:
-        folder: new; see `LocalDeployment`.
+        folder: see `LocalDeployment`.
         clients: names.
         node_config: client -> more of its node's settings.
     """
     deployment = LocalDeployment(folder, clients, node_config)
     try:
         make_certificates(folder / "keys", ["localhost", "127.0.0.1"])
-        home = folder / "flwr"
-        home.mkdir(parents=True, exist_ok=True)
-        address, ca = f"127.0.0.1:{deployment.port}", folder / "keys" / "ca.crt"
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\nroot-certificates = "{ca}"\n'
-        )
+        deployment.connect(f'root-certificates = "{folder / "keys" / "ca.crt"}"')
         deployment.start_superlink()
         for client in clients:
             deployment.register(client)
             deployment.start_node(client)
         yield deployment
     finally:
-        for name in list(deployment.processes):
-            deployment.stop(name)
+        deployment.stop_all()
+
+
+@contextmanager
+def local_simulation(folder: Path, nodes: int) -> Iterator[LocalDeployment]:
+    """A SuperLink that simulates so many nodes by Ray; stopped at the end."""
+    simulation = LocalDeployment(folder, [])
+    try:
+        simulation.connect("insecure = true")
+        simulation.start("superlink", ["flower-superlink", "--simulation", "--insecure", *simulation.place])
+        simulation.wait_for(lambda: _listens(simulation.port), 90, "the SuperLink does not listen", "superlink")
+        simulation.flwr("federation", "simulation-config", CONNECTION, "--num-supernodes", str(nodes), "--client-resources-num-cpus", "1")
+        yield simulation
+    finally:
+        simulation.stop_all()
