@@ -1,5 +1,6 @@
-"""One deployment for all tests here: a SuperLink with TLS, three SuperNodes with registered keys. One node starts a process for every message, two have workers.
+"""One deployment for all tests here: a SuperLink with TLS, three SuperNodes with registered keys.
 
+One node starts a process for every message, two have workers.
 Every test starts runs of its own on it, and leaves all nodes running.
 """
 
@@ -16,6 +17,7 @@ from fedex_lora.flower._trial import short_demo
 from fedex_lora.runner import run
 from fedex_lora.storage import read_events
 
+PATIENCE = 900.0  # seconds, for machines with other things to do
 COLD, WARM = "bone", ("chest", "skin")
 CLIENTS = [COLD, *WARM]
 
@@ -43,7 +45,7 @@ class Federation:
             app(folder)
         return self.deployment.submit(folder), self.root / name
 
-    def finish(self, config, name, app=None, seconds=300):
+    def finish(self, config, name, app=None, seconds=PATIENCE):
         """Run `config` to its end; the run folder, and Flower's words about the run."""
         identity, out = self.submit(config, name, app)
         return out, self.deployment.finish(identity, out, seconds)
@@ -71,7 +73,7 @@ def events(out, name):
     return [event for event in (read_events(path) if path.exists() else []) if event["event"] == name]
 
 
-def wait_for(condition, seconds=120, pause=0.1):
+def wait_for(condition, seconds=PATIENCE, pause=0.1):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "it did not happen"

@@ -5,16 +5,16 @@ import signal
 import subprocess
 
 import pytest
-from tests.flower.conftest import CLIENTS, COLD, configuration, events, wait_for
+from tests.flower.conftest import CLIENTS, COLD, PATIENCE, configuration, events, wait_for
 
 from fedex_lora.flower import write_app
 from fedex_lora.flower._keys import make_certificates, make_node_key
-from fedex_lora.flower._local import local_simulation
+from fedex_lora.flower._local import local_simulation, simulated
 from fedex_lora.flower._trial import differing, traffic
 from fedex_lora.storage import load_tensors
 from fedex_lora.verify import verify
 
-QUORUM = {"quorum": 0.6, "deadline": 45.0}
+QUORUM = {"quorum": 0.6}
 
 
 def exact(out):
@@ -47,11 +47,11 @@ def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(
     assert exact(deployed)
     assert same_copies(federation, deployed)
     counted = traffic(deployed, status)
-    for way in ("down", "up"):
-        assert counted[f"flower_bytes_{way}"] == pytest.approx(counted[f"bytes_{way}"], rel=0.03), counted
+    ours, theirs = (counted[f"{whose}bytes_down"] + counted[f"{whose}bytes_up"] for whose in ("", "flower_"))
+    assert theirs == pytest.approx(ours, rel=0.03), counted
     write_app(tmp_path / "app", config, str(tmp_path / "run"), [])
-    with local_simulation(tmp_path, nodes=3) as simulation:
-        simulation.finish(simulation.submit(tmp_path / "app"), tmp_path / "run", 300)
+    with local_simulation(tmp_path) as simulation:
+        simulation.finish(simulation.submit(tmp_path / "app", *simulated(3)), tmp_path / "run", PATIENCE)
     assert differing(deployed, tmp_path / "run") == []
     other = configuration(training={"learning_rate": 1e-3})
     assert differing(federation.reference(other), deployed)  # the comparison can fail
@@ -64,10 +64,10 @@ def test_a_node_killed_while_training_returns_and_equals_the_others(federation):
     _, out = federation.submit(config, "killed")
     wait_for(lambda: federation.deployment.log(COLD).count("Start `flwr-clientapp`") > before)
     federation.deployment.stop(COLD, signal.SIGKILL)
-    wait_for(lambda: events(out, "round_done"), 200)
+    wait_for(lambda: events(out, "round_done"))
     assert [event["client"] for event in events(out, "refused")] == [COLD]
     federation.restart(COLD)
-    wait_for(lambda: events(out, "run_done"), 300)
+    wait_for(lambda: events(out, "run_done"))
     assert {event["client"] for event in events(out, "client_done") if event["round"] == 4} == set(CLIENTS)
     assert exact(out)
     assert same_copies(federation, out)
@@ -75,15 +75,15 @@ def test_a_node_killed_while_training_returns_and_equals_the_others(federation):
 
 def test_all_nodes_gone_and_back_end_in_the_same_bits(federation):
     """Nobody is left: the round waits, asks again, and nothing of the result shows that."""
-    config = configuration(2, clients={"below_quorum": "wait", "deadline": 30.0})
+    config = configuration(2, clients={"below_quorum": "wait"})
     _, out = federation.submit(config, "below")
     wait_for(lambda: events(out, "client_done"))
     for client in CLIENTS:
         federation.deployment.stop(client, signal.SIGKILL)
-    wait_for(lambda: any("reason" in event for event in events(out, "waiting")), 200)
+    wait_for(lambda: any("reason" in event for event in events(out, "waiting")))
     for client in CLIENTS:
         federation.restart(client)
-    wait_for(lambda: events(out, "run_done"), 300)
+    wait_for(lambda: events(out, "run_done"))
     assert differing(federation.reference(configuration()), out) == []
 
 
@@ -104,7 +104,7 @@ def test_a_client_that_lost_its_folder_asks_for_what_it_lacks(federation):
     _, out = federation.submit(config, "wiped")
     wait_for(lambda: any(event["client"] == "skin" for event in events(out, "client_done")))
     federation.memory("skin", out).unlink()
-    wait_for(lambda: events(out, "run_done"), 300)
+    wait_for(lambda: events(out, "run_done"))
     reasons = [event["reason"] for event in events(out, "refused")]
     assert len(reasons) == 1
     assert differing(federation.reference(configuration(3)), out) == []  # every round had everyone after all
@@ -139,7 +139,7 @@ def train(message, context):
 
 
 def test_a_client_that_raises_or_answers_garbage_is_refused_and_may_come_back(federation):
-    config = configuration(4, clients={"quorum": 0.6})
+    config = configuration(4, clients=QUORUM)
     out, _ = federation.finish(config, "rogue", lambda folder: (folder / "federation" / "client_app.py").write_text(ROGUE))
     refused = events(out, "refused")
     assert [(event["round"], event["client"]) for event in refused] == [(1, "skin"), (2, "skin"), (3, "skin")]

@@ -22,6 +22,11 @@ CONNECTION = "local-deployment"  # in Flower's configuration file, which is in t
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")
 
 
+def simulated(nodes: int) -> list[str]:
+    """The options of `flwr run` for a simulation of so many nodes, one core each."""
+    return ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody has just now."""
     with socket.socket() as probe:
@@ -145,10 +150,9 @@ class LocalDeployment:
             make_node_key(key)
         self.flwr("supernode", "register", f"{key}.pub", CONNECTION, "--name", client)
 
-    def submit(self, app: Path, **settings: str) -> str:
-        """Start a run of an app folder; its id."""
-        overrides = [part for key, value in settings.items() for part in ("--run-config", f"{key}={json.dumps(value)}")]
-        return str(self.flwr("run", str(app), CONNECTION, *overrides)["run-id"])
+    def submit(self, app: Path, *options: str) -> str:
+        """Start a run of an app folder, with more options of `flwr run`; its id."""
+        return str(self.flwr("run", str(app), CONNECTION, *options)["run-id"])
 
     def run_status(self, run: str) -> dict[str, Any]:
         """A run as `flwr ls` has it."""
@@ -219,14 +223,13 @@ def local_deployment(folder: Path, clients: Sequence[str], node_config: Mapping[
 
 
 @contextmanager
-def local_simulation(folder: Path, nodes: int) -> Iterator[LocalDeployment]:
-    """A SuperLink that simulates so many nodes by Ray; stopped at the end."""
+def local_simulation(folder: Path) -> Iterator[LocalDeployment]:
+    """A SuperLink that simulates nodes by Ray (`submit` with `simulated`); stopped at the end."""
     simulation = LocalDeployment(folder, [])
     try:
         simulation.connect("insecure = true")
         simulation.start("superlink", ["flower-superlink", "--simulation", "--insecure", *simulation.place])
         simulation.wait_for(lambda: _listens(simulation.port), 90, "the SuperLink does not listen", "superlink")
-        simulation.flwr("federation", "simulation-config", CONNECTION, "--num-supernodes", str(nodes), "--client-resources-num-cpus", "1")
         yield simulation
     finally:
         simulation.stop_all()
