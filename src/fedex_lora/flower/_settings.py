@@ -59,7 +59,7 @@ class NodeSettings:
         Raises:
             ConfigError: this party has not said where its rows are.
         """
-        base = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
+        base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
         base |= {"model": self.model} if self.model else {}
         config = config.model_copy(update={"base": config.base.model_copy(update=base)})
         if self.threads:
