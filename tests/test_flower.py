@@ -1,7 +1,12 @@
 """Flower without a deployment: settings, the app folder, keys, the transport over nodes that come and go, a party and its worker."""
 
 import json
+import os
+import re
+import shutil
+import signal
 import ssl
+import subprocess
 import threading
 import zipfile
 from dataclasses import replace
@@ -11,10 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 flwr = pytest.importorskip("flwr", reason="the extra flower is not installed")
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey  # noqa: E402
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key  # noqa: E402
 from flwr.app import Message, RecordDict  # noqa: E402
 from flwr.app.error import Error  # noqa: E402
 from flwr.cli.build import build_fab_from_disk  # noqa: E402
@@ -24,8 +32,9 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from fedex_lora.answers import Reply  # noqa: E402
 from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
+from fedex_lora.doctor import examine  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError  # noqa: E402
-from fedex_lora.flower import write_app  # noqa: E402
+from fedex_lora.flower import ENVIRONMENT, write_app  # noqa: E402
 from fedex_lora.flower._exchange import GridExchange, Roster  # noqa: E402
 from fedex_lora.flower._keys import make_certificates, make_node_key  # noqa: E402
 from fedex_lora.flower._messages import Packet, pack, unpack  # noqa: E402
@@ -335,6 +344,43 @@ def test_own_rows(tmp_path):
     _, data = node._ready(request, settings)
     assert (len(data.train), len(data.held_out)) == (9, 1)
     assert torch.get_num_threads() == 1
+
+
+def test_doctor_warns_of_a_superlink_that_everybody_can_reach(tmp_path):
+    """Of a process with that name and those options, whatever it does."""
+    command = ["sh", "-c", "sleep 60", "--host", "0.0.0.0"]
+    link = tmp_path / "flower-superlink"
+    link.symlink_to(shutil.which("sh"))
+    with subprocess.Popen([link, *command[1:]], start_new_session=True) as process:
+        try:
+            problems = examine()[1]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert any("listens on 0.0.0.0" in problem and "docs/deployment.md" in problem for problem in problems)
+    assert any("takes any node" in problem for problem in problems)
+    assert not [problem for problem in examine()[1] if "listens on 0.0.0.0" in problem]
+
+
+def test_files_for_containers_name_only_what_is_there():
+    root = Path(__file__).parent.parent
+    for line in (root / "deploy" / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            assert all((root / source).exists() for source in line.split()[1:-1]), line
+    for name in ("compose.yaml", "compose.node.yaml"):
+        services = yaml.safe_load((root / "deploy" / name).read_text())["services"]
+        for service in services.values():
+            if "build" in service:
+                context = root / "deploy" / service["build"]["context"]
+                assert (context / service["build"]["dockerfile"]).is_file()
+            options = [word.split("=")[0] for word in service.get("command", []) if word.startswith("--")]
+            assert not set(options) - set(options_of(service["command"][0])) if options else True
+    nginx = (root / "deploy" / "compose.yaml").read_text()
+    assert "./nginx.conf:" in nginx
+
+
+def options_of(program):
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True, env={**os.environ, **ENVIRONMENT})
+    return re.findall(r"(--[a-z-]+)", done.stdout)
 
 
 def test_write_app_refuses_a_folder_with_something_in_it(tmp_path):
