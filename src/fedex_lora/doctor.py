@@ -71,8 +71,8 @@ def _flower() -> tuple[dict[str, str], list[str]]:
     for words in commands_of_this_machine("flower-superlink"):
         if (host := _option(words, "--host", "127.0.0.1")) not in ("127.0.0.1", "localhost", "::1"):
             problems.append(
-                f"a SuperLink listens on {host}: whoever reaches it can submit code to every node: give it --host 127.0.0.1, and let nodes in "
-                "by a proxy (docs/deployment.md)"
+                f"a SuperLink listens on {host}: whoever reaches it can submit code to every node: give it --host 127.0.0.1, and let "
+                "nodes in by a proxy (docs/deployment.md)"
             )
         if "--enable-supernode-auth" not in words and "--simulation" not in words:
             problems.append("a SuperLink takes any node: start it with --enable-supernode-auth and register keys (docs/deployment.md)")
