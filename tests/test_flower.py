@@ -46,6 +46,7 @@ from fedex_lora.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.rounds import log_to, run_rounds  # noqa: E402
 from fedex_lora.runner import InProcess, run  # noqa: E402
 from fedex_lora.storage import read_events  # noqa: E402
+from fedex_lora.tasks import load_task  # noqa: E402
 
 
 def ignore(event, **fields):
@@ -70,7 +71,7 @@ def test_settings_of_a_node():
 def custom(tmp_path):
     rows = "text,label\n" + "".join(f"row {n},{'yes' if n % 2 else 'no'}\n" for n in range(20))
     (tmp_path / "rows.csv").write_text(rows)
-    task = {"name": "custom", "train": str(tmp_path / "rows.csv"), "eval": str(tmp_path / "rows.csv")}
+    task = {"name": "custom", "train": str(tmp_path / "rows.csv"), "eval": str(tmp_path / "rows.csv"), "labels": ["no", "yes"]}
     return parse_config({"base": {"model": "somewhere", "trust_remote_code": True}, "task": task})
 
 
@@ -79,6 +80,10 @@ def test_paths_and_code_are_the_party_s_own(tmp_path):
     with pytest.raises(ConfigError, match="where its rows are"):
         node_settings({"client": "a"}).applied(config)
     mine = node_settings({"client": "a", "data": "/srv/a", "train": "mine.csv", "model": "/models/m", "threads": 2}).applied(config)
+    with pytest.raises(ConfigError, match="another head"):
+        node_settings({"data": "/srv/a"}).applied(config.model_copy(update={"task": config.task.model_copy(update={"labels": None})}))
+    (tmp_path / "mine.csv").write_text("text,label\nonly one class,no\n")
+    assert load_task(node_settings({"data": str(tmp_path), "train": "mine.csv"}).applied(config).task, 0).model_config["num_labels"] == 2
     assert (str(mine.task.data), mine.task.train, mine.task.eval) == ("/srv/a", "mine.csv", "mine.csv")
     assert (mine.base.model, mine.base.trust_remote_code, mine.torch_threads) == ("/models/m", False, 2)
     assert node_settings({"data": "/srv/a", "trust-remote-code": True}).applied(config).base.trust_remote_code

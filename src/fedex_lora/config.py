@@ -108,6 +108,11 @@ class Task(_Table):
         "encoded bytes (also as the hub's {bytes, path}).",
     )
     label: str = Field("label", description="custom classification, of texts or images: the column of the class.")
+    labels: list[str | int] | None = Field(
+        None,
+        min_length=2,
+        description="custom classification: all classes, where a party's own rows may lack some; by default those there are.",
+    )
     prompt: str = Field("{prompt}", description="causal-lm: template of what the model reads; column names in braces.")
     completion: str = Field("{completion}", description="causal-lm: template of what it must say; the loss is on this part only.")
     max_length: int = Field(128, ge=2, description="Tokens; longer inputs are cut.")

@@ -57,7 +57,7 @@ class NodeSettings:
         """The run's configuration on this party's machine: what the server says of paths and code does not count here.
 
         Raises:
-            ConfigError: this party has not said where its rows are.
+            ConfigError: this party has not said where its rows are, or the run has not said which classes there are.
         """
         base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
         base |= {"model": self.model} if self.model else {}
@@ -68,6 +68,8 @@ class NodeSettings:
             return config
         if not self.data:
             raise ConfigError('this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")')
+        if config.task.name == "custom" and config.task.kind != "causal-lm" and not config.task.labels:
+            raise ConfigError("task.labels is not set: name all classes there, or a party whose rows lack one would train another head")
         train = self.train or Path(config.task.train or "").name or None
         task = config.task.model_copy(update={"data": Path(self.data), "train": train, "eval": train, "train_rows": self.max_rows or None})
         return config.model_copy(update={"task": task})

@@ -1,5 +1,6 @@
 """A party's process that keeps the base in memory: Flower starts a process for every message, which asks this one over a local socket."""
 
+import os
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -52,11 +53,13 @@ def serve(path: Path, tell: Callable[[str], None]) -> None:
     node = Node(lambda event, **fields: None)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
+    mask = os.umask(0o177)  # nobody else may open the socket, from its first moment
     try:
         listener = Listener(str(path), "AF_UNIX")
     except OSError as error:
-        raise UsageError(f"cannot listen at {path}: {error.strerror}: give another path (at most about 100 characters)") from None
-    path.chmod(0o600)
+        raise UsageError(f"cannot listen at {path}: {error}: give another path (at most about 100 characters)") from None
+    finally:
+        os.umask(mask)
     tell(f"listening at {path}")
     try:
         while True:
