@@ -102,7 +102,7 @@ def test_a_server_app_killed_and_started_again_ends_in_the_same_bits(federation)
 def test_a_client_that_lost_its_folder_asks_for_what_it_lacks(federation):
     config = configuration(3, clients={"below_quorum": "wait"})
     _, out = federation.submit(config, "wiped")
-    wait_for(lambda: any(event["client"] == "skin" for event in events(out, "client_done")))
+    wait_for(lambda: any((event["client"], event["round"]) == ("skin", 2) for event in events(out, "client_done")))
     federation.memory("skin", out).unlink()
     wait_for(lambda: events(out, "run_done"))
     reasons = [event["reason"] for event in events(out, "refused")]
