@@ -91,7 +91,8 @@ class Display:
         )
 
     def _on_warning(self, fields: dict[str, Any]) -> None:
-        self._console.print(f"{self._label}! round {fields['round']}: {fields['message']}", highlight=False)
+        where = f"round {fields['round']}: " if "round" in fields else ""
+        self._console.print(f"{self._label}! {where}{fields['message']}", highlight=False, markup=False)
 
     def _on_refused(self, fields: dict[str, Any]) -> None:
         self._console.print(
@@ -114,7 +115,9 @@ class Display:
             )
 
     def _on_run_done(self, fields: dict[str, Any]) -> None:
-        best = fields["best_round"]
+        best, skipped = fields["best_round"], fields.get("skipped", [])
+        if skipped:
+            self._console.print(f"{self._label}! {len(skipped)} of {fields['rounds']} rounds were skipped", highlight=False)
         note = (
             f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}"
             if best
