@@ -248,7 +248,7 @@ def test_a_client_that_failed_once_comes_back_under_per_client_messages(policy, 
     """What it holds is not known, so its next message does not count on it."""
     monkeypatch.setattr(rounds, "PAUSE", 0.0)
     changes = slow(quorum=1.0, below_quorum=policy) | {"messages": {"per_client": True}, "rounds": 4}
-    final, net = federate(tmp_path / "run", changes, lost=[3])
+    federate(tmp_path / "run", changes, lost=[3])
     done = events_of(tmp_path / "run", "round_done")
     assert [event["round"] for event in done if "skipped" in event] == ([3] if policy == "skip" else [])
     assert len(read_manifest(tmp_path / "run" / "run" / "rounds" / "0004")["inputs"]) == 4

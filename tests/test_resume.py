@@ -119,7 +119,7 @@ def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
 @pytest.mark.parametrize("rounds", [(3,), (2, 3), (1, 2, 3)])
 def test_the_command_goes_on_after_broken_rounds(rounds, whole, tmp_path):
     """Also when the clients' memories are ahead of the last whole round: they are sent everything."""
-    config, want = whole()
+    _, want = whole()
     shutil.copytree(want, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     events = tmp_path / "run" / "events.jsonl"
