@@ -1,6 +1,6 @@
 r"""Answers to mathematical questions: taken out of a text, and compared.
 
-Two comparisons. *The same*: equal after the clean-up of notation (`normal_form`), as evaluations of MATH have done since Hendrycks et al. 2021.
+Two comparisons. *The same*: equal after the clean-up of notation (`normal_form`) that is usual since Hendrycks et al. 2021.
 *Equivalent*: the same, or the same value by the package `math-verify` (`x+1` and `1+x`, `\frac{\sqrt3}{3}` and `1/\sqrt{3}`).
 """
 
@@ -48,7 +48,7 @@ def extract_answer(text: str) -> str | None:
     stated = _after_last(text, r"The answer is:?")
     if stated is not None:
         stated = re.split(r"\.?\n|\.\s*$", stated.strip(), maxsplit=1)[0].strip()
-        return last_boxed(stated) or stated or None
+        return last_boxed(stated) or _flat(stated)
     return last_boxed(text)
 
 
@@ -69,8 +69,12 @@ def last_boxed(text: str) -> str | None:
     for position, character in enumerate(rest):
         depth += {"{": 1, "}": -1}.get(character, 0) if rest[position - 1 : position] != "\\" else 0
         if depth == 0:
-            return rest[1:position].strip() or None
+            return _flat(rest[1:position])
     return None
+
+
+def _flat(text: str) -> str | None:
+    return " ".join(text.split()) or None
 
 
 _CLEAN = tuple(

@@ -187,8 +187,9 @@ def read_hub(name: str, subset: str | None, split: str, **options: Any) -> Rows:
         frame = load_dataset(name, subset, split=split, **options).to_pandas()
     except Exception as error:  # datasets, hub and network each raise their own
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        source = options.get("data_files", name)
         raise DataError(
-            f"data set {options.get('data_files', name)} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})"
+            f"data set {source} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})"
         ) from None
     assert isinstance(frame, pd.DataFrame)
     return frame
