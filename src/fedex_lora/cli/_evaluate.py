@@ -14,7 +14,7 @@ from fedex_lora.errors import UsageError
 def evaluate(
     source: Annotated[
         str,
-        typer.Argument(help="A run, round or result folder, an export, a PEFT adapter, or a model (folder or hub name).", metavar="MODEL"),
+        typer.Argument(help="A run, round or result folder, an export, a PEFT adapter, or a model.", metavar="MODEL"),
     ],
     task: Annotated[Optional[str], typer.Option(help="What to measure; by default what the run learnt.")] = None,  # noqa: UP045 (typer)
     data: Annotated[Optional[Path], typer.Option(help="Folder of the task's data; by default as the run says, else the hub.")] = None,  # noqa: UP045
@@ -28,6 +28,7 @@ def evaluate(
         typer.Option(metavar="KEY=VALUE", help="A field of GenerationConfig, such as num_beams=1, over the task's own."),
     ] = None,
     predictions: Annotated[Optional[Path], typer.Option(help="Write what the model wrote to this TSV file.")] = None,  # noqa: UP045
+    score: Annotated[bool, typer.Option(help="--no-score: only write --predictions, to be scored elsewhere.")] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -36,6 +37,8 @@ def evaluate(
         raise UsageError("give one of --task and --lm-eval")
     if include_path and not lm_eval:
         raise UsageError("--include-path is for --lm-eval: give its tasks too")
+    if not score and not predictions:
+        raise UsageError("--no-score is for --predictions: give the file too")
     own = dict(map(_setting, generate or []))
     if lm_eval and (own or predictions):
         raise UsageError("--generate and --predictions are for --task: lm-evaluation-harness has its own")
@@ -56,7 +59,7 @@ def evaluate(
             result: dict[str, Any] = {"model": source, "lm_eval": found}
         else:
             settings = task_of(source, task, data, rows)
-            options = Options(base, batch_size, own, predictions, lambda done, of: status.update(f"{done} of {of} texts"))
+            options = Options(base, batch_size, own, predictions, score, lambda done, of: status.update(f"{done} of {of} texts"))
             found = {settings.name: evaluate_source(source, settings, options)}
             result = {"model": source, "task": settings.name, **found[settings.name]}
     if not PartialState().is_main_process:

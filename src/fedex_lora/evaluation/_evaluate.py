@@ -25,6 +25,7 @@ class Options:
         batch_size: rows at once.
         generation: over the task's settings.
         predictions: where what the model wrote goes, as a TSV file.
+        score: False: only write `predictions`, where the metrics cannot be computed.
         tell: (texts written, of how many).
     """
 
@@ -32,6 +33,7 @@ class Options:
     batch_size: int = 16
     generation: Mapping[str, Any] | None = None
     predictions: Path | None = None
+    score: bool = True
     tell: Callable[[int, int], None] | None = None
 
 
@@ -47,8 +49,8 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
         seed: of the draw.
 
     Returns:
-        Metric -> value, and `rows`; of written texts also `unanswered`, those without an answer (they count as wrong), and `prompts_cut`, those
-        whose beginning did not fit the model's context. In other processes than the main one of `accelerate launch` nothing, where it writes.
+        Metric -> value, and `rows`; of written texts also `unanswered`, those without an answer (they count as wrong), and `prompts_cut`,
+        prompts whose beginning did not fit the model's context. Of texts, nothing in processes of `accelerate launch` but the main one.
 
     Raises:
         UsageError: options that the task has no use for; a metric that cannot be computed here.
@@ -60,7 +62,7 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
         raise UsageError(
             f"task {settings.name} is measured on what the model predicts, not on what it writes: leave --generate and --predictions"
         )
-    if asked is not None:
+    if asked is not None and options.score:
         asked.require()
     opened = open_source(source, task.kind, options.base, **task.model_config)
     if asked is None:
@@ -74,7 +76,7 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
         return {}
     if options.predictions:
         write_predictions(options.predictions, list(asked.rows[asked.column]), texts)
-    return {**asked.score(texts, asked.rows), "rows": float(len(texts)), "prompts_cut": float(cut)}
+    return {**(asked.score(texts, asked.rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
 
 
 def task_of(source: str, name: str | None, data: Path | None, rows: int | None) -> config.Task:

@@ -55,10 +55,8 @@ def load(name: str, settings: config.Task) -> Task:
 
     def score(texts: list[str], rows: Rows) -> dict[str, float]:
         got = [extract_choice(text, CHOICES[name]) for text in texts]
-        return {
-            "accuracy": float(np.mean(np.asarray(got, dtype=object) == rows["answer"].to_numpy())),
-            "unanswered": float(got.count(None)),
-        }
+        right = [one == gold for one, gold in zip(got, rows["answer"], strict=True)]
+        return {"accuracy": float(np.mean(right)), "unanswered": float(got.count(None))}
 
     return Task(
         kind="causal-lm",
@@ -90,9 +88,8 @@ def _train(settings: config.Task) -> Rows:
         return read_rows(settings.train, within(settings.data, "commonsense") if settings.data else None)
     if settings.data is None:
         return read_hub("json", None, "train", data_files=f"{PUBLISHED}/ft-training_set/{TRAIN}")
-    return read_layout(
-        within(settings.data, "commonsense"), TRAIN, f"{TRAIN}, or task.train must name other training rows (boolq/train.json)"
-    )
+    layout = f"{TRAIN}, or task.train must name other training rows (boolq/train.json)"
+    return read_layout(within(settings.data, "commonsense"), TRAIN, layout)
 
 
 def _test(name: str, data: Path | None) -> Rows:
