@@ -57,7 +57,10 @@ def test_arithmetic(data_folder):
 
     math = task("arithmetic/math", data_folder, train="")
     assert (len(math.train), len(math.eval)) == (0, 5000)
-    assert all(equivalent(extract_answer(gold), extract_answer(said)) for gold, said in zip(math.eval["solution"], math.eval["response"]))
+    assert all(
+        equivalent(extract_answer(gold), extract_answer(said))
+        for gold, said in zip(math.eval["solution"], math.eval["response"], strict=True)
+    )
     texts = [rf"Hence $\boxed{{{extract_answer(text)}}}$." for text in math.eval["solution"][:3]]
     assert score_math([*texts, "no idea"], math.eval.head(4)) == {"accuracy": 0.75, "exact_match": 0.75, "unanswered": 1.0}
 
@@ -70,8 +73,8 @@ def test_metamath_rows(tmp_path):
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
     loaded = task("arithmetic/gsm8k", tmp_path, train_rows=3)
     assert (len(loaded.train), len(loaded.eval)) == (3, 1)
+    (tmp_path / "MetaMathQA-395K.json").unlink()
     with pytest.raises(DataError, match=r"MetaMathQA-395K.json, or task.train must name other training rows"):
-        (tmp_path / "MetaMathQA-395K.json").unlink()
         task("arithmetic/gsm8k", tmp_path)
 
 
@@ -114,8 +117,11 @@ def test_bad_data(name, file, text, message, tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text(text) if text else path.unlink()
     with pytest.raises(DataError, match=message):
-        loaded = task(name, tmp_path, **({} if name == "e2e" else {"train": ""}))
-        loaded.tokenize(AutoTokenizer.from_pretrained(base_folder()), loaded.eval)
+        _tokenised(task(name, tmp_path, **({} if name == "e2e" else {"train": ""})))
+
+
+def _tokenised(loaded):
+    return loaded.tokenize(AutoTokenizer.from_pretrained(base_folder()), loaded.eval)
 
 
 def test_responses_of_no_layout():

@@ -59,9 +59,7 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
     task = load_task(settings, seed)
     asked = task.generation
     if asked is None and (options.generation or options.predictions):
-        raise UsageError(
-            f"task {settings.name} is measured on what the model predicts, not on what it writes: leave --generate and --predictions"
-        )
+        raise UsageError(f"task {settings.name} is measured on predictions, not on texts: leave out --generate and --predictions")
     if asked is not None and options.score:
         asked.require()
     opened = open_source(source, task.kind, options.base, **task.model_config)

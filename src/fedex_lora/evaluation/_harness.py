@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
@@ -44,17 +43,18 @@ def evaluate_harness(
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel("ERROR")
-    manager = TaskManager(include_path=str(include) if include else None)
+    manager = TaskManager(include_path=str(include), include_defaults=False) if include else None
+    if manager is None or not set(tasks) <= set(manager.all_tasks):  # reading the harness's own thousands of files takes a while
+        manager = TaskManager(include_path=str(include) if include else None)
     for task in tasks:
         if task not in manager.all_tasks:
             near = nearest(task, list(manager.all_tasks))
             raise UsageError(f"lm-evaluation-harness has no task {task!r}: " + (f"did you mean {near!r}?" if near else "see `lm_eval ls`"))
     try:
-        loaded: Any = manager.load(list(tasks))
+        manager.load(list(tasks))
     except Exception as error:  # datasets, hub and network each raise their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise DataError(f"the data of {', '.join(tasks)} cannot be had: go online, or check the task's file ({reason})") from None
-    del loaded
     opened = open_source(source, "causal-lm", base)
     opened.model.to(PartialState().device)
     model = HFLM(pretrained=opened.model, tokenizer=opened.processor, batch_size=batch_size)

@@ -7,8 +7,8 @@ A row::
 
 What the model reads is as in the LoRA paper's code (Hu et al. 2022): `name : Blue Spice | Type : coffee shop | area : city centre`, then
 the tokenizer's begin token (GPT-2's is its end token), then the text and the end token, with the loss on the text only. Rounds measure the
-loss on the dev set; generation describes each of the test set's 630 meaning representations, with that paper's beam search, and is scored by
-the challenge's five metrics (`fedex_lora.scoring`).
+loss on the dev set; generation describes each of the test set's 630 meaning representations, with that paper's beam search, and is scored
+by the challenge's five metrics (`fedex_lora.scoring`).
 """
 
 import re
