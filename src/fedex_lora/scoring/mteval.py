@@ -1,7 +1,7 @@
 """BLEU and NIST as NIST's `mteval-v13a.pl` computes them, with several references a segment, case-insensitive.
 
 BLEU: Papineni et al. 2002, up to 4-grams, unsmoothed, effective reference length. NIST: Doddington 2002, up to 5-grams. Python ports of
-the script differ from it in details that show in the third decimal; this one gives the script's four decimals (docs/metrics.md).
+the script differ from it in details that show in the third decimal; this one gives the script's four decimals (docs/evaluation.md).
 """
 
 import math
