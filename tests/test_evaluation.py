@@ -194,7 +194,6 @@ def test_the_harness_on_a_task_of_one_s_own(ran, tmp_path, monkeypatch):
     )
     line = one_line(call("evaluate", run, "--lm-eval", "far", "--include-path", tmp_path / "tasks"), 1)
     assert "the data of far cannot be had: go online" in line
-    assert "has no task 'colour'" in one_line(call("evaluate", run, "--lm-eval", "colour"), 2)
 
 
 def test_the_harness_is_not_installed(ran, monkeypatch):
