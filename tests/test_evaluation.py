@@ -131,11 +131,12 @@ def test_every_folder_of_a_run_measures_the_same(ran, tmp_path):
         sources.append(tmp_path / form)
         assert call("export", run, "--as", form, "-o", sources[-1]).exit_code == 0
     for source in sources:
-        own = [] if source in sources[:3] else ["--task", "demo"]
-        got = numbers("evaluate", source, *own, *(["--rows", 40] if own else []))
+        got = numbers("evaluate", source, *([] if source in sources[:3] else ["--task", "demo"]), "--rows", 40)
         assert got["task"] == "demo"
         assert got["accuracy"] == want["accuracy"], source
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-5), source
+    everything = numbers("evaluate", run)
+    assert everything["rows"] == 600
     assert "accuracy" in call("evaluate", run).stdout
 
 
@@ -146,7 +147,9 @@ def test_e2e_from_run_to_scores(stories, data_folder, tmp_path):
     out, texts = tmp_path / "run", tmp_path / "texts.tsv"
     ran = call("run", tmp_path / "e2e.toml", "--set", f"task.data={data_folder}", "--out", out, "--json")
     assert ran.exit_code == 0, ran.stderr
-    found = numbers("evaluate", out, "--predictions", texts, "--no-score", "--generate", "max_new_tokens=16", "--generate", "num_beams=3")
+    found = numbers(
+        "evaluate", out, "--rows", 6, "--predictions", texts, "--no-score", "--generate", "max_new_tokens=16", "--generate", "num_beams=3"
+    )
     assert found["rows"] == 6
     asked = [line.split("\t")[0].strip('"') for line in texts.read_text().splitlines()[1:]]
     people = {mr: refs for mr, refs in read_references(data_folder / "e2e" / "testset_w_refs.csv").items() if mr in asked}

@@ -80,13 +80,15 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
 def task_of(source: str, name: str | None, data: Path | None, rows: int | None) -> config.Task:
     """The task to measure: the one of the run that `source` belongs to, where it has this name or none is given; else the named one.
 
+    It is measured on all its rows but for `rows`, also where the run's rounds used fewer.
+
     Raises:
         UsageError: no name, and `source` is no run.
     """
     folder = Path(source)
-    runs = [one for one in (folder, folder.parent, folder.parent.parent) if (one / "config.toml").is_file()]
+    runs = [one for one in (folder, folder.parent, folder.parent.parent) if folder.exists() and (one / "config.toml").is_file()]
     own = config.read_config(runs[0] / "config.toml").task if runs else None
-    changes: dict[str, Any] = {"eval_rows": rows} if rows else {}
+    changes: dict[str, Any] = {"eval_rows": rows}
     if data:
         changes["data"] = data
     if own is not None and name in (None, own.name):
