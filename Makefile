@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench exactness precision crash fuzz flower-test clean
+.PHONY: demo test check bench exactness precision metrics crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -31,6 +31,9 @@ exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 
 precision: $(VENV)/.installed-dev   ## ten rounds on bases of 16, 8 and 4 bits: make precision DATA=FOLDER MINILM=FOLDER STORIES=FOLDER
 	$(BIN)/python benchmarks/precision.py --data $(DATA) --minilm $(MINILM) --stories $(STORIES) --out benchmarks/results/precision.json
+
+metrics: $(VENV)/.installed-dev   ## E2E metrics of four real systems beside the official ones: make metrics DATA=FOLDER
+	$(BIN)/python -m tests.official_scores $(DATA)
 
 crash: $(VENV)/.installed-dev   ## kill runs and fail their writes, resume them, compare the bits
 	$(BIN)/python -m tests.crash --kills 40 --faults 20
