@@ -1,0 +1,113 @@
+"""`fedex-lora reproduce`: a table or figure of the paper by one command. Recipes name runs, runs leave records, records make tables."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.reproduce._deviations import by_layer, by_round
+from fedex_lora.reproduce._filled import Filled
+from fedex_lora.reproduce._grids import Grid
+from fedex_lora.reproduce._recipe import Cell, CellPlace, Recipe, cells, read_recipe, targets
+from fedex_lora.reproduce._records import Place, find_record, make_record
+from fedex_lora.reproduce._scores import scores
+from fedex_lora.reproduce._tiny import write_tiny_data
+from fedex_lora.reproduce._traffic import traffic
+from fedex_lora.storage import plain_json, write_text
+
+__all__ = ["Grid", "Recipe", "about", "cells", "read_recipe", "reproduce", "targets"]
+
+LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Grid]]]] = {
+    "scores": scores,
+    "layers": by_layer,
+    "rounds": by_round,
+    "bytes": traffic,
+}
+Told = Callable[[str, int, int], None]
+"""(a line, how many runs are done, how many there are)."""
+
+
+def reproduce(
+    target: str,
+    scale: str,
+    out: Path,
+    data: Path | None = None,
+    model: Path | None = None,
+    overrides: Sequence[str] = (),
+    execute: bool = True,
+    tell: Told = lambda line, done, total: None,
+) -> tuple[dict[str, Any], list[Grid]]:
+    """Run what is not there yet of a table or figure, and make it.
+
+    Args:
+        target: table1 .. table11, figure2 .. figure9 and so on (`targets()`), or a recipe's file.
+        scale: "smoke", "small" or "full".
+        out: gets `runs/`, a record for each run, which targets share; and `SCALE/TARGET.md`, `.tex` and `.json`.
+        data: the folder of all data in their published layouts; None: the hub.
+        model: a local folder of the base that the recipe names.
+        overrides: `a.b=v`, of every run.
+        execute: run what is missing; otherwise only make the tables from the records that are there.
+        tell: told of every run.
+
+    Returns:
+        The numbers, as they are written to `SCALE/TARGET.json`, and the tables.
+
+    Raises:
+        UsageError: an unknown target or scale.
+        FedexLoraError: what stops a run. The records of earlier ones are there.
+    """
+    recipe = read_recipe(target)
+    wanted = list(cells(recipe, scale, overrides))
+    with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
+        if folder is not None:
+            write_tiny_data(Path(folder))
+        records = _records(wanted, Place(out, Path(folder) if folder else data, model), execute, tell)
+    numbers, grids = LAYOUTS[recipe.layout](Filled.of(recipe, scale, records))
+    result = {
+        "target": recipe.target,
+        "scale": scale,
+        "title": recipe.title,
+        "source": recipe.source,
+        "note": recipe.scaled(scale).note,
+        "choices": recipe.choices,
+        "runs": len({cell.key for cell in wanted}),
+        "runs_done": len({cell.key for cell in wanted if cell.place in records}),
+        "numbers": numbers,
+    }
+    text = about(result) + "\n\n" + "\n".join(grid.markdown() for grid in grids)
+    write_text(out / scale / f"{recipe.target}.md", text)
+    write_text(out / scale / f"{recipe.target}.tex", "\n".join(grid.latex() for grid in grids))
+    write_text(out / scale / f"{recipe.target}.json", plain_json(result) + "\n")
+    return result, grids
+
+
+def about(result: dict[str, Any]) -> str:
+    """What stands above the tables."""
+    done, runs = result["runs_done"], result["runs"]
+    how_far = f"{done} of {runs} runs" if done < runs else f"All {runs} runs are there"
+    choices = f" Chosen here, because the paper does not say: {'; '.join(result['choices'])}." if result["choices"] else ""
+    return f"{result['title']} ({result['source']}), scale `{result['scale']}`: {result['note']} {how_far}.{choices}"
+
+
+def _records(wanted: Sequence[Cell], place: Place, execute: bool, tell: Told) -> dict[CellPlace, dict[str, Any]]:
+    """The record of every cell that has one; cells may share a run."""
+    known: dict[str, dict[str, Any]] = {}
+    keys = {cell.key for cell in wanted}
+    for cell in wanted:
+        if cell.key in known:
+            continue
+        record = find_record(place.out, cell)
+        if record is None and execute:
+            record = make_record(place, cell)
+            end = record.get("failed") or _shown(record)
+            tell(f"{cell.panel}  {cell.row}  {cell.column}  seed {cell.seed}: {end}", len(known) + 1, len(keys))
+        if record is not None:
+            known[cell.key] = record
+    return {cell.place: known[cell.key] for cell in wanted if cell.key in known}
+
+
+def _shown(record: dict[str, Any]) -> str:
+    last, headline = record["rounds"][-1]["metrics"], record["facts"]["headline"]
+    seconds = sum(one["seconds"] for one in record["rounds"])
+    return f"{headline} {last[headline]:.4f} in {seconds:.0f} s" if headline in last else f"{seconds:.0f} s"

@@ -1,0 +1,68 @@
+"""A recipe with the records that are there: what layouts read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedex_lora.reproduce._recipe import CellPlace, Column, Panel, Recipe, Row, chosen
+
+Record = Mapping[str, Any]
+HELD_OUT = "held_out."
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A recipe at a scale, with records.
+
+    Attributes:
+        found: of runs that have ended, failed ones among them.
+        panels, rows, columns: those that this scale runs.
+    """
+
+    recipe: Recipe
+    found: Mapping[CellPlace, Record]
+    seeds: Sequence[int]
+    panels: Sequence[Panel]
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+
+    @classmethod
+    def of(cls, recipe: Recipe, scale_name: str, found: Mapping[CellPlace, Record]) -> "Filled":
+        scale = recipe.scaled(scale_name)
+        parts = ((recipe.panels, scale.panels), (recipe.rows, scale.rows), (recipe.columns, scale.columns))
+        panels, rows, columns = (chosen(every, wanted) for every, wanted in parts)
+        return cls(recipe, found, scale.seeds, panels, rows, columns)
+
+    def runs(self, panel: Panel, row: Row, column: Column) -> dict[int, Record]:
+        """Seed -> record, of runs that did not fail."""
+        keys = {seed: (panel.label, row.label, column.label, seed) for seed in self.seeds}
+        return {seed: self.found[key] for seed, key in keys.items() if key in self.found and "failed" not in self.found[key]}
+
+    def failures(self, panel: Panel) -> list[str]:
+        """What to say of runs that failed."""
+        return [
+            f"{row} on {column}, seed {seed}: {record['failed']}."
+            for (label, row, column, seed), record in self.found.items()
+            if label == panel.label and "failed" in record
+        ]
+
+    def scores(self, panel: Panel, row: Row, column: Column) -> dict[int, float]:
+        """Seed -> the metric, times the column's factor."""
+        metric = panel.metrics.get(column.label, column.metric)
+        runs = {seed: score(record, metric) for seed, record in self.runs(panel, row, column).items()}
+        return {seed: column.factor * value for seed, value in runs.items() if value is not None}
+
+
+def score(record: Record, metric: str) -> float | None:
+    """A metric after the last round.
+
+    `held_out.METRIC`: on the clients' own rows, the mean over the later half of the rounds, as `compare` chooses learning rates.
+    """
+    if metric.startswith(HELD_OUT):
+        held = {int(number): metrics for number, metrics in record["held_out"].items()}
+        later = [metrics[metric.removeprefix(HELD_OUT)] for number, metrics in held.items() if number > len(record["rounds"]) // 2]
+        return float(np.mean(later)) if later else None
+    value: float | None = {**record["rounds"][-1]["metrics"], **record.get("scores", {})}.get(metric)
+    return value
