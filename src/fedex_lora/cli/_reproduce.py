@@ -17,7 +17,10 @@ def reproduce(
         Optional[Path],  # noqa: UP045 (typer)
         typer.Option(envvar="FEDEX_LORA_DATA", help="The folder that holds glue/, e2e/ and so on; without it, the hub."),
     ] = None,
-    model: Annotated[Optional[Path], typer.Option(help="A local folder of the base that the recipe names.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A local folder of the base that the recipe names, or of folders named like the bases; without it, the hub."),
+    ] = None,
     run: Annotated[bool, typer.Option(help="Run what is missing, or only make the tables from the records that are there.")] = True,
     set_: Overrides = None,
     out: Annotated[Path, typer.Option(help="Where records and tables go; what is there is not run again.")] = Path("reproduce"),

@@ -45,7 +45,7 @@ def reproduce(
         scale: "smoke", "small" or "full".
         out: gets `runs/`, a record for each run, which targets share; and `SCALE/TARGET.md`, `.tex` and `.json`.
         data: the folder of all data in their published layouts; None: the hub.
-        model: a local folder of the base that the recipe names.
+        model: a local folder of the base that the recipe names, or of folders named like the bases; None: the hub.
         overrides: `a.b=v`, of every run.
         execute: run what is missing; otherwise only make the tables from the records that are there.
         tell: told of every run.

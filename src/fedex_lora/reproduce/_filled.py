@@ -17,11 +17,13 @@ class Filled:
     """A recipe at a scale, with records.
 
     Attributes:
+        label: what the rows of our numbers are called.
         found: of runs that have ended, failed ones among them.
         panels, rows, columns: those that this scale runs.
     """
 
     recipe: Recipe
+    label: str
     found: Mapping[CellPlace, Record]
     seeds: Sequence[int]
     panels: Sequence[Panel]
@@ -33,7 +35,7 @@ class Filled:
         scale = recipe.scaled(scale_name)
         parts = ((recipe.panels, scale.panels), (recipe.rows, scale.rows), (recipe.columns, scale.columns))
         panels, rows, columns = (chosen(every, wanted) for every, wanted in parts)
-        return cls(recipe, found, scale.seeds, panels, rows, columns)
+        return cls(recipe, scale.label, found, scale.seeds, panels, rows, columns)
 
     def runs(self, panel: Panel, row: Row, column: Column) -> dict[int, Record]:
         """Seed -> record, of runs that did not fail."""

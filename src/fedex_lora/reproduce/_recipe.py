@@ -57,6 +57,7 @@ class Scale(_Table):
     """What a scale changes: settings (after all others), and how much of the table is run."""
 
     note: str
+    label: str = Field("here", description="What the rows of our numbers are called.")
     seeds: list[int] = [0, 1, 2]
     config: dict[str, Any] = {}
     columns: list[str] | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import measure
-from fedex_lora.config import Config
+from fedex_lora.config import DEMO, Config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.peft_io import read_result
 from fedex_lora.reproduce._recipe import Cell, identity
@@ -40,7 +40,7 @@ class Place:
     Attributes:
         out: records in `out/runs`; an unfinished run in `out/work`.
         data: the folder of all data; None: the hub.
-        model: a local folder of the base that the recipe names; None: as it is named.
+        model: a local folder of the base that the recipe names, or of folders that are named like the bases; None: the hub.
     """
 
     out: Path
@@ -52,8 +52,9 @@ class Place:
         task, base = cell.config.task, cell.config.base
         if self.data is not None and cell.folder:
             task = task.model_copy(update={"data": self.data / cell.folder})
-        if self.model is not None:
-            base = base.model_copy(update={"model": str(self.model)})
+        if self.model is not None and base.model != DEMO:
+            one_of_many = self.model / base.model.rpartition("/")[2]
+            base = base.model_copy(update={"model": str(one_of_many if one_of_many.is_dir() else self.model)})
         return cell.config.model_copy(update={"task": task, "base": base})
 
 

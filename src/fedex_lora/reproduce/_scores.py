@@ -50,11 +50,11 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> Grid:
     rows = []
     for row in recipe.rows:
         ours = [mean_and_deviation(list(cells[row.label][head].values()), len(filled.seeds), digits.get(head, 2)) for head in heads]
-        rows.append([row.label, "here", *ours])
+        rows.append([row.label, filled.label, *ours])
         if panel.paper and not row.added:
             rows.append(["", "paper", *([f"{number:g}" for number in panel.paper.get(row.label, [])] or [UNKNOWN] * len(heads))])
     notes = [f"Paper: {panel.source}." if panel.paper else f"The paper's numbers: {UNKNOWN}."]
-    notes.append("Here: mean ± standard deviation over the seeds, after the last round.")
+    notes.append("Ours: mean ± standard deviation over the seeds, after the last round.")
     missing = [column.label for column in recipe.columns if column not in filled.columns]
     if missing and recipe.average and panel in filled.panels:
         notes.append(f"The average of ours is without {', '.join(missing)}.")
