@@ -21,6 +21,10 @@ def reproduce(
         Optional[Path],  # noqa: UP045
         typer.Option(help="A local folder of the base that the recipe names, or of folders named like the bases; without it, the hub."),
     ] = None,
+    panel: Annotated[Optional[list[str]], typer.Option(help="Run this part only; may be repeated, as the next three.")] = None,  # noqa: UP045
+    row: Annotated[Optional[list[str]], typer.Option(help="A method, as the recipe calls it.")] = None,  # noqa: UP045
+    column: Annotated[Optional[list[str]], typer.Option(help="A data set, as the recipe calls it.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[list[int]], typer.Option(help="A seed of the scale.")] = None,  # noqa: UP045
     run: Annotated[bool, typer.Option(help="Run what is missing, or only make the tables from the records that are there.")] = True,
     set_: Overrides = None,
     out: Annotated[Path, typer.Option(help="Where records and tables go; what is there is not run again.")] = Path("reproduce"),
@@ -29,7 +33,7 @@ def reproduce(
 ) -> None:
     """Reproduce a table or figure of the paper: its runs, then the table, with the paper's numbers beside ours."""
     from fedex_lora.display import Runs, table
-    from fedex_lora.reproduce import about, read_recipe, targets
+    from fedex_lora.reproduce import Only, about, read_recipe, targets
     from fedex_lora.reproduce import reproduce as reproduce_here
 
     console = consoles(as_json)
@@ -40,8 +44,9 @@ def reproduce(
         else:
             console.print(table("targets", ["target", "what"], [[name, recipe.title] for name, recipe in found.items()]))
         return
+    only = Only(panel or (), row or (), column or (), seed or ())
     with Runs(console) as tell:
-        result, grids = reproduce_here(target, scale, out, data, model, set_ or [], run, tell)
+        result, grids = reproduce_here(target, scale, out, data, model, set_ or [], only if run else None, tell)
     if as_json:
         print_json(result)
         return

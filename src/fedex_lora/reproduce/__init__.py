@@ -1,22 +1,23 @@
 """`fedex-lora reproduce`: a table or figure of the paper by one command. Recipes name runs, runs leave records, records make tables."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fedex_lora.errors import UsageError
 from fedex_lora.reproduce._deviations import by_layer, by_round
 from fedex_lora.reproduce._filled import Filled
 from fedex_lora.reproduce._grids import Grid
-from fedex_lora.reproduce._recipe import Cell, CellPlace, Recipe, cells, read_recipe, targets
+from fedex_lora.reproduce._recipe import Cell, CellPlace, Only, Recipe, cells, read_recipe, targets
 from fedex_lora.reproduce._records import Place, find_record, make_record
 from fedex_lora.reproduce._scores import scores
 from fedex_lora.reproduce._tiny import write_tiny_data
 from fedex_lora.reproduce._traffic import traffic
 from fedex_lora.storage import plain_json, write_text
 
-__all__ = ["Grid", "Recipe", "about", "cells", "read_recipe", "reproduce", "targets"]
+__all__ = ["Grid", "Only", "Recipe", "about", "cells", "read_recipe", "reproduce", "targets", "write_tiny_data"]
 
 LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Grid]]]] = {
     "scores": scores,
@@ -24,6 +25,7 @@ LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Grid]]]] 
     "rounds": by_round,
     "bytes": traffic,
 }
+EVERYTHING = Only()
 Told = Callable[[str, int, int], None]
 """(a line, how many runs are done, how many there are)."""
 
@@ -35,7 +37,7 @@ def reproduce(
     data: Path | None = None,
     model: Path | None = None,
     overrides: Sequence[str] = (),
-    execute: bool = True,
+    only: Only | None = EVERYTHING,
     tell: Told = lambda line, done, total: None,
 ) -> tuple[dict[str, Any], list[Grid]]:
     """Run what is not there yet of a table or figure, and make it.
@@ -47,22 +49,25 @@ def reproduce(
         data: the folder of all data in their published layouts; None: the hub.
         model: a local folder of the base that the recipe names, or of folders named like the bases; None: the hub.
         overrides: `a.b=v`, of every run.
-        execute: run what is missing; otherwise only make the tables from the records that are there.
+        only: the part that is run where it is missing; None: nothing. Tables always show all records that are there.
         tell: told of every run.
 
     Returns:
         The numbers, as they are written to `SCALE/TARGET.json`, and the tables.
 
     Raises:
-        UsageError: an unknown target or scale.
+        UsageError: an unknown target, scale or label.
         FedexLoraError: what stops a run. The records of earlier ones are there.
     """
     recipe = read_recipe(target)
     wanted = list(cells(recipe, scale, overrides))
+    running = set() if only is None else {cell.key for cell in wanted if only.holds(cell)}
+    if only is not None and not running:
+        raise UsageError(f"{target} at scale {scale} has no runs with {only}: see the labels in its recipe")
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
         if folder is not None:
             write_tiny_data(Path(folder))
-        records = _records(wanted, Place(out, Path(folder) if folder else data, model), execute, tell)
+        records = _records(wanted, Place(out, Path(folder) if folder else data, model), running, tell)
     numbers, grids = LAYOUTS[recipe.layout](Filled.of(recipe, scale, records))
     result = {
         "target": recipe.target,
@@ -90,7 +95,7 @@ def about(result: dict[str, Any]) -> str:
     return f"{result['title']} ({result['source']}), scale `{result['scale']}`: {result['note']} {how_far}.{choices}"
 
 
-def _records(wanted: Sequence[Cell], place: Place, execute: bool, tell: Told) -> dict[CellPlace, dict[str, Any]]:
+def _records(wanted: Sequence[Cell], place: Place, running: Set[str], tell: Told) -> dict[CellPlace, dict[str, Any]]:
     """The record of every cell that has one; cells may share a run."""
     known: dict[str, dict[str, Any]] = {}
     keys = {cell.key for cell in wanted}
@@ -98,7 +103,7 @@ def _records(wanted: Sequence[Cell], place: Place, execute: bool, tell: Told) ->
         if cell.key in known:
             continue
         record = find_record(place.out, cell)
-        if record is None and execute:
+        if record is None and cell.key in running:
             record = make_record(place, cell)
             end = record.get("failed") or _shown(record)
             tell(f"{cell.panel}  {cell.row}  {cell.column}  seed {cell.seed}: {end}", len(known) + 1, len(keys))

@@ -154,6 +154,20 @@ class Cell:
         return f"{task}_{self.config.method}_seed-{self.config.seed}_{self.key}"
 
 
+@dataclass(frozen=True)
+class Only:
+    """A part of a target, by labels and seeds; empty: all of them."""
+
+    panels: Sequence[str] = ()
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+
+    def holds(self, cell: Cell) -> bool:
+        wanted = (self.panels, self.rows, self.columns, self.seeds)
+        return all(not names or name in names for names, name in zip(wanted, cell.place, strict=True))
+
+
 def identity(config: Config) -> dict[str, Any]:
     """What makes a run's numbers: settings that are not at their defaults, so that new settings leave old records valid."""
     return config.model_dump(mode="json", exclude_defaults=True)
