@@ -100,6 +100,12 @@ class Display:
             markup=False,
         )
 
+    def _on_waiting(self, fields: dict[str, Any]) -> None:
+        since = time.strftime("%H:%M:%S", time.localtime(fields["since"]))
+        again = f": {fields['reason']}; asking again in {fields['seconds']:.0f} s" if "reason" in fields else ""
+        who = ", ".join(fields["clients"][:5]) + (f" and {len(fields['clients']) - 5} more" if len(fields["clients"]) > 5 else "")
+        self._console.print(f"{self._label}round {fields['round']}: waiting for {who} since {since}{again}", highlight=False, markup=False)
+
     def _on_held_out(self, fields: dict[str, Any]) -> None:
         if fields["round"]:
             self._console.print(
