@@ -8,10 +8,10 @@ import fedex_lora
 ROOT = Path(fedex_lora.__file__).parent
 ABOVE = (
     "errors types config aggregation consistency measure server screening catch_up framing wire answers books"
-    " storage peft_io checkpoint memory verify adapters export tasks partition client"
+    " scoring storage peft_io checkpoint memory verify adapters export tasks partition client evaluation"
 )
 ORDER = f"{ABOVE} rounds runner display compare reproduce demo doctor cli".split()
-PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers")
+PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers", "scoring")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 
 
