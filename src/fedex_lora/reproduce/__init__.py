@@ -10,7 +10,7 @@ from fedex_lora.errors import UsageError
 from fedex_lora.reproduce._deviations import by_layer, by_round
 from fedex_lora.reproduce._filled import Filled
 from fedex_lora.reproduce._grids import Grid
-from fedex_lora.reproduce._recipe import Cell, CellPlace, Only, Recipe, cells, read_recipe, targets
+from fedex_lora.reproduce._recipe import Cell, CellPlace, Only, Recipe, Scale, cells, read_recipe, targets
 from fedex_lora.reproduce._records import Place, find_record, make_record
 from fedex_lora.reproduce._scores import scores
 from fedex_lora.reproduce._tiny import write_tiny_data
@@ -67,7 +67,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
         if folder is not None:
             write_tiny_data(Path(folder))
-        records = _records(wanted, Place(out, Path(folder) if folder else data, model), running, tell)
+        records = _records(wanted, Place(out, Path(folder) if folder else data, model), running, recipe.scaled(scale), tell)
     numbers, grids = LAYOUTS[recipe.layout](Filled.of(recipe, scale, records))
     result = {
         "target": recipe.target,
@@ -95,7 +95,7 @@ def about(result: dict[str, Any]) -> str:
     return f"{result['title']} ({result['source']}), scale `{result['scale']}`: {result['note']} {how_far}.{choices}"
 
 
-def _records(wanted: Sequence[Cell], place: Place, running: Set[str], tell: Told) -> dict[CellPlace, dict[str, Any]]:
+def _records(wanted: Sequence[Cell], place: Place, running: Set[str], scale: Scale, tell: Told) -> dict[CellPlace, dict[str, Any]]:
     """The record of every cell that has one; cells may share a run."""
     known: dict[str, dict[str, Any]] = {}
     keys = {cell.key for cell in wanted}
@@ -104,7 +104,8 @@ def _records(wanted: Sequence[Cell], place: Place, running: Set[str], tell: Told
             continue
         record = find_record(place.out, cell)
         if record is None and cell.key in running:
-            record = make_record(place, cell)
+            tests = sorted({one.test for one in wanted if one.key == cell.key and one.test})
+            record = make_record(place, cell, tests, scale.generation)
             end = record.get("failed") or _shown(record)
             tell(f"{cell.panel}  {cell.row}  {cell.column}  seed {cell.seed}: {end}", len(known) + 1, len(keys))
         if record is not None:

@@ -53,12 +53,12 @@ class Filled:
     def scores(self, panel: Panel, row: Row, column: Column) -> dict[int, float]:
         """Seed -> the metric, times the column's factor."""
         metric = panel.metrics.get(column.label, column.metric)
-        runs = {seed: score(record, metric) for seed, record in self.runs(panel, row, column).items()}
+        runs = {seed: score(record, metric, column.test) for seed, record in self.runs(panel, row, column).items()}
         return {seed: column.factor * value for seed, value in runs.items() if value is not None}
 
 
-def score(record: Record, metric: str) -> float | None:
-    """A metric after the last round.
+def score(record: Record, metric: str, test: str | None = None) -> float | None:
+    """A metric after the last round, on the evaluation rows, or on a test in writing.
 
     `held_out.METRIC`: on the clients' own rows, the mean over the later half of the rounds, as `compare` chooses learning rates.
     """
@@ -66,5 +66,5 @@ def score(record: Record, metric: str) -> float | None:
         held = {int(number): metrics for number, metrics in record["held_out"].items()}
         later = [metrics[metric.removeprefix(HELD_OUT)] for number, metrics in held.items() if number > len(record["rounds"]) // 2]
         return float(np.mean(later)) if later else None
-    value: float | None = {**record["rounds"][-1]["metrics"], **record.get("scores", {})}.get(metric)
+    value: float | None = (record.get("tests", {}).get(test, {}) if test else record["rounds"][-1]["metrics"]).get(metric)
     return value

@@ -40,6 +40,7 @@ class Column(_Table):
     factor: float = 100.0
     digits: int = 2
     folder: str = Field("", description="Of the task's files, below the folder of all data.")
+    test: str | None = Field(None, description="The task whose test rows the final model answers in writing; the metric is of that.")
     set: dict[str, Any] = {}
 
 
@@ -50,7 +51,7 @@ class Panel(_Table):
     set: dict[str, Any] = {}
     metrics: dict[str, str] = Field({}, description="Column -> metric, where it differs.")
     source: str = Field(UNKNOWN, description="Where the paper's numbers were found.")
-    paper: dict[str, list[float]] = Field({}, description="Row -> a number for each column, and the average.")
+    paper: dict[str, list[float]] = Field({}, description="Row -> a number for each column, and the average; nan where it is not known.")
 
 
 class Scale(_Table):
@@ -64,6 +65,7 @@ class Scale(_Table):
     panels: dict[str, dict[str, Any]] | None = None
     rows: list[str] | None = None
     learning_rates: dict[str, float] = Field({}, description="METHOD -> learning rate, where it differs.")
+    generation: dict[str, Any] = Field({}, description="For tests in writing: over the task's settings of GenerationConfig.")
     tiny: bool = Field(False, description="On rows that the package makes.")
 
 
@@ -128,6 +130,7 @@ class Cell:
     Attributes:
         config: the run without what differs between machines (`task.data`).
         folder: of the task's files, below the folder of all data.
+        test: the task whose test rows the final model answers in writing.
     """
 
     panel: str
@@ -136,6 +139,7 @@ class Cell:
     seed: int
     config: Config
     folder: str
+    test: str | None = None
 
     @property
     def place(self) -> CellPlace:
@@ -242,7 +246,7 @@ def cells(recipe: Recipe, scale_name: str, overrides: Sequence[str] = ()) -> Ite
                     config = parse_config(overridden(tree, overrides))
                     rate = scale.learning_rates.get(row.method, config.training.get("learning_rate", 1e-3))
                     config = configured(config, Variant.parse(row.method), rate, seed)
-                    yield Cell(panel.label, row.label, column.label, seed, config, column.folder)
+                    yield Cell(panel.label, row.label, column.label, seed, config, column.folder, column.test)
 
 
 def chosen(parts: Sequence[Any], wanted: Any) -> list[Any]:

@@ -11,10 +11,12 @@ from typing import Any
 from fedex_lora import measure
 from fedex_lora.config import DEMO, Config
 from fedex_lora.errors import StorageError, TrainingError
+from fedex_lora.evaluation import Options, evaluate_source
 from fedex_lora.peft_io import read_result
 from fedex_lora.reproduce._recipe import Cell, identity
 from fedex_lora.runner import run
 from fedex_lora.storage import plain_json, read_events, run_rounds_of, write_text
+from fedex_lora.tasks import load_task
 from fedex_lora.types import Aggregate
 
 RUNS, WORK = "runs", "work"
@@ -74,19 +76,31 @@ def find_record(out: Path, cell: Cell) -> dict[str, Any] | None:
     return found
 
 
-def make_record(place: Place, cell: Cell) -> dict[str, Any]:
+def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Run a cell, or go on with it, and write its record. Training that fails is a result too.
+
+    Args:
+        place: where.
+        cell: the run.
+        tests: tasks whose test rows the final model answers in writing.
+        generation: how, over the tasks' settings.
 
     Raises:
         FedexLoraError: whatever stops a run but training itself.
     """
-    folder = place.out / WORK / cell.name
+    folder, config = place.out / WORK / cell.name, place.localised(cell)
+    asked = {test: config.task.model_copy(update={"name": test, "train": ""}) for test in tests}  # no training rows are needed
+    for settings in asked.values():
+        if (generated := load_task(settings, cell.seed).generation) is not None:
+            generated.require()
     try:
-        run(place.localised(cell), folder, lambda event, **fields: None, resume=True)
+        run(config, folder, lambda event, **fields: None, resume=True)
     except TrainingError as error:
         record: dict[str, Any] = {"config": identity(cell.config), "failed": str(error)}
     else:
-        record = {"config": identity(cell.config), **recorded(read_events(folder / "events.jsonl"), folder)}
+        options = Options(base=config.base.source, batch_size=config.training.get("per_device_eval_batch_size", 8), generation=generation)
+        written = {test: _short(evaluate_source(str(folder), settings, options, cell.seed)) for test, settings in asked.items()}
+        record = {"config": identity(cell.config), **recorded(read_events(folder / "events.jsonl"), folder), "tests": written}
     write_text(place.out / RUNS / f"{cell.name}.json", plain_json(record) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return record

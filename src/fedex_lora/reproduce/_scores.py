@@ -52,7 +52,7 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> Grid:
         ours = [mean_and_deviation(list(cells[row.label][head].values()), len(filled.seeds), digits.get(head, 2)) for head in heads]
         rows.append([row.label, filled.label, *ours])
         if panel.paper and not row.added:
-            rows.append(["", "paper", *([f"{number:g}" for number in panel.paper.get(row.label, [])] or [UNKNOWN] * len(heads))])
+            rows.append(["", "paper", *map(_known, panel.paper.get(row.label, [math.nan] * len(heads)))])
     notes = [f"Paper: {panel.source}." if panel.paper else f"The paper's numbers: {UNKNOWN}."]
     notes.append("Ours: mean ± standard deviation over the seeds, after the last round.")
     missing = [column.label for column in recipe.columns if column not in filled.columns]
@@ -62,6 +62,10 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> Grid:
         notes.append(f"Not in the paper: {', '.join(added)}.")
     names = [f"{head} ({metrics[head]})" if metrics.get(head, head).lower() not in head.lower() else head for head in heads]
     return Grid(f"{recipe.title}: {panel.label}", ["Method", "", *names], rows, [*notes, *filled.failures(panel)])
+
+
+def _known(number: float) -> str:
+    return UNKNOWN if math.isnan(number) else f"{number:g}"
 
 
 def mean_and_deviation(values: Sequence[float], wanted: int, digits: int) -> str:
