@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, RobertaConfig
+from scripts.untrained_models import write
 from typer.testing import CliRunner
 
 from fedex_lora.aggregation import METHODS
@@ -234,24 +233,10 @@ def test_a_record_that_is_broken_is_named(recipe, tmp_path):
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
-    """RoBERTa-base's configuration (no weights), and a tokenizer of single bytes in its place."""
-    folder = tmp_path_factory.mktemp("models") / "roberta-base"
-    RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5).save_pretrained(folder)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
-    return folder.parent
+    """RoBERTa-base's configuration without weights."""
+    folder = tmp_path_factory.mktemp("models")
+    write(folder, ("roberta-base",))
+    return folder
 
 
 def test_the_full_scale_builds_the_paper_s_roberta(roberta, data_folder, tmp_path):

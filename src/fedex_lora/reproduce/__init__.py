@@ -8,7 +8,7 @@ from typing import Any
 
 from fedex_lora.errors import UsageError
 from fedex_lora.reproduce._deviations import by_layer, by_round
-from fedex_lora.reproduce._filled import Filled
+from fedex_lora.reproduce._filled import Filled, score
 from fedex_lora.reproduce._grids import Grid
 from fedex_lora.reproduce._recipe import Cell, CellPlace, Only, Recipe, Scale, cells, read_recipe, targets
 from fedex_lora.reproduce._records import Place, find_record, make_record
@@ -17,7 +17,7 @@ from fedex_lora.reproduce._tiny import write_tiny_data
 from fedex_lora.reproduce._traffic import traffic
 from fedex_lora.storage import plain_json, write_text
 
-__all__ = ["Grid", "Only", "Recipe", "about", "cells", "read_recipe", "reproduce", "targets", "write_tiny_data"]
+__all__ = ["Grid", "Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
 
 LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Grid]]]] = {
     "scores": scores,
@@ -68,7 +68,8 @@ def reproduce(
         if folder is not None:
             write_tiny_data(Path(folder))
         records = _records(wanted, Place(out, Path(folder) if folder else data, model), running, recipe.scaled(scale), tell)
-    numbers, grids = LAYOUTS[recipe.layout](Filled.of(recipe, scale, records))
+    filled = Filled.of(recipe, scale, records)
+    numbers, grids = LAYOUTS[recipe.layout](filled)
     result = {
         "target": recipe.target,
         "scale": scale,
@@ -76,6 +77,7 @@ def reproduce(
         "source": recipe.source,
         "note": recipe.scaled(scale).note,
         "choices": recipe.choices,
+        "not_at_this_scale": [panel.label for panel in recipe.panels if panel not in filled.panels],
         "runs": len({cell.key for cell in wanted}),
         "runs_done": len({cell.key for cell in wanted if cell.place in records}),
         "numbers": numbers,
@@ -90,9 +92,13 @@ def reproduce(
 def about(result: dict[str, Any]) -> str:
     """What stands above the tables."""
     done, runs = result["runs_done"], result["runs"]
-    how_far = f"{done} of {runs} runs" if done < runs else f"All {runs} runs are there"
-    choices = f" Chosen here, because the paper does not say: {'; '.join(result['choices'])}." if result["choices"] else ""
-    return f"{result['title']} ({result['source']}), scale `{result['scale']}`: {result['note']} {how_far}.{choices}"
+    lines = [f"{result['title']} ({result['source']}), scale `{result['scale']}`: {result['note']}"]
+    lines.append(f"{done} of {runs} runs are there." if done < runs else f"All {runs} runs are there.")
+    if result["not_at_this_scale"]:
+        lines.append(f"Not at this scale: {'; '.join(result['not_at_this_scale'])}.")
+    if result["choices"]:
+        lines.append(f"Chosen here, because the paper does not say: {'; '.join(result['choices'])}.")
+    return " ".join(lines)
 
 
 def _records(wanted: Sequence[Cell], place: Place, running: Set[str], scale: Scale, tell: Told) -> dict[CellPlace, dict[str, Any]]:

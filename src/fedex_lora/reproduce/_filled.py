@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class Filled:
         panels, rows, columns = (chosen(every, wanted) for every, wanted in parts)
         return cls(recipe, scale.label, found, scale.seeds, panels, rows, columns)
 
+    @property
+    def shown(self) -> list[Panel]:
+        """The panels that this scale runs, and those with numbers of the paper."""
+        return [panel for panel in self.recipe.panels if panel in self.panels or panel.paper]
+
     def runs(self, panel: Panel, row: Row, column: Column) -> dict[int, Record]:
         """Seed -> record, of runs that did not fail."""
         keys = {seed: (panel.label, row.label, column.label, seed) for seed in self.seeds}
@@ -49,6 +55,15 @@ class Filled:
             for (label, row, column, seed), record in self.found.items()
             if label == panel.label and "failed" in record
         ]
+
+    def unanswered(self, panel: Panel) -> list[str]:
+        """How many answers in writing could not be read; they count as wrong."""
+        notes = []
+        for row, column in product(self.rows, self.columns):
+            tests = [record["tests"].get(column.test, {}) for record in self.runs(panel, row, column).values() if column.test]
+            if odd := sum(test.get("unanswered", 0) for test in tests):
+                notes.append(f"{row.label} on {column.label}: {odd:.0f} of {sum(test['rows'] for test in tests):.0f} without an answer.")
+        return notes
 
     def scores(self, panel: Panel, row: Row, column: Column) -> dict[int, float]:
         """Seed -> the metric, times the column's factor."""

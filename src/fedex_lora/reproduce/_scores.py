@@ -18,7 +18,7 @@ Cells = Mapping[str, Mapping[str, Mapping[str, float]]]
 def scores(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
     """For each panel: the scores, the differences that the recipe asks for, and an account of the runs."""
     numbers, grids = [], []
-    for panel in filled.recipe.panels:
+    for panel in filled.shown:
         cells = {row.label: _row(filled, panel, row) for row in filled.recipe.rows}
         differences = {f"{one} minus {other}": paired(cells[one], cells[other]) for one, other in filled.recipe.contrasts}
         accounts = {row.label: _account(filled, panel, row) for row in filled.recipe.rows}
@@ -55,6 +55,7 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> Grid:
             rows.append(["", "paper", *map(_known, panel.paper.get(row.label, [math.nan] * len(heads)))])
     notes = [f"Paper: {panel.source}." if panel.paper else f"The paper's numbers: {UNKNOWN}."]
     notes.append("Ours: mean ± standard deviation over the seeds, after the last round.")
+    notes += filled.unanswered(panel)
     missing = [column.label for column in recipe.columns if column not in filled.columns]
     if missing and recipe.average and panel in filled.panels:
         notes.append(f"The average of ours is without {', '.join(missing)}.")

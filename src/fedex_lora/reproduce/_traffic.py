@@ -13,7 +13,7 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
     """Models by methods, as a share of the reference (the first contrast): messages, and with one download of the base for each client."""
     reference, labels = filled.recipe.contrasts[0][0], [row.label for row in filled.recipe.rows]
     numbers, rows = [], []
-    for panel in filled.recipe.panels:
+    for panel in filled.shown:
         sums = {row.label: _sums(filled.runs(panel, row, filled.columns[0])) for row in filled.recipe.rows}
         numbers.append({"panel": panel.label, "bytes": sums, "paper": panel.paper, "source": panel.source})
         for name, parts in (("messages", ["down", "up"]), ("with the base once", ["down", "up", "base"])):
@@ -24,7 +24,7 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
     notes = [
         f"Counted from the messages that were sent: all clients, all rounds, both ways; relative to {reference}.",
         "'With the base once' adds one download of the frozen base for each client.",
-        *(f"{panel.label}: {panel.source}." for panel in filled.recipe.panels if panel.paper),
+        *(f"{panel.label}: {panel.source}." for panel in filled.shown if panel.paper),
     ]
     return numbers, [Grid(filled.recipe.title, ["Model", "", *labels], rows, notes)]
 
