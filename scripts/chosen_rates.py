@@ -3,8 +3,8 @@
 python scripts/chosen_rates.py [--results FOLDER] [--check]
 
 For each method the rate with the best accuracy on the clients' own held-out rows of SST-2, averaged over the later half of the rounds,
-with one seed; the lower loss decides ties. Methods that were not in the grid take the rate of the one that is most like them. A method whose
-grid is not complete has no entry, and runs at the recipe's 3e-3.
+with one seed; the lower loss decides ties. Methods that were not in the grid take the rate of the one that is most like them. A
+method whose grid is not complete has no entry, and runs at the recipe's 3e-3.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from fedex_lora.reproduce import cells, find_record, read_recipe, score
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "_glue_tuned.toml"
 LIKE = {"ffa@2r": "ffa", "reinit": "fedex", "keep": "fedex", "fedex-best": "fedit+balanced"}
-HEAD = """# Written by scripts/chosen_rates.py: learning rates of the scale `small`, from the records of `fedex-lora reproduce rates --scale small`.
+HEAD = """# Written by scripts/chosen_rates.py: the learning rates of the scale `small`, from the records of `rates`.
 extends = "_glue"
 
 [scale.small.learning_rates]
@@ -38,13 +38,18 @@ def chosen(results: Path) -> dict[str, float]:
     return rates | {method: rates[like] for method, like in LIKE.items() if like in rates}
 
 
+def recipe(results: Path) -> str:
+    """The file that holds them."""
+    return HEAD + "".join(f'"{method}" = {rate:g}\n' for method, rate in chosen(results).items())
+
+
 def main() -> None:
     """Write them, or check that they are what is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    wanted = HEAD + "".join(f'"{method}" = {rate:g}\n' for method, rate in chosen(options.results).items())
+    wanted = recipe(options.results)
     if not options.check:
         RECIPE.write_text(wanted, encoding="utf-8")
     elif RECIPE.read_text(encoding="utf-8") != wanted:
