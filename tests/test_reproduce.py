@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 from fedex_lora.aggregation import METHODS
 from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.reproduce import Only, cells, read_recipe, reproduce, targets
+from fedex_lora.reproduce import Only, cells, find_record, read_recipe, reproduce, targets, write_tiny_data
 from fedex_lora.reproduce._recipe import merged
+from fedex_lora.reproduce._records import Place, make_record
+from fedex_lora.runner import run
 
 RECIPE = """
 title = "Two methods"
@@ -66,7 +68,7 @@ def ran(recipe, tmp_path_factory):
 def test_every_recipe_says_what_can_be_run():
     """Every cell of every target at every scale has a valid configuration, its metric's task, and its own run."""
     names = targets()
-    assert {*(f"table{n}" for n in (3, 5, 6, 9, 10)), *(f"figure{n}" for n in range(2, 10))} <= set(names)
+    assert {*(f"table{n}" for n in (1, 2, 3, 4, 5, 6, 9, 10, 11)), *(f"figure{n}" for n in range(2, 10))} <= set(names)
     for name in names:
         recipe = read_recipe(name)
         assert {"smoke", "small", "full"} == set(recipe.scale)
@@ -153,6 +155,27 @@ def test_tables_are_made_again_without_running(ran, recipe):
     assert not list((out / "work").glob("*"))
 
 
+def test_an_interrupted_run_goes_on(recipe, tmp_path):
+    """Stopped after round 1 of 2: what is left is one more round, and the record is that of a run that was left alone."""
+    only, longer = Only(rows=["FedEx"], columns=["STS-B"], seeds=[0]), ["rounds=2"]
+    cell = next(cell for cell in cells(read_recipe(recipe), "smoke", longer) if only.holds(cell))
+    write_tiny_data(tmp_path / "tiny")
+    place = Place(tmp_path / "stopped", tmp_path / "tiny")
+
+    def stop(event, **fields):
+        if event == "round_done":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(place.localised(cell), place.out / "work" / cell.name, stop)
+    assert not find_record(place.out, cell)
+    went_on, alone = make_record(place, cell), make_record(Place(tmp_path / "alone", tmp_path / "tiny"), cell)
+    assert [one["metrics"] for one in went_on["rounds"]] == [one["metrics"] for one in alone["rounds"]]
+    assert [one["modules"] for one in went_on["rounds"]] == [one["modules"] for one in alone["rounds"]]
+    assert find_record(place.out, cell) == json.loads(json.dumps(went_on))
+    assert not (place.out / "work" / cell.name).exists()
+
+
 def test_records_hold_the_deviation_of_every_module(ran):
     """|s Bbar Abar - M| of modules adds up to the round's own number, and is divided by sqrt(out in)."""
     out, *_ = ran
@@ -203,7 +226,9 @@ def test_other_layouts(target, tmp_path):
     [
         (["tabel3"], "unknown target 'tabel3': did you mean table3?"),
         (["table3", "--scale", "huge"], "table3 has no scale 'huge': it has smoke, small, full"),
-        (["table3", "--row", "FedEx"], "no runs with"),
+        (["table3", "--row", "FedEx"], "table3 at scale smoke has no row 'FedEx': did you mean 'FedEx-LoRA'?"),
+        (["table3", "--scale", "small", "--column", "QNLI"], "has no column 'QNLI'"),
+        (["table3", "--seed", "7"], "has no seed '7': it has 0, 1"),
         (["table3", "--scale", "small", "--data", "nowhere", "--set", "base.model=demo"], "train.tsv does not exist"),
         (["table3", "--set", "rounds=0"], "rounds"),
         (["broken.toml"], "title"),

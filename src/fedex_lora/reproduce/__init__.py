@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.errors import UsageError
 from fedex_lora.reproduce._deviations import by_layer, by_round
 from fedex_lora.reproduce._filled import Filled, score
 from fedex_lora.reproduce._grids import Grid
@@ -61,9 +60,9 @@ def reproduce(
     """
     recipe = read_recipe(target)
     wanted = list(cells(recipe, scale, overrides))
-    running = set() if only is None else {cell.key for cell in wanted if only.holds(cell)}
-    if only is not None and not running:
-        raise UsageError(f"{target} at scale {scale} has no runs with {only}: see the labels in its recipe")
+    if only is not None:
+        only.require_known(wanted, f"{target} at scale {scale}")
+    running = {cell.key for cell in wanted if only is not None and only.holds(cell)}
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
         if folder is not None:
             write_tiny_data(Path(folder))

@@ -171,6 +171,22 @@ class Only:
         wanted = (self.panels, self.rows, self.columns, self.seeds)
         return all(not names or name in names for names, name in zip(wanted, cell.place, strict=True))
 
+    def require_known(self, wanted: Sequence[Cell], where: str) -> None:
+        """Every label and seed is there.
+
+        Raises:
+            UsageError: one is not; the nearest is named.
+        """
+        kinds = (("panel", self.panels), ("row", self.rows), ("column", self.columns), ("seed", self.seeds))
+        for place, (kind, names) in enumerate(kinds):
+            known = list(dict.fromkeys(str(cell.place[place]) for cell in wanted))
+            for name in map(str, names):
+                if name not in known:
+                    near = nearest(name, known)
+                    raise UsageError(
+                        f"{where} has no {kind} {name!r}: " + (f"did you mean {near!r}?" if near else f"it has {', '.join(known)}")
+                    )
+
 
 def identity(config: Config) -> dict[str, Any]:
     """What makes a run's numbers: settings that are not at their defaults, so that new settings leave old records valid."""
