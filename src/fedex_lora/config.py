@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -302,14 +303,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return parse_config(with_overrides(tree, overrides))
-
-
-def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Plain values, with `a.b=v` set in them."""
-    for override in overrides:
-        _set(tree, override)
-    return tree
+    return parse_config(overridden(tree, overrides))
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -334,6 +328,14 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 def write_config(config: Config) -> str:
     """The configuration as TOML, complete but for what is unset."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree of plain values with `a.b=v` overrides; the one that was given stays as it is."""
+    made = deepcopy(dict(tree))
+    for override in overrides:
+        _set(made, override)
+    return made
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "Curve",
     "Variant",
     "compare",
+    "configured",
     "controls",
     "footnotes",
     "held_out_score",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedex_lora.config import Config, parse_config, with_absolute_paths, with_overrides
+from fedex_lora.config import Config, overridden, parse_config, with_absolute_paths
 from fedex_lora.demo import configuration
 from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.flower import write_app
@@ -23,7 +23,7 @@ def short_demo(overrides: Sequence[str] = ()) -> Config:
     """Two rounds of the demo on a few rows."""
     tree = configuration("fedex", 2).model_dump(mode="json", exclude_none=True)
     tree["task"] |= {"train_rows": 60, "eval_rows": 15}
-    return parse_config(with_overrides(tree, overrides))
+    return parse_config(overridden(tree, overrides))
 
 
 def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:

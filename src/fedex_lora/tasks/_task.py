@@ -220,4 +220,4 @@ def label_indices(values: Any, names: list[Any], where: str) -> list[int]:
     try:
         return [index[value] for value in values]
     except KeyError as error:
-        raise DataError(f"{where} has a label {error.args[0]!r} outside {names}") from None
+        raise DataError(f"{where} has a label {error.args[0]!r} outside {names}: mend that row, or leave it out") from None

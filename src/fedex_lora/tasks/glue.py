@@ -72,7 +72,7 @@ def load(name: str, settings: config.Task) -> Task:
         text, label, names = list(glue.hub_text), "label", list(range(len(glue.classes)))
 
     def labels(rows: Rows) -> list[Any]:
-        return [float(value) for value in rows[label]] if not names else label_indices(rows[label], names, f"glue/{name}")
+        return _scores(rows[label], f"glue/{name}") if not names else label_indices(rows[label], names, f"glue/{name}")
 
     return Task(
         kind="classification",
@@ -86,8 +86,17 @@ def load(name: str, settings: config.Task) -> Task:
         model_config={"num_labels": len(names), "problem_type": "single_label_classification"}
         if names
         else {"num_labels": 1, "problem_type": "regression"},
-        classes=np.asarray(labels(train)) if names else np.asarray(pd.cut(train[label].astype(float), 5, labels=False)),
+        classes=np.asarray(labels(train)) if names else np.asarray(pd.cut(labels(train), 5, labels=False)),
     )
+
+
+def _scores(values: Any, where: str) -> list[float]:
+    """The labels of a regression."""
+    numbers = pd.to_numeric(pd.Series(values), errors="coerce")
+    if not np.isfinite(numbers).all():
+        odd = np.asarray(values)[~np.isfinite(numbers)][0]
+        raise DataError(f"{where} has a score {odd!r} that is no number: mend that row, or leave it out")
+    return [float(number) for number in numbers]
 
 
 def _read(path: Path, glue: Glue) -> Rows:
@@ -105,7 +114,7 @@ def _read(path: Path, glue: Glue) -> Rows:
 def glue_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
     """The named metrics of logits (`rows x classes`, or `rows` for regression) against labels."""
     scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    values = scores.reshape(len(labels)) if names[0] == "pearson" else scores.argmax(axis=-1)
+    values = scores.reshape(len(labels)).astype(np.float64) if names[0] == "pearson" else scores.argmax(axis=-1)
     formulas = {
         "accuracy": lambda: accuracy_score(labels, values),
         "f1": lambda: f1_score(labels, values, zero_division=0.0),

@@ -1,0 +1,56 @@
+"""The paper's tables and figures: `reproduce`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, one_line_errors, print_json
+
+
+@app.command()
+@one_line_errors
+def reproduce(
+    target: Annotated[str, typer.Argument(help='table1, figure2 and so on, a recipe in TOML, or "list".')],
+    scale: Annotated[str, typer.Option(help="smoke: made-up rows, minutes; small: real data, a small model; full: the paper's.")] = "smoke",
+    data: Annotated[
+        Optional[Path],  # noqa: UP045 (typer)
+        typer.Option(envvar="FEDEX_LORA_DATA", help="The folder that holds glue/, e2e/ and so on; without it, the hub."),
+    ] = None,
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A local folder of the base that the recipe names, or of folders named like the bases; without it, the hub."),
+    ] = None,
+    panel: Annotated[Optional[list[str]], typer.Option(help="Run this part only; may be repeated, as the next three.")] = None,  # noqa: UP045
+    row: Annotated[Optional[list[str]], typer.Option(help="A method, as the recipe calls it.")] = None,  # noqa: UP045
+    column: Annotated[Optional[list[str]], typer.Option(help="A data set, as the recipe calls it.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[list[int]], typer.Option(help="A seed of the scale.")] = None,  # noqa: UP045
+    run: Annotated[bool, typer.Option(help="Run what is missing, or only make the tables from the records that are there.")] = True,
+    set_: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Where records and tables go; what is there is not run again.")] = Path("reproduce"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Reproduce a table or figure of the paper: its runs, then the table, with the paper's numbers beside ours."""
+    from fedex_lora.display import Runs, table
+    from fedex_lora.reproduce import Only, about, read_recipe, targets
+    from fedex_lora.reproduce import reproduce as reproduce_here
+
+    console = consoles(as_json)
+    if target == "list":
+        found = {name: read_recipe(name) for name in targets()}
+        if as_json:
+            print_json({name: recipe.title for name, recipe in found.items()})
+        else:
+            console.print(table("targets", ["target", "what"], [[name, recipe.title] for name, recipe in found.items()]))
+        return
+    only = Only(panel or (), row or (), column or (), seed or ())
+    with Runs(console) as tell:
+        result, grids = reproduce_here(target, scale, out, data, model, set_ or [], only if run else None, tell)
+    if as_json:
+        print_json(result)
+        return
+    console.print(about(result), highlight=False, markup=False)
+    for grid in grids:
+        console.print(f"\n{grid.markdown()}", highlight=False, markup=False)
+    console.print(f"{out / scale / result['target']}.md, .tex and .json", highlight=False)
