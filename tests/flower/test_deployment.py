@@ -1,8 +1,6 @@
 """A real deployment on this machine: the same bits as in process, whatever dies, and exactness all the way."""
 
-import os
 import signal
-import subprocess
 
 import pytest
 from tests.flower.conftest import CLIENTS, COLD, PATIENCE, configuration, events, wait_for
@@ -19,13 +17,6 @@ QUORUM = {"quorum": 0.6}
 
 def exact(out):
     return all(event["exactness_error"] < 1e-6 for event in events(out, "round_done")) and verify(out)["max_relative_error"] < 1e-6
-
-
-def processes(group, name):
-    """The ids of processes called `name` in the group that a process of the deployment leads."""
-    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-    return [int(pid) for pid, pgid, words in rows if int(pgid) == group and name in words]
 
 
 def base_of(path):
@@ -91,8 +82,9 @@ def test_a_server_app_killed_and_started_again_ends_in_the_same_bits(federation)
     config = configuration(3)
     _, out = federation.submit(config, "resumed")
     wait_for(lambda: len(events(out, "client_done")) >= 4)
-    for pid in processes(federation.deployment.processes["superlink"].pid, "flwr-serverapp"):
-        os.kill(pid, signal.SIGKILL)
+    apps = [process for process in federation.deployment.family("superlink") if "flwr-serverapp" in " ".join(process.cmdline())]
+    assert len(apps) == 1
+    apps[0].kill()
     federation.finish(config, "resumed")
     assert len(events(out, "resumed")) == 1
     assert differing(federation.reference(config), out) == []
