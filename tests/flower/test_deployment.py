@@ -5,10 +5,10 @@ import signal
 import pytest
 from tests.flower.conftest import CLIENTS, COLD, PATIENCE, configuration, events, wait_for
 
-from fedex_lora.flower import write_app
 from fedex_lora.flower._keys import make_certificates, make_node_key
 from fedex_lora.flower._local import local_simulation, simulated
 from fedex_lora.flower._trial import differing, traffic
+from fedex_lora.flower.app_folder import write_app
 from fedex_lora.storage import load_tensors
 from fedex_lora.verify import verify
 
