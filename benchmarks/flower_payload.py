@@ -15,9 +15,9 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig
 
 from fedex_lora.config import base_folder, parse_config
-from fedex_lora.flower import write_app
 from fedex_lora.flower._local import local_deployment
 from fedex_lora.flower._trial import traffic
+from fedex_lora.flower.app_folder import write_app
 from fedex_lora.storage import read_events
 
 SIDE = 1024

@@ -33,7 +33,6 @@ from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
 from fedex_lora.doctor import examine  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError  # noqa: E402
-from fedex_lora.flower import write_app  # noqa: E402
 from fedex_lora.flower._exchange import GridExchange, Roster  # noqa: E402
 from fedex_lora.flower._keys import make_certificates, make_node_key  # noqa: E402
 from fedex_lora.flower._messages import Packet, pack, unpack  # noqa: E402
@@ -42,6 +41,7 @@ from fedex_lora.flower._request import Request  # noqa: E402
 from fedex_lora.flower._settings import node_settings, run_settings  # noqa: E402
 from fedex_lora.flower._trial import differing, short_demo  # noqa: E402
 from fedex_lora.flower._worker import ask, serve  # noqa: E402
+from fedex_lora.flower.app_folder import write_app  # noqa: E402
 from fedex_lora.rounds import log_to, run_rounds  # noqa: E402
 from fedex_lora.runner import InProcess, run  # noqa: E402
 from fedex_lora.storage import read_events  # noqa: E402

@@ -261,7 +261,7 @@ def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_
     net = Network(config)
 
     def forgetful(messages, deadline=None):
-        if net.calls == 1:
+        if net.calls == 2:
             net.place.parties.memories.pop(SLOW)
         yield from net.exchange(messages, deadline)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fedex_lora.config import parse_config
-from fedex_lora.flower import write_app
 from fedex_lora.flower._local import local_deployment
 from fedex_lora.flower._trial import short_demo
+from fedex_lora.flower.app_folder import write_app
 from fedex_lora.runner import run
 from fedex_lora.storage import read_events
 

@@ -28,7 +28,7 @@ def init(
 ) -> None:
     """Write a Flower app folder that `flwr run` takes, for a simulation or a deployment."""
     from fedex_lora.config import read_config, with_absolute_paths
-    from fedex_lora.flower import write_app
+    from fedex_lora.flower.app_folder import write_app
 
     names = [name.strip() for name in (clients or "").split(",") if name.strip()]
     run = (out or folder.with_name(f"{folder.name}-run")).absolute()

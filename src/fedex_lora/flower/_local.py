@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fedex_lora.errors import FedexLoraError, TrainingError
 from fedex_lora.flower import ENVIRONMENT
@@ -69,18 +71,26 @@ class LocalDeployment:
             )
 
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM, patience: float = 10.0) -> None:
-        """Stop a process and all that it started."""
+        """Stop a process and all that it started, as a machine stops when `how` is SIGKILL."""
+        family = self.family(name)
         process = self.processes.pop(name)
-        for sign in (how, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, sign)
-            except ProcessLookupError:
-                break
-            try:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        if how != signal.SIGKILL:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """All that a process has started and that runs; Flower puts some of it into groups of its own."""
+        with suppress(psutil.NoSuchProcess):
+            return list(psutil.Process(self.processes[name].pid).children(recursive=True))
+        return []
 
     def log(self, name: str) -> str:
         """What a process has said."""

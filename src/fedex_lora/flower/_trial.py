@@ -11,8 +11,8 @@ import torch
 from fedex_lora.config import Config, overridden, parse_config, with_absolute_paths
 from fedex_lora.demo import configuration
 from fedex_lora.errors import TrainingError, UsageError
-from fedex_lora.flower import write_app
 from fedex_lora.flower._local import local_deployment
+from fedex_lora.flower.app_folder import write_app
 from fedex_lora.partition import partition
 from fedex_lora.runner import run
 from fedex_lora.storage import FINAL, load_tensors, read_events

@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedex_lora.aggregation import method_named
-from fedex_lora.answers import Emit, Reply
+from fedex_lora.answers import Reply
 from fedex_lora.config import Config, read_config
 from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import ConfigError
@@ -110,6 +110,3 @@ def narrate(event: str, **fields: Any) -> None:
         numbers = {"exactness error": fields.get("exactness_error")} | dict(fields["metrics"])
         shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
         log(INFO, "round %d done: %s; %.1f s", fields["round"], shown, fields["seconds"])
-
-
-_: Emit = narrate
