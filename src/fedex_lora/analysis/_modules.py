@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -57,15 +57,15 @@ def modules(run: Run) -> pd.DataFrame:
 
     From the events; for runs whose events lack it, from the clients' updates in the round folders that are still there.
     """
-    parts = []
+    parts: dict[str, list[Any]] = {}
     recorded = {event["round"]: event["modules"] for event in run.events if event["event"] == "round_done" and event.get("modules")}
     for number in [event["round"] for event in run.events if event["event"] == "round_done"]:
         columns = recorded.get(number) or _recomputed(round_folder(run.folder, number))
-        if columns:
-            parts.append(pd.DataFrame(columns).assign(round=number))
+        for name, values in (columns | {"round": [number] * len(columns["module"])}).items() if columns else ():
+            parts.setdefault(name, []).extend(values)
     if not parts:
         return pd.DataFrame(columns=COLUMNS)
-    frame = pd.concat(parts, ignore_index=True)
+    frame = pd.DataFrame(parts)
     places = located(frame["module"].unique())
     return frame.assign(
         layer=frame["module"].map({name: layer for name, (layer, _) in places.items()}),
@@ -74,7 +74,7 @@ def modules(run: Run) -> pd.DataFrame:
     )[COLUMNS]
 
 
-def _recomputed(folder: Path) -> dict[str, list[object]] | None:
+def _recomputed(folder: Path) -> dict[str, list[Any]] | None:
     """A round's columns from its stored updates; None where they are gone, or have no LoRA factors."""
     result, updates = _stored(folder)
     return measure.per_module(measure.deviation(result, updates), result.adapter) if result else None

@@ -34,12 +34,12 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ in their seed only, with their rounds."""
+    """Runs that differ in their seed only, with `analysis.rounds` and `analysis.modules` of each."""
 
     label: str
     runs: Sequence[Run]
     rounds: Sequence[pd.DataFrame]
-    modules: pd.DataFrame
+    modules: Sequence[pd.DataFrame]
 
     @property
     def first(self) -> Run:
@@ -52,8 +52,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     groups = []
     for label in dict.fromkeys(names):
         members = [run for run, name in zip(runs, names, strict=True) if name == label]
-        modules = pd.concat([analysis.modules(run) for run in members], ignore_index=True)
-        groups.append(Group(label, members, [analysis.rounds(run.events) for run in members], modules))
+        frames = [analysis.rounds(run.events) for run in members]
+        groups.append(Group(label, members, frames, [analysis.modules(run) for run in members]))
     return groups
 
 
@@ -155,10 +155,11 @@ def deviations(groups: Sequence[Group]) -> Part:
     """How far averaging the factors is from the ideal."""
     parts, layers = [], []
     for group in groups:
-        if not group.modules.empty:
-            means = group.modules.groupby("round")["relative"].agg(value="mean", low="mean", high="mean").reset_index()
+        modules = pd.concat(group.modules)
+        if not modules.empty:
+            means = modules.groupby("round")["relative"].agg(value="mean", low="mean", high="mean").reset_index()
             parts.append(means.assign(label=group.label))
-            first = group.modules[(group.modules["round"] == group.modules["round"].min()) & (group.modules["layer"] >= 0)]
+            first = modules[(modules["round"] == modules["round"].min()) & (modules["layer"] >= 0)]
             by = first.groupby(["projection", "layer"])["scaled"].mean().reset_index(name="value")
             layers.append(by.assign(label=[f"{group.label}: {name}" if len(groups) > 1 else name for name in by["projection"]]))
     if not parts:
@@ -205,8 +206,8 @@ def communication(groups: Sequence[Group]) -> Part:
 
 def details(group: Group, budget: int, folded: bool) -> Part:
     """One run of a group, in detail."""
-    run, modules = group.first, analysis.modules(group.first)
-    inner = [_heat_maps(modules, budget), _exactness(group), _participation(run), _clients(run)]
+    run = group.first
+    inner = [_heat_maps(group.modules[0], budget), _exactness(group), _participation(run), _clients(run)]
     title = "Round by round" if not folded else f"{group.label}, round by round"
     seed = f"The run with seed {run.config.get('seed')}." if len(group.runs) > 1 else ""
     return Part(title, seed, folded=folded, inner=[part for part in inner if part and part.items])
