@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.conftest import make_updates
+from tests.runs import event, small_run, written
 
 from fedex_lora import analysis, measure
 from fedex_lora.aggregation import aggregate
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.storage import load_update, read_manifest
-from tests.conftest import make_updates
-from tests.runs import event, small_run, written
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_observations_tell_a_trend_from_its_opposite():
             for layer in range(4)
             for name in ("query", "value")
         ]
-        return pd.DataFrame(rows, columns=["round", "module", "layer", "projection", "scaled"])
+        return pd.DataFrame(rows, columns=["round", "module", "layer", "projection", "relative"])
 
     held = analysis.observations(frame(1), more_epochs=frame(1, size=3.0)).set_index("observation")
     assert held["holds"].all()

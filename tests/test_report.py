@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import vl_convert
+from tests.runs import event, synthetic, written
 from typer.testing import CliRunner
 
 from fedex_lora.analysis import find_runs
 from fedex_lora.cli import app
-from fedex_lora.report import page, write_report
-from tests.runs import event, synthetic, written
+from fedex_lora.report import page, write_figure, write_report
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -149,6 +149,33 @@ def test_the_command(several, tmp_path):
     assert bad.exit_code == 2
     assert len(bad.stderr.strip().splitlines()) == 1
     assert CliRunner().invoke(app, ["report", str(several), "-o", str(tmp_path)]).exit_code == 2
+
+
+@pytest.mark.parametrize(("number", "suffix", "starts"), [(2, ".pdf", b"%PDF"), (3, ".svg", b"<?xml")])
+def test_figures_are_the_events_numbers(number, suffix, starts, several, tmp_path):
+    out = tmp_path / f"figure{suffix}"
+    made = write_figure(number, [several], out, "scaled")
+    assert out.read_bytes().startswith(starts)
+    values = []  # of the first layer's query, in the last round drawn of the first method
+    for seed in (0, 1):
+        events = [json.loads(line) for line in (several / f"fedex-{seed}" / "events.jsonl").read_text().splitlines()]
+        done = [one["modules"] for one in events if one["event"] == "round_done"]
+        columns = done[0] if number == 2 else done[-1]
+        values.append(columns["scaled"][columns["module"].index("bert.encoder.layer.0.attention.self.query")])
+    drawn = [row for row in made["data"] if row["run"] == "fedex"]
+    if number == 2:
+        row = next(row for row in drawn if row["projection"] == "query" and row["layer"] == 0)
+    else:
+        row = next(row for row in drawn if row["panel"] == "first" and row["round"] == 6)
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((sum(values) / 2, min(values), max(values)), rel=1e-6)
+    assert {"query above value", "falls with the rounds"} <= {one["observation"] for one in made["observations"]}
+
+
+def test_what_no_figure_is(several, tmp_path):
+    for arguments in (["1", several], ["2", several, "-o", "a.gif"], ["2", several, "--value", "x"]):
+        result = CliRunner().invoke(app, ["figure", *map(str, arguments)])
+        assert result.exit_code == 2
+        assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

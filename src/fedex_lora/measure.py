@@ -134,8 +134,8 @@ def per_module(deviation: Exactness, adapter: Adapter) -> dict[str, list[Any]]:
     """A round's deviation as columns, a row a module, for its event.
 
     Returns:
-        `module`; `deviation` |s Bbar Abar - M| and `ideal` |M| (Frobenius); `scaled`, the deviation divided by sqrt(out in), its root mean square
-        over the weight's entries; `effective_rank` of what is lost. Six significant digits.
+        `module`; `deviation` |s Bbar Abar - M| and `ideal` |M| (Frobenius); `scaled`, the deviation divided by sqrt(out in), its root
+        mean square over the weight's entries; `effective_rank` of what is lost. Six significant digits.
     """
     names = sorted(deviation.error)
     entries = {name: math.sqrt(math.prod(adapter[name].shape)) for name in names}

@@ -30,8 +30,8 @@ def rounds(events: Events) -> pd.DataFrame:
     """A row a round, with round 0 (the untrained model) where it was measured.
 
     Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
-    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total`; `seconds`; `participants`, `accepted`,
-    `refused`: how many clients; the clients' own rows as `held_out_METRIC`.
+    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total`; `seconds`; `participants`,
+    `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`.
     """
     asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
     left_out = Counter(number for number, client in {(number, client) for number, client, _, when in _refused(events) if when == "round"})
@@ -86,8 +86,10 @@ def messages(events: Events) -> pd.DataFrame:
 
 
 def clients(events: Events) -> pd.DataFrame:
-    """A row a round and client that answered: `round`, `client`, `num_examples`, `bytes_up`, `train_loss`, `steps`, `seconds`, its own metrics
-    on the model that it received (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
+    """A row a round and client that answered.
+
+    Columns: `round`, `client`, `num_examples`, `bytes_up`, `train_loss`, `steps`, `seconds`, its own metrics on the model that it received
+    (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
     """
     held = {(event["round"] + 1, name): own for event in _of(events, "held_out") for name, own in event.get("clients", {}).items()}
     drifts = {event["round"]: event.get("drift", {}) for event in _of(events, "round_done")}
@@ -108,8 +110,9 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
         reference: the run that is 1; by default the first whose method is `fedex`, or the first.
 
     Returns:
-        Columns `run`, `method`, `rounds`, `bytes_down`, `bytes_up`, `bytes_total`, `base_bytes` (the base, once to each client), `relative` (what
-        travels in the rounds), `relative_with_base` (with the one-time download of the base, which is how the paper seems to count).
+        Columns `run`, `method`, `rounds`, `bytes_down`, `bytes_up`, `bytes_total`, `base_bytes` (the base, once to each client),
+        `relative` (what travels in the rounds), `relative_with_base` (with the one-time download of the base, which is how the paper
+        seems to count).
     """
     rows = []
     for name, events in runs.items():

@@ -8,12 +8,12 @@ from fedex_lora.analysis._modules import is_query, is_value
 COLUMNS = ["observation", "holds", "number", "of"]
 
 
-def observations(frame: pd.DataFrame, value: str = "scaled", more_epochs: pd.DataFrame | None = None) -> pd.DataFrame:
+def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.DataFrame | None = None) -> pd.DataFrame:
     """Which of the paper's observations hold in a run, and by how much.
 
     Args:
         frame: `analysis.modules` of a run.
-        value: "scaled" (what the paper plots, as far as its text says) or "relative" to the ideal update.
+        value: "relative" to the ideal update, or "scaled" by sqrt(out in).
         more_epochs: the same of a run that differs in its local epochs only, and has more of them.
 
     Returns:

@@ -27,3 +27,29 @@ def report(
         print_json(made)
     else:
         consoles(False).print(f"{made['out']}: {made['runs']} runs, {made['charts']} charts, {size(made['bytes'])}", highlight=False)
+
+
+@app.command()
+@one_line_errors
+def figure(
+    number: Annotated[int, typer.Argument(help="The paper's: 2, 4, 5 (by layer, first round) or 3, 6, 7, 8, 9 (across rounds).")],
+    runs: Runs,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", help=".pdf, .svg or .png; by default figure-N.pdf.")] = None,  # noqa: UP045
+    value: Annotated[str, typer.Option(help="relative (to the ideal update) or scaled (by sqrt(out in)).")] = "relative",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The paper's figures of the deviation of plain averaging, from any runs; says which of its observations hold there."""
+    from fedex_lora.display import table
+    from fedex_lora.report import write_figure
+
+    made = write_figure(number, runs, out or Path(f"figure-{number}.pdf"), value)  # type: ignore[arg-type]
+    if as_json:
+        print_json(made)
+        return
+    console = consoles(False)
+    rows = [
+        [one["run"], one["observation"], "yes" if one["holds"] else "no", f"{one['number']:.3g}", one["of"]] for one in made["observations"]
+    ]
+    console.print(table("the paper's observations, in these runs", ["run", "observation", "holds", "number", "of"], rows))
+    console.print(made["out"], highlight=False)

@@ -138,7 +138,7 @@ def heat(
     colour = {
         "field": first,
         "type": "quantitative",
-        "scale": {"scheme": "cividis", "domain": list(domains[first])},
+        "scale": {"scheme": "cividis", "domain": list(domains[first]), "clamp": True},
         "legend": {"title": choices[first], "orient": "top", "gradientThickness": 10, "titleAnchor": "start", "format": ".2~g"},
     }
     layers = means["layer"].nunique()
@@ -198,6 +198,8 @@ def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
             "tooltip": [tip if isinstance(tip, dict) else {"field": tip} for tip in tips],
         },
     }
+    if not whole:
+        note += " A cell is a span of rounds: refused if any answer in it was."
     if len(shown) < len(everyone):
         note += f" {len(everyone)} clients: these are the {len(shown)} with the most refusals, then by name."
     totals = frame.groupby(["client", "outcome"]).size().unstack(fill_value=0).reindex(columns=list(OUTCOMES), fill_value=0).reset_index()

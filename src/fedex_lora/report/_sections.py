@@ -15,7 +15,7 @@ from fedex_lora.report._tables import Table, duration, fixed, percent, scientifi
 
 VALUES = {
     "relative": "relative to the ideal update",
-    "scaled": "scaled Frobenius norm (root mean square)",
+    "scaled": "root mean square over the weight's entries",
     "effective_rank": "effective rank of what is lost",
 }
 REFUSALS, LINES = 200, 12  # rows of a table, lines of a chart
@@ -160,7 +160,7 @@ def deviations(groups: Sequence[Group]) -> Part:
             means = modules.groupby("round")["relative"].agg(value="mean", low="mean", high="mean").reset_index()
             parts.append(means.assign(label=group.label))
             first = modules[(modules["round"] == modules["round"].min()) & (modules["layer"] >= 0)]
-            by = first.groupby(["projection", "layer"])["scaled"].mean().reset_index(name="value")
+            by = first.groupby(["projection", "layer"])["relative"].mean().reset_index(name="value")
             layers.append(by.assign(label=[f"{group.label}: {name}" if len(groups) > 1 else name for name in by["projection"]]))
     if not parts:
         return Part("")
@@ -175,18 +175,18 @@ def deviations(groups: Sequence[Group]) -> Part:
         ),
         lines(
             "By layer, first round",
-            "|R| / √(out · in): the root mean square over the weight's entries of what averaging loses (the paper's figure 2).",
+            "|R| / |M| of each projection after the first round (the paper's figure 2).",
             pd.concat(layers, ignore_index=True),
-            "scaled Frobenius norm",
+            "|R| / |M|",
             x="layer",
-            format=".1e",
+            format=".1%",
         )
         if count <= LINES
         else None,
     ]
     note = (
-        "Averaging the factors A and B, as most tools do, gives R less than the mean M of the clients' updates. What is drawn is what that would lose, "
-        "whichever method ran: an exact method puts R into the frozen base."
+        "Averaging the factors A and B, as most tools do, gives R less than the mean M of the clients' updates. What is drawn is what that "
+        "would lose, whichever method ran: an exact method puts R into the frozen base."
     )
     return Part("What plain averaging would lose", note, [chart for chart in both if chart])
 
@@ -218,7 +218,7 @@ def _heat_maps(modules: pd.DataFrame, budget: int) -> Part:
         return Part("")
     projections = list(dict.fromkeys(modules.sort_values("layer")["projection"]))
     limit = int(np.clip(budget // max(1, modules["module"].nunique()), 5, 60))
-    domains = {key: (0.0, float(f"{modules[key].max():.3g}") or 1.0) for key in VALUES}
+    domains = {key: (0.0, float(f"{modules[key].quantile(0.99):.3g}") or 1.0) for key in VALUES}
     note = "Darker is less. Rounds are averaged in spans where there are many."
     charts = [heat(name, "", modules[modules["projection"] == name], VALUES, domains, limit) for name in projections]
     return Part("Deviation of plain averaging, by layer and projection", note, charts)
