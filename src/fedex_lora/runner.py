@@ -46,6 +46,7 @@ from fedex_lora.peft_io import (
 from fedex_lora.rounds import Federation, log_to, run_rounds, versions
 from fedex_lora.storage import load_delta, locked, read_events, round_folder, swept, write_text
 from fedex_lora.tasks import Task, load_task
+from fedex_lora.trackers import Trackers
 from fedex_lora.types import Adapter, ClientUpdate, Delta, ServerState
 from fedex_lora.wire import Download, completed, decode_download, encode_update
 
@@ -288,14 +289,15 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False) -> ServerSt
     if found:
         _require_run(out, config)
     quiet()
+    trackers = Trackers(config, out)
     place = InProcess(config, emit)
     require_space(out, place.facts()["disk_bytes"])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with locked(out), trackers:
             swept(out)
             write_text(out / "config.toml", resolved)
-            return _go_on(config, place, out, log_to(out / "events.jsonl", emit))
+            return _go_on(config, place, out, log_to(out / "events.jsonl", emit, trackers))
     except OSError as error:
         raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
 
@@ -316,7 +318,7 @@ def _without_bounds(config: Config) -> Config:
     """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
     messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
     clients = config.clients.model_copy(update={"quorum": 1.0, "min_clients": 1})
-    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None})
+    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
 
 
 def _go_on(config: Config, place: InProcess, out: Path, emit: Emit) -> ServerState:

@@ -53,3 +53,18 @@ def figure(
     ]
     console.print(table("the paper's observations, in these runs", ["run", "observation", "holds", "number", "of"], rows))
     console.print(made["out"], highlight=False)
+
+
+@app.command()
+@one_line_errors
+def watch(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that goes on elsewhere, on this machine or a shared disk.")],
+    once: Annotated[bool, typer.Option("--once", help="Show what there is by now, and leave.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run that is going on elsewhere: rounds, clients, metrics, bytes, time left."""
+    from fedex_lora.display import watch as show
+
+    console = consoles(False)
+    if not show(run, console, once):
+        console.print("the run is not done yet", highlight=False)

@@ -76,7 +76,7 @@ def by_layer(groups: Sequence[Group], value: Value) -> pd.DataFrame:
 
 
 def by_round(groups: Sequence[Group], value: Value) -> pd.DataFrame:
-    """By `run`, `panel` ("first": the first layer's query; "all": the mean over all modules) and `round`, over the seeds `mean`, `low`, `high`."""
+    """By `run`, `panel` ("first": the first layer's query; "all": the mean over modules), `round`: over the seeds `mean`, `low`, `high`."""
     parts = []
     for group in groups:
         seeds = pd.concat([analysis.across_rounds(frame, value) for frame in group.modules if not frame.empty])

@@ -11,7 +11,7 @@ from fedex_lora import analysis
 from fedex_lora.analysis import Run
 from fedex_lora.display import size
 from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
-from fedex_lora.report._tables import Table, duration, fixed, percent, scientific, significant, table
+from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, table
 
 VALUES = {
     "relative": "relative to the ideal update",
@@ -123,7 +123,7 @@ def comparison(groups: Sequence[Group]) -> Table:
     made = pd.DataFrame(rows)
     if (made["seeds"] == 1).all():
         made = made.drop(columns=["lowest", "highest", "seeds"])
-    formats = {groups[0].first.headline: fixed, "lowest": fixed, "highest": fixed, "exactness_error": scientific, "deviation": percent}
+    formats: dict[str, Format] = {groups[0].first.headline: fixed, "lowest": fixed, "highest": fixed, "exactness_error": scientific, "deviation": percent}
     formats |= {"bytes_down": size, "bytes_up": size, "seconds": duration}
     names = {
         "exactness_error": "exactness error",
