@@ -34,6 +34,7 @@ precision: $(VENV)/.installed-dev   ## ten rounds on bases of 16, 8 and 4 bits: 
 
 crash: $(VENV)/.installed-dev   ## kill runs and fail their writes, resume them, compare the bits
 	$(BIN)/python -m tests.crash --kills 40 --faults 20
+	$(BIN)/python -m tests.crash --every
 
 fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was sent byte for byte
 	$(BIN)/python -m tests.fuzz_wire 100000

@@ -1,11 +1,12 @@
 """Kill a run, again and again, and let it go on: does it end in the same bits, and leave nothing behind?
 
     python -m tests.crash --kills 40        # the long form: make crash
-    python -m tests.crash --faults 60
+    python -m tests.crash --kills 0 --faults 60
+    python -m tests.crash --every           # every operation on a file of a run of two rounds fails once
 
 A run of three clients and six rounds works in a forked process. It is killed with SIGKILL at a random instant, or by itself right before
 or after a random operation on a file (open, write, fsync, rename, remove). With --faults, one such operation fails with "no space left on
-device" or "input/output error" instead: the run must stop with one of our errors, and go on afterwards.
+device" or "input/output error" instead: the run must stop with one of our errors, of one line, and go on afterwards.
 """
 
 import argparse
@@ -60,17 +61,18 @@ def configuration(rounds: int = 6) -> Config:
 
 
 class Meddler:
-    """Counts operations on files, and does something at the n-th: before it, or after it."""
+    """Counts operations on the files of a folder, and does something at the n-th: before it, or after it."""
 
-    def __init__(self, at: int, action: Callable[[], None], after: bool = False) -> None:
-        self.count, self._at, self._action, self._after = 0, at, action, after
+    def __init__(self, folder: Path, at: int, action: Callable[[], None], after: bool = False) -> None:
+        self._folder, self.count, self._at, self._action, self._after = str(folder), 0, at, action, after
         for holder, name in OPERATIONS:
             setattr(holder, name, self._watched(getattr(holder, name)))
 
     def _watched(self, original: Any) -> Any:
         def watched(*args: Any, **options: Any) -> Any:
-            self.count += 1
-            mine = self.count == self._at
+            ours = isinstance(args[0], int) or any(self._folder in str(arg) for arg in args if isinstance(arg, str | Path))
+            self.count += ours
+            mine = ours and self.count == self._at
             if mine and not self._after:
                 self._action()
             result = original(*args, **options)
@@ -94,7 +96,7 @@ def failing(code: int) -> Callable[[], None]:
 
 def attempt(config: Config, out: Path, at: int, after: bool, code: int | None) -> None:
     """In a process of its own. Exit status 0: finished; 3: one of our errors; anything else is a failure of the test."""
-    meddler = Meddler(at, kill if code is None else failing(code), after)
+    meddler = Meddler(out.parent, at, kill if code is None else failing(code), after)
     try:
         run(config, out, lambda event, **fields: None, resume=True)
     except FedexLoraError as error:
@@ -178,13 +180,49 @@ def campaign(kills: int, faults: int, seed: int = 0, rounds: int = 6, tell: Call
     return done
 
 
+def sweep(rounds: int = 2, step: int = 1, first: int = 1, tell: Callable[[str], None] = print) -> dict[str, int]:
+    """Let each operation on a file fail once, in a run of its own, with either error in turn, and resume that run.
+
+    Returns:
+        How many operations failed, and how many of those stopped the run (the others are cleaning up, which may fail).
+    """
+    config, done = configuration(rounds), {"failed operations": 0, "stops": 0}
+    with tempfile.TemporaryDirectory(prefix="fedex-lora-crash-") as folder:
+        reference = Path(folder) / "reference" / "run"
+        reference.parent.mkdir()
+        assert child(config, reference) == 0
+        operations = int((reference.parent / "operations").read_text())
+        for at in range(first, operations + 1, step):
+            out = Path(folder) / f"{at}" / "run"
+            out.parent.mkdir()
+            status = child(config, out, at, code=(errno.ENOSPC, errno.EIO)[at % 2])
+            assert status in (0, 3), f"operation {at}: the process ended with {status}"
+            if status:
+                said = (out.parent / "error").read_text()
+                assert said, f"operation {at}: no reason"
+                assert "\n" not in said, f"operation {at}: {said!r} is not one line"
+                assert child(config, out) == 0, f"operation {at}: the run did not go on"
+            require_same(out, reference)
+            done["failed operations"] += 1
+            done["stops"] += status == 3
+            shutil.rmtree(out.parent)
+            if at % 10 == 0:
+                tell(f"{at} of {operations}: {done}")
+    tell(f"all of {operations}: {done}" if step == 1 else f"{done}")
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", action="store_true", help="fail every operation once, instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.every:
+        sweep(tell=lambda line: print(line, flush=True))
+        sys.exit(0)
     campaign(args.kills, args.faults, args.seed, tell=lambda line: print(line, flush=True))
     sys.exit(0)
 

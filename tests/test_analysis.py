@@ -166,6 +166,10 @@ def test_refusals_of_a_round_and_of_the_final_measurement(tmp_path):
     frame = analysis.participation(events).set_index("client")
     assert frame["outcome"].to_dict() == {"a": "accepted", "b": "refused", "c": "not asked"}
     assert analysis.rounds(events)["refused"].iloc[-1] == 1
+    events[3]["skipped"] = "1 of 2 answered"
+    frame = analysis.participation(events).set_index("client")
+    assert frame.loc["a", ["outcome", "reason"]].tolist() == ["skipped", "1 of 2 answered"]
+    assert analysis.rounds(events)["accepted"].iloc[-1] == 0
 
 
 def test_a_round_that_was_begun_again_counts_once(tmp_path):

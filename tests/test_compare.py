@@ -2,10 +2,12 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from tests.test_runner import configuration
 
 from fedex_lora.compare import Curve, compare, controls, held_out_score, interval, rounds_to, summary, variants
 from fedex_lora.compare._plan import Variant, configured, grid_around
+from fedex_lora.compare._runs import Job, outcomes
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.storage import read_events
@@ -163,6 +166,21 @@ def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
         for row in one["methods"]:
             row["bytes_up"] = round(row["bytes_up"], -2)  # seconds travel as decimals
     assert left == right
+
+
+def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(tmp_path):
+    jobs = [Job(configuration(rounds=1, seed=seed), tmp_path / f"{seed}") for seed in (0, 1, 2)]
+
+    def kill_one():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.05)
+        workers[0].kill()
+
+    threading.Thread(target=kill_one).start()
+    with pytest.raises(TrainingError, match=r"a worker process died.*the same command goes on") as caught:
+        list(outcomes(jobs, 2))
+    assert "\n" not in str(caught.value)
+    assert all(outcome.curve for outcome in outcomes(jobs, 1))
 
 
 def test_a_rate_that_diverges_is_left_out(tmp_path):

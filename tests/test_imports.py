@@ -7,7 +7,7 @@ import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
 ABOVE = (
-    "errors types config aggregation consistency measure server screening catch_up framing wire answers"
+    "errors types config aggregation consistency measure server screening catch_up framing wire answers books"
     " storage peft_io checkpoint memory verify adapters export tasks partition client"
 )
 ORDER = f"{ABOVE} rounds trackers runner display analysis report compare demo doctor cli".split()

@@ -15,11 +15,13 @@ from tests.conftest import make_pair
 from tests.test_runner import configuration, ignore
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, catch_up, server
+from fedex_lora.books import Books
 from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking, of_the_others, pruned, with_own
-from fedex_lora.config import Base, Lora, Messages
+from fedex_lora.checkpoint import Checkpoint
+from fedex_lora.config import Base, Config, Lora, Messages
 from fedex_lora.errors import FedexLoraError, WireError
 from fedex_lora.peft_io import FrozenBase, add_lora, load_base, read_model, write_model
-from fedex_lora.rounds import Federation, _Books, _messages, log_to, run_rounds
+from fedex_lora.rounds import Federation, _messages, log_to, run_rounds
 from fedex_lora.runner import InProcess, run
 from fedex_lora.storage import read_events
 from fedex_lora.types import Dense, LowRank
@@ -93,12 +95,13 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
     first = first or adapters()
     clients = sorted(clients or set("".join(attending)))
     federation = Federation(clients, None, None, None, {}, {})
-    state, books = server.init(first, {}, method), _Books(Messages(**messages))
+    config = Config.model_validate({**configuration().model_dump(), "method": method, "messages": messages})
+    state, books = server.init(first, {}, method), Books()
     parties = {client: Party(client, first) for client in clients}
     D = {name: np.zeros(pair.shape) for name, pair in first.items()}
     sizes, all_sent = [], []
     for number, participants in enumerate(attending, start=1):
-        payloads, sent, _ = _messages("train", participants, state, books, federation, "run")
+        payloads, sent, _ = _messages("train", participants, Checkpoint(state, books), federation, config, "run")
         updates = []
         for client in participants:
             message = parties[client].receive(payloads[client])
@@ -107,7 +110,8 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
             update = ClientUpdate(client, own, 10 + ord(client) % 7)
             updates.append(decode_update(encode_update(update, "run", number, method), sent[client]))
         before, (state, result) = state, server.step(state, updates)
-        books.stepped(before, state, result, updates, clients)
+        books = books.answered(before.round, participants, participants, [])
+        books = books.stepped(before, state, result, updates, clients, config.messages)
         p = oracle.shares([update.num_examples for update in updates])
         for name in D:
             pairs = [update.adapter[name] for update in updates]
@@ -115,7 +119,7 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
         sizes.append({client: len(payload) for client, payload in payloads.items()})
         all_sent.append(sent)
     ideal = {name: D[name] + oracle.product_of_means([update.adapter[name] for update in updates], p) for name in D}
-    payloads, sent, _ = _messages("evaluate", clients, state, books, federation, "run")
+    payloads, sent, _ = _messages("evaluate", clients, Checkpoint(state, books), federation, config, "run")
     for client in clients:
         parties[client].receive(payloads[client])
     sizes.append({client: len(payload) for client, payload in payloads.items()})

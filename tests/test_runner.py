@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fedex_lora import METHODS, load_model, measure, rounds
+from fedex_lora import METHODS, load_model, measure
 from fedex_lora.aggregation import method_named
+from fedex_lora.books import Books
 from fedex_lora.client import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
@@ -272,13 +273,13 @@ def test_the_realised_error_is_the_model_s(tmp_path, monkeypatch):
 
 
 def test_a_client_that_is_not_sent_all_it_lacks_is_noticed(tmp_path, monkeypatch):
-    lacking = rounds._Books.lacking
+    lacking = Books.lacking
 
-    def last_only(self, since, state):
-        whole = lacking(self, since, state)
+    def last_only(self, since, state, messages):
+        whole = lacking(self, since, state, messages)
         return replace(whole, since=max(since, state.round - 1), log=dict(list(whole.log.items())[-1:]))
 
-    monkeypatch.setattr(rounds._Books, "lacking", last_only)
+    monkeypatch.setattr(Books, "lacking", last_only)
     with pytest.raises(TrainingError, match=r"failed: the base is at version [0-9]+, and the message counts from version"):
         run(configuration(rounds=5, clients={"partition": "iid", "count": 4, "fraction": 0.3}), tmp_path / "run", ignore)
 

@@ -1,26 +1,34 @@
 """A round's answers: which count, which are refused and why, and whether enough are left."""
 
 import math
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedex_lora.aggregation import method_named
 from fedex_lora.config import Config
 from fedex_lora.consistency import quorum
-from fedex_lora.errors import TrainingError, WireError
+from fedex_lora.errors import WireError
 from fedex_lora.framing import shown
 from fedex_lora.types import ClientUpdate
 from fedex_lora.wire import Download, decode_update
 
+WAITING = 15.0  # seconds until it is said who is waited for, and again each time
+
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a client: bytes, or why there are none."""
+    """What came back from a client: bytes, or why there are none.
+
+    Attributes:
+        round: of the message that it answers, where the transport knows it; None: the one that is going on.
+    """
 
     client: str
     payload: bytes | None
     error: str = ""
+    round: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,25 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What came back in answer to a round's messages.
+
+    Attributes:
+        updates: client -> its update, valid by itself.
+        late: the same, of clients without one of this round, in answer to messages of the round before.
+        refused: who sent none that counts, and why.
+        silent: the clients that have not answered at all.
+        size: the bytes that came.
+    """
+
+    updates: Mapping[str, ClientUpdate]
+    late: Mapping[str, ClientUpdate] = field(default_factory=dict)
+    refused: Sequence[Refusal] = ()
+    silent: Collection[str] = ()
+    size: int = 0
+
+
 class Emit(Protocol):
     """Told of everything that happens."""
 
@@ -38,44 +65,107 @@ class Emit(Protocol):
 
 
 def collect(
-    replies: Iterable[Reply], downloads: Mapping[str, Download], config: Config, emit: Emit, spare: float = math.inf
-) -> tuple[list[ClientUpdate], list[Refusal], int]:
-    """The valid updates in the order of client ids, who sent none and why, and the bytes that came.
+    replies: Iterable[Reply | None],
+    downloads: Mapping[str, Download],
+    config: Config,
+    emit: Emit,
+    spare: float = math.inf,
+    earlier: Mapping[str, Download] | None = None,
+) -> Answers:
+    """What counts of the replies to `downloads`.
 
     One update of a client counts, its first valid one. Once more than `spare` clients have failed, nobody is waited for.
+
+    Args:
+        replies: as they come; None now and then while there is none.
+        downloads: the messages that were sent, by client, all of one round.
+        config: says until when answers count, and what becomes of late ones.
+        emit: told of each answer, and of who is waited for.
+        spare: how many may fail.
+        earlier: the messages of the round before that were not answered in time.
     """
-    updates: dict[str, ClientUpdate] = {}
-    refused, received, failed = list[Refusal](), 0, set[str]()
+    round = next(iter(downloads.values())).round
+    updates, late = dict[str, ClientUpdate](), dict[str, ClientUpdate]()
+    refused, failed, size = list[Refusal](), set[str](), 0
+    clock = _Clock(config.clients.deadline)
     for reply in replies:
-        received += len(reply.payload or b"")
-        round = next(iter(downloads.values())).round
-        update = _accepted(reply, downloads, updates, config)
-        if isinstance(update, str):
+        if reply is None:
+            if clock.over:
+                break
+            if clock.due:
+                emit("waiting", round=round, clients=sorted(downloads.keys() - updates.keys() - failed), since=clock.since)
+            continue
+        size += len(reply.payload or b"")
+        answered, update = _accepted(reply, downloads, updates, config, earlier or {})
+        if isinstance(update, ClientUpdate):
+            (updates if answered == round else late)[reply.client] = update
+            _tell(update, round, answered, len(reply.payload or b""), emit)
+        elif answered != round:
+            refuse(answered, reply.client, update, emit)
+        else:
             refused.append(refuse(round, reply.client, update, emit))
             failed |= {reply.client} if reply.payload is None and reply.client not in updates else set()
-            if len(failed) > spare:
-                break
-            continue
-        updates[reply.client] = update
-        training = {name: value for name, value in update.metrics.items() if not name.startswith("held_out_")}
-        examples, size = update.num_examples, len(reply.payload or b"")
-        emit("client_done", round=round, client=reply.client, num_examples=examples, bytes_up=size, **training)
-    return [updates[client] for client in sorted(updates)], refused, received
+        if len(failed) > spare:
+            break
+    silent = sorted(downloads.keys() - updates.keys() - {refusal.client for refusal in refused})
+    if len(failed) <= spare:
+        within = "" if config.clients.deadline is None else f" within clients.deadline = {config.clients.deadline:g} seconds"
+        refused += [refuse(round, client, f"it did not answer{within}", emit) for client in silent]
+    return Answers(updates, {client: update for client, update in late.items() if client not in updates}, refused, silent, size)
 
 
-def _accepted(reply: Reply, downloads: Mapping[str, Download], before: Collection[str], config: Config) -> ClientUpdate | str:
-    """The update in a reply, or why there is none."""
+class _Clock:
+    """When a round's messages went out, whether answers still count, and whether it is time to say who is waited for."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self.since = time.time()
+        self._began = self._said = time.monotonic()
+        self._deadline = deadline
+
+    @property
+    def over(self) -> bool:
+        return self._deadline is not None and time.monotonic() - self._began >= self._deadline
+
+    @property
+    def due(self) -> bool:
+        if time.monotonic() - self._said < WAITING:
+            return False
+        self._said = time.monotonic()
+        return True
+
+
+def _accepted(
+    reply: Reply, downloads: Mapping[str, Download], before: Collection[str], config: Config, earlier: Mapping[str, Download]
+) -> tuple[int, ClientUpdate | str]:
+    """The round that a reply answers, and the update in it or why there is none."""
+    round = next(iter(downloads.values())).round
+    if reply.payload is None and reply.round not in (None, round):
+        return reply.round or 0, f"it failed, too late to matter: {reply.error}"
+    missed = earlier.get(reply.client)
+    if missed is not None and reply.payload is not None:
+        try:
+            update = decode_update(reply.payload, missed, stays(missed.method, missed.round), config.messages.max_examples)
+            refusal = f"it answered in round {round} only: too late (clients.late = 'refuse')"
+            return missed.round, update if config.clients.late == "next" else refusal
+        except WireError:
+            pass  # then it answers this round, or nothing
     if reply.client not in downloads:
-        return "it was not asked in this round"
+        return round, "it was not asked in this round"
     if reply.client in before:
-        return "it answered twice: its first answer counts"
+        return round, "it answered twice: its first answer counts"
     if reply.payload is None:
-        return f"it failed: {reply.error}"
+        return round, f"it failed: {reply.error}"
     sent = downloads[reply.client]
     try:
-        return decode_update(reply.payload, sent, stays(sent.method, sent.round), config.messages.max_examples)
+        return round, decode_update(reply.payload, sent, stays(sent.method, sent.round), config.messages.max_examples)
     except WireError as error:
-        return str(error)
+        return round, str(error)
+
+
+def _tell(update: ClientUpdate, round: int, answered: int, size: int, emit: Emit) -> None:
+    training = {name: value for name, value in update.metrics.items() if not name.startswith("held_out_")}
+    late = {} if answered == round else {"late": round - answered}
+    emit("client_done", round=round, client=update.client_id, num_examples=update.num_examples, bytes_up=size, **late, **training)
 
 
 def refuse(round: int, client: str, reason: str, emit: Emit) -> Refusal:
@@ -85,21 +175,14 @@ def refuse(round: int, client: str, reason: str, emit: Emit) -> Refusal:
     return refusal
 
 
-def require_quorum(round: int, updates: Sequence[ClientUpdate], asked: Sequence[str], refused: Sequence[Refusal], config: Config) -> None:
-    """Enough updates to go on.
-
-    Raises:
-        TrainingError: else; it names who is missing and why.
-    """
-    needed = quorum(config, len(asked))
-    if len(updates) >= needed:
-        return
+def below_quorum(round: int, updates: int, asked: int, refused: Sequence[Refusal], config: Config) -> str:
+    """Why a round has too few updates, with who is missing and why; "" when there are enough."""
+    needed = quorum(config, asked)
+    if updates >= needed:
+        return ""
     who = "; ".join(f"client {refusal.client}: {refusal.reason}" for refusal in refused[:5]) or "the others did not answer"
     more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
-    raise TrainingError(
-        f"round {round} has {len(updates)} updates of {len(asked)} clients and needs {needed}: {who}{more}: "
-        "mend that, or lower clients.quorum and clients.min_clients"
-    )
+    return f"round {round} has {updates} updates of {asked} clients and needs {needed}: {who}{more}"
 
 
 def stays(method: str, round: int) -> str:

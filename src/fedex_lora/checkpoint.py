@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from fedex_lora.aggregation import method_named
+from fedex_lora.books import Books
 from fedex_lora.catch_up import Log
 from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
 from fedex_lora.peft_io import read_result
 from fedex_lora.storage import Tensors, load_tensors, run_rounds_of
-from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, LowRank, ServerState
+from fedex_lora.types import Adapter, LoRAPair, LowRank, ServerState
 
 FILE = "server.safetensors"
 
@@ -27,29 +28,20 @@ class Checkpoint:
 
     Attributes:
         state: after the round.
-        log, version, changed: what it remembers of its clients (see `rounds._Books`).
-        lost, accepted, told: the same.
-        updates, weights: of the round.
+        books: what it remembers of its clients.
         held_out: round -> the clients' own metrics.
         done: the fields of the round's event `round_done`.
     """
 
     state: ServerState
-    log: Log = field(default_factory=Log)
-    version: Mapping[str, int] = field(default_factory=dict)
-    changed: Mapping[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
-    lost: Sequence[str] = ()
-    accepted: Mapping[str, int] = field(default_factory=dict)
-    told: Mapping[str, str] = field(default_factory=dict)
-    updates: Sequence[ClientUpdate] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
+    books: Books = field(default_factory=Books)
     held_out: Mapping[int, dict[str, float]] = field(default_factory=dict)
     done: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_file(checkpoint: Checkpoint) -> Tensors:
     """What the result folder does not hold: the log, kept factors, and exact scalings (PEFT's alpha / r rounds them), in their order."""
-    state, log = checkpoint.state, checkpoint.log
+    state, books, log = checkpoint.state, checkpoint.books, checkpoint.books.log
     tensors: dict[str, Tensor] = {}
     for number, gains in log.gains.items():
         for module, gain in gains.items():
@@ -64,11 +56,12 @@ def to_file(checkpoint: Checkpoint) -> Tensors:
         "personal": [[client, scalings_of(adapter)] for client, adapter in state.personal.items()],
         "log": {str(number): list(gains) for number, gains in log.gains.items()},
         "whole": log.whole,
-        "version": checkpoint.version,
-        "changed": checkpoint.changed,
-        "lost": checkpoint.lost,
-        "accepted": checkpoint.accepted,
-        "told": checkpoint.told,
+        "version": books.version,
+        "changed": books.changed,
+        "lost": sorted(books.lost),
+        "accepted": books.accepted,
+        "told": books.told,
+        "counted_on": bool(books.updates),
         "held_out": [[number, metrics] for number, metrics in checkpoint.held_out.items()],
         "done": checkpoint.done,
     }
@@ -104,16 +97,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             seed=about["seed"],
             personal=personal,
         )
-        return Checkpoint(
-            state=state,
+        books = Books(
             log=Log(gains=gains, whole=about["whole"]),
             version=about["version"],
             changed=about["changed"],
-            lost=about["lost"],
+            lost=frozenset(about["lost"]),
             accepted=about["accepted"],
             told=about["told"],
-            updates=sorted(result.updates, key=lambda update: update.client_id),
-            weights=result.weights,
+            updates=sorted(result.updates, key=lambda update: update.client_id) if about["counted_on"] else (),
+            weights=result.weights if about["counted_on"] else {},
+        )
+        return Checkpoint(
+            state=state,
+            books=books,
             held_out={number: metrics for number, metrics in about["held_out"]},
             done=about["done"],
         )

@@ -145,6 +145,22 @@ class Clients(_Table):
         "All of them by default: nobody is left out of the mean unless you allow it.",
     )
     min_clients: int = Field(1, ge=1, description="The same as a number; both must hold.")
+    deadline: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that the clients of a round have to answer, over a network; without it everyone is waited for. In one "
+        "process clients take turns, and nobody is late.",
+    )
+    below_quorum: Literal["stop", "wait", "skip"] = Field(
+        "stop",
+        description="What to do when too few updates are there: stop the run (it can go on by --resume), ask those without one again until "
+        "there are enough, or skip the round: the model stays as it was.",
+    )
+    late: Literal["refuse", "next"] = Field(
+        "refuse",
+        description="An update that comes after the deadline: refused, or, when it comes during the next round, part of that round's mean, "
+        "with the base that it was trained on (exact too).",
+    )
 
     @model_validator(mode="after")
     def _column_is_named(self) -> "Clients":

@@ -35,6 +35,7 @@ def require_consistent(config: Config, clients: int) -> None:
     asked = participants(config.clients.fraction, clients)
     if config.clients.min_clients > asked and not method.pooled:
         raise ConfigError(f"clients.min_clients = {config.clients.min_clients} and {asked} clients take part in a round: lower it")
+    _require_late(config, method)
     if config.truncation != Truncation() and method.rest != "truncate":
         raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
 
@@ -47,6 +48,18 @@ def participants(fraction: float, clients: int) -> int:
 def quorum(config: Config, asked: int) -> int:
     """How many of the clients that were asked must have an update accepted (a pooled method asks one only)."""
     return min(asked, max(config.clients.min_clients, math.ceil(config.clients.quorum * asked - 1e-9)))
+
+
+def _require_late(config: Config, method: Method) -> None:
+    """An update of the round before can be part of a mean only where its factors are in the coordinates of that mean."""
+    if config.clients.late == "refuse":
+        return
+    other_coordinates = method.own or len(method.trains) > 1 or (method.trains != ("AB",) and method.refactors)
+    if other_coordinates or config.clients.ranks or config.messages.per_client:
+        what = (
+            "clients.ranks" if config.clients.ranks else "messages.per_client" if config.messages.per_client else f"method {config.method}"
+        )
+        raise ConfigError(f"clients.late = 'next' does not go with {what}: use 'refuse'")
 
 
 def _require_ranks(config: Config, method: Method, clients: int) -> None:

@@ -100,12 +100,24 @@ class Display:
         where = f"round {fields['round']}: " if "round" in fields else ""
         self._console.print(f"{self._label}! {where}{fields['message']}", highlight=False, markup=False)
 
+    def _on_waiting(self, fields: dict[str, Any]) -> None:
+        why = f": {fields['reason']}" if fields.get("reason") else ""
+        self._console.print(
+            f"{self._label}! round {fields['round']}: waiting for {', '.join(fields['clients'])}{why}", highlight=False, markup=False
+        )
+
     def _on_refused(self, fields: dict[str, Any]) -> None:
         self._console.print(
             f"{self._label}! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}",
             highlight=False,
             markup=False,
         )
+
+    def _on_waiting(self, fields: dict[str, Any]) -> None:
+        since = time.strftime("%H:%M:%S", time.localtime(fields["since"]))
+        again = f": {fields['reason']}; asking again in {fields['seconds']:.0f} s" if "reason" in fields else ""
+        who = ", ".join(fields["clients"][:5]) + (f" and {len(fields['clients']) - 5} more" if len(fields["clients"]) > 5 else "")
+        self._console.print(f"{self._label}round {fields['round']}: waiting for {who} since {since}{again}", highlight=False, markup=False)
 
     def _on_held_out(self, fields: dict[str, Any]) -> None:
         if fields["round"]:

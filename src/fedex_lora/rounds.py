@@ -2,33 +2,38 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.answers import Emit, Refusal, Reply, collect, refuse, require_quorum
-from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
+from fedex_lora.answers import Emit, Refusal, Reply, below_quorum, collect, refuse
 from fedex_lora.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.client import weighted_mean
-from fedex_lora.config import Config, Messages
+from fedex_lora.config import Config
 from fedex_lora.consistency import participants as how_many
 from fedex_lora.consistency import quorum
+from fedex_lora.errors import TrainingError
 from fedex_lora.measure import Exactness, Held
 from fedex_lora.peft_io import Format, write_result
 from fedex_lora.screening import screened
 from fedex_lora.server import start_of
 from fedex_lora.storage import FINAL, append_event, copied_folder, removed, round_folder, run_rounds_of
-from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, ServerState
+from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
 from fedex_lora.wire import Download, encode_download
 
-Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply]]
-"""(client -> message, deadline in seconds) -> replies, in any order. A transport is one such function."""
+Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply | None]]
+"""(client -> message, deadline in seconds) -> replies, in any order. A transport is one such function.
+
+While it waits it yields None every second or so. It ends when all have answered; the loop stops it at the deadline. What arrives
+afterwards it yields in a later call.
+"""
+PAUSE = 60.0  # seconds, at most, before clients are asked again
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,97 +61,38 @@ class Federation:
     finish: Callable[[ServerState, Path], None] = lambda state, out: None
 
 
-@dataclass
-class _Books:
-    """What the server remembers of its clients.
+@dataclass(frozen=True, eq=False)
+class _Gathered:
+    """What a round's messages brought.
 
     Attributes:
-        messages: what may travel.
-        log: what the base gained in past rounds, as far as some client may need it.
-        version: client -> the round after which it has base and adapter.
-        changed: "A" and "B" -> the last round that changed those factors of the global adapter.
-        updates, weights: of the last round, for messages to its clients that count on their own factors.
-        lost: the clients that gave no valid answer when last asked: what they hold is not known.
-        accepted: client -> the last round in which its update was part of the mean.
-        told: client -> why its last update was refused, until it is told.
+        updates: those that may be averaged, in the order of client ids.
+        held: client -> what its base had beside the common one.
+        late: the clients among them whose update was asked for in the round before.
+        refused: whose updates are no part of the mean, and why.
+        open: the messages that were not answered.
+        down, up: bytes.
+        here: the server, with what the answers say of who holds what.
+        short: why there are too few; "" where there are not.
     """
 
-    messages: Messages
-    log: Log = field(default_factory=Log)
-    version: dict[str, int] = field(default_factory=dict)
-    changed: dict[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
-    updates: Sequence[ClientUpdate] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
-    accepted: dict[str, int] = field(default_factory=dict)
-    told: dict[str, str] = field(default_factory=dict)
+    updates: Sequence[ClientUpdate]
+    held: Held
+    late: frozenset[str]
+    refused: Sequence[Refusal]
+    open: Mapping[str, Download]
+    down: int
+    up: int
+    here: Checkpoint
+    short: str
 
-    @classmethod
-    def of(cls, start: Checkpoint, messages: Messages) -> "_Books":
-        """As they were at a checkpoint."""
-        updates, weights = (start.updates, start.weights) if messages.per_client else ((), {})
-        changed, told = dict(start.changed), dict(start.told)
-        return cls(messages, start.log, dict(start.version), changed, updates, weights, set(start.lost), dict(start.accepted), told)
 
-    def checkpoint(
-        self, state: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], held_out: Any, done: Mapping[str, Any]
-    ) -> Checkpoint:
-        """They, and the server after a round."""
-        return Checkpoint(
-            state=state,
-            log=self.log,
-            version=self.version,
-            changed=self.changed,
-            lost=sorted(self.lost),
-            accepted=self.accepted,
-            told=self.told,
-            updates=updates,
-            weights=weights,
-            held_out=held_out,
-            done=done,
-        )
+@dataclass(frozen=True, eq=False)
+class _Missed:
+    """The messages of the last round that were not answered, and what the base has gained since they were sent."""
 
-    def answered(self, version: int, downloads: Mapping[str, Download], valid: Collection[str], reasons: Sequence["Refusal"]) -> None:
-        """Remember who holds base and adapter of `version`: who answered validly. What the others hold is not known."""
-        for client in downloads:
-            self.version.pop(client, None)
-            self.told.pop(client, None)
-        self.version |= dict.fromkeys(valid, version)
-        self.lost = (self.lost | downloads.keys()) - set(valid)
-        self.told |= {refusal.client: refusal.reason for refusal in reasons if refusal.client in downloads}
-
-    def stepped(
-        self, before: ServerState, after: ServerState, result: Aggregate, updates: Sequence[ClientUpdate], clients: Sequence[str]
-    ) -> None:
-        """Remember what a round changed: its participants have the base of the version before."""
-        self.version |= {update.client_id: before.round for update in updates}
-        self.accepted |= {update.client_id: after.round for update in updates}
-        oldest = min(self.version.get(client, 0) for client in clients)
-        gains = {**self.log.gains, after.round: result.residual}
-        self.log = pruned(replace(self.log, gains=gains), after.base_delta, oldest, self.messages)
-        if self.messages.per_client:
-            self.updates, self.weights = updates, result.weights
-        for part in self.changed:
-            if any(not torch.equal(getattr(before.adapter[name], part), getattr(pair, part)) for name, pair in after.adapter.items()):
-                self.changed[part] = after.round
-
-    def known(self, client: str) -> str:
-        """The factors of the global adapter that a client has as they are."""
-        return "".join(part for part, last in self.changed.items() if client in self.version and last <= self.version[client])
-
-    def lacking(self, since: int, state: ServerState) -> CatchUp:
-        """What a client with the base of version `since` lacks."""
-        return lacking(self.log, state.base_delta, since, state.round, self.messages)
-
-    def of_the_others(self, client: str, state: ServerState) -> tuple[Adapter, CatchUp, float] | None:
-        """What the client cannot work out from its own factors of the last round, and its weight there; None if it was not in it.
-
-        A client with all the weight has no others, and factors that did not change need not be worked out.
-        """
-        share = self.weights.get(client, 1.0)
-        return (
-            None if share >= 1 or self.known(client) else (*of_the_others(client, self.updates, self.weights, state, self.messages), share)
-        )
+    downloads: Mapping[str, Download] = field(default_factory=dict)
+    gained: Mapping[str, LowRank] = field(default_factory=dict)
 
 
 def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Federation, out: Path, emit: Emit) -> ServerState:
@@ -155,61 +101,112 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     Every round leaves a result folder `out/rounds/NNNN`, written in one step, from which the run can go on; `out/final` is the last one.
 
     Raises:
-        TrainingError: fewer updates than the quorum were there and accepted.
+        TrainingError: fewer updates than the quorum were there and accepted, and the run is to stop then.
     """
-    start = Checkpoint(start) if isinstance(start, ServerState) else start
-    books = _Books.of(start, config.messages)
-    state, held_out = start.state, dict(start.held_out)
-    if state.round == 0:
-        metrics = federation.evaluate(state)
+    here, missed = Checkpoint(start) if isinstance(start, ServerState) else start, _Missed()
+    if here.state.round == 0:
+        metrics = federation.evaluate(here.state)
         emit("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **federation.facts)
-    _forget(out, state.round, config.keep_rounds, set(books.version.values()))
-    for number in range(state.round + 1, config.rounds + 1):
-        began = time.perf_counter()
+    _forget(out, here, config.keep_rounds)
+    for number in range(here.state.round + 1, config.rounds + 1):
+        began, before = time.perf_counter(), here.state
         participants = sample(federation.clients, config.clients.fraction, config.seed, number)
         emit("round_started", round=number, clients=participants)
-        sent, downloads, down = _messages("train", participants, state, books, federation, out.name)
-        spare = len(participants) - quorum(config, len(participants))
-        updates, refused, up = collect(federation.exchange(sent, None), downloads, config, emit, spare)
-        valid = [update.client_id for update in updates]
-        starts = {
-            client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client)) for client in valid
-        }
-        held = {client: frozen for client, (_, frozen) in starts.items()}
-        updates, large = screened(
-            updates, {client: first for client, (first, _) in starts.items()}, state.other, config.messages.norm_bound
-        )
-        for client, reason in large.items():
-            refused.append(refuse(number, client, reason, emit))
-        books.answered(state.round, downloads, valid, refused)
-        require_quorum(number, updates, participants, refused, config)
-        held_out[number - 1] = _held_out_event(number - 1, updates, emit)
-        before, (state, result) = state, server.step(state, updates, config.weights, config.truncation)
-        books.stepped(before, state, result, updates, federation.clients)
-        numbers = _measured(before, updates, result, state, held, federation)
-        if useless := measure.useless_truncation(result):
-            emit("warning", round=number, message=useless, tail=measure.tail(result))
-        done = {"round": number, "metrics": federation.evaluate(state), "bytes_down": down, "bytes_up": up, **numbers}
-        done["seconds"] = time.perf_counter() - began
-        checkpoint = books.checkpoint(state, updates, result.weights, held_out, done)
-        facts = {**federation.facts, "participants": participants, "refused": [vars(refusal) for refusal in refused]}
-        folder, more = round_folder(out, number), {FILE: to_file(checkpoint)}
-        write_result(folder, state, updates, result.weights, federation.format, facts, before.base_delta, held=held, more=more)
-        emit("round_done", **done)
-        _forget(out, number, config.keep_rounds, set(books.version.values()))
-    held_out[config.rounds] = _final_held_out(config, state, federation, books, out, emit)
+        got = _gather(participants, here, missed, federation, config, out.name, emit)
+        if got.short and config.clients.below_quorum != "skip":
+            raise TrainingError(f"{got.short}: mend that, or lower clients.quorum and clients.min_clients, or set clients.below_quorum")
+        here, missed, weights = _skipped(got, federation, emit) if got.short else _stepped(got, federation, config, emit)
+        here = replace(here, done={"bytes_down": got.down, "bytes_up": got.up, **here.done, "seconds": time.perf_counter() - began})
+        facts = {**federation.facts, "participants": participants, "refused": [vars(refusal) for refusal in got.refused]}
+        facts |= {"late": sorted(got.late)} if got.late else {}
+        facts |= {"skipped": got.short} if got.short else {}
+        folder, updates, more = round_folder(out, number), [] if got.short else got.updates, {FILE: to_file(here)}
+        write_result(folder, here.state, updates, weights, federation.format, facts, before.base_delta, held=got.held, more=more)
+        emit("round_done", **here.done)
+        _forget(out, here, config.keep_rounds)
+    held_out = {**here.held_out, config.rounds: _final_held_out(config, here, federation, out.name, emit)}
     if not (out / FINAL).exists():
         copied_folder(round_folder(out, config.rounds), out / FINAL, leave=[FILE])
-    federation.finish(state, out)
+    federation.finish(here.state, out)
     best = _best(held_out, federation.facts)
     emit("run_done", rounds=config.rounds, best_round=best, held_out={str(number): metrics for number, metrics in held_out.items()})
-    return state
+    return here.state
 
 
-def _forget(out: Path, number: int, keep: int | None, versions: set[int]) -> None:
+def _gather(
+    participants: Sequence[str], here: Checkpoint, missed: _Missed, federation: Federation, config: Config, run: str, emit: Emit
+) -> _Gathered:
+    """Ask the participants, and those without an accepted update again for as long as the quorum is awaited."""
+    state, number, waits = here.state, here.state.round + 1, config.clients.below_quorum == "wait"
+    found, late, open, down, up = dict[str, ClientUpdate](), dict[str, ClientUpdate](), dict[str, Download](), 0, 0
+    for attempt in count(1):
+        asking = [client for client in participants if client not in found]
+        spare = math.inf if waits else len(participants) - quorum(config, len(participants))
+        sent, downloads, size = _messages("train", asking, here, federation, config, run)
+        replies = federation.exchange(sent, config.clients.deadline)
+        answers = collect(replies, downloads, config, emit, spare, missed.downloads)
+        found, late = {**found, **answers.updates}, {**late, **answers.late}
+        down, up = down + size, up + answers.size
+        open = {client: message for client, message in {**open, **downloads}.items() if client in answers.silent}
+        starts = {
+            client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client)) for client in found
+        }
+        starts |= {client: (missed.downloads[client].adapter, _behind(missed)) for client in late.keys() - found.keys()}
+        updates = sorted(({**late, **found}).values(), key=lambda update: update.client_id)
+        first = {client: adapter for client, (adapter, _) in starts.items()}
+        updates, large = screened(updates, first, state.other, config.messages.norm_bound)
+        refused = [*answers.refused, *(refuse(number, client, reason, emit) for client, reason in large.items())]
+        here = replace(here, books=here.books.answered(state.round, asking, answers.updates.keys(), refused))
+        on_time = {update.client_id for update in updates} & found.keys()
+        short = below_quorum(number, len(on_time), len(participants), refused, config)
+        if not (short and waits):
+            break
+        found = {client: update for client, update in found.items() if client in on_time}
+        pause = min(PAUSE, 2.0**attempt)
+        emit("waiting", round=number, clients=sorted(set(participants) - on_time), since=time.time(), reason=short, seconds=pause)
+        time.sleep(pause)
+    late_ones = frozenset(update.client_id for update in updates if update.client_id not in on_time)
+    held = {update.client_id: starts[update.client_id][1] for update in updates}
+    return _Gathered(updates, held, late_ones, refused, open, down, up, here, short)
+
+
+def _behind(missed: _Missed) -> dict[str, LowRank]:
+    """What the base of a client that trained in the round before has beside the common one: less, by what that gained since."""
+    return {module: LowRank(U=-gain.U, V=gain.V) for module, gain in missed.gained.items()}
+
+
+def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit) -> tuple[Checkpoint, _Missed, Mapping[str, float]]:
+    """The server after a round: its numbers are in `done`."""
+    here, before = got.here, got.here.state
+    behind = {client: got.held[client] for client in got.late}
+    held_out = _held_out_event(before.round, [update for update in got.updates if update.client_id not in got.late], emit)
+    state, result = server.step(before, got.updates, config.weights, config.truncation, behind)
+    books = here.books.stepped(before, state, result, got.updates, federation.clients, config.messages)
+    numbers = _measured(before, got.updates, result, state, got.held, federation)
+    if useless := measure.useless_truncation(result):
+        emit("warning", round=state.round, message=useless, tail=measure.tail(result))
+    done = {"round": state.round, "metrics": federation.evaluate(state), **numbers}
+    return (
+        Checkpoint(state, books, {**here.held_out, before.round: held_out}, done),
+        _Missed(got.open, result.residual),
+        result.weights,
+    )
+
+
+def _skipped(got: _Gathered, federation: Federation, emit: Emit) -> tuple[Checkpoint, _Missed, Mapping[str, float]]:
+    """The server after a round with too few updates: as before it, and its number is used up."""
+    state = server.skip(got.here.state)
+    emit("warning", round=state.round, message=f"the round is skipped: {got.short}")
+    done = {"round": state.round, "metrics": federation.evaluate(state), "skipped": got.short}
+    books = replace(got.here.books, updates=(), weights={})  # nobody was part of the last round's mean
+    return replace(got.here, state=state, books=books, done=done), _Missed(got.open), {}
+
+
+def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:
     """Remove the folders of older rounds, but for those whose base some client has."""
+    versions = set(here.books.version.values())
     for folder in run_rounds_of(out) if keep else ():
-        if int(folder.name) <= number - (keep or 0) and int(folder.name) not in versions:
+        if int(folder.name) <= here.state.round - (keep or 0) and int(folder.name) not in versions:
             removed(folder)
 
 
@@ -221,14 +218,14 @@ def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> li
 
 
 def _messages(
-    kind: Any, participants: Sequence[str], state: ServerState, books: _Books, federation: Federation, run: str
+    kind: Any, participants: Sequence[str], here: Checkpoint, federation: Federation, config: Config, run: str
 ) -> tuple[dict[str, bytes], dict[str, Download], int]:
     """The participants' messages as bytes, as values, and the number of bytes: each gets what it lacks."""
-    method = method_named(state.method)
+    state, books, method = here.state, here.books, method_named(here.state.method)
     drawn = method.draws and state.round > 0
     sent, downloads = {}, {}
     since = {client: books.version.get(client, 0) for client in participants}
-    lacking = {version: books.lacking(version, state) for version in set(since.values())}
+    lacking = {version: books.lacking(version, state, config.messages) for version in set(since.values())}
     for client in participants:
         rank = federation.ranks.get(client)
         whole = rank is None or method.frozen_side or drawn
@@ -247,7 +244,7 @@ def _messages(
             accepted=books.accepted.get(client, 0),
             refused=books.told.get(client, ""),
         )
-        if others := books.of_the_others(client, state):
+        if others := books.of_the_others(client, state, config.messages):
             adapter, catch_up, share = others
             downloads[client] = replace(downloads[client], adapter=adapter, catch_up=catch_up, share=share)
         sent[client] = encode_download(downloads[client], omit="AB" if drawn else books.known(client))
@@ -266,20 +263,21 @@ def _held_out_event(version: int, updates: Sequence[ClientUpdate], emit: Emit) -
     return metrics
 
 
-def _final_held_out(config: Config, state: ServerState, federation: Federation, books: _Books, out: Path, emit: Emit) -> dict[str, float]:
+def _final_held_out(config: Config, here: Checkpoint, federation: Federation, run: str, emit: Emit) -> dict[str, float]:
     """One more message, after the last round: how good is the final model on the clients' own rows? (No A, B travel back.)
 
     The model is there already, so no quorum is asked for: who fails is left out.
     """
-    sent, downloads, down = _messages("evaluate", list(federation.clients), state, books, federation, out.name)
+    round = here.state.round
+    sent, downloads, down = _messages("evaluate", list(federation.clients), here, federation, config, run)
 
     def told(event: str, **fields: Any) -> None:
-        if event == "refused":
-            emit(event, **{**fields, "round": state.round})
+        if event in ("refused", "waiting"):
+            emit(event, **{**fields, "round": round})
 
-    updates, _, up = collect(federation.exchange(sent, None), downloads, config, told)
-    emit("evaluated", round=state.round, bytes_down=down, bytes_up=up)
-    return _held_out_event(state.round, updates, emit)
+    answers = collect(federation.exchange(sent, config.clients.deadline), downloads, config, told)
+    emit("evaluated", round=round, bytes_down=down, bytes_up=answers.size)
+    return _held_out_event(round, [answers.updates[client] for client in sorted(answers.updates)], emit)
 
 
 def _measured(

@@ -317,7 +317,9 @@ def _require_run(out: Path, config: Config) -> None:
 def _without_bounds(config: Config) -> Config:
     """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
     messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
-    clients = config.clients.model_copy(update={"quorum": 1.0, "min_clients": 1})
+    clients = config.clients.model_copy(
+        update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
+    )
     return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import WeightRule, aggregate, method_named, on_scaling, regauged
-from fedex_lora.aggregation.lowrank import add
+from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
+from fedex_lora.aggregation.lowrank import add, concatenate
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
@@ -20,7 +20,11 @@ def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex", s
 
 
 def step(
-    state: ServerState, updates: Sequence[ClientUpdate], weights: WeightRule = "num_examples", truncation: Truncation | None = None
+    state: ServerState,
+    updates: Sequence[ClientUpdate],
+    weights: WeightRule = "num_examples",
+    truncation: Truncation | None = None,
+    behind: Mapping[str, Mapping[str, LowRank]] | None = None,
 ) -> tuple[ServerState, Aggregate]:
     """One round: aggregate the updates and put the residual into the base.
 
@@ -31,6 +35,8 @@ def step(
         state: as left by `init` or the previous `step`; not changed.
         updates: this round's participants, in any order.
         weights, truncation: see `aggregate`.
+        behind: client -> module path -> what the base that it trained on had beside the state's, for updates that were asked for
+            earlier: `D_u - D_v`. The base gains `sum_i p_i (D_u - D_v)` with the residual, so the mean is of the models as they are.
 
     Returns:
         The next state, and this round's aggregate (its residual is what clients that were there must download).
@@ -49,6 +55,7 @@ def step(
     row = method_named(state.method)
     updates = [_continuing(state, update) for update in updates]
     result = aggregate(updates, state.method, weights, truncation, state)
+    result = replace(result, residual=_with_held(result, behind or {}))
     shared = "A" in row.uploads and "B" in row.uploads
     following = replace(
         state,
@@ -59,6 +66,33 @@ def step(
         personal={**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {},
     )
     return following, result
+
+
+def skip(state: ServerState) -> ServerState:
+    """The state after a round without a mean: the same model, one round further."""
+    number = state.round + 1
+    adapter = fresh_adapter(state.adapter, state.seed, number) if method_named(state.method).draws else state.adapter
+    return replace(state, round=number, adapter=adapter)
+
+
+def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
+    """The adapter that a method with new factors goes on with after `round`, in the shapes of `like`: A drawn, B zero."""
+    drawn = derive_seed(seed, round, "fresh")
+    return {
+        module: LoRAPair(
+            A=fresh_a(module, pair.rank, pair.shape[1], drawn).to(pair.A.dtype), B=torch.zeros_like(pair.B), scaling=pair.scaling
+        )
+        for module, pair in like.items()
+    }
+
+
+def _with_held(result: Aggregate, behind: Mapping[str, Mapping[str, LowRank]]) -> dict[str, LowRank]:
+    """The residual, and the weighted sum of what single bases had beside the common one."""
+    terms = {module: [gain] for module, gain in result.residual.items()}
+    for client, held in behind.items():
+        for module, delta in held.items():
+            terms.setdefault(module, []).append(LowRank(U=result.weights[client] * delta.U, V=delta.V))
+    return {module: concatenate(parts) if len(parts) > 1 else parts[0] for module, parts in terms.items()}
 
 
 def advance(base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank]) -> dict[str, Delta]:

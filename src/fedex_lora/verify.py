@@ -35,11 +35,15 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     rows = []
     for folder in result_folders(path):
         result = read_result(folder)
+        if result.manifest.get("skipped"):
+            continue
         if method_named(result.manifest["method"]).exactness == "personalised":
             raise StorageError(f"{folder} is of method {result.manifest['method']}, which has no global model: nothing to verify")
         if not result.updates or not result.adapter:
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
         rows.append(_verify_one(folder, result, base))
+    if not rows:
+        raise StorageError(f"every round in {path} was skipped: nothing to verify")
     worst = max(rows, key=lambda row: row["max_relative_error"])
     summary: dict[str, Any] = {
         "method": worst["method"],
@@ -49,7 +53,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     }
     if base:
         summary |= {"realised_error": max(row["realised_error"] for row in rows), "floor": max(row["floor"] for row in rows)}
-        last = read_result(result_folders(path)[-1])
+        last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
     return summary | {"rounds": rows}
 

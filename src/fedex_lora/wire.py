@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedex_lora.aggregation import derive_seed, fresh_a
 from fedex_lora.catch_up import CatchUp, require_whole, with_own
 from fedex_lora.errors import AggregationError, WireError
 from fedex_lora.framing import UNSEALED, Entry, read_table, require_same_names, require_sealed, seal, shown, strict_json
+from fedex_lora.server import fresh_adapter
 from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
 SCHEMA = 1
@@ -158,17 +158,6 @@ def completed(message: Download, own: Adapter | None) -> Download:
         return message
     adapter, catch_up = with_own(message.adapter, message.catch_up, message.share, own)
     return replace(message, adapter=adapter, catch_up=catch_up, share=None)
-
-
-def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
-    """The adapter that a method with new factors goes on with after `round`, in the shapes of `like`: A drawn, B zero."""
-    drawn = derive_seed(seed, round, "fresh")
-    return {
-        module: LoRAPair(
-            A=fresh_a(module, pair.rank, pair.shape[1], drawn).to(pair.A.dtype), B=torch.zeros_like(pair.B), scaling=pair.scaling
-        )
-        for module, pair in like.items()
-    }
 
 
 def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit: str = "", base: int | None = None) -> bytes:

@@ -43,7 +43,7 @@ def rounds(events: Events) -> pd.DataFrame:
         row = {"round": number, **event["metrics"], **numbers}
         if number in asked:
             refused = min(left_out[number], asked[number])
-            row |= {"participants": asked[number], "refused": refused, "accepted": asked[number] - refused}
+            row |= {"participants": asked[number], "refused": refused, "accepted": 0 if "skipped" in event else asked[number] - refused}
         rows.append(row)
     for row in rows:
         row |= {f"held_out_{name}": value for name, value in held.get(row["round"], {}).items()}
@@ -56,11 +56,12 @@ def rounds(events: Events) -> pd.DataFrame:
 
 
 def participation(events: Events) -> pd.DataFrame:
-    """A row a round and client: `round`, `client`, `outcome` (accepted, refused, not asked), `reason`.
+    """A row a round and client: `round`, `client`, `outcome` (accepted, refused, skipped with the whole round, not asked), `reason`.
 
     A round that is not done yet is left out.
     """
     finished = {event["round"] for event in _of(events, "round_done")}
+    skipped = {event["round"]: event["skipped"] for event in _of(events, "round_done") if event.get("skipped")}
     everyone = list(_of(events, "started")[0]["clients"])
     reasons = {(number, client): reason for number, client, reason, when in _refused(events) if when == "round"}
     rows = []
@@ -69,8 +70,9 @@ def participation(events: Events) -> pd.DataFrame:
             asked = set(event["clients"])
             for client in everyone:
                 reason = reasons.get((event["round"], client)) if client in asked else None
-                outcome = "not asked" if client not in asked else "accepted" if reason is None else "refused"
-                rows.append((event["round"], client, outcome, reason or ""))
+                taken = "skipped" if event["round"] in skipped else "accepted"
+                outcome = "not asked" if client not in asked else taken if reason is None else "refused"
+                rows.append((event["round"], client, outcome, reason or (skipped[event["round"]] if outcome == "skipped" else "")))
     return pd.DataFrame(rows, columns=["round", "client", "outcome", "reason"])
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,10 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool:
+            raise TrainingError(
+                "a worker process died, killed or out of memory: what is done is kept, the same command goes on; --jobs 1 needs less memory"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -14,7 +14,8 @@ POINTS = 200  # of a line
 CELLS = 6000  # of a heat map
 PALETTE = ["#2B83C6", "#D9662B", "#0F9D76", "#C774A5", "#C08A00", "#7A6FC0", "#8A8F98"]  # Okabe and Ito's, between light and dark
 DASHES = [[1, 0], [7, 3], [2, 2], [8, 3, 2, 3]]
-OUTCOMES = {"accepted": "#5FA8D9", "refused": "#D9662B", "not asked": "#9AA0A650"}
+OUTCOMES = {"accepted": "#5FA8D9", "refused": "#D9662B", "skipped": "#C08A00", "not asked": "#9AA0A650"}
+SHOWN_FIRST = ["refused", "skipped", "accepted"]
 Spec = dict[str, Any]
 
 
@@ -175,7 +176,7 @@ def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
     )
     reasons = part[part["reason"] != ""].groupby(["client", "span"])["reason"].first()
     cells = counts.assign(reason=reasons.reindex(counts.index).fillna("")).reset_index()
-    cells["outcome"] = np.select([cells["refused"] > 0, cells["accepted"] > 0], ["refused", "accepted"], "not asked")
+    cells["outcome"] = np.select([cells[name] > 0 for name in SHOWN_FIRST], SHOWN_FIRST, "not asked")
     order, whole = list(dict.fromkeys(spans.values())), len(spans) == len(set(spans.values()))
     tips = (
         ["client", {"field": "span", "title": "round"}, "outcome", "reason"]
@@ -204,5 +205,5 @@ def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
         note += f" {len(everyone)} clients: these are the {len(shown)} with the most refusals, then by name."
     totals = frame.groupby(["client", "outcome"]).size().unstack(fill_value=0).reindex(columns=list(OUTCOMES), fill_value=0).reset_index()
     if whole:
-        del cells["accepted"], cells["refused"], cells["not asked"]
+        cells = cells.drop(columns=list(OUTCOMES))
     return Chart(title, note, spec, records(cells), table(f"{title}: rounds by outcome", totals))

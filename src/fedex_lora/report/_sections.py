@@ -123,7 +123,13 @@ def comparison(groups: Sequence[Group]) -> Table:
     made = pd.DataFrame(rows)
     if (made["seeds"] == 1).all():
         made = made.drop(columns=["lowest", "highest", "seeds"])
-    formats: dict[str, Format] = {groups[0].first.headline: fixed, "lowest": fixed, "highest": fixed, "exactness_error": scientific, "deviation": percent}
+    formats: dict[str, Format] = {
+        groups[0].first.headline: fixed,
+        "lowest": fixed,
+        "highest": fixed,
+        "exactness_error": scientific,
+        "deviation": percent,
+    }
     formats |= {"bytes_down": size, "bytes_up": size, "seconds": duration}
     names = {
         "exactness_error": "exactness error",

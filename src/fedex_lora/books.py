@@ -1,0 +1,95 @@
+"""What the server remembers of its clients from round to round: who has which base and adapter, and on what it may count."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fedex_lora.answers import Refusal
+from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
+from fedex_lora.config import Messages
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, ServerState
+
+
+@dataclass(frozen=True, eq=False)
+class Books:
+    """A value, never changed in place.
+
+    Attributes:
+        log: what the base gained in past rounds, as far as some client may need it.
+        version: client -> the round after which it has base and adapter.
+        changed: "A" and "B" -> the last round that changed those factors of the global adapter.
+        updates, weights: of the last round, where messages to its clients count on their own factors.
+        lost: the clients that gave no valid answer when last asked: what they hold is not known.
+        accepted: client -> the last round in which its update was part of the mean.
+        told: client -> why its last update was refused, until it is told.
+    """
+
+    log: Log = field(default_factory=Log)
+    version: Mapping[str, int] = field(default_factory=dict)
+    changed: Mapping[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
+    updates: Sequence[ClientUpdate] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
+    accepted: Mapping[str, int] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
+
+    def answered(self, version: int, asked: Collection[str], valid: Collection[str], refused: Iterable[Refusal]) -> "Books":
+        """After messages that bring base and adapter of `version`: who answered validly has them; what the others hold is not known."""
+        return replace(
+            self,
+            version={client: has for client, has in self.version.items() if client not in asked} | dict.fromkeys(valid, version),
+            lost=(self.lost | set(asked)) - set(valid),
+            told={client: why for client, why in self.told.items() if client not in asked}
+            | {refusal.client: refusal.reason for refusal in refused if refusal.client in asked},
+        )
+
+    def stepped(
+        self,
+        before: ServerState,
+        after: ServerState,
+        result: Aggregate,
+        updates: Sequence[ClientUpdate],
+        clients: Collection[str],
+        messages: Messages,
+    ) -> "Books":
+        """After a round: what it changed, and who was part of its mean.
+
+        Args:
+            before, after, result: of the round.
+            updates: that are part of the mean.
+            clients: all of them.
+            messages: what may travel.
+        """
+        oldest = min(self.version.get(client, 0) for client in clients)
+        log = replace(self.log, gains={**self.log.gains, after.round: result.residual})
+        return replace(
+            self,
+            log=pruned(log, after.base_delta, oldest, messages),
+            changed={part: after.round if _changed(part, before.adapter, after.adapter) else last for part, last in self.changed.items()},
+            accepted={**self.accepted, **{update.client_id: after.round for update in updates}},
+            updates=updates if messages.per_client else (),
+            weights=result.weights if messages.per_client else {},
+        )
+
+    def known(self, client: str) -> str:
+        """The factors of the global adapter that a client has as they are."""
+        return "".join(part for part, last in self.changed.items() if client in self.version and last <= self.version[client])
+
+    def lacking(self, since: int, state: ServerState, messages: Messages) -> CatchUp:
+        """What a client with the base of version `since` lacks."""
+        return lacking(self.log, state.base_delta, since, state.round, messages)
+
+    def of_the_others(self, client: str, state: ServerState, messages: Messages) -> tuple[Adapter, CatchUp, float] | None:
+        """What the client cannot work out from its own factors of the last round, and its weight there; None if it was not in it.
+
+        A client with all the weight has no others, and factors that did not change need not be worked out.
+        """
+        share = self.weights.get(client, 1.0)
+        if share >= 1 or self.known(client):
+            return None
+        return *of_the_others(client, self.updates, self.weights, state, messages), share
+
+
+def _changed(part: str, before: Adapter, after: Adapter) -> bool:
+    return any(not torch.equal(getattr(before[name], part), getattr(pair, part)) for name, pair in after.items())

@@ -1,0 +1,265 @@
+"""Who is waited for and until when, what becomes of late answers, and what happens below the quorum.
+
+The clients are real ones, of one process; between them and the loop stands a network that holds answers back or loses them.
+"""
+
+import time
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load
+from tests import oracle
+from tests.test_hostile import bits, equal, setting
+from tests.test_runner import events_of, ignore
+
+from fedex_lora import answers, rounds
+from fedex_lora.answers import Reply
+from fedex_lora.checkpoint import last_checkpoint
+from fedex_lora.consistency import require_consistent
+from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.measure import Exactness
+from fedex_lora.peft_io import read_result
+from fedex_lora.rounds import log_to, run_rounds
+from fedex_lora.runner import InProcess, run
+from fedex_lora.storage import read_manifest
+from fedex_lora.verify import verify
+
+SLOW = "client-1"
+
+
+class Network:
+    """In-process clients behind a network: the calls in which an answer of SLOW is held back for the next call, or lost."""
+
+    def __init__(self, config, held=(), lost=(), measured=False):
+        self.place = InProcess(config, ignore)
+        self._held, self._lost, self._measured, self.calls = set(held), set(lost), measured, 0
+        self.sent, self.came, self._waiting = {}, {}, []
+
+    def exchange(self, messages, deadline=None):
+        self.calls += 1
+        yield from self._waiting
+        self._waiting = []
+        for reply in self.place.exchange(messages, deadline):
+            self.came[self.calls, reply.client] = reply.payload
+            if reply.client == SLOW and self.calls in self._held | self._lost:
+                self._waiting += [reply] if self.calls in self._held else []
+            else:
+                yield reply
+        missing = SLOW in messages and self.calls in self._held | self._lost
+        ends = time.monotonic() + (deadline or 0) + 5 if missing else 0
+        while time.monotonic() < ends:
+            yield None
+            time.sleep(0.01)
+
+    def run(self, config, out):
+        quick = {} if self._measured else {"evaluate": lambda state: {}, "realised": lambda state, ideal: (Exactness({}, {}), 0.0, {})}
+        federation = replace(self.place.federation(), exchange=self.exchange, **quick)
+        return run_rounds(config, self.place.initial(), federation, out, log_to(out.parent / "events.jsonl"))
+
+
+def slow(**clients):
+    tree = {"partition": "iid", "count": 4, "quorum": 0.75, "deadline": 0.2, **clients}
+    return {"clients": tree, "rounds": 3}
+
+
+def federate(folder, changes, **network):
+    config = setting(**changes)
+    net = Network(config, **network)
+    folder.mkdir(exist_ok=True)
+    return net.run(config, folder / "run"), net
+
+
+def test_at_the_deadline_the_round_goes_on_without_those_who_did_not_answer(tmp_path):
+    final, _ = federate(tmp_path / "late", slow(), lost=[2])
+    refused = events_of(tmp_path / "late", "refused")
+    assert [(event["round"], event["client"]) for event in refused] == [(2, SLOW)]
+    assert refused[0]["reason"] == "it did not answer within clients.deadline = 0.2 seconds"
+    manifest = read_manifest(tmp_path / "late" / "run" / "rounds" / "0002")
+    assert manifest["participants"] == [f"client-{index}" for index in range(4)]
+    assert len(manifest["inputs"]) == 3
+    assert verify(tmp_path / "late" / "run")["max_relative_error"] < 1e-6
+    # the same bits as a client that failed outright
+    config = setting(**slow())
+    net = Network(config)
+
+    def failing(messages, deadline=None):
+        for reply in net.exchange(messages, deadline):
+            yield Reply(SLOW, None, "gone") if net.calls == 2 and reply.client == SLOW else reply
+
+    (tmp_path / "failed").mkdir()
+    other = run_rounds(config, net.place.initial(), replace(net.place.federation(), exchange=failing), tmp_path / "failed" / "run", ignore)
+    assert equal(bits(final), bits(other))
+
+
+def test_without_a_deadline_everyone_is_waited_for_and_it_is_said_who(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "WAITING", 0.05)
+    config = setting(rounds=1, clients={"partition": "iid", "count": 4})
+    net = Network(config)
+
+    def tardy(messages, deadline=None):
+        for reply in net.exchange(messages, deadline):
+            for _ in range(20 if reply.client == "client-3" else 0):
+                yield None
+                time.sleep(0.01)
+            yield reply
+
+    began = time.time()
+    emit = log_to(tmp_path / "events.jsonl")
+    run_rounds(config, net.place.initial(), replace(net.place.federation(), exchange=tardy), tmp_path / "run", emit)
+    waiting = [event for event in events_of(tmp_path, "waiting") if event["round"] == 1]
+    assert waiting
+    assert all(event["clients"] == ["client-3"] for event in waiting)
+    assert began <= waiting[0]["since"] <= waiting[0]["time"]
+    assert not events_of(tmp_path, "refused")
+
+
+def test_a_late_answer_is_refused_by_default(tmp_path):
+    final, _ = federate(tmp_path / "late", slow(), held=[2])
+    without, _ = federate(tmp_path / "without", slow(), lost=[2])
+    assert equal(bits(final), bits(without))
+    reasons = [(event["round"], event["reason"]) for event in events_of(tmp_path / "late", "refused")]
+    assert reasons == [
+        (2, "it did not answer within clients.deadline = 0.2 seconds"),
+        (2, "it answered in round 3 only: too late (clients.late = 'refuse')"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["fedex", "fedex+balanced", "fedex-best", "reinit", "fedit", "ffa", "fedex-svd"])
+def test_a_late_answer_is_part_of_the_next_mean_with_the_base_it_was_trained_on(method, tmp_path):
+    """Round 2 holds SLOW back, round 3 does not get its own answer: the mean of round 3 is of three models on D_2 and one on D_1."""
+    changes = slow(late="next") | {"method": method}
+    final, net = federate(tmp_path / "late", changes, held=[2], lost=[3])
+    assert [event["client"] for event in events_of(tmp_path / "late", "client_done") if event.get("late") == 1] == [SLOW]
+    folder = tmp_path / "late" / "run" / "rounds" / "0003"
+    assert read_manifest(folder)["late"] == [SLOW]
+    if method not in ("fedit", "fedex-svd"):
+        assert verify(tmp_path / "late" / "run")["max_relative_error"] < 1e-6
+    # the oracle: D_1, D_2 from the folders, the factors from the bytes, all in fp64
+    base = {number: _delta(tmp_path / "late" / "run" / "rounds" / f"000{number}") for number in (1, 2)}
+    pairs = {client: _pairs(net, (2 if client == SLOW else 3, client), final) for client in (f"client-{i}" for i in range(4))}
+    counts = {entry["client"]: entry["num_examples"] for entry in read_manifest(folder)["inputs"]}
+    p = dict(zip(counts, oracle.shares(list(counts.values())), strict=True))
+    for module, pair in final.adapter.items():
+        gained = final.base_delta.get(module)
+        got = oracle.product(pair) + (0 if gained is None else oracle.numpy64(gained.dense()))
+        zero = 0 * got
+        start = {client: base[1 if client == SLOW else 2].get(module, zero) for client in pairs}
+        want = sum(p[client] * (start[client] + oracle.product(pairs[client][module])) for client in pairs)
+        naive = sum(p[client] * (base[2].get(module, zero) + oracle.product(pairs[client][module])) for client in pairs)
+        error = oracle.relative(got, want)
+        if method == "fedit":
+            assert error > 1e-4
+        elif method == "fedex-svd":
+            assert error < 0.5
+        else:
+            assert error < 1e-6
+            assert method == "ffa" or oracle.relative(naive, want) > 1e-5  # ffa's base never gains
+
+
+def _delta(folder):
+    return {module: oracle.numpy64(delta.dense()) for module, delta in read_result(folder).base_delta.items()}
+
+
+def _pairs(net, key, final):
+    """The factors in an answer as they travelled; those that did not are frozen, and the final adapter has them (ffa)."""
+    found = load(net.came[key])
+    return {
+        module: replace(pair, **{part: found.get(f"adapter|{module}|{part}", getattr(pair, part)) for part in "AB"})
+        for module, pair in final.adapter.items()
+    }
+
+
+def test_an_answer_of_this_round_goes_before_a_late_one(tmp_path):
+    final, _ = federate(tmp_path / "late", slow(late="next"), held=[2])
+    without, _ = federate(tmp_path / "without", slow(late="next"), lost=[2])
+    assert equal(bits(final), bits(without))
+    assert "late" not in read_manifest(tmp_path / "late" / "run" / "rounds" / "0003")
+
+
+def test_a_late_answer_does_not_make_the_quorum(tmp_path):
+    with pytest.raises(TrainingError, match="round 3 has 3 updates of 4 clients and needs 4"):
+        federate(tmp_path / "run", slow(late="next", quorum=1.0, below_quorum="stop") | {"rounds": 3}, held=[], lost=[3])
+    with pytest.raises(TrainingError, match="round 2 has 3 updates of 4 clients and needs 4"):
+        federate(tmp_path / "two", slow(late="next", quorum=1.0), held=[2])
+
+
+@pytest.mark.parametrize("changes", [{"messages": {"per_client": True}}, {"method": "reinit"}, {"method": "keep"}, {"method": "rolora"}])
+def test_a_round_below_the_quorum_may_be_skipped(changes, tmp_path):
+    """The model stays as it was, the round's number is used up, and the run goes on and ends well."""
+    federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip") | changes, lost=[2], measured=True)
+    manifest = read_manifest(tmp_path / "run" / "run" / "rounds" / "0002")
+    assert "needs 4" in manifest["skipped"]
+    assert manifest["inputs"] == []
+    done = events_of(tmp_path / "run", "round_done")
+    assert [event["round"] for event in done] == [1, 2, 3]
+    assert done[1]["metrics"] == pytest.approx(done[0]["metrics"], abs=1e-6)
+    assert "skipped" in done[1]
+    assert done[2]["metrics"] != done[1]["metrics"]
+    assert len(read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")["inputs"]) == 4
+    checked = verify(tmp_path / "run" / "run")
+    assert [line["round"] for line in checked["rounds"]] == [1, 3, 3]
+    assert checked["max_relative_error"] < 1e-6
+
+
+def test_skipped_rounds_only(tmp_path):
+    final, net = federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip"), lost=[1, 2, 3])
+    assert equal(bits(final), bits(net.place.initial()))
+    with pytest.raises(Exception, match="was skipped: nothing to verify"):
+        verify(tmp_path / "run" / "run")
+
+
+def test_a_run_goes_on_after_a_skipped_round(tmp_path):
+    """Stopped in round 3, resumed in a new process's objects: the same bits."""
+    config = setting(**slow(quorum=1.0, below_quorum="skip"))
+    want, _ = federate(tmp_path / "whole", slow(quorum=1.0, below_quorum="skip"), lost=[2])
+    net = Network(config, lost=[2])
+
+    def stopped(messages, deadline=None):
+        if net.calls == 2:
+            raise InterruptedError
+        yield from net.exchange(messages, deadline)
+
+    (tmp_path / "part").mkdir()
+    with pytest.raises(InterruptedError):
+        run_rounds(config, net.place.initial(), replace(net.place.federation(), exchange=stopped), tmp_path / "part" / "run", ignore)
+    checkpoint, _ = last_checkpoint(tmp_path / "part" / "run")
+    assert checkpoint.state.round == 2
+    rest = run_rounds(config, checkpoint, replace(net.place.federation(), exchange=net.place.exchange), tmp_path / "part" / "run", ignore)
+    assert equal(bits(rest), bits(want))
+
+
+def test_below_the_quorum_clients_may_be_asked_again_until_they_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "PAUSE", 0.0)
+    changes = slow(quorum=1.0, below_quorum="wait") | {"rounds": 2}
+    final, net = federate(tmp_path / "run", changes, lost=[2, 3])
+    want, _ = federate(tmp_path / "want", changes)
+    assert equal(bits(final), bits(want))
+    asked_again = [event for event in events_of(tmp_path / "run", "waiting") if "reason" in event]
+    assert [(event["round"], event["clients"]) for event in asked_again] == [(2, [SLOW]), (2, [SLOW])]
+    assert "needs 4" in asked_again[0]["reason"]
+    assert [call for call, client in net.came if client == "client-0"] == [1, 2, 5]  # who answered is not asked again
+    assert read_manifest(tmp_path / "run" / "run" / "rounds" / "0002")["refused"] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "keep"},
+        {"method": "fedsa"},
+        {"method": "rolora"},
+        {"method": "fedsvd"},
+        {"method": "ffa+orthonormal-a"},
+        {"messages": {"per_client": True}},
+        {"method": "fedex-best", "ranks": [1, 2, 2, 2]},
+    ],
+)
+def test_late_updates_that_cannot_be_part_of_a_mean_are_a_configuration_error(changes):
+    ranks = {"ranks": changes.pop("ranks")} if "ranks" in changes else {}
+    with pytest.raises(ConfigError, match=r"clients.late = 'next' does not go with"):
+        require_consistent(setting(**changes, clients={"partition": "iid", "count": 4, "late": "next", **ranks}), 4)
+
+
+def test_in_one_process_nobody_is_late(tmp_path):
+    config = setting(clients={"partition": "iid", "count": 4, "deadline": 1e-6})
+    run(config, tmp_path / "run", ignore)
+    assert not events_of(tmp_path / "run", "refused")
