@@ -42,7 +42,14 @@ def synthetic(rounds, clients, layers=6, method="fedex", seed=0, names=("query",
     modules = [f"bert.encoder.layer.{layer}.attention.self.{name}" for layer in range(layers) for name in names]
     metrics = {"accuracy": 0.3, "loss": 1.1}
     facts = {"task": "glue/mrpc", "base_model": "a/model", "headline": "accuracy", "greater_is_better": True, "base_bytes": 90_000_000}
-    facts |= {"trainable_parameters": 1000, "total_parameters": 100_000, "versions": {"torch": "2"}, "torch_threads": 1, "rounds": rounds}
+    facts |= {
+        "trainable_parameters": 1000,
+        "total_parameters": 100_000,
+        "versions": {"torch": "2"},
+        "torch_threads": 1,
+        "rounds": rounds,
+        "disk_bytes": 1_000_000,
+    }
     yield event("started", method=method, clients=everyone, metrics=metrics, **facts)
     for number in range(1, rounds + 1):
         asked = [client for client in everyone if rng.random() < 0.8] or everyone[:1]

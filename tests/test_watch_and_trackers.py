@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from tests.runs import event, small_run, synthetic, written
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
@@ -13,7 +14,6 @@ from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.storage import followed_events, read_events
 from fedex_lora.trackers import Trackers, scalars
-from tests.runs import event, small_run, synthetic, written
 
 
 def test_watch_a_finished_run(tmp_path):

@@ -100,12 +100,6 @@ class Display:
         where = f"round {fields['round']}: " if "round" in fields else ""
         self._console.print(f"{self._label}! {where}{fields['message']}", highlight=False, markup=False)
 
-    def _on_waiting(self, fields: dict[str, Any]) -> None:
-        why = f": {fields['reason']}" if fields.get("reason") else ""
-        self._console.print(
-            f"{self._label}! round {fields['round']}: waiting for {', '.join(fields['clients'])}{why}", highlight=False, markup=False
-        )
-
     def _on_refused(self, fields: dict[str, Any]) -> None:
         self._console.print(
             f"{self._label}! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}",
