@@ -98,7 +98,7 @@ def _environment() -> Environment:
 @cache
 def vl_library() -> str:
     """Vega, Vega-Lite and vega-embed as one JavaScript module, from vl-convert (which carries them; nothing is downloaded)."""
-    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg] (its stub forgets the default)
+    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
