@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench docs browser exactness precision crash fuzz clean
+.PHONY: demo test check bench docs browser exactness precision crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -46,6 +46,9 @@ crash: $(VENV)/.installed-dev   ## kill runs and fail their writes, resume them,
 fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was sent byte for byte
 	$(BIN)/python -m tests.fuzz_wire 100000
 
+flower-test: $(VENV)/.installed-flower   ## a real deployment on this machine (TLS, node keys), and what happens when parts of it die
+	$(BIN)/python -m pytest tests/flower --durations 20
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +67,11 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.installed
 
 $(VENV)/.installed-browser: pyproject.toml constraints.txt | $(VENV)/.installed-dev
 	$(PIP) --editable '.[browser]'
+	touch $@
+
+$(VENV)/.installed-flower: $(VENV)/.installed-dev
+	$(PIP) --editable '.[dev,simulation]'
+	command -v nginx /usr/sbin/nginx >/dev/null || { apt-get update && apt-get install -y --no-install-recommends nginx-light; } || true
 	touch $@
 
 clean:

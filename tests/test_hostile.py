@@ -394,7 +394,7 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
         assert (told[2]["refused"], told[3]["refused"], told[4]["refused"]) == ("", refused[0]["reason"], "")
         assert [told[number]["anew"] for number in (1, 2, 3, 4)] == [False, False, answer != "is too large", False]
         assert [told[number]["accepted"] for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
-        copies = [place._memories[client].base for client in ("client-0", MALLORY)]
+        copies = [place.parties.memories[client].base for client in ("client-0", MALLORY)]
         assert [copy.version for copy in copies] == [3, 3]
         assert all(float((copies[0].delta[n].dense() - delta.dense()).norm()) < 1e-6 for n, delta in copies[1].delta.items())
         if method != "fedsa":

@@ -10,7 +10,7 @@ ABOVE = (
     "errors types config aggregation consistency measure server screening catch_up framing wire answers books"
     " storage peft_io checkpoint memory verify adapters export tasks partition client"
 )
-ORDER = f"{ABOVE} rounds trackers runner display analysis report compare demo doctor cli".split()
+ORDER = f"{ABOVE} rounds place party trackers runner display analysis report compare demo flower doctor cli".split()
 PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 

@@ -442,8 +442,8 @@ def whole_run(out, **changes):
     assert len(done) == config.rounds
     assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
     worst = 0.0
-    for client, memory in place._memories.items():
-        party = Party(client, memory.adapter or place._latest, memory.base)
+    for client, memory in place.parties.memories.items():
+        party = Party(client, memory.adapter or place.parties.latest, memory.base)
         for name, delta in state.base_delta.items():
             want = oracle.numpy64(delta.dense()) + oracle.product(state.adapter[name])
             worst = max(worst, oracle.relative(party.model(name), want))
@@ -455,8 +455,8 @@ def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
     clients = {"partition": "iid", "count": 5, "fraction": 0.4}
     place, _, worst = whole_run(tmp_path / "run", rounds=4, clients=clients, messages=messages, task={"train_rows": 50}, lora=FEW)
     assert worst < 1e-6
-    copies = {id(memory.base.delta) for memory in place._memories.values()}
-    lossy = [client for client, memory in place._memories.items() if memory.base.lossy]
+    copies = {id(memory.base.delta) for memory in place.parties.memories.values()}
+    lossy = [client for client, memory in place.parties.memories.items() if memory.base.lossy]
     assert len(copies) == len(lossy) + (len(lossy) < 5)  # one object for all that have the server's bits
     assert bool(worst) == bool(lossy)
     assert not lossy if "catch_up" in messages else lossy or not messages  # by default a residual may happen to be recompressed
@@ -465,7 +465,7 @@ def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
 def test_a_whole_run_with_messages_per_client_has_two_thirds_of_the_bytes(tmp_path):
     place, done, worst = whole_run(tmp_path / "run", rounds=3, messages={"per_client": True}, lora=FEW)
     assert worst < 1e-6
-    shapes = [pair.shape for pair in place._first.values()]
+    shapes = [pair.shape for pair in place.host.place.first.values()]
     for event in done:
         ordinary = 4 * 3 * sum(METHODS["fedex"].messages([2] * 3, 0, shape, event["round"]).down for shape in shapes)
         less = ordinary if event["round"] == 1 else ordinary * 2 // 3
@@ -476,7 +476,7 @@ def test_the_base_delta_itself_travels_where_it_is_smaller(tmp_path):
     """Ranks so large that one round's residual has more numbers than the matrix: bytes as `Method.messages` says, and exact."""
     place, done, worst = whole_run(tmp_path / "run", rounds=2, lora={**FEW, "r": 40})
     assert worst == 0
-    shapes = [pair.shape for pair in place._first.values()]
+    shapes = [pair.shape for pair in place.host.place.first.values()]
     for event in done:
         promised = 4 * 3 * sum(METHODS["fedex"].messages([40] * 3, 0, shape, event["round"]).down for shape in shapes)
         assert 0 <= event["bytes_down"] - promised < 3 * 10_000

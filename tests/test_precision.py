@@ -166,8 +166,8 @@ def test_a_side_path_in_float32_is_the_fold(tmp_path):
             name: LowRank(U=0.1 * torch.randn(pair.shape[0], 3, generator=generator), V=torch.randn(3, pair.shape[1], generator=generator))
             for name, pair in place.initial().adapter.items()
         }
-        place._base.set(delta)
-        ends[where] = logits(place.model)
+        place.host.place.base.set(delta)
+        ends[where] = logits(place.host.place.model)
     assert float((ends["side"] - ends["fold"]).abs().max() / ends["fold"].abs().max()) < 1e-4
 
 

@@ -16,6 +16,7 @@ from fedex_lora.client import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.peft_io import read_adapter_folder, read_result
+from fedex_lora.place import Host
 from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
 from fedex_lora.storage import load_tensors, read_events, save_tensors, sha256
@@ -200,8 +201,8 @@ def test_a_fraction_of_the_clients(tmp_path):
 
 def test_one_base_in_memory_however_many_clients(tmp_path):
     few, many = (InProcess(configuration(clients={"partition": "iid", "count": count}), ignore) for count in (2, 12))
-    assert sum(p.numel() for p in few.model.parameters()) == sum(p.numel() for p in many.model.parameters())
-    assert len(many._data) == 12
+    assert sum(p.numel() for p in few.host.place.model.parameters()) == sum(p.numel() for p in many.host.place.model.parameters())
+    assert len(many.parties.data) == 12
 
 
 @pytest.mark.parametrize("schedule", ["round", "run"])
@@ -256,16 +257,16 @@ def test_a_round_folder_can_be_verified_alone(tmp_path):
 def test_the_realised_error_is_the_model_s(tmp_path, monkeypatch):
     """Were the adapter never written into the model, the number would show it."""
     place = InProcess(configuration(), ignore)
-    load = InProcess.load
+    load = Host.load
 
     def forgetful(self, state):
         load(self, state)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.place.model.named_parameters():
             if ".lora_B" in name:
                 parameter.data.mul_(1.01)
-        return self.model
+        return self.place.model
 
-    monkeypatch.setattr(InProcess, "load", forgetful)
+    monkeypatch.setattr(Host, "load", forgetful)
     run_rounds(configuration(), place.initial(), place.federation(), tmp_path / "run", log_to(tmp_path / "events.jsonl"))
     last = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "round_done"][-1]
     assert last["realised_error"] > 100 * last["floor"]
@@ -298,12 +299,12 @@ def test_the_last_round_s_metrics_are_the_loaded_model_s(tmp_path):
     place = InProcess(config, ignore)
     final = run(config, tmp_path / "run", ignore)
     assert "bert.pooler.dense.weight" in final.other
-    want = place.evaluate(final)["loss"]
+    want = place.host.evaluate(final)["loss"]
     assert want == pytest.approx(events_of(tmp_path / "run", "round_done")[-1]["metrics"]["loss"], rel=1e-5)
     for seed in (1, 2):
         torch.manual_seed(seed)
         model = load_model(tmp_path / "run", tmp_path / "base")
-        assert evaluate(model, place._eval, place._work)["loss"] == pytest.approx(want, rel=1e-5)
+        assert evaluate(model, place.host.eval, place.host.place.work)["loss"] == pytest.approx(want, rel=1e-5)
 
 
 def test_verify_checks_the_head_and_the_final_folder(tmp_path):

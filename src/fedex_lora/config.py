@@ -108,6 +108,11 @@ class Task(_Table):
         "encoded bytes (also as the hub's {bytes, path}).",
     )
     label: str = Field("label", description="custom classification, of texts or images: the column of the class.")
+    labels: list[str | int] | None = Field(
+        None,
+        min_length=2,
+        description="custom classification: all classes, where a party's own rows may lack some; by default those there are.",
+    )
     prompt: str = Field("{prompt}", description="causal-lm: template of what the model reads; column names in braces.")
     completion: str = Field("{completion}", description="causal-lm: template of what it must say; the loss is on this part only.")
     max_length: int = Field(128, ge=2, description="Tokens; longer inputs are cut.")
@@ -294,9 +299,25 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    return parse_config(with_overrides(tree, overrides))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain values, with `a.b=v` set in them."""
     for override in overrides:
         _set(tree, override)
-    return parse_config(tree)
+    return tree
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same run for a process that works in another folder."""
+    base, task = config.base, config.task
+    if Path(base.model).is_dir():
+        base = base.model_copy(update={"model": str(Path(base.model).absolute())})
+    if task.data is not None:
+        task = task.model_copy(update={"data": task.data.absolute()})
+    files = {name: str(Path(value).absolute()) for name in ("train", "eval") if (value := getattr(task, name)) and Path(value).is_file()}
+    return config.model_copy(update={"base": base, "task": task.model_copy(update=files if task.data is None else {})})
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def examine() -> tuple[dict[str, str], list[str]]:
             facts[name] = version(name)
         except PackageNotFoundError:
             facts[name] = f"not installed ({use} would need it)"
+    flower, complaints = _flower()
+    facts, problems = facts | flower, problems + complaints
     facts |= _devices()
     facts["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online if the network allows"
     facts["hub telemetry"] = (
@@ -46,6 +49,52 @@ def examine() -> tuple[dict[str, str], list[str]]:
     if error > 1e-6:
         problems.append(f"a test aggregation is off by {error:.1e}: this build of torch computes fp32 with less than fp32 (TF32?)")
     return facts, problems
+
+
+def _flower() -> tuple[dict[str, str], list[str]]:
+    """Its version, what it tells others, and whether a SuperLink of this machine can be reached from outside."""
+    try:
+        found = version("flwr")
+    except PackageNotFoundError:
+        return {"flwr": "not installed (the extra `flower`: runs between organisations)"}, []
+    facts, problems = {"flwr": found}, []
+    for wanted in map(Requirement, requires("fedex-lora") or []):
+        if wanted.name == "flwr" and "flower" in str(wanted.marker) and not wanted.specifier.contains(found):
+            problems.append(f"flwr {found} does not satisfy {wanted.specifier}: pip install 'fedex-lora[flower]'")
+    off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    on = [f"{name}={value}" for name, value in off.items() if os.environ.get(name) != value]
+    facts["flwr telemetry, update checks"] = "off" if not on else f"on unless {' '.join(on)} (flower try switches them off)"
+    for words in commands_of_this_machine("flower-superlink"):
+        if (host := _option(words, "--host", "127.0.0.1")) not in ("127.0.0.1", "localhost", "::1"):
+            problems.append(
+                f"a SuperLink listens on {host}: whoever reaches it can submit code to every node: give it --host 127.0.0.1, and let "
+                "nodes in by a proxy (docs/deployment.md)"
+            )
+        if "--enable-supernode-auth" not in words and "--simulation" not in words:
+            problems.append("a SuperLink takes any node: start it with --enable-supernode-auth and register keys (docs/deployment.md)")
+        if "--disable-runtime-dependency-installation" not in words:
+            problems.append("a SuperLink fetches packages at every run: start it with --disable-runtime-dependency-installation")
+    return facts, problems
+
+
+def commands_of_this_machine(name: str) -> list[list[str]]:
+    """The command lines of running processes whose program has this name (Linux only)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # it has just ended
+        if any(Path(word).name == name for word in words[:2]):
+            found.append(words)
+    return found
+
+
+def _option(words: list[str], name: str, default: str) -> str:
+    given = [
+        word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True) if word.split("=")[0] == name
+    ]
+    return given[-1] if given else default
 
 
 def _devices() -> dict[str, str]:

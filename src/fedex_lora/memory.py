@@ -1,5 +1,6 @@
 """What a client remembers between rounds, and its file: a client that answered and was killed answers the same again, without training."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,25 +40,33 @@ class ClientMemory:
     reply: bytes = b""
 
 
-def save_memory(path: Path, memory: ClientMemory) -> None:
-    """Write a client's memory in one step. A base with the server's bits is known by its version, and is not written."""
+def save_memory(path: Path, memory: ClientMemory, whole: bool = False) -> None:
+    """Write a client's memory in one step, with the sha256 of its tensors.
+
+    Args:
+        path: the file.
+        memory: what goes into it.
+        whole: write the base also where it has the server's bits; else it is known by its version.
+    """
+    whole = whole or bool(memory.base.lossy)
     optimizer = memory.optimizer or {}
     moments = {f"{index}|{name}": value for index, values in optimizer.get("state", {}).items() for name, value in values.items()}
     tensors = {"reply": torch.frombuffer(bytearray(memory.reply), dtype=torch.uint8)}
     tensors |= {f"optimizer|{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
-    tensors |= {f"base|{name}": tensor for name, tensor in delta_tensors(memory.base.delta).items()} if memory.base.lossy else {}
+    tensors |= {f"base|{name}": tensor for name, tensor in delta_tensors(memory.base.delta).items()} if whole else {}
     for prefix, adapter in (("adapter", memory.adapter or {}), *((f"trained{number}", one) for number, one in memory.trained.items())):
         tensors |= factors_of(prefix, adapter)
     about = {
         "round": memory.round,
         "version": memory.base.version,
         "lossy": sorted(memory.base.lossy),
+        "whole": whole,
         "adapter": None if memory.adapter is None else scalings_of(memory.adapter),
         "trained": [[number, scalings_of(adapter)] for number, adapter in memory.trained.items()],
         "optimizer": None if memory.optimizer is None else optimizer["param_groups"],
         "plain": {name: value for name, value in moments.items() if not isinstance(value, Tensor)},
     }
-    write_tensors(path, tensors, {"client": json.dumps(about)})
+    write_tensors(path, tensors, {"client": json.dumps(about), "sha256": _digest(tensors)})
 
 
 def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> ClientMemory:
@@ -67,12 +76,14 @@ def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> Cl
         StorageError: it is missing or broken.
     """
     tensors, metadata = load_tensors(path)
+    if metadata.get("sha256") != _digest(tensors):
+        raise StorageError(f"{path} has changed since it was written: remove it, and the client asks for what it lacks")
     try:
         about = json.loads(metadata["client"])
         lossy = frozenset(about["lossy"])
         base = deltas_of({name.removeprefix("base|"): tensor for name, tensor in tensors.items() if name.startswith("base|")}, path)
         return ClientMemory(
-            base=BaseCopy(version=about["version"], delta=base if lossy else base_of(about["version"]), lossy=lossy),
+            base=BaseCopy(version=about["version"], delta=base if about["whole"] else base_of(about["version"]), lossy=lossy),
             adapter=None if about["adapter"] is None else adapter_from("adapter", about["adapter"], tensors),
             trained={number: adapter_from(f"trained{number}", scalings, tensors) for number, scalings in about["trained"]},
             optimizer=_optimizer(about, tensors),
@@ -81,6 +92,14 @@ def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> Cl
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StorageError(f"{path} is not a client's memory ({error!r}): resume with the version that began the run") from None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _optimizer(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

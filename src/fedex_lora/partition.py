@@ -61,6 +61,15 @@ def _column(task: Task, name: str) -> NDArray[Any]:
     return np.asarray(task.train[name])
 
 
+def held_out(client: str, rows: int, share: float, seed: int) -> tuple[Indices, Indices]:
+    """(training rows, held-out rows) of a client whose rows are all `rows` of its own file.
+
+    Raises:
+        DataError: there are none.
+    """
+    return _hold_out(client, np.arange(rows, dtype=np.int64), share, np.random.default_rng([seed, *client.encode()]))
+
+
 def _hold_out(client: str, part: Indices, share: float, rng: np.random.Generator) -> tuple[Indices, Indices]:
     part = rng.permutation(part)
     held = min(len(part) - 1, max(1, round(share * len(part)))) if share and len(part) > 1 else 0

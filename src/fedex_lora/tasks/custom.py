@@ -57,7 +57,7 @@ def load(settings: config.Task) -> Task:
 def _classification(settings: config.Task, train: Rows, held: Rows) -> Task:
     for name, rows in ((settings.train, train), (settings.eval, held)):
         require_columns(rows, [*settings.text, settings.label], str(name))
-    classes = sorted(train[settings.label].unique().tolist())
+    classes = settings.labels or sorted(train[settings.label].unique().tolist())
 
     def labels(rows: Rows) -> list[int]:
         return label_indices(rows[settings.label].tolist(), classes, f"task.eval, column {settings.label!r},")
@@ -83,7 +83,7 @@ def _images(settings: config.Task, train: Rows, held: Rows) -> Task:
         require_column(rows, column, str(name))
         require_columns(rows, [settings.label], str(name))
         require_images(rows, column, settings.data, str(name))
-    classes = sorted(train[settings.label].unique().tolist())
+    classes = settings.labels or sorted(train[settings.label].unique().tolist())
     names = {index: str(value) for index, value in enumerate(classes)}
 
     def labels(rows: Rows) -> list[int]:

@@ -1,0 +1,114 @@
+"""Between organisations: `flower init`, `flower keys`, `flower try`, `flower worker`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, one_line_errors, print_json
+from fedex_lora.errors import UsageError
+
+flower = typer.Typer(no_args_is_help=True, help="The same federation between organisations, over Flower (extra `flower`).")
+app.add_typer(flower, name="flower")
+
+
+@flower.command()
+@one_line_errors
+def init(
+    folder: Annotated[Path, typer.Argument(help="The app folder to write; must not exist or be empty.")],
+    config: Annotated[Path, typer.Option(help="A TOML file; paths in it are the server's.")],
+    clients: Annotated[
+        Optional[str],  # noqa: UP045 (typer)
+        typer.Option(help="Comma-separated names of the parties, which have rows of their own; without, the configuration deals its rows."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The run folder, on the server; by default FOLDER-run.")] = None,  # noqa: UP045
+    set_: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a Flower app folder that `flwr run` takes, for a simulation or a deployment."""
+    from fedex_lora.config import read_config, with_absolute_paths
+    from fedex_lora.flower import write_app
+
+    names = [name.strip() for name in (clients or "").split(",") if name.strip()]
+    run = (out or folder.with_name(f"{folder.name}-run")).absolute()
+    write_app(folder, with_absolute_paths(read_config(config, set_ or [])), str(run), names)
+    if as_json:
+        print_json({"app": str(folder), "out": str(run), "clients": names})
+        return
+    console = consoles(False)
+    console.print(f"app folder {folder}: start it by flwr run {folder} CONNECTION; the run goes to {run}", highlight=False)
+    console.print("how SuperLink and SuperNodes are started: docs/deployment.md", highlight=False)
+
+
+@flower.command()
+@one_line_errors
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Where they go; what is there is not overwritten.")],
+    hosts: Annotated[str, typer.Option(help="Comma-separated names and addresses under which the parties reach the server.")] = "",
+    node: Annotated[Optional[list[str]], typer.Option(help="A party's name: its key pair.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make the server's certificate (with a CA of its own), and nodes' key pairs."""
+    _require_flower()
+    from fedex_lora.flower._keys import make_certificates, make_node_key
+
+    wanted = [folder / name for name in (["ca.crt", "server.pem"] if hosts else [])] + [folder / name for name in node or []]
+    if not wanted:
+        raise UsageError("nothing to make: give --hosts for the server, --node for a party")
+    if there := next((path for path in wanted if path.exists()), None):
+        raise UsageError(f"{there} exists and is not overwritten: remove it, or give another folder")
+    if hosts:
+        make_certificates(folder, [host.strip() for host in hosts.split(",")])
+    for name in node or []:
+        make_node_key(folder / name)
+    made = sorted(path.name for path in folder.iterdir())
+    if as_json:
+        print_json({"folder": str(folder), "files": made})
+    else:
+        consoles(False).print(f"in {folder}: {', '.join(made)}", highlight=False)
+
+
+@flower.command(name="try")
+@one_line_errors
+def try_(
+    config: Annotated[Optional[Path], typer.Option(help="A TOML file; by default two short rounds of the demo.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Where logs and both runs go; by default a temporary folder.")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(help="Give up after so long.")] = 900.0,
+    set_: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A real deployment on this machine (TLS, node keys): run a job over it, compare it with the run in process, stop everything."""
+    _require_flower()
+    from fedex_lora.client import quiet
+    from fedex_lora.config import read_config
+    from fedex_lora.flower._trial import short_demo, trial
+
+    quiet()
+    console = consoles(as_json)
+    settings = read_config(config, set_ or []) if config else short_demo(set_ or [])
+    result: dict[str, Any] = trial(settings, out, seconds, lambda line: console.print(line, highlight=False))
+    if as_json:
+        print_json(result)
+
+
+@flower.command()
+@one_line_errors
+def worker(
+    socket: Annotated[Path, typer.Argument(help="The socket; the node's own settings name it: --node-config 'worker=\"SOCKET\"'.")],
+    debug: Debug = False,
+) -> None:
+    """Keep a party's base in memory between messages (Flower starts a process for every message)."""
+    from fedex_lora.flower._worker import serve
+
+    console = consoles(True)
+    serve(socket, lambda line: console.print(line, highlight=False))
+
+
+def _require_flower() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise UsageError("Flower is not installed: pip install 'fedex-lora[flower]'")

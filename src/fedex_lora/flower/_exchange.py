@@ -1,0 +1,142 @@
+"""The transport: messages to Flower's nodes, and their replies, for the round loop."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from fedex_lora.answers import Reply
+from fedex_lora.errors import WireError
+from fedex_lora.flower._messages import Packet, pack, unpack
+from fedex_lora.framing import read_table
+
+PAUSE = 0.5  # seconds between two looks for replies
+GONE = {
+    ErrorCode.NODE_UNAVAILABLE: "its node went away before it answered",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its message did not get through: the node went away",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer did not get through: the node went away",
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its node cannot load the app: is fedex-lora installed there, in the same version?",
+}
+
+
+class Roster:
+    """Which node is which client: by the name that it was registered under; nodes without a name take the clients that are left.
+
+    Args:
+        grid: Flower's.
+        clients: all ids.
+    """
+
+    def __init__(self, grid: Grid, clients: Sequence[str]) -> None:
+        self._grid, self._clients = grid, sorted(clients)
+        self._unnamed = dict[int, str]()
+
+    def present(self) -> dict[str, "Seat"]:
+        """Client -> its node, of those that are there."""
+        nodes = {node.node_id: node for node in self._grid.get_nodes()}
+        here = {node.name: node.node_id for node in nodes.values() if node.name in self._clients}
+        for node in sorted(nodes.keys() - here.values()):
+            taken = {client for other, client in self._unnamed.items() if other in nodes and other != node} | here.keys()
+            free = [client for client in self._clients if client not in taken]
+            if self._unnamed.get(node) not in free:
+                self._unnamed.pop(node, None)
+                if not free:
+                    continue
+                self._unnamed[node] = free[0]
+            here[self._unnamed[node]] = node
+        return {client: Seat(node, nodes[node].last_activated_at) for client, node in here.items()}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A node that is there, and since when."""
+
+    node: int
+    since: str
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A message that is out."""
+
+    client: str
+    round: int
+    seat: Seat
+    payload: bytes
+
+
+class GridExchange:
+    """`exchange` over Flower's Grid: who is not there is waited for; what comes after its round is handed out in a later call.
+
+    Args:
+        grid: Flower's.
+        clients: all ids.
+        about: words that go with every message (which run, which base).
+    """
+
+    def __init__(self, grid: Grid, clients: Sequence[str], about: Mapping[str, str]) -> None:
+        self._grid, self._about = grid, about
+        self._roster = Roster(grid, clients)
+        self._asked = dict[str, _Asked]()  # by the message's id
+
+    def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
+        """See `rounds.Exchange`."""
+        began, unsent, open = time.monotonic(), dict(messages), set(messages)
+        while open and (deadline is None or time.monotonic() - began < deadline):
+            here = self._roster.present()
+            for client in sorted(unsent.keys() & here.keys()):
+                self._send(client, here[client], unsent.pop(client))
+            self._send_again(here)
+            replies = list(self._replies())
+            for reply in replies:
+                open -= {reply.client} if reply.client not in unsent else set()
+                yield reply
+            if open and not replies:
+                yield None
+                time.sleep(PAUSE)
+
+    def _send(self, client: str, seat: Seat, payload: bytes) -> None:
+        round = _round_of(payload)
+        content = pack(Packet(payload, {**self._about, "client": client}))
+        message = Message(content=content, dst_node_id=seat.node, message_type="train", group_id=str(round))
+        for identity in self._grid.push_messages([message]):
+            if identity:
+                self._asked[identity] = _Asked(client, round, seat, payload)
+
+    def _send_again(self, here: Mapping[str, Seat]) -> None:
+        """A node that was started anew has lost what it was asked, and nobody would ever say so."""
+        for identity, asked in list(self._asked.items()):
+            seat = here.get(asked.client)
+            if seat and seat.node == asked.seat.node and seat.since != asked.seat.since:
+                del self._asked[identity]
+                self._send(asked.client, seat, asked.payload)
+
+    def _replies(self) -> Iterable[Reply]:
+        for identity, asked in list(self._asked.items()):
+            for message in self._grid.pull_messages([identity]):
+                del self._asked[identity]
+                yield _reply(asked.client, asked.round, message)
+
+
+def _reply(client: str, round: int, message: Message) -> Reply:
+    if message.has_error():
+        words = GONE.get(message.error.code) or f"its app failed: {message.error.reason}"
+        return Reply(client, None, words, round)
+    packet = unpack(message)
+    if packet is None:
+        return Reply(client, None, "its answer is not of this protocol: is fedex-lora there the same version?", round)
+    if packet.about.get("error"):
+        return Reply(client, None, packet.about["error"], round)
+    return Reply(client, packet.payload, round=round)
+
+
+def _round_of(payload: bytes) -> int:
+    try:
+        header, _ = read_table(payload, 2**20 + len(payload) // 2)
+        return int(json.loads(header)["round"])
+    except (WireError, ValueError, KeyError):
+        return 0

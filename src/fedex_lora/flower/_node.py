@@ -1,0 +1,88 @@
+"""One party on its machine: its rows, its model, its memory; from a request to an answer."""
+
+import tomllib
+from pathlib import Path
+
+from fedex_lora.answers import Emit
+from fedex_lora.client import ClientData, quiet
+from fedex_lora.config import parse_config
+from fedex_lora.errors import ModelError, StorageError, UsageError
+from fedex_lora.flower._request import Request
+from fedex_lora.flower._settings import NodeSettings, node_settings
+from fedex_lora.memory import MEMORY
+from fedex_lora.partition import held_out, partition
+from fedex_lora.party import Parties
+from fedex_lora.peft_io import safe_name
+from fedex_lora.place import Place
+from fedex_lora.storage import locked
+from fedex_lora.tasks import load_task
+
+
+class Node:
+    """A party, which keeps its base in memory from one answer to the next.
+
+    Args:
+        emit: told of training steps.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._made: tuple[object, Place, ClientData] | None = None
+
+    def answer(self, request: Request) -> bytes:
+        """The bytes of this party's update.
+
+        Raises:
+            FedexLoraError: the message is for somebody else, too large or wrong; the rows or the model are not there; training failed.
+        """
+        settings = node_settings(request.node)
+        if settings.client and settings.client != request.client:
+            raise UsageError(f"this node is client {settings.client!r}, and the message is for {request.client!r}: register it by its name")
+        if len(request.payload) > settings.max_megabytes * 1e6:
+            raise UsageError(f"the message has {len(request.payload) / 1e6:.0f} MB, and this node takes {settings.max_megabytes:g}")
+        folder = settings.folder / safe_name(request.run)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mine = folder / safe_name(request.client)
+        mine.mkdir(exist_ok=True)
+        with locked(mine):
+            place, data = self._ready(request, settings)
+            if request.base and request.base != place.base.fingerprint():
+                raise ModelError(
+                    f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model"
+                )
+            parties = Parties(place, {request.client: data}, self._emit, alone=True)
+            _remember(parties, folder, mine / MEMORY)
+            return parties.answer(request.client, request.payload)
+
+    def _ready(self, request: Request, settings: NodeSettings) -> tuple[Place, ClientData]:
+        """Model and rows: those of the last answer, if nothing else was asked for."""
+        key = (request.config, request.client, settings)
+        if self._made is None or self._made[0] != key:
+            self._made = None  # two bases would not fit
+            quiet()
+            config = settings.applied(parse_config(tomllib.loads(request.config)))
+            task = load_task(config.task, config.seed)
+            place = Place(config, task)
+            self._made = (key, place, _rows(place, request.client, settings.deals(config)))
+        return self._made[1], self._made[2]
+
+
+def _rows(place: Place, client: str, dealt: bool) -> ClientData:
+    config, task = place.config, place.work.task
+    if dealt:
+        parts = partition(task, config.clients, config.seed)
+        if client not in parts:
+            raise UsageError(f"the run's rows are dealt to {', '.join(parts)}, and none to {client!r}: give this node its own data")
+        mine, held = parts[client]
+    else:
+        mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
+    train, kept = (task.tokenize(place.work.processor, task.train.iloc[rows].reset_index(drop=True)) for rows in (mine, held))
+    return ClientData(train=train, held_out=kept)
+
+
+def _remember(parties: Parties, folder: Path, memory: Path) -> None:
+    """Take up what this party remembers; what is broken is set aside, and asked for anew."""
+    try:
+        parties.remember_in(folder, parties.latest, lambda version: {})
+    except StorageError:
+        memory.replace(memory.with_name(f"{MEMORY}.broken"))

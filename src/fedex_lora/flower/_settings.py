@@ -1,0 +1,132 @@
+"""What a party says of itself (Flower's node config), and what a run says beside its configuration (Flower's run config)."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedex_lora.config import DEMO, Config, nearest
+from fedex_lora.errors import ConfigError
+
+SIMULATION = ("partition-id", "num-partitions")  # Flower's own keys: in a simulation all rows are on this machine
+T = TypeVar("T", bound="NodeSettings | RunSettings")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """A party's own settings, `flower-supernode --node-config 'client="ward-a" data="/srv/ward-a"'`; the server has no say in them.
+
+    Attributes:
+        client: who this is; a message for somebody else is refused.
+        data: the folder of this party's rows (`task.data`).
+        train: the file of them, for task custom (`task.train`).
+        model: this party's copy of the base (`base.model`).
+        state: the folder where it keeps its base delta, optimiser state and last answer.
+        threads: CPU threads (`torch_threads`).
+        worker: the socket of a `fedex-lora flower worker`, which keeps the base in memory between messages.
+        max_rows: train on no more rows than this.
+        max_megabytes: refuse a message that is larger.
+        trust_remote_code: let the base run code of its own, if the run says so too.
+        rows: "own", or "dealt": this party's share of the rows that the run's configuration names (experiments on one machine).
+    """
+
+    client: str = ""
+    data: str = ""
+    train: str = ""
+    model: str = ""
+    state: str = ""
+    threads: int = 0
+    worker: str = ""
+    max_rows: int = 0
+    max_megabytes: float = 4096.0
+    trust_remote_code: bool = False
+    rows: str = "own"
+
+    def deals(self, config: Config) -> bool:
+        """Are the rows this party's share of those that the run itself names (or of the demo's, which code writes)?"""
+        return self.rows == "dealt" or (config.task.name == DEMO and not self.data)
+
+    @property
+    def folder(self) -> Path:
+        """Where this party remembers."""
+        home = os.environ.get("XDG_STATE_HOME", "") or "~/.local/state"
+        return Path(self.state or f"{home}/fedex-lora").expanduser()
+
+    def applied(self, config: Config) -> Config:
+        """The run's configuration on this party's machine: what the server says of paths and code does not count here.
+
+        Raises:
+            ConfigError: this party has not said where its rows are, or the run has not said which classes there are.
+        """
+        base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
+        base |= {"model": self.model} if self.model else {}
+        config = config.model_copy(update={"base": config.base.model_copy(update=base)})
+        if self.threads:
+            config = config.model_copy(update={"torch_threads": self.threads})
+        if self.deals(config):
+            return config
+        if not self.data:
+            raise ConfigError('this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")')
+        if config.task.name == "custom" and config.task.kind != "causal-lm" and not config.task.labels:
+            raise ConfigError("task.labels is not set: name all classes there, or a party whose rows lack one would train another head")
+        train = self.train or Path(config.task.train or "").name or None
+        task = config.task.model_copy(update={"data": Path(self.data), "train": train, "eval": train, "train_rows": self.max_rows or None})
+        return config.model_copy(update={"task": task})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run config of the app folder, `flwr run DIR --run-config 'out="runs/second"'`.
+
+    Attributes:
+        out: the run folder, on the server's machine; a run that is there goes on.
+        clients: comma-separated names of the parties, which are the names of their registered nodes; empty: as the run deals its rows.
+    """
+
+    out: str = "run"
+    clients: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The parties, sorted; empty where the run deals its rows."""
+        return sorted({name.strip() for name in self.clients.split(",")} - {""})
+
+
+def node_settings(given: Mapping[str, Any]) -> NodeSettings:
+    """From Flower's node config.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), or a value of another kind.
+    """
+    simulated = any(key in given for key in SIMULATION)
+    settings = _read(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
+    if settings.rows not in ("own", "dealt"):
+        raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"')
+    return replace(settings, rows="dealt") if simulated else settings
+
+
+def run_settings(given: Mapping[str, Any]) -> RunSettings:
+    """From Flower's run config.
+
+    Raises:
+        ConfigError: see `node_settings`.
+    """
+    return _read(RunSettings(), given, "run config")
+
+
+def _read(default: T, given: Mapping[str, Any], where: str) -> T:
+    known = {field.name: type(getattr(default, field.name)) for field in fields(default)}
+    found = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = nearest(name, list(known))
+            raise ConfigError(f"unknown key {key} in the {where}" + (f": did you mean {near}?" if near else f": it has {', '.join(known)}"))
+        kind = known[name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{where} {key} = {value!r}: give a value of kind {kind.__name__} (text in double quotes)")
+        found[name] = value
+    return replace(default, **found)

@@ -1,0 +1,85 @@
+"""A party's process that keeps the base in memory: Flower starts a process for every message, which asks this one over a local socket."""
+
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.flower._request import Request
+from fedex_lora.flower._settings import node_settings
+
+if TYPE_CHECKING:
+    from fedex_lora.flower._node import Node
+
+ANSWER, ERROR = b"+", b"-"
+
+
+def ask(request: Request) -> bytes:
+    """The answer of this machine's party: of its worker where the node config names one, else worked out in this process.
+
+    Raises:
+        FedexLoraError: see `Node.answer`; or the worker is not there.
+    """
+    worker = node_settings(request.node).worker
+    if not worker:
+        from fedex_lora.flower._node import Node
+
+        return Node(lambda event, **fields: None).answer(request)
+    try:
+        with Client(worker, "AF_UNIX") as connection:
+            connection.send_bytes(request.to_bytes())
+            answer = connection.recv_bytes()
+    except (OSError, EOFError) as error:
+        raise UsageError(f"the worker at {worker} does not answer ({error}): start it by fedex-lora flower worker {worker}") from None
+    if answer[:1] == ERROR:
+        raise TrainingError(answer[1:].decode())
+    return answer[1:]
+
+
+def serve(path: Path, tell: Callable[[str], None]) -> None:
+    """Answer requests at a socket until interrupted, one at a time.
+
+    Args:
+        path: of the socket; only this user can open it.
+        tell: told of each request, in words.
+
+    Raises:
+        UsageError: the socket cannot be made.
+    """
+    from fedex_lora.flower._node import Node
+
+    node = Node(lambda event, **fields: None)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    mask = os.umask(0o177)  # nobody else may open the socket, from its first moment
+    try:
+        listener = Listener(str(path), "AF_UNIX")
+    except OSError as error:
+        raise UsageError(f"cannot listen at {path}: {error}: give another path (at most about 100 characters)") from None
+    finally:
+        os.umask(mask)
+    tell(f"listening at {path}")
+    try:
+        while True:
+            with listener.accept() as connection:
+                _answer_one(connection, node, tell)
+    finally:
+        listener.close()
+
+
+def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable[[str], None]) -> None:
+    try:
+        request = Request.from_bytes(connection.recv_bytes())
+        answer = ANSWER + node.answer(request)
+        tell(f"{request.client}: answered with {len(answer) / 1e6:.2f} MB")
+    except EOFError:
+        return
+    except Exception as error:  # one bad message must not end the service
+        answer = ERROR + (str(error) if isinstance(error, FedexLoraError) else f"{type(error).__name__}: {error}").encode()
+        tell(f"refused: {error}")
+    try:
+        connection.send_bytes(answer)
+    except OSError as error:
+        tell(f"the answer was not wanted any more: {error}")
