@@ -43,7 +43,7 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
         rows.append(
             (
                 "falls with the rounds",
-                rho < 0,
+                rho < 0 and ratio < 1,
                 ratio,
                 f"mean over modules, round {means.index[-1]} / round 1; Spearman's correlation {rho:.2f}",
             )
