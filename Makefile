@@ -33,7 +33,7 @@ precision: $(VENV)/.installed-dev   ## ten rounds on bases of 16, 8 and 4 bits: 
 	$(BIN)/python benchmarks/precision.py --data $(DATA) --minilm $(MINILM) --stories $(STORIES) --out benchmarks/results/precision.json
 
 docs: $(VENV)/.installed-docs   ## the documentation as a site; a warning is an error
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 browser: $(VENV)/.installed-browser   ## the report in headless Chromium: drawn, silent, sortable, accessible (installs chromium, as root)
 	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
