@@ -252,4 +252,6 @@ def test_tables_sort_colours_change_and_the_theme_turns(browser, pages):
     paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     tab.locator("#theme").click()
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+    tab.emulate_media(media="print")  # from the dark theme, on white paper all the same
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == paper
     tab.close()
