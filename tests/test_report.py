@@ -213,8 +213,9 @@ def test_in_a_browser(name, size, theme, browser, pages):
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: asked.append(request.url))
     address = (pages / f"{name}.html").as_uri()
+    tab.set_default_timeout(180_000)
     tab.goto(address)
-    tab.wait_for_selector("html[data-ready]", timeout=60_000)
+    tab.wait_for_selector("html[data-ready]", timeout=180_000)
     assert said == []
     assert asked == [address]
     places = tab.evaluate("[...document.querySelectorAll('.chart')].map(place => place.querySelectorAll('svg path, svg rect').length)")
@@ -230,8 +231,9 @@ def test_in_a_browser(name, size, theme, browser, pages):
 
 def test_tables_sort_colours_change_and_the_theme_turns(browser, pages):
     tab = browser.new_page(color_scheme="light")
+    tab.set_default_timeout(180_000)
     tab.goto((pages / "several.html").as_uri())
-    tab.wait_for_selector("html[data-ready]", timeout=60_000)
+    tab.wait_for_selector("html[data-ready]", timeout=180_000)
     table = tab.locator("table.sortable").first
     column = [cell.strip() for cell in table.locator("thead th").all_inner_texts()].index("sent down")
 
