@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench docs browser exactness precision crash fuzz flower-test clean
+.PHONY: demo test check bench docs browser exactness precision metrics crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -38,6 +38,9 @@ docs: $(VENV)/.installed-docs   ## the documentation as a site; a warning is an 
 browser: $(VENV)/.installed-browser   ## the report in headless Chromium: drawn, silent, sortable, accessible (installs chromium, as root)
 	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	$(BIN)/python -m pytest tests/test_report.py
+
+metrics: $(VENV)/.installed-dev   ## E2E metrics of four real systems beside the official ones: make metrics DATA=FOLDER
+	$(BIN)/python -m tests.official_scores $(DATA)
 
 crash: $(VENV)/.installed-dev   ## kill runs and fail their writes, resume them, compare the bits
 	$(BIN)/python -m tests.crash --kills 40 --faults 20

@@ -29,7 +29,7 @@ from fedex_lora.rounds import run_rounds
 from fedex_lora.runner import InProcess
 from fedex_lora.screening import screened
 from fedex_lora.storage import load_tensors, round_folder
-from fedex_lora.wire import Download, decode_download, decode_update
+from fedex_lora.wire import Download, Header, decode_download, decode_update
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,8 @@ def safely(one: Round, out: Path) -> dict[str, float]:
 
     known = next(iter(one.sent.values())).adapter
     for payload in (*one.down.values(), *one.up.values()):
-        seal(save(load(payload), metadata={"header": "x" * 71}))
+        found = load(payload)
+        seal(save(found, metadata={"header": Header(kind="train", run="r", round=1, client="c", method="fedex").model_dump_json()}))
     taken = {"checksums when sent": lap()}
     for payload in one.down.values():
         decode_download(payload, known)
@@ -97,8 +98,8 @@ def plainly(one: Round, out: Path) -> float:
     files = {name: tensors for name, tensors in files.items() if name.name != FILE}
     began = time.perf_counter()
     for payload in (*one.down.values(), *one.up.values()):
-        save(load(payload))
-        load(payload)
+        save(load(payload))  # what is sent
+        load(payload)  # what is received
     for name, tensors in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / name)

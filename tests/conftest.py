@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def stories(data_folder) -> Path:
     if not folder.is_dir():
         pytest.skip("no models/stories260K beside FEDEX_LORA_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def java() -> None:
+    """What METEOR, ROUGE-L and CIDEr need."""
+    if shutil.which("java") is None:
+        pytest.skip("there is no command `java`")
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ def test_what_would_overflow_is_refused_however_few_they_are():
     far = replace(update, adapter={name: replace(pair, B=pair.B * 1e30) for name, pair in update.adapter.items()})
     accepted, refused = screened([far], {far.client_id: update.adapter}, update.other, None)
     assert not accepted
-    assert refused == {far.client_id: "its numbers are too large to be averaged"}
+    assert refused == {far.client_id: "its numbers are too large to be averaged: lower its training.learning_rate"}
 
 
 def test_the_norm_is_the_dense_one_and_the_order_does_not_matter():

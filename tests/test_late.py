@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load
 from tests import oracle
-from tests.test_hostile import bits, equal, setting
+from tests.test_hostile import bits, equal, header, setting
 from tests.test_runner import events_of, ignore
 
 from fedex_lora import answers, rounds
 from fedex_lora.answers import Reply
 from fedex_lora.checkpoint import last_checkpoint
 from fedex_lora.consistency import require_consistent
-from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.errors import ConfigError, StorageError, TrainingError
 from fedex_lora.measure import Exactness
 from fedex_lora.peft_io import read_result
 from fedex_lora.rounds import log_to, run_rounds
@@ -202,9 +202,11 @@ def test_a_round_below_the_quorum_may_be_skipped(changes, tmp_path):
 
 
 def test_skipped_rounds_only(tmp_path):
-    final, net = federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip"), lost=[1, 2, 3])
-    assert equal(bits(final), bits(net.place.initial()))
-    with pytest.raises(Exception, match="was skipped: nothing to verify"):
+    with pytest.raises(TrainingError, match="every round was skipped, so nothing was trained: round 3 has 3 updates of 4 clients"):
+        federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip"), lost=[1, 2, 3])
+    checkpoint, _ = last_checkpoint(tmp_path / "run" / "run")
+    assert equal(bits(checkpoint.state), bits(InProcess(setting(**slow()), ignore).initial()))
+    with pytest.raises(StorageError, match="was skipped: nothing to verify"):
         verify(tmp_path / "run" / "run")
 
 
@@ -239,6 +241,75 @@ def test_below_the_quorum_clients_may_be_asked_again_until_they_answer(tmp_path,
     assert "needs 4" in asked_again[0]["reason"]
     assert [call for call, client in net.came if client == "client-0"] == [1, 2, 5]  # who answered is not asked again
     assert read_manifest(tmp_path / "run" / "run" / "rounds" / "0002")["refused"] == []
+
+
+@pytest.mark.parametrize("policy", ["wait", "skip"])
+def test_a_client_that_failed_once_comes_back_under_per_client_messages(policy, tmp_path, monkeypatch):
+    """What it holds is not known, so its next message does not count on it."""
+    monkeypatch.setattr(rounds, "PAUSE", 0.0)
+    changes = slow(quorum=1.0, below_quorum=policy) | {"messages": {"per_client": True}, "rounds": 4}
+    federate(tmp_path / "run", changes, lost=[3])
+    done = events_of(tmp_path / "run", "round_done")
+    assert [event["round"] for event in done if "skipped" in event] == ([3] if policy == "skip" else [])
+    assert len(read_manifest(tmp_path / "run" / "run" / "rounds" / "0004")["inputs"]) == 4
+    assert verify(tmp_path / "run" / "run")["max_relative_error"] < 1e-6
+
+
+def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_path):
+    config = setting(rounds=3, clients={"partition": "iid", "count": 4})
+    want, _ = federate(tmp_path / "whole", {"rounds": 3, "clients": {"partition": "iid", "count": 4}})
+    net = Network(config)
+
+    def forgetful(messages, deadline=None):
+        if net.calls == 1:
+            net.place.parties.memories.pop(SLOW)
+        yield from net.exchange(messages, deadline)
+
+    (tmp_path / "run").mkdir()
+    federation = replace(net.place.federation(), exchange=forgetful)
+    emit = log_to(tmp_path / "run" / "events.jsonl")
+    assert equal(bits(run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", emit)), bits(want))
+    assert not events_of(tmp_path / "run", "refused")
+    assert net.calls == 5  # three rounds, one client once more, and the last measurement
+
+
+def test_noise_does_not_keep_a_round_open_nor_fill_the_record(tmp_path):
+    config = setting(**slow())
+    net = Network(config)
+
+    def noisy(messages, deadline=None):
+        for reply in net.exchange(messages, deadline):
+            if reply.client != SLOW or net.calls != 2:
+                yield reply
+        while net.calls == 2:  # for ever
+            yield Reply("eve", b"junk")
+
+    (tmp_path / "run").mkdir()
+    federation = replace(net.place.federation(), exchange=noisy)
+    run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", log_to(tmp_path / "run" / "events.jsonl"))
+    reasons = [event["client"] for event in events_of(tmp_path / "run", "refused")]
+    assert SLOW in reasons
+    assert len(reasons) <= answers.NOISE + 10
+
+
+def test_of_two_late_answers_the_first_counts(tmp_path):
+    config = setting(**slow(late="next"))
+    net = Network(config, lost=[2, 3])
+
+    def twice(messages, deadline=None):
+        for reply in net.exchange(messages, deadline):
+            yield reply
+            if net.calls == 3 and reply and reply.client == "client-0":
+                late = net.came[2, SLOW]
+                yield Reply(SLOW, late)
+                yield Reply(SLOW, header(num_examples=999)(late))
+
+    (tmp_path / "run").mkdir()
+    federation = replace(net.place.federation(), exchange=twice)
+    run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", log_to(tmp_path / "run" / "events.jsonl"))
+    inputs = {entry["client"]: entry["num_examples"] for entry in read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")["inputs"]}
+    assert inputs[SLOW] < 999
+    assert len([event for event in events_of(tmp_path / "run", "client_done") if event.get("late")]) == 1
 
 
 @pytest.mark.parametrize(

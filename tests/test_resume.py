@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 from tests.test_runner import assert_same_bits, configuration, events_of, ignore
+from typer.testing import CliRunner
 
+from fedex_lora.cli import app
 from fedex_lora.errors import UsageError
 from fedex_lora.runner import run
 from fedex_lora.storage import locked
@@ -111,6 +113,23 @@ def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
     run(config, tmp_path / "run", lambda name, **fields: said.append(fields["message"]) if name == "warning" else None, True)
     assert any("set aside" in message and "0003" in message for message in said)
     assert (tmp_path / "run" / "rounds" / "0003.broken").is_dir()
+    assert_same_bits(tmp_path / "run", want)
+
+
+@pytest.mark.parametrize("rounds", [(3,), (2, 3), (1, 2, 3)])
+def test_the_command_goes_on_after_broken_rounds(rounds, whole, tmp_path):
+    """Also when the clients' memories are ahead of the last whole round: they are sent everything."""
+    _, want = whole()
+    shutil.copytree(want, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    events = tmp_path / "run" / "events.jsonl"
+    events.write_text("\n".join(line for line in events.read_text().splitlines() if "run_done" not in line) + "\n")
+    for number in rounds:
+        broken = tmp_path / "run" / "rounds" / f"000{number}" / "base_delta.safetensors"
+        broken.write_bytes(broken.read_bytes()[:-3])
+    result = CliRunner().invoke(app, ["run", str(want / "config.toml"), "--out", str(tmp_path / "run"), "--resume"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("a broken round was set aside") == len(rounds)
     assert_same_bits(tmp_path / "run", want)
 
 

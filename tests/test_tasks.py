@@ -12,6 +12,7 @@ from fedex_lora import config
 from fedex_lora.config import Clients, base_folder
 from fedex_lora.errors import DataError
 from fedex_lora.partition import partition
+from fedex_lora.scoring import CHOICES
 from fedex_lora.tasks import TASKS, load_task
 from fedex_lora.tasks._task import IGNORED, completion_metrics, tokenize_completions
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
@@ -210,4 +211,6 @@ def test_clients_without_rows_are_named():
 
 
 def test_every_task_has_a_loader():
-    assert {"demo", "custom", "glue/mrpc", "glue/cola", "glue/rte", "glue/sst2", "glue/qnli", "glue/stsb"} == set(TASKS)
+    glue = {"glue/mrpc", "glue/cola", "glue/rte", "glue/sst2", "glue/qnli", "glue/stsb"}
+    arithmetic = {"arithmetic/gsm8k", "arithmetic/math"}
+    assert {"demo", "custom", "e2e", *glue, *arithmetic, *(f"commonsense/{name}" for name in CHOICES)} == set(TASKS)

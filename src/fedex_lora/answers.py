@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from fedex_lora.types import ClientUpdate
 from fedex_lora.wire import Download, decode_update
 
 WAITING = 15.0  # seconds until it is said who is waited for, and again each time
+NOISE = 100  # refusals that a round records, beyond one for each of its clients
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Reply:
 
     Attributes:
         round: of the message that it answers, where the transport knows it; None: the one that is going on.
+        lacks: the client does not have what the message counts on, so it could not even begin.
     """
 
     client: str
     payload: bytes | None
     error: str = ""
     round: int | None = None
+    lacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Answers:
         late: the same, of clients without one of this round, in answer to messages of the round before.
         refused: who sent none that counts, and why.
         silent: the clients that have not answered at all.
+        lacking: the clients that do not have what their message counts on.
         size: the bytes that came.
     """
 
@@ -55,6 +59,7 @@ class Answers:
     late: Mapping[str, ClientUpdate] = field(default_factory=dict)
     refused: Sequence[Refusal] = ()
     silent: Collection[str] = ()
+    lacking: Collection[str] = ()
     size: int = 0
 
 
@@ -71,6 +76,7 @@ def collect(
     emit: Emit,
     spare: float = math.inf,
     earlier: Mapping[str, Download] | None = None,
+    anew: bool = False,
 ) -> Answers:
     """What counts of the replies to `downloads`.
 
@@ -83,21 +89,25 @@ def collect(
         emit: told of each answer, and of who is waited for.
         spare: how many may fail.
         earlier: the messages of the round before that were not answered in time.
+        anew: these messages bring everything, so a client that lacks something has failed.
     """
     round = next(iter(downloads.values())).round
     updates, late = dict[str, ClientUpdate](), dict[str, ClientUpdate]()
-    refused, failed, size = list[Refusal](), set[str](), 0
-    clock = _Clock(config.clients.deadline)
-    for reply in replies:
-        if reply is None:
-            if clock.over:
-                break
-            if clock.due:
-                emit("waiting", round=round, clients=sorted(downloads.keys() - updates.keys() - failed), since=clock.since)
+    refused, failed, lacking, size = list[Refusal](), set[str](), set[str](), 0
+
+    def expected() -> set[str]:
+        return downloads.keys() - updates.keys() - failed - lacking
+
+    for reply in _heard(replies, expected, config.clients.deadline, lambda **fields: emit("waiting", round=round, **fields)):
+        if reply.client not in expected() and len(refused) > len(downloads) + NOISE:
             continue
         size += len(reply.payload or b"")
-        answered, update = _accepted(reply, downloads, updates, config, earlier or {})
-        if isinstance(update, ClientUpdate):
+        answered, update = _accepted(
+            reply, downloads, updates, config, {name: sent for name, sent in (earlier or {}).items() if name not in late}
+        )
+        if reply.lacks and reply.client in expected() and not anew:
+            lacking.add(reply.client)
+        elif isinstance(update, ClientUpdate):
             (updates if answered == round else late)[reply.client] = update
             _tell(update, round, answered, len(reply.payload or b""), emit)
         elif answered != round:
@@ -107,31 +117,30 @@ def collect(
             failed |= {reply.client} if reply.payload is None and reply.client not in updates else set()
         if len(failed) > spare:
             break
-    silent = sorted(downloads.keys() - updates.keys() - {refusal.client for refusal in refused})
+    silent = sorted(downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused})
     if len(failed) <= spare:
         within = "" if config.clients.deadline is None else f" within clients.deadline = {config.clients.deadline:g} seconds"
-        refused += [refuse(round, client, f"it did not answer{within}", emit) for client in silent]
-    return Answers(updates, {client: update for client, update in late.items() if client not in updates}, refused, silent, size)
+        refused += [refuse(round, client, f"it did not answer{within}", emit) for client in silent if client not in late]
+    late = {client: update for client, update in late.items() if client not in updates}
+    return Answers(updates, late, refused, silent, lacking if len(failed) <= spare else (), size)
 
 
-class _Clock:
-    """When a round's messages went out, whether answers still count, and whether it is time to say who is waited for."""
-
-    def __init__(self, deadline: float | None) -> None:
-        self.since = time.time()
-        self._began = self._said = time.monotonic()
-        self._deadline = deadline
-
-    @property
-    def over(self) -> bool:
-        return self._deadline is not None and time.monotonic() - self._began >= self._deadline
-
-    @property
-    def due(self) -> bool:
-        if time.monotonic() - self._said < WAITING:
-            return False
-        self._said = time.monotonic()
-        return True
+def _heard(
+    replies: Iterable[Reply | None], expected: Callable[[], set[str]], deadline: float | None, say: Callable[..., None]
+) -> Iterator[Reply]:
+    """The replies until the deadline; whoever is expected may still answer while others do. Says now and then who is waited for."""
+    since, began = time.time(), time.monotonic()
+    said = began
+    for reply in replies:
+        now = time.monotonic()
+        if reply is None or reply.client not in expected():
+            if deadline is not None and now - began >= deadline:
+                return
+            if now - said >= WAITING:
+                said = now
+                say(clients=sorted(expected()), since=since)
+        if reply is not None:
+            yield reply
 
 
 def _accepted(

@@ -44,6 +44,10 @@ class Books:
             | {refusal.client: refusal.reason for refusal in refused if refusal.client in asked},
         )
 
+    def judged(self, refused: Iterable[Refusal]) -> "Books":
+        """After valid updates were refused for what is in them: these clients are told why."""
+        return replace(self, told={**self.told, **{refusal.client: refusal.reason for refusal in refused}})
+
     def stepped(
         self,
         before: ServerState,
@@ -86,7 +90,7 @@ class Books:
         A client with all the weight has no others, and factors that did not change need not be worked out.
         """
         share = self.weights.get(client, 1.0)
-        if share >= 1 or self.known(client):
+        if share >= 1 or client in self.lost or self.known(client):
             return None
         return *of_the_others(client, self.updates, self.weights, state, messages), share
 

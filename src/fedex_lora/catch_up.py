@@ -18,7 +18,7 @@ from fedex_lora.aggregation import aggregate, on_scaling
 from fedex_lora.aggregation.lowrank import concatenate
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Messages, Truncation
-from fedex_lora.errors import WireError
+from fedex_lora.errors import LacksError, WireError
 from fedex_lora.server import advance
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
 
@@ -136,10 +136,11 @@ def caught_up(base: BaseCopy, message: CatchUp) -> BaseCopy:
     """The client's base after a message.
 
     Raises:
-        WireError: the message does not begin at the client's version, or its log has a hole.
+        LacksError: the message does not begin at the client's version.
+        WireError: its log has a hole.
     """
     if message.since != base.version:
-        raise WireError(
+        raise LacksError(
             f"the base is at version {base.version}, and the message counts from version {message.since}: "
             f"ask the server for what came after round {base.version}"
         )
@@ -215,14 +216,14 @@ def with_own(adapter: Adapter, message: CatchUp, share: float, own: Adapter | No
         own: what this client trained in the round; any scaling.
 
     Raises:
-        WireError: the client has no such factors, or they do not fit.
+        LacksError: the client has no such factors, or they do not fit.
     """
     merged: dict[str, LoRAPair] = {}
     gain = dict(message.gain)
     for module, others in adapter.items():
         mine = own.get(module) if own is not None else None
         if mine is None or mine.shape != others.shape or mine.rank != others.rank:
-            raise WireError(
+            raise LacksError(
                 f"the message counts on what this client trained in round {message.version} in {module}, and it has no such factors: "
                 "ask the server for the whole message"
             )

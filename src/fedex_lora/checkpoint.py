@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ class Checkpoint:
         books: what it remembers of its clients.
         held_out: round -> the clients' own metrics.
         done: the fields of the round's event `round_done`.
+        skipped: the rounds so far without a mean.
     """
 
     state: ServerState
     books: Books = field(default_factory=Books)
     held_out: Mapping[int, dict[str, float]] = field(default_factory=dict)
     done: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Sequence[int] = ()
 
 
 def to_file(checkpoint: Checkpoint) -> Tensors:
@@ -64,6 +66,7 @@ def to_file(checkpoint: Checkpoint) -> Tensors:
         "counted_on": bool(books.updates),
         "held_out": [[number, metrics] for number, metrics in checkpoint.held_out.items()],
         "done": checkpoint.done,
+        "skipped": list(checkpoint.skipped),
     }
     return tensors, {"server": json.dumps(about)}
 
@@ -112,6 +115,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             books=books,
             held_out={number: metrics for number, metrics in about["held_out"]},
             done=about["done"],
+            skipped=about["skipped"],
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StorageError(

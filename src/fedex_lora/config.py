@@ -96,9 +96,15 @@ class Lora(_Table):
 class Task(_Table):
     """What is learnt, from which rows."""
 
-    name: str = Field(description='"glue/mrpc" and its like, "custom" or "demo".')
+    name: str = Field(
+        description='"glue/mrpc" and its like, "e2e", "arithmetic/gsm8k" or "/math", "commonsense/boolq" and its like, "custom", "demo".'
+    )
     data: Path | None = Field(None, description="Folder of the data in its published layout; without it, the hub.")
-    train: str | None = Field(None, description="custom: a jsonl, csv, tsv or parquet file, or HUB_NAME:SPLIT.")
+    train: str | None = Field(
+        None,
+        description="custom: a jsonl, csv, tsv or parquet file, or HUB_NAME:SPLIT. arithmetic, commonsense: the same instead of MetaMathQA "
+        'and Commonsense170K; "" for no training rows.',
+    )
     eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
     kind: Literal["classification", "causal-lm", "image-classification"] = Field("classification", description="custom: what is predicted.")
     text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom classification: one or two text columns.")

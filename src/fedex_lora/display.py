@@ -121,7 +121,9 @@ class Display:
             )
 
     def _on_run_done(self, fields: dict[str, Any]) -> None:
-        best = fields["best_round"]
+        best, skipped = fields["best_round"], fields.get("skipped", [])
+        if skipped:
+            self._console.print(f"{self._label}! {len(skipped)} of {fields['rounds']} rounds were skipped", highlight=False)
         note = (
             f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}"
             if best

@@ -5,6 +5,7 @@ FedexLoraError              exit 1: the work failed
 |- AdapterError             an adapter folder or model that the algebra does not cover
 |- StorageError             a file or folder that is missing, truncated or altered
 |- WireError                a message that is not what the round declared
+|  `- LacksError            a message that counts on something that this client does not have
 |- DataError                rows, columns, labels, partitions
 |- ModelError               a base model that cannot be loaded or is not the right one
 |- TrainingError            local training that failed
@@ -33,6 +34,10 @@ class StorageError(FedexLoraError):
 
 class WireError(FedexLoraError):
     """A message that is not what the round declared."""
+
+
+class LacksError(WireError):
+    """A message counts on a base, an adapter or factors that this client does not have: it must be sent everything."""
 
 
 class DataError(FedexLoraError):

@@ -69,8 +69,8 @@ def save_memory(path: Path, memory: ClientMemory, whole: bool = False) -> None:
     write_tensors(path, tensors, {"client": json.dumps(about), "sha256": _digest(tensors)})
 
 
-def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> ClientMemory:
-    """The inverse of `save_memory`; `base_of` gives the server's base delta of a version.
+def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta] | None]) -> ClientMemory:
+    """The inverse of `save_memory`; `base_of` gives the server's base delta of a version, or None: then the client has the pristine base.
 
     Raises:
         StorageError: it is missing or broken.
@@ -82,8 +82,9 @@ def load_memory(path: Path, base_of: Callable[[int], Mapping[str, Delta]]) -> Cl
         about = json.loads(metadata["client"])
         lossy = frozenset(about["lossy"])
         base = deltas_of({name.removeprefix("base|"): tensor for name, tensor in tensors.items() if name.startswith("base|")}, path)
+        delta = base if about["whole"] else base_of(about["version"])
         return ClientMemory(
-            base=BaseCopy(version=about["version"], delta=base if about["whole"] else base_of(about["version"]), lossy=lossy),
+            base=BaseCopy() if delta is None else BaseCopy(version=about["version"], delta=delta, lossy=lossy),
             adapter=None if about["adapter"] is None else adapter_from("adapter", about["adapter"], tensors),
             trained={number: adapter_from(f"trained{number}", scalings, tensors) for number, scalings in about["trained"]},
             optimizer=_optimizer(about, tensors),

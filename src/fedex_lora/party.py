@@ -10,7 +10,7 @@ from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.answers import Emit, stays
 from fedex_lora.catch_up import BaseCopy, caught_up
 from fedex_lora.client import ClientData, evaluate, local_update
-from fedex_lora.errors import WireError
+from fedex_lora.errors import LacksError, WireError
 from fedex_lora.memory import MEMORY, ClientMemory, load_memory, save_memory
 from fedex_lora.peft_io import format_of, safe_name, write_adapter_folder, write_model
 from fedex_lora.place import Place
@@ -38,13 +38,13 @@ class Parties:
         self._emit = emit
         self._folder: Path | None = None
 
-    def remember_in(self, folder: Path, latest: Adapter, base_of: Callable[[int], Mapping[str, Delta]]) -> None:
+    def remember_in(self, folder: Path, latest: Adapter, base_of: Callable[[int], Mapping[str, Delta] | None]) -> None:
         """Keep the clients' memories in `folder/CLIENT`, and take up those that are there.
 
         Args:
             folder: of this run.
             latest: the global adapter.
-            base_of: the server's base delta of a version, for memories that do not hold it.
+            base_of: the server's base delta of a version, for memories that do not hold it; None where it is gone.
 
         Raises:
             StorageError: one of them is broken.
@@ -119,7 +119,7 @@ class Parties:
         alike = (other for other in bases if other.version == copy.version and not other.lossy)
         if not copy.lossy and (twin := next(alike, None)):
             if copy.delta.keys() != twin.delta.keys() or not all(same_bits(copy.delta[name], twin.delta[name]) for name in twin.delta):
-                raise WireError(f"the base of version {copy.version} is not the one that other clients were sent: ask for a snapshot")
+                raise LacksError(f"the base of version {copy.version} is not the one that other clients were sent: ask for a snapshot")
             copy = twin
         own_copy = self.alone or counted_on or memory.adapter is not None
         self.memories[client] = replace(memory, base=copy, adapter=message.adapter if own_copy else None)

@@ -124,30 +124,38 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         write_result(folder, here.state, updates, weights, federation.format, facts, before.base_delta, held=got.held, more=more)
         emit("round_done", **here.done)
         _forget(out, here, config.keep_rounds)
+    if len(here.skipped) == config.rounds:
+        raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
     held_out = {**here.held_out, config.rounds: _final_held_out(config, here, federation, out.name, emit)}
     if not (out / FINAL).exists():
         copied_folder(round_folder(out, config.rounds), out / FINAL, leave=[FILE])
     federation.finish(here.state, out)
     best = _best(held_out, federation.facts)
-    emit("run_done", rounds=config.rounds, best_round=best, held_out={str(number): metrics for number, metrics in held_out.items()})
+    told = {str(number): metrics for number, metrics in held_out.items()}
+    emit("run_done", rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {}))
     return here.state
 
 
 def _gather(
     participants: Sequence[str], here: Checkpoint, missed: _Missed, federation: Federation, config: Config, run: str, emit: Emit
 ) -> _Gathered:
-    """Ask the participants, and those without an accepted update again for as long as the quorum is awaited."""
+    """Ask the participants; again those who lacked what their message counts on; and while the quorum is awaited, who has no update."""
     state, number, waits = here.state, here.state.round + 1, config.clients.below_quorum == "wait"
+    spare = math.inf if waits else len(participants) - quorum(config, len(participants))
     found, late, open, down, up = dict[str, ClientUpdate](), dict[str, ClientUpdate](), dict[str, Download](), 0, 0
-    for attempt in count(1):
-        asking = [client for client in participants if client not in found]
-        spare = math.inf if waits else len(participants) - quorum(config, len(participants))
+    refused, asking = list[Refusal](), list(participants)
+    for attempt in count():
         sent, downloads, size = _messages("train", asking, here, federation, config, run)
         replies = federation.exchange(sent, config.clients.deadline)
-        answers = collect(replies, downloads, config, emit, spare, missed.downloads)
+        answers = collect(replies, downloads, config, emit, spare, missed.downloads, anew=attempt > 0)
         found, late = {**found, **answers.updates}, {**late, **answers.late}
         down, up = down + size, up + answers.size
-        open = {client: message for client, message in {**open, **downloads}.items() if client in answers.silent}
+        refused = [*(refusal for refusal in refused if refusal.client not in asking), *answers.refused]
+        here = replace(here, books=here.books.answered(state.round, asking, answers.updates.keys(), refused))
+        open = {client: open[client] for client in open.keys() - set(asking)} | {client: downloads[client] for client in answers.silent}
+        if answers.lacking:
+            asking = sorted(answers.lacking)
+            continue
         starts = {
             client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client)) for client in found
         }
@@ -155,19 +163,19 @@ def _gather(
         updates = sorted(({**late, **found}).values(), key=lambda update: update.client_id)
         first = {client: adapter for client, (adapter, _) in starts.items()}
         updates, large = screened(updates, first, state.other, config.messages.norm_bound)
-        refused = [*answers.refused, *(refuse(number, client, reason, emit) for client, reason in large.items())]
-        here = replace(here, books=here.books.answered(state.round, asking, answers.updates.keys(), refused))
+        far = [refuse(number, client, reason, emit) for client, reason in large.items()]
+        here = replace(here, books=here.books.judged(far))
         on_time = {update.client_id for update in updates} & found.keys()
-        short = below_quorum(number, len(on_time), len(participants), refused, config)
+        short = below_quorum(number, len(on_time), len(participants), [*refused, *far], config)
         if not (short and waits):
             break
         found = {client: update for client, update in found.items() if client in on_time}
-        pause = min(PAUSE, 2.0**attempt)
-        emit("waiting", round=number, clients=sorted(set(participants) - on_time), since=time.time(), reason=short, seconds=pause)
+        asking, pause = [client for client in participants if client not in found], min(PAUSE, 2.0 ** min(attempt, 10))
+        emit("waiting", round=number, clients=asking, since=time.time(), reason=short, seconds=pause)
         time.sleep(pause)
     late_ones = frozenset(update.client_id for update in updates if update.client_id not in on_time)
     held = {update.client_id: starts[update.client_id][1] for update in updates}
-    return _Gathered(updates, held, late_ones, refused, open, down, up, here, short)
+    return _Gathered(updates, held, late_ones, [*refused, *far], open, down, up, here, short)
 
 
 def _behind(missed: _Missed) -> dict[str, LowRank]:
@@ -187,7 +195,7 @@ def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit)
         emit("warning", round=state.round, message=useless, tail=measure.tail(result))
     done = {"round": state.round, "metrics": federation.evaluate(state), **numbers}
     return (
-        Checkpoint(state, books, {**here.held_out, before.round: held_out}, done),
+        Checkpoint(state, books, {**here.held_out, before.round: held_out}, done, here.skipped),
         _Missed(got.open, result.residual),
         result.weights,
     )
@@ -196,10 +204,10 @@ def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit)
 def _skipped(got: _Gathered, federation: Federation, emit: Emit) -> tuple[Checkpoint, _Missed, Mapping[str, float]]:
     """The server after a round with too few updates: as before it, and its number is used up."""
     state = server.skip(got.here.state)
-    emit("warning", round=state.round, message=f"the round is skipped: {got.short}")
+    emit("warning", round=state.round, message=f"the round is skipped: {got.short.partition(':')[0]}")
     done = {"round": state.round, "metrics": federation.evaluate(state), "skipped": got.short}
     books = replace(got.here.books, updates=(), weights={})  # nobody was part of the last round's mean
-    return replace(got.here, state=state, books=books, done=done), _Missed(got.open), {}
+    return replace(got.here, state=state, books=books, done=done, skipped=[*got.here.skipped, state.round]), _Missed(got.open), {}
 
 
 def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:

@@ -13,7 +13,7 @@ from fedex_lora.checkpoint import last_checkpoint, require_space
 from fedex_lora.client import ClientData, quiet
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
-from fedex_lora.errors import FedexLoraError, TrainingError, UsageError, WireError
+from fedex_lora.errors import FedexLoraError, LacksError, TrainingError, UsageError, WireError
 from fedex_lora.partition import Indices, partition
 from fedex_lora.party import Parties
 from fedex_lora.peft_io import DELTA
@@ -71,11 +71,12 @@ class InProcess:
         Raises:
             StorageError: one of them is broken.
         """
-        bases: dict[int, Mapping[str, Delta]] = {0: {}}
+        bases: dict[int, Mapping[str, Delta] | None] = {0: {}}
 
-        def base_of(version: int) -> Mapping[str, Delta]:
+        def base_of(version: int) -> Mapping[str, Delta] | None:
             if version not in bases:
-                bases[version] = load_delta(round_folder(out, version) / DELTA)
+                path = round_folder(out, version) / DELTA
+                bases[version] = load_delta(path) if path.exists() else None
             return bases[version]
 
         self.parties.remember_in(out / "clients", state.adapter, base_of)
@@ -86,7 +87,7 @@ class InProcess:
             try:
                 yield Reply(client, self.parties.answer(client, payload))
             except (TrainingError, WireError) as error:
-                yield Reply(client, None, str(error))
+                yield Reply(client, None, str(error), lacks=isinstance(error, LacksError))
 
 
 def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> dict[str, ClientData]:

@@ -90,7 +90,11 @@ def screened(
     """
     ordered = sorted(updates, key=lambda update: update.client_id)
     sizes = {update.client_id: size_of(update, starts[update.client_id], other) for update in ordered}
-    refused = {client: "its numbers are too large to be averaged" for client, size in sizes.items() if max(size[1:]) > LARGEST}
+    refused = {
+        client: "its numbers are too large to be averaged: lower its training.learning_rate"
+        for client, size in sizes.items()
+        if max(size[1:]) > LARGEST
+    }
     sizes = {client: size for client, size in sizes.items() if client not in refused}
     if factor and len(sizes) >= VOTERS:
         for kind, name in enumerate(NAMES):

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedex_lora.catch_up import CatchUp, require_whole, with_own
-from fedex_lora.errors import AggregationError, WireError
+from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.framing import UNSEALED, Entry, read_table, require_same_names, require_sealed, seal, shown, strict_json
 from fedex_lora.server import fresh_adapter
 from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, LoRAPair, LowRank
@@ -321,7 +321,7 @@ def _adapter(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, LoRAPai
             for module, scaling in header.scalings.items()
         }
     except KeyError as error:
-        raise WireError(f"{shown(error.args[0])} did not travel and is not known here: send the whole adapter") from None
+        raise LacksError(f"{shown(error.args[0])} did not travel and is not known here: send the whole adapter") from None
     except AggregationError as error:
         raise WireError(f"the message's adapter is wrong: {error}") from None
 

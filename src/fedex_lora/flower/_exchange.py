@@ -130,7 +130,7 @@ def _reply(client: str, round: int, message: Message) -> Reply:
     if packet is None:
         return Reply(client, None, "its answer is not of this protocol: is fedex-lora there the same version?", round)
     if packet.about.get("error"):
-        return Reply(client, None, packet.about["error"], round)
+        return Reply(client, None, packet.about["error"], round, lacks="lacks" in packet.about)
     return Reply(client, packet.payload, round=round)
 
 

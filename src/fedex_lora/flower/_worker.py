@@ -6,14 +6,14 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, LacksError, TrainingError, UsageError
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._settings import node_settings
 
 if TYPE_CHECKING:
     from fedex_lora.flower._node import Node
 
-ANSWER, ERROR = b"+", b"-"
+ANSWER, ERROR, LACKS = b"+", b"-", b"?"
 
 
 def ask(request: Request) -> bytes:
@@ -33,6 +33,8 @@ def ask(request: Request) -> bytes:
             answer = connection.recv_bytes()
     except (OSError, EOFError) as error:
         raise UsageError(f"the worker at {worker} does not answer ({error}): start it by fedex-lora flower worker {worker}") from None
+    if answer[:1] == LACKS:
+        raise LacksError(answer[1:].decode())
     if answer[:1] == ERROR:
         raise TrainingError(answer[1:].decode())
     return answer[1:]
@@ -77,7 +79,8 @@ def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable
     except EOFError:
         return
     except Exception as error:  # one bad message must not end the service
-        answer = ERROR + (str(error) if isinstance(error, FedexLoraError) else f"{type(error).__name__}: {error}").encode()
+        kind = LACKS if isinstance(error, LacksError) else ERROR
+        answer = kind + (str(error) if isinstance(error, FedexLoraError) else f"{type(error).__name__}: {error}").encode()
         tell(f"refused: {error}")
     try:
         connection.send_bytes(answer)

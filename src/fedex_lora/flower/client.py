@@ -5,7 +5,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.errors import FedexLoraError, LacksError, UsageError
 from fedex_lora.flower._messages import Packet, pack, unpack
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._worker import ask
@@ -24,7 +24,7 @@ def client_app(config: Path) -> ClientApp:
         try:
             packet = _answer(config, message, context)
         except FedexLoraError as error:
-            packet = Packet(b"", {"error": str(error)})
+            packet = Packet(b"", {"error": str(error)} | ({"lacks": "yes"} if isinstance(error, LacksError) else {}))
         return Message(pack(packet), reply_to=message)
 
     return app

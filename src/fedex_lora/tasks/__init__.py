@@ -6,14 +6,18 @@ from typing import Any
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks import custom, demo, glue
+from fedex_lora.scoring import CHOICES
+from fedex_lora.tasks import arithmetic, commonsense, custom, demo, e2e, glue
 from fedex_lora.tasks._images import ImageCollator
-from fedex_lora.tasks._task import Task, text_collator
+from fedex_lora.tasks._task import Generation, Task, text_collator
 
-__all__ = ["TASKS", "Task", "collator", "load_task"]
+__all__ = ["TASKS", "Generation", "Task", "collator", "load_task"]
 
 TASKS: dict[str, Callable[[config.Task], Task]] = {
     **{f"glue/{name}": partial(glue.load, name) for name in glue.GLUE},
+    "e2e": e2e.load,
+    **{f"arithmetic/{name}": partial(arithmetic.load, name) for name in arithmetic.TESTS},
+    **{f"commonsense/{name}": partial(commonsense.load, name) for name in CHOICES},
     "custom": custom.load,
     "demo": demo.load,
 }

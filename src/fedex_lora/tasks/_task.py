@@ -22,6 +22,27 @@ IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 @dataclass(frozen=True, eq=False)
+class Generation:
+    """How a task is measured by what the model writes. Too slow for every round; `fedex-lora evaluate` does it.
+
+    Attributes:
+        rows: what is asked.
+        prompts: (tokenizer, rows) -> one text a row; it becomes tokens as in training.
+        score: (texts, rows) -> name -> number; a text without an answer counts as wrong, and is counted in `unanswered`.
+        settings: fields of `transformers.GenerationConfig`; repeated n-grams are those of the written text only.
+        require: raises, before anything is generated, where `score` could not be computed here.
+        column: of `rows`, what a text is an answer to.
+    """
+
+    rows: Rows
+    prompts: Callable[[Any, Rows], list[str]]
+    score: Callable[[list[str], Rows], dict[str, float]]
+    settings: Mapping[str, Any]
+    require: Callable[[], None]
+    column: str
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """A loaded task.
 
@@ -34,6 +55,7 @@ class Task:
         model_config: what the model's config needs (`num_labels`, `problem_type`).
         classes: one value a training row, for Dirichlet partitions.
         greater_is_better: of the headline.
+        generation: for tasks that are measured by what the model writes.
     """
 
     kind: Literal["classification", "causal-lm", "image-classification"]
@@ -45,15 +67,17 @@ class Task:
     model_config: Mapping[str, Any]
     classes: Array
     greater_is_better: bool = True
+    generation: Generation | None = None
 
     def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
         """The same task with at most so many rows, drawn at random and kept in their order."""
-        kept = _draw(len(self.train), train_rows, seed)
+        kept, asked = _draw(len(self.train), train_rows, seed), self.generation
         return replace(
             self,
             train=self.train.iloc[kept].reset_index(drop=True),
-            eval=self.eval.iloc[_draw(len(self.eval), eval_rows, seed)].reset_index(drop=True),
+            eval=_drawn(self.eval, eval_rows, seed),
             classes=self.classes[kept],
+            generation=replace(asked, rows=_drawn(asked.rows, eval_rows, seed)) if asked else None,
         )
 
 
@@ -61,6 +85,10 @@ def _draw(rows: int, wanted: int | None, seed: int) -> Array:
     if wanted is None or wanted >= rows:
         return np.arange(rows)
     return np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
+
+
+def _drawn(rows: Rows, wanted: int | None, seed: int) -> Rows:
+    return rows.iloc[_draw(len(rows), wanted, seed)].reset_index(drop=True)
 
 
 def text_collator(kind: str, tokenizer: Any) -> Any:
@@ -137,14 +165,31 @@ def _read_table(path: Path, **options: Any) -> Rows:
             raise DataError(f"{path} has rows with more fields than its header: quote fields that hold the separator") from None
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Rows:
-    """A split of a data set on the Hugging Face hub."""
+def read_layout(root: Path, name: str, layout: str) -> Rows:
+    """A file of a published layout.
+
+    Raises:
+        DataError: it is not there (`layout` says what should be), or not readable.
+    """
+    if not (root / name).is_file():
+        raise DataError(f"{root / name} does not exist: task.data must hold {layout}")
+    return read_rows(name, root)
+
+
+def within(data: Path, name: str) -> Path:
+    """The folder `name` in `data`, or `data` itself, where that is the folder."""
+    return data / name if (data / name).is_dir() else data
+
+
+def read_hub(name: str, subset: str | None, split: str, **options: Any) -> Rows:
+    """A split of a data set on the Hugging Face hub (or, with `name` "json", of `data_files`, which may be addresses)."""
     try:
-        frame = load_dataset(name, subset, split=split).to_pandas()
+        frame = load_dataset(name, subset, split=split, **options).to_pandas()
     except Exception as error:  # datasets, hub and network each raise their own
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        source = options.get("data_files", name)
         raise DataError(
-            f"data set {name} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})"
+            f"data set {source} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})"
         ) from None
     assert isinstance(frame, pd.DataFrame)
     return frame

@@ -1,0 +1,99 @@
+"""`evaluate`: a model measured by a task's own metric, on what it predicts or on what it writes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from fedex_lora import config
+from fedex_lora.client import Work, evaluate
+from fedex_lora.errors import UsageError
+from fedex_lora.evaluation._generation import generate
+from fedex_lora.evaluation._model import open_source
+from fedex_lora.scoring import write_predictions
+from fedex_lora.tasks import load_task
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        base: the model below an adapter or a result; None: as the folder says.
+        batch_size: rows at once.
+        generation: over the task's settings.
+        predictions: where what the model wrote goes, as a TSV file.
+        score: False: only write `predictions`, where the metrics cannot be computed.
+        tell: (texts written, of how many).
+    """
+
+    base: str | None = None
+    batch_size: int = 16
+    generation: Mapping[str, Any] | None = None
+    predictions: Path | None = None
+    score: bool = True
+    tell: Callable[[int, int], None] | None = None
+
+
+def evaluate_source(source: str, settings: config.Task, options: Options = Options(), seed: int = 0) -> dict[str, float]:
+    """The task's metrics of a model.
+
+    Tasks with `generation` (`e2e`, `arithmetic/*`, `commonsense/*`) are measured on what the model writes, others on what it predicts.
+
+    Args:
+        source: see `open_source`.
+        settings: the task; `eval_rows` of it measure, drawn with `seed`.
+        options: how.
+        seed: of the draw.
+
+    Returns:
+        Metric -> value, and `rows`; of written texts also `unanswered`, those without an answer (they count as wrong), and `prompts_cut`,
+        prompts whose beginning did not fit the model's context. Of texts, nothing in processes of `accelerate launch` but the main one.
+
+    Raises:
+        UsageError: options that the task has no use for; a metric that cannot be computed here.
+        DataError, ModelError, StorageError: see `load_task` and `open_source`.
+    """
+    task = load_task(settings, seed)
+    asked = task.generation
+    if asked is None and (options.generation or options.predictions):
+        raise UsageError(f"task {settings.name} is measured on predictions, not on texts: leave out --generate and --predictions")
+    if asked is not None and options.score:
+        asked.require()
+    opened = open_source(source, task.kind, options.base, **task.model_config)
+    if asked is None:
+        training = {"per_device_eval_batch_size": options.batch_size}
+        work = Work(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
+        return evaluate(opened.model, task.tokenize(opened.processor, task.eval), work)
+    prompts = asked.prompts(opened.processor, asked.rows)
+    sampling = {**asked.settings, **(options.generation or {})}
+    texts, cut = generate(opened.model, opened.processor, prompts, sampling, options.batch_size, options.tell)
+    if not PartialState().is_main_process:
+        return {}
+    if options.predictions:
+        write_predictions(options.predictions, list(asked.rows[asked.column]), texts)
+    return {**(asked.score(texts, asked.rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
+
+
+def task_of(source: str, name: str | None, data: Path | None, rows: int | None) -> config.Task:
+    """The task to measure: the one of the run that `source` belongs to, where it has this name or none is given; else the named one.
+
+    It is measured on all its rows but for `rows`, also where the run's rounds used fewer.
+
+    Raises:
+        UsageError: no name, and `source` is no run.
+    """
+    folder = Path(source)
+    runs = [one for one in (folder, folder.parent, folder.parent.parent) if folder.exists() and (one / "config.toml").is_file()]
+    own = config.read_config(runs[0] / "config.toml").task if runs else None
+    changes: dict[str, Any] = {"eval_rows": rows}
+    if data:
+        changes["data"] = data
+    if own is not None and name in (None, own.name):
+        return own.model_copy(update=changes)
+    if name is None:
+        raise UsageError(f"{source} is no run, so it does not say what to measure: give --task or --lm-eval")
+    changes |= {} if name == "custom" else {"train": ""}  # training rows are not needed
+    return config.Task.model_validate({"name": name, **changes})

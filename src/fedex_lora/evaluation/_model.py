@@ -1,0 +1,94 @@
+"""Whatever holds a model: a run, a round, an aggregate, an export, a PEFT adapter, a model of Transformers."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from torch import nn
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.config import Base
+from fedex_lora.errors import ModelError, StorageError
+from fedex_lora.peft_io import DELTA, kind_of, load_base, load_processor, open_model, read_result
+from fedex_lora.storage import MANIFEST, read_manifest
+
+
+class Opened(NamedTuple):
+    """A model in evaluation mode, its tokenizer or image processor, and the name of its base."""
+
+    model: nn.Module
+    processor: Any
+    base: str
+
+
+def open_source(source: str, kind: Any, base: str | None = None, **config: Any) -> Opened:
+    """The model that a folder or a hub name stands for.
+
+    Args:
+        source: a run folder, a round folder, `final/`, the OUT of `aggregate` or of `export`, a PEFT adapter folder, a model.
+        kind: which head the task needs.
+        base: the pretrained model below an adapter or a result; by default as the folder says.
+        config: what a model's config needs for the task (`num_labels`, `problem_type`).
+
+    Raises:
+        ModelError: it cannot be loaded, is of another kind, or has a head that was never trained, or for other classes.
+        StorageError: the folder is broken.
+    """
+    folder = Path(source)
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    if folder.name == "trainable" and (folder.parent / DELTA).exists():
+        raise ModelError(f"{source} is right only on top of the base delta beside it: give {folder.parent}")
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        opened = _export(folder, manifest, kind, base, config) if "format" in manifest else _result(folder, kind, base)
+    elif (folder / "config.toml").is_file():
+        raise StorageError(f"{source} has no final model yet: go on with the run by --resume, or give one of its rounds/NNNN")
+    elif (folder / "adapter_config.json").is_file():
+        opened = _adapter(folder, kind, base, config)
+    else:
+        opened = _plain(str(source), kind, config)
+    wanted, has = config.get("num_labels"), opened.model.config.num_labels  # type: ignore[union-attr]
+    if wanted is not None and wanted != has:
+        raise ModelError(f"{source} tells {has} classes apart, and the task has {wanted}: give a model of this task")
+    opened.model.eval()
+    return opened
+
+
+def _result(folder: Path, kind: Any, base: str | None) -> Opened:
+    result = read_result(folder)
+    if method_named(result.manifest["method"]).exactness == "personalised":
+        raise ModelError(f"{folder} is of method {result.manifest['method']}, which has no global model: give clients/CLIENT/adapter")
+    name = base or str(result.manifest.get("base_model"))
+    found = kind_of(result, name)
+    if found != kind:
+        raise ModelError(f"{folder} is a model for {found}, and the task needs {kind}: give a task of the model's kind")
+    return Opened(open_model(result, name)[0], load_processor(Base(model=name), kind), name)
+
+
+def _export(folder: Path, manifest: Any, kind: Any, base: str | None, config: dict[str, Any]) -> Opened:
+    form = manifest["format"]
+    if form == "merged":
+        return _plain(str(folder), kind, config)
+    if form == "base+adapter":
+        return _adapter(folder / "adapter", kind, str(folder / "base"), config)
+    return _adapter(folder, kind, base or str(manifest["base_model"]), config)
+
+
+def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) -> Opened:
+    name = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{folder} does not say what its base is: give it by --base")
+    try:
+        model = PeftModel.from_pretrained(load_base(Base(model=name), kind, **config).model, str(folder))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder} does not fit {name}: {str(error).splitlines()[0][:200]}") from None
+    return Opened(model, load_processor(Base(model=name), kind), name)
+
+
+def _plain(name: str, kind: Any, config: dict[str, Any]) -> Opened:
+    loaded = load_base(Base(model=name), kind, **config)
+    if loaded.fresh:
+        raise ModelError(f"{name} has no trained {loaded.fresh[0]}: give a model that was trained for the task, or a run")
+    return Opened(loaded.model, load_processor(Base(model=name), kind), name)

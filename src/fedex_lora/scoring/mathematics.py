@@ -1,0 +1,175 @@
+r"""Answers to mathematical questions: taken out of a text, and compared.
+
+Two comparisons. *The same*: equal after the clean-up of notation (`normal_form`) that is usual since Hendrycks et al. 2021.
+*Equivalent*: the same, or the same value by the package `math-verify` (`x+1` and `1+x`, `\frac{\sqrt3}{3}` and `1/\sqrt{3}`).
+"""
+
+import logging
+import re
+import threading
+from fractions import Fraction
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from fedex_lora.errors import UsageError
+
+ANSWER_IS = "The answer is:"
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:\s*/\s*\d+)?")
+
+
+def extract_number(text: str) -> Fraction | None:
+    """The number after the last "The answer is" or `####`; None where there is none.
+
+    >>> extract_number("16 - 7 = 9 eggs, so 9 * 2 = 18. The answer is: $18.00.")
+    Fraction(18, 1)
+    >>> extract_number("She makes 9 * 2 dollars.")
+    """
+    answer = _after_last(text, r"The answer is:?", r"####")
+    if answer is None:
+        return None
+    found = _NUMBER.search(re.sub(r"[\\$£€]|(?<=[-+])\s", "", answer))
+    if not found:
+        return None
+    try:
+        return Fraction(found[0].replace(",", "").replace(" ", ""))
+    except ZeroDivisionError:
+        return None
+
+
+def extract_answer(text: str) -> str | None:
+    r"""What stands after the last "The answer is", else in the last `\boxed{}`; None where there is neither.
+
+    >>> extract_answer(r"Then $x = \boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    >>> extract_answer("The answer is: 3 \\\\text{ cm}.")
+    '3 \\text{ cm}'
+    """
+    stated = _after_last(text, r"The answer is:?")
+    if stated is not None:
+        stated = re.split(r"\.?\n|\.\s*$", stated.strip(), maxsplit=1)[0].strip()
+        return last_boxed(stated) or _flat(stated)
+    return last_boxed(text)
+
+
+def _after_last(text: str, *marks: str) -> str | None:
+    found = list(re.finditer("|".join(marks), text))
+    return text[found[-1].end() :] if found else None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` (or of `\boxed 3`)."""
+    found = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
+    if not found:
+        return None
+    rest = text[found[-1].end() :]
+    if not rest.startswith("{"):
+        return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
+    depth = 0
+    for position, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0) if rest[position - 1 : position] != "\\" else 0
+        if depth == 0:
+            return _flat(rest[1:position])
+    return None
+
+
+def _flat(text: str) -> str | None:
+    return " ".join(text.split()) or None
+
+
+_CLEAN = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^\$+|\$+$|\\\(|\\\)|^\\\[|\\\]$", ""),
+        (r"\\\$|\\%|%|\$", ""),
+        (r"\{,\}\s*|,?\\!\s*,?", ","),  # 10{,}000 and 10,\!000
+        (r"\\(?:left|right|displaystyle|mathstrut|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°", ""),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"),
+        (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"),
+        (r"\\neq(?![a-z])", r"\\ne"),
+        (r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{\s*[^{}()]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit after a value
+        (r"\\(?:text|mbox|mathrm|textbf|textrm|textit|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1"),
+        (r"(?<!\\)\\[,;: ]|~|\\quad|\s+", ""),
+        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+        (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac(\d)\{", r"\\frac{\1}{"),
+        (r"\\frac\{([^{}]*)\}(\w)", r"\\frac{\1}{\2}"),
+        (r"^([-+]?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
+        (r"([_^])\{(\w)\}", r"\1\2"),
+        (r"^\w(?:_\w)?=(?=[^=]+$)|^\w(?:_\w)?\\in(?![a-z])", ""),  # x = 5, x in [0, 1]
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"\.$", ""),
+    )
+)
+
+
+def normal_form(answer: str) -> str:
+    r"""An answer without what is only notation: delimiters, spacing, sizes, units, degree and percent signs, `x =`, thousands' commas.
+
+    >>> normal_form(r"$x = \dfrac{1}{2}\text{ cm}$")
+    '\\frac{1}{2}'
+    """
+    text = answer.strip()
+    for pattern, replacement in _CLEAN:
+        text = pattern.sub(replacement, text)
+    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
+        text = text.replace(",", "")
+    return text
+
+
+def equivalent(gold: str, answer: str) -> bool:
+    r"""Do two answers say the same, whatever the notation?
+
+    A decimal is not its rounding (`0.33` is not `1/3`), order counts in pairs and not in sets, an open end is not a closed one, and a base
+    or a word must be the same.
+
+    Raises:
+        UsageError: no `math-verify`.
+
+    Example:
+        >>> equivalent(r"\frac{\sqrt{3}}{3}", r"$1/\sqrt 3$"), equivalent("(1, 2)", "(2, 1)")
+        (True, False)
+    """
+    ours, theirs = normal_form(gold), normal_form(answer)
+    if ours.lower() == theirs.lower():
+        return ours == theirs or len(ours) > 1  # x is not X, but Even is even
+    word, base = re.compile(r"[A-Za-z]{3,}"), re.compile(r"\d_\{?\d")
+    if word.fullmatch(ours) or word.fullmatch(theirs) or base.search(ours) or base.search(theirs):
+        return False
+    numbers = _fraction(ours), _fraction(theirs)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _same_value(ours, theirs)
+
+
+def _fraction(text: str) -> Fraction | None:
+    """The value of an integer, a decimal, or a fraction of integers."""
+    plain = re.sub(r"^([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
+    try:
+        return Fraction(plain) if re.fullmatch(r"[-+]?\d*\.?\d+(?:/\d+)?", plain) else None
+    except ZeroDivisionError:
+        return None
+
+
+@cache
+def _same_value(gold: str, answer: str) -> bool:
+    require_math_verify()
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    seconds: Any = 5 if threading.current_thread() is threading.main_thread() else None  # its alarm works in the main thread only
+    for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
+        logging.getLogger(name).setLevel("CRITICAL")
+    ours, theirs = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=seconds, raise_on_error=False) for text in (gold, answer))
+    return bool(ours and theirs and verify(ours, theirs, timeout_seconds=seconds, raise_on_error=False))
+
+
+def require_math_verify() -> None:
+    """`math-verify` is there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if find_spec("math_verify") is None:
+        raise UsageError("whether two answers are equivalent needs math-verify: pip install 'fedex-lora[math]'")

@@ -1,0 +1,98 @@
+"""Commonsense reasoning: trained on Commonsense170K, measured on one of eight tests, with LLM-Adapters' prompts (Hu et al. 2023).
+
+From the files that LLM-Adapters publishes (downloaded, or a folder with `commonsense_170k.json` and `NAME/test.json`). A row::
+
+    instruction: Please answer the following question with true or false, question: does ethanol take more energy make that produces?
+
+    Answer format: true/false
+    output: the correct answer is false
+    answer: false
+
+`task.train` names other training rows of this layout: `task.train = "boolq/train.json"`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from fedex_lora import config
+from fedex_lora.scoring import CHOICES, extract_choice
+from fedex_lora.tasks._task import (
+    Generation,
+    Rows,
+    Task,
+    completion_metrics,
+    label_indices,
+    read_hub,
+    read_layout,
+    read_rows,
+    require_columns,
+    tokenize_completions,
+    within,
+)
+
+TRAIN = "commonsense_170k.json"
+PUBLISHED = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+INDENT = " " * 16  # of LLM-Adapters' template
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+    f"{INDENT}### Instruction:\n{INDENT}{{instruction}}\n\n{INDENT}### Response:\n{INDENT}"
+)
+GENERATION = {"num_beams": 4, "max_new_tokens": 32}
+
+
+def load(name: str, settings: config.Task) -> Task:
+    """The task `commonsense/NAME`.
+
+    Raises:
+        DataError: a file or a column is missing, or an answer is not one of the test's.
+    """
+    test = _test(name, settings.data)
+    require_columns(test, ["instruction", "output", "answer"], f"commonsense/{name}, test set,")
+    label_indices(test["answer"], list(CHOICES[name]), f"commonsense/{name}, test set,")
+    train = _train(settings) if settings.train != "" else test.head(0)
+    require_columns(train, ["instruction", "output"], "commonsense, training rows,")
+
+    def score(texts: list[str], rows: Rows) -> dict[str, float]:
+        got = [extract_choice(text, CHOICES[name]) for text in texts]
+        right = [one == gold for one, gold in zip(got, rows["answer"], strict=True)]
+        return {"accuracy": float(np.mean(right)), "unanswered": float(got.count(None))}
+
+    return Task(
+        kind="causal-lm",
+        train=train,
+        eval=test,
+        tokenize=lambda tokenizer, rows: tokenize_completions(tokenizer, _prompts(rows), list(rows["output"]), settings.max_length),
+        metrics=completion_metrics,
+        headline="loss",
+        model_config={},
+        classes=np.zeros(len(train), dtype=int),
+        greater_is_better=False,
+        generation=Generation(
+            rows=test,
+            prompts=lambda _, rows: _prompts(rows),
+            score=score,
+            settings=GENERATION,
+            require=lambda: None,
+            column="instruction",
+        ),
+    )
+
+
+def _prompts(rows: Rows) -> list[str]:
+    return [PROMPT.format(instruction=text) for text in rows["instruction"]]
+
+
+def _train(settings: config.Task) -> Rows:
+    if settings.train:
+        return read_rows(settings.train, within(settings.data, "commonsense") if settings.data else None)
+    if settings.data is None:
+        return read_hub("json", None, "train", data_files=f"{PUBLISHED}/ft-training_set/{TRAIN}")
+    layout = f"{TRAIN}, or task.train must name other training rows (boolq/train.json)"
+    return read_layout(within(settings.data, "commonsense"), TRAIN, layout)
+
+
+def _test(name: str, data: Path | None) -> Rows:
+    if data is None:
+        return read_hub("json", None, "train", data_files=f"{PUBLISHED}/dataset/{name}/test.json")
+    return read_layout(within(data, "commonsense"), f"{name}/test.json", f"{name}/test.json as LLM-Adapters publishes it")
