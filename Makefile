@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench exactness precision metrics crash fuzz flower-test clean
+.PHONY: demo test check bench docs browser exactness precision metrics crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -31,6 +31,13 @@ exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 
 precision: $(VENV)/.installed-dev   ## ten rounds on bases of 16, 8 and 4 bits: make precision DATA=FOLDER MINILM=FOLDER STORIES=FOLDER
 	$(BIN)/python benchmarks/precision.py --data $(DATA) --minilm $(MINILM) --stories $(STORIES) --out benchmarks/results/precision.json
+
+docs: $(VENV)/.installed-docs   ## the documentation as a site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+browser: $(VENV)/.installed-browser   ## the report in headless Chromium: drawn, silent, sortable, accessible (installs chromium, as root)
+	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	$(BIN)/python -m pytest tests/test_report.py
 
 metrics: $(VENV)/.installed-dev   ## E2E metrics of four real systems beside the official ones: make metrics DATA=FOLDER
 	$(BIN)/python -m tests.official_scores $(DATA)
@@ -57,10 +64,18 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+$(VENV)/.installed-browser: pyproject.toml constraints.txt | $(VENV)/.installed-dev
+	$(PIP) --editable '.[browser]'
+	touch $@
+
 $(VENV)/.installed-flower: $(VENV)/.installed-dev
 	$(PIP) --editable '.[dev,simulation]'
 	command -v nginx /usr/sbin/nginx >/dev/null || { apt-get update && apt-get install -y --no-install-recommends nginx-light; } || true
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs
+	rm -rf $(VENV) demo runs site

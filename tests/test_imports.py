@@ -10,7 +10,7 @@ ABOVE = (
     "errors types config aggregation consistency measure server screening catch_up framing wire answers books"
     " scoring storage peft_io checkpoint memory verify adapters export tasks partition client evaluation"
 )
-ORDER = f"{ABOVE} rounds place party runner display compare reproduce demo flower doctor cli".split()
+ORDER = f"{ABOVE} rounds place party trackers runner display analysis report compare reproduce demo flower doctor cli".split()
 PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers", "scoring")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 

@@ -273,6 +273,9 @@ class Config(_Table):
     )
     weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
     torch_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; recorded, because other numbers give other last bits.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that are told of every round (docs/reports.md); each must be installed."
+    )
     base: Base
     lora: Lora = Lora()
     task: Task

@@ -1,11 +1,15 @@
 """What a person sees of a run: progress bars on a terminal, one line a round anywhere else."""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from fedex_lora.storage import followed_events
 
 HIDDEN = ("rows", "runtime")
 
@@ -16,9 +20,10 @@ class Display:
     Args:
         console: where; bars are drawn only on a terminal.
         label: in front of every line.
+        clock: what time it is, in seconds; the times of the events where past ones are shown.
     """
 
-    def __init__(self, console: Console, label: str = "") -> None:
+    def __init__(self, console: Console, label: str = "", clock: Callable[[], float] = time.perf_counter) -> None:
         self._console, self._label, self._rounds = console, f"{label}  " if label else "", 0
         columns = (
             TextColumn("{task.description}"),
@@ -27,9 +32,9 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, get_time=clock)
         self._bars: dict[str, TaskID] = {}
-        self._started = time.perf_counter()
+        self._clock, self._started = clock, clock()
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -46,7 +51,7 @@ class Display:
 
     def _on_started(self, fields: dict[str, Any]) -> None:
         clients = len(fields["clients"])
-        self._rounds = fields["rounds"]
+        self._rounds, self._started = fields["rounds"], self._started or self._clock()
         trained, total = fields["trainable_parameters"], fields["total_parameters"]
         self._console.print(
             f"{self._label}{fields['method']} on {fields['task']}: {clients} clients, {trained:,} of {total:,} parameters trained, "
@@ -58,7 +63,8 @@ class Display:
     def _on_resumed(self, fields: dict[str, Any]) -> None:
         self._rounds = fields["rounds"]
         self._console.print(f"{self._label}going on with round {min(fields['round'], self._rounds)} of {self._rounds}")
-        self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, completed=fields["round"] - 1, note="")
+        if "rounds" not in self._bars:
+            self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, completed=fields["round"] - 1, note="")
 
     def _on_round_started(self, fields: dict[str, Any]) -> None:
         for name in ("clients", "steps"):
@@ -123,7 +129,32 @@ class Display:
             if best
             else "no round is called best: not every client measured every round"
         )
-        self._console.print(f"{self._label}{note}; {time.perf_counter() - self._started:.0f} s in all", highlight=False)
+        self._console.print(f"{self._label}{note}; {self._clock() - self._started:.0f} s in all", highlight=False)
+
+
+def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0) -> bool:
+    """Show a run that another process or machine works on, from its `events.jsonl`, until it is done.
+
+    Args:
+        folder: the run folder.
+        console: where.
+        once: only what there is by now.
+        every: seconds between looks at the file.
+
+    Returns:
+        Is the run done?
+
+    Raises:
+        UsageError: no run folder.
+    """
+    now, done = [0.0], False
+    with Display(console, clock=lambda: now[0]) as display:
+        for event in followed_events(folder / "events.jsonl", None if once else every):
+            now[0] = event["time"] if event else time.time()
+            if event:
+                display(event["event"], **{key: value for key, value in event.items() if key not in ("event", "time")})
+                done = done or event["event"] == "run_done"
+    return done
 
 
 class Runs:

@@ -6,13 +6,14 @@ Everything here is fp64 and uses the plain formulas (mean of products minus prod
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import method_named
-from fedex_lora.aggregation.lowrank import frobenius, signed_sum
+from fedex_lora.aggregation.lowrank import core, frobenius, signed_sum
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
 
 
@@ -23,10 +24,12 @@ class Exactness:
     Attributes:
         error: module path -> |(W_eff - W0) - (E - W0)|.
         ideal: module path -> |E - W0|.
+        effective_rank: module path -> `effective_rank` of got - ideal, where it was asked for.
     """
 
     error: Mapping[str, float]
     ideal: Mapping[str, float]
+    effective_rank: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def per_module(self) -> dict[str, float]:
@@ -95,6 +98,78 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
 
     Factors of lower rank are padded with zeros.
     """
+    ideal = ideal_update({}, updates, result.weights)
+    cores = {module: core(delta) for module, delta in residual(result, updates).items()}
+    return Exactness(
+        error={module: float(torch.linalg.matrix_norm(small)) for module, small in cores.items()},
+        ideal={module: frobenius(delta) for module, delta in ideal.items()},
+        effective_rank={module: effective_rank(small) for module, small in cores.items()},
+    )
+
+
+def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> dict[str, Delta]:
+    """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round."""
+    ideal = ideal_update({}, updates, result.weights)
+    return {module: signed_sum([(1.0, ideal[module]), (-1.0, _product(mean))]) for module, mean in _mean_factors(result, updates).items()}
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """The participation ratio of the squared singular values, `(sum s^2)^2 / sum s^4`: how many directions hold the energy.
+
+    It is between 1 and the rank, needs no SVD, and is 0 for a zero matrix.
+
+    Example:
+        >>> round(effective_rank(torch.diag(torch.tensor([1.0, 1.0, 0.0]))), 6)
+        2.0
+    """
+    size = torch.linalg.matrix_norm(matrix)
+    if size == 0:
+        return 0.0
+    unit = matrix.double() / size
+    gram = unit @ unit.T if unit.shape[0] <= unit.shape[1] else unit.T @ unit
+    return float(1 / (gram * gram).sum())
+
+
+def per_module(deviation: Exactness, adapter: Adapter) -> dict[str, list[Any]]:
+    """A round's deviation as columns, a row a module, for its event.
+
+    Returns:
+        `module`; `deviation` |s Bbar Abar - M| and `ideal` |M| (Frobenius); `scaled`, the deviation divided by sqrt(out in), its root
+        mean square over the weight's entries; `effective_rank` of what is lost. Six significant digits.
+    """
+    names = sorted(deviation.error)
+    entries = {name: math.sqrt(math.prod(adapter[name].shape)) for name in names}
+    columns = {
+        "deviation": [deviation.error[name] for name in names],
+        "ideal": [deviation.ideal[name] for name in names],
+        "scaled": [deviation.error[name] / entries[name] for name in names],
+        "effective_rank": [deviation.effective_rank[name] for name in names],
+    }
+    return {"module": names} | {key: [float(f"{value:.6g}") for value in values] for key, values in columns.items()}
+
+
+def drift(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
+    """Client -> `|s_i B_i A_i - M| / |M|` over all modules: how far what it trained is from the participants' mean.
+
+    From the inner products of the clients' updates, so a drift below 1e-8 is rounding.
+    """
+    inner = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    owner = {
+        module: [index for index, update in enumerate(updates) for _ in range(update.adapter[module].rank)] for module in updates[0].adapter
+    }
+    for module, index in owner.items():
+        U = torch.cat([_product(update.adapter[module]).U for update in updates], dim=1)
+        V = torch.cat([update.adapter[module].A.double() for update in updates])
+        of = torch.nn.functional.one_hot(torch.tensor(index), len(updates)).double()
+        inner += of.T @ ((U.T @ U) * (V @ V.T)) @ of
+    p = torch.tensor([weights[update.client_id] for update in updates], dtype=torch.float64)
+    mean = float(p @ inner @ p)
+    apart = (inner.diag() - 2 * inner @ p + mean).clamp(min=0).sqrt()
+    return {update.client_id: float(f"{_ratio(float(far), math.sqrt(mean)):.6g}") for update, far in zip(updates, apart, strict=True)}
+
+
+def _mean_factors(result: Aggregate, updates: Sequence[ClientUpdate]) -> dict[str, LoRAPair]:
+    """`Abar`, `Bbar` per module, in the scaling that the aggregate keeps."""
     mean: dict[str, LoRAPair] = {}
     for module, pair in result.adapter.items():
         p = [result.weights[update.client_id] for update in updates]
@@ -106,7 +181,7 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
             ]
         )
         mean[module] = LoRAPair(A=A, B=B, scaling=pair.scaling)
-    return exactness(ideal_update({}, updates, result.weights), mean, {})
+    return mean
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -298,6 +298,7 @@ def _measured(
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
     realised, floor, more = federation.realised(after, ideal)
     cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
+    deviation = measure.deviation(result, updates)
     dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if cuts else {}
     return (
         dropped
@@ -307,7 +308,9 @@ def _measured(
             "exactness_error_total": factors.total_relative_error,
             "realised_error": realised.max_relative_error,
             "floor": floor,
-            "deviation": measure.deviation(result, updates).total_relative_error,
+            "deviation": deviation.total_relative_error,
+            "modules": measure.per_module(deviation, result.adapter),
+            "drift": measure.drift(updates, result.weights),
         }
     )
 

@@ -21,6 +21,7 @@ from fedex_lora.place import Host, Place
 from fedex_lora.rounds import Federation, log_to, run_rounds
 from fedex_lora.storage import load_delta, locked, read_events, round_folder, swept, write_text
 from fedex_lora.tasks import load_task
+from fedex_lora.trackers import Trackers
 from fedex_lora.types import Delta, ServerState
 
 POOLED = "all"  # the one client of a centralised run
@@ -133,14 +134,15 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
     if found:
         _require_run(out, config)
     quiet()
+    trackers = Trackers(config, out)
     place = home(config, emit)
     require_space(out, place.facts()["disk_bytes"])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with locked(out), trackers:
             swept(out)
             write_text(out / "config.toml", resolved)
-            return _go_on(config, place, out, log_to(out / "events.jsonl", emit))
+            return _go_on(config, place, out, log_to(out / "events.jsonl", emit, trackers))
     except OSError as error:
         raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
 
@@ -163,7 +165,7 @@ def _without_bounds(config: Config) -> Config:
     clients = config.clients.model_copy(
         update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
     )
-    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None})
+    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
 
 
 def _go_on(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:

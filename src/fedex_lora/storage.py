@@ -239,6 +239,37 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def followed_events(path: Path, every: float | None) -> Iterator[dict[str, Any] | None]:
+    """The events of a run as they are written, until its last one; None each time that there is nothing new.
+
+    Args:
+        path: `events.jsonl`.
+        every: seconds between looks; None: only what there is now.
+
+    Raises:
+        UsageError: the file is not there.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: give the folder of a run that has begun")
+    read = 0
+    while True:
+        text = path.read_bytes()[read:]
+        whole = text[: text.rfind(b"\n") + 1]
+        read += len(whole)
+        for line in whole.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            yield event
+            if event.get("event") == "run_done":
+                return
+        if every is None:
+            return
+        yield None
+        time.sleep(every)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time works on a run folder; the lock goes with the process, however that ends.

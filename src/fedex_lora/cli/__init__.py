@@ -6,6 +6,7 @@ import typer
 
 from fedex_lora.cli import _federation as _federation  # isort: skip (the order of the commands in --help)
 from fedex_lora.cli import _adapters as _adapters  # isort: skip
+from fedex_lora.cli import _report as _report  # isort: skip
 from fedex_lora.cli import _flower as _flower  # isort: skip
 from fedex_lora.cli import _evaluate as _evaluate  # isort: skip
 from fedex_lora.cli import _score as _score  # isort: skip

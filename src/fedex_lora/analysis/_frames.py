@@ -1,0 +1,133 @@
+"""Data frames of rounds, clients, bytes and refusals: pure functions of events."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+Events: TypeAlias = Sequence[Mapping[str, Any]]
+NESTED = ("metrics", "modules", "drift")
+
+
+def _of(events: Events, kind: str) -> list[Mapping[str, Any]]:
+    return [event for event in events if event["event"] == kind]
+
+
+def _refused(events: Events) -> list[tuple[int, str, str, str]]:
+    """Every `refused` as (round, client, reason, when): of the round, or later, when the final model was measured."""
+    found, finished = [], set()
+    for event in events:
+        if event["event"] == "round_done":
+            finished.add(event["round"])
+        elif event["event"] == "refused":
+            when = "final measurement" if event["round"] in finished else "round"
+            found.append((event["round"], event["client"], event["reason"], when))
+    return found
+
+
+def rounds(events: Events) -> pd.DataFrame:
+    """A row a round, with round 0 (the untrained model) where it was measured.
+
+    Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
+    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total`; `seconds`; `participants`,
+    `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`.
+    """
+    asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
+    left_out = Counter(number for number, client in {(number, client) for number, client, _, when in _refused(events) if when == "round"})
+    held = {event["round"]: event["metrics"] for event in _of(events, "held_out")}
+    rows: list[dict[str, Any]] = [{"round": 0, **event["metrics"]} for event in _of(events, "started")[:1] if event.get("metrics")]
+    for event in _of(events, "round_done"):
+        number = event["round"]
+        numbers = {key: value for key, value in event.items() if key not in (*NESTED, "event", "round", "time")}
+        row = {"round": number, **event["metrics"], **numbers}
+        if number in asked:
+            refused = min(left_out[number], asked[number])
+            row |= {"participants": asked[number], "refused": refused, "accepted": 0 if "skipped" in event else asked[number] - refused}
+        rows.append(row)
+    for row in rows:
+        row |= {f"held_out_{name}": value for name, value in held.get(row["round"], {}).items()}
+    frame = pd.DataFrame(rows, columns=None if rows else ["round", "bytes_down", "bytes_up"])
+    for column in ("bytes_down", "bytes_up"):
+        if column not in frame:
+            frame[column] = 0
+    total = frame["bytes_down"].fillna(0) + frame["bytes_up"].fillna(0)
+    return frame.assign(bytes_total=total.cumsum().astype("int64"))
+
+
+def participation(events: Events) -> pd.DataFrame:
+    """A row a round and client: `round`, `client`, `outcome` (accepted, refused, skipped with the whole round, not asked), `reason`.
+
+    A round that is not done yet is left out.
+    """
+    finished = {event["round"] for event in _of(events, "round_done")}
+    skipped = {event["round"]: event["skipped"] for event in _of(events, "round_done") if event.get("skipped")}
+    everyone = list(_of(events, "started")[0]["clients"])
+    reasons = {(number, client): reason for number, client, reason, when in _refused(events) if when == "round"}
+    rows = []
+    for event in _of(events, "round_started"):
+        if event["round"] in finished:
+            asked = set(event["clients"])
+            for client in everyone:
+                reason = reasons.get((event["round"], client)) if client in asked else None
+                taken = "skipped" if event["round"] in skipped else "accepted"
+                outcome = "not asked" if client not in asked else taken if reason is None else "refused"
+                rows.append((event["round"], client, outcome, reason or (skipped[event["round"]] if outcome == "skipped" else "")))
+    return pd.DataFrame(rows, columns=["round", "client", "outcome", "reason"])
+
+
+def refusals(events: Events) -> pd.DataFrame:
+    """A row an answer that did not count: `round`, `client`, `reason`, `when` (in the round, or in the final measurement)."""
+    return pd.DataFrame(_refused(events), columns=["round", "client", "reason", "when"])
+
+
+def messages(events: Events) -> pd.DataFrame:
+    """Warnings, and where a run was resumed: `round`, `event`, `message`."""
+    rows = [(event.get("round"), event["event"], event.get("message", "")) for event in events if event["event"] in ("warning", "resumed")]
+    return pd.DataFrame(rows, columns=["round", "event", "message"])
+
+
+def clients(events: Events) -> pd.DataFrame:
+    """A row a round and client that answered.
+
+    Columns: `round`, `client`, `num_examples`, `bytes_up`, `train_loss`, `steps`, `seconds`, its own metrics on the model that it received
+    (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
+    """
+    held = {(event["round"] + 1, name): own for event in _of(events, "held_out") for name, own in event.get("clients", {}).items()}
+    drifts = {event["round"]: event.get("drift", {}) for event in _of(events, "round_done")}
+    rows = []
+    for event in _of(events, "client_done"):
+        number, name = event["round"], event["client"]
+        row = {key: value for key, value in event.items() if key not in ("event", "time")}
+        row |= {f"held_out_{metric}": value for metric, value in held.get((number, name), {}).items()}
+        rows.append(row | {"drift": drifts.get(number, {}).get(name)})
+    return pd.DataFrame(rows, columns=None if rows else ["round", "client", "drift"])
+
+
+def communication(runs: Mapping[str, Events], reference: str | None = None) -> pd.DataFrame:
+    """A row a run: bytes down and up of all clients and rounds, and in relation to a reference (paper, table 6).
+
+    Args:
+        runs: name -> events.
+        reference: the run that is 1; by default the first whose method is `fedex`, or the first.
+
+    Returns:
+        Columns `run`, `method`, `rounds`, `bytes_down`, `bytes_up`, `bytes_total`, `base_bytes` (the base, once to each client),
+        `relative` (what travels in the rounds), `relative_with_base` (with the one-time download of the base, which is how the paper
+        seems to count).
+    """
+    rows = []
+    for name, events in runs.items():
+        started, done = _of(events, "started")[0], _of(events, "round_done")
+        down, up = sum(event["bytes_down"] for event in done), sum(event["bytes_up"] for event in done)
+        base = started.get("base_bytes", 0) * len(started["clients"])
+        rows.append((name, started["method"], len(done), down, up, down + up, base))
+    columns = ["run", "method", "rounds", "bytes_down", "bytes_up", "bytes_total", "base_bytes"]
+    frame = pd.DataFrame(rows, columns=columns)
+    exact = frame.loc[frame["method"] == "fedex", "run"]
+    one = frame.set_index("run").loc[reference or (exact.iloc[0] if len(exact) else frame["run"].iloc[0])]
+    whole = frame["bytes_total"] + frame["base_bytes"]
+    return frame.assign(
+        relative=frame["bytes_total"] / (one["bytes_total"] or float("nan")),
+        relative_with_base=whole / ((one["bytes_total"] + one["base_bytes"]) or float("nan")),
+    )

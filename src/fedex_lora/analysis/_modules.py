@@ -1,0 +1,160 @@
+"""Data frames of modules: how far averaging the factors is from the ideal, by layer, by projection and across rounds."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from fedex_lora import measure
+from fedex_lora.aggregation.lowrank import core, frobenius
+from fedex_lora.analysis._runs import Run
+from fedex_lora.errors import StorageError
+from fedex_lora.storage import load_delta, load_update, read_manifest, round_folder, run_rounds_of
+from fedex_lora.types import Aggregate, ClientUpdate, Delta
+
+DELTA, UPDATES = "base_delta.safetensors", "updates"
+COLUMNS = ["round", "module", "layer", "projection", "deviation", "ideal", "relative", "scaled", "effective_rank"]
+
+
+def located(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Module path -> (layer, projection): its number in the stack (-1 outside of one), and the shortest name that tells it apart.
+
+    Nested stacks (stages of blocks) are counted through.
+
+    Example:
+        >>> found = located(["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.out.dense", "bert.layer.1.mlp.dense", "head"])
+        >>> list(found.values())
+        [(0, 'query'), (1, 'query'), (1, 'out.dense'), (1, 'mlp.dense'), (-1, 'head')]
+    """
+    places: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    for module in modules:
+        parts = module.split(".")
+        last = max((index for index, part in enumerate(parts) if part.isdigit()), default=-1)
+        places[module] = tuple(int(part) for part in parts if part.isdigit()), tuple(parts[last + 1 :]) or (parts[-1],)
+    suffixes = {suffix for _, suffix in places.values()}
+    nested = any(len(numbers) > 1 for numbers, _ in places.values())
+    order = {numbers: index for index, numbers in enumerate(sorted({numbers for numbers, _ in places.values() if numbers}))}
+
+    def layer(numbers: tuple[int, ...]) -> int:
+        return -1 if not numbers else order[numbers] if nested else numbers[0]
+
+    def shortest(suffix: tuple[str, ...]) -> str:
+        tails = (suffix[-length:] for length in range(1, len(suffix) + 1))
+        return ".".join(next((tail for tail in tails if sum(other[-len(tail) :] == tail for other in suffixes) == 1), suffix))
+
+    return {module: (layer(numbers), shortest(suffix)) for module, (numbers, suffix) in places.items()}
+
+
+def modules(run: Run) -> pd.DataFrame:
+    """A row a round and LoRA module: what averaging the factors alone loses there, whatever the run's method did.
+
+    Columns: `round`, `module`, `layer`, `projection`; `deviation` |s Bbar Abar - M| (Frobenius), `ideal` |M|, `relative` their ratio;
+    `scaled`, the deviation divided by sqrt(out in): the root mean square over the weight's entries, so that modules of different sizes
+    compare (the paper says "scaled" and its text does not say by what); `effective_rank` of what is lost, `measure.effective_rank`.
+
+    From the events; for runs whose events lack it, from the clients' updates in the round folders that are still there.
+    """
+    parts: dict[str, list[Any]] = {}
+    recorded = {event["round"]: event["modules"] for event in run.events if event["event"] == "round_done" and event.get("modules")}
+    for number in [event["round"] for event in run.events if event["event"] == "round_done"]:
+        columns = recorded.get(number) or _recomputed(round_folder(run.folder, number))
+        for name, values in (columns | {"round": [number] * len(columns["module"])}).items() if columns else ():
+            parts.setdefault(name, []).extend(values)
+    if not parts:
+        return pd.DataFrame(columns=COLUMNS)
+    frame = pd.DataFrame(parts)
+    places = located(frame["module"].unique())
+    return frame.assign(
+        layer=frame["module"].map({name: layer for name, (layer, _) in places.items()}),
+        projection=frame["module"].map({name: projection for name, (_, projection) in places.items()}),
+        relative=(frame["deviation"] / frame["ideal"]).where(frame["ideal"] > 0, 0.0),
+    )[COLUMNS]
+
+
+def _recomputed(folder: Path) -> dict[str, list[Any]] | None:
+    """A round's columns from its stored updates; None where they are gone, or have no LoRA factors."""
+    result, updates = _stored(folder)
+    return measure.per_module(measure.deviation(result, updates), result.adapter) if result else None
+
+
+def _stored(folder: Path) -> tuple[Aggregate | None, list[ClientUpdate]]:
+    if not (folder / UPDATES).is_dir():
+        return None, []
+    manifest = read_manifest(folder, check=False)
+    weights = {entry["client"]: entry["weight"] for entry in manifest["inputs"]}
+    updates = sorted((load_update(path) for path in (folder / UPDATES).glob("*.safetensors")), key=lambda update: update.client_id)
+    adapter = updates[0].adapter if updates else {}
+    return (Aggregate(adapter, {}, {}, weights, manifest["method"]) if adapter else None), updates
+
+
+def across_rounds(frame: pd.DataFrame, value: str = "relative") -> pd.DataFrame:
+    """A column of `modules` by round (paper, figures 3 and 6-9): the first layer's first projection, and the mean over all modules.
+
+    Returns:
+        Columns `round`, `first` and `mean`; the name of the module behind `first` is in `attrs["first"]`.
+    """
+    if frame.empty:
+        return pd.DataFrame(columns=["round", "first", "mean"])
+    layers = frame[frame["layer"] >= 0] if (frame["layer"] >= 0).any() else frame
+    first = layers.sort_values(
+        ["layer", "projection"], key=lambda column: column.map(_queries_first) if column.name == "projection" else column
+    )
+    module = first["module"].iloc[0]
+    means = frame.groupby("round")[value].mean()
+    single = frame[frame["module"] == module].set_index("round")[value]
+    made = pd.DataFrame({"first": single, "mean": means}).rename_axis("round").reset_index()
+    made.attrs["first"] = module
+    return made
+
+
+def _queries_first(projection: str) -> tuple[int, str]:
+    return (0 if is_query(projection) else 1, projection)
+
+
+def is_query(projection: str) -> bool:
+    """Is this the attention's query?"""
+    return projection.rpartition(".")[2].lower() in ("q", "q_proj", "query", "q_lin", "wq")
+
+
+def is_value(projection: str) -> bool:
+    """Is this the attention's value?"""
+    return projection.rpartition(".")[2].lower() in ("v", "v_proj", "value", "v_lin", "wv")
+
+
+def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -> pd.DataFrame:
+    """The singular values of what averaging lost in one round, or of all that the base has gained by then, by module.
+
+    Args:
+        folder: a run folder (its last round), a round folder, or `final/`.
+        of: "residual" M - s Bbar Abar, from the stored updates; "base delta" D.
+
+    Returns:
+        Columns `module`, `layer`, `projection`, `index` (from 1), `value`, `energy` (the share of the first `index` values' squares),
+        `effective_rank` (of the module).
+
+    Raises:
+        StorageError: the folder does not hold what this needs.
+    """
+    if found := run_rounds_of(folder):
+        folder = found[0]
+    rows = []
+    deltas = _residuals(folder) if of == "residual" else load_delta(folder / DELTA)
+    places = located(deltas)
+    for module, delta in deltas.items():
+        small = core(delta)
+        values = torch.linalg.svdvals(small)
+        values = values[values > values[0] * 1e-12] if len(values) else values
+        shares = (values**2).cumsum(0) / (values**2).sum()
+        rank = measure.effective_rank(small)
+        for index, (value, share) in enumerate(zip(values.tolist(), shares.tolist(), strict=True), 1):
+            rows.append((module, *places[module], index, value, share, rank))
+    return pd.DataFrame(rows, columns=["module", "layer", "projection", "index", "value", "energy", "effective_rank"])
+
+
+def _residuals(folder: Path) -> dict[str, Delta]:
+    result, updates = _stored(folder)
+    if result is None:
+        raise StorageError(f"{folder} holds no clients' LoRA updates: the residual's spectrum needs them (see keep_rounds)")
+    return {module: delta for module, delta in measure.residual(result, updates).items() if frobenius(delta) > 0}

@@ -1,0 +1,51 @@
+"""The paper's observations on the deviation (section 6), as numbers of a run."""
+
+import pandas as pd
+from scipy.stats import spearmanr
+
+from fedex_lora.analysis._modules import is_query, is_value
+
+COLUMNS = ["observation", "holds", "number", "of"]
+
+
+def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Which of the paper's observations hold in a run, and by how much.
+
+    Args:
+        frame: `analysis.modules` of a run.
+        value: "relative" to the ideal update, or "scaled" by sqrt(out in).
+        more_epochs: the same of a run that differs in its local epochs only, and has more of them.
+
+    Returns:
+        A row for each that this run can answer: `observation`, `holds`, `number` and what that is `of`. The first three are of round 1.
+    """
+    first = frame[frame["round"] == 1]
+    rows: list[tuple[str, bool, float, str]] = []
+    inside = first[first["layer"] >= 0]
+    for projection, group in inside.groupby("projection"):
+        if group["layer"].nunique() > 2:
+            rho = float(spearmanr(group["layer"], group[value]).statistic)
+            rows.append((f"falls with depth ({projection})", rho < 0, rho, "Spearman's correlation of layer and deviation"))
+    queries, values = (inside[inside["projection"].map(kind)].groupby("layer")[value].mean() for kind in (is_query, is_value))
+    if len(queries) and len(values):
+        ratio = float(queries.mean() / values.mean())
+        above = int((queries > values).sum())
+        rows.append(
+            ("query above value", ratio > 1, ratio, f"mean over layers, query / value; query is above in {above} of {len(queries)}")
+        )
+    if more_epochs is not None:
+        ratio = float(more_epochs[more_epochs["round"] == 1][value].mean() / first[value].mean())
+        rows.append(("grows with local epochs", ratio > 1, ratio, "mean over modules, more / fewer local epochs"))
+    means = frame.groupby("round")[value].mean()
+    if len(means) > 2:
+        rho = float(spearmanr(means.index, means).statistic)
+        ratio = float(means.iloc[-1] / means.iloc[0])
+        rows.append(
+            (
+                "falls with the rounds",
+                rho < 0 and ratio < 1,
+                ratio,
+                f"mean over modules, round {means.index[-1]} / round 1; Spearman's correlation {rho:.2f}",
+            )
+        )
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -1,0 +1,120 @@
+"""Run folders as records: the only reading that the analysis does by itself."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.storage import read_events
+
+EVENTS, CONFIG = "events.jsonl", "config.toml"
+QUIET = ("seed", "keep_rounds", "torch_threads", "task.data", "trackers")  # settings that do not make two runs different ones
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run.
+
+    Attributes:
+        folder: where it is.
+        name: what to call it.
+        events: all of its events, in the order of their times.
+        config: its resolved configuration, as plain values; empty where the folder has none.
+    """
+
+    folder: Path
+    name: str
+    events: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def started(self) -> Mapping[str, Any]:
+        """The first event."""
+        return next(event for event in self.events if event["event"] == "started")
+
+    @property
+    def headline(self) -> str:
+        """The metric that the task is judged by."""
+        return str(self.started.get("headline", "loss"))
+
+    @property
+    def finished(self) -> bool:
+        return any(event["event"] == "run_done" for event in self.events)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UsageError: it is no run folder.
+        StorageError: its events say nothing yet.
+    """
+    path = folder / EVENTS
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {EVENTS}: give a run folder, as `fedex-lora run` leaves it")
+    try:
+        events = read_events(path)
+        config = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StorageError(f"{folder} cannot be read: {error}: copy the folder again") from None
+    events = [event for event in events if isinstance(event, dict) and "event" in event]
+    if not any(event["event"] == "started" for event in events):
+        raise StorageError(f"{path} has no `started` event: the run has not begun, or the file is no run's")
+    return Run(folder=folder, name=folder.name, events=_last_of_each_round(events), config=config)
+
+
+def _last_of_each_round(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A resumed run begins its unfinished round anew: what it said of that round before it was killed does not count."""
+    kept: list[Mapping[str, Any]] = []
+    begun = set()
+    for event in events:
+        if event["event"] == "round_started" and event["round"] not in begun:
+            begun.add(event["round"])
+        elif event["event"] == "round_started":
+            kept = [old for old in kept if old.get("round") != event.get("round") or old["event"] in ("held_out", "resumed")]
+        kept.append(event)
+    return kept
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in folders: each a run folder, or a folder with run folders anywhere in it (a comparison's, the demo's).
+
+    Raises:
+        UsageError: a folder holds no run.
+    """
+    runs = []
+    for path in paths:
+        if not path.is_dir():
+            raise UsageError(f"{path} is no folder: give a run folder, or a folder of runs")
+        found = [path] if (path / EVENTS).is_file() else sorted(file.parent for file in path.rglob(EVENTS))
+        if not found:
+            raise UsageError(f"{path} holds no run (no {EVENTS} in it): give a run folder, as `fedex-lora run` leaves it")
+        runs += [read_run(folder) for folder in found]
+    return runs
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What tells runs apart, one label a run: the method, and the settings that differ; runs that differ in their seed only share one.
+
+    Example:
+        >>> runs = [Run(Path(), "", [], {"method": name, "seed": seed}) for name, seed in (("fedex", 0), ("fedex", 1), ("fedit", 0))]
+        >>> labels(runs)
+        ['fedex', 'fedex', 'fedit']
+    """
+    flat = [{key: value for key, value in _flat(run.config) if key not in QUIET} for run in runs]
+    differing = sorted({key for one in flat for key in one if any(other.get(key) != one[key] for other in flat)} - {"method"})
+    found = []
+    for run, one in zip(runs, flat, strict=True):
+        method = str(one.get("method") or next((event["method"] for event in run.events if "method" in event), run.name))
+        found.append(", ".join([method, *(f"{key.rpartition('.')[2]} {one[key]}" for key in differing if key in one)]))
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs

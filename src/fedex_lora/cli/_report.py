@@ -1,0 +1,70 @@
+"""Looking at runs: `report`, `figure`, `watch`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
+
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs (a comparison's, the demo's).")]
+
+
+@app.command()
+@one_line_errors
+def report(
+    runs: Runs,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="The HTML file; by default report.html in the first folder.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page about one run, or several side by side."""
+    from fedex_lora.display import size
+    from fedex_lora.report import write_report
+
+    made = write_report(runs, out or runs[0] / "report.html")
+    if as_json:
+        print_json(made)
+    else:
+        consoles(False).print(f"{made['out']}: {made['runs']} runs, {made['charts']} charts, {size(made['bytes'])}", highlight=False)
+
+
+@app.command()
+@one_line_errors
+def figure(
+    number: Annotated[int, typer.Argument(help="The paper's: 2, 4, 5 (by layer, first round) or 3, 6, 7, 8, 9 (across rounds).")],
+    runs: Runs,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", help=".pdf, .svg or .png; by default figure-N.pdf.")] = None,  # noqa: UP045
+    value: Annotated[str, typer.Option(help="relative (to the ideal update) or scaled (by sqrt(out in)).")] = "relative",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The paper's figures of the deviation of plain averaging, from any runs; says which of its observations hold there."""
+    from fedex_lora.display import table
+    from fedex_lora.report import write_figure
+
+    made = write_figure(number, runs, out or Path(f"figure-{number}.pdf"), value)  # type: ignore[arg-type]
+    if as_json:
+        print_json(made)
+        return
+    console = consoles(False)
+    rows = [
+        [one["run"], one["observation"], "yes" if one["holds"] else "no", f"{one['number']:.3g}", one["of"]] for one in made["observations"]
+    ]
+    console.print(table("the paper's observations, in these runs", ["run", "observation", "holds", "number", "of"], rows))
+    console.print(made["out"], highlight=False)
+
+
+@app.command()
+@one_line_errors
+def watch(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that goes on elsewhere, on this machine or a shared disk.")],
+    once: Annotated[bool, typer.Option("--once", help="Show what there is by now, and leave.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run that is going on elsewhere: rounds, clients, metrics, bytes, time left."""
+    from fedex_lora.display import watch as show
+
+    console = consoles(False)
+    if not show(run, console, once):
+        console.print("the run is not done yet", highlight=False)

@@ -1,0 +1,176 @@
+"""The paper's figures from any runs (Matplotlib): the deviation by layer, and across rounds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from fedex_lora import analysis
+from fedex_lora.errors import UsageError
+from fedex_lora.report._charts import PALETTE
+from fedex_lora.report._sections import Group, grouped
+
+LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
+FORMATS = (".pdf", ".svg", ".png")
+Value = Literal["scaled", "relative"]
+AXES = {"scaled": r"scaled Frobenius norm  $\|R\|_F / \sqrt{mn}$", "relative": r"$\|R\|_F / \|M\|_F$"}
+STYLE = {
+    "font.family": "serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedex-lora",
+    "pdf.fonttype": 42,
+}
+
+
+def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "relative") -> dict[str, Any]:
+    """Draw one of the paper's figures of the deviation of plain averaging from the ideal update.
+
+    Args:
+        number: 2, 4, 5: by layer, for each projection, after the first round (a panel a kind of run, such as local epochs);
+            3, 6, 7, 8, 9: across rounds (a line a kind of run), (a) of the first layer's first projection, its query, (b) the mean over all
+            modules. Figures of one kind differ in the runs only.
+        paths: run folders, or folders that hold runs; those that differ in their seed only are one line and a band from lowest to highest.
+        out: .pdf, .svg or .png.
+        value: "relative", divided by |M|; or "scaled", divided by sqrt(out in). The paper scales, and its text does not say by what.
+
+    Returns:
+        `out`; `data`, the numbers that are drawn; `observations`, which of the paper's hold (for each kind of run).
+
+    Raises:
+        UsageError: no such figure, an unknown kind of file, or runs without LoRA updates.
+    """
+    if number not in LAYERS + ROUNDS:
+        raise UsageError(f"figure {number}: this draws 2, 4, 5 (by layer) and 3, 6, 7, 8, 9 (across rounds)")
+    if out.suffix not in FORMATS:
+        raise UsageError(f"{out}: give a name that ends in {', '.join(FORMATS)}")
+    if value not in AXES:
+        raise UsageError(f"--value {value}: give {' or '.join(AXES)}")
+    groups = [group for group in grouped(analysis.find_runs(paths)) if not pd.concat(group.modules).empty]
+    if not groups:
+        raise UsageError("these runs have no LoRA updates that were averaged: nothing to draw")
+    data = by_layer(groups, value) if number in LAYERS else by_round(groups, value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _matplotlib().rc_context(STYLE):
+        (_draw_layers if number in LAYERS else _draw_rounds)(data, out, value)
+    return {"out": str(out), "data": data.to_dict("records"), "observations": observed(groups, value).to_dict("records")}
+
+
+def by_layer(groups: Sequence[Group], value: Value) -> pd.DataFrame:
+    """After the first round: `run`, `projection`, `layer`, and over the seeds `mean`, `low`, `high`."""
+    parts = []
+    for group in groups:
+        frame = pd.concat(group.modules)
+        first = frame[(frame["round"] == frame["round"].min()) & (frame["layer"] >= 0)]
+        found = first.groupby(["projection", "layer"])[value].agg(mean="mean", low="min", high="max").reset_index()
+        parts.append(found.assign(run=group.label))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_round(groups: Sequence[Group], value: Value) -> pd.DataFrame:
+    """By `run`, `panel` ("first": the first layer's query; "all": the mean over modules), `round`: over the seeds `mean`, `low`, `high`."""
+    parts = []
+    for group in groups:
+        seeds = pd.concat([analysis.across_rounds(frame, value) for frame in group.modules if not frame.empty])
+        for panel, column in (("first", "first"), ("all", "mean")):
+            found = seeds.groupby("round")[column].agg(mean="mean", low="min", high="max").reset_index()
+            parts.append(found.assign(run=group.label, panel=panel))
+    return pd.concat(parts, ignore_index=True)
+
+
+def observed(groups: Sequence[Group], value: Value) -> pd.DataFrame:
+    """`analysis.observations` of each kind of run, from the means over its seeds; local epochs against the run with the fewest."""
+    frames = {group.label: _over_seeds(group) for group in groups}
+    epochs = {group.label: group.first.config.get("training", {}).get("num_train_epochs") for group in groups}
+    parts = []
+    for group in groups:
+        mine = epochs[group.label]
+        fewer = [label for label, theirs in epochs.items() if mine and theirs and theirs < mine and _alike(group, label, groups)]
+        found = analysis.observations(frames[group.label], value)
+        if fewer:
+            least = min(fewer, key=lambda label: epochs[label])
+            more = analysis.observations(frames[least], value, frames[group.label])
+            found = pd.concat([found, more[more["observation"] == "grows with local epochs"]], ignore_index=True)
+        parts.append(found.assign(run=group.label))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _over_seeds(group: Group) -> pd.DataFrame:
+    frame = pd.concat(group.modules)
+    return frame.groupby(["round", "module", "layer", "projection"])[["scaled", "relative"]].mean().reset_index()
+
+
+def _alike(group: Group, label: str, groups: Sequence[Group]) -> bool:
+    """Do two kinds of runs differ in their local epochs only?"""
+    other = next(one for one in groups if one.label == label)
+
+    def rest(run: analysis.Run) -> dict[str, Any]:
+        training = {key: item for key, item in run.config.get("training", {}).items() if key != "num_train_epochs"}
+        return {**run.config, "training": training, "seed": 0}
+
+    return rest(group.first) == rest(other.first)
+
+
+def _draw_layers(data: pd.DataFrame, out: Path, value: Value) -> None:
+    figure, axes = _canvas(data["run"].nunique())
+    projections = list(dict.fromkeys(data["projection"]))
+    for axis, (run, panel) in zip(axes, data.groupby("run", sort=False), strict=True):
+        for projection in projections:
+            _line(axis, panel[panel["projection"] == projection], "layer", projection, projections.index(projection))
+        axis.set_title(run, fontsize=9)
+        axis.set_xlabel("layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _finish(figure, axes, out, value)
+
+
+def _draw_rounds(data: pd.DataFrame, out: Path, value: Value) -> None:
+    figure, axes = _canvas(2, share=False)
+    runs = list(dict.fromkeys(data["run"]))
+    titles = {"first": "(a) first layer, query", "all": "(b) mean over all modules"}
+    for axis, (panel, title) in zip(axes, titles.items(), strict=True):
+        for run in runs:
+            _line(axis, data[(data["panel"] == panel) & (data["run"] == run)], "round", run, runs.index(run))
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("aggregation round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _finish(figure, axes, out, value)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("figures need Matplotlib: pip install 'fedex-lora[report]'") from None
+    return matplotlib
+
+
+def _canvas(panels: int, share: bool = True) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * panels, 2.7), layout="constrained")
+    return figure, figure.subplots(1, panels, sharey=share, squeeze=False)[0]
+
+
+def _line(axis: Any, rows: pd.DataFrame, x: str, label: str, index: int) -> None:
+    colour, marker = PALETTE[index % len(PALETTE)], "os^Dvx"[index % 6]
+    axis.plot(rows[x], rows["mean"], marker=marker, markersize=3.5, linewidth=1.3, color=colour, label=label)
+    if (rows["high"] > rows["low"]).any():
+        axis.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def _finish(figure: Any, axes: Any, out: Path, value: Value) -> None:
+    axes[0].set_ylabel(AXES[value])
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+    figure.savefig(out, dpi=200, metadata={".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix))

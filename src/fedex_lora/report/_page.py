@@ -1,0 +1,149 @@
+"""The page: sections, data, styles and the charting library in one HTML file that asks nothing of a network."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedex_lora import __version__
+from fedex_lora.analysis import Run, find_runs
+from fedex_lora.analysis._runs import CONFIG
+from fedex_lora.errors import UsageError
+from fedex_lora.report._charts import Chart
+from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, grouped, tiles
+from fedex_lora.report._tables import Table
+from fedex_lora.storage import write_text
+
+MOST = 12  # groups of runs in one report
+
+
+def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write the report of one or several runs as one HTML file.
+
+    Args:
+        paths: run folders, or folders that hold some.
+        out: the file; one that is there is replaced.
+
+    Returns:
+        `out`, `bytes`, `runs`, `charts`, `tables`.
+
+    Raises:
+        UsageError: a path holds no run, or they are too many to compare.
+        StorageError: a run that cannot be read.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: give the name of a file, such as {out / 'report.html'}")
+    runs = find_runs(paths)
+    text, counts = page(runs)
+    write_text(out, text)
+    return {"out": str(out), "bytes": len(text.encode()), "runs": len(runs), **counts}
+
+
+def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
+    """The HTML of a report, and how many `charts` and `tables` it has."""
+    groups = grouped(runs)
+    if len(groups) > MOST:
+        raise UsageError(f"{len(groups)} kinds of runs are too many for one report: give at most {MOST} (seeds do not count)")
+    budget = cells_each(groups)
+    parts = [Part("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
+    parts += [curves(groups), deviations(groups), communication(groups)]
+    parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
+    parts = [part for part in parts if part.items or part.inner]
+    charts, tables = [item for item in _items(parts) if isinstance(item, Chart)], sum(1 for _ in _items(parts))
+    scripts = {"library": vl_library(), "script": _text("page.js")}
+    html = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=_title(runs),
+            facts=_facts(runs),
+            tiles=tiles(groups[0]) if len(groups) == 1 else [],
+            parts=parts,
+            ids={id(chart): f"chart-{number}" for number, chart in enumerate(charts)},
+            data=_json([{"spec": chart.embedded(), "choices": chart.choices} for chart in charts]),
+            setups=[_setup(group.label, group.first) for group in groups],
+            style=_text("page.css"),
+            policy=" ".join(_policy(script) for script in scripts.values()),
+            version=__version__,
+            **scripts,
+        )
+    )
+    return html, {"charts": len(charts), "tables": tables}
+
+
+def _items(parts: Sequence[Part]) -> Iterator[Chart | Table]:
+    for part in parts:
+        yield from part.items
+        yield from _items(part.inner)
+
+
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("fedex_lora.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.tests["chart"] = lambda item: isinstance(item, Chart)
+    made.globals["key"] = id
+    return made
+
+
+@cache
+def vl_library() -> str:
+    """Vega, Vega-Lite and vega-embed as one JavaScript module, from vl-convert (which carries them; nothing is downloaded)."""
+    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _text(name: str) -> str:
+    return (files("fedex_lora.report") / name).read_text(encoding="utf-8")
+
+
+def _policy(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _title(runs: Sequence[Run]) -> str:
+    tasks = list(dict.fromkeys(str(run.started.get("task", "")) for run in runs))
+    methods = list(dict.fromkeys(str(run.started["method"]) for run in runs))
+    return f"{', '.join(methods)} on {', '.join(tasks)}" if len(methods) <= 4 else f"{len(methods)} methods on {', '.join(tasks)}"
+
+
+def _facts(runs: Sequence[Run]) -> list[str]:
+    """The lines under the title."""
+    first = runs[0].started
+    model = str(first.get("base_model", ""))
+    model = Path(model).name if Path(model).is_absolute() else model
+    when = datetime.fromtimestamp(first["time"], UTC).strftime("%Y-%m-%d %H:%M UTC") if first.get("time", 0) > 1e9 else ""
+    trained, total = first.get("trainable_parameters"), first.get("total_parameters")
+    lines = [f"base {model}" if model else "", f"{trained:,} of {total:,} parameters trained" if trained and total else "", when]
+    going = [run.name for run in runs if not run.finished]
+    if going:
+        lines.append(f"not finished: {', '.join(going)}")
+    return [line for line in lines if line]
+
+
+def _setup(label: str, run: Run) -> dict[str, Any]:
+    """Configuration, environment, and how to run it again."""
+    config = run.folder / CONFIG
+    text = config.read_text(encoding="utf-8") if config.is_file() else tomli_w.dumps(dict(run.config))
+    started = run.started
+    environment: dict[str, Any] = {**started.get("versions", {}), "threads": started.get("torch_threads", "")}
+    environment |= {key: started[key] for key in ("base_dtype", "base_quantization", "base_fingerprint") if started.get(key)}
+    return {"label": label, "config": text, "environment": environment, "seed": run.config.get("seed"), "exact": _verifiable(run)}
+
+
+def _verifiable(run: Run) -> bool:
+    return any("exactness_error" in event for event in run.events)

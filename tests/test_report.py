@@ -1,0 +1,259 @@
+"""The report: what it says, that it asks for nothing, and (in a browser) that it is drawn, sortable and accessible."""
+
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import vl_convert
+from tests.runs import event, synthetic, written
+from typer.testing import CliRunner
+
+from fedex_lora.analysis import find_runs
+from fedex_lora.cli import app
+from fedex_lora.report import page, write_figure, write_report
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+def parsed(html):
+    """(tags with their attributes, all text outside of scripts)."""
+
+    class Reader(HTMLParser):
+        tags, text, inside = [], [], ""
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.append((tag, dict(attrs)))
+            self.inside = tag
+
+        def handle_endtag(self, tag):
+            self.inside = ""
+
+        def handle_data(self, data):
+            if self.inside not in ("script", "style"):
+                self.text.append(data)
+
+    reader = Reader()
+    reader.tags, reader.text = [], []
+    reader.feed(html)
+    return reader.tags, " ".join(" ".join(reader.text).split())
+
+
+def charts(html):
+    return [one["spec"] for one in json.loads(re.search(r'id="charts">(.*?)</script>', html, re.S)[1])]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("report") / "run", synthetic(rounds=50, clients=4, layers=12))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Two methods, two seeds each."""
+    folder = tmp_path_factory.mktemp("several")
+    for method in ("fedex", "fedit"):
+        for seed in (0, 1):
+            run = written(folder / f"{method}-{seed}", synthetic(rounds=6, clients=3, layers=2, method=method, seed=seed))
+            (run / "config.toml").write_text(f'method = "{method}"\nseed = {seed}\n')
+    return folder
+
+
+def test_a_run_of_fifty_rounds_and_twelve_layers(one, tmp_path):
+    made = write_report([one], tmp_path / "report.html")
+    assert made["bytes"] == (tmp_path / "report.html").stat().st_size < 3e6
+    html = (tmp_path / "report.html").read_text()
+    tags, text = parsed(html)
+    assert not [tag for tag, attributes in tags if {"src", "href", "srcset"} & attributes.keys()]
+    assert "default-src 'none'" in html
+    for said in ("0.8880", "1.0e-07", "30.0 %", "Exactness error", "Participation", "12 times the round's median"):
+        assert said in text, said
+    specs = charts(html)
+    assert len(specs) == made["charts"] == len([tag for tag, attributes in tags if attributes.get("class") == "chart"])
+    assert len([tag for tag, _ in tags if tag == "table"]) >= made["tables"]
+
+
+def test_every_chart_compiles_and_holds_the_events_numbers(one):
+    html, _ = page(find_runs([one]))
+    for spec in charts(html):
+        compiled = vl_convert.vegalite_to_vega(spec)
+        assert compiled["marks"], spec["description"]
+    accuracy = next(spec for spec in charts(html) if spec["description"] == "Accuracy")["data"]["values"]
+    done = [json.loads(line) for line in (one / "events.jsonl").read_text().splitlines() if '"round_done"' in line]
+    assert [row["value"] for row in accuracy][1:] == [pytest.approx(event["metrics"]["accuracy"], rel=1e-4) for event in done]
+
+
+def test_seeds_are_bands_and_methods_are_lines(several):
+    html, _ = page(find_runs([several]))
+    _, text = parsed(html)
+    assert "fedex, fedit on glue/mrpc" in text
+    curve = next(spec for spec in charts(html) if spec["description"] == "Across rounds")
+    assert {row["label"] for row in curve["data"]["values"]} == {"fedex", "fedit"}
+    assert "means over the seeds" in text
+
+
+def test_what_clients_say_is_text(tmp_path):
+    """Names and reasons come from elsewhere: they must not become part of the page."""
+    events = [
+        event("started", method="fedex", clients=[EVIL, "b"], metrics={"accuracy": 0.5}, headline="accuracy", task=EVIL, base_model="m"),
+        event("round_started", round=1, clients=[EVIL, "b"]),
+        event("client_done", round=1, client=EVIL, bytes_up=1, num_examples=3, seconds=1.0),
+        event("refused", round=1, client="b", reason=EVIL),
+        event("round_done", round=1, metrics={"accuracy": 0.6}, bytes_down=1, bytes_up=1, seconds=1.0),
+    ]
+    html, _ = page(find_runs([written(tmp_path / "run", events)]))
+    tags, text = parsed(html)
+    assert not [tag for tag, _ in tags if tag == "img"]
+    assert len([tag for tag, _ in tags if tag == "script"]) == 3
+    assert "alert(1)" in text
+    assert EVIL in json.dumps(charts(html))
+
+
+def test_a_thousand_rounds_of_a_hundred_clients(tmp_path):
+    run = written(tmp_path / "run", synthetic(rounds=1000, clients=100))
+    began = time.process_time()
+    made = write_report([run], tmp_path / "report.html")
+    assert time.process_time() - began < 20
+    assert made["bytes"] < 3e6
+    marks = [len(spec["data"]["values"]) for spec in charts((tmp_path / "report.html").read_text())]
+    assert max(marks) <= 6000
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [event("started", method="ffa", clients=["a"], metrics={"accuracy": 0.5}, headline="accuracy")],
+        [
+            event("started", method="fedsa", clients=["a"], metrics={}, headline="accuracy"),
+            event("round_started", round=1, clients=["a"]),
+            event("held_out", round=0, metrics={"accuracy": 0.5, "loss": None}, clients={"a": {"accuracy": 0.5}}),
+            event("round_done", round=1, metrics={}, bytes_down=1, bytes_up=1),
+            event("held_out", round=1, metrics={"accuracy": 0.7}, clients={"a": {"accuracy": 0.7}}),
+        ],
+    ],
+)
+def test_runs_that_have_just_begun_or_have_no_global_model(events, tmp_path):
+    html, _ = page(find_runs([written(tmp_path / "run", events)]))
+    assert "not finished: run" in parsed(html)[1]
+
+
+def test_the_command(several, tmp_path):
+    result = CliRunner().invoke(app, ["report", str(several), "-o", str(tmp_path / "a.html"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["runs"] == 4
+    bad = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert bad.exit_code == 2
+    assert len(bad.stderr.strip().splitlines()) == 1
+    assert CliRunner().invoke(app, ["report", str(several), "-o", str(tmp_path)]).exit_code == 2
+
+
+@pytest.mark.parametrize(("number", "suffix", "starts"), [(2, ".pdf", b"%PDF"), (3, ".svg", b"<?xml")])
+def test_figures_are_the_events_numbers(number, suffix, starts, several, tmp_path):
+    out = tmp_path / f"figure{suffix}"
+    made = write_figure(number, [several], out, "scaled")
+    assert out.read_bytes().startswith(starts)
+    values = []  # of the first layer's query, in the last round drawn of the first method
+    for seed in (0, 1):
+        events = [json.loads(line) for line in (several / f"fedex-{seed}" / "events.jsonl").read_text().splitlines()]
+        done = [one["modules"] for one in events if one["event"] == "round_done"]
+        columns = done[0] if number == 2 else done[-1]
+        values.append(columns["scaled"][columns["module"].index("bert.encoder.layer.0.attention.self.query")])
+    drawn = [row for row in made["data"] if row["run"] == "fedex"]
+    if number == 2:
+        row = next(row for row in drawn if row["projection"] == "query" and row["layer"] == 0)
+    else:
+        row = next(row for row in drawn if row["panel"] == "first" and row["round"] == 6)
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((sum(values) / 2, min(values), max(values)), rel=1e-6)
+    assert {"query above value", "falls with the rounds"} <= {one["observation"] for one in made["observations"]}
+
+
+def test_what_no_figure_is(several, tmp_path):
+    for arguments in (["1", several], ["2", several, "-o", "a.gif"], ["2", several, "--value", "x"]):
+        result = CliRunner().invoke(app, ["figure", *map(str, arguments)])
+        assert result.exit_code == 2
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make browser")
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed: make browser")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: make browser")
+    with api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(one, several, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, runs in (("one", one), ("several", several)):
+        write_report([runs], folder / f"{name}.html")
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_in_a_browser(name, size, theme, browser, pages):
+    """Charts drawn, no message in the console, no request, nothing wider than the screen, axe-core finds nothing."""
+    import axe_playwright_python
+
+    width, height = SIZES[size]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+    tab, said, asked = context.new_page(), [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    address = (pages / f"{name}.html").as_uri()
+    tab.set_default_timeout(180_000)
+    tab.goto(address)
+    tab.wait_for_selector("html[data-ready]", timeout=180_000)
+    assert said == []
+    assert asked == [address]
+    places = tab.evaluate("[...document.querySelectorAll('.chart')].map(place => place.querySelectorAll('svg path, svg rect').length)")
+    assert len(places) >= 8
+    assert min(places) > 2
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text())
+    found = tab.evaluate("axe.run(document)")
+    assert found["passes"]
+    assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]] == []
+    context.close()
+
+
+def test_tables_sort_colours_change_and_the_theme_turns(browser, pages):
+    tab = browser.new_page(color_scheme="light")
+    tab.set_default_timeout(180_000)
+    tab.goto((pages / "several.html").as_uri())
+    tab.wait_for_selector("html[data-ready]", timeout=180_000)
+    table = tab.locator("table.sortable").first
+    column = [cell.strip() for cell in table.locator("thead th").all_inner_texts()].index("sent down")
+
+    def cells():
+        return [float(row.get_attribute("data-v")) for row in table.locator(f"tbody tr td:nth-child({column + 1})").all()]
+
+    button = table.locator("thead th button").nth(column)
+    button.click()
+    assert cells() == sorted(cells())
+    button.click()
+    assert cells() == sorted(cells(), reverse=True)
+    assert table.locator("th[aria-sort=descending]").count() == 1
+    tab.locator("details.part summary").first.click()
+    heat = tab.locator("details.part[open] .grid .chart").first
+    before = heat.locator("svg").inner_html()
+    tab.locator("details.part[open] .choices input").nth(2).check()
+    tab.wait_for_function("old => document.querySelector('details.part[open] .grid .chart svg').innerHTML !== old", arg=before)
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    tab.locator("#theme").click()
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+    tab.emulate_media(media="print")  # from the dark theme, on white paper all the same
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+    tab.close()
