@@ -58,7 +58,7 @@ def last_round(config, out: Path) -> Round:
     run_rounds(config, place.initial(), federation, out, lambda event, **fields: None)
     here, known = load_checkpoint(round_folder(out, config.rounds)), place.initial().adapter
     sent = {client: decode_download(payload, known) for client, payload in down.items()}
-    return Round(down, up, sent, here, round_folder(out, config.rounds), format_of(place.model), here.done["seconds"])
+    return Round(down, up, sent, here, round_folder(out, config.rounds), format_of(place.host.place.model), here.done["seconds"])
 
 
 def safely(one: Round, out: Path) -> dict[str, float]:
