@@ -283,6 +283,7 @@ def test_noise_does_not_keep_a_round_open_nor_fill_the_record(tmp_path):
                 yield reply
         while net.calls == 2:  # for ever
             yield Reply("eve", b"junk")
+            yield Reply(SLOW, b"junk")
 
     (tmp_path / "run").mkdir()
     federation = replace(net.place.federation(), exchange=noisy)

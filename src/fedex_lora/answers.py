@@ -96,7 +96,8 @@ def collect(
     refused, failed, lacking, size = list[Refusal](), set[str](), set[str](), 0
 
     def expected() -> set[str]:
-        return downloads.keys() - updates.keys() - failed - lacking
+        """Those of whom nothing has come yet."""
+        return downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused}
 
     for reply in _heard(replies, expected, config.clients.deadline, lambda **fields: emit("waiting", round=round, **fields)):
         if reply.client not in expected() and len(refused) > len(downloads) + NOISE:
