@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedex_lora.client import quiet
 from fedex_lora.compare._statistics import Curve, curve
@@ -59,7 +60,7 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
     if at_once == 1 or len(waiting) < 2:
         yield from map(_perform, waiting)
         return
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _remember_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)) as pool:
         futures = [pool.submit(_perform, job) for job in waiting]
         try:
             for future in as_completed(futures):
@@ -72,18 +73,15 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_parent: int | None = None
+def _end_with(parent: int) -> None:
+    """A worker whose comparison was killed must not go on writing where the next one writes, nor wait for ever for work."""
 
-
-def _remember_parent(pid: int) -> None:
-    global _parent
-    _parent = pid
-
-
-def _stop_when_orphaned(event: str, **fields: Any) -> None:
-    """A worker whose comparison was killed must not go on writing where the next one writes."""
-    if _parent is not None and os.getppid() != _parent:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _done(job: Job) -> Outcome | None:
@@ -104,7 +102,7 @@ def _perform(job: Job) -> Outcome:
     if job.folder.exists():
         shutil.rmtree(job.folder)
     try:
-        run(job.config, job.folder, _stop_when_orphaned)
+        run(job.config, job.folder, lambda event, **fields: None)
     except TrainingError as error:
         return Outcome(job, None, str(error))
     return _done(job) or Outcome(job, None, "its folder was changed while it ran")
