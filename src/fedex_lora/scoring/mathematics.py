@@ -42,7 +42,7 @@ def extract_answer(text: str) -> str | None:
 
     >>> extract_answer(r"Then $x = \boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
-    >>> extract_answer("The answer is: 3 \\\\text{ cm}.")
+    >>> extract_answer(r"The answer is: 3 \text{ cm}.")
     '3 \\text{ cm}'
     """
     stated = _after_last(text, r"The answer is:?")
