@@ -108,6 +108,7 @@ def collect(
         )
         if reply.lacks and reply.client in expected() and not anew:
             lacking.add(reply.client)
+            emit("warning", round=round, client=reply.client, message=f"{reply.client} is sent everything, because: {_cut(reply.error)}")
         elif isinstance(update, ClientUpdate):
             (updates if answered == round else late)[reply.client] = update
             _tell(update, round, answered, len(reply.payload or b""), emit)
@@ -180,9 +181,14 @@ def _tell(update: ClientUpdate, round: int, answered: int, size: int, emit: Emit
 
 def refuse(round: int, client: str, reason: str, emit: Emit) -> Refusal:
     """Record and tell that a client's update is not part of the mean; what it sent is shown safely, and cut."""
-    refusal = Refusal(client=client if client.isprintable() and len(client) < 200 else shown(client), reason=" ".join(reason.split())[:500])
+    refusal = Refusal(client=client if client.isprintable() and len(client) < 200 else shown(client), reason=_cut(reason))
     emit("refused", round=round, client=refusal.client, reason=refusal.reason)
     return refusal
+
+
+def _cut(reason: str) -> str:
+    """What somebody else said, on one line of at most 500 characters."""
+    return " ".join(reason.split())[:500]
 
 
 def below_quorum(round: int, updates: int, asked: int, refused: Sequence[Refusal], config: Config) -> str:
