@@ -2,7 +2,7 @@
 
     python benchmarks/flower_payload.py [--megabytes 300] [--rounds 2] [--out results.json]
 
-Three nodes with random weights of a small Llama whose adapters are as large as asked for (rank 1024 on layers of 1024 x 1024), one
+Three nodes with random weights of a small Llama whose adapters are as large as asked for (rank 256 on layers of 1024 x 1024), one
 optimiser step a round. Peaks are the high-water marks of resident memory that Linux keeps (VmHWM), the largest of each kind of process.
 """
 
@@ -20,14 +20,14 @@ from fedex_lora.flower._trial import traffic
 from fedex_lora.flower.app_folder import write_app
 from fedex_lora.storage import read_events
 
-SIDE = 1024
+SIDE, RANK = 1024, 256
 CLIENTS = ["bone", "chest", "skin"]
 KINDS = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
 
 
 def write_base(folder, megabytes):
-    """A folder with config and tokenizer; each layer has seven modules of SIDE x SIDE, 2 SIDE^2 numbers of adapter each."""
-    layers = max(1, round(megabytes * 1e6 / (7 * 2 * SIDE * SIDE * 4)))
+    """A folder with config and tokenizer; each layer has seven modules of SIDE x SIDE, 2 SIDE RANK numbers of adapter each."""
+    layers = max(1, round(megabytes * 1e6 / (7 * 2 * SIDE * RANK * 4)))
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
     LlamaConfig(
         vocab_size=len(tokenizer),
@@ -50,7 +50,7 @@ def configuration(base, rounds):
             "rounds": rounds,
             "torch_threads": 1,
             "base": {"model": str(base), "random_weights": True},
-            "lora": {"r": SIDE, "alpha": SIDE, "target_modules": "all-linear"},
+            "lora": {"r": RANK, "alpha": RANK, "target_modules": "all-linear"},
             "task": {"name": "demo", "train_rows": 12, "eval_rows": 3},
             "clients": {"partition": "column", "column": "hospital", "holdout": 0.0},
             "training": {"learning_rate": 1e-5, "per_device_train_batch_size": 16, "max_steps": 1},

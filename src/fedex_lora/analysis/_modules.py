@@ -1,6 +1,6 @@
 """Data frames of modules: how far averaging the factors is from the ideal, by layer, by projection and across rounds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,12 +123,13 @@ def is_value(projection: str) -> bool:
     return projection.rpartition(".")[2].lower() in ("v", "v_proj", "value", "v_lin", "wv")
 
 
-def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -> pd.DataFrame:
+def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual", limit: int | None = None) -> pd.DataFrame:
     """The singular values of what averaging lost in one round, or of all that the base has gained by then, by module.
 
     Args:
         folder: a run folder (its last round), a round folder, or `final/`.
         of: "residual" M - s Bbar Abar, from the stored updates; "base delta" D.
+        limit: at most so many modules, of all depths; None: all.
 
     Returns:
         Columns `module`, `layer`, `projection`, `index` (from 1), `value`, `energy` (the share of the first `index` values' squares),
@@ -142,7 +143,8 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -
     rows = []
     deltas = _residuals(folder) if of == "residual" else load_delta(folder / DELTA)
     places = located(deltas)
-    for module, delta in deltas.items():
+    for module in _spread(places, limit):
+        delta = deltas[module]
         small = core(delta)
         values = torch.linalg.svdvals(small)
         values = values[values > values[0] * 1e-12] if len(values) else values
@@ -151,6 +153,18 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -
         for index, (value, share) in enumerate(zip(values.tolist(), shares.tolist(), strict=True), 1):
             rows.append((module, *places[module], index, value, share, rank))
     return pd.DataFrame(rows, columns=["module", "layer", "projection", "index", "value", "energy", "effective_rank"])
+
+
+def _spread(places: Mapping[str, tuple[int, str]], limit: int | None) -> list[str]:
+    """The modules, or `limit` of them: from first to last layer in equal steps, the projections of a layer together."""
+    if limit is None or len(places) <= limit:
+        return list(places)
+    layers = sorted({layer for layer, _ in places.values()})
+    first = sorted((module for module in places if places[module][0] == layers[0]), key=lambda module: _queries_first(places[module][1]))
+    kinds = [places[module][1] for module in first][: max(1, limit // 3)]
+    steps = max(1, min(len(layers), limit // len(kinds)))
+    chosen = {layers[round(index * (len(layers) - 1) / max(1, steps - 1))] for index in range(steps)}
+    return [module for module, (layer, kind) in places.items() if layer in chosen and kind in kinds]
 
 
 def _residuals(folder: Path) -> dict[str, Delta]:

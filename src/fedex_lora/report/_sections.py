@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from fedex_lora import analysis
 from fedex_lora.analysis import Run
 from fedex_lora.display import size
+from fedex_lora.errors import StorageError
 from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
 from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, table
 
@@ -18,7 +19,11 @@ VALUES = {
     "scaled": "root mean square over the weight's entries",
     "effective_rank": "effective rank of what is lost",
 }
-REFUSALS, LINES = 200, 12  # rows of a table, lines of a chart
+SPECTRA: dict[Literal["residual", "base delta"], str] = {
+    "residual": "Singular values of R after the last kept round.",
+    "base delta": "Singular values of all that the frozen base has gained by then.",
+}
+REFUSALS, LINES, MODULES = 200, 12, 6  # rows of a table, lines of a chart, modules whose spectra are drawn
 
 
 @dataclass(frozen=True)
@@ -159,12 +164,13 @@ def curves(groups: Sequence[Group]) -> Part:
 
 def deviations(groups: Sequence[Group]) -> Part:
     """How far averaging the factors is from the ideal."""
-    parts, layers = [], []
+    parts, absolute, layers = [], [], []
     for group in groups:
         modules = pd.concat(group.modules)
         if not modules.empty:
-            means = modules.groupby("round")["relative"].agg(value="mean", low="mean", high="mean").reset_index()
-            parts.append(means.assign(label=group.label))
+            for column, curves_of in (("relative", parts), ("scaled", absolute)):
+                means = modules.groupby("round")[column].agg(value="mean", low="mean", high="mean").reset_index()
+                curves_of.append(means.assign(label=group.label))
             first = modules[(modules["round"] == modules["round"].min()) & (modules["layer"] >= 0)]
             by = first.groupby(["projection", "layer"])["relative"].mean().reset_index(name="value")
             layers.append(by.assign(label=[f"{group.label}: {name}" if len(groups) > 1 else name for name in by["projection"]]))
@@ -178,6 +184,13 @@ def deviations(groups: Sequence[Group]) -> Part:
             pd.concat(parts, ignore_index=True),
             "|R| / |M|",
             format=".1%",
+        ),
+        lines(
+            "Across rounds, in absolute numbers",
+            "|R| / sqrt(out in), the mean over all modules: it falls as the clients' updates get smaller or come to agree.",
+            pd.concat(absolute, ignore_index=True),
+            "root mean square of R",
+            format=".2~e",
         ),
         lines(
             "By layer, first round",
@@ -213,7 +226,7 @@ def communication(groups: Sequence[Group]) -> Part:
 def details(group: Group, budget: int, folded: bool) -> Part:
     """One run of a group, in detail."""
     run = group.first
-    inner = [_heat_maps(group.modules[0], budget), _exactness(group), _participation(run), _clients(run)]
+    inner = [_heat_maps(group.modules[0], budget), _spectra(run), _exactness(group), _participation(run), _clients(run)]
     title = "Round by round" if not folded else f"{group.label}, round by round"
     seed = f"The run with seed {run.config.get('seed')}." if len(group.runs) > 1 else ""
     return Part(title, seed, folded=folded, inner=[part for part in inner if part and part.items])
@@ -228,6 +241,25 @@ def _heat_maps(modules: pd.DataFrame, budget: int) -> Part:
     note = "Darker is less. Rounds are averaged in spans where there are many."
     charts = [heat(name, "", modules[modules["projection"] == name], VALUES, domains, limit) for name in projections]
     return Part("Deviation of plain averaging, by layer and projection", note, charts)
+
+
+def _spectra(run: Run) -> Part:
+    """Of the last round that is kept; nothing where its folder is gone, or the base gained nothing."""
+    items = []
+    for of, what in SPECTRA.items():
+        try:
+            frame = analysis.spectrum(run.folder, of, MODULES)
+        except (StorageError, OSError):
+            continue
+        if not frame.empty:
+            frame = frame[frame["value"] > 1e-7 * frame.groupby("module")["value"].transform("max")]  # what the factors' fp32 can hold
+            shown = pd.DataFrame({"index": frame["index"], "value": frame["value"]})
+            names = [f"{layer} {kind}" if layer >= 0 else kind for layer, kind in zip(frame["layer"], frame["projection"], strict=True)]
+            ranks = frame.groupby("module")["effective_rank"].first()
+            note = f"{what} Effective rank: {significant(ranks.min())} to {significant(ranks.max())}."
+            chart = lines(f"Spectrum of the {of}", note, shown.assign(label=names), "singular value", x="index", log=True)
+            items += [chart] if chart else []
+    return Part("What the lost part is made of", "", items)
 
 
 def _exactness(group: Group) -> Part:
