@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench docs browser exactness precision metrics crash fuzz flower-test clean
+.PHONY: demo test short check bench docs browser exactness precision metrics crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed   ## three hospitals, four methods, offline
 
 test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
 	$(BIN)/python -m pytest --numprocesses 2
+
+short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages
+	$(BIN)/python -m pytest -m campaign --numprocesses 2 tests
 
 check: $(VENV)/.installed-dev   ## style, types, the order of imports
 	$(BIN)/ruff check .
