@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig
 
 from fedex_lora.config import base_folder, parse_config
+from fedex_lora.errors import TrainingError
 from fedex_lora.flower._local import local_deployment
 from fedex_lora.flower._trial import traffic
 from fedex_lora.flower.app_folder import write_app
@@ -91,7 +92,11 @@ def main():
         peaks = Peaks(root)
         peaks.start()
         with local_deployment(root, CLIENTS, {client: {"rows": "dealt"} for client in CLIENTS}) as deployment:
-            status = deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
+            try:
+                status = deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
+            except TrainingError:
+                print("\n".join(f"{name}: {deployment.log(name)[-3000:]}" for name in deployment.processes))
+                raise
         peaks.over.set()
         done = [event for event in read_events(root / "run" / "events.jsonl") if event["event"] == "round_done"]
         uploads = [event["bytes_up"] for event in read_events(root / "run" / "events.jsonl") if event["event"] == "client_done"]

@@ -3,6 +3,8 @@
 import tomllib
 from pathlib import Path
 
+import numpy as np
+
 from fedex_lora.answers import Emit
 from fedex_lora.client import ClientData, quiet
 from fedex_lora.config import parse_config
@@ -76,8 +78,8 @@ def _rows(place: Place, client: str, dealt: bool) -> ClientData:
         mine, held = parts[client]
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
-    train, kept = (task.tokenize(place.work.processor, task.train.iloc[rows].reset_index(drop=True)) for rows in (mine, held))
-    return ClientData(train=train, held_out=kept)
+    rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
+    return ClientData(train=rows.select(np.arange(len(mine))), held_out=rows.select(np.arange(len(mine), len(rows))))
 
 
 def _remember(parties: Parties, folder: Path, memory: Path) -> None:
