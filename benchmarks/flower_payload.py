@@ -79,6 +79,18 @@ class Peaks(threading.Thread):
                     continue
 
 
+def attempt(deployment, root, failures):
+    """One `flwr run` to its end; None after a failure, of which there may be two: the run then goes on from its last whole round."""
+    try:
+        return deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
+    except TrainingError as error:
+        failures.append(str(error).partition(": see ")[0])
+        if len(failures) > 2:
+            print("\n".join(f"{name}: {deployment.log(name)[-3000:]}" for name in deployment.processes))
+            raise
+    return None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=300)
@@ -92,11 +104,9 @@ def main():
         peaks = Peaks(root)
         peaks.start()
         with local_deployment(root, CLIENTS, {client: {"rows": "dealt"} for client in CLIENTS}) as deployment:
-            try:
-                status = deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
-            except TrainingError:
-                print("\n".join(f"{name}: {deployment.log(name)[-3000:]}" for name in deployment.processes))
-                raise
+            failures = []
+            while (status := attempt(deployment, root, failures)) is None:
+                print(f"started again after: {failures[-1]}", flush=True)
         peaks.over.set()
         done = [event for event in read_events(root / "run" / "events.jsonl") if event["event"] == "round_done"]
         uploads = [event["bytes_up"] for event in read_events(root / "run" / "events.jsonl") if event["event"] == "client_done"]
@@ -104,6 +114,7 @@ def main():
             "megabytes_of_an_upload": max(uploads) / 1e6,
             "rounds": [{name: event[name] for name in ("round", "seconds", "bytes_down", "bytes_up", "exactness_error")} for event in done],
             "peak_megabytes": peaks.seen,
+            "failures": failures,
             **traffic(root / "run", status),
         }
     print(json.dumps(result, indent=1))
