@@ -191,6 +191,18 @@ def test_labels_say_what_differs(tmp_path):
     assert analysis.labels(runs) == ["fedex, num_train_epochs 1"] * 2 + ["fedex, num_train_epochs 3"] * 2
 
 
+def test_runs_on_different_data_are_no_seeds_of_one(tmp_path):
+    """Nor are two runs of which nothing is known but their folders; one folder given twice is one run."""
+
+    def run(folder, seed, data):
+        return analysis.Run(tmp_path / folder, "", [], {"seed": seed, "method": "fedex", "task": {"data": data}})
+
+    assert analysis.labels([run("a", 0, "/x/east/rows"), run("b", 1, "/x/west/rows")]) == ["fedex, data east/rows", "fedex, data west/rows"]
+    assert analysis.labels([run("a", 0, "/x/rows"), run("b", 0, "/x/rows"), run("c", 1, "/x/rows")]) == ["fedex, a", "fedex, b", "fedex"]
+    once = written(tmp_path / "once", [event("started", method="fedex", clients=["a"])])
+    assert len(analysis.find_runs([once, tmp_path, tmp_path / "once" / ".." / "once"])) == 1
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match=r"no events\.jsonl"):
         analysis.read_run(tmp_path)
@@ -199,6 +211,9 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "events.jsonl").write_text(json.dumps({"event": "round_done"}) + "\n")
     with pytest.raises(StorageError, match="has not begun"):
         analysis.read_run(tmp_path)
+    lacking = written(tmp_path / "lacking", [event("started", method="fedex", clients=["a"]), event("round_done", round=1, metrics={})])
+    with pytest.raises(StorageError, match="`round_done` event without bytes_down, bytes_up"):
+        analysis.read_run(lacking)
 
 
 def test_aggregates_of_any_method_have_the_same_deviation():

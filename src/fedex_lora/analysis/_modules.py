@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -65,6 +66,8 @@ def modules(run: Run) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame(columns=COLUMNS)
     frame = pd.DataFrame(parts)
+    measured = ["deviation", "ideal", "scaled", "effective_rank"]
+    frame[measured] = frame[measured].astype(float).replace([np.inf, -np.inf], np.nan)
     places = located(frame["module"].unique())
     return frame.assign(
         layer=frame["module"].map({name: layer for name, (layer, _) in places.items()}),

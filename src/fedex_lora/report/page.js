@@ -44,6 +44,7 @@ for (const part of document.querySelectorAll("details.part")) {
 for (const choice of document.querySelectorAll(".choices input")) {
   choice.addEventListener("change", () => {
     const part = choice.closest(".part");
+    const chosen = [...part.querySelectorAll(".choices input")].indexOf(choice);
     for (const number of drawn(part.querySelector(".grid"))) {
       const { spec, choices } = charts[number];
       if (!choices) continue;
@@ -51,6 +52,7 @@ for (const choice of document.querySelectorAll(".choices input")) {
       spec.encoding.color.field = choice.value;
       spec.encoding.color.scale.domain = domain;
       spec.encoding.color.legend.title = title;
+      document.querySelectorAll(`#chart-${number} + .numbers > div`).forEach((made, index) => (made.hidden = index !== chosen));
       draw(number);
     }
   });
