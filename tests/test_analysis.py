@@ -123,6 +123,30 @@ def test_nested_stacks_are_counted_through():
     assert [analysis.located(names)[name][0] for name in names] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("model.encoder.layers.3.self_attn.q_proj", "model.decoder.layers.3.self_attn.q_proj", ("encoder.q_proj", "decoder.q_proj")),
+        ("text_model.encoder.layers.3.q_proj", "vision_model.encoder.layers.3.q_proj", ("text_model.q_proj", "vision_model.q_proj")),
+    ],
+)
+def test_stacks_with_the_same_names_are_told_apart(first, second, names):
+    found = analysis.located([first, second, "classifier"])
+    assert (found[first], found[second], found["classifier"]) == ((3, names[0]), (3, names[1]), (-1, "classifier"))
+
+
+def test_no_observation_of_rounding_errors_or_nothing():
+    """And those of the first round are of the first that there is."""
+    rows = [(number, f"l.{layer}", layer, "query", (9.0 - layer) / number) for number in (3, 4, 5) for layer in range(4)]
+    frame = pd.DataFrame(rows, columns=["round", "module", "layer", "projection", "relative"])
+    found = analysis.observations(frame).set_index("observation")
+    assert found.loc["falls with depth (query)", "number"] == pytest.approx(-1)
+    assert found.loc["falls with the rounds", "of"].startswith("mean over modules, round 5 / round 3;")
+    assert analysis.observations(frame.assign(relative=frame["relative"] * 1e-16)).empty
+    assert analysis.observations(frame[:0]).empty
+    assert len(analysis.observations(frame.assign(layer=-1))) == 1
+
+
 def test_observations_tell_a_trend_from_its_opposite():
     def frame(sign, size=1.0, query=2.0):
         rows = [

@@ -248,6 +248,22 @@ def test_figures_are_the_events_numbers(number, suffix, starts, several, tmp_pat
     assert {"query above value", "falls with the rounds"} <= {one["observation"] for one in made["observations"]}
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_figures_of_a_run_whose_first_round_was_skipped(number, tmp_path):
+    """On 80 columns each observation is one line; figure 3 names the module that it draws."""
+
+    def other(one):
+        if one["event"] == "round_done" and one["round"] == 1:
+            del one["modules"]
+
+    run = written(tmp_path / "run", changed(synthetic(rounds=4, clients=2, names=("k_proj",)), other))
+    result = CliRunner().invoke(app, ["figure", str(number), str(run), "-o", str(tmp_path / "a.svg")], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.stderr
+    assert "\nfedex: falls with the rounds: " in result.stdout
+    assert "round 4 / round 2" in result.stdout
+    assert ("layer.0.attention.self.k_proj" in (tmp_path / "a.svg").read_text()) == (number == 3)
+
+
 def test_what_no_figure_is(several, tmp_path):
     for arguments in (["1", several], ["2", several, "-o", "a.gif"], ["2", several, "--value", "x"]):
         result = CliRunner().invoke(app, ["figure", *map(str, arguments)])
@@ -299,6 +315,10 @@ def test_in_a_browser(name, size, theme, browser, pages):
     assert len(places) >= 8
     assert min(places) > 2
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    for _ in range(3):  # parts, and what is in them
+        tab.evaluate("document.querySelectorAll('details:not([open])').forEach(one => { one.open = true })")
+    tab.wait_for_function("[...document.querySelectorAll('.chart')].every(place => place.querySelector('svg'))", timeout=180_000)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text())
     found = tab.evaluate("axe.run(document)")
     assert found["passes"]
@@ -337,4 +357,28 @@ def test_tables_sort_colours_change_and_the_theme_turns(browser, pages):
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != paper
     tab.emulate_media(media="print")  # from the dark theme, on white paper all the same
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+    tab.close()
+
+
+def test_on_paper_everything_is_open_and_drawn(browser, pages):
+    """And closed again afterwards; nothing is wider than A4."""
+    tab = browser.new_page(viewport={"width": 794, "height": 1100})
+    tab.set_default_timeout(180_000)
+    tab.goto((pages / "several.html").as_uri())
+    tab.wait_for_selector("html[data-ready]", timeout=180_000)
+    closed = "document.querySelectorAll('details.part:not([open]), details.setup:not([open])').length"
+    undrawn = "[...document.querySelectorAll('.chart')].filter(place => place.querySelectorAll('svg path, svg rect').length < 3).length"
+    before = tab.evaluate(closed)
+    assert before >= 3
+    tab.evaluate(
+        f"window.addEventListener('beforeprint', () => queueMicrotask(() => {{ window.wasClosed = {closed} }}));"
+        f"window.addEventListener('afterprint', () => {{ window.wasUndrawn = {undrawn} }})"
+    )
+    tab.pdf(format="A4")
+    assert tab.evaluate("window.wasClosed") == 0
+    assert tab.evaluate("window.wasUndrawn") == 0
+    assert tab.evaluate(closed) == before
+    tab.emulate_media(media="print")
+    table = tab.locator("table.sortable").first
+    assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
     tab.close()

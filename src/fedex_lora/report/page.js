@@ -41,6 +41,19 @@ for (const part of document.querySelectorAll("details.part")) {
   });
 }
 
+// On paper everything is open and drawn; afterwards it is as it was.
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details.part:not([open]), details.setup:not([open])")];
+  for (const part of opened) part.open = true;
+  for (const number of drawn(document)) {
+    if (!document.getElementById(`chart-${number}`).querySelector("svg")) draw(number);
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const part of opened) part.open = false;
+});
+
 for (const choice of document.querySelectorAll(".choices input")) {
   choice.addEventListener("change", () => {
     const part = choice.closest(".part");
