@@ -226,6 +226,21 @@ def test_the_command(several, tmp_path):
     assert bad.exit_code == 2
     assert len(bad.stderr.strip().splitlines()) == 1
     assert CliRunner().invoke(app, ["report", str(several), "-o", str(tmp_path)]).exit_code == 2
+    for words in (["report"], ["figure", "2"]):
+        nowhere = CliRunner().invoke(app, [*words, str(several), "-o", "/proc/a.svg"])
+        assert nowhere.exit_code == 2
+        assert nowhere.stderr.startswith("error: cannot write /proc/a.svg: ")
+
+
+def test_doing_it_again_is_promised_where_it_can_be(one, several):
+    """Not without a configuration, and not without a word about answers that did not count."""
+    assert "has no config.toml" in parsed(page(find_runs([one]))[0])[1]
+    runs = find_runs([several])
+    refused = [run for run in runs if any(one["event"] == "refused" for one in run.events)]
+    for run in runs:
+        text = parsed(page([run])[0])[1]
+        assert "fedex-lora run run.toml --out again" in text
+        assert ("if the same answers are missing" in text) == (run in refused)
 
 
 @pytest.mark.parametrize(("number", "suffix", "starts"), [(2, ".pdf", b"%PDF"), (3, ".svg", b"<?xml")])

@@ -58,9 +58,12 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
     if not groups:
         raise UsageError("these runs have no LoRA updates that were averaged: nothing to draw")
     data = by_layer(groups, value) if number in LAYERS else by_round(groups, value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _matplotlib().rc_context(STYLE):
-        (_draw_layers if number in LAYERS else _draw_rounds)(data, out, value)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _matplotlib().rc_context(STYLE):
+            (_draw_layers if number in LAYERS else _draw_rounds)(data, out, value)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}: give another name after -o") from None
     return {"out": str(out), "data": data.to_dict("records"), "observations": observed(groups, value).to_dict("records")}
 
 
