@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -21,12 +22,15 @@ COLUMNS = ["round", "module", "layer", "projection", "deviation", "ideal", "rela
 def located(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Module path -> (layer, projection): its number in the stack (-1 outside of one), and the shortest name that tells it apart.
 
-    Nested stacks (stages of blocks) are counted through.
+    Nested stacks (stages of blocks) are counted through. Where two stacks have modules of the same names (an encoder and a decoder), the
+    projection begins with the stack's.
 
     Example:
         >>> found = located(["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.out.dense", "bert.layer.1.mlp.dense", "head"])
         >>> list(found.values())
         [(0, 'query'), (1, 'query'), (1, 'out.dense'), (1, 'mlp.dense'), (-1, 'head')]
+        >>> list(located(["model.encoder.layers.0.q_proj", "model.decoder.layers.0.q_proj"]).values())
+        [(0, 'encoder.q_proj'), (0, 'decoder.q_proj')]
     """
     places: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for module in modules:
@@ -44,7 +48,19 @@ def located(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
         tails = (suffix[-length:] for length in range(1, len(suffix) + 1))
         return ".".join(next((tail for tail in tails if sum(other[-len(tail) :] == tail for other in suffixes) == 1), suffix))
 
-    return {module: (layer(numbers), shortest(suffix)) for module, (numbers, suffix) in places.items()}
+    stacks = _stacks(places) if len(set(places.values())) < len(places) else {}
+    return {module: (layer(numbers), stacks.get(module, "") + shortest(suffix)) for module, (numbers, suffix) in places.items()}
+
+
+def _stacks(modules: Iterable[str]) -> dict[str, str]:
+    """Module -> the part of its stack's path that other stacks do not have, with a dot."""
+    paths = {}
+    for module in modules:
+        parts = module.split(".")
+        if numbers := [index for index, part in enumerate(parts) if part.isdigit()]:
+            paths[module] = tuple(part for part in parts[: numbers[-1]] if not part.isdigit())
+    shared = set.intersection(*(set(path) for path in paths.values()))
+    return {module: "".join(f"{part}." for part in path if part not in shared) for module, path in paths.items()}
 
 
 def modules(run: Run) -> pd.DataFrame:
@@ -65,6 +81,8 @@ def modules(run: Run) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame(columns=COLUMNS)
     frame = pd.DataFrame(parts)
+    measured = ["deviation", "ideal", "scaled", "effective_rank"]
+    frame[measured] = frame[measured].astype(float).replace([np.inf, -np.inf], np.nan)
     places = located(frame["module"].unique())
     return frame.assign(
         layer=frame["module"].map({name: layer for name, (layer, _) in places.items()}),
