@@ -434,7 +434,7 @@ def test_own_rows(tmp_path):
     _, data = node._ready(request, settings)
     assert (len(data.train), len(data.held_out)) == (9, 1)
     assert torch.get_num_threads() == 1
-    with pytest.raises(UsageError, match="no file nowhere.jsonl"):  # and nothing is looked for elsewhere, on the hub for instance
+    with pytest.raises(UsageError, match=r"no file nowhere\.jsonl"):  # and nothing is looked for elsewhere, on the hub for instance
         Node(ignore)._ready(request, node_settings({"client": "a", "data": str(tmp_path)}))
     with pytest.raises(StorageError, match="cannot keep its state"):
         node.answer(replace(request, node={"client": "a", "data": str(tmp_path), "state": str(tmp_path / "mine.jsonl")}))

@@ -60,10 +60,10 @@ def proxy(federation, tmp_path):
 
 def status(port, ca, path, length=0):
     """What is answered to a request for exactly this path, which says that so many bytes follow."""
-    with socket.create_connection(("127.0.0.1", port), 30) as plain:
-        with ssl.create_default_context(cafile=str(ca)).wrap_socket(plain, server_hostname="localhost") as stream:
-            stream.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n".encode())
-            return int(stream.recv(4096).split()[1])
+    plain = socket.create_connection(("127.0.0.1", port), 30)
+    with ssl.create_default_context(cafile=str(ca)).wrap_socket(plain, server_hostname="localhost") as stream:
+        stream.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n".encode())
+        return int(stream.recv(4096).split()[1])
 
 
 def test_a_node_behind_nginx_takes_part_and_a_run_cannot_be_submitted_there(federation, proxy):
