@@ -24,7 +24,7 @@ def aggregate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
+    """Aggregate PEFT adapters from anywhere, exactly. No training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
     result = aggregate_folders(adapters, out, method, numbers(weights, "--weights", "0.2,0.3,0.5"), state, _truncation(truncate))
@@ -67,7 +67,7 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Recompute the ideal update in fp64 from the stored updates; print the error per module and in total."""
+    """Recompute the ideal update, and print how far a result is off. In fp64, from the stored updates; per module and in total."""
     from fedex_lora.client import quiet
     from fedex_lora.display import table
     from fedex_lora.verify import EXACT_BELOW
@@ -107,7 +107,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the model for plain transformers, PEFT or vLLM; reload it, and compare its logits with the run's."""
+    """Write the model for plain transformers, PEFT or vLLM. It is reloaded, and its logits compared with the run's."""
     from fedex_lora.client import quiet
     from fedex_lora.export import export as export_here
 

@@ -8,7 +8,7 @@ from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, 
 @app.command()
 @one_line_errors
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Versions, devices, precision, telemetry: what would go wrong on this machine."""
+    """Say what would go wrong on this machine. Versions, devices, precision, telemetry."""
     from fedex_lora.doctor import examine
 
     console = consoles(as_json)

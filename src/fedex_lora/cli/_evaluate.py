@@ -32,7 +32,7 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model by a task's official metrics, or by tasks of lm-evaluation-harness."""
+    """Measure a model by official metrics. Those of a task here, or of tasks of lm-evaluation-harness."""
     if task and lm_eval:
         raise UsageError("give one of --task and --lm-eval")
     if include_path and not lm_eval:

@@ -20,7 +20,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Three hospitals, four methods, offline, in about two minutes: see what exact aggregation is."""
+    """See what exact aggregation is, offline, in about two minutes. Three hospitals, four methods."""
     from fedex_lora.demo import run_demo
 
     console = consoles(as_json)
@@ -93,7 +93,7 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods fairly: paired seeds, a learning rate for each chosen on held-out training rows, confidence intervals."""
+    """Compare methods fairly. Paired seeds, a learning rate for each chosen on held-out training rows, confidence intervals."""
     from fedex_lora.compare import compare as compare_here
     from fedex_lora.compare import footnotes, table_rows, title
     from fedex_lora.config import read_config

@@ -11,7 +11,7 @@ import typer
 from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
-flower = typer.Typer(no_args_is_help=True, help="The same federation between organisations, over Flower (extra `flower`).")
+flower = typer.Typer(no_args_is_help=True, help="The same federation between organisations, over Flower. Needs the extra `flower`.")
 app.add_typer(flower, name="flower")
 SERVER = ("ca.crt", "ca.key", "server.pem", "server.key")
 
@@ -30,7 +30,7 @@ def init(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a Flower app folder that `flwr run` takes, for a simulation or a deployment."""
+    """Write a Flower app folder that `flwr run` takes. For a simulation or a deployment."""
     from fedex_lora.config import read_config, with_absolute_paths
     from fedex_lora.flower.app_folder import write_app
 
@@ -54,7 +54,7 @@ def keys(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make the server's certificate (with a CA of its own), and nodes' key pairs."""
+    """Make the server's certificate, and nodes' key pairs. The certificate is of a CA of its own."""
     _require_flower()
     from fedex_lora.flower._keys import make_certificates, make_node_key
 
@@ -89,7 +89,7 @@ def try_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """A real deployment on this machine (TLS, node keys): run a job over it, compare it with the run in process, stop everything."""
+    """Try a real deployment on this machine. With TLS and node keys: run a job over it, compare it with the run in process, stop all of it."""
     _require_flower()
     from fedex_lora.client import quiet
     from fedex_lora.config import read_config
@@ -111,7 +111,7 @@ def worker(
     socket: Annotated[Path, typer.Argument(help="The socket; the node's own settings name it: --node-config 'worker=\"SOCKET\"'.")],
     debug: Debug = False,
 ) -> None:
-    """Keep a party's base in memory between messages (Flower starts a process for every message)."""
+    """Keep a party's base in memory between messages. Flower starts a process for every message."""
     from fedex_lora.flower._worker import serve
 
     console = consoles(True)

@@ -19,7 +19,7 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """One self-contained HTML page about one run, or several side by side."""
+    """One HTML page about one run, or several side by side. It is self-contained."""
     from fedex_lora.display import size
     from fedex_lora.report import write_report
 
@@ -41,7 +41,7 @@ def figure(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The paper's figures of the deviation of plain averaging, from any runs; says which of its observations hold there."""
+    """Draw the paper's figures of what plain averaging loses. From any runs; says which of its observations hold there."""
     from fedex_lora.report import write_figure
 
     made = write_figure(number, runs, out or Path(f"figure-{number}.pdf"), value)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show what there is by now, and leave.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run that is going on elsewhere: rounds, clients, metrics, bytes, time left."""
+    """Show a run that is going on elsewhere. Rounds, clients, metrics, bytes, time left."""
     from fedex_lora.display import watch as show
 
     console = consoles(False)

@@ -31,7 +31,7 @@ def reproduce(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Reproduce a table or figure of the paper: its runs, then the table, with the paper's numbers beside ours."""
+    """Reproduce a table or figure of the paper. Its runs, then the table, with the paper's numbers beside ours."""
     from fedex_lora.display import Runs, table
     from fedex_lora.reproduce import Only, about, read_recipe, targets
     from fedex_lora.reproduce import reproduce as reproduce_here

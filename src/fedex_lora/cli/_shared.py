@@ -3,12 +3,17 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
+import typer.core
 
 from fedex_lora.errors import FedexLoraError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+typer.core.HAS_RICH = False  # help and usage errors as plain text: importing what draws boxes around them is half of the start
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Exact federated fine-tuning with LoRA.")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
@@ -50,8 +55,10 @@ def fail(line: str, status: int) -> None:
     raise typer.Exit(status)
 
 
-def consoles(as_json: bool) -> Console:
+def consoles(as_json: bool) -> "Console":
     """Where people look: standard error when standard output carries JSON."""
+    from rich.console import Console
+
     return Console(stderr=as_json, soft_wrap=True)
 
 
