@@ -89,7 +89,7 @@ def try_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Try a real deployment on this machine. With TLS and node keys: a job over it, compared with the run in process; then all is stopped."""
+    """Try a real deployment on this machine. With TLS and node keys: a job over it, compared with the run in process; then all stops."""
     _require_flower()
     from fedex_lora.client import quiet
     from fedex_lora.config import read_config
