@@ -17,7 +17,7 @@ from fedex_lora.flower.app_folder import write_app
 from fedex_lora.runner import run
 from fedex_lora.storage import read_events
 
-PATIENCE = 900.0  # seconds, for machines with other things to do
+PATIENCE = 300.0  # seconds, for machines with other things to do
 COLD, WARM = "bone", ("chest", "skin")
 CLIENTS = [COLD, *WARM]
 
@@ -65,9 +65,19 @@ class Federation:
         return self.root / "state" / client / name / client / "memory.safetensors"
 
     def restart(self, client):
-        """Start a client's node again; from now on it has a worker."""
+        """Start a client's node again, as a supervisor does, until Flower takes it; from now on it has a worker."""
         self.warm(client)
-        self.deployment.start_node(client)
+        deployment = self.deployment
+        before = deployment.log(client).count("SuperNode ID")
+        deployment.start_node(client)
+
+        def taken():
+            if deployment.processes[client].poll() is not None:  # Flower still takes the node that was killed for alive
+                deployment.stop(client)
+                deployment.start_node(client)
+            return deployment.log(client).count("SuperNode ID") > before
+
+        wait_for(taken, pause=1)
 
     def warm(self, client):
         if f"worker-{client}" not in self.deployment.processes:
