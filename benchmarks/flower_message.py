@@ -58,7 +58,7 @@ def main():
     result = {f"{name}, import": min(cpu(code) for _ in repeats) for name, code in STEPS.items()}
     config = short_demo()
     place = InProcess(config, ignore)
-    sent, _, _ = _messages("train", ["bone"], Checkpoint(place.initial()), place.federation(), config, "run")
+    sent, _ = _messages("train", ["bone"], Checkpoint(place.initial()), place.federation(), config, "run")
     with tempfile.TemporaryDirectory() as folder:
 
         def request(number, **node):

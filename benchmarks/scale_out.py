@@ -96,7 +96,7 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
     state = server.init(first_adapter(shape, rank, modules), {}, row.name)
     here, own, sums = Checkpoint(state), dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
     for number in range(1, rounds + 1):
-        sent, downloads, _ = _messages("train", clients, here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
+        sent, downloads = _messages("train", clients, here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
         updates, left = [], stays(row.name, number)
         for client in clients:
             start, _ = server.start_of(row.name, state.adapter, None, own.get(client))
@@ -192,7 +192,7 @@ def decoding() -> float:
     payload = encode_update(ClientUpdate("client", adapter, 10), "run", 1, "fedex")
     config = parse_config({"base": {"model": "x"}, "lora": {"r": rank}, "task": {"name": "demo"}, "clients": {"count": 1}})
     here = Checkpoint(server.init(first_adapter(shape, rank, modules), {}))
-    _, downloads, _ = _messages("train", ["client"], here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
+    _, downloads = _messages("train", ["client"], here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
     seconds = []
     for _ in range(4):
         began = time.perf_counter()

@@ -101,7 +101,7 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
     D = {name: np.zeros(pair.shape) for name, pair in first.items()}
     sizes, all_sent = [], []
     for number, participants in enumerate(attending, start=1):
-        payloads, sent, _ = _messages("train", participants, Checkpoint(state, books), federation, config, "run")
+        payloads, sent = _messages("train", participants, Checkpoint(state, books), federation, config, "run")
         updates = []
         for client in participants:
             message = parties[client].receive(payloads[client])
@@ -119,7 +119,7 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
         sizes.append({client: len(payload) for client, payload in payloads.items()})
         all_sent.append(sent)
     ideal = {name: D[name] + oracle.product_of_means([update.adapter[name] for update in updates], p) for name in D}
-    payloads, sent, _ = _messages("evaluate", clients, Checkpoint(state, books), federation, config, "run")
+    payloads, sent = _messages("evaluate", clients, Checkpoint(state, books), federation, config, "run")
     for client in clients:
         parties[client].receive(payloads[client])
     sizes.append({client: len(payload) for client, payload in payloads.items()})

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -59,6 +59,34 @@ class Federation:
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)
     finish: Callable[[ServerState, Path], None] = lambda state, out: None
+
+
+class Encoded(Mapping[str, bytes]):
+    """Messages that become bytes when they are asked for: k messages of k r N numbers at once would be most of what the server holds.
+
+    Args:
+        downloads: client -> its message, and the factors that do not travel.
+    """
+
+    def __init__(self, downloads: Mapping[str, tuple[Download, str]]) -> None:
+        self._downloads, self._sizes = downloads, dict[str, int]()
+
+    def __getitem__(self, client: str) -> bytes:
+        download, omit = self._downloads[client]
+        payload = encode_download(download, omit)
+        self._sizes[client] = len(payload)
+        return payload
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._downloads)
+
+    def __len__(self) -> int:
+        return len(self._downloads)
+
+    @property
+    def size(self) -> int:
+        """Bytes of those that were asked for."""
+        return sum(self._sizes.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +152,7 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         write_result(folder, here.state, updates, weights, federation.format, facts, before.base_delta, held=got.held, more=more)
         emit("round_done", **here.done)
         _forget(out, here, config.keep_rounds)
+        del got, updates  # or those of the next round come on top
     if len(here.skipped) == config.rounds:
         raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
     held_out = {**here.held_out, config.rounds: _final_held_out(config, here, federation, out.name, emit)}
@@ -145,11 +174,11 @@ def _gather(
     found, late, open, down, up = dict[str, ClientUpdate](), dict[str, ClientUpdate](), dict[str, Download](), 0, 0
     refused, asking = list[Refusal](), list(participants)
     for attempt in count():
-        sent, downloads, size = _messages("train", asking, here, federation, config, run)
+        sent, downloads = _messages("train", asking, here, federation, config, run)
         replies = federation.exchange(sent, config.clients.deadline)
         answers = collect(replies, downloads, config, emit, spare, missed.downloads, anew=attempt > 0)
         found, late = {**found, **answers.updates}, {**late, **answers.late}
-        down, up = down + size, up + answers.size
+        down, up = down + sent.size, up + answers.size
         refused = [*(refusal for refusal in refused if refusal.client not in asking), *answers.refused]
         here = replace(here, books=here.books.answered(state.round, asking, answers.updates.keys(), refused))
         open = {client: open[client] for client in open.keys() - set(asking)} | {client: downloads[client] for client in answers.silent}
@@ -227,11 +256,11 @@ def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> li
 
 def _messages(
     kind: Any, participants: Sequence[str], here: Checkpoint, federation: Federation, config: Config, run: str
-) -> tuple[dict[str, bytes], dict[str, Download], int]:
-    """The participants' messages as bytes, as values, and the number of bytes: each gets what it lacks."""
+) -> tuple[Encoded, dict[str, Download]]:
+    """The participants' messages as bytes, and as values: each gets what it lacks."""
     state, books, method = here.state, here.books, method_named(here.state.method)
     drawn = method.draws and state.round > 0
-    sent, downloads = {}, {}
+    downloads = dict[str, Download]()
     since = {client: books.version.get(client, 0) for client in participants}
     lacking = {version: books.lacking(version, state, config.messages) for version in set(since.values())}
     for client in participants:
@@ -255,8 +284,7 @@ def _messages(
         if others := books.of_the_others(client, state, config.messages):
             adapter, catch_up, share = others
             downloads[client] = replace(downloads[client], adapter=adapter, catch_up=catch_up, share=share)
-        sent[client] = encode_download(downloads[client], omit="AB" if drawn else books.known(client))
-    return sent, downloads, sum(map(len, sent.values()))
+    return Encoded({client: (download, "AB" if drawn else books.known(client)) for client, download in downloads.items()}), downloads
 
 
 def _held_out_event(version: int, updates: Sequence[ClientUpdate], emit: Emit) -> dict[str, float]:
@@ -277,14 +305,14 @@ def _final_held_out(config: Config, here: Checkpoint, federation: Federation, ru
     The model is there already, so no quorum is asked for: who fails is left out.
     """
     round = here.state.round
-    sent, downloads, down = _messages("evaluate", list(federation.clients), here, federation, config, run)
+    sent, downloads = _messages("evaluate", list(federation.clients), here, federation, config, run)
 
     def told(event: str, **fields: Any) -> None:
         if event in ("refused", "waiting"):
             emit(event, **{**fields, "round": round})
 
     answers = collect(federation.exchange(sent, config.clients.deadline), downloads, config, told)
-    emit("evaluated", round=round, bytes_down=down, bytes_up=answers.size)
+    emit("evaluated", round=round, bytes_down=sent.size, bytes_up=answers.size)
     return _held_out_event(round, [answers.updates[client] for client in sorted(answers.updates)], emit)
 
 

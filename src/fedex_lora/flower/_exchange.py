@@ -93,7 +93,8 @@ class GridExchange:
 
     def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
         """See `rounds.Exchange`."""
-        began, unsent, open = time.monotonic(), dict(messages), {client: _round_of(payload) for client, payload in messages.items()}
+        began, unsent = time.monotonic(), dict(messages)
+        open = {client: _round_of(payload) for client, payload in unsent.items()}
         since = dict.fromkeys(messages, began)  # when a client that has not been asked yet was last there
         self._asked = {identity: replace(asked, payload=b"") for identity, asked in self._asked.items()}  # nobody is asked those again
         while open and (deadline is None or time.monotonic() - began < deadline):
