@@ -28,6 +28,9 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
 	$(BIN)/python benchmarks/bench_catch_up.py
 	$(BIN)/python benchmarks/bench_truncation.py --out benchmarks/results/truncation.json
+	$(BIN)/python benchmarks/bench_startup.py --out benchmarks/results/startup.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale_out.py --out benchmarks/results/scale_out.json
+	$(BIN)/python scripts/scale_out_table.py
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json

@@ -183,7 +183,7 @@ def test_the_order_in_which_clients_train_does_not_matter(tmp_path, monkeypatch)
     run(configuration(), tmp_path / "a", ignore)
     forward = InProcess.exchange
     monkeypatch.setattr(
-        InProcess, "exchange", lambda self, messages, deadline=None: forward(self, dict(reversed(messages.items())), deadline)
+        InProcess, "exchange", lambda self, messages, deadline=None: forward(self, dict(reversed(list(messages.items()))), deadline)
     )
     run(configuration(), tmp_path / "b", ignore)
     assert_same_bits(tmp_path / "a", tmp_path / "b")
