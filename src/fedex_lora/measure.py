@@ -5,7 +5,7 @@ Everything here is fp64 and uses the plain formulas (mean of products minus prod
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,10 @@ Held = Mapping[str, Mapping[str, LowRank]]
 
 def ideal_update(
     base_delta: Mapping[str, Delta], updates: Sequence[ClientUpdate], weights: Mapping[str, float], held: Held | None = None
-) -> dict[str, Delta]:
+) -> Mapping[str, Delta]:
     """`E - W0` per module: what the participants' models average to, `E = sum_i p_i (W0 + D + held_i + s_i B_i A_i)`, in fp64.
+
+    A module's is made when it is asked for: all of them would be twice the memory of the updates.
 
     Args:
         base_delta: D, what the base had gained when the participants started.
@@ -67,23 +69,46 @@ def ideal_update(
         weights: client id -> p_i.
         held: what single clients held beside D.
     """
-    ideal: dict[str, Delta] = {}
-    for module in updates[0].adapter:
+
+    def of(module: str) -> Delta:
         terms: list[tuple[float, Delta]] = [(weights[update.client_id], _product(update.adapter[module])) for update in updates]
         for update in updates:
             if held and module in held.get(update.client_id, {}):
                 terms.append((weights[update.client_id], held[update.client_id][module]))
-        ideal[module] = signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
-    return ideal
+        return signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+
+    return _Made(updates[0].adapter, of)
+
+
+class _Made(Mapping[str, Delta]):
+    """Module path -> what a function makes of it, anew whenever it is asked for."""
+
+    def __init__(self, modules: Iterable[str], make: Callable[[str], Delta]) -> None:
+        self._modules, self._make = dict.fromkeys(modules), make
+
+    def __getitem__(self, module: str) -> Delta:
+        if module not in self._modules:
+            raise KeyError(module)
+        return self._make(module)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 def exactness(ideal: Mapping[str, Delta], adapter: Adapter, base_delta: Mapping[str, Delta]) -> Exactness:
     """The model `W0 + base_delta + s B A` against `W0 + ideal`, from the factors."""
-    error: dict[str, float] = {}
+    error, size = dict[str, float](), dict[str, float]()
     for module, delta in ideal.items():
         terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module])), (-1.0, delta)]
         error[module] = frobenius(signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else [])))
-    return Exactness(error=error, ideal={module: frobenius(delta) for module, delta in ideal.items()})
+        size[module] = frobenius(delta)
+    return Exactness(error=error, ideal=size)
 
 
 def audit(
@@ -99,18 +124,19 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
     Factors of lower rank are padded with zeros.
     """
     ideal = ideal_update({}, updates, result.weights)
-    cores = {module: core(delta) for module, delta in residual(result, updates).items()}
-    return Exactness(
-        error={module: float(torch.linalg.matrix_norm(small)) for module, small in cores.items()},
-        ideal={module: frobenius(delta) for module, delta in ideal.items()},
-        effective_rank={module: effective_rank(small) for module, small in cores.items()},
-    )
+    error, rank = dict[str, float](), dict[str, float]()
+    for module, lost in residual(result, updates).items():
+        small = core(lost)
+        error[module], rank[module] = float(torch.linalg.matrix_norm(small)), effective_rank(small)
+    return Exactness(error=error, ideal={module: frobenius(delta) for module, delta in ideal.items()}, effective_rank=rank)
 
 
-def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> dict[str, Delta]:
-    """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round."""
+def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> Mapping[str, Delta]:
+    """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round. Made when it is asked for."""
     ideal = ideal_update({}, updates, result.weights)
-    return {module: signed_sum([(1.0, ideal[module]), (-1.0, _product(mean))]) for module, mean in _mean_factors(result, updates).items()}
+    return _Made(
+        result.adapter, lambda module: signed_sum([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))])
+    )
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -168,20 +194,13 @@ def drift(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict
     return {update.client_id: float(f"{_ratio(float(far), math.sqrt(mean)):.6g}") for update, far in zip(updates, apart, strict=True)}
 
 
-def _mean_factors(result: Aggregate, updates: Sequence[ClientUpdate]) -> dict[str, LoRAPair]:
-    """`Abar`, `Bbar` per module, in the scaling that the aggregate keeps."""
-    mean: dict[str, LoRAPair] = {}
-    for module, pair in result.adapter.items():
-        p = [result.weights[update.client_id] for update in updates]
-        A = _sum([weight * update.adapter[module].A.double() for weight, update in zip(p, updates, strict=True)])
-        B = _sum(
-            [
-                (weight * update.adapter[module].scaling / pair.scaling) * update.adapter[module].B.double()
-                for weight, update in zip(p, updates, strict=True)
-            ]
-        )
-        mean[module] = LoRAPair(A=A, B=B, scaling=pair.scaling)
-    return mean
+def _mean_factors(module: str, result: Aggregate, updates: Sequence[ClientUpdate]) -> LoRAPair:
+    """`Abar`, `Bbar`, in the scaling that the aggregate keeps."""
+    scaling = result.adapter[module].scaling
+    weighted = [(result.weights[update.client_id], update.adapter[module]) for update in updates]
+    A = _sum([weight * pair.A.double() for weight, pair in weighted])
+    B = _sum([(weight * pair.scaling / scaling) * pair.B.double() for weight, pair in weighted])
+    return LoRAPair(A=A, B=B, scaling=scaling)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
