@@ -62,9 +62,10 @@ def frobenius(delta: Delta) -> float:
 def signed_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
     """`sum_j c_j D_j` in fp64: as factors when every term has factors, else as a matrix."""
     factors = [LowRank(U=c * term.U.double(), V=term.V.double()) for c, term in terms if isinstance(term, LowRank)]
-    if len(factors) == len(terms):
+    matrices = [c * term.dense() for c, term in terms if isinstance(term, Dense)]
+    if not matrices:
         return concatenate(factors)
-    return Dense(W=torch.stack([c * term.dense() for c, term in terms]).sum(0))
+    return Dense(W=torch.stack(matrices + ([concatenate(factors).dense()] if factors else [])).sum(0))
 
 
 def factorise(delta: Delta) -> LowRank:

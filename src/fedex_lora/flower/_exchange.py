@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message
@@ -68,12 +68,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A message that is out."""
+    """A message that is out; nobody is asked `again` what an earlier call asked."""
 
     client: str
     round: int
     seat: Seat
-    payload: bytes
+    again: bool = True
 
 
 class GridExchange:
@@ -93,33 +93,33 @@ class GridExchange:
 
     def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
         """See `rounds.Exchange`."""
-        began, unsent = time.monotonic(), dict(messages)
-        open = {client: _round_of(payload) for client, payload in unsent.items()}
+        began, unsent, open = time.monotonic(), set(messages), dict[str, int]()
         since = dict.fromkeys(messages, began)  # when a client that has not been asked yet was last there
-        self._asked = {identity: replace(asked, payload=b"") for identity, asked in self._asked.items()}  # nobody is asked those again
-        while open and (deadline is None or time.monotonic() - began < deadline):
+        self._asked = {identity: replace(asked, again=False) for identity, asked in self._asked.items()}
+        while (unsent or open) and (deadline is None or time.monotonic() - began < deadline):
             here = self._roster.present()
             self._seen |= here.keys()
-            for client in sorted(unsent.keys() & here.keys()):
+            for client in sorted(unsent & here.keys()):
                 since[client] = time.monotonic()
-                if self._send(client, here[client], unsent[client]):
-                    del unsent[client]
-            self._send_again(here)
+                if (round := self._send(client, here[client], messages)) is not None:
+                    open[client] = round
+                    unsent.remove(client)
+            self._send_again(here, messages)
             replies = [*self._replies(), *self._away(unsent, since)]
             for reply in replies:
                 if reply.round is None:  # it was never asked
-                    del unsent[reply.client], open[reply.client]
-                elif reply.client not in unsent and reply.round == open.get(reply.client):
+                    unsent.remove(reply.client)
+                elif reply.round == open.get(reply.client):
                     del open[reply.client]
                 yield reply
-            if open and not replies:
+            if (unsent or open) and not replies:
                 yield None
                 time.sleep(PAUSE)
 
-    def _away(self, unsent: Mapping[str, bytes], since: Mapping[str, float]) -> Iterator[Reply]:
+    def _away(self, unsent: Collection[str], since: Mapping[str, float]) -> Iterator[Reply]:
         """Failures of those who are not there: nobody waits for ever, however the deadline is set."""
         now = time.monotonic()
-        for client in unsent:
+        for client in sorted(unsent):
             patience = RETURN if client in self._seen else JOIN
             if now - since[client] >= patience:
                 why = (
@@ -127,22 +127,23 @@ class GridExchange:
                 )
                 yield Reply(client, None, f"{why} (waited {patience:g} seconds)")
 
-    def _send(self, client: str, seat: Seat, payload: bytes) -> bool:
-        """Whether Flower took the message."""
+    def _send(self, client: str, seat: Seat, messages: Mapping[str, bytes]) -> int | None:
+        """The message's round, if Flower took it. Its bytes are held no longer than this takes."""
+        payload = messages[client]
         round = _round_of(payload)
         content = pack(Packet(payload, {**self._about, "client": client}))
         message = Message(content=content, dst_node_id=seat.node, message_type="train", group_id=str(round))
         taken = [identity for identity in self._grid.push_messages([message]) if identity]
-        self._asked |= {identity: _Asked(client, round, seat, payload) for identity in taken}
-        return bool(taken)
+        self._asked |= {identity: _Asked(client, round, seat) for identity in taken}
+        return round if taken else None
 
-    def _send_again(self, here: Mapping[str, Seat]) -> None:
+    def _send_again(self, here: Mapping[str, Seat], messages: Mapping[str, bytes]) -> None:
         """A node that was started anew has lost what it was asked, and nobody would ever say so."""
         for identity, asked in list(self._asked.items()):
             seat = here.get(asked.client)
             if seat and seat.node == asked.seat.node and seat.since != asked.seat.since:
                 del self._asked[identity]
-                if asked.payload and not self._send(asked.client, seat, asked.payload):
+                if asked.again and self._send(asked.client, seat, messages) is None:
                     self._asked[identity] = asked  # next time
 
     def _replies(self) -> Iterable[Reply]:
