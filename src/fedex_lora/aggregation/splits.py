@@ -78,7 +78,7 @@ def factor_means_and_residual(clients: Clients) -> Split:
     p_i = p[:-1, None, None]
     weighted_dB = dB.mul_(p_i)  # p_i (B_i - B_k)
     mean_dB = weighted_dB.sum(dim=1, keepdim=True)  # Bbar - B_k
-    centred = weighted_dB.sub_(p_i * mean_dB)  # p_i (B_i - Bbar)
+    centred = weighted_dB.addcmul_(p_i, mean_dB, value=-1)  # p_i (B_i - Bbar), without a copy of that size
     means = Factors(A=mean(A, dA, p), B=mean_dB[:, 0].add_(B[:, -1]))
     return means, Factors(A=dA.flatten(1, 2), B=centred.flatten(1, 2))
 
