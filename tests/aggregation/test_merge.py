@@ -46,14 +46,16 @@ def test_small_residuals_keep_their_digits(spread):
     """R itself, not only M, is right where clients nearly agree: differences come first between regions too."""
     base = make_updates(1)[0].adapter
     noise = make_updates(6, 7)
-    near = {
-        index: {
-            module: LoRAPair(pair.A + spread * noise[index].adapter[module].A, pair.B + spread * noise[index].adapter[module].B, pair.scaling)
-            for module, pair in base.items()
-        }
-        for index in range(6)
-    }
-    updates = [replace(update, adapter=near[index]) for index, update in enumerate(noise)]
+    updates = [
+        replace(
+            update,
+            adapter={
+                module: LoRAPair(pair.A + spread * update.adapter[module].A, pair.B + spread * update.adapter[module].B, pair.scaling)
+                for module, pair in base.items()
+            },
+        )
+        for update in noise
+    ]
     result = merge([aggregate(updates[:2]), aggregate(updates[2:5]), aggregate(updates[5:])], [30, 120, 60])
     p = oracle.shares([update.num_examples for update in updates])
     for module in base:

@@ -6,7 +6,6 @@ from fedex_lora.aggregation._aggregate import aggregate, normalised_weights
 from fedex_lora.aggregation._naming import method_named
 from fedex_lora.aggregation.lowrank import with_shares
 from fedex_lora.aggregation.methods import Method
-from fedex_lora.aggregation.splits import factor_means, factor_means_and_residual
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.types import Aggregate, ClientUpdate
 
@@ -61,8 +60,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
 
 def mergeable(row: Method) -> bool:
     """Do partial aggregates of this method add up? Where the adapter is the mean factors, or new, and the base gains all of the rest."""
-    means = row.split in (factor_means, factor_means_and_residual) and row.rest != "truncate"
-    return (means or row.draws) and row.gauge == "as-is" and not row.own and row.lora
+    return (row.of_means or row.draws) and row.gauge == "as-is" and not row.own and row.lora
 
 
 def require_mergeable(row: Method) -> None:

@@ -21,13 +21,18 @@ def aggregate(
         Optional[str],  # noqa: UP045
         typer.Option(help="fedex-svd: rank=R, energy=SHARE or bytes=N; by default the adapter's rank."),
     ] = None,
+    updates: Annotated[
+        bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
+    ] = True,
+    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Measure the error against the fp64 ideal.")] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
-    result = aggregate_folders(adapters, out, method, numbers(weights, "--weights", "0.2,0.3,0.5"), state, _truncation(truncate))
+    shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
+    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, audit)
     if as_json:
         print_json(result)
         return
@@ -36,15 +41,33 @@ def aggregate(
     console.print(
         f"{result['method']}: {result['modules']} modules of {len(result['weights'])} adapters; weights {shares}", highlight=False
     )
-    console.print(
-        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by {result['deviation']:.1%}",
-        highlight=False,
-    )
+    _print_errors(console, result)
     if result["tail"]:
         console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
     if result["warning"]:
         console.print(f"! {result['warning']}", highlight=False)
-    console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
+    _print_places(console, result, out)
+
+
+def _print_errors(console: Any, result: dict[str, Any]) -> None:
+    if result["max_relative_error"] is None:
+        console.print("the error was not measured")
+        return
+    how = " (estimated on 32 random directions; `verify` computes it)" if result["error_estimated"] else ""
+    console.print(
+        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by "
+        f"{result['deviation']:.1%}{how}",
+        highlight=False,
+    )
+
+
+def _print_places(console: Any, result: dict[str, Any], out: Path) -> None:
+    train = f"to train on: {out / 'trainable'} with base_delta.safetensors"
+    if result["adapter"]:
+        console.print(f"stand-alone adapter: {out / 'adapter'}   {train}", highlight=False)
+        return
+    console.print(train, highlight=False)
+    console.print("no stand-alone adapter: at rank k r it would be larger than the matrices; `export --as adapter --rank R` cuts one")
 
 
 def _truncation(text: str | None) -> Any:

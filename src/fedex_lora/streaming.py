@@ -1,0 +1,314 @@
+"""Aggregation from files to files, module by module: memory holds one module of all clients, however many modules there are.
+
+Files are opened in turn, and only the bytes of the modules at hand are read, straight into the stacks that `aggregation` works on.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fedex_lora import measure
+from fedex_lora.aggregation import Batch, Clients, Method, mean_of, portions, splits
+from fedex_lora.peft_io import (
+    DELTA,
+    LINEAR,
+    PREFIX,
+    STANDALONE,
+    TRAINABLE,
+    UPDATES,
+    WEIGHTS,
+    Description,
+    manifest_of,
+    safe_name,
+    write_config,
+    write_readme,
+)
+from fedex_lora.storage import atomic_folder
+from fedex_lora.tensor_files import Shapes, TensorWriter, opened, read_into, read_tensor
+from fedex_lora.types import ClientUpdate, LoRAPair
+
+PIECE = 2**21  # numbers that are transposed, or multiplied, and written at a time
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What is aggregated: clients in the order in which sums are taken.
+
+    Attributes:
+        row: the method.
+        files: one a client.
+        updates: the same as updates whose tensors hold nothing.
+        p: weights with sum one.
+    """
+
+    row: Method
+    files: Sequence[Description]
+    updates: Sequence[ClientUpdate]
+    p: Sequence[float]
+
+    @property
+    def adapter(self) -> Mapping[str, LoRAPair]:
+        """The shapes and scalings of the result, which are those of the first client."""
+        return self.updates[0].adapter
+
+    def rest_rank(self, module: str) -> int:
+        """Columns of what the base gains, as factors: `(k-1) r`."""
+        return (len(self.files) - 1) * self.adapter[module].rank if self.row.rest == "base" else 0
+
+    def dense(self, module: str) -> bool:
+        """Is the matrix smaller than those factors, and so cheaper to write?"""
+        out, inner = self.adapter[module].shape
+        return self.rest_rank(module) * (out + inner) >= out * inner
+
+    def standalone(self) -> dict[str, LoRAPair] | None:
+        """The shapes of one adapter with all of the update; None where it would be larger than the matrices."""
+        if any(self.dense(module) for module in self.adapter):
+            return None
+        ranks = {module: pair.rank + self.rest_rank(module) for module, pair in self.adapter.items()}
+        with torch.device("meta"):
+            return {
+                module: LoRAPair(A=torch.empty(ranks[module], pair.shape[1]), B=torch.empty(pair.shape[0], ranks[module]))
+                for module, pair in self.adapter.items()
+            }
+
+
+def streamable(row: Method, files: Sequence[Description]) -> bool:
+    """Is this the plain case: a method of mean factors, on linear layers, in 32 or 16 bits? Others are aggregated in memory."""
+    layouts = {layout for file in files for layout in file.folder.format.layouts.values()}
+    dtypes = {tensor.dtype for file in files for pair in file.folder.adapter.values() for tensor in (pair.A, pair.B)}
+    return row.of_means and not row.own and layouts <= {LINEAR} and dtypes <= set(FLOATS)
+
+
+class Audit:
+    """|got - ideal|, |plain averaging - ideal| and |ideal| of every module, estimated in fp64 on random directions (`measure.probes`).
+
+    Attributes:
+        seconds: what the audit itself took.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._directions: dict[int, Tensor] = {}
+        self._missing: dict[str, Tensor] = {}
+        self._ideal: dict[str, float] = {}
+        self._plain: dict[str, float] = {}
+
+    def want(self, module: str, A: Tensor, B: Tensor, scalings: Sequence[float], p: Sequence[float]) -> None:
+        """The ideal of one module, from the clients' factors as they were read: `k x r x in`, `k x out x r`."""
+        started = time.perf_counter()
+        if A.shape[-1] not in self._directions:
+            self._directions[A.shape[-1]] = measure.probes(A.shape[-1])
+        ideal, plain = measure.probed(A, B, scalings, p, self._directions[A.shape[-1]])
+        self._missing[module] = ideal
+        self._ideal[module] = float(torch.linalg.matrix_norm(ideal))
+        self._plain[module] = float(torch.linalg.matrix_norm(plain - ideal))
+        self.seconds += time.perf_counter() - started
+
+    def image(self, V: Tensor) -> Tensor:
+        """`V X`."""
+        started = time.perf_counter()
+        image = V.double() @ self._directions[V.shape[-1]]
+        self.seconds += time.perf_counter() - started
+        return image
+
+    def got(self, module: str, rows: slice, left: Tensor, right: Tensor | None = None) -> None:
+        """These rows of the result have `left @ right`, with `right` an image, or the matrix `left`."""
+        started = time.perf_counter()
+        self._missing[module][rows] -= left.double() @ (self._directions[left.shape[-1]] if right is None else right)
+        self.seconds += time.perf_counter() - started
+
+    def exactness(self) -> measure.Exactness:
+        """Of the result."""
+        return measure.Exactness({module: float(torch.linalg.matrix_norm(rest)) for module, rest in self._missing.items()}, self._ideal)
+
+    def deviation(self) -> measure.Exactness:
+        """Of plain averaging."""
+        return measure.Exactness(self._plain, self._ideal)
+
+
+def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_updates: bool, audit: Audit | None) -> None:
+    """Aggregate and write a result folder in one step, as `peft_io.write_result` does, without holding more than a module.
+
+    Where factors of what the base gains would have more numbers than the matrix, the matrix is written, and there is no stand-alone
+    adapter. A module whose base gains nothing is written as zeros.
+
+    Args:
+        folder: must not exist, or be empty.
+        round: what to aggregate; see `streamable`.
+        facts: for the manifest.
+        keep_updates: also write the clients' updates, from which `verify` recomputes the ideal.
+        audit: collects the errors; None: they are not measured.
+
+    Raises:
+        AggregationError: NaN or infinity. Nothing is left behind then.
+        StorageError: a file changed while it was read, or the disk is full.
+    """
+    method, first, p = round.row.name, round.updates[0], round.p
+    weights = {update.client_id: weight for update, weight in zip(round.updates, p, strict=True)}
+    sums: dict[str, str] = {}
+    with atomic_folder(folder, manifest_of(method, 1, round.updates, weights) | dict(facts), sums) as temporary:
+        order = list(portions(round.updates))
+        other = {name: (torch.promote_types(tensor.dtype, torch.float32), tensor.shape) for name, tensor in first.other.items()}
+        standalone = round.standalone()
+        with ExitStack() as stack:
+
+            def writer(name: str, shapes: Shapes) -> TensorWriter:
+                return stack.enter_context(TensorWriter(temporary / name, shapes))
+
+            modules = list(chain.from_iterable(order))
+            adapters = [writer(f"{TRAINABLE}/{WEIGHTS}", _adapter_shapes(modules, round.adapter, other))]
+            delta = writer(DELTA, _delta_shapes(modules, round))
+            whole = writer(f"{STANDALONE}/{WEIGHTS}", _adapter_shapes(modules, standalone, other)) if standalone else None
+            for part in splits(round.row, [update.client_id for update in round.updates], _batches(round, order, audit)):
+                for index, module in enumerate(part.modules):
+                    A, B = part.adapter.A[index], part.adapter.B[index].mT.contiguous()
+                    adapters[0].write(A)
+                    adapters[0].write(B)
+                    rest = None if part.rest is None or not round.rest_rank(module) else (part.rest.A[index], part.rest.B[index])
+                    if audit:
+                        audit.got(module, slice(None), part.scaling * B.double(), audit.image(A))
+                    _write_rest(module, rest, LoRAPair(A, B, part.scaling), round.dense(module), delta, whole, audit)
+            adapters += [whole] if whole else []
+            for name in first.other:
+                mean = mean_of(_Tensors([file.path for file in round.files], [file.entries[name] for file in round.files]), p, name)
+                for file in adapters:
+                    file.write(mean)
+        sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in (*adapters, delta)}
+        write_config(temporary / TRAINABLE, round.adapter, round.files[0].folder.format)
+        write_readme(temporary / TRAINABLE, round.adapter, method, 1, folder.name)
+        if standalone:
+            write_config(temporary / STANDALONE, standalone, round.files[0].folder.format)
+        for source, update in zip(round.files, round.updates, strict=True) if keep_updates else ():
+            name = f"{UPDATES}/{safe_name(update.client_id)}.safetensors"
+            sums[name] = _copy_update(source, update, temporary / name)
+
+
+def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
+    """The modules' factors of all clients, read into memory that the next batch uses again."""
+    space: dict[str, Tensor] = {}
+    for modules in order:
+        first = round.adapter[modules[0]]
+        shape = len(modules), len(round.files)
+        A, B = (_room(space, part, (*shape, *factor.shape)) for part, factor in (("A", first.A), ("B", first.B)))
+        for client, file in enumerate(round.files):
+            with opened(file.path) as descriptor:
+                for index, module in enumerate(modules):
+                    read_into(descriptor, file.factor(module, "A"), A[index, client])
+                    read_into(descriptor, file.factor(module, "B"), B[index, client])
+        for index, module in enumerate(modules):
+            scalings = [update.adapter[module].scaling for update in round.updates]
+            if audit:
+                audit.want(module, A[index], B[index], scalings, round.p)
+            for client, scaling in enumerate(scalings):
+                if scaling != first.scaling:
+                    B[index, client] = (B[index, client].double() * (scaling / first.scaling)).float()
+        yield Batch(modules, Clients(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
+
+
+def _room(space: dict[str, Tensor], part: str, shape: Sequence[int]) -> Tensor:
+    size = torch.Size(shape).numel()
+    if part not in space or space[part].numel() < size:
+        space.pop(part, None)
+        space[part] = torch.empty(size)
+    return space[part][:size].view(*shape)
+
+
+def _write_rest(
+    module: str,
+    rest: tuple[Tensor, Tensor] | None,
+    adapter: LoRAPair,
+    dense: bool,
+    delta: TensorWriter,
+    whole: TensorWriter | None,
+    audit: Audit | None,
+) -> None:
+    """What the base gains, `V` (`q x in`) and `U^T` (`q x out`), as factors or as the matrix; with factors also `[s B, U] [A; V]`."""
+    if whole:
+        whole.write(adapter.A)
+    if rest is None:
+        if whole:
+            whole.write(adapter.scaling * adapter.B)
+        return
+    V, U_t = rest
+    image = audit.image(V) if audit and not dense else None
+    if whole:
+        whole.write(V)
+    for rows in _slices(U_t.shape[1], max(1, PIECE // (V.shape[1] if dense else V.shape[0]))):
+        piece = U_t[:, rows].mT @ V if dense else U_t[:, rows].mT.contiguous()
+        delta.write(piece)
+        if whole:
+            whole.write(torch.cat([adapter.scaling * adapter.B[rows], piece], dim=1))
+        if audit:
+            audit.got(module, rows, piece, image)
+    if not dense:
+        delta.write(V)
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _adapter_shapes(modules: Sequence[str], adapter: Mapping[str, LoRAPair], other: Shapes) -> Shapes:
+    """Of an adapter file: `lora_A`, `lora_B` of every module, then the other tensors."""
+    shapes = {
+        f"{PREFIX}{module}.{part}.weight": (torch.float32, tuple(factor.shape))
+        for module in modules
+        for part, factor in (("lora_A", adapter[module].A), ("lora_B", adapter[module].B))
+    }
+    return shapes | {f"{PREFIX}{name}": about for name, about in other.items()}
+
+
+def _delta_shapes(modules: Sequence[str], round: Round) -> Shapes:
+    """Of `base_delta.safetensors`: `M.U` and `M.V`, or `M.W`."""
+    shapes: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for module in modules:
+        (out, inner), rank = round.adapter[module].shape, round.rest_rank(module)
+        if rank and round.dense(module):
+            shapes[f"{module}.W"] = torch.float32, (out, inner)
+        elif rank:
+            shapes |= {f"{module}.U": (torch.float32, (out, rank)), f"{module}.V": (torch.float32, (rank, inner))}
+    return shapes
+
+
+def _copy_update(file: Description, update: ClientUpdate, path: Path) -> str:
+    """A client's update as `storage.save_update` writes it, tensor by tensor; its sha256."""
+    names = {f"{module}.{part}": file.factor(module, part) for module in update.adapter for part in "AB"}
+    names |= {f"other|{name}": file.entries[name] for name in update.other}
+    about = {
+        "client_id": update.client_id,
+        "num_examples": update.num_examples,
+        "scalings": {module: pair.scaling for module, pair in update.adapter.items()},
+    }
+    shapes = {name: (entry.dtype, entry.shape) for name, entry in names.items()}
+    with TensorWriter(path, shapes, {"update": json.dumps(about)}) as writer:
+        for entry in names.values():
+            writer.write(read_tensor(file.path, entry))
+    return writer.sha256
+
+
+class _Tensors(Sequence[Tensor]):
+    """One tensor of each file, read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path], entries: Sequence[Any]) -> None:
+        self._paths, self._entries = paths, entries
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return _Tensors(self._paths[index], self._entries[index])
+        return read_tensor(self._paths[index], self._entries[index])
