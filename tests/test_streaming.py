@@ -13,8 +13,9 @@ from tests.conftest import make_pair
 
 from fedex_lora import ClientUpdate, aggregate
 from fedex_lora.adapters import aggregate_folders
-from fedex_lora.errors import AggregationError, StorageError
+from fedex_lora.errors import AggregationError, StorageError, UsageError
 from fedex_lora.peft_io import read_adapter_folder, read_result
+from fedex_lora.regions import merge_folders
 from fedex_lora.storage import sha256
 from fedex_lora.tensor_files import TensorWriter, read_table, read_tensor
 from fedex_lora.verify import verify
@@ -163,6 +164,44 @@ def test_a_writer_holds_to_its_header(tmp_path):
         file.write(torch.ones(1))
     with pytest.raises(AssertionError, match="more"), TensorWriter(tmp_path / "x", {"a": (torch.float32, (2,))}) as file:
         file.write(torch.ones(3))
+
+
+@pytest.mark.parametrize("k", [6, 16])
+def test_regions_merge_on_disk(k, tmp_path):
+    """Three levels of folders against one: factors (k = 6), and matrices (k = 16)."""
+    folders = [write_adapter(tmp_path / f"client-{seed:02d}", seed, alpha=4 + seed) for seed in range(k)]
+    weights = [float(10 + seed) for seed in range(k)]
+    cut = k // 2
+    aggregate_folders(folders[:cut], tmp_path / "north", "fedex", weights[:cut], None)
+    aggregate_folders(folders[cut : cut + 1], tmp_path / "isle", "fedex", weights[cut : cut + 1], None)
+    aggregate_folders(folders[cut + 1 :], tmp_path / "coast", "fedex", weights[cut + 1 :], None)
+    merge_folders([tmp_path / "coast", tmp_path / "isle"], tmp_path / "south", None)
+    report = merge_folders([tmp_path / "south", tmp_path / "north"], tmp_path / "all", None)
+    updates, _ = in_memory(folders, "fedex", weights)
+    p = oracle.shares(weights)
+    assert sorted(report["clients"].values()) == pytest.approx(p)
+    got = read_result(tmp_path / "all")
+    for module in SHAPES:
+        want = oracle.ideal([update.adapter[module] for update in updates], p)
+        total = oracle.product(got.adapter[module]) + oracle.numpy64(got.base_delta[module].dense())
+        assert oracle.relative(total, want) < 1e-6
+    assert verify(tmp_path / "all")["max_relative_error"] < 1e-6
+    assert report["max_relative_error"] < 1e-6
+
+
+def test_what_does_not_merge_is_refused(tmp_path):
+    folders = [write_adapter(tmp_path / f"client-{seed}", seed) for seed in range(4)]
+    for name, two, method in (("one", folders[:2], "fedex"), ("two", folders[2:], "fedit"), ("best", folders[2:], "fedex-best")):
+        aggregate_folders(two, tmp_path / name, method, None, None)
+    with pytest.raises(AggregationError, match="different methods"):
+        merge_folders([tmp_path / "one", tmp_path / "two"], tmp_path / "all", None)
+    with pytest.raises(UsageError, match="do not add up"):
+        merge_folders([tmp_path / "best"], tmp_path / "all", None)
+    with pytest.raises(UsageError, match="given twice"):
+        merge_folders([tmp_path / "one", tmp_path / "one"], tmp_path / "all", None)
+    with pytest.raises(StorageError, match="has no manifest"):
+        merge_folders([tmp_path / "one", folders[0]], tmp_path / "all", None)
+    assert not (tmp_path / "all").exists()
 
 
 MEASURE = """

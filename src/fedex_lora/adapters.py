@@ -56,7 +56,7 @@ def aggregate_folders(
         raise UsageError(f"{out} lies in one of the adapters: give another -o")
     described = describe_adapter_folders(folders)
     _require_one_base(folders, described)
-    names = _names(folders)
+    names = distinct_names(folders)
     facts = {
         "base_model": described[0].folder.base_model,
         "task_type": described[0].folder.config.get("task_type"),
@@ -170,12 +170,12 @@ def _require_global_model(row: Method, truncation: Truncation | None) -> None:
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
 
 
-def _normal(name: str | None) -> str | None:
+def one_place(name: str | None) -> str | None:
     """Two spellings of one local folder are one base."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, or their whole paths where two have one name.
 
     Raises:
@@ -191,7 +191,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _require_one_base(folders: Sequence[Path], described: Sequence[Description]) -> None:
     first = described[0].folder
     for folder, one in zip(folders, described, strict=True):
-        if _normal(one.folder.base_model) != _normal(first.base_model):
+        if one_place(one.folder.base_model) != one_place(first.base_model):
             raise AggregationError(
                 f"{folders[0]} was trained on {first.base_model}, {folder} on {one.folder.base_model}: "
                 "adapters of different bases have no mean"

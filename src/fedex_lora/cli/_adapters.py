@@ -12,9 +12,11 @@ from fedex_lora.errors import UsageError
 @app.command()
 @one_line_errors
 def aggregate(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client.")],
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client; with --merge, OUTs of regional aggregates.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
-    weights: Annotated[Optional[str], typer.Option(help="Comma-separated numbers, one an adapter; by default uniform.")] = None,  # noqa: UP045
+    weights: Annotated[
+        str | None, typer.Option(help="Comma-separated numbers, one an adapter; by default uniform (--merge: their totals).")
+    ] = None,
     method: Annotated[str, typer.Option(help="METHOD or METHOD+GAUGE; see docs/methods.md.")] = "fedex",
     state: Annotated[Optional[Path], typer.Option(help="The result folder that the adapters were trained on top of.")] = None,  # noqa: UP045
     truncate: Annotated[
@@ -24,6 +26,7 @@ def aggregate(
     updates: Annotated[
         bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
     ] = True,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Measure the error against the fp64 ideal.")] = True,
     as_json: Json = False,
     debug: Debug = False,
@@ -31,6 +34,9 @@ def aggregate(
     """Aggregate PEFT adapters from anywhere, exactly: no training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
+    if merge:
+        _merge(adapters, out, numbers(weights, "--weights", "120,80"), method, state or truncate, as_json)
+        return
     shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
     result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, audit)
     if as_json:
@@ -46,6 +52,22 @@ def aggregate(
         console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
     if result["warning"]:
         console.print(f"! {result['warning']}", highlight=False)
+    _print_places(console, result, out)
+
+
+def _merge(regions: list[Path], out: Path, weights: list[float] | None, method: str, other: object, as_json: bool) -> None:
+    from fedex_lora.regions import merge_folders
+
+    if other or method != "fedex":
+        raise UsageError("--merge takes method and state from the regions' results: leave --method, --state and --truncate out")
+    result = merge_folders(regions, out, weights)
+    if as_json:
+        print_json(result)
+        return
+    console = consoles(False)
+    shares = ", ".join(f"{region} {weight:.4g}" for region, weight in result["weights"].items())
+    console.print(f"{result['method']}: {len(result['clients'])} adapters of {len(regions)} regions; weights {shares}", highlight=False)
+    console.print(f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}", highlight=False)
     _print_places(console, result, out)
 
 
