@@ -25,6 +25,7 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
 	$(BIN)/python benchmarks/bench_catch_up.py
 	$(BIN)/python benchmarks/bench_truncation.py --out benchmarks/results/truncation.json
+	$(BIN)/python benchmarks/bench_streaming.py --out benchmarks/results/streaming.json
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json

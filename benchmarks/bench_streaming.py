@@ -49,7 +49,7 @@ LLAMA = {
 ROBERTA = {"attention.self.query": (768, 768), "attention.self.value": (768, 768)}
 MODELS = {"RoBERTa-base q, v, r=4": (ROBERTA, 12, 4), "Llama-3.2-3B all linear, r=32": (LLAMA, 28, 32)}
 SMALL, LARGE = MODELS
-CASES = [(SMALL, 3), (SMALL, 50), (LARGE, 3), (LARGE, 10)]
+CASES = [(SMALL, 3), (SMALL, 10), (SMALL, 50), (LARGE, 3)]
 PIECE = 8 * 2**20
 
 

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import oracle
 from tests.conftest import make_pair
+from typer.testing import CliRunner
 
 from fedex_lora import ClientUpdate, aggregate
 from fedex_lora.adapters import aggregate_folders
+from fedex_lora.cli import app
 from fedex_lora.errors import AggregationError, StorageError, UsageError
 from fedex_lora.peft_io import read_adapter_folder, read_result
 from fedex_lora.regions import merge_folders
@@ -208,6 +210,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from fedex_lora.adapters import aggregate_folders
+from fedex_lora.cli import app
 from tests.test_streaming import status
 folders = sorted(Path(sys.argv[1]).glob("client-*"))
 aggregate_folders(folders[:1], Path(sys.argv[1]) / "warm", "fedex", None, None)
@@ -237,3 +240,27 @@ def test_memory_is_a_module_of_all_clients(tmp_path):
     assert done.returncode == 0, done.stderr
     print(f"grew by {int(done.stdout) / 1e6:.0f} MB; a module of all clients has {module / 1e6:.0f} MB")
     assert int(done.stdout) < 2 * module + 60e6  # holding everything, and the result, takes 32 modules
+
+
+def test_the_command_line(tmp_path):
+    """Regions and their merging as typed; what cannot be is one line."""
+
+    def call(*words):
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    folders = [write_adapter(tmp_path / f"client-{seed}", seed) for seed in range(3)]
+    north = call("aggregate", *folders[:2], "--weights", "120,80", "-o", tmp_path / "north", "--no-audit")
+    assert north.exit_code == 0, north.stderr
+    assert "the error was not measured" in north.stdout
+    assert "estimated" in call("aggregate", folders[2], "--weights", "40", "-o", tmp_path / "south").stdout
+    done = call("aggregate", "--merge", tmp_path / "north", tmp_path / "south", "-o", tmp_path / "all", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["clients"] == pytest.approx({"north/client-0": 0.5, "north/client-1": 1 / 3, "south/client-2": 1 / 6})
+    assert report["max_relative_error"] < 1e-6
+    assert "of 2 regions" in call("aggregate", "--merge", tmp_path / "north", tmp_path / "south", "-o", tmp_path / "again").stdout
+    refused = call("aggregate", "--merge", tmp_path / "north", "--method", "fedit", "-o", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+    many = [write_adapter(tmp_path / f"many-{seed:02d}", seed) for seed in range(12)]
+    assert "no stand-alone adapter" in call("aggregate", *many, "-o", tmp_path / "dense").stdout
