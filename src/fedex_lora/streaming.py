@@ -177,6 +177,8 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
                     if audit:
                         audit.got(module, slice(None), part.scaling * B.double(), audit.image(A))
                     _write_rest(module, rest, LoRAPair(A, B, part.scaling), round.dense(module), delta, whole, audit)
+                    del rest
+                del part  # or two modules' results would be held while the next one is made
             adapters += [whole] if whole else []
             for name in first.other:
                 mean = mean_of(_Tensors([file.path for file in round.files], [file.entries[name] for file in round.files]), p, name)
@@ -194,11 +196,16 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
 
 def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
     """The modules' factors of all clients, read into memory that the next batch uses again."""
-    space: dict[str, Tensor] = {}
+    space = torch.empty(0)
     for modules in order:
         first = round.adapter[modules[0]]
         shape = len(modules), len(round.files)
-        A, B = (_room(space, part, (*shape, *factor.shape)) for part, factor in (("A", first.A), ("B", first.B)))
+        sizes = [torch.Size((*shape, *factor.shape)) for factor in (first.A, first.B)]
+        if space.numel() < sum(size.numel() for size in sizes):
+            space = torch.empty(0)  # give the old memory back first
+            space = torch.empty(sum(size.numel() for size in sizes))
+        A = space[: sizes[0].numel()].view(sizes[0])
+        B = space[sizes[0].numel() :][: sizes[1].numel()].view(sizes[1])
         for client, file in enumerate(round.files):
             with opened(file.path) as descriptor:
                 for index, module in enumerate(modules):
@@ -212,14 +219,6 @@ def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) 
                 if scaling != first.scaling:
                     B[index, client] = (B[index, client].double() * (scaling / first.scaling)).float()
         yield Batch(modules, Clients(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
-
-
-def _room(space: dict[str, Tensor], part: str, shape: Sequence[int]) -> Tensor:
-    size = torch.Size(shape).numel()
-    if part not in space or space[part].numel() < size:
-        space.pop(part, None)
-        space[part] = torch.empty(size)
-    return space[part][:size].view(*shape)
 
 
 def _write_rest(

@@ -49,7 +49,9 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
         _require_finite(ids, modules, clients, adapter)
         if rest is not None and row.rest != "drop" and scaling != 1:
             rest.B.mul_(scaling)
-        yield Part(modules, adapter, rest, scaling)
+        part = [Part(modules, adapter, rest, scaling)]
+        del adapter, rest
+        yield part.pop()
 
 
 def _split(row: Method, clients: Clients) -> tuple[Factors, Factors | None]:

@@ -57,7 +57,8 @@ def differences(x: Tensor) -> Tensor:
 
 def mean(x: Tensor, difference: Tensor, p: Tensor) -> Tensor:
     """`xbar = x_k + sum_{i<k} p_i (x_i - x_k)`: differences first, which are exact in fp32 when the clients are close."""
-    return (p[:-1] @ difference.flatten(2)).unflatten(1, x.shape[2:]).add_(x[:, -1])
+    shares = p[:-1].expand(len(x), 1, -1)  # one matrix a module: a vector times a stack would copy the stack
+    return torch.bmm(shares, difference.flatten(2)).unflatten(2, x.shape[2:])[:, 0].add_(x[:, -1])
 
 
 def factor_means(clients: Clients) -> Split:
