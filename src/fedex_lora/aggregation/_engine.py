@@ -50,7 +50,7 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
         if rest is not None and row.rest != "drop" and scaling != 1:
             rest.B.mul_(scaling)
         part = [Part(modules, adapter, rest, scaling)]
-        del adapter, rest
+        del adapter, rest  # nothing here holds a batch's result while the next one is made
         yield part.pop()
 
 
