@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench docs browser exactness precision metrics crash fuzz flower-test clean
+.PHONY: demo test short check bench docs browser exactness precision metrics crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed   ## three hospitals, four methods, offline
 
 test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
 	$(BIN)/python -m pytest --numprocesses 2
+
+short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages
+	$(BIN)/python -m pytest -m campaign --numprocesses 2 tests
 
 check: $(VENV)/.installed-dev   ## style, types, the order of imports
 	$(BIN)/ruff check .
@@ -51,7 +54,7 @@ fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was
 	$(BIN)/python -m tests.fuzz_wire 100000
 
 flower-test: $(VENV)/.installed-flower   ## a real deployment on this machine (TLS, node keys), and what happens when parts of it die
-	$(BIN)/python -m pytest tests/flower --durations 20
+	$(BIN)/python -m pytest tests/flower --durations 20 $(AGAIN)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

@@ -2,7 +2,7 @@
 
     python benchmarks/flower_payload.py [--megabytes 300] [--rounds 2] [--out results.json]
 
-Three nodes with random weights of a small Llama whose adapters are as large as asked for (rank 1024 on layers of 1024 x 1024), one
+Three nodes with random weights of a small Llama whose adapters are as large as asked for (rank 256 on layers of 1024 x 1024), one
 optimiser step a round. Peaks are the high-water marks of resident memory that Linux keeps (VmHWM), the largest of each kind of process.
 """
 
@@ -15,19 +15,20 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig
 
 from fedex_lora.config import base_folder, parse_config
+from fedex_lora.errors import TrainingError
 from fedex_lora.flower._local import local_deployment
 from fedex_lora.flower._trial import traffic
 from fedex_lora.flower.app_folder import write_app
 from fedex_lora.storage import read_events
 
-SIDE = 1024
+SIDE, RANK = 1024, 256
 CLIENTS = ["bone", "chest", "skin"]
 KINDS = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
 
 
 def write_base(folder, megabytes):
-    """A folder with config and tokenizer; each layer has seven modules of SIDE x SIDE, 2 SIDE^2 numbers of adapter each."""
-    layers = max(1, round(megabytes * 1e6 / (7 * 2 * SIDE * SIDE * 4)))
+    """A folder with config and tokenizer; each layer has seven modules of SIDE x SIDE, 2 SIDE RANK numbers of adapter each."""
+    layers = max(1, round(megabytes * 1e6 / (7 * 2 * SIDE * RANK * 4)))
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
     LlamaConfig(
         vocab_size=len(tokenizer),
@@ -50,7 +51,7 @@ def configuration(base, rounds):
             "rounds": rounds,
             "torch_threads": 1,
             "base": {"model": str(base), "random_weights": True},
-            "lora": {"r": SIDE, "alpha": SIDE, "target_modules": "all-linear"},
+            "lora": {"r": RANK, "alpha": RANK, "target_modules": "all-linear"},
             "task": {"name": "demo", "train_rows": 12, "eval_rows": 3},
             "clients": {"partition": "column", "column": "hospital", "holdout": 0.0},
             "training": {"learning_rate": 1e-5, "per_device_train_batch_size": 16, "max_steps": 1},
@@ -78,6 +79,18 @@ class Peaks(threading.Thread):
                     continue
 
 
+def attempt(deployment, root, failures):
+    """One `flwr run` to its end; None after a failure, of which there may be two: the run then goes on from its last whole round."""
+    try:
+        return deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
+    except TrainingError as error:
+        failures.append(str(error).partition(": see ")[0])
+        if len(failures) > 2:
+            print("\n".join(f"{name}: {deployment.log(name)[-3000:]}" for name in deployment.processes))
+            raise
+    return None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=300)
@@ -91,7 +104,9 @@ def main():
         peaks = Peaks(root)
         peaks.start()
         with local_deployment(root, CLIENTS, {client: {"rows": "dealt"} for client in CLIENTS}) as deployment:
-            status = deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
+            failures = []
+            while (status := attempt(deployment, root, failures)) is None:
+                print(f"started again after: {failures[-1]}", flush=True)
         peaks.over.set()
         done = [event for event in read_events(root / "run" / "events.jsonl") if event["event"] == "round_done"]
         uploads = [event["bytes_up"] for event in read_events(root / "run" / "events.jsonl") if event["event"] == "client_done"]
@@ -99,6 +114,7 @@ def main():
             "megabytes_of_an_upload": max(uploads) / 1e6,
             "rounds": [{name: event[name] for name in ("round", "seconds", "bytes_down", "bytes_up", "exactness_error")} for event in done],
             "peak_megabytes": peaks.seen,
+            "failures": failures,
             **traffic(root / "run", status),
         }
     print(json.dumps(result, indent=1))

@@ -3,6 +3,7 @@
 python scripts/methods_table.py [--check]
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is what this would write")
+    if parser.parse_args().check:
         sys.exit(0 if PAGE.read_text(encoding="utf-8") == page() else "docs/methods.md is out of date: run this script")
     PAGE.write_text(page(), encoding="utf-8")

@@ -3,6 +3,7 @@
 python scripts/precision_table.py [--check]
 """
 
+import argparse
 import json
 import re
 import sys
@@ -31,9 +32,12 @@ def table() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is what this would write")
+    check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
     wanted = re.sub(r"(<!-- precision -->\n).*(<!-- /precision -->)", lambda match: f"{match[1]}{table()}\n{match[2]}", page, flags=re.S)
-    if "--check" not in sys.argv:
+    if not check:
         PAGE.write_text(wanted, encoding="utf-8")
     elif page != wanted:
         sys.exit("docs/precision.md does not fit benchmarks/results/precision.json: run python scripts/precision_table.py")

@@ -123,6 +123,30 @@ def test_nested_stacks_are_counted_through():
     assert [analysis.located(names)[name][0] for name in names] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("model.encoder.layers.3.self_attn.q_proj", "model.decoder.layers.3.self_attn.q_proj", ("encoder.q_proj", "decoder.q_proj")),
+        ("text_model.encoder.layers.3.q_proj", "vision_model.encoder.layers.3.q_proj", ("text_model.q_proj", "vision_model.q_proj")),
+    ],
+)
+def test_stacks_with_the_same_names_are_told_apart(first, second, names):
+    found = analysis.located([first, second, "classifier"])
+    assert (found[first], found[second], found["classifier"]) == ((3, names[0]), (3, names[1]), (-1, "classifier"))
+
+
+def test_no_observation_of_rounding_errors_or_nothing():
+    """And those of the first round are of the first that there is."""
+    rows = [(number, f"l.{layer}", layer, "query", (9.0 - layer) / number) for number in (3, 4, 5) for layer in range(4)]
+    frame = pd.DataFrame(rows, columns=["round", "module", "layer", "projection", "relative"])
+    found = analysis.observations(frame).set_index("observation")
+    assert found.loc["falls with depth (query)", "number"] == pytest.approx(-1)
+    assert found.loc["falls with the rounds", "of"].startswith("mean over modules, round 5 / round 3;")
+    assert analysis.observations(frame.assign(relative=frame["relative"] * 1e-16)).empty
+    assert analysis.observations(frame[:0]).empty
+    assert len(analysis.observations(frame.assign(layer=-1))) == 1
+
+
 def test_observations_tell_a_trend_from_its_opposite():
     def frame(sign, size=1.0, query=2.0):
         rows = [
@@ -191,6 +215,18 @@ def test_labels_say_what_differs(tmp_path):
     assert analysis.labels(runs) == ["fedex, num_train_epochs 1"] * 2 + ["fedex, num_train_epochs 3"] * 2
 
 
+def test_runs_on_different_data_are_no_seeds_of_one(tmp_path):
+    """Nor are two runs of which nothing is known but their folders; one folder given twice is one run."""
+
+    def run(folder, seed, data):
+        return analysis.Run(tmp_path / folder, "", [], {"seed": seed, "method": "fedex", "task": {"data": data}})
+
+    assert analysis.labels([run("a", 0, "/x/east/rows"), run("b", 1, "/x/west/rows")]) == ["fedex, data east/rows", "fedex, data west/rows"]
+    assert analysis.labels([run("a", 0, "/x/rows"), run("b", 0, "/x/rows"), run("c", 1, "/x/rows")]) == ["fedex, a", "fedex, b", "fedex"]
+    once = written(tmp_path / "once", [event("started", method="fedex", clients=["a"])])
+    assert len(analysis.find_runs([once, tmp_path, tmp_path / "once" / ".." / "once"])) == 1
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match=r"no events\.jsonl"):
         analysis.read_run(tmp_path)
@@ -199,6 +235,9 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "events.jsonl").write_text(json.dumps({"event": "round_done"}) + "\n")
     with pytest.raises(StorageError, match="has not begun"):
         analysis.read_run(tmp_path)
+    lacking = written(tmp_path / "lacking", [event("started", method="fedex", clients=["a"]), event("round_done", round=1, metrics={})])
+    with pytest.raises(StorageError, match="`round_done` event without bytes_down, bytes_up"):
+        analysis.read_run(lacking)
 
 
 def test_aggregates_of_any_method_have_the_same_deviation():

@@ -1,6 +1,9 @@
 """The short form of `make crash`: a few kills and failing writes, in a run of three rounds."""
 
+import pytest
 from tests.crash import campaign, sweep
+
+pytestmark = pytest.mark.campaign
 
 
 def test_killed_runs_end_in_the_same_bits():

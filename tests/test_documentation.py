@@ -136,6 +136,13 @@ def test_the_tables_of_the_paper_are_what_was_run(tmp_path):
     assert chosen_rates.RECIPE.read_text() == chosen_rates.recipe(tmp_path), "run python scripts/chosen_rates.py"
 
 
+def test_commands_stand_in_blocks():
+    """One outside of a block is not run by these tests, and reads badly."""
+    for page in PAGES:
+        outside = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)
+        assert not re.findall(r"^ *fedex-lora [a-z]+ .*", outside, flags=re.M), page.name
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

@@ -27,12 +27,14 @@ from flwr.app.error import Error  # noqa: E402
 from flwr.cli.build import build_fab_from_disk  # noqa: E402
 from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from safetensors.torch import save  # noqa: E402
 
 from fedex_lora.answers import Reply  # noqa: E402
 from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
 from fedex_lora.doctor import examine  # noqa: E402
-from fedex_lora.errors import ConfigError, FedexLoraError, UsageError  # noqa: E402
+from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
+from fedex_lora.flower import _exchange  # noqa: E402
 from fedex_lora.flower._exchange import GridExchange, Roster  # noqa: E402
 from fedex_lora.flower._keys import make_certificates, make_node_key  # noqa: E402
 from fedex_lora.flower._messages import Packet, pack, unpack  # noqa: E402
@@ -131,6 +133,20 @@ def test_certificates_and_keys_are_good_and_private(tmp_path):
     done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path), "--node", "node"])
     assert done.exit_code == 2
     assert "not overwritten" in done.stderr
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words, told in (
+        (["--node", "ca.crt"], "none of ca.crt"),
+        (["--node", "../evil"], "without slashes"),
+        (["--node", "x", "--node", "x"], "once"),
+        (["--node", "node.pub"], "not overwritten"),
+        (["--hosts", "é b..org"], "not overwritten"),
+    ):
+        done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path), *words])
+        assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path / "new"), "--hosts", "a..b"])
+    assert "no name of a host" in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def handshake(server, client, name):
@@ -218,6 +234,69 @@ def test_a_node_started_anew_is_asked_again_at_once():
     assert told(replies) == [("a", b"answer", "")]
 
 
+def of_round(number):
+    """A message that says which round it is of."""
+    return save({"A": torch.zeros(1)}, metadata={"header": json.dumps({"round": number})})
+
+
+def test_a_node_of_another_name_takes_nobody_s_place_and_a_name_that_two_have_is_nobody_s():
+    nodes = Nodes("bone", "bone", "radiology", "chest")
+    roster = Roster(nodes, ["bone", "chest", "skin"])
+    assert {client: seat.node for client, seat in roster.present().items()} == {"chest": 13}
+    assert roster.doubled == {"bone"}
+    del nodes.nodes[11]
+    assert {client: seat.node for client, seat in roster.present().items()} == {"bone": 10, "chest": 13}
+
+
+def test_who_is_not_there_for_long_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(_exchange, "JOIN", 0.2)
+    nodes = Nodes("a", "c", "c")
+    exchange = GridExchange(nodes, ["a", "b", "c"], {})
+    replies = exchange({"a": of_round(1), "b": of_round(1), "c": of_round(1)}, None)
+    assert next(replies) is None
+    nodes.answer(0)
+    words = [(reply.client, reply.error) for reply in replies if reply]
+    assert words[0] == ("a", "")
+    assert dict(words[1:]) == {
+        "b": "its node is not there (waited 0.2 seconds)",
+        "c": "two nodes are registered under its name: unregister one (waited 0.2 seconds)",
+    }
+
+
+def test_a_late_answer_of_an_earlier_round_does_not_end_the_wait_for_this_one_s():
+    nodes = Nodes("a", "b")
+    exchange = GridExchange(nodes, ["a", "b"], {})
+    assert [reply for reply in exchange({"a": of_round(1), "b": of_round(1)}, 0.01) if reply] == []
+    replies = exchange({"a": of_round(2), "b": of_round(2)}, None)
+    assert next(replies) is None
+    nodes.answer(1, b"late")
+    nodes.answer(2)
+    assert [(reply.client, reply.round) for reply in (next(replies), next(replies))] == [("b", 1), ("a", 2)]
+    assert next(replies) is None  # b's answer of this round is still waited for
+    nodes.answer(3)
+    assert [(reply.client, reply.round) for reply in replies if reply] == [("b", 2)]
+    nodes.nodes[11].last_activated_at = "2"
+    again = exchange({"a": of_round(3), "b": of_round(3)}, 0.01)
+    assert [reply for reply in again if reply] == []
+    assert len(nodes.sent) == 6  # what was asked in round 1 is not asked again
+
+
+def test_a_message_that_is_not_taken_is_sent_again():
+    nodes = Nodes("a")
+    push, tries = nodes.push_messages, []
+
+    def refuse_once(messages):
+        tries.append(1)
+        return [""] if len(tries) == 1 else push(messages)
+
+    nodes.push_messages = refuse_once
+    replies = GridExchange(nodes, ["a"], {})({"a": b"1"}, None)
+    assert next(replies) is None
+    assert next(replies) is None
+    nodes.answer(0)
+    assert told(replies) == [("a", b"answer", "")]
+
+
 def test_what_comes_after_the_deadline_is_handed_out_later():
     nodes = Nodes("a", "b")
     exchange = GridExchange(nodes, ["a", "b"], {})
@@ -270,8 +349,8 @@ def alone(config, folder, answer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"messages": {"per_client": True}, "local": {"optimizer_state": "keep"}}, {"method": "fedsa"}],
-    ids=["fedex", "per client, moments kept", "fedsa"],
+    [{}, {"messages": {"per_client": True}, "local": {"optimizer_state": "keep"}}, {"method": "fedsa"}, {"clients": {"holdout": 0.0}}],
+    ids=["fedex", "per client, moments kept", "fedsa", "no held-out rows"],
 )
 def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes, tmp_path):
     """Every message is answered by a new `Node`, as by a new process: what it knows comes from its folder."""
@@ -299,6 +378,13 @@ def test_a_lost_or_broken_memory_is_asked_for_anew(tmp_path):
     assert [event["round"] for event in refused] == [3, 4]
     run(small(rounds=4), tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+
+
+def test_a_worker_takes_no_file_s_place(tmp_path):
+    (tmp_path / "rows.csv").write_text("precious")
+    with pytest.raises(UsageError, match="no socket"):
+        serve(tmp_path / "rows.csv", ignore)
+    assert (tmp_path / "rows.csv").read_text() == "precious"
 
 
 def test_a_worker_answers_as_the_party_itself_would(tmp_path):
@@ -348,6 +434,12 @@ def test_own_rows(tmp_path):
     _, data = node._ready(request, settings)
     assert (len(data.train), len(data.held_out)) == (9, 1)
     assert torch.get_num_threads() == 1
+    with pytest.raises(UsageError, match=r"no file nowhere\.jsonl"):  # and nothing is looked for elsewhere, on the hub for instance
+        Node(ignore)._ready(request, node_settings({"client": "a", "data": str(tmp_path)}))
+    with pytest.raises(StorageError, match="cannot keep its state"):
+        node.answer(replace(request, node={"client": "a", "data": str(tmp_path), "state": str(tmp_path / "mine.jsonl")}))
+    with pytest.raises(ConfigError, match="from zero up"):
+        node_settings({"max-rows": -5})
 
 
 def test_doctor_warns_of_a_superlink_that_everybody_can_reach(tmp_path):

@@ -405,6 +405,7 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
     assert all(same) or "per_client" in messages, same
 
 
+@pytest.mark.campaign
 def test_a_short_fuzz_campaign():
     """The long form is `make fuzz`."""
     counts, slowest, _ = campaign(5000, seed=1)

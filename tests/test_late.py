@@ -270,7 +270,7 @@ def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_
     emit = log_to(tmp_path / "run" / "events.jsonl")
     assert equal(bits(run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", emit)), bits(want))
     assert not events_of(tmp_path / "run", "refused")
-    assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "warning")] == [(2, SLOW)]
+    assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "warning")] == [(3, SLOW)]
     assert net.calls == 5  # three rounds, one client once more, and the last measurement
 
 

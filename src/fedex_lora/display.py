@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -26,11 +27,11 @@ class Display:
     def __init__(self, console: Console, label: str = "", clock: Callable[[], float] = time.perf_counter) -> None:
         self._console, self._label, self._rounds = console, f"{label}  " if label else "", 0
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, get_time=clock)
         self._bars: dict[str, TaskID] = {}
@@ -50,86 +51,84 @@ class Display:
             handler(fields)
 
     def _on_started(self, fields: dict[str, Any]) -> None:
-        clients = len(fields["clients"])
         self._rounds, self._started = fields["rounds"], self._started or self._clock()
-        trained, total = fields["trainable_parameters"], fields["total_parameters"]
-        self._console.print(
-            f"{self._label}{fields['method']} on {fields['task']}: {clients} clients, {trained:,} of {total:,} parameters trained, "
-            f"up to {fields['disk_bytes'] / 1e6:.0f} MB of disk"
-        )
-        self._console.print(f"{self._label}round 0/{self._rounds}  {numbers(fields['metrics'])}")
+        line = f"{fields['method']} on {fields.get('task', 'a task')}: {len(fields['clients'])} clients"
+        if {"trainable_parameters", "total_parameters"} <= fields.keys():
+            line += f", {fields['trainable_parameters']:,} of {fields['total_parameters']:,} parameters trained"
+        if "disk_bytes" in fields:
+            line += f", up to {fields['disk_bytes'] / 1e6:.0f} MB of disk"
+        self._print(line)
+        self._print(f"round 0/{self._rounds}  {numbers(fields['metrics'])}")
         self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, note="")
 
     def _on_resumed(self, fields: dict[str, Any]) -> None:
         self._rounds = fields["rounds"]
-        self._console.print(f"{self._label}going on with round {min(fields['round'], self._rounds)} of {self._rounds}")
+        self._print(f"going on with round {min(fields['round'], self._rounds)} of {self._rounds}")
         if "rounds" not in self._bars:
             self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, completed=fields["round"] - 1, note="")
 
     def _on_round_started(self, fields: dict[str, Any]) -> None:
-        for name in ("clients", "steps"):
-            if name in self._bars:
-                self._progress.remove_task(self._bars.pop(name))
+        for name in {"clients", "steps"} & self._bars.keys():
+            self._progress.remove_task(self._bars.pop(name))
         self._bars["clients"] = self._progress.add_task("clients", total=len(fields["clients"]), note="")
-        self._bars["steps"] = self._progress.add_task("steps", total=None, note="")
 
     def _on_step(self, fields: dict[str, Any]) -> None:
+        if "steps" not in self._bars:
+            self._bars["steps"] = self._progress.add_task("steps", total=None, note="")
         self._progress.update(self._bars["steps"], completed=fields["step"], total=fields["steps"], note=fields["client"])
 
     def _on_client_done(self, fields: dict[str, Any]) -> None:
-        self._progress.update(self._bars["clients"], advance=1, note=f"loss {fields.get('train_loss', float('nan')):.4f}")
+        if "clients" in self._bars:
+            self._progress.update(self._bars["clients"], advance=1, note=numbers({"loss": fields.get("train_loss")}))
 
     def _on_round_done(self, fields: dict[str, Any]) -> None:
-        self._progress.update(self._bars["rounds"], completed=fields["round"])
+        if "rounds" in self._bars:
+            self._progress.update(self._bars["rounds"], completed=fields["round"])
         metrics = numbers(fields["metrics"]) or "no global model: see the clients' own rows"
-        line = f"{self._label}round {fields['round']}/{self._rounds}  {metrics}"
-        if "exactness_error" in fields:
-            line += (
-                f"  exactness error {fields['exactness_error']:.1e} (layers {fields['realised_error']:.1e}, floor {fields['floor']:.1e})"
-            )
-            line += f"  averaging alone is off by {fields['deviation']:.1%}"
-        if "compaction_error" in fields:
-            line += f"  compaction keeps all but {fields['compaction_error']:.1%} of the base delta"
-        if "dropped" in fields:
-            line += f"  truncation dropped {fields['dropped']:.1%}"
-        self._console.print(
-            f"{line}  down {size(fields['bytes_down'])} up {size(fields['bytes_up'])}  {fields['seconds']:.1f} s", highlight=False
-        )
+        line = f"round {fields['round']}/{self._rounds}  {metrics}"
+        said = {
+            "exactness_error": "  exactness error {:.1e}",
+            "realised_error": " (layers {:.1e}, ",
+            "floor": "floor {:.1e})",
+            "deviation": "  averaging alone is off by {:.1%}",
+            "compaction_error": "  compaction keeps all but {:.1%} of the base delta",
+            "dropped": "  truncation dropped {:.1%}",
+        }
+        line += "".join(text.format(fields[key]) for key, text in said.items() if fields.get(key) is not None)
+        seconds = f"  {fields['seconds']:.1f} s" if "seconds" in fields else ""
+        self._print(f"{line}  down {size(fields['bytes_down'])} up {size(fields['bytes_up'])}{seconds}")
 
     def _on_warning(self, fields: dict[str, Any]) -> None:
         where = f"round {fields['round']}: " if "round" in fields else ""
-        self._console.print(f"{self._label}! {where}{fields['message']}", highlight=False, markup=False)
+        self._print(f"! {where}{fields['message']}")
 
     def _on_refused(self, fields: dict[str, Any]) -> None:
-        self._console.print(
-            f"{self._label}! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}",
-            highlight=False,
-            markup=False,
-        )
+        self._print(f"! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}")
 
     def _on_waiting(self, fields: dict[str, Any]) -> None:
         since = time.strftime("%H:%M:%S", time.localtime(fields["since"]))
         again = f": {fields['reason']}; asking again in {fields['seconds']:.0f} s" if "reason" in fields else ""
         who = ", ".join(fields["clients"][:5]) + (f" and {len(fields['clients']) - 5} more" if len(fields["clients"]) > 5 else "")
-        self._console.print(f"{self._label}round {fields['round']}: waiting for {who} since {since}{again}", highlight=False, markup=False)
+        self._print(f"round {fields['round']}: waiting for {who} since {since}{again}")
 
     def _on_held_out(self, fields: dict[str, Any]) -> None:
         if fields["round"]:
-            self._console.print(
-                f"{self._label}  the clients' own held-out rows after round {fields['round']}: {numbers(fields['metrics'])}",
-                highlight=False,
-            )
+            self._print(f"  the clients' own held-out rows after round {fields['round']}: {numbers(fields['metrics'])}")
 
     def _on_run_done(self, fields: dict[str, Any]) -> None:
         best, skipped = fields["best_round"], fields.get("skipped", [])
         if skipped:
-            self._console.print(f"{self._label}! {len(skipped)} of {fields['rounds']} rounds were skipped", highlight=False)
+            self._print(f"! {len(skipped)} of {fields['rounds']} rounds were skipped")
         note = (
             f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}"
             if best
             else "no round is called best: not every client measured every round"
         )
-        self._console.print(f"{self._label}{note}; {self._clock() - self._started:.0f} s in all", highlight=False)
+        self._print(f"{note}; {self._clock() - self._started:.0f} s in all")
+
+    def _print(self, line: str) -> None:
+        """As it is: names and reasons come from elsewhere."""
+        self._console.print(f"{self._label}{line}", highlight=False, markup=False)
 
 
 def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0) -> bool:
@@ -150,9 +149,12 @@ def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0
     now, done = [0.0], False
     with Display(console, clock=lambda: now[0]) as display:
         for event in followed_events(folder / "events.jsonl", None if once else every):
-            now[0] = event["time"] if event else time.time()
+            now[0] = (event or {}).get("time") or time.time()
             if event:
-                display(event["event"], **{key: value for key, value in event.items() if key not in ("event", "time")})
+                try:
+                    display(event["event"], **{key: value for key, value in event.items() if key not in ("event", "time")})
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    console.print(f"(a line that says {event['event']!r} cannot be shown)", highlight=False, markup=False)
                 done = done or event["event"] == "run_done"
     return done
 
@@ -175,12 +177,12 @@ class Runs:
     def __call__(self, line: str, done: int, total: int) -> None:
         if total:
             self._progress.update(self._bar, completed=done, total=total)
-        self._console.print(f"{done}/{total}  {line}" if total else line, highlight=False)
+        self._console.print(f"{done}/{total}  {line}" if total else line, highlight=False, markup=False)
 
 
-def numbers(metrics: dict[str, float]) -> str:
-    """Metrics on one line, the loss last."""
-    shown = {name: value for name, value in metrics.items() if name not in HIDDEN}
+def numbers(metrics: dict[str, float | None]) -> str:
+    """Metrics on one line, the loss last; those that are none are left out."""
+    shown = {name: value for name, value in metrics.items() if name not in HIDDEN and value is not None}
     return " ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=lambda item: item[0] == "loss"))
 
 
@@ -194,10 +196,13 @@ def size(count: float) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A table whose first column is text and the others numbers."""
-    made = Table(title=title, title_justify="left")
+    """A table of text and numbers; where it is too wide, headings and text fold, and numbers stay whole."""
+    made = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        cells = [row[index] for row in rows]
+        text = index == 0 or any(cell[:1].isalpha() and " " in cell for cell in cells)
+        widest = max(map(len, [*([] if text else cells), *column.split()]), default=1)
+        made.add_column(escape(column), justify="left" if text else "right", min_width=widest, overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(escape, row))
     return made

@@ -134,7 +134,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
     if found:
         _require_run(out, config)
     quiet()
-    trackers = Trackers(config, out)
+    trackers = Trackers(config, out, emit)
     place = home(config, emit)
     require_space(out, place.facts()["disk_bytes"])
     try:

@@ -267,8 +267,10 @@ def followed_events(path: Path, every: float | None) -> Iterator[dict[str, Any] 
                 event = json.loads(line)
             except ValueError:
                 continue
+            if not isinstance(event, dict) or "event" not in event:
+                continue
             yield event
-            if event.get("event") == "run_done":
+            if event["event"] == "run_done":
                 return
         if every is None:
             return

@@ -3,11 +3,13 @@
 import importlib.util
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedex_lora.answers import Emit
 from fedex_lora.config import Config
 from fedex_lora.errors import UsageError
 
@@ -38,31 +40,43 @@ class Trackers:
     """An `Emit` that tells the configured trackers; a context, so that they are closed however the run ends.
 
     A round's numbers are sent when the next one is done (the clients measure a round's model in the next), in the order of the rounds,
-    which some trackers insist on.
+    which some trackers insist on. They are opened before anything is trained; one that fails later is told nothing more; the run goes on.
 
     Args:
         config: the run; `config.trackers` names them.
         out: the run folder; its name is the run's, and trackers with files write into `out/trackers`.
+        emit: told of a tracker that failed, as a `warning`.
 
     Raises:
-        UsageError: one of them is not installed. (Nothing has been written then.)
+        UsageError: one of them is not installed (nothing has been written then), or, as a context, cannot be opened.
     """
 
-    def __init__(self, config: Config, out: Path) -> None:
+    def __init__(self, config: Config, out: Path, emit: Emit) -> None:
         for name in config.trackers:
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"trackers: {name} is not installed: pip install {name}, or remove it from trackers")
-        self._config, self._out = config, out
-        self._open: list[Any] = []
+        self._config, self._out, self._emit = config, out, emit
+        self._open: dict[str, Any] = {}
         self._waiting: dict[int, dict[str, float]] = {}
 
     def __enter__(self) -> "Trackers":
+        found = (self._out / FOLDER).exists()
+        for name in self._config.trackers:
+            try:
+                self._open[name] = _opened(name, self._config, self._out)
+            except Exception as error:
+                self.__exit__(None, None, None)
+                if not found:
+                    shutil.rmtree(self._out / FOLDER, ignore_errors=True)
+                raise UsageError(
+                    f"trackers: {name} cannot be opened: {_line(error)}: mend its address, or remove it from trackers"
+                ) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._send(math.inf)
-        for tracker in self._open:
-            tracker.finish()
+        for name in list(self._open):
+            self._try(name, "finish")
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Take up one event."""
@@ -76,13 +90,22 @@ class Trackers:
 
     def _send(self, before: float) -> None:
         """Send the rounds before this one."""
-        ready = sorted(number for number in self._waiting if number < before)
-        if ready and not self._open:
-            self._open = [_opened(name, self._config, self._out) for name in self._config.trackers]
-        for number in ready:
+        for number in sorted(number for number in self._waiting if number < before):
             values = self._waiting.pop(number)
-            for tracker in self._open:
-                tracker.log(values, step=number)
+            for name in list(self._open):
+                self._try(name, "log", values, step=number)
+
+    def _try(self, name: str, what: str, *args: Any, **options: Any) -> None:
+        """Whatever a tracker does, the run goes on."""
+        try:
+            getattr(self._open[name], what)(*args, **options)
+        except Exception as error:
+            del self._open[name]
+            self._emit("warning", message=f"tracker {name} failed and is told nothing more: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _opened(name: str, config: Config, out: Path) -> Any:

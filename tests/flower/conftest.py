@@ -1,6 +1,6 @@
 """One deployment for all tests here: a SuperLink with TLS, three SuperNodes with registered keys.
 
-One node starts a process for every message, two have workers.
+One node starts a process for every message until a test restarts it, two have workers.
 Every test starts runs of its own on it, and leaves all nodes running.
 """
 
@@ -65,7 +65,16 @@ class Federation:
         return self.root / "state" / client / name / client / "memory.safetensors"
 
     def restart(self, client):
+        """Start a client's node again; from now on it has a worker."""
+        self.warm(client)
         self.deployment.start_node(client)
+
+    def warm(self, client):
+        if f"worker-{client}" not in self.deployment.processes:
+            socket = self.root / f"{client}.sock"
+            self.deployment.node_config[client]["worker"] = str(socket)
+            self.deployment.start(f"worker-{client}", [sys.executable, "-m", "fedex_lora.cli", "flower", "worker", str(socket)])
+            wait_for(socket.exists)
 
 
 def events(out, name):
@@ -84,11 +93,11 @@ def wait_for(condition, seconds=PATIENCE, pause=0.1):
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory):
     root = tmp_path_factory.mktemp("flower")
-    sockets = {client: root / f"{client}.sock" for client in WARM}
-    settings = {COLD: {"rows": "dealt"}} | {client: {"rows": "dealt", "worker": str(sockets[client])} for client in WARM}
+    settings = {client: {"rows": "dealt"} | ({"worker": str(root / f"{client}.sock")} if client in WARM else {}) for client in CLIENTS}
     with local_deployment(root, CLIENTS, settings) as deployment:
-        for client, socket in sockets.items():
-            deployment.start(f"worker-{client}", [sys.executable, "-m", "fedex_lora.cli", "flower", "worker", str(socket)])
-        yield Federation(deployment, root)
+        made = Federation(deployment, root)
+        for client in WARM:
+            made.warm(client)
+        yield made
         logs = {path.name: path.read_text(errors="replace") for path in Path(root / "logs").iterdir()}
         assert not [name for name, text in logs.items() if "telemetry.flower.ai" in text or "uv sync took" in text]

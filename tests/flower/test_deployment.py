@@ -1,7 +1,9 @@
 """A real deployment on this machine: the same bits as in process, whatever dies, and exactness all the way."""
 
 import signal
+from contextlib import suppress
 
+import psutil
 import pytest
 import torch
 from tests.flower.conftest import CLIENTS, COLD, PATIENCE, configuration, events, wait_for
@@ -23,6 +25,13 @@ def exact(out):
 
 def base_of(path):
     return {name: tensor for name, tensor in load_tensors(path)[0].items() if name.startswith(("base|", "adapter|"))}
+
+
+def words(process):
+    """A process's command line; "" for one that has just ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def same_copies(federation, out, clients=CLIENTS):
@@ -84,7 +93,7 @@ def test_a_server_app_killed_and_started_again_ends_in_the_same_bits(federation)
     config = configuration(3)
     _, out = federation.submit(config, "resumed")
     wait_for(lambda: len(events(out, "client_done")) >= 4)
-    apps = [process for process in federation.deployment.family("superlink") if "flwr-serverapp" in " ".join(process.cmdline())]
+    apps = [process for process in federation.deployment.family("superlink") if "flwr-serverapp" in words(process)]
     assert len(apps) == 1
     apps[0].kill()
     federation.finish(config, "resumed")

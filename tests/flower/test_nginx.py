@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from pathlib import Path
@@ -57,6 +58,14 @@ def proxy(federation, tmp_path):
         process.wait(30)
 
 
+def status(port, ca, path, length=0):
+    """What is answered to a request for exactly this path, which says that so many bytes follow."""
+    plain = socket.create_connection(("127.0.0.1", port), 30)
+    with ssl.create_default_context(cafile=str(ca)).wrap_socket(plain, server_hostname="localhost") as stream:
+        stream.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n".encode())
+        return int(stream.recv(4096).split()[1])
+
+
 def test_a_node_behind_nginx_takes_part_and_a_run_cannot_be_submitted_there(federation, proxy):
     port, folder = proxy
     deployment = federation.deployment
@@ -78,6 +87,14 @@ def test_a_node_behind_nginx_takes_part_and_a_run_cannot_be_submitted_there(fede
             home.write_text(direct)
         assert '"POST /v1/control/start-run HTTP/1.1" 403' in (folder / "access.log").read_text()
         assert not (federation.root / "through-the-door").exists()
+        for path in (
+            "/v1/control/list-runs%3f/../../fleet/x",
+            "//v1//control/list-runs",
+            "/v1/fleet/../control/list-runs",
+            "/v1/fleet/%2e%2e/x",
+        ):
+            assert status(port, deployment.folder / "keys" / "ca.crt", path) == 403, path
+        assert status(port, deployment.folder / "keys" / "ca.crt", "/v1/fleet/push-object", length=33 * 2**20) == 413
         assert deployment.flwr("ls", CONNECTION)["success"]
     finally:
         deployment.stop("skin")

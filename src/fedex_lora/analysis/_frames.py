@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 
 Events: TypeAlias = Sequence[Mapping[str, Any]]
@@ -51,8 +52,16 @@ def rounds(events: Events) -> pd.DataFrame:
     for column in ("bytes_down", "bytes_up"):
         if column not in frame:
             frame[column] = 0
+    frame = frame.apply(_numbers)
     total = frame["bytes_down"].fillna(0) + frame["bytes_up"].fillna(0)
     return frame.assign(bytes_total=total.cumsum().astype("int64"))
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """A column of numbers as floats, where some are missing; without the infinite ones, which nothing can be drawn or averaged with."""
+    if column.dtype.kind == "O" and column.map(lambda value: value is None or isinstance(value, int | float)).all():
+        column = column.astype(float)
+    return column.replace([np.inf, -np.inf], np.nan) if column.dtype.kind == "f" else column
 
 
 def participation(events: Events) -> pd.DataFrame:
@@ -116,14 +125,26 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
         `relative` (what travels in the rounds), `relative_with_base` (with the one-time download of the base, which is how the paper
         seems to count).
     """
-    rows = []
-    for name, events in runs.items():
-        started, done = _of(events, "started")[0], _of(events, "round_done")
-        down, up = sum(event["bytes_down"] for event in done), sum(event["bytes_up"] for event in done)
-        base = started.get("base_bytes", 0) * len(started["clients"])
-        rows.append((name, started["method"], len(done), down, up, down + up, base))
-    columns = ["run", "method", "rounds", "bytes_down", "bytes_up", "bytes_total", "base_bytes"]
-    frame = pd.DataFrame(rows, columns=columns)
+    return relative(pd.DataFrame([{"run": name, **travelled(events)} for name, events in runs.items()]), reference)
+
+
+def travelled(events: Events) -> dict[str, Any]:
+    """A run's row of `communication`, in absolute numbers."""
+    started, done = _of(events, "started")[0], _of(events, "round_done")
+    down, up = sum(event["bytes_down"] for event in done), sum(event["bytes_up"] for event in done)
+    base = (started.get("base_bytes") or 0) * len(started["clients"])
+    return {
+        "method": started["method"],
+        "rounds": len(done),
+        "bytes_down": down,
+        "bytes_up": up,
+        "bytes_total": down + up,
+        "base_bytes": base,
+    }
+
+
+def relative(frame: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
+    """Rows of `travelled` with a column `run`, in relation to one of them; see `communication`."""
     exact = frame.loc[frame["method"] == "fedex", "run"]
     one = frame.set_index("run").loc[reference or (exact.iloc[0] if len(exact) else frame["run"].iloc[0])]
     whole = frame["bytes_total"] + frame["base_bytes"]

@@ -1,9 +1,10 @@
 """Data frames of modules: how far averaging the factors is from the ideal, by layer, by projection and across rounds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -21,12 +22,15 @@ COLUMNS = ["round", "module", "layer", "projection", "deviation", "ideal", "rela
 def located(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Module path -> (layer, projection): its number in the stack (-1 outside of one), and the shortest name that tells it apart.
 
-    Nested stacks (stages of blocks) are counted through.
+    Nested stacks (stages of blocks) are counted through. Where two stacks have modules of the same names (an encoder and a decoder), the
+    projection begins with the stack's.
 
     Example:
         >>> found = located(["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.out.dense", "bert.layer.1.mlp.dense", "head"])
         >>> list(found.values())
         [(0, 'query'), (1, 'query'), (1, 'out.dense'), (1, 'mlp.dense'), (-1, 'head')]
+        >>> list(located(["model.encoder.layers.0.q_proj", "model.decoder.layers.0.q_proj"]).values())
+        [(0, 'encoder.q_proj'), (0, 'decoder.q_proj')]
     """
     places: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for module in modules:
@@ -44,7 +48,19 @@ def located(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
         tails = (suffix[-length:] for length in range(1, len(suffix) + 1))
         return ".".join(next((tail for tail in tails if sum(other[-len(tail) :] == tail for other in suffixes) == 1), suffix))
 
-    return {module: (layer(numbers), shortest(suffix)) for module, (numbers, suffix) in places.items()}
+    stacks = _stacks(places) if len(set(places.values())) < len(places) else {}
+    return {module: (layer(numbers), stacks.get(module, "") + shortest(suffix)) for module, (numbers, suffix) in places.items()}
+
+
+def _stacks(modules: Iterable[str]) -> dict[str, str]:
+    """Module -> the part of its stack's path that other stacks do not have, with a dot."""
+    paths = {}
+    for module in modules:
+        parts = module.split(".")
+        if numbers := [index for index, part in enumerate(parts) if part.isdigit()]:
+            paths[module] = tuple(part for part in parts[: numbers[-1]] if not part.isdigit())
+    shared = set.intersection(*(set(path) for path in paths.values()))
+    return {module: "".join(f"{part}." for part in path if part not in shared) for module, path in paths.items()}
 
 
 def modules(run: Run) -> pd.DataFrame:
@@ -65,6 +81,8 @@ def modules(run: Run) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame(columns=COLUMNS)
     frame = pd.DataFrame(parts)
+    measured = ["deviation", "ideal", "scaled", "effective_rank"]
+    frame[measured] = frame[measured].astype(float).replace([np.inf, -np.inf], np.nan)
     places = located(frame["module"].unique())
     return frame.assign(
         layer=frame["module"].map({name: layer for name, (layer, _) in places.items()}),
@@ -123,12 +141,13 @@ def is_value(projection: str) -> bool:
     return projection.rpartition(".")[2].lower() in ("v", "v_proj", "value", "v_lin", "wv")
 
 
-def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -> pd.DataFrame:
+def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual", limit: int | None = None) -> pd.DataFrame:
     """The singular values of what averaging lost in one round, or of all that the base has gained by then, by module.
 
     Args:
         folder: a run folder (its last round), a round folder, or `final/`.
         of: "residual" M - s Bbar Abar, from the stored updates; "base delta" D.
+        limit: at most so many modules, of all depths; None: all.
 
     Returns:
         Columns `module`, `layer`, `projection`, `index` (from 1), `value`, `energy` (the share of the first `index` values' squares),
@@ -142,7 +161,8 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -
     rows = []
     deltas = _residuals(folder) if of == "residual" else load_delta(folder / DELTA)
     places = located(deltas)
-    for module, delta in deltas.items():
+    for module in _spread(places, limit):
+        delta = deltas[module]
         small = core(delta)
         values = torch.linalg.svdvals(small)
         values = values[values > values[0] * 1e-12] if len(values) else values
@@ -151,6 +171,18 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual") -
         for index, (value, share) in enumerate(zip(values.tolist(), shares.tolist(), strict=True), 1):
             rows.append((module, *places[module], index, value, share, rank))
     return pd.DataFrame(rows, columns=["module", "layer", "projection", "index", "value", "energy", "effective_rank"])
+
+
+def _spread(places: Mapping[str, tuple[int, str]], limit: int | None) -> list[str]:
+    """The modules, or `limit` of them: from first to last layer in equal steps, the projections of a layer together."""
+    if limit is None or len(places) <= limit:
+        return list(places)
+    layers = sorted({layer for layer, _ in places.values()})
+    first = sorted((module for module in places if places[module][0] == layers[0]), key=lambda module: _queries_first(places[module][1]))
+    kinds = [places[module][1] for module in first][: max(1, limit // 3)]
+    steps = max(1, min(len(layers), limit // len(kinds)))
+    chosen = {layers[round(index * (len(layers) - 1) / max(1, steps - 1))] for index in range(steps)}
+    return [module for module, (layer, kind) in places.items() if layer in chosen and kind in kinds]
 
 
 def _residuals(folder: Path) -> dict[str, Delta]:

@@ -6,6 +6,7 @@ from scipy.stats import spearmanr
 from fedex_lora.analysis._modules import is_query, is_value
 
 COLUMNS = ["observation", "holds", "number", "of"]
+NOTHING = 1e-9  # |R| / |M| below which R is rounding errors
 
 
 def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -17,16 +18,19 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
         more_epochs: the same of a run that differs in its local epochs only, and has more of them.
 
     Returns:
-        A row for each that this run can answer: `observation`, `holds`, `number` and what that is `of`. The first three are of round 1.
+        A row for each that this run can answer: `observation`, `holds`, `number` and what that is `of`. The first three are of the first
+        round that has an update. None where averaging loses nothing but rounding errors.
     """
-    first = frame[frame["round"] == 1]
+    if frame.empty or frame["relative"].max() < NOTHING:
+        return pd.DataFrame(columns=COLUMNS)
+    first = _first(frame)
     rows: list[tuple[str, bool, float, str]] = []
     inside = first[first["layer"] >= 0]
     for projection, group in inside.groupby("projection"):
         if group["layer"].nunique() > 2:
             rho = float(spearmanr(group["layer"], group[value]).statistic)
             rows.append((f"falls with depth ({projection})", rho < 0, rho, "Spearman's correlation of layer and deviation"))
-    queries, values = (inside[inside["projection"].map(kind)].groupby("layer")[value].mean() for kind in (is_query, is_value))
+    queries, values = (inside[inside["projection"].map(kind).astype(bool)].groupby("layer")[value].mean() for kind in (is_query, is_value))
     if len(queries) and len(values):
         ratio = float(queries.mean() / values.mean())
         above = int((queries > values).sum())
@@ -34,7 +38,7 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
             ("query above value", ratio > 1, ratio, f"mean over layers, query / value; query is above in {above} of {len(queries)}")
         )
     if more_epochs is not None:
-        ratio = float(more_epochs[more_epochs["round"] == 1][value].mean() / first[value].mean())
+        ratio = float(_first(more_epochs)[value].mean() / first[value].mean())
         rows.append(("grows with local epochs", ratio > 1, ratio, "mean over modules, more / fewer local epochs"))
     means = frame.groupby("round")[value].mean()
     if len(means) > 2:
@@ -45,7 +49,12 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
                 "falls with the rounds",
                 rho < 0 and ratio < 1,
                 ratio,
-                f"mean over modules, round {means.index[-1]} / round 1; Spearman's correlation {rho:.2f}",
+                f"mean over modules, round {means.index[-1]} / round {means.index[0]}; Spearman's correlation {rho:.2f}",
             )
         )
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first round."""
+    return frame[frame["round"] == frame["round"].min()]

@@ -1,5 +1,8 @@
 """Between organisations: `flower init`, `flower keys`, `flower try`, `flower worker`."""
 
+import re
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -10,6 +13,7 @@ from fedex_lora.errors import UsageError
 
 flower = typer.Typer(no_args_is_help=True, help="The same federation between organisations, over Flower (extra `flower`).")
 app.add_typer(flower, name="flower")
+SERVER = ("ca.crt", "ca.key", "server.pem", "server.key")
 
 
 @flower.command()
@@ -54,14 +58,19 @@ def keys(
     _require_flower()
     from fedex_lora.flower._keys import make_certificates, make_node_key
 
-    wanted = [folder / name for name in (["ca.crt", "server.pem"] if hosts else [])] + [folder / name for name in node or []]
+    named, nodes = [host.strip() for host in hosts.split(",") if host.strip()], node or []
+    plain = re.compile(r"\w[\w .-]*")
+    odd = [name for name in nodes if not plain.fullmatch(name) or name.removesuffix(".pub") in SERVER or nodes.count(name) > 1]
+    if odd:
+        raise UsageError(f"--node {odd[0]}: give each party's name once, without slashes, and none of {', '.join(SERVER)}")
+    wanted = [folder / name for name in (SERVER if named else ())] + [folder / f"{name}{end}" for name in nodes for end in ("", ".pub")]
     if not wanted:
         raise UsageError("nothing to make: give --hosts for the server, --node for a party")
     if there := next((path for path in wanted if path.exists()), None):
         raise UsageError(f"{there} exists and is not overwritten: remove it, or give another folder")
-    if hosts:
-        make_certificates(folder, [host.strip() for host in hosts.split(",")])
-    for name in node or []:
+    if named:
+        make_certificates(folder, named)
+    for name in nodes:
         make_node_key(folder / name)
     made = sorted(path.name for path in folder.iterdir())
     if as_json:
@@ -87,6 +96,8 @@ def try_(
     from fedex_lora.flower._trial import short_demo, trial
 
     quiet()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whatever was started is stopped
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     console = consoles(as_json)
     settings = read_config(config, set_ or []) if config else short_demo(set_ or [])
     result: dict[str, Any] = trial(settings, out, seconds, lambda line: console.print(line, highlight=False))

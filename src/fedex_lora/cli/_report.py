@@ -1,5 +1,6 @@
 """Looking at runs: `report`, `figure`, `watch`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -26,7 +27,8 @@ def report(
     if as_json:
         print_json(made)
     else:
-        consoles(False).print(f"{made['out']}: {made['runs']} runs, {made['charts']} charts, {size(made['bytes'])}", highlight=False)
+        line = f"{made['out']}: {made['runs']} runs, {made['charts']} charts, {size(made['bytes'])}"
+        consoles(False).print(line, highlight=False, markup=False)
 
 
 @app.command()
@@ -40,7 +42,6 @@ def figure(
     debug: Debug = False,
 ) -> None:
     """The paper's figures of the deviation of plain averaging, from any runs; says which of its observations hold there."""
-    from fedex_lora.display import table
     from fedex_lora.report import write_figure
 
     made = write_figure(number, runs, out or Path(f"figure-{number}.pdf"), value)  # type: ignore[arg-type]
@@ -48,11 +49,13 @@ def figure(
         print_json(made)
         return
     console = consoles(False)
-    rows = [
-        [one["run"], one["observation"], "yes" if one["holds"] else "no", f"{one['number']:.3g}", one["of"]] for one in made["observations"]
-    ]
-    console.print(table("the paper's observations, in these runs", ["run", "observation", "holds", "number", "of"], rows))
-    console.print(made["out"], highlight=False)
+    print_plain = partial(console.print, highlight=False, markup=False)
+    print_plain(
+        "the paper's observations, in these runs:" if made["observations"] else "no observations: nothing was lost, or too little ran"
+    )
+    for one in made["observations"]:
+        print_plain(f"{one['run']}: {one['observation']}: {'yes' if one['holds'] else 'no'}, {one['number']:.3g} ({one['of']})")
+    print_plain(made["out"])
 
 
 @app.command()

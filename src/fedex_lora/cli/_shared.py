@@ -31,6 +31,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             fail(f"error: {error}", error.exit_status)
         except typer.Exit:
             raise
+        except OSError as error:
+            if options.get("debug") or not error.filename:
+                raise
+            fail(f"error: {error.filename}: {error.strerror}: give another path, or mend this one", 1)
         except Exception as error:
             if options.get("debug"):
                 raise

@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
@@ -15,6 +16,7 @@ from fedex_lora.flower._messages import Packet, pack, unpack
 from fedex_lora.framing import read_table
 
 PAUSE = 0.5  # seconds between two looks for replies
+JOIN, RETURN = 900.0, 120.0  # seconds that a node may be away: before it was ever there, and after
 GONE = {
     ErrorCode.NODE_UNAVAILABLE: "its node went away before it answered",
     ErrorCode.MESSAGE_UNAVAILABLE: "its message did not get through: the node went away",
@@ -24,7 +26,9 @@ GONE = {
 
 
 class Roster:
-    """Which node is which client: by the name that it was registered under; nodes without a name take the clients that are left.
+    """Which node is which client: by the name that it was registered under; nodes without any name (in simulations) take the clients left.
+
+    A node of another name has no part in the run; a name that two nodes have is nobody's, until one of them is unregistered.
 
     Args:
         grid: Flower's.
@@ -34,12 +38,15 @@ class Roster:
     def __init__(self, grid: Grid, clients: Sequence[str]) -> None:
         self._grid, self._clients = grid, sorted(clients)
         self._unnamed = dict[int, str]()
+        self.doubled = set[str]()
 
     def present(self) -> dict[str, "Seat"]:
         """Client -> its node, of those that are there."""
         nodes = {node.node_id: node for node in self._grid.get_nodes()}
-        here = {node.name: node.node_id for node in nodes.values() if node.name in self._clients}
-        for node in sorted(nodes.keys() - here.values()):
+        count = Counter(node.name for node in nodes.values())
+        self.doubled = {client for client in self._clients if count[client] > 1}
+        here = {node.name: node.node_id for node in nodes.values() if node.name in self._clients and count[node.name] == 1}
+        for node in sorted(number for number, node in nodes.items() if not node.name):
             taken = {client for other, client in self._unnamed.items() if other in nodes and other != node} | here.keys()
             free = [client for client in self._clients if client not in taken]
             if self._unnamed.get(node) not in free:
@@ -70,7 +77,7 @@ class _Asked:
 
 
 class GridExchange:
-    """`exchange` over Flower's Grid: who is not there is waited for; what comes after its round is handed out in a later call.
+    """`exchange` over Flower's Grid: who is not there is waited for a while; what comes after its round is handed out in a later call.
 
     Args:
         grid: Flower's.
@@ -82,30 +89,51 @@ class GridExchange:
         self._grid, self._about = grid, about
         self._roster = Roster(grid, clients)
         self._asked = dict[str, _Asked]()  # by the message's id
+        self._seen = set[str]()
 
     def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
         """See `rounds.Exchange`."""
-        began, unsent, open = time.monotonic(), dict(messages), set(messages)
+        began, unsent, open = time.monotonic(), dict(messages), {client: _round_of(payload) for client, payload in messages.items()}
+        since = dict.fromkeys(messages, began)  # when a client that has not been asked yet was last there
+        self._asked = {identity: replace(asked, payload=b"") for identity, asked in self._asked.items()}  # nobody is asked those again
         while open and (deadline is None or time.monotonic() - began < deadline):
             here = self._roster.present()
+            self._seen |= here.keys()
             for client in sorted(unsent.keys() & here.keys()):
-                self._send(client, here[client], unsent.pop(client))
+                since[client] = time.monotonic()
+                if self._send(client, here[client], unsent[client]):
+                    del unsent[client]
             self._send_again(here)
-            replies = list(self._replies())
+            replies = [*self._replies(), *self._away(unsent, since)]
             for reply in replies:
-                open -= {reply.client} if reply.client not in unsent else set()
+                if reply.round is None:  # it was never asked
+                    del unsent[reply.client], open[reply.client]
+                elif reply.client not in unsent and reply.round == open.get(reply.client):
+                    del open[reply.client]
                 yield reply
             if open and not replies:
                 yield None
                 time.sleep(PAUSE)
 
-    def _send(self, client: str, seat: Seat, payload: bytes) -> None:
+    def _away(self, unsent: Mapping[str, bytes], since: Mapping[str, float]) -> Iterator[Reply]:
+        """Failures of those who are not there: nobody waits for ever, however the deadline is set."""
+        now = time.monotonic()
+        for client in unsent:
+            patience = RETURN if client in self._seen else JOIN
+            if now - since[client] >= patience:
+                why = (
+                    "two nodes are registered under its name: unregister one" if client in self._roster.doubled else "its node is not there"
+                )
+                yield Reply(client, None, f"{why} (waited {patience:g} seconds)")
+
+    def _send(self, client: str, seat: Seat, payload: bytes) -> bool:
+        """Whether Flower took the message."""
         round = _round_of(payload)
         content = pack(Packet(payload, {**self._about, "client": client}))
         message = Message(content=content, dst_node_id=seat.node, message_type="train", group_id=str(round))
-        for identity in self._grid.push_messages([message]):
-            if identity:
-                self._asked[identity] = _Asked(client, round, seat, payload)
+        taken = [identity for identity in self._grid.push_messages([message]) if identity]
+        self._asked |= {identity: _Asked(client, round, seat, payload) for identity in taken}
+        return bool(taken)
 
     def _send_again(self, here: Mapping[str, Seat]) -> None:
         """A node that was started anew has lost what it was asked, and nobody would ever say so."""
@@ -113,7 +141,8 @@ class GridExchange:
             seat = here.get(asked.client)
             if seat and seat.node == asked.seat.node and seat.since != asked.seat.since:
                 del self._asked[identity]
-                self._send(asked.client, seat, asked.payload)
+                if asked.payload and not self._send(asked.client, seat, asked.payload):
+                    self._asked[identity] = asked  # next time
 
     def _replies(self) -> Iterable[Reply]:
         for identity, asked in list(self._asked.items()):

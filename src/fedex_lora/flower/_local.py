@@ -132,7 +132,7 @@ class LocalDeployment:
             port: where it looks for the SuperLink (a proxy's, for instance).
         """
         given = {"client": client, "state": str(self.folder / "state" / client), **self.node_config.get(client, {})}
-        words = " ".join(f"{name}={json.dumps(value)}" for name, value in given.items())
+        words = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{port or self.port}", "--port", str(free_port())]
         command += ["--root-certificates", str(ca or self.folder / "keys" / "ca.crt"), "--node-config", words]
         self.start(client, [*command, "--auth-supernode-private-key", str(self.folder / "keys" / (key or client))])
@@ -144,7 +144,10 @@ class LocalDeployment:
             FedexLoraError: it fails.
         """
         command = ["flwr", *words, "--format", "json"]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            raise FedexLoraError(f"flwr {words[0]} does not answer: is the SuperLink at work? See {self.folder / 'logs'}") from None
         try:
             result: dict[str, Any] = json.loads(done.stdout[done.stdout.find("{") :])
         except ValueError:

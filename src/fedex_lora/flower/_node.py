@@ -1,12 +1,17 @@
 """One party on its machine: its rows, its model, its memory; from a request to an answer."""
 
+import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from fedex_lora.answers import Emit
 from fedex_lora.client import ClientData, quiet
 from fedex_lora.config import parse_config
-from fedex_lora.errors import ModelError, StorageError, UsageError
+from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._settings import NodeSettings, node_settings
 from fedex_lora.memory import MEMORY
@@ -41,10 +46,13 @@ class Node:
         if len(request.payload) > settings.max_megabytes * 1e6:
             raise UsageError(f"the message has {len(request.payload) / 1e6:.0f} MB, and this node takes {settings.max_megabytes:g}")
         folder = settings.folder / safe_name(request.run)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         mine = folder / safe_name(request.client)
-        mine.mkdir(exist_ok=True)
-        with locked(mine):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            mine.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"this node cannot keep its state in {settings.folder}: {error.strerror}: give another state=") from None
+        with _alone(mine):
             place, data = self._ready(request, settings)
             if request.base and request.base != place.base.fingerprint():
                 raise ModelError(
@@ -60,11 +68,31 @@ class Node:
         if self._made is None or self._made[0] != key:
             self._made = None  # two bases would not fit
             quiet()
-            config = settings.applied(parse_config(tomllib.loads(request.config)))
+            given = parse_config(tomllib.loads(request.config))
+            config, dealt = settings.applied(given), settings.deals(given)
+            own_file = Path(settings.data) / str(config.task.train)
+            if config.task.name == "custom" and not (dealt or settings.train or own_file.is_file()):
+                raise UsageError(f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"')
             task = load_task(config.task, config.seed)
             place = Place(config, task)
-            self._made = (key, place, _rows(place, request.client, settings.deals(config)))
+            self._made = (key, place, _rows(place, request.client, dealt))
         return self._made[1], self._made[2]
+
+
+@contextmanager
+def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
+    """`locked`, after waiting for an earlier process of this party to end: one that its node left behind, for instance."""
+    end = time.monotonic() + patience
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder))
+                break
+            except UsageError:
+                if time.monotonic() > end:
+                    raise TrainingError(f"another process of this party has been at work in {folder} for {patience:g} seconds") from None
+                time.sleep(1)
+        yield
 
 
 def _rows(place: Place, client: str, dealt: bool) -> ClientData:
@@ -76,8 +104,8 @@ def _rows(place: Place, client: str, dealt: bool) -> ClientData:
         mine, held = parts[client]
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
-    train, kept = (task.tokenize(place.work.processor, task.train.iloc[rows].reset_index(drop=True)) for rows in (mine, held))
-    return ClientData(train=train, held_out=kept)
+    rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
+    return ClientData(train=rows.select(np.arange(len(mine))), held_out=rows.select(np.arange(len(mine), len(rows))))
 
 
 def _remember(parties: Parties, folder: Path, memory: Path) -> None:

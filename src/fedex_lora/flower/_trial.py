@@ -31,7 +31,7 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
 
     Args:
         config: the run; `torch_threads` must be set, or the bits may differ.
-        folder: where everything goes; None: a temporary folder, removed when all went well.
+        folder: where everything goes; None: a temporary folder, which stays.
         seconds: until the deployment's run must have ended.
         tell: told of each step, in words.
 

@@ -53,8 +53,11 @@ def serve(path: Path, tell: Callable[[str], None]) -> None:
     from fedex_lora.flower._node import Node
 
     node = Node(lambda event, **fields: None)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.unlink(missing_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(f"cannot make {path.parent}: {error.strerror}: give another path") from None
+    _require_free(path)
     mask = os.umask(0o177)  # nobody else may open the socket, from its first moment
     try:
         listener = Listener(str(path), "AF_UNIX")
@@ -69,6 +72,20 @@ def serve(path: Path, tell: Callable[[str], None]) -> None:
                 _answer_one(connection, node, tell)
     finally:
         listener.close()
+
+
+def _require_free(path: Path) -> None:
+    """Remove a socket that nobody listens at any more; nothing else."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise UsageError(f"{path} exists and is no socket: give another path")
+    try:
+        Client(str(path), "AF_UNIX").close()
+    except OSError:
+        path.unlink()
+    else:
+        raise UsageError(f"a worker listens at {path} already: give another path, or stop that one")
 
 
 def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable[[str], None]) -> None:

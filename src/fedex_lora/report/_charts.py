@@ -28,7 +28,7 @@ class Chart:
         note: how to read it.
         spec: Vega-Lite, without data.
         values: the data, a row a mark.
-        table: the same numbers for those who cannot see it.
+        tables: the same numbers for those who cannot see it: one, or for heat maps one for each of the choices.
         choices: for heat maps: what the colour may show (field -> title, domain).
     """
 
@@ -36,7 +36,7 @@ class Chart:
     note: str
     spec: Spec
     values: Sequence[Mapping[str, Any]]
-    table: Table
+    tables: Sequence[Table]
     choices: Mapping[str, tuple[str, tuple[float, float]]] | None = None
 
     def embedded(self) -> Spec:
@@ -116,8 +116,11 @@ def lines(title: str, note: str, frame: pd.DataFrame, y: str, x: str = "round", 
     points = {"y": vertical, "color": colour, "opacity": hidden, "tooltip": tips}
     layers.append({"params": [near], "mark": {"type": "point", "filled": True, "size": 60}, "encoding": points})
     spec = {"width": "container", "height": 240, "encoding": {"x": horizontal}, "layer": layers}
-    wide = shown.pivot_table(index=x, columns="label", values="value", sort=False)[labels].sort_index().reset_index()
-    return Chart(title, note, spec, records(shown), table(f"{title}: {y}", wide))
+    names = {"value": "", "low": " lowest", "high": " highest"} if len(layers) > 2 else {"value": ""}
+    wide = shown.rename(columns=names).pivot_table(index=x, columns="label", values=list(names.values()), sort=False)
+    wide.columns = [f"{label}{name}" for name, label in wide.columns]
+    wide = wide[[f"{label}{name}" for label in labels for name in names.values()]].sort_index().reset_index()
+    return Chart(title, note, spec, records(shown), [table(f"{title}: {y}", wide)])
 
 
 def heat(
@@ -158,9 +161,11 @@ def heat(
             ],
         },
     }
-    wide = means.pivot_table(index="layer", columns="span", values=first, sort=False)[order].sort_index().reset_index()
-    made = table(f"{title}: {choices[first]}, by layer and round", wide)
-    return Chart(title, note, spec, records(means), made, {key: (name, domains[key]) for key, name in choices.items()})
+    tables = [
+        table(f"{title}: {name}, by layer and round", means.pivot(index="layer", columns="span", values=key)[order].reset_index())
+        for key, name in choices.items()
+    ]
+    return Chart(title, note, spec, records(means), tables, {key: (name, domains[key]) for key, name in choices.items()})
 
 
 def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
@@ -206,4 +211,4 @@ def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
     totals = frame.groupby(["client", "outcome"]).size().unstack(fill_value=0).reindex(columns=list(OUTCOMES), fill_value=0).reset_index()
     if whole:
         cells = cells.drop(columns=list(OUTCOMES))
-    return Chart(title, note, spec, records(cells), table(f"{title}: rounds by outcome", totals))
+    return Chart(title, note, spec, records(cells), [table(f"{title}: how many rounds, by client and outcome", totals)])

@@ -58,9 +58,12 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
     if not groups:
         raise UsageError("these runs have no LoRA updates that were averaged: nothing to draw")
     data = by_layer(groups, value) if number in LAYERS else by_round(groups, value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _matplotlib().rc_context(STYLE):
-        (_draw_layers if number in LAYERS else _draw_rounds)(data, out, value)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _matplotlib().rc_context(STYLE):
+            (_draw_layers if number in LAYERS else _draw_rounds)(data, out, value)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}: give another name after -o") from None
     return {"out": str(out), "data": data.to_dict("records"), "observations": observed(groups, value).to_dict("records")}
 
 
@@ -76,13 +79,15 @@ def by_layer(groups: Sequence[Group], value: Value) -> pd.DataFrame:
 
 
 def by_round(groups: Sequence[Group], value: Value) -> pd.DataFrame:
-    """By `run`, `panel` ("first": the first layer's query; "all": the mean over modules), `round`: over the seeds `mean`, `low`, `high`."""
+    """By `run`, `panel` ("first": the first layer's query or what it has for one, named in `module`; "all": the mean over modules),
+    `round`: over the seeds `mean`, `low`, `high`."""
     parts = []
     for group in groups:
-        seeds = pd.concat([analysis.across_rounds(frame, value) for frame in group.modules if not frame.empty])
+        frames = [analysis.across_rounds(frame, value) for frame in group.modules if not frame.empty]
+        seeds = pd.concat(frames)
         for panel, column in (("first", "first"), ("all", "mean")):
             found = seeds.groupby("round")[column].agg(mean="mean", low="min", high="max").reset_index()
-            parts.append(found.assign(run=group.label, panel=panel))
+            parts.append(found.assign(run=group.label, panel=panel, module=frames[0].attrs["first"] if panel == "first" else ""))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -134,7 +139,8 @@ def _draw_layers(data: pd.DataFrame, out: Path, value: Value) -> None:
 def _draw_rounds(data: pd.DataFrame, out: Path, value: Value) -> None:
     figure, axes = _canvas(2, share=False)
     runs = list(dict.fromkeys(data["run"]))
-    titles = {"first": "(a) first layer, query", "all": "(b) mean over all modules"}
+    firsts = [name for name in dict.fromkeys(data["module"]) if name]
+    titles = {"first": f"(a) {_end(firsts[0]) if len(firsts) == 1 else 'first layer'}", "all": "(b) mean over all modules"}
     for axis, (panel, title) in zip(axes, titles.items(), strict=True):
         for run in runs:
             _line(axis, data[(data["panel"] == panel) & (data["run"] == run)], "round", run, runs.index(run))
@@ -142,6 +148,11 @@ def _draw_rounds(data: pd.DataFrame, out: Path, value: Value) -> None:
         axis.set_xlabel("aggregation round")
         axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, axes, out, value)
+
+
+def _end(module: str, length: int = 42) -> str:
+    """A module path, without its beginning where it is long."""
+    return module if len(module) <= length else f"…{module[-length:]}"
 
 
 def _matplotlib() -> Any:

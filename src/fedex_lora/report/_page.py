@@ -44,7 +44,10 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         raise UsageError(f"{out} is a folder: give the name of a file, such as {out / 'report.html'}")
     runs = find_runs(paths)
     text, counts = page(runs)
-    write_text(out, text)
+    try:
+        write_text(out, text)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}: give another name after -o") from None
     return {"out": str(out), "bytes": len(text.encode()), "runs": len(runs), **counts}
 
 
@@ -142,7 +145,9 @@ def _setup(label: str, run: Run) -> dict[str, Any]:
     started = run.started
     environment: dict[str, Any] = {**started.get("versions", {}), "threads": started.get("torch_threads", "")}
     environment |= {key: started[key] for key in ("base_dtype", "base_quantization", "base_fingerprint") if started.get(key)}
-    return {"label": label, "config": text, "environment": environment, "seed": run.config.get("seed"), "exact": _verifiable(run)}
+    missed = any(event["event"] == "refused" or event.get("skipped") for event in run.events)
+    facts = {"seed": run.config.get("seed"), "exact": _verifiable(run), "missed": missed}
+    return {"label": label, "config": text, "environment": environment, **facts}
 
 
 def _verifiable(run: Run) -> bool:

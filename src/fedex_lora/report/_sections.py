@@ -1,15 +1,17 @@
 """What a report says: sections of charts, tables and numbers, from runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from fedex_lora import analysis
 from fedex_lora.analysis import Run
+from fedex_lora.analysis._frames import relative, travelled
 from fedex_lora.display import size
+from fedex_lora.errors import StorageError
 from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
 from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, table
 
@@ -18,7 +20,11 @@ VALUES = {
     "scaled": "root mean square over the weight's entries",
     "effective_rank": "effective rank of what is lost",
 }
-REFUSALS, LINES = 200, 12  # rows of a table, lines of a chart
+SPECTRA: dict[Literal["residual", "base delta"], str] = {
+    "residual": "Singular values of R after the last kept round.",
+    "base delta": "Singular values of all that the frozen base has gained by then.",
+}
+REFUSALS, LINES, MODULES = 200, 12, 6  # rows of a table, lines of a chart, modules whose spectra are drawn
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ in their seed only, with `analysis.rounds` and `analysis.modules` of each."""
+    """Runs that differ in their seed only (`seeds` of them), with `analysis.rounds` and `analysis.modules` of each."""
 
     label: str
     runs: Sequence[Run]
@@ -44,6 +50,14 @@ class Group:
     @property
     def first(self) -> Run:
         return self.runs[0]
+
+    @property
+    def last_round(self) -> int:
+        return max((int(frame["round"].max()) for frame in self.rounds if len(frame)), default=0)
+
+    def over(self, word: str) -> str:
+        """What a number of all seeds is; nothing where there is one."""
+        return f", {word} of {len(self.runs)} seeds" if len(self.runs) > 1 else ""
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -77,39 +91,41 @@ def final(group: Group, column: str) -> list[float]:
 
 def tiles(group: Group) -> list[tuple[str, str, str]]:
     """The headline numbers: what, how much, and of what."""
-    run, frame, headline = group.first, group.rounds[0], group.first.headline
+    run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.headline
     shown = headline if headline in frame else f"held_out_{headline}"
     found = []
     if ends := final(group, shown):
         where = "evaluation rows" if shown == headline else "the clients' own rows"
-        before = frame[shown].dropna()
-        base = f", {before.iloc[0]:.4f} before training" if len(before) and frame["round"].iloc[before.index[0]] == 0 else ""
-        found.append((headline, f"{np.mean(ends):.4f}", f"{where}, round {frame['round'].max()}{base}"))
-    if "exactness_error" in frame:
-        found.append(("exactness error", scientific(frame["exactness_error"].max()), "worst round and module, from the factors"))
-    if "deviation" in frame:
-        note = f"what it would lose of the update: most in one round; {percent(frame['deviation'].iloc[-1])} in the last"
+        before = frame[frame["round"] == 0][shown].mean()
+        base = f", {before:.4f} before training" if np.isfinite(before) else ""
+        found.append((headline, f"{np.mean(ends):.4f}", f"{where}, round {group.last_round}{base}{group.over('mean')}"))
+    if final(group, "exactness_error"):
+        note = f"worst round and module, from the factors{group.over('worst')}"
+        found.append(("exactness error", scientific(frame["exactness_error"].max()), note))
+    if ends := final(group, "deviation"):
+        last = f"{percent(float(np.mean(ends)))} in the last that was measured{group.over('mean')}"
+        note = f"of the whole model's update it would lose: most in one round{group.over('worst')}; {last}"
         found.append(("plain averaging", percent(frame["deviation"].max()), note))
-    down, up = frame["bytes_down"].sum(), frame["bytes_up"].sum()
-    found.append(("travelled", size(down + up), f"{size(down)} down, {size(up)} up, all clients and rounds"))
+    down, up = (frame[column].sum() / len(group.runs) for column in ("bytes_down", "bytes_up"))
+    found.append(("travelled", size(down + up), f"{size(down)} down, {size(up)} up, all clients and rounds{group.over('mean')}"))
     asked, refused = (int(frame[column].sum()) if column in frame else 0 for column in ("participants", "refused"))
-    found.append(
-        ("answers refused", str(refused), f"of {asked} in {int(frame['round'].max())} rounds, {len(run.started['clients'])} clients")
-    )
-    if "seconds" in frame:
-        found.append(("time", duration(frame["seconds"].sum()), f"{duration(frame['seconds'].mean())} a round"))
+    note = f"of {asked} in {group.last_round} rounds, {len(run.started['clients'])} clients{group.over('sum')}"
+    found.append(("answers refused", str(refused), note))
+    if "seconds" in frame and frame["seconds"].notna().any():
+        note = f"{duration(frame['seconds'].mean())} a round{group.over('mean')}"
+        found.append(("time", duration(frame["seconds"].sum() / len(group.runs)), note))
     return found
 
 
 def comparison(groups: Sequence[Group]) -> Table:
     """One line a label."""
-    rows = []
+    rows, judged = [], headlines(groups)
     for group in groups:
         headline = group.first.headline
         shown = headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"
         ends, frame = final(group, shown), pd.concat(group.rounds)
-        row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": int(frame["round"].max())}
-        row |= {
+        row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": group.last_round}
+        row |= dict.fromkeys(judged, np.nan) | {
             headline: float(np.mean(ends)) if ends else np.nan,
             "lowest": min(ends, default=np.nan),
             "highest": max(ends, default=np.nan),
@@ -124,9 +140,7 @@ def comparison(groups: Sequence[Group]) -> Table:
     if (made["seeds"] == 1).all():
         made = made.drop(columns=["lowest", "highest", "seeds"])
     formats: dict[str, Format] = {
-        groups[0].first.headline: fixed,
-        "lowest": fixed,
-        "highest": fixed,
+        **dict.fromkeys([*judged, "lowest", "highest"], fixed),
         "exactness_error": scientific,
         "deviation": percent,
     }
@@ -138,15 +152,26 @@ def comparison(groups: Sequence[Group]) -> Table:
         "bytes_up": "sent up",
         "seconds": "time",
     }
-    caption = f"{groups[0].first.headline} after the last round; the errors are of the worst round"
+    caption = (
+        f"{' or '.join(judged)} after the last round; the errors are of the worst round: exactness error of its worst module, averaging "
+        "alone of the whole model"
+    )
+    if (made.get("seeds", pd.Series([1])) > 1).any():
+        caption += "; means over the seeds, errors of the worst seed, refused in all seeds"
     return table(caption, made, formats, names)
+
+
+def headlines(groups: Sequence[Group]) -> list[str]:
+    """The metrics that the runs' tasks are judged by."""
+    return list(dict.fromkeys(group.first.headline for group in groups))
 
 
 def curves(groups: Sequence[Group]) -> Part:
     """How good the model was."""
-    headline = groups[0].first.headline
-    wanted = {headline: "the global model on the task's evaluation rows", "loss": "the same model's loss there"}
-    wanted |= {f"held_out_{headline}": "on the clients' own held-out rows, the mean by rows", "held_out_loss": "the loss there"}
+    judged = headlines(groups)
+    wanted = dict.fromkeys(judged, "the global model on the task's evaluation rows") | {"loss": "the same model's loss there"}
+    wanted |= dict.fromkeys([f"held_out_{name}" for name in judged], "on the clients' own held-out rows, the mean by rows")
+    wanted |= {"held_out_loss": "the loss there"}
     charts = []
     for column, note in wanted.items():
         name = column.removeprefix("held_out_")
@@ -159,14 +184,14 @@ def curves(groups: Sequence[Group]) -> Part:
 
 def deviations(groups: Sequence[Group]) -> Part:
     """How far averaging the factors is from the ideal."""
-    parts, layers = [], []
+    parts, absolute, layers = [], [], []
     for group in groups:
-        modules = pd.concat(group.modules)
-        if not modules.empty:
-            means = modules.groupby("round")["relative"].agg(value="mean", low="mean", high="mean").reset_index()
-            parts.append(means.assign(label=group.label))
-            first = modules[(modules["round"] == modules["round"].min()) & (modules["layer"] >= 0)]
-            by = first.groupby(["projection", "layer"])["relative"].mean().reset_index(name="value")
+        frames = [frame for frame in group.modules if not frame.empty]
+        if frames:
+            parts.append(_means(frames, ["round"], "relative").assign(label=group.label))
+            absolute.append(_means(frames, ["round"], "scaled").assign(label=group.label))
+            firsts = [frame[(frame["round"] == frame["round"].min()) & (frame["layer"] >= 0)] for frame in frames]
+            by = _means(firsts, ["projection", "layer"], "relative")
             layers.append(by.assign(label=[f"{group.label}: {name}" if len(groups) > 1 else name for name in by["projection"]]))
     if not parts:
         return Part("")
@@ -174,10 +199,18 @@ def deviations(groups: Sequence[Group]) -> Part:
     both = [
         lines(
             "Across rounds",
-            "|R| / |M|, the mean over all modules: the share of the ideal update M that averaging the factors alone loses.",
+            "|R| / |M|, the mean over all modules, small ones and large ones alike: the share of the ideal update M that averaging the "
+            "factors alone loses. (The headline number is that of the whole model.)",
             pd.concat(parts, ignore_index=True),
             "|R| / |M|",
             format=".1%",
+        ),
+        lines(
+            "Across rounds, in absolute numbers",
+            "|R| / sqrt(out in), the mean over all modules: it falls as the clients' updates get smaller or come to agree.",
+            pd.concat(absolute, ignore_index=True),
+            "root mean square of R",
+            format=".2~e",
         ),
         lines(
             "By layer, first round",
@@ -194,18 +227,32 @@ def deviations(groups: Sequence[Group]) -> Part:
         "Averaging the factors A and B, as most tools do, gives R less than the mean M of the clients' updates. What is drawn is what that "
         "would lose, whichever method ran: an exact method puts R into the frozen base."
     )
+    if count > LINES:
+        note += f" By layer these would be {count} lines: see the heat maps."
     return Part("What plain averaging would lose", note, [chart for chart in both if chart])
+
+
+def _means(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.DataFrame:
+    """The mean over modules, and of that over the seeds' frames the mean `value`, `low` and `high`."""
+    seeds = pd.concat([frame.groupby(by)[column].mean().reset_index() for frame in frames])
+    return seeds.groupby(by)[column].agg(value="mean", low="min", high="max").reset_index()
 
 
 def communication(groups: Sequence[Group]) -> Part:
     """What travelled."""
     total = lines("Bytes so far", "Down and up, all clients together.", curve(groups, "bytes_total"), "bytes", format=".3~s")
-    frame = analysis.communication({group.label: group.first.events for group in groups})
+    means = []
+    for group in groups:
+        seeds = pd.DataFrame([travelled(run.events) for run in group.runs])
+        means.append({"run": group.label, **seeds.iloc[0], **seeds.drop(columns="method").mean()})
+    frame = relative(pd.DataFrame(means))
     formats = {name: size for name in ("bytes_down", "bytes_up", "bytes_total", "base_bytes")}
     names = {"bytes_down": "down", "bytes_up": "up", "bytes_total": "both", "base_bytes": "the base, once"}
     names |= {"relative": "relative", "relative_with_base": "relative, with the base"}
+    over = ", means over the seeds" if any(len(group.runs) > 1 for group in groups) else ""
     caption = (
-        "Bytes of all clients and rounds. Relative to fedex, or the first; with the base: as if each client had also downloaded it once."
+        f"Bytes of all clients and rounds{over}. Relative to fedex, or the first; with the base: as if each client had also downloaded it "
+        "once."
     )
     return Part("What travelled", "", [item for item in (total, table(caption, frame.drop(columns="method"), formats, names)) if item])
 
@@ -213,10 +260,10 @@ def communication(groups: Sequence[Group]) -> Part:
 def details(group: Group, budget: int, folded: bool) -> Part:
     """One run of a group, in detail."""
     run = group.first
-    inner = [_heat_maps(group.modules[0], budget), _exactness(group), _participation(run), _clients(run)]
+    inner = [_heat_maps(group.modules[0], budget), _spectra(run), _exactness(group), _participation(group), _clients(run)]
     title = "Round by round" if not folded else f"{group.label}, round by round"
-    seed = f"The run with seed {run.config.get('seed')}." if len(group.runs) > 1 else ""
-    return Part(title, seed, folded=folded, inner=[part for part in inner if part and part.items])
+    note = f"Of the run with seed {run.config.get('seed')}; refusals and warnings are those of all seeds." if len(group.runs) > 1 else ""
+    return Part(title, note, folded=folded, inner=[part for part in inner if part and part.items])
 
 
 def _heat_maps(modules: pd.DataFrame, budget: int) -> Part:
@@ -224,10 +271,32 @@ def _heat_maps(modules: pd.DataFrame, budget: int) -> Part:
         return Part("")
     projections = list(dict.fromkeys(modules.sort_values("layer")["projection"]))
     limit = int(np.clip(budget // max(1, modules["module"].nunique()), 5, 60))
-    domains = {key: (0.0, float(f"{modules[key].quantile(0.99):.3g}") or 1.0) for key in VALUES}
-    note = "Darker is less. Rounds are averaged in spans where there are many."
+    highest = {key: float(f"{modules[key].quantile(0.99):.3g}") for key in VALUES}
+    domains = {key: (0.0, top if top > 0 else 1.0) for key, top in highest.items()}
+    note = (
+        "Darker is less; the brightest colour is the 99th percentile and all above it. Rounds are averaged in spans where there are many."
+    )
     charts = [heat(name, "", modules[modules["projection"] == name], VALUES, domains, limit) for name in projections]
     return Part("Deviation of plain averaging, by layer and projection", note, charts)
+
+
+def _spectra(run: Run) -> Part:
+    """Of the last round that is kept; nothing where its folder is gone, or the base gained nothing."""
+    items = []
+    for of, what in SPECTRA.items():
+        try:
+            frame = analysis.spectrum(run.folder, of, MODULES)
+        except (StorageError, OSError):
+            continue
+        if not frame.empty:
+            frame = frame[frame["value"] > 1e-7 * frame.groupby("module")["value"].transform("max")]  # what the factors' fp32 can hold
+            shown = pd.DataFrame({"index": frame["index"], "value": frame["value"]})
+            names = [f"{layer} {kind}" if layer >= 0 else kind for layer, kind in zip(frame["layer"], frame["projection"], strict=True)]
+            ranks = frame.groupby("module")["effective_rank"].first()
+            note = f"{what} Effective rank: {significant(ranks.min())} to {significant(ranks.max())}."
+            chart = lines(f"Spectrum of the {of}", note, shown.assign(label=names), "singular value", x="index", log=True)
+            items += [chart] if chart else []
+    return Part("What the lost part is made of", "", items)
 
 
 def _exactness(group: Group) -> Part:
@@ -245,11 +314,17 @@ def _exactness(group: Group) -> Part:
     return Part("How exact it was", "", [chart] if chart else [])
 
 
-def _participation(run: Run) -> Part:
-    frame, refused = analysis.participation(run.events), analysis.refusals(run.events)
-    if frame.empty:
-        return Part("")
-    items: list[Chart | Table] = [timeline("Participation", "Whose update is part of each round's mean.", frame)]
+def _all_seeds(group: Group, frame_of: Callable[[Sequence[Mapping[str, Any]]], pd.DataFrame]) -> pd.DataFrame:
+    """One frame of all runs' events, with the seed where there are several."""
+    frames = [frame_of(run.events) for run in group.runs]
+    if len(frames) > 1:
+        frames = [frame.assign(seed=str(run.config.get("seed"))) for frame, run in zip(frames, group.runs, strict=True)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _participation(group: Group) -> Part:
+    frame, refused = analysis.participation(group.first.events), _all_seeds(group, analysis.refusals)
+    items: list[Chart | Table] = [timeline("Participation", "Whose update is part of each round's mean.", frame)] if len(frame) else []
     if len(refused):
         reasons = refused.groupby("reason").agg(times=("round", "size"), clients=("client", "nunique"), last=("round", "max")).reset_index()
         reasons = reasons.sort_values("times", ascending=False)
@@ -258,7 +333,7 @@ def _participation(run: Run) -> Part:
             table("Why answers were refused", reasons.head(REFUSALS), names={"last": "last round"}),
             table(f"Refused answers{note}", refused.tail(REFUSALS)),
         ]
-    if len(told := analysis.messages(run.events)):
+    if len(told := _all_seeds(group, analysis.messages)):
         items.append(table("Warnings and interruptions", told.tail(REFUSALS)))
     return Part("Who took part", "", items)
 

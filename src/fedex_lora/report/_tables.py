@@ -42,7 +42,15 @@ def _cell(value: Any, show: Format) -> tuple[str, float | None]:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–", None
     text = show(value)
-    return text, None if isinstance(value, str) or text == str(value) else float(f"{float(value):.6g}")
+    return text, None if isinstance(value, str) or _is_number(text) else float(f"{float(value):.6g}")
+
+
+def _is_number(text: str) -> bool:
+    """Does the text itself sort as a number?"""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _plain(value: Any) -> str:

@@ -41,9 +41,23 @@ for (const part of document.querySelectorAll("details.part")) {
   });
 }
 
+// On paper everything is open and drawn; afterwards it is as it was.
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details.part:not([open]), details.setup:not([open])")];
+  for (const part of opened) part.open = true;
+  for (const number of drawn(document)) {
+    if (!document.getElementById(`chart-${number}`).querySelector("svg")) draw(number);
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const part of opened) part.open = false;
+});
+
 for (const choice of document.querySelectorAll(".choices input")) {
   choice.addEventListener("change", () => {
     const part = choice.closest(".part");
+    const chosen = [...part.querySelectorAll(".choices input")].indexOf(choice);
     for (const number of drawn(part.querySelector(".grid"))) {
       const { spec, choices } = charts[number];
       if (!choices) continue;
@@ -51,6 +65,7 @@ for (const choice of document.querySelectorAll(".choices input")) {
       spec.encoding.color.field = choice.value;
       spec.encoding.color.scale.domain = domain;
       spec.encoding.color.legend.title = title;
+      document.querySelectorAll(`#chart-${number} + .numbers > div`).forEach((made, index) => (made.hidden = index !== chosen));
       draw(number);
     }
   });
