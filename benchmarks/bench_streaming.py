@@ -104,11 +104,11 @@ def forget(folders: list[Path]) -> None:
 def turns(folder: Path, model: str, k: int, repeats: int, cold: bool) -> dict[str, Any]:
     """Medians of seconds, of the ratios to copying turn by turn, and the sizes."""
     inputs, out = write_adapters(folder, model, k), folder / "out"
-    report = aggregate_folders(inputs, out, "fedex", None, None, keep_updates=False, audit=True)
+    report = aggregate_folders(inputs, out, "fedex", None, None, keep_updates=False, audit="auto")
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     shutil.rmtree(out)
     ways: dict[str, Callable[[], object]] = {
-        "aggregate": lambda: aggregate_folders(inputs, out, "fedex", None, None, keep_updates=False, audit=False),
+        "aggregate": lambda: aggregate_folders(inputs, out, "fedex", None, None, keep_updates=False, audit="none"),
         "copy": lambda: copy(inputs, out, written, sums=False),
         "copy_sums": lambda: copy(inputs, out, written, sums=True),
     }

@@ -11,10 +11,11 @@ import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import Method, aggregate, in_order, method_named, normalised_weights, require_same_structure
+from fedex_lora.audits import Audit, How
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.peft_io import Description, describe_adapter_folders, read_adapter_folder, read_result, write_result
-from fedex_lora.streaming import Audit, Round, streamable, write_streamed
+from fedex_lora.streaming import Round, audit_is_cheap, streamable, write_streamed
 from fedex_lora.tensor_files import read_tensor
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
@@ -27,7 +28,7 @@ def aggregate_folders(
     previous: Path | None,
     truncation: Truncation | None = None,
     keep_updates: bool = True,
-    audit: bool = True,
+    audit: How = "auto",
 ) -> dict[str, Any]:
     """Aggregate PEFT LoRA adapters that were trained on one base model, and write a result folder.
 
@@ -42,7 +43,8 @@ def aggregate_folders(
         previous: the result folder that the adapters were trained on top of.
         truncation: of the residual, for fedex-svd.
         keep_updates: keep the adapters in the result, so that `verify` can recompute the ideal.
-        audit: measure the error.
+        audit: measure the error exactly, or on random directions where memory holds one module at a time; "auto": exactly unless that
+            would take several times as long as the aggregation.
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -79,7 +81,7 @@ def _streamed(
     weights: Sequence[float] | None,
     facts: Mapping[str, Any],
     keep_updates: bool,
-    audit: bool,
+    audit: How,
 ) -> dict[str, Any]:
     """From files to files."""
     started = time.perf_counter()
@@ -88,7 +90,7 @@ def _streamed(
     ordered, p = in_order(updates, normalised_weights(updates, "uniform" if weights is None else weights))
     require_same_structure(ordered, row)
     round = Round(row, [files[update.client_id] for update in ordered], ordered, p)
-    errors = Audit() if audit else None
+    errors = None if audit == "none" else Audit(exact=audit == "exact" or (audit == "auto" and audit_is_cheap(round)))
     write_streamed(out, round, facts, keep_updates, errors)
     return {
         "weights": {update.client_id: weight for update, weight in zip(ordered, p, strict=True)},
@@ -99,7 +101,7 @@ def _streamed(
         "adapter": round.standalone() is not None,
         "max_relative_error": errors.exactness().max_relative_error if errors else None,
         "total_relative_error": errors.exactness().total_relative_error if errors else None,
-        "error_estimated": True,
+        "error_estimated": bool(errors and not errors.exact),
         "tail": 0.0,
         "warning": None,
         "deviation": errors.deviation().total_relative_error if errors else None,
@@ -118,7 +120,7 @@ def _in_memory(
     truncation: Truncation | None,
     facts: Mapping[str, Any],
     keep_updates: bool,
-    audit: bool,
+    audit: How,
 ) -> dict[str, Any]:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
@@ -136,8 +138,8 @@ def _in_memory(
         after, result = server.step(before, updates, rule, truncation)
         held = {update.client_id: _held(before, update) for update in updates}
     measured = time.perf_counter()
-    errors = measure.audit(before, updates, result.weights, after, held) if audit else None
-    deviation = measure.deviation(result, updates).total_relative_error if audit else None
+    errors = measure.audit(before, updates, result.weights, after, held) if audit != "none" else None
+    deviation = measure.deviation(result, updates).total_relative_error if audit != "none" else None
     audited = time.perf_counter() - measured
     kept = updates if keep_updates else ()
     write_result(

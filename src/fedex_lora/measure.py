@@ -148,36 +148,6 @@ def per_module(deviation: Exactness, adapter: Adapter) -> dict[str, list[Any]]:
     return {"module": names} | {key: [float(f"{value:.6g}") for value in values] for key, values in columns.items()}
 
 
-def probes(inner: int, count: int = 32, seed: int = 0) -> Tensor:
-    """Random orthonormal directions, `in x count`, scaled so that `|E X|_F` estimates `|E|_F` (exactly, where count >= in).
-
-    The estimate's relative standard deviation is at most `sqrt(1 / (2 count))` times `sqrt(2)`, and far less for errors of high rank,
-    as rounding errors are.
-    """
-    count = min(count, inner)
-    draws = torch.randn(inner, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(draws).Q * math.sqrt(inner / count)
-
-
-def probed(A: Tensor, B: Tensor, scalings: Sequence[float], p: Sequence[float], X: Tensor) -> tuple[Tensor, Tensor]:
-    """`M X` and `s Bbar Abar X` of one module in fp64, by the plain formulas, one client at a time.
-
-    Args:
-        A: the clients' factors, `k x r x in`.
-        B: `k x out x r`.
-        scalings: one a client; s is the first.
-        p: weights.
-        X: `in x count`.
-    """
-    ideal, mean_A, mean_B = (X.new_zeros(size) for size in ((B.shape[1], X.shape[1]), A.shape[1:], B.shape[1:]))
-    for a, b, s, weight in zip(A, B, scalings, p, strict=True):
-        a64, b64 = a.double(), b.double()
-        ideal.addmm_(b64, a64 @ X, alpha=weight * s)
-        mean_A.add_(a64, alpha=weight)
-        mean_B.add_(b64, alpha=weight * s)
-    return ideal, mean_B @ (mean_A @ X)
-
-
 def drift(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
     """Client -> `|s_i B_i A_i - M| / |M|` over all modules: how far what it trained is from the participants' mean.
 

@@ -4,19 +4,18 @@ Files are opened in turn, and only the bytes of the modules at hand are read, st
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fedex_lora import measure
-from fedex_lora.aggregation import Batch, Clients, Method, mean_of, portions, splits
+from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, portions, splits
+from fedex_lora.audits import Audit, exact_flops
 from fedex_lora.peft_io import (
     DELTA,
     LINEAR,
@@ -36,6 +35,9 @@ from fedex_lora.tensor_files import Shapes, TensorWriter, opened, read_into, rea
 from fedex_lora.types import ClientUpdate, LoRAPair
 
 PIECE = 2**21  # numbers that are transposed, or multiplied, and written at a time
+RANKS = 96  # of a product that are summed together: the rounding of one long fp32 sum is larger, and no faster
+NUMBER_FLOPS = 256  # that could be done while one number is read or written, and its sum taken
+CHEAP = 4
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -88,51 +90,16 @@ def streamable(row: Method, files: Sequence[Description]) -> bool:
     return row.of_means and not row.own and layouts <= {LINEAR} and dtypes <= set(FLOATS)
 
 
-class Audit:
-    """|got - ideal|, |plain averaging - ideal| and |ideal| of every module, estimated in fp64 on random directions (`measure.probes`).
-
-    Attributes:
-        seconds: what the audit itself took.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._directions: dict[int, Tensor] = {}
-        self._missing: dict[str, Tensor] = {}
-        self._ideal: dict[str, float] = {}
-        self._plain: dict[str, float] = {}
-
-    def want(self, module: str, A: Tensor, B: Tensor, scalings: Sequence[float], p: Sequence[float]) -> None:
-        """The ideal of one module, from the clients' factors as they were read: `k x r x in`, `k x out x r`."""
-        started = time.perf_counter()
-        if A.shape[-1] not in self._directions:
-            self._directions[A.shape[-1]] = measure.probes(A.shape[-1])
-        ideal, plain = measure.probed(A, B, scalings, p, self._directions[A.shape[-1]])
-        self._missing[module] = ideal
-        self._ideal[module] = float(torch.linalg.matrix_norm(ideal))
-        self._plain[module] = float(torch.linalg.matrix_norm(plain - ideal))
-        self.seconds += time.perf_counter() - started
-
-    def image(self, V: Tensor) -> Tensor:
-        """`V X`."""
-        started = time.perf_counter()
-        image = V.double() @ self._directions[V.shape[-1]]
-        self.seconds += time.perf_counter() - started
-        return image
-
-    def got(self, module: str, rows: slice, left: Tensor, right: Tensor | None = None) -> None:
-        """These rows of the result have `left @ right`, with `right` an image, or the matrix `left`."""
-        started = time.perf_counter()
-        self._missing[module][rows] -= left.double() @ (self._directions[left.shape[-1]] if right is None else right)
-        self.seconds += time.perf_counter() - started
-
-    def exactness(self) -> measure.Exactness:
-        """Of the result."""
-        return measure.Exactness({module: float(torch.linalg.matrix_norm(rest)) for module, rest in self._missing.items()}, self._ideal)
-
-    def deviation(self) -> measure.Exactness:
-        """Of plain averaging."""
-        return measure.Exactness(self._plain, self._ideal)
+def audit_is_cheap(round: Round) -> bool:
+    """Does an exact audit cost no more than a few times what the aggregation does?"""
+    work = audit = 0
+    for module, pair in round.adapter.items():
+        (out, inner), rank, dense = pair.shape, round.rest_rank(module), round.dense(module)
+        clients = pair.rank * len(round.files)
+        moved = NUMBER_FLOPS * (clients + pair.rank) * (out + inner)
+        work += moved + (2 * rank * out * inner if dense else 2 * NUMBER_FLOPS * rank * (out + inner))
+        audit += 2 * exact_flops((out, inner), clients + pair.rank + (0 if dense else rank), dense)  # fp64 takes twice as long
+    return audit <= CHEAP * work
 
 
 def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_updates: bool, audit: Audit | None) -> None:
@@ -165,26 +132,21 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
                 return stack.enter_context(TensorWriter(temporary / name, shapes))
 
             modules = list(chain.from_iterable(order))
-            adapters = [writer(f"{TRAINABLE}/{WEIGHTS}", _adapter_shapes(modules, round.adapter, other))]
-            delta = writer(DELTA, _delta_shapes(modules, round))
-            whole = writer(f"{STANDALONE}/{WEIGHTS}", _adapter_shapes(modules, standalone, other)) if standalone else None
+            files = _Files(
+                trainable=writer(f"{TRAINABLE}/{WEIGHTS}", _adapter_shapes(modules, round.adapter, other)),
+                delta=writer(DELTA, _delta_shapes(modules, round)),
+                whole=writer(f"{STANDALONE}/{WEIGHTS}", _adapter_shapes(modules, standalone, other)) if standalone else None,
+            )
             for part in splits(round.row, [update.client_id for update in round.updates], _batches(round, order, audit)):
                 for index, module in enumerate(part.modules):
-                    A, B = part.adapter.A[index], part.adapter.B[index].mT.contiguous()
-                    adapters[0].write(A)
-                    adapters[0].write(B)
-                    rest = None if part.rest is None or not round.rest_rank(module) else (part.rest.A[index], part.rest.B[index])
-                    if audit:
-                        audit.got(module, slice(None), part.scaling * B.double(), audit.image(A))
-                    _write_rest(module, rest, LoRAPair(A, B, part.scaling), round.dense(module), delta, whole, audit)
-                    del rest
+                    _write_module(module, part, index, round, files, audit)
                 del part  # or two modules' results would be held while the next one is made
-            adapters += [whole] if whole else []
             for name in first.other:
                 mean = mean_of(_Tensors([file.path for file in round.files], [file.entries[name] for file in round.files]), p, name)
-                for file in adapters:
-                    file.write(mean)
-        sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in (*adapters, delta)}
+                for file in (files.trainable, files.whole):
+                    if file:
+                        file.write(mean)
+        sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in files if file}
         write_config(temporary / TRAINABLE, round.adapter, round.files[0].folder.format)
         write_readme(temporary / TRAINABLE, round.adapter, method, 1, folder.name)
         if standalone:
@@ -192,6 +154,14 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
         for source, update in zip(round.files, round.updates, strict=True) if keep_updates else ():
             name = f"{UPDATES}/{safe_name(update.client_id)}.safetensors"
             sums[name] = _copy_update(source, update, temporary / name)
+
+
+class _Files(NamedTuple):
+    """What is written."""
+
+    trainable: TensorWriter
+    delta: TensorWriter
+    whole: TensorWriter | None
 
 
 def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
@@ -211,45 +181,45 @@ def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) 
                 for index, module in enumerate(modules):
                     read_into(descriptor, file.factor(module, "A"), A[index, client])
                     read_into(descriptor, file.factor(module, "B"), B[index, client])
-        for index, module in enumerate(modules):
-            scalings = [update.adapter[module].scaling for update in round.updates]
-            if audit:
-                audit.want(module, A[index], B[index], scalings, round.p)
-            for client, scaling in enumerate(scalings):
-                if scaling != first.scaling:
-                    B[index, client] = (B[index, client].double() * (scaling / first.scaling)).float()
+        scalings = [[update.adapter[module].scaling for update in round.updates] for module in modules]
+        for index, module in enumerate(modules) if audit else ():
+            audit.take(module, A[index], B[index], scalings[index], round.p)
+        if any(scaling != first.scaling for some in scalings for scaling in some):  # the audit goes on from what was read
+            B = B.clone()
+            for index, client in product(range(len(modules)), range(len(round.files))):
+                B[index, client] = (B[index, client].double() * (scalings[index][client] / first.scaling)).float()
         yield Batch(modules, Clients(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
 
 
-def _write_rest(
-    module: str,
-    rest: tuple[Tensor, Tensor] | None,
-    adapter: LoRAPair,
-    dense: bool,
-    delta: TensorWriter,
-    whole: TensorWriter | None,
-    audit: Audit | None,
-) -> None:
-    """What the base gains, `V` (`q x in`) and `U^T` (`q x out`), as factors or as the matrix; with factors also `[s B, U] [A; V]`."""
-    if whole:
-        whole.write(adapter.A)
-    if rest is None:
-        if whole:
-            whole.write(adapter.scaling * adapter.B)
-        return
-    V, U_t = rest
-    image = audit.image(V) if audit and not dense else None
-    if whole:
-        whole.write(V)
-    for rows in _slices(U_t.shape[1], max(1, PIECE // (V.shape[1] if dense else V.shape[0]))):
-        piece = U_t[:, rows].mT @ V if dense else U_t[:, rows].mT.contiguous()
-        delta.write(piece)
-        if whole:
-            whole.write(torch.cat([adapter.scaling * adapter.B[rows], piece], dim=1))
+def _write_module(module: str, part: Part, index: int, round: Round, files: _Files, audit: Audit | None) -> None:
+    """One module: the adapter `s B A`; what the base gains as factors `U V`, or the matrix; with factors also `[s B, U] [A; V]`."""
+    A, B = part.adapter.A[index], part.adapter.B[index].mT.contiguous()
+    files.trainable.write(A)
+    files.trainable.write(B)
+    dense, gains = round.dense(module), part.rest if round.rest_rank(module) else None
+    V, U_t = (gains.A[index], gains.B[index]) if gains else (A[:0], A.new_empty(0, len(B)))
+    if audit:
+        audit.result(module, LoRAPair(A, B, part.scaling), V, dense)
+    if files.whole:
+        files.whole.write(A)
+        files.whole.write(V)
+    for rows in _slices(len(B), max(1, PIECE // (V.shape[1] if dense else max(1, len(V))))):
+        piece = _matrix(U_t[:, rows], V) if dense else U_t[:, rows].mT.contiguous()
+        files.delta.write(piece)
+        if files.whole:
+            files.whole.write(torch.cat([part.scaling * B[rows], piece], dim=1))
         if audit:
-            audit.got(module, rows, piece, image)
+            audit.rows(module, rows, piece)
     if not dense:
-        delta.write(V)
+        files.delta.write(V)
+
+
+def _matrix(U_t: Tensor, V: Tensor) -> Tensor:
+    """`U V`."""
+    total = U_t.new_zeros(U_t.shape[1], V.shape[1])
+    for u, v in zip(U_t.split(RANKS), V.split(RANKS), strict=True):
+        total.addmm_(u.mT, v)
+    return total
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -124,14 +124,15 @@ def _any(matrix: Tensor) -> bool:
 
 
 def mean_of(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
-    """`sum p_i x_i`, differences first, in fp32 or better, as the global factors are; the sequence may read them one at a time."""
+    """`sum p_i x_i`, differences first, rounded once to fp32 or better; the sequence may read them one at a time."""
     last = tensors[-1]
     if not last.is_floating_point():
         raise AggregationError(f"other tensor {name} is {last.dtype}, which has no mean: send floating-point tensors only")
     last = last.to(torch.promote_types(last.dtype, torch.float32))
-    mean = last.clone()
+    total = last.double()
     for index, weight in enumerate(p[:-1]):
-        mean.add_(tensors[index].to(last.dtype) - last, alpha=weight)
+        total.add_(tensors[index].to(last.dtype) - last, alpha=weight)
+    mean = total.to(last.dtype)
     if not torch.isfinite(mean).all():
         raise AggregationError(f"other tensor {name} of some client holds NaN or infinity, or overflows: leave that client out")
     return mean

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
 
+CLIENTS = 64  # whose sum is taken in the precision of their factors
+
 
 @dataclass(frozen=True, eq=False)
 class Clients:
@@ -55,16 +57,30 @@ def differences(x: Tensor) -> Tensor:
     return torch.sub(x[:, :-1], x[:, -1:], out=x.new_empty(x[:, :-1].shape))
 
 
-def mean(x: Tensor, difference: Tensor, p: Tensor) -> Tensor:
-    """`xbar = x_k + sum_{i<k} p_i (x_i - x_k)`: differences first, which are exact in fp32 when the clients are close."""
-    shares = p[:-1].expand(len(x), 1, -1)  # one matrix a module: a vector times a stack would copy the stack
-    return torch.bmm(shares, difference.flatten(2)).unflatten(2, x.shape[2:])[:, 0].add_(x[:, -1])
+def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
+    """`sum_i p_i x_i` over dimension 1. Blocks of clients are added up in fp64: the rounding of one sum would grow with their number."""
+    blocks = zip(x.split(CLIENTS, dim=1), p.split(CLIENTS), strict=True)
+    sums = [torch.bmm(shares.expand(len(x), 1, -1), part.flatten(2)) for part, shares in blocks]  # p times a stack would copy the stack
+    total = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1).double().sum(dim=1, keepdim=True).to(x)
+    return total.unflatten(2, x.shape[2:])[:, 0]
+
+
+def deviations(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """`xbar = sum_i p_i x_i`, and `x_i - xbar` for i < k, both to rounding of their own size.
+
+    Differences `x_i - x_k` come first: they are exact in fp32 when the clients are close. Where they cancel out, the mean of the
+    differences is a large number with a rounding error of that size, so what the deviations still sum to is taken out in a second step.
+    """
+    difference = differences(x)
+    first = weighted_sum(difference, p[:-1])
+    difference.sub_(first[:, None])
+    second = weighted_sum(difference, p[:-1]).addcmul_(p[-1], first, value=-1)
+    return first.add_(x[:, -1]).add_(second), difference.sub_(second[:, None])
 
 
 def factor_means(clients: Clients) -> Split:
     """`Abar = sum p_i A_i`, `Bbar = sum p_i B_i` (FedEx-LoRA paper, eq. 3-4). Exact where the clients share A, or share B."""
-    A, B, p = clients.A, clients.B, clients.p
-    return Factors(A=mean(A, differences(A), p), B=mean(B, differences(B), p)), None
+    return Factors(A=deviations(clients.A, clients.p)[0], B=deviations(clients.B, clients.p)[0]), None
 
 
 def factor_means_and_residual(clients: Clients) -> Split:
@@ -72,16 +88,14 @@ def factor_means_and_residual(clients: Clients) -> Split:
 
     R is a weighted covariance, `sum_i p_i (B_i - Bbar)(A_i - Abar)`, and the weighted deviations of B sum to zero, so
     `R = sum_{i<k} [p_i (B_i - Bbar)] [A_i - A_k]`: rank (k-1) r, in closed form. Differences come first, so R keeps all its digits in fp32
-    however small it is (1e-7 relative, where the mean of products minus the product of means has none left).
+    however small it is (1e-7 relative, where the mean of products minus the product of means has none left). An error of Bbar would be
+    multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent; one of Abar only by Bbar.
     """
     A, B, p = clients.A, clients.B, clients.p
-    dA, dB = differences(A), differences(B)
-    p_i = p[:-1, None, None]
-    weighted_dB = dB.mul_(p_i)  # p_i (B_i - B_k)
-    mean_dB = weighted_dB.sum(dim=1, keepdim=True)  # Bbar - B_k
-    centred = weighted_dB.addcmul_(p_i, mean_dB, value=-1)  # p_i (B_i - Bbar), without a copy of that size
-    means = Factors(A=mean(A, dA, p), B=mean_dB[:, 0].add_(B[:, -1]))
-    return means, Factors(A=dA.flatten(1, 2), B=centred.flatten(1, 2))
+    dA = differences(A)
+    mean_B, deviation = deviations(B, p)
+    means = Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B)
+    return means, Factors(A=dA.flatten(1, 2), B=deviation.mul_(p[:-1, None, None]).flatten(1, 2))
 
 
 def best_rank(clients: Clients) -> Split:

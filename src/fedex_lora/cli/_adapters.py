@@ -27,7 +27,9 @@ def aggregate(
         bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
     ] = True,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
-    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Measure the error against the fp64 ideal.")] = True,
+    audit: Annotated[
+        str, typer.Option(help="Measure the error against the fp64 ideal: exact, estimate or none; auto: exact unless that takes long.")
+    ] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -38,7 +40,7 @@ def aggregate(
         _merge(adapters, out, numbers(weights, "--weights", "120,80"), method, state or truncate, as_json)
         return
     shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
-    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, audit)
+    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit))
     if as_json:
         print_json(result)
         return
@@ -75,7 +77,7 @@ def _print_errors(console: Any, result: dict[str, Any]) -> None:
     if result["max_relative_error"] is None:
         console.print("the error was not measured")
         return
-    how = " (estimated on 32 random directions; `verify` computes it)" if result["error_estimated"] else ""
+    how = " (estimated on 32 random directions; --audit exact, or `verify`, computes it)" if result["error_estimated"] else ""
     console.print(
         f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by "
         f"{result['deviation']:.1%}{how}",
@@ -90,6 +92,12 @@ def _print_places(console: Any, result: dict[str, Any], out: Path) -> None:
         return
     console.print(train, highlight=False)
     console.print("no stand-alone adapter: at rank k r it would be larger than the matrices; `export --as adapter --rank R` cuts one")
+
+
+def _audit(text: str) -> Any:
+    if text not in ("auto", "exact", "estimate", "none"):
+        raise UsageError(f"--audit {text!r}: write auto, exact, estimate or none")
+    return text
 
 
 def _truncation(text: str | None) -> Any:
