@@ -158,7 +158,7 @@ def in_fresh_process(folder: Path, model: str, k: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # type: ignore[no-any-return]
 
 
-def large(folder: Path, k: int, layers: int) -> dict[str, Any]:
+def large(folder: Path, k: int, layers: int, audit: Any) -> dict[str, Any]:
     """One round of Llama-3.2-3B shapes, once, in this process; what it grew by, and the seconds."""
     started = time.perf_counter()
     inputs = write_adapters(folder, LARGE, k, layers)
@@ -166,7 +166,7 @@ def large(folder: Path, k: int, layers: int) -> dict[str, Any]:
     aggregate_folders(inputs[:1], folder / "warm", "fedex", None, None, keep_updates=False)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    report = aggregate_folders(inputs, folder / "out", "fedex", None, None, keep_updates=False)
+    report = aggregate_folders(inputs, folder / "out", "fedex", None, None, keep_updates=False, audit=audit)
     grew = status("VmHWM") - before
     modules, _, rank = MODELS[LARGE]
     module = max(4 * k * rank * (out + inner) for out, inner in modules.values())
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the adapters are written; by default the system's temporary folder")
     parser.add_argument("--clients", type=int, help="only one round of Llama-3.2-3B shapes with so many clients")
     parser.add_argument("--layers", type=int, default=28, help="with --clients: of so many layers only")
+    parser.add_argument("--audit", default="auto", help="with --clients: auto, exact, estimate or none")
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each way")
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "K"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,7 +212,7 @@ def main() -> None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.clients:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            results["large"] = large(Path(folder), arguments.clients, arguments.layers)
+            results["large"] = large(Path(folder), arguments.clients, arguments.layers, arguments.audit)
         print(json.dumps(results["large"], indent=1))
     else:
         results["rows"] = []

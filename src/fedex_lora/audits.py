@@ -17,7 +17,7 @@ from fedex_lora.types import LoRAPair
 
 How = Literal["auto", "exact", "estimate", "none"]
 DIRECTIONS = 32
-PIECE = 2**21  # numbers of the matrix that are looked at together
+PIECE = 2**19  # numbers of the matrix that are looked at together
 COLUMNS = 256  # of factors that are multiplied together
 
 
@@ -105,12 +105,12 @@ class Audit:
         ideal = A.new_zeros((rows.stop - rows.start, A.shape[2]), dtype=torch.float64)
         for a, b, share in zip(A.split(some), B[:, rows].split(some), shares.split(some), strict=True):
             ideal.addmm_((share[:, None, None] * b).transpose(0, 1).flatten(1), a.flatten(0, 1).double())
-        size = ideal.square().sum()
+        size = torch.linalg.matrix_norm(ideal)
         missing = ideal.addmm_(self._adapter.B[rows].double(), adapter.double(), alpha=-self._adapter.scaling)
-        plain = missing.square().sum()
+        plain = torch.linalg.matrix_norm(missing)
         right = V if V is not None else self._X
         missing = missing.sub_(left) if right is None else missing.addmm_(left.double(), right.double(), alpha=-1)
-        return torch.stack([missing.square().sum(), plain, size])
+        return torch.stack([torch.linalg.matrix_norm(missing), plain, size]).square()
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
