@@ -17,8 +17,8 @@ from fedex_lora.types import LoRAPair
 
 How = Literal["auto", "exact", "estimate", "none"]
 DIRECTIONS = 32
-PIECE = 2**19  # numbers of the matrix that are looked at together
-COLUMNS = 256  # of factors that are multiplied together
+PIECE = 2**20  # numbers of the matrix that are looked at together
+COLUMNS = 512  # of factors that are multiplied together
 
 
 def exact_flops(shape: tuple[int, int], columns: int, dense: bool) -> int:
@@ -95,7 +95,7 @@ class Audit:
             for piece in left.split(max(1, PIECE // width)):
                 self._squares[module] += self._squared(module, slice(start, start := start + len(piece)), piece)
             if start == self._adapter.shape[0]:
-                del self._clients[module]
+                del self._clients[module], self._images  # whoever made these stacks may need their memory
 
     def _squared(self, module: str, rows: slice, left: Tensor) -> Tensor:
         """Squares of the three norms, of some rows."""

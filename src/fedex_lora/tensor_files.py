@@ -29,6 +29,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_TABLE = 100 * 2**20
+SMALL = 2**18  # bytes whose sum takes less time than another thread does to wake up
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 """Name -> dtype and shape, in the order in which the tensors lie in the file."""
 
@@ -197,7 +198,10 @@ class TensorWriter:
             raise AssertionError(f"{self.path}: more is written than its header says")
         self._left -= data.nbytes
         self.settle()
-        self._pending = self._worker.submit(self._sum.update, data)
+        if data.nbytes < SMALL:
+            self._sum.update(data)
+        else:
+            self._pending = self._worker.submit(self._sum.update, data)
         while data.nbytes:
             data = data[self._file.write(data) :]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
 
+LARGE = 2**16  # numbers of a factor
 CLIENTS = 64  # whose sum is taken in the precision of their factors
 
 
@@ -54,7 +55,13 @@ Split: TypeAlias = tuple[Factors, Factors | None]
 
 def differences(x: Tensor) -> Tensor:
     """`x_i - x_k` for i < k, over dimension 1; contiguous whatever the layout of x."""
-    return torch.sub(x[:, :-1], x[:, -1:], out=x.new_empty(x[:, :-1].shape))
+    difference = x.new_empty(x[:, :-1].shape)
+    if x.stride(-1) == 1 or x[0, 0].numel() < LARGE:
+        return torch.sub(x[:, :-1], x[:, -1:], out=difference)
+    for module, clients in zip(difference, x, strict=True):  # one matrix at a time: torch transposes that in blocks
+        for target, client in zip(module, clients[:-1], strict=True):
+            target.copy_((client.mT - clients[-1].mT).mT)
+    return difference
 
 
 def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
