@@ -182,8 +182,9 @@ def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) 
                     read_into(descriptor, file.factor(module, "A"), A[index, client])
                     read_into(descriptor, file.factor(module, "B"), B[index, client])
         scalings = [[update.adapter[module].scaling for update in round.updates] for module in modules]
-        for index, module in enumerate(modules if audit else ()):
-            audit.take(module, A[index], B[index], scalings[index], round.p)
+        if audit:
+            for index, module in enumerate(modules):
+                audit.take(module, A[index], B[index], scalings[index], round.p)
         if any(scaling != first.scaling for some in scalings for scaling in some):  # the audit goes on from what was read
             B = B.clone()
             for index, client in product(range(len(modules)), range(len(round.files))):
