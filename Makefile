@@ -31,6 +31,7 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_startup.py --out benchmarks/results/startup.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale_out.py --out benchmarks/results/scale_out.json
 	$(BIN)/python scripts/scale_out_table.py
+	$(BIN)/python benchmarks/bench_streaming.py --out benchmarks/results/streaming.json
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json

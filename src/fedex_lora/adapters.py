@@ -1,6 +1,8 @@
 """Adapters from elsewhere: aggregate PEFT folders exactly, with no model, no training and no server."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,13 @@ from typing import Any
 import torch
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.aggregation import Method, aggregate, method_named
+from fedex_lora.aggregation import Method, aggregate, in_order, method_named, normalised_weights, require_same_structure
+from fedex_lora.audits import Audit, How
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError, UsageError
-from fedex_lora.peft_io import AdapterFolder, read_adapter_folder, read_result, write_result
+from fedex_lora.peft_io import Description, describe_adapter_folders, read_adapter_folder, read_result, write_result
+from fedex_lora.streaming import Round, audit_is_cheap, streamable, write_streamed
+from fedex_lora.tensor_files import read_tensor
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
 
@@ -22,20 +27,27 @@ def aggregate_folders(
     weights: Sequence[float] | None,
     previous: Path | None,
     truncation: Truncation | None = None,
+    keep_updates: bool = True,
+    audit: How = "auto",
 ) -> dict[str, Any]:
     """Aggregate PEFT LoRA adapters that were trained on one base model, and write a result folder.
+
+    The plain case (see `streaming.streamable`, and no `previous`) goes from files to files, one module of all adapters in memory at a time.
 
     Args:
         folders: one adapter a client; the folder's name is the client's id.
         out: must not exist, or be empty. It gets `trainable/` with `base_delta.safetensors` (what clients go on with), and `adapter/`,
-            one stand-alone adapter with all of the update.
+            one stand-alone adapter with all of the update (unless it would be larger than the matrices).
         method: a name in `METHODS`, or METHOD+GAUGE.
         weights: one a folder; None: uniform.
         previous: the result folder that the adapters were trained on top of.
         truncation: of the residual, for fedex-svd.
+        keep_updates: keep the adapters in the result, so that `verify` can recompute the ideal.
+        audit: measure the error exactly, or on random directions where memory holds one module at a time; "auto": exactly unless that
+            would take several times as long as the aggregation.
 
     Returns:
-        Method, weights, ranks, and the exactness error in fp64.
+        Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
 
     Raises:
         FedexLoraError: an adapter that is broken or does not fit the others; nothing is written then.
@@ -44,42 +56,110 @@ def aggregate_folders(
     _require_global_model(row, truncation)
     if any(out.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise UsageError(f"{out} lies in one of the adapters: give another -o")
+    described = describe_adapter_folders(folders)
+    _require_one_base(folders, described)
+    names = distinct_names(folders)
+    facts = {
+        "base_model": described[0].folder.base_model,
+        "task_type": described[0].folder.config.get("task_type"),
+        "sources": [str(folder) for folder in folders],
+        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
+        "versions": {"fedex-lora": __version__},
+    }
+    if previous is None and streamable(row, described):
+        result = _streamed(row, described, names, out, weights, facts, keep_updates, audit)
+    else:
+        result = _in_memory(row, folders, names, out, weights, previous, truncation, facts, keep_updates, audit)
+    return {"method": method, "exact_method": row.exact, **result, "out": str(out)}
+
+
+def _streamed(
+    row: Method,
+    described: Sequence[Description],
+    names: Sequence[str],
+    out: Path,
+    weights: Sequence[float] | None,
+    facts: Mapping[str, Any],
+    keep_updates: bool,
+    audit: How,
+) -> dict[str, Any]:
+    """From files to files."""
+    started = time.perf_counter()
+    updates = [ClientUpdate(name, one.folder.adapter, 1, one.folder.other) for name, one in zip(names, described, strict=True)]
+    files = dict(zip(names, described, strict=True))
+    ordered, p = in_order(updates, normalised_weights(updates, "uniform" if weights is None else weights))
+    require_same_structure(ordered, row)
+    round = Round(row, [files[update.client_id] for update in ordered], ordered, p)
+    errors = None if audit == "none" else Audit(exact=audit == "exact" or (audit == "auto" and audit_is_cheap(round)))
+    write_streamed(out, round, facts, keep_updates, errors)
+    return {
+        "weights": {update.client_id: weight for update, weight in zip(ordered, p, strict=True)},
+        "modules": len(round.adapter),
+        "trainable_rank": max(pair.rank for pair in round.adapter.values()),
+        "residual_rank": max(min(round.rest_rank(module), *pair.shape) for module, pair in round.adapter.items()),
+        "dense_modules": sum(round.rest_rank(module) > 0 and round.dense(module) for module in round.adapter),
+        "adapter": round.standalone() is not None,
+        "max_relative_error": errors.exactness().max_relative_error if errors else None,
+        "total_relative_error": errors.exactness().total_relative_error if errors else None,
+        "error_estimated": bool(errors and not errors.exact),
+        "tail": 0.0,
+        "warning": None,
+        "deviation": errors.deviation().total_relative_error if errors else None,
+        "seconds": time.perf_counter() - started,
+        "audit_seconds": errors.seconds if errors else 0.0,
+    }
+
+
+def _in_memory(
+    row: Method,
+    folders: Sequence[Path],
+    names: Sequence[str],
+    out: Path,
+    weights: Sequence[float] | None,
+    previous: Path | None,
+    truncation: Truncation | None,
+    facts: Mapping[str, Any],
+    keep_updates: bool,
+    audit: How,
+) -> dict[str, Any]:
+    """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
+    started = time.perf_counter()
     read = [read_adapter_folder(folder) for folder in folders]
-    _require_one_base(folders, read)
     updates = [
-        ClientUpdate(client_id=name, adapter=one.adapter, num_examples=1, other=one.other)
-        for name, one in zip(_names(folders), read, strict=True)
+        ClientUpdate(client_id=name, adapter=one.adapter, num_examples=1, other=one.other) for name, one in zip(names, read, strict=True)
     ]
-    before = _state(previous, method, updates)
+    before = _state(previous, row.name, updates)
     rule: Any = "uniform" if weights is None else list(weights)
     held: measure.Held = {}
     if previous is None:
-        result = aggregate(updates, method, rule, truncation)
-        after = ServerState(method=method, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
+        result = aggregate(updates, row.name, rule, truncation)
+        after = ServerState(method=row.name, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
     else:
         after, result = server.step(before, updates, rule, truncation)
         held = {update.client_id: _held(before, update) for update in updates}
-    audit = measure.audit(before, updates, result.weights, after, held)
-    facts = {
-        "base_model": read[0].base_model,
-        "task_type": read[0].config.get("task_type"),
-        "sources": [str(folder) for folder in folders],
-        "versions": {"fedex-lora": __version__},
-    }
-    write_result(out, after, updates, result.weights, read[0].format, facts, previous_delta=before.base_delta, standalone=True, held=held)
+    measured = time.perf_counter()
+    errors = measure.audit(before, updates, result.weights, after, held) if audit != "none" else None
+    deviation = measure.deviation(result, updates).total_relative_error if audit != "none" else None
+    audited = time.perf_counter() - measured
+    kept = updates if keep_updates else ()
+    write_result(
+        out, after, updates, result.weights, read[0].format, facts, previous_delta=before.base_delta, standalone=True, held=held, kept=kept
+    )
     return {
-        "method": method,
-        "exact_method": row.exact,
         "weights": dict(result.weights),
         "modules": len(after.adapter),
         "trainable_rank": max(pair.rank for pair in after.adapter.values()),
         "residual_rank": max((gain.rank for gain in result.residual.values()), default=0),
-        "max_relative_error": audit.max_relative_error,
-        "total_relative_error": audit.total_relative_error,
+        "dense_modules": 0,
+        "adapter": True,
+        "max_relative_error": errors.max_relative_error if errors else None,
+        "total_relative_error": errors.total_relative_error if errors else None,
+        "error_estimated": False,
         "tail": measure.tail(result),
         "warning": measure.useless_truncation(result),
-        "deviation": measure.deviation(result, updates).total_relative_error,
-        "out": str(out),
+        "deviation": deviation,
+        "seconds": time.perf_counter() - started,
+        "audit_seconds": audited,
     }
 
 
@@ -92,12 +172,12 @@ def _require_global_model(row: Method, truncation: Truncation | None) -> None:
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
 
 
-def _normal(name: str | None) -> str | None:
+def one_place(name: str | None) -> str | None:
     """Two spellings of one local folder are one base."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, or their whole paths where two have one name.
 
     Raises:
@@ -110,19 +190,25 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
 
 
-def _require_one_base(folders: Sequence[Path], read: Sequence[AdapterFolder]) -> None:
-    for folder, one in zip(folders, read, strict=True):
-        if _normal(one.base_model) != _normal(read[0].base_model):
+def _require_one_base(folders: Sequence[Path], described: Sequence[Description]) -> None:
+    first = described[0].folder
+    for folder, one in zip(folders, described, strict=True):
+        if one_place(one.folder.base_model) != one_place(first.base_model):
             raise AggregationError(
-                f"{folders[0]} was trained on {read[0].base_model}, {folder} on {one.base_model}: adapters of different bases have no mean"
+                f"{folders[0]} was trained on {first.base_model}, {folder} on {one.folder.base_model}: "
+                "adapters of different bases have no mean"
             )
-        if one.config.get("task_type") != read[0].config.get("task_type"):
+        if one.folder.config.get("task_type") != first.config.get("task_type"):
             raise AggregationError(f"{folders[0]} and {folder} have different task types: aggregate adapters of one task")
-        for name in {*one.frozen, *read[0].frozen}:
-            if not (name in one.frozen and name in read[0].frozen and torch.equal(one.frozen[name], read[0].frozen[name])):
+        for name in sorted({*one.folder.frozen, *first.frozen}):
+            if not (name in one.folder.frozen and name in first.frozen and _same(name, one, described[0])):
                 raise AggregationError(
                     f"{folders[0]} and {folder} differ in {name}, which is not in modules_to_save: their bases have other embeddings"
                 )
+
+
+def _same(name: str, one: Description, other: Description) -> bool:
+    return one.path == other.path or torch.equal(*(read_tensor(file.path, file.entries[name]) for file in (one, other)))
 
 
 def _state(previous: Path | None, method: str, updates: Sequence[ClientUpdate]) -> ServerState:

@@ -52,7 +52,7 @@ def _ratio(error: float, size: float) -> float:
 
 
 USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
-Held = Mapping[str, Mapping[str, LowRank]]
+Held = Mapping[str, Mapping[str, Delta]]
 """client -> module path -> what the client's base has beside the common one (see `server.start_of`)."""
 
 

@@ -105,7 +105,7 @@ class _Gathered:
     """
 
     updates: Sequence[ClientUpdate]
-    held: Held
+    held: Mapping[str, Mapping[str, LowRank]]
     late: frozenset[str]
     refused: Sequence[Refusal]
     open: Mapping[str, Download]

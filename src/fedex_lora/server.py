@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
-from fedex_lora.aggregation.lowrank import add, concatenate
+from fedex_lora.aggregation.lowrank import add, with_shares
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
@@ -55,17 +55,23 @@ def step(
     row = method_named(state.method)
     updates = [_continuing(state, update) for update in updates]
     result = aggregate(updates, state.method, weights, truncation, state)
-    result = replace(result, residual=_with_held(result, behind or {}))
+    shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
+    result = replace(result, residual=with_shares(result.residual, shares))
     shared = "A" in row.uploads and "B" in row.uploads
-    following = replace(
+    personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
+    return replace(following(state, result), personal=personal), result
+
+
+def following(state: ServerState, result: Aggregate) -> ServerState:
+    """The state after a round with this aggregate: of all participants, or merged from those of regional servers (`aggregation.merge`)."""
+    return replace(
         state,
         round=state.round + 1,
         adapter=result.adapter,
         base_delta=advance(state.base_delta, result.residual),
         other=result.other,
-        personal={**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {},
+        personal={},
     )
-    return following, result
 
 
 def skip(state: ServerState) -> ServerState:
@@ -84,15 +90,6 @@ def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
         )
         for module, pair in like.items()
     }
-
-
-def _with_held(result: Aggregate, behind: Mapping[str, Mapping[str, LowRank]]) -> dict[str, LowRank]:
-    """The residual, and the weighted sum of what single bases had beside the common one."""
-    terms = {module: [gain] for module, gain in result.residual.items()}
-    for client, held in behind.items():
-        for module, delta in held.items():
-            terms.setdefault(module, []).append(LowRank(U=result.weights[client] * delta.U, V=delta.V))
-    return {module: concatenate(parts) if len(parts) > 1 else parts[0] for module, parts in terms.items()}
 
 
 def advance(base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank]) -> dict[str, Delta]:

@@ -135,10 +135,15 @@ def load_update(path: Path) -> ClientUpdate:
 
 
 @contextmanager
-def atomic_folder(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
+def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A manifest with the given facts and the sha256 of every file is written last.
+    A manifest with the given facts and the sha256 of every file is written last. Facts and sums may still grow while the block runs.
+
+    Args:
+        path: must not exist, or be empty.
+        manifest: the facts.
+        sums: file name -> sha256, where it is known already.
 
     Raises:
         UsageError: `path` exists and holds something.
@@ -154,7 +159,8 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
         raise StorageError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
     try:
         yield temporary
-        files = {str(file.relative_to(temporary)): sha256(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
+        names = {str(file.relative_to(temporary)): file for file in sorted(temporary.rglob("*")) if file.is_file()}
+        files = {name: (sums or {}).get(name) or sha256(file) for name, file in names.items()}
         write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):

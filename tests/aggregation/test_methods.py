@@ -305,3 +305,23 @@ def test_other_tensors_are_averaged_with_the_same_weights():
     updates = make_updates(3)
     want = sum(p * oracle.numpy64(update.other["head.weight"]) for p, update in zip(oracle.shares([10, 20, 30]), updates, strict=True))
     assert oracle.relative(oracle.numpy64(aggregate(updates).other["head.weight"]), want) < EXACT
+
+
+@pytest.mark.parametrize("method", ["fedex", "ffa"])
+@pytest.mark.parametrize("k", [16, 17, 250])
+def test_independent_clients_however_many(k, method):
+    """Factors without a common start cancel in the mean, to 1/sqrt(k) of their size: rounding must not stay behind at their size."""
+    updates = updates_for(method, k, 64, 96, 4, seed=1, spread=1e4, scalings=(2.0,))
+    pairs, p = pairs_and_shares(updates)
+    assert oracle.relative(oracle.total(aggregate(updates, method), "m"), oracle.ideal(pairs, p)) < 3e-7
+
+
+@pytest.mark.parametrize(("out", "inner"), [(2048, 64), (64, 2048)])
+def test_large_factors_are_those_of_small_ones(out, inner):
+    """Factors that are transposed in blocks."""
+    updates = updates_for("fedex", 3, out, inner, 32, seed=2, spread=1e-3, scalings=(2.0,))
+    pairs, p = pairs_and_shares(updates)
+    result = aggregate(updates)
+    assert oracle.relative(oracle.total(result, "m"), oracle.ideal(pairs, p)) < 2e-7
+    gain, want = result.residual["m"], oracle.ideal(pairs, p) - oracle.product_of_means(pairs, p)
+    assert oracle.relative(oracle.numpy64(gain.U) @ oracle.numpy64(gain.V), want) < 2e-7

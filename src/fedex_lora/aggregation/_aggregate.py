@@ -7,12 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedex_lora.aggregation._engine import splits
 from fedex_lora.aggregation._naming import method_named
-from fedex_lora.aggregation._stacking import Space, batches, clients_of
+from fedex_lora.aggregation._stacking import batches
 from fedex_lora.aggregation.factors import Factors
-from fedex_lora.aggregation.gauges import GAUGES
 from fedex_lora.aggregation.methods import METHODS, Method
-from fedex_lora.aggregation.splits import Clients, factor_means
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
@@ -53,60 +52,42 @@ def aggregate(
         (4, {'a': 0.25, 'b': 0.75})
     """
     row = method_named(method)
-    p = normalised_weights(updates, weights)
-    order = sorted(range(len(updates)), key=lambda i: updates[i].client_id)
-    updates, p = [updates[i] for i in order], [p[i] for i in order]
-    _require_same_structure(updates, row)
+    updates, p = in_order(updates, normalised_weights(updates, weights))
+    require_same_structure(updates, row)
     adapter: dict[str, LoRAPair] = {}
     residual: dict[str, LowRank] = {}
     dropped: dict[str, float] = {}
-    space: Space = {}
-    for modules in batches(updates, state):
-        clients, scaling = clients_of(updates, p, modules, row, state, space)
-        if row.refactors or row.draws:  # the result would not show what came in
-            _require_finite(updates, modules, clients.factors)
-        factors, rest = _split(row, clients)
-        _require_finite(updates, modules, factors)
-        B = factors.B.mT.contiguous()
-        adapter |= {module: LoRAPair(A=factors.A[index], B=B[index], scaling=scaling) for index, module in enumerate(modules)}
-        if rest is not None and row.rest == "drop":
-            dropped |= {module: abs(scaling) * norm for module, norm in zip(modules, _norms(rest), strict=True)}
-        elif rest is not None:
-            residual.update(_gains(modules, rest, scaling))
+    for part in splits(row, [update.client_id for update in updates], batches(updates, p, row, state)):
+        B = part.adapter.B.mT.contiguous()
+        adapter |= {
+            module: LoRAPair(A=part.adapter.A[index], B=B[index], scaling=part.scaling) for index, module in enumerate(part.modules)
+        }
+        if part.rest is not None and row.rest == "drop":
+            dropped |= {module: abs(part.scaling) * norm for module, norm in zip(part.modules, _norms(part.rest), strict=True)}
+        elif part.rest is not None:
+            residual.update(_gains(part.modules, part.rest))
     adapter = {module: adapter[module] for module in updates[0].adapter}
     if row.rest == "truncate":
         residual, dropped = truncate(residual, truncation or Truncation(), max((pair.rank for pair in adapter.values()), default=1))
     return Aggregate(
         adapter=adapter,
         residual=residual,
-        other={name: _mean([update.other[name] for update in updates], p, name) for name in updates[0].other},
+        other={name: mean_of([update.other[name] for update in updates], p, name) for name in updates[0].other},
         weights={update.client_id: weight for update, weight in zip(updates, p, strict=True)},
         method=method,
         dropped=dropped,
     )
 
 
-def _split(row: Method, clients: Clients) -> tuple[Factors, Factors | None]:
-    """The method's split, with the adapter in the method's gauge."""
-    if row.trains != ("AB",) and not any(_shared(x) for x in clients.factors):
-        raise AggregationError(
-            f"{row.name} needs one A that all clients share (or one B), and theirs differ: freeze one while training, or use method fedex"
-        )
-    adapter, rest = row.split(clients)
-    if row.gauge != "as-is" and not row.own:
-        means, _ = factor_means(clients)
-        adapter = GAUGES[row.gauge](adapter, means, clients.fresh)
-    return adapter, rest
-
-
-def _shared(x: Tensor) -> bool:
-    """Do all clients have the same?"""
-    return torch.equal(x, x[:, -1:].expand_as(x))
-
-
 def _norms(product: Factors) -> list[float]:
     """The Frobenius norms of a stack of products whose columns are orthogonal, as those of an SVD are."""
     return [float(norm) for norm in (product.A.double().norm(dim=2) * product.B.double().norm(dim=2)).norm(dim=1)]
+
+
+def in_order(updates: Sequence[ClientUpdate], p: Sequence[float]) -> tuple[list[ClientUpdate], list[float]]:
+    """The updates and their weights in the order in which sums are taken: of the client ids."""
+    order = sorted(range(len(updates)), key=lambda i: updates[i].client_id)
+    return [updates[i] for i in order], [p[i] for i in order]
 
 
 def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> list[float]:
@@ -131,10 +112,8 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
     return [weight / total for weight in raw]
 
 
-def _gains(modules: Sequence[str], gain: Factors, scaling: float) -> dict[str, LowRank]:
+def _gains(modules: Sequence[str], gain: Factors) -> dict[str, LowRank]:
     """`s R` per module, without the modules where it is zero."""
-    if scaling != 1:
-        gain.B.mul_(scaling)
     gains = {module: LowRank(U=gain.B[index].mT, V=gain.A[index]) for index, module in enumerate(modules)}
     return {module: residual for module, residual in gains.items() if residual.rank and _any(residual.U) and _any(residual.V)}
 
@@ -144,20 +123,22 @@ def _any(matrix: Tensor) -> bool:
     return bool(matrix[0].any() or matrix[:, 0].any() or matrix.any())
 
 
-def _mean(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
-    """`sum p_i x_i`, differences first, in fp32 or better, as the global factors are."""
-    if not tensors[0].is_floating_point():
-        raise AggregationError(f"other tensor {name} is {tensors[0].dtype}, which has no mean: send floating-point tensors only")
-    last = tensors[-1].to(torch.promote_types(tensors[-1].dtype, torch.float32))
-    mean = last.clone()
-    for tensor, weight in zip(tensors[:-1], p[:-1], strict=True):
-        mean.add_(tensor.to(last.dtype) - last, alpha=weight)
+def mean_of(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
+    """`sum p_i x_i`, differences first, rounded once to fp32 or better; the sequence may read them one at a time."""
+    last = tensors[-1]
+    if not last.is_floating_point():
+        raise AggregationError(f"other tensor {name} is {last.dtype}, which has no mean: send floating-point tensors only")
+    last = last.to(torch.promote_types(last.dtype, torch.float32))
+    total = last.double()
+    for index, weight in enumerate(p[:-1]):
+        total.add_(tensors[index].to(last.dtype) - last, alpha=weight)
+    mean = total.to(last.dtype)
     if not torch.isfinite(mean).all():
         raise AggregationError(f"other tensor {name} of some client holds NaN or infinity, or overflows: leave that client out")
     return mean
 
 
-def _require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None:
+def require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None:
     """The same modules, shapes, ranks and other tensors in all updates; ids unique; scalings finite and not zero."""
     first, ids = updates[0], [update.client_id for update in updates]
     if len(set(ids)) < len(ids):
@@ -189,18 +170,3 @@ def _require_same_names(who: str, what: str, left: Mapping[str, object], right: 
         raise AggregationError(
             f"{who} have different {what} ({odd[0]} and {len(odd) - 1} more in one only): train the same ones everywhere"
         )
-
-
-def _require_finite(updates: Sequence[ClientUpdate], modules: Sequence[str], factors: Factors) -> None:
-    """NaN and infinity survive every sum, so a look at the means finds them in any input; then name who sent them."""
-    A, B = factors
-    if math.isfinite(A.sum() + B.sum()) or bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-        return
-    for update in updates:
-        for module in modules:
-            pair = update.adapter[module]
-            if not (torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
-                raise AggregationError(
-                    f"client {update.client_id} sent NaN or infinity in {module}: leave it out, or lower its learning rate"
-                )
-    raise AggregationError(f"the mean of {modules[0]} overflows: some client's factors are near the largest number of their dtype")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ Space: TypeAlias = dict[str, Tensor]
 """Memory that one batch after the other is stacked in."""
 
 
+class Batch(NamedTuple):
+    """Modules of one shape, ranks and scaling: what one call of a method's split sees.
+
+    Attributes:
+        modules: the g module paths.
+        clients: their factors, stacked, on one scaling.
+        scaling: s, which the adapter keeps.
+    """
+
+    modules: Sequence[str]
+    clients: Clients
+    scaling: float
+
+
 def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
     """The same product on another scaling: `B <- (s_i / s) B`, in fp64 and back in a dtype of at least fp32."""
     if pair.scaling == scaling:
@@ -25,7 +39,7 @@ def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
     return LoRAPair(A=pair.A, B=(pair.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling)
 
 
-def batches(updates: Sequence[ClientUpdate], state: ServerState | None) -> Iterator[list[str]]:
+def portions(updates: Sequence[ClientUpdate], state: ServerState | None = None) -> Iterator[list[str]]:
     """The modules, those of one shape, ranks and scaling together, in portions of `BATCH_BYTES`."""
     alike: dict[tuple[object, ...], list[str]] = {}
     for module, pair in updates[0].adapter.items():
@@ -38,10 +52,17 @@ def batches(updates: Sequence[ClientUpdate], state: ServerState | None) -> Itera
         yield from (modules[start : start + size] for start in range(0, len(modules), size))
 
 
-def clients_of(
+def batches(updates: Sequence[ClientUpdate], p: Sequence[float], row: Method, state: ServerState | None) -> Iterator[Batch]:
+    """All modules of updates in memory; a batch is valid until the next one is asked for."""
+    space: Space = {}
+    for modules in portions(updates, state):
+        yield _batch(updates, p, modules, row, state, space)
+
+
+def _batch(
     updates: Sequence[ClientUpdate], p: Sequence[float], modules: Sequence[str], row: Method, state: ServerState | None, space: Space
-) -> tuple[Clients, float]:
-    """What the method's split sees, and the scaling s that it is on: the global adapter's, else the first client's."""
+) -> Batch:
+    """What the method's split sees, on the scaling of the global adapter, else of the first client."""
     first = modules[0]
     live = state.adapter[first] if state else updates[0].adapter[first]
     ranks = [update.adapter[first].rank for update in updates]
@@ -56,7 +77,7 @@ def clients_of(
         frozen=_frozen(state.adapter, modules, p, ranks) if state and row.frozen_side and min(ranks) < rank else None,
         origins=_origins(state.personal, updates, modules, rank, live.scaling) if state and row.own else None,
     )
-    return clients, live.scaling
+    return Batch(modules=modules, clients=clients, scaling=live.scaling)
 
 
 def _frozen(live: Adapter, modules: Sequence[str], p: Sequence[float], ranks: Sequence[int]) -> Factors:

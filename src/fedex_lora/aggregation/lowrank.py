@@ -1,6 +1,6 @@
 """Algebra of low-rank matrices kept as factors. Pure functions; nothing here forms an `out x in` matrix unless it is smaller."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from fedex_lora.types import Delta, Dense, LowRank
 def concatenate(terms: Sequence[LowRank]) -> LowRank:
     """The sum of products as one product: `sum_j U_j V_j = [U_1 .. U_t] [V_1; ..; V_t]`."""
     return LowRank(U=torch.cat([term.U for term in terms], dim=1), V=torch.cat([term.V for term in terms], dim=0))
+
+
+def with_shares(gains: Mapping[str, LowRank], others: Sequence[tuple[float, Mapping[str, LowRank]]]) -> dict[str, LowRank]:
+    """`gains + sum_j w_j others_j` per module, as concatenated factors."""
+    terms = {module: [gain] for module, gain in gains.items()}
+    for weight, other in others:
+        for module, delta in other.items():
+            terms.setdefault(module, []).append(LowRank(U=weight * delta.U, V=delta.V))
+    return {module: concatenate(parts) if len(parts) > 1 else parts[0] for module, parts in terms.items()}
 
 
 def same_bits(left: Delta | None, right: Delta | None) -> bool:

@@ -78,6 +78,11 @@ class Method:
         return self.exactness == "exact"
 
     @property
+    def of_means(self) -> bool:
+        """Is the adapter the mean factors, and the rest all of the rest or nothing? Its shapes are known before any number is."""
+        return self.split in (factor_means, factor_means_and_residual) and self.rest != "truncate"
+
+    @property
     def refactors(self) -> bool:
         """Is the adapter after a round in other coordinates than it was trained in (so that Adam's moments mean nothing there)?"""
         return self.gauge != "as-is" or (self.split in (best_rank, all_to_rest) and not self.own)

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
 
+LARGE = 2**16  # numbers of a factor
+FEW = 16  # clients
+CLIENTS = 64  # whose sum is taken in the precision of their factors
+
 
 @dataclass(frozen=True, eq=False)
 class Clients:
@@ -52,18 +56,42 @@ Split: TypeAlias = tuple[Factors, Factors | None]
 
 def differences(x: Tensor) -> Tensor:
     """`x_i - x_k` for i < k, over dimension 1; contiguous whatever the layout of x."""
-    return torch.sub(x[:, :-1], x[:, -1:], out=x.new_empty(x[:, :-1].shape))
+    difference = x.new_empty(x[:, :-1].shape)
+    if x.stride(-1) == 1 or x[0, 0].numel() < LARGE:
+        return torch.sub(x[:, :-1], x[:, -1:], out=difference)
+    for module, clients in zip(difference, x, strict=True):  # one matrix at a time: torch transposes that in blocks
+        for target, client in zip(module, clients[:-1], strict=True):
+            target.copy_((client.mT - clients[-1].mT).mT)
+    return difference
 
 
-def mean(x: Tensor, difference: Tensor, p: Tensor) -> Tensor:
-    """`xbar = x_k + sum_{i<k} p_i (x_i - x_k)`: differences first, which are exact in fp32 when the clients are close."""
-    return (p[:-1] @ difference.flatten(2)).unflatten(1, x.shape[2:]).add_(x[:, -1])
+def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
+    """`sum_i p_i x_i` over dimension 1. Blocks of clients are added up in fp64: the rounding of one sum would grow with their number."""
+    blocks = zip(x.split(CLIENTS, dim=1), p.split(CLIENTS), strict=True)
+    sums = [torch.bmm(shares.expand(len(x), 1, -1), part.flatten(2)) for part, shares in blocks]  # p times a stack would copy the stack
+    total = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1).double().sum(dim=1, keepdim=True).to(x)
+    return total.unflatten(2, x.shape[2:])[:, 0]
+
+
+def deviations(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """`xbar = sum_i p_i x_i`, and `x_i - xbar` for i < k, both to rounding of their own size.
+
+    Differences `x_i - x_k` come first: they are exact in fp32 when the clients are close. Where they cancel out, the mean of the
+    differences is a large number with a rounding error of that size, so what the deviations of many clients still sum to is taken out in a
+    second step. (An error of the mean costs sqrt(k) times as much in R: little for a few clients.)
+    """
+    difference = differences(x)
+    first = weighted_sum(difference, p[:-1])
+    difference.sub_(first[:, None])
+    if len(p) <= FEW:
+        return first.add_(x[:, -1]), difference
+    second = weighted_sum(difference, p[:-1]).addcmul_(p[-1], first, value=-1)
+    return first.add_(x[:, -1]).add_(second), difference.sub_(second[:, None])
 
 
 def factor_means(clients: Clients) -> Split:
     """`Abar = sum p_i A_i`, `Bbar = sum p_i B_i` (FedEx-LoRA paper, eq. 3-4). Exact where the clients share A, or share B."""
-    A, B, p = clients.A, clients.B, clients.p
-    return Factors(A=mean(A, differences(A), p), B=mean(B, differences(B), p)), None
+    return Factors(A=deviations(clients.A, clients.p)[0], B=deviations(clients.B, clients.p)[0]), None
 
 
 def factor_means_and_residual(clients: Clients) -> Split:
@@ -71,16 +99,14 @@ def factor_means_and_residual(clients: Clients) -> Split:
 
     R is a weighted covariance, `sum_i p_i (B_i - Bbar)(A_i - Abar)`, and the weighted deviations of B sum to zero, so
     `R = sum_{i<k} [p_i (B_i - Bbar)] [A_i - A_k]`: rank (k-1) r, in closed form. Differences come first, so R keeps all its digits in fp32
-    however small it is (1e-7 relative, where the mean of products minus the product of means has none left).
+    however small it is (1e-7 relative, where the mean of products minus the product of means has none left). An error of Bbar would be
+    multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent; one of Abar only by Bbar.
     """
     A, B, p = clients.A, clients.B, clients.p
-    dA, dB = differences(A), differences(B)
-    p_i = p[:-1, None, None]
-    weighted_dB = dB.mul_(p_i)  # p_i (B_i - B_k)
-    mean_dB = weighted_dB.sum(dim=1, keepdim=True)  # Bbar - B_k
-    centred = weighted_dB.sub_(p_i * mean_dB)  # p_i (B_i - Bbar)
-    means = Factors(A=mean(A, dA, p), B=mean_dB[:, 0].add_(B[:, -1]))
-    return means, Factors(A=dA.flatten(1, 2), B=centred.flatten(1, 2))
+    dA = differences(A)
+    mean_B, deviation = deviations(B, p)
+    means = Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B)
+    return means, Factors(A=dA.flatten(1, 2), B=deviation.mul_(p[:-1, None, None]).flatten(1, 2))
 
 
 def best_rank(clients: Clients) -> Split:

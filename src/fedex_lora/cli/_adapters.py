@@ -12,22 +12,35 @@ from fedex_lora.errors import UsageError
 @app.command()
 @one_line_errors
 def aggregate(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client.")],
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, one a client; with --merge, OUTs of regional aggregates.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
-    weights: Annotated[Optional[str], typer.Option(help="Comma-separated numbers, one an adapter; by default uniform.")] = None,  # noqa: UP045
+    weights: Annotated[
+        str | None, typer.Option(help="Comma-separated numbers, one an adapter; by default uniform (--merge: their totals).")
+    ] = None,
     method: Annotated[str, typer.Option(help="METHOD or METHOD+GAUGE; see docs/methods.md.")] = "fedex",
     state: Annotated[Optional[Path], typer.Option(help="The result folder that the adapters were trained on top of.")] = None,  # noqa: UP045
     truncate: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="fedex-svd: rank=R, energy=SHARE or bytes=N; by default the adapter's rank."),
     ] = None,
+    updates: Annotated[
+        bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
+    ] = True,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
+    audit: Annotated[
+        str, typer.Option(help="Measure the error against the fp64 ideal: exact, estimate or none; auto: exact unless that takes long.")
+    ] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Aggregate PEFT adapters from anywhere, exactly. No training, no server."""
     from fedex_lora.adapters import aggregate_folders
 
-    result = aggregate_folders(adapters, out, method, numbers(weights, "--weights", "0.2,0.3,0.5"), state, _truncation(truncate))
+    if merge:
+        _merge(adapters, out, numbers(weights, "--weights", "120,80"), method, state or truncate, as_json)
+        return
+    shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
+    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit))
     if as_json:
         print_json(result)
         return
@@ -36,15 +49,55 @@ def aggregate(
     console.print(
         f"{result['method']}: {result['modules']} modules of {len(result['weights'])} adapters; weights {shares}", highlight=False
     )
-    console.print(
-        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by {result['deviation']:.1%}",
-        highlight=False,
-    )
+    _print_errors(console, result)
     if result["tail"]:
         console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
     if result["warning"]:
         console.print(f"! {result['warning']}", highlight=False)
-    console.print(f"stand-alone adapter: {out / 'adapter'}   to train on: {out / 'trainable'} with base_delta.safetensors", highlight=False)
+    _print_places(console, result, out)
+
+
+def _merge(regions: list[Path], out: Path, weights: list[float] | None, method: str, other: object, as_json: bool) -> None:
+    from fedex_lora.regions import merge_folders
+
+    if other or method != "fedex":
+        raise UsageError("--merge takes method and state from the regions' results: leave --method, --state and --truncate out")
+    result = merge_folders(regions, out, weights)
+    if as_json:
+        print_json(result)
+        return
+    console = consoles(False)
+    shares = ", ".join(f"{region} {weight:.4g}" for region, weight in result["weights"].items())
+    console.print(f"{result['method']}: {len(result['clients'])} adapters of {len(regions)} regions; weights {shares}", highlight=False)
+    console.print(f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}", highlight=False)
+    _print_places(console, result, out)
+
+
+def _print_errors(console: Any, result: dict[str, Any]) -> None:
+    if result["max_relative_error"] is None:
+        console.print("the error was not measured")
+        return
+    how = " (estimated on 32 random directions; --audit exact, or `verify`, computes it)" if result["error_estimated"] else ""
+    console.print(
+        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by "
+        f"{result['deviation']:.1%}{how}",
+        highlight=False,
+    )
+
+
+def _print_places(console: Any, result: dict[str, Any], out: Path) -> None:
+    train = f"to train on: {out / 'trainable'} with base_delta.safetensors"
+    if result["adapter"]:
+        console.print(f"stand-alone adapter: {out / 'adapter'}   {train}", highlight=False)
+        return
+    console.print(train, highlight=False)
+    console.print("no stand-alone adapter: at rank k r it would be larger than the matrices; `export --as adapter --rank R` cuts one")
+
+
+def _audit(text: str) -> Any:
+    if text not in ("auto", "exact", "estimate", "none"):
+        raise UsageError(f"--audit {text!r}: write auto, exact, estimate or none")
+    return text
 
 
 def _truncation(text: str | None) -> Any:

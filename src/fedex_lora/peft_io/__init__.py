@@ -1,7 +1,19 @@
 """PEFT and Transformers models to our types and back: the only home of scale, orientation (`fan_in_fan_out`) and dtype."""
 
 from fedex_lora.peft_io._base import FrozenBase
-from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._folders import (
+    PREFIX,
+    WEIGHTS,
+    AdapterFolder,
+    Description,
+    Format,
+    adapter_config,
+    describe_adapter_folders,
+    read_adapter_folder,
+    stacked,
+    write_adapter_folder,
+    write_config,
+)
 from fedex_lora.peft_io._layers import LINEAR, Layout
 from fedex_lora.peft_io._model import (
     add_lora,
@@ -18,23 +30,36 @@ from fedex_lora.peft_io._plain import in_float32, logits, plain_model
 from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
 from fedex_lora.peft_io._result import (
     DELTA,
+    HELD,
     IMAGE_TASK,
+    STANDALONE,
+    TRAINABLE,
+    UPDATES,
     Result,
     base_for,
     kind_of,
     load_model,
+    manifest_of,
     open_model,
     read_result,
     result_folders,
     safe_name,
+    write_readme,
     write_result,
 )
 
 __all__ = [
     "DELTA",
+    "HELD",
     "IMAGE_TASK",
     "LINEAR",
+    "PREFIX",
+    "STANDALONE",
+    "TRAINABLE",
+    "UPDATES",
+    "WEIGHTS",
     "AdapterFolder",
+    "Description",
     "Format",
     "FrozenBase",
     "ImageProcessor",
@@ -43,6 +68,7 @@ __all__ = [
     "adapter_config",
     "add_lora",
     "base_for",
+    "describe_adapter_folders",
     "format_of",
     "frozen_bytes",
     "image_shape",
@@ -52,6 +78,7 @@ __all__ = [
     "load_model",
     "load_processor",
     "logits",
+    "manifest_of",
     "open_model",
     "plain_model",
     "read_adapter_folder",
@@ -65,6 +92,8 @@ __all__ = [
     "stacked",
     "trainable_parameters",
     "write_adapter_folder",
+    "write_config",
     "write_model",
+    "write_readme",
     "write_result",
 ]

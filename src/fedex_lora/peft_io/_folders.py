@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.peft_io._layers import LINEAR, Layout
 from fedex_lora.storage import load_tensors, save_tensors
+from fedex_lora.tensor_files import Entry, Table, meta, read_table
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
 PREFIX = "base_model.model."
@@ -62,10 +63,59 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         AdapterError: it is not plain LoRA.
     """
     config = _read_config(folder)
+    _require_weights(folder, config)
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    return _parsed(folder, config, tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """A PEFT LoRA adapter in a file, its tensors unread.
+
+    Attributes:
+        path: of the file.
+        folder: as `read_adapter_folder` gives it, with tensors that have a shape and no numbers.
+        entries: where each tensor lies, by its name in the model.
+    """
+
+    path: Path
+    folder: AdapterFolder
+    entries: Mapping[str, Entry]
+
+    def factor(self, module: str, part: str) -> Entry:
+        """A or B of a linear layer."""
+        return self.entries[f"{module}.lora_{part}.weight"]
+
+
+def describe_adapter_folders(folders: Sequence[Path]) -> list[Description]:
+    """What `read_adapter_folder` would read, from headers alone; folders that look alike share one table.
+
+    Raises:
+        StorageError, AdapterError: as `read_adapter_folder`.
+    """
+    tables: dict[bytes, Table] = {}
+    alike: dict[tuple[str, bytes], Description] = {}
+    described = []
+    for folder in folders:
+        config = _read_config(folder)
+        _require_weights(folder, config)
+        table = read_table(folder / WEIGHTS, tables)
+        key = (json.dumps(config, sort_keys=True), table.raw)
+        if key not in alike:
+            parsed = _parsed(folder, config, {name: meta(entry) for name, entry in table.entries.items()})
+            entries = {name.removeprefix(PREFIX): entry for name, entry in table.entries.items()}
+            alike[key] = Description(folder / WEIGHTS, parsed, entries)
+        described.append(replace(alike[key], path=folder / WEIGHTS))
+    return described
+
+
+def _require_weights(folder: Path, config: Mapping[str, Any]) -> None:
     require_plain_lora(config, str(folder))
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise StorageError(f"{folder} holds a pickled adapter_model.bin, which is never opened here: save it as safetensors with PEFT")
-    tensors, _ = load_tensors(folder / WEIGHTS)
+
+
+def _parsed(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterFolder:
     factors: dict[str, dict[str, Tensor]] = {}
     other: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -191,6 +241,11 @@ def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Ten
         for part, tensor in like.layouts.get(module, LINEAR).stored(pair).items()
     }
     save_tensors(folder / WEIGHTS, tensors | {f"{PREFIX}{name}": tensor for name, tensor in other.items()}, {"format": "pt"})
+    write_config(folder, adapter, like)
+
+
+def write_config(folder: Path, adapter: Adapter, like: Format) -> None:
+    """`adapter_config.json`; of the factors only ranks and scalings count."""
     (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like.config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -24,7 +24,6 @@ from fedex_lora.storage import (
     Tensors,
     atomic_folder,
     load_delta,
-    load_factors,
     load_tensors,
     load_update,
     read_manifest,
@@ -94,6 +93,7 @@ def write_result(
     standalone: bool = False,
     held: Held | None = None,
     more: Mapping[str, Tensors] | None = None,
+    kept: Sequence[ClientUpdate] | None = None,
 ) -> None:
     """Write a result folder in one step.
 
@@ -108,7 +108,29 @@ def write_result(
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
         held: what single participants held beside the previous delta.
         more: file name -> what else the folder holds.
+        kept: the updates that are written; None: all.
     """
+    with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
+        if state.adapter:
+            write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
+            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round, folder.name)
+        else:
+            save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
+        save_delta(temporary / DELTA, state.base_delta)
+        if previous_delta:
+            save_delta(temporary / PREVIOUS, previous_delta)
+        for update in updates if kept is None else kept:
+            save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
+            if held and held.get(update.client_id):
+                save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
+        for name, content in (more or {}).items():
+            save_tensors(temporary / name, *content)
+        if standalone:
+            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, format)
+
+
+def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
+    """What every result folder's manifest says first."""
     inputs = [
         {
             "client": update.client_id,
@@ -118,25 +140,14 @@ def write_result(
         }
         for update in updates
     ]
-    with atomic_folder(folder, {"method": state.method, "round": state.round, "inputs": inputs, **facts}) as temporary:
-        if state.adapter:
-            write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
-            rank = max(pair.rank for pair in state.adapter.values())
-            text = README.format(rank=rank, method=state.method, round=state.round, delta=DELTA, name=folder.name)
-            (temporary / TRAINABLE / "README.md").write_text(text, encoding="utf-8")
-        else:
-            save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
-        save_delta(temporary / DELTA, state.base_delta)
-        if previous_delta:
-            save_delta(temporary / PREVIOUS, previous_delta)
-        for update in updates:
-            save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
-            if held and held.get(update.client_id):
-                save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
-        for name, content in (more or {}).items():
-            save_tensors(temporary / name, *content)
-        if standalone:
-            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, format)
+    return {"method": method, "round": round, "inputs": inputs}
+
+
+def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int, name: str) -> None:
+    """Beside an adapter that is only right on top of a base delta: that it is."""
+    rank = max(pair.rank for pair in adapter.values())
+    text = README.format(rank=rank, method=method, round=round, delta=DELTA, name=name)
+    (trainable / "README.md").write_text(text, encoding="utf-8")
 
 
 def safe_name(client_id: str) -> str:
@@ -175,7 +186,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         base_delta=load_delta(folder / DELTA),
         other=other,
         previous_delta=load_delta(previous) if previous.exists() else {},
-        held={client: load_factors(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
+        held={client: load_delta(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
         updates=updates,
         weights=weights,
         standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,

@@ -1,0 +1,69 @@
+"""Partial aggregates merge exactly: regional servers between the clients and the global one change nothing but rounding."""
+
+from collections.abc import Sequence
+
+from fedex_lora.aggregation._aggregate import aggregate, normalised_weights
+from fedex_lora.aggregation._naming import method_named
+from fedex_lora.aggregation.lowrank import with_shares
+from fedex_lora.aggregation.methods import Method
+from fedex_lora.errors import AggregationError, UsageError
+from fedex_lora.types import Aggregate, ClientUpdate
+
+
+def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
+    """The aggregate of all clients from those of regions, in any order and over any tree.
+
+    A region's aggregate stands for its clients' models, `W0 + D + R_j + s Bbar_j Abar_j`, so the mean of all is
+    `M = sum_j w_j (s Bbar_j Abar_j + R_j)`: the mean factors of the regions' adapters, with the covariance between the regions and
+    `sum_j w_j R_j` as the residual (Chan, Golub and LeVeque 1979, for a covariance of matrices). The residual's rank stays at most
+    (k-1) r for k clients in all: `(J-1) r` between J regions, `(k_j-1) r` within each.
+
+    Args:
+        parts: aggregates of disjoint sets of clients, of one method and round.
+        weights: the total weight of each region (its examples, say), >= 0; normalised to sum one.
+
+    Raises:
+        UsageError: a method whose partial aggregates do not add up (see `mergeable`).
+        AggregationError: parts that do not fit together, a client in two of them, or impossible weights.
+
+    Example:
+        >>> import torch
+        >>> update = lambda name: ClientUpdate(name, {"q": LoRAPair(A=torch.randn(4, 16), B=torch.randn(8, 4))}, 10)
+        >>> from fedex_lora.types import LoRAPair
+        >>> north, south = aggregate([update("a"), update("b")]), aggregate([update("c")])
+        >>> result = merge([north, south], weights=[20, 10])
+        >>> result.residual["q"].rank, {client: round(p, 3) for client, p in result.weights.items()}
+        (8, {'a': 0.333, 'b': 0.333, 'c': 0.333})
+    """
+    if not parts:
+        raise AggregationError("no aggregates to merge: give at least one")
+    methods = sorted({part.method for part in parts})
+    if len(methods) > 1:
+        raise AggregationError(f"aggregates of different methods ({', '.join(methods)}) have no common mean: use one")
+    row = method_named(methods[0])
+    require_mergeable(row)
+    clients = [client for part in parts for client in part.weights]
+    if len(set(clients)) < len(clients):
+        twice = sorted(client for client in set(clients) if clients.count(client) > 1)
+        raise AggregationError(f"client {twice[0]} is in more than one aggregate: count every client once")
+    regions = [ClientUpdate(f"region {index:06d}", part.adapter, 1, part.other) for index, part in enumerate(parts)]
+    between = aggregate(regions, "fedex" if row.rest == "base" else row.name, weights)
+    w = normalised_weights(regions, weights)
+    return Aggregate(
+        adapter=between.adapter,
+        residual=with_shares(between.residual, [(share, part.residual) for share, part in zip(w, parts, strict=True)]),
+        other=between.other,
+        weights={client: share * p for share, part in zip(w, parts, strict=True) for client, p in part.weights.items()},
+        method=row.name,
+    )
+
+
+def mergeable(row: Method) -> bool:
+    """Do partial aggregates of this method add up? Where the adapter is the mean factors, or new, and the base gains all of the rest."""
+    return (row.of_means or row.draws) and row.gauge == "as-is" and not row.own and row.lora
+
+
+def require_mergeable(row: Method) -> None:
+    """Refuse a method that is not `mergeable`."""
+    if not mergeable(row):
+        raise UsageError(f"partial aggregates of {row.name} do not add up to the aggregate of all clients: use fedex in every region")

@@ -1,0 +1,95 @@
+"""Results of regional servers, merged: the folder that one `aggregate` of all their adapters would have given, to rounding."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedex_lora import __version__, measure, server
+from fedex_lora.adapters import distinct_names, one_place
+from fedex_lora.aggregation import merge, method_named, normalised_weights
+from fedex_lora.aggregation.lowrank import signed_sum, smallest
+from fedex_lora.errors import AggregationError, StorageError
+from fedex_lora.peft_io import Result, read_result, write_result
+from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank, ServerState
+
+
+def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] | None) -> dict[str, Any]:
+    """Merge the OUTs of regional `fedex-lora aggregate`s, of disjoint clients of one base, into one result folder.
+
+    Args:
+        folders: one a region.
+        out: must not exist, or be empty. Its `updates/` are the regions' adapters with what their bases gained, so `verify` works on it.
+        weights: one a region; None: what each region's weights summed to (its number of adapters, where it had none).
+
+    Returns:
+        As `adapters.aggregate_folders`; `weights` of the regions, `clients` of all.
+
+    Raises:
+        FedexLoraError: regions that do not fit together, or whose method's partial aggregates do not add up. Nothing is written then.
+    """
+    results = [read_result(folder) for folder in folders]
+    names = distinct_names(folders)
+    _require_one_base(folders, results)
+    totals = [_total(folder, result) for folder, result in zip(folders, results, strict=True)] if weights is None else list(weights)
+    parts = [_part(name, result) for name, result in zip(names, results, strict=True)]
+    merged = merge(parts, totals)
+    updates = [ClientUpdate(name, result.adapter, 1, result.other) for name, result in zip(names, results, strict=True)]
+    p = normalised_weights(updates, totals)
+    base_delta = {}
+    for module in merged.adapter:
+        terms: list[tuple[float, Delta]] = [(1.0, merged.residual[module])] if module in merged.residual else []
+        terms += [(w, result.base_delta[module]) for w, result in zip(p, results, strict=True) if module in result.base_delta]
+        if terms:
+            base_delta[module] = smallest(_float32(signed_sum(terms)))
+    round = max(int(result.manifest["round"]) for result in results)
+    after = ServerState(method=merged.method, round=round, adapter=merged.adapter, base_delta=base_delta, other=merged.other)
+    shares, held = dict(zip(names, p, strict=True)), {name: result.base_delta for name, result in zip(names, results, strict=True)}
+    audit = measure.audit(server.init(merged.adapter, merged.other, merged.method), updates, shares, after, held)
+    facts = {
+        **{key: results[0].manifest.get(key) for key in ("base_model", "task_type")},
+        "sources": [str(folder) for folder in folders],
+        "total_weight": math.fsum(totals),
+        "clients": dict(merged.weights),
+        "versions": {"fedex-lora": __version__},
+    }
+    standalone = not any(isinstance(delta, Dense) for delta in base_delta.values())
+    write_result(out, after, updates, shares, results[0].format, facts, standalone=standalone, held=held)
+    return {
+        "method": merged.method,
+        "exact_method": method_named(merged.method).exact,
+        "weights": shares,
+        "clients": dict(merged.weights),
+        "modules": len(after.adapter),
+        "residual_rank": max((delta.rank for delta in base_delta.values() if isinstance(delta, LowRank)), default=0),
+        "adapter": standalone,
+        "max_relative_error": audit.max_relative_error,
+        "total_relative_error": audit.total_relative_error,
+        "out": str(out),
+    }
+
+
+def _part(name: str, result: Result) -> Aggregate:
+    """A region's adapter as a partial aggregate; what its base gained may be a matrix, and is added apart."""
+    clients = result.manifest.get("clients") or dict(result.weights)
+    weights = {f"{name}/{client}": weight for client, weight in clients.items()}
+    return Aggregate(adapter=result.adapter, residual={}, other=result.other, weights=weights, method=result.manifest["method"])
+
+
+def _total(folder: Path, result: Result) -> float:
+    total = result.manifest.get("total_weight", math.fsum(entry.get("num_examples", 0) for entry in result.manifest["inputs"]))
+    if not isinstance(total, int | float) or not total > 0:
+        raise StorageError(f"{folder} does not say what its weights summed to: give --weights, one a region")
+    return float(total)
+
+
+def _require_one_base(folders: Sequence[Path], results: Sequence[Result]) -> None:
+    first = results[0].manifest.get("base_model")
+    for folder, result in zip(folders, results, strict=True):
+        base = result.manifest.get("base_model")
+        if one_place(base) != one_place(first):
+            raise AggregationError(f"{folders[0]} is of {first}, {folder} of {base}: adapters of different bases have no mean")
+
+
+def _float32(delta: Delta) -> Delta:
+    return Dense(W=delta.W.float()) if isinstance(delta, Dense) else LowRank(U=delta.U.float(), V=delta.V.float())

@@ -1,0 +1,226 @@
+"""safetensors files in pieces: a table read once, byte ranges read into memory that is there already, files written tensor by tensor."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedex_lora.errors import StorageError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_TABLE = 100 * 2**20
+SMALL = 2**18  # bytes whose sum takes less time than another thread does to wake up
+Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Name -> dtype and shape, in the order in which the tensors lie in the file."""
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in its file: `start..stop` in bytes from the beginning."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Table(NamedTuple):
+    """What a safetensors file holds. `raw` is its header: files with equal headers have equal tables."""
+
+    raw: bytes
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
+    """The table of a safetensors file, without its tensors.
+
+    Args:
+        path: the file.
+        known: tables by header, which files that look alike share: a thousand clients' adapters then cost one table.
+
+    Raises:
+        StorageError: missing, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is missing: copy the folder again")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _LARGEST_TABLE:
+                raise ValueError("no header")
+            raw = file.read(length)
+        table = (known or {}).get(raw) or _parsed(raw)
+        if 8 + length + _data_bytes(table) != path.stat().st_size:
+            raise ValueError("its size is not what its header says")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+    if known is not None:
+        known[raw] = table
+    return table
+
+
+def _data_bytes(table: Table) -> int:
+    return max((entry.stop for entry in table.entries.values()), default=8 + len(table.raw)) - 8 - len(table.raw)
+
+
+def _parsed(raw: bytes) -> Table:
+    header = json.loads(raw)
+    metadata = header.pop("__metadata__", {})
+    entries = {}
+    for name, about in header.items():
+        start, stop = about["data_offsets"]
+        entry = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), 8 + len(raw) + start, 8 + len(raw) + stop)
+        if not 0 <= start <= stop or stop - start != math.prod(entry.shape) * entry.dtype.itemsize:
+            raise ValueError(f"{name} has {stop - start} bytes")
+        entries[name] = entry
+    return Table(raw, entries, metadata)
+
+
+def meta(entry: Entry) -> Tensor:
+    """A tensor of this dtype and shape that holds nothing."""
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def read_into(descriptor: int, entry: Entry, out: Tensor) -> None:
+    """Read one tensor of an open file into contiguous memory of as many numbers, in another floating-point dtype where `out` has one.
+
+    Raises:
+        OSError: the file ends early.
+    """
+    if out.dtype != entry.dtype:
+        read = torch.empty(entry.shape, dtype=entry.dtype)
+        read_into(descriptor, entry, read)
+        out.view(entry.shape).copy_(read)
+        return
+    target, position = _bytes(out), entry.start
+    while target.nbytes:
+        got = os.preadv(descriptor, [target], position)
+        if got == 0:
+            raise OSError("the file ends early")
+        target, position = target[got:], position + got
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    numbers: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(numbers)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor for `read_into`.
+
+    Raises:
+        StorageError: the file has gone, or cannot be read to the end of a tensor.
+    """
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        yield descriptor
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}: copy it again") from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def read_tensor(path: Path, entry: Entry) -> Tensor:
+    """One tensor, in memory."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    with opened(path) as descriptor:
+        read_into(descriptor, entry, tensor)
+    return tensor
+
+
+class TensorWriter:
+    """Writes a safetensors file from its first byte to its last: the header from the shapes, then the tensors in pieces.
+
+    The sha256 sum is taken in a thread while the next piece is made.
+
+    Args:
+        path: of the file; its folder is made.
+        shapes: of all tensors, in the order in which they will be written.
+        metadata: of the file.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> path = Path(tempfile.mkdtemp()) / "ones.safetensors"
+        >>> with TensorWriter(path, {"a": (torch.float32, (2, 3))}) as file:
+        ...     file.write(torch.ones(1, 3))
+        ...     file.write(torch.zeros(1, 3))
+        >>> load_file(path)["a"].sum().item()
+        3.0
+    """
+
+    def __init__(self, path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+        position = 0
+        for name, (dtype, shape) in shapes.items():
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+            position += size
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._left = path, 8 + len(raw) + position
+        self._file, self._sum = path.open("wb", buffering=0), hashlib.sha256()
+        self._worker, self._pending = ThreadPoolExecutor(max_workers=1), Future[None]()
+        self._pending.set_result(None)
+        self._write(memoryview(len(raw).to_bytes(8, "little") + raw))
+
+    def write(self, piece: Tensor) -> None:
+        """The next numbers of the file. The tensor must not change before the next call of `write` or `settle`."""
+        self._write(_bytes(piece.contiguous()))
+
+    def _write(self, data: memoryview) -> None:
+        if self._left < data.nbytes:
+            raise AssertionError(f"{self.path}: more is written than its header says")
+        self._left -= data.nbytes
+        self.settle()
+        if data.nbytes < SMALL:
+            self._sum.update(data)
+        else:
+            self._pending = self._worker.submit(self._sum.update, data)
+        while data.nbytes:
+            data = data[self._file.write(data) :]
+
+    def settle(self) -> None:
+        """Wait until what was written may change."""
+        self._pending.result()
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written, in hexadecimal."""
+        self.settle()
+        return self._sum.hexdigest()
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.settle()
+        self._worker.shutdown()
+        self._file.close()
+        if kind is None and self._left:
+            raise AssertionError(f"{self.path}: {self._left} bytes fewer are written than its header says")
