@@ -146,7 +146,9 @@ def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
         kept[module] = on_scaling(sent, pair.scaling)
         for part in frozen:
             ours, theirs = getattr(pair, part), getattr(kept[module], part)
-            if not torch.allclose(ours.to(theirs.dtype), theirs, rtol=1e-6, atol=0):  # rounding of another scaling is no change
+            if not (
+                torch.equal(ours, theirs) or torch.allclose(ours.to(theirs.dtype), theirs, rtol=1e-6, atol=0)
+            ):  # another scaling rounds
                 raise AggregationError(f"client {update.client_id} changed {part} of {module}, which method {state.method} freezes")
             kept[module] = _with_own(kept[module], pair, part)
     if len(kept) < len(update.adapter):
