@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fedex_lora import __version__
-from fedex_lora.cli import app
+from fedex_lora.cli import app, main
 from fedex_lora.config import base_folder
 
 CONFIG = f"""
@@ -218,3 +218,20 @@ def test_demo(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     assert "no earlier demo" in one_line(call("demo", "--out", tmp_path / "mine"), 2)
     assert Path(tmp_path / "mine" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run"], "error: Missing argument 'CONFIG'. (see fedex-lora run --help)\n"),
+        (["agregate"], "error: No such command 'agregate'. Did you mean 'aggregate'? (see fedex-lora --help)\n"),
+        (["run", "--nope"], "error: No such option '--nope'. (see fedex-lora run --help)\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_one_line(arguments, line, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fedex-lora", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr() == ("", line)

@@ -1,7 +1,10 @@
 """The command line: thin. Each command reads its options, calls the library, and prints."""
 
+import re
+import sys
 from typing import Annotated
 
+import click
 import typer
 
 from fedex_lora.cli import _federation as _federation  # isort: skip (the order of the commands in --help)
@@ -27,5 +30,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """The entry point of the `fedex-lora` command."""
-    app(prog_name="fedex-lora")
+    """The entry point of the `fedex-lora` command: what is wrong with its arguments is one line, too."""
+    try:
+        sys.exit(app(prog_name="fedex-lora", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", " ".join(error.format_message().split()))  # click and typer both say it
+        print(f"error: {message} (see {error.ctx.command_path if error.ctx else 'fedex-lora'} --help)", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
