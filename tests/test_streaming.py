@@ -12,7 +12,7 @@ from tests import oracle
 from tests.conftest import make_pair
 from typer.testing import CliRunner
 
-from fedex_lora import ClientUpdate, LoRAPair, aggregate
+from fedex_lora import ClientUpdate, LoRAPair, aggregate, streaming
 from fedex_lora.adapters import aggregate_folders
 from fedex_lora.aggregation import METHODS
 from fedex_lora.cli import app
@@ -304,3 +304,57 @@ def test_the_command_line(tmp_path):
     assert len(refused.stderr.strip().splitlines()) == 1
     many = [write_adapter(tmp_path / f"many-{seed:02d}", seed) for seed in range(12)]
     assert "no stand-alone adapter" in call("aggregate", *many, "-o", tmp_path / "dense").stdout
+
+
+@pytest.mark.parametrize("how", ["replaced", "written"])
+def test_a_file_that_changes_while_it_is_read_is_refused(how, tmp_path, monkeypatch):
+    folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    path, read, count = folders[1] / "adapter_model.safetensors", streaming.read_into, iter(range(10**6))
+    other = (write_adapter(tmp_path / "other", 9) / "adapter_model.safetensors").read_bytes()
+
+    def and_then(*args):
+        read(*args)
+        if next(count) == 5:
+            if how == "replaced":
+                path.unlink()
+            path.write_bytes(other)
+
+    monkeypatch.setattr(streaming, "read_into", and_then)
+    with pytest.raises(StorageError, match="changed while it was read"):
+        aggregate_folders(folders, tmp_path / "out", "fedex", None, None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "not where it should be"),
+        ({"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}, "not where it should be"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "not where it should be"),
+        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "which is not read here"),
+    ],
+    ids=["negative", "float", "gap", "type"],
+)
+def test_headers_that_lie_are_refused(tensor, message, tmp_path):
+    raw = json.dumps({"x": tensor}).encode()
+    (tmp_path / "f.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8 if tensor["data_offsets"][0] else 4))
+    with pytest.raises(StorageError, match=message):
+        read_table(tmp_path / "f.safetensors")
+
+
+def test_a_header_without_end_is_refused(tmp_path):
+    raw = b'{"x":' + b"[" * 100_000
+    (tmp_path / "f.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(StorageError, match="not safetensors"):
+        read_table(tmp_path / "f.safetensors")
+
+
+def test_regions_that_share_an_adapter_are_refused(tmp_path):
+    folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    regions = [tmp_path / "north", tmp_path / "south"]
+    for region, members in zip(regions, (folders[:2], folders[1:]), strict=True):
+        aggregate_folders(members, region, "fedex", None, None)
+    with pytest.raises(AggregationError, match=r"b is in .*north and in .*south"):
+        merge_folders(regions, tmp_path / "all", None)
+    line = CliRunner().invoke(app, ["aggregate", "--merge", *map(str, regions), "-o", str(regions[0] / "all")]).output
+    assert "lies in one of the regions" in line

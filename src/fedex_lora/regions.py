@@ -33,6 +33,7 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
     _require_one_base(folders, results)
     totals = [_total(folder, result) for folder, result in zip(folders, results, strict=True)] if weights is None else list(weights)
     parts = [_part(name, result) for name, result in zip(names, results, strict=True)]
+    adapters = _require_disjoint(folders, results)
     merged = merge(parts, totals)
     updates = [ClientUpdate(name, result.adapter, 1, result.other) for name, result in zip(names, results, strict=True)]
     p = normalised_weights(updates, totals)
@@ -49,6 +50,7 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
     facts = {
         **{key: results[0].manifest.get(key) for key in ("base_model", "task_type")},
         "sources": [str(folder) for folder in folders],
+        "adapters": adapters,
         "total_weight": math.fsum(totals),
         "clients": dict(merged.weights),
         "versions": {"fedex-lora": __version__},
@@ -58,6 +60,7 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
     return {
         "method": merged.method,
         "exact_method": method_named(merged.method).exact,
+        "error_against": "the mean of the clients" if method_named(merged.method).exact else "the mean of the regions",
         "weights": shares,
         "clients": dict(merged.weights),
         "modules": len(after.adapter),
@@ -81,6 +84,18 @@ def _total(folder: Path, result: Result) -> float:
     if not isinstance(total, int | float) or not total > 0:
         raise StorageError(f"{folder} does not say what its weights summed to: give --weights, one a region")
     return float(total)
+
+
+def _require_disjoint(folders: Sequence[Path], results: Sequence[Result]) -> list[str]:
+    """The adapters that all regions were made of; none is in two of them."""
+    seen = dict[str, Path]()
+    for folder, result in zip(folders, results, strict=True):
+        for adapter in result.manifest.get("adapters") or result.manifest.get("sources", ()):
+            place = str(Path(adapter).resolve())
+            if place in seen:
+                raise AggregationError(f"{adapter} is in {seen[place]} and in {folder}: count every adapter once")
+            seen[place] = folder
+    return list(seen)
 
 
 def _require_one_base(folders: Sequence[Path], results: Sequence[Result]) -> None:

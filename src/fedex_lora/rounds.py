@@ -83,6 +83,9 @@ class Encoded(Mapping[str, bytes]):
     def __len__(self) -> int:
         return len(self._downloads)
 
+    def __contains__(self, client: object) -> bool:
+        return client in self._downloads
+
     @property
     def size(self) -> int:
         """Bytes of those that were asked for."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, portions, splits
 from fedex_lora.audits import Audit, exact_flops
+from fedex_lora.errors import StorageError
 from fedex_lora.peft_io import (
     DELTA,
     LINEAR,
@@ -31,7 +32,7 @@ from fedex_lora.peft_io import (
     write_readme,
 )
 from fedex_lora.storage import atomic_folder
-from fedex_lora.tensor_files import Shapes, TensorWriter, opened, read_into, read_tensor
+from fedex_lora.tensor_files import Shapes, TensorWriter, opened, read_into, read_tensor, stamp
 from fedex_lora.types import ClientUpdate, LoRAPair
 
 PIECE = 2**21  # numbers that are transposed, or multiplied, and written at a time
@@ -154,6 +155,13 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
         for source, update in zip(round.files, round.updates, strict=True) if keep_updates else ():
             name = f"{UPDATES}/{safe_name(update.client_id)}.safetensors"
             sums[name] = _copy_update(source, update, temporary / name)
+        _require_unchanged(round.files)
+
+
+def _require_unchanged(files: Sequence[Description]) -> None:
+    for file in files:
+        if stamp(file.path) != file.stamp:
+            raise StorageError(f"{file.path} has changed while it was read: aggregate again when nobody writes to it")
 
 
 class _Files(NamedTuple):

@@ -72,7 +72,7 @@ def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
         table = (known or {}).get(raw) or _parsed(raw)
         if 8 + length + _data_bytes(table) != path.stat().st_size:
             raise ValueError("its size is not what its header says")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
     if known is not None:
         known[raw] = table
@@ -83,16 +83,33 @@ def _data_bytes(table: Table) -> int:
     return max((entry.stop for entry in table.entries.values()), default=8 + len(table.raw)) - 8 - len(table.raw)
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes to a file, or puts another in its place.
+
+    Raises:
+        StorageError: it has gone.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}: copy it again") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _parsed(raw: bytes) -> Table:
     header = json.loads(raw)
     metadata = header.pop("__metadata__", {})
-    entries = {}
-    for name, about in header.items():
-        start, stop = about["data_offsets"]
-        entry = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), 8 + len(raw) + start, 8 + len(raw) + stop)
-        if not 0 <= start <= stop or stop - start != math.prod(entry.shape) * entry.dtype.itemsize:
+    entries, end = {}, 0
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), shape = about["data_offsets"], tuple(about["shape"])
+        if about["dtype"] not in DTYPES:
+            raise StorageError(f"{name} is {about['dtype']}, which is not read here: save the adapter in 16 or 32 bits")
+        if start != end or not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+            raise ValueError(f"{name} is not where it should be")
+        entry = Entry(DTYPES[about["dtype"]], shape, 8 + len(raw) + start, 8 + len(raw) + stop)
+        if stop - start != math.prod(shape) * entry.dtype.itemsize:
             raise ValueError(f"{name} has {stop - start} bytes")
-        entries[name] = entry
+        entries[name], end = entry, stop
     return Table(raw, entries, metadata)
 
 

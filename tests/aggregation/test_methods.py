@@ -325,3 +325,32 @@ def test_large_factors_are_those_of_small_ones(out, inner):
     assert oracle.relative(oracle.total(result, "m"), oracle.ideal(pairs, p)) < 2e-7
     gain, want = result.residual["m"], oracle.ideal(pairs, p) - oracle.product_of_means(pairs, p)
     assert oracle.relative(oracle.numpy64(gain.U) @ oracle.numpy64(gain.V), want) < 2e-7
+
+
+@pytest.mark.parametrize(("weights", "size"), [((99.0, 99.0, 1.0), 100.0), ((1.0, 1.0, 0.0), 1e4), ((1.0, 1.0, 1e-6), 1e4)])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_light_client_of_another_size_costs_no_digits(weights, size, place):
+    """Whatever its id: differences are to the heaviest client."""
+    rng = np.random.default_rng(5)
+    scale = [1.0, 1.0, size]
+    factors = [(rng.normal(size=(4, 96)) * s, rng.normal(size=(64, 4)) * s) for s in scale]
+    factors = [(A.astype(np.float32), B.astype(np.float32)) for A, B in factors]
+    names = {0: ["b", "c", "a"], 2: ["a", "b", "c"]}[place]
+    updates = [
+        ClientUpdate(n, {"m": LoRAPair(torch.from_numpy(A), torch.from_numpy(B), 2.0)}, 1) for n, (A, B) in zip(names, factors, strict=True)
+    ]
+    result = aggregate(updates, weights=list(weights))
+    p = np.array(weights) / sum(weights)
+    ideal = sum(share * 2.0 * B.astype(np.float64) @ A.astype(np.float64) for share, (A, B) in zip(p, factors, strict=True))
+    pair, gain = result.adapter["m"], result.residual["m"]
+    got = pair.scaling * pair.B.double().numpy() @ pair.A.double().numpy() + gain.U.double().numpy() @ gain.V.double().numpy()
+    assert np.linalg.norm(got - ideal) < 3e-7 * np.linalg.norm(ideal)
+
+
+def test_other_tensors_of_any_precision_are_averaged_and_left_alone():
+    heads = [0.0, 3.0, 9.0]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        updates = [ClientUpdate(f"c{i}", {}, 1, {"head": torch.full((2, 2), value, dtype=dtype)}) for i, value in enumerate(heads)]
+        result = aggregate(updates, weights="uniform")
+        assert torch.equal(result.other["head"].double(), torch.full((2, 2), 4.0, dtype=torch.float64))
+        assert [update.other["head"][0, 0].item() for update in updates] == heads

@@ -30,7 +30,7 @@ def aggregate(
     """Aggregate clients' updates by one of `METHODS`.
 
     With `M = sum_i p_i s_i B_i A_i` per module (FedEx-LoRA, eq. 7-9), an exact method returns an adapter and a residual such
-    that `adapter.scaling * B @ A + residual.U @ residual.V = M`, to fp32 rounding. Sums run in the order of the client ids, so the
+    that `adapter.scaling * B @ A + residual.U @ residual.V = M`, to fp32 rounding. Sums run in the order of `in_order`, so the
     bits do not depend on the order of arrival. Half-precision factors are aggregated in fp32.
 
     Args:
@@ -85,8 +85,12 @@ def _norms(product: Factors) -> list[float]:
 
 
 def in_order(updates: Sequence[ClientUpdate], p: Sequence[float]) -> tuple[list[ClientUpdate], list[float]]:
-    """The updates and their weights in the order in which sums are taken: of the client ids."""
-    order = sorted(range(len(updates)), key=lambda i: updates[i].client_id)
+    """The updates and their weights in the order in which sums are taken: of the weights, and of the ids where those are equal.
+
+    Sums are of differences to the last client. Were that one light, its factors would cancel from large numbers: at 1 % of the weight and
+    a hundred times the size of the others it costs two digits.
+    """
+    order = sorted(range(len(updates)), key=lambda i: (p[i], updates[i].client_id))
     return [updates[i] for i in order], [p[i] for i in order]
 
 
@@ -129,7 +133,7 @@ def mean_of(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
     if not last.is_floating_point():
         raise AggregationError(f"other tensor {name} is {last.dtype}, which has no mean: send floating-point tensors only")
     last = last.to(torch.promote_types(last.dtype, torch.float32))
-    total = last.double()
+    total = last.to(torch.float64, copy=True)
     for index, weight in enumerate(p[:-1]):
         total.add_(tensors[index].to(last.dtype) - last, alpha=weight)
     mean = total.to(last.dtype)

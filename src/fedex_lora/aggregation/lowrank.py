@@ -71,10 +71,13 @@ def frobenius(delta: Delta) -> float:
 def signed_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
     """`sum_j c_j D_j` in fp64: as factors when every term has factors, else as a matrix."""
     factors = [LowRank(U=c * term.U.double(), V=term.V.double()) for c, term in terms if isinstance(term, LowRank)]
-    matrices = [c * term.dense() for c, term in terms if isinstance(term, Dense)]
-    if not matrices:
+    if len(factors) == len(terms):
         return concatenate(factors)
-    return Dense(W=torch.stack(matrices + ([concatenate(factors).dense()] if factors else [])).sum(0))
+    matrices = (c * term.dense() for c, term in terms if isinstance(term, Dense))
+    total = concatenate(factors).dense() if factors else next(matrices)
+    for matrix in matrices:  # never all of them at once
+        total += matrix
+    return Dense(W=total)
 
 
 def factorise(delta: Delta) -> LowRank:

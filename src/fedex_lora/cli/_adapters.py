@@ -37,7 +37,7 @@ def aggregate(
     from fedex_lora.adapters import aggregate_folders
 
     if merge:
-        _merge(adapters, out, numbers(weights, "--weights", "120,80"), method, state or truncate, as_json)
+        _merge(adapters, out, numbers(weights, "--weights", "120,80"), method, state or truncate or not updates or audit != "auto", as_json)
         return
     shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
     result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit))
@@ -61,7 +61,9 @@ def _merge(regions: list[Path], out: Path, weights: list[float] | None, method: 
     from fedex_lora.regions import merge_folders
 
     if other or method != "fedex":
-        raise UsageError("--merge takes method and state from the regions' results: leave --method, --state and --truncate out")
+        raise UsageError("--merge takes everything but --weights from the regions' results: leave the other options out")
+    if any(out.resolve().is_relative_to(region.resolve()) for region in regions):
+        raise UsageError(f"{out} lies in one of the regions: give another -o")
     result = merge_folders(regions, out, weights)
     if as_json:
         print_json(result)
@@ -69,7 +71,7 @@ def _merge(regions: list[Path], out: Path, weights: list[float] | None, method: 
     console = consoles(False)
     shares = ", ".join(f"{region} {weight:.4g}" for region, weight in result["weights"].items())
     console.print(f"{result['method']}: {len(result['clients'])} adapters of {len(regions)} regions; weights {shares}", highlight=False)
-    console.print(f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}", highlight=False)
+    console.print(f"relative error against {result['error_against']} in fp64: {result['max_relative_error']:.1e}", highlight=False)
     _print_places(console, result, out)
 
 

@@ -14,7 +14,7 @@ from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.peft_io._layers import LINEAR, Layout
 from fedex_lora.storage import load_tensors, save_tensors
-from fedex_lora.tensor_files import Entry, Table, meta, read_table
+from fedex_lora.tensor_files import Entry, Table, meta, read_table, stamp
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
 PREFIX = "base_model.model."
@@ -76,11 +76,13 @@ class Description:
         path: of the file.
         folder: as `read_adapter_folder` gives it, with tensors that have a shape and no numbers.
         entries: where each tensor lies, by its name in the model.
+        stamp: of the file when it was described (`tensor_files.stamp`).
     """
 
     path: Path
     folder: AdapterFolder
     entries: Mapping[str, Entry]
+    stamp: tuple[int, ...] = ()
 
     def factor(self, module: str, part: str) -> Entry:
         """A or B of a linear layer."""
@@ -99,13 +101,14 @@ def describe_adapter_folders(folders: Sequence[Path]) -> list[Description]:
     for folder in folders:
         config = _read_config(folder)
         _require_weights(folder, config)
+        found = stamp(folder / WEIGHTS)
         table = read_table(folder / WEIGHTS, tables)
         key = (json.dumps(config, sort_keys=True), table.raw)
         if key not in alike:
             parsed = _parsed(folder, config, {name: meta(entry) for name, entry in table.entries.items()})
             entries = {name.removeprefix(PREFIX): entry for name, entry in table.entries.items()}
             alike[key] = Description(folder / WEIGHTS, parsed, entries)
-        described.append(replace(alike[key], path=folder / WEIGHTS))
+        described.append(replace(alike[key], path=folder / WEIGHTS, stamp=found))
     return described
 
 
