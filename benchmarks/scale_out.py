@@ -224,7 +224,7 @@ def scaled(name: str, k: int, model: Model, cost: Cost, decode: float) -> dict[s
         "up_bytes": up,
         "decoding_seconds": k * up * decode,
         "aggregation_seconds": seconds + messages,
-        "memory_bytes": k * up + result,
+        "memory_bytes": k * (up + (down if name == PER_CLIENT else 0)) + result,  # a message for each client is there before it is sent
     }
 
 
