@@ -87,12 +87,12 @@ def stamp(path: Path) -> tuple[int, ...]:
     """What changes when somebody writes to a file, or puts another in its place.
 
     Raises:
-        StorageError: it has gone.
+        StorageError: it is missing.
     """
     try:
         found = path.stat()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}: copy it again") from None
+        raise StorageError(f"{path} is missing ({error.strerror}): copy the folder again") from None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
