@@ -118,13 +118,15 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
 
 def _gains(modules: Sequence[str], gain: Factors) -> dict[str, LowRank]:
     """`s R` per module, without the modules where it is zero."""
-    gains = {module: LowRank(U=gain.B[index].mT, V=gain.A[index]) for index, module in enumerate(modules)}
-    return {module: residual for module, residual in gains.items() if residual.rank and _any(residual.U) and _any(residual.V)}
+    U, V = gain.B.mT, gain.A
+    return {
+        module: LowRank(U=U[index], V=V[index]) for index, module in enumerate(modules) if V.shape[1] and _any(U[index]) and _any(V[index])
+    }
 
 
 def _any(matrix: Tensor) -> bool:
-    """Is anything in it not zero? Looks at one row and one column first, where the answer nearly always is."""
-    return bool(matrix[0].any() or matrix[:, 0].any() or matrix.any())
+    """Is anything in it not zero? Looks at one row first, where the answer nearly always is."""
+    return bool(matrix[0].any() or matrix.any())
 
 
 def mean_of(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
 
-LARGE = 2**16  # numbers of a factor
 FEW = 16  # clients
+LONG = 16  # numbers that one copy moves
 CLIENTS = 64  # whose sum is taken in the precision of their factors
 
 
@@ -24,7 +24,7 @@ class Clients:
 
     Attributes:
         A: `g x k x r x in`; a client of lower rank has zero rows after its own.
-        B: `g x k x r x out`, the transpose of LoRA's B, padded alike.
+        B: `g x k x r x out`, the transpose of LoRA's B, padded alike; a view of memory that has it as LoRA does, so `B.mT` is contiguous.
         p: `k` weights with sum one.
         modules: the g module paths.
         seed: for factors that start anew.
@@ -55,14 +55,8 @@ Split: TypeAlias = tuple[Factors, Factors | None]
 
 
 def differences(x: Tensor) -> Tensor:
-    """`x_i - x_k` for i < k, over dimension 1; contiguous whatever the layout of x."""
-    difference = x.new_empty(x[:, :-1].shape)
-    if x.stride(-1) == 1 or x[0, 0].numel() < LARGE:
-        return torch.sub(x[:, :-1], x[:, -1:], out=difference)
-    for module, clients in zip(difference, x, strict=True):  # one matrix at a time: torch transposes that in blocks
-        for target, client in zip(module, clients[:-1], strict=True):
-            target.copy_((client.mT - clients[-1].mT).mT)
-    return difference
+    """`x_i - x_k` for i < k, over dimension 1."""
+    return x[:, :-1] - x[:, -1:]
 
 
 def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
@@ -91,7 +85,7 @@ def deviations(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 def factor_means(clients: Clients) -> Split:
     """`Abar = sum p_i A_i`, `Bbar = sum p_i B_i` (FedEx-LoRA paper, eq. 3-4). Exact where the clients share A, or share B."""
-    return Factors(A=deviations(clients.A, clients.p)[0], B=deviations(clients.B, clients.p)[0]), None
+    return Factors(A=deviations(clients.A, clients.p)[0], B=deviations(clients.B.mT, clients.p)[0].mT), None
 
 
 def factor_means_and_residual(clients: Clients) -> Split:
@@ -102,11 +96,16 @@ def factor_means_and_residual(clients: Clients) -> Split:
     however small it is (1e-7 relative, where the mean of products minus the product of means has none left). An error of Bbar would be
     multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent; one of Abar only by Bbar.
     """
-    A, B, p = clients.A, clients.B, clients.p
+    A, B, p = clients.A, clients.B.mT, clients.p
     dA = differences(A)
     mean_B, deviation = deviations(B, p)
-    means = Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B)
-    return means, Factors(A=dA.flatten(1, 2), B=deviation.mul_(p[:-1, None, None]).flatten(1, 2))
+    means = Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B.mT)
+    return means, Factors(A=dA.flatten(1, 2), B=side_by_side(deviation.mul_(p[:-1, None, None])))
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """`[x_1, .., x_k]^T`, `g x (k r) x out`, of matrices `g x k x out x r`: what lies together is moved together where that is faster."""
+    return x.mT.flatten(1, 2) if x.shape[3] < LONG else x.movedim(1, 2).flatten(2).mT
 
 
 def best_rank(clients: Clients) -> Split:
