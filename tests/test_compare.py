@@ -168,6 +168,15 @@ def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
     assert left == right
 
 
+def test_a_comparison_that_is_left_stops_its_workers(tmp_path):
+    jobs = [Job(configuration(rounds=rounds), tmp_path / f"{rounds}") for rounds in (1, 500)]
+    results = outcomes(jobs, 2)
+    assert next(results).job == jobs[0]
+    results.close()
+    assert not multiprocessing.active_children()
+    assert "run_done" not in (jobs[1].folder / "events.jsonl").read_text()
+
+
 def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(tmp_path):
     jobs = [Job(configuration(rounds=1, seed=seed), tmp_path / f"{seed}") for seed in (0, 1, 2)]
 

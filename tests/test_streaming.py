@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -358,3 +359,17 @@ def test_regions_that_share_an_adapter_are_refused(tmp_path):
         merge_folders(regions, tmp_path / "all", None)
     line = CliRunner().invoke(app, ["aggregate", "--merge", *map(str, regions), "-o", str(regions[0] / "all")]).output
     assert "lies in one of the regions" in line
+
+
+def test_a_stopped_command_leaves_nothing_behind(tmp_path):
+    shapes = {f"layers.{layer}.proj": (2048, 2048) for layer in range(24)}
+    folders = [write_adapter(tmp_path / f"in-{i}", i, rank=32, shapes=shapes) for i in range(3)]
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-m", "fedex_lora.cli", "aggregate", *map(str, folders), "--out", str(tmp_path / "out"), "--audit", "exact"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and sorted(tmp_path.iterdir()) == before:
+        time.sleep(0.001)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
+    assert sorted(tmp_path.iterdir()) == before

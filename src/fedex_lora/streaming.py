@@ -193,8 +193,8 @@ def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) 
         if audit:
             for index, module in enumerate(modules):
                 audit.take(module, A[index], B[index], scalings[index], round.p)
-        if any(scaling != first.scaling for some in scalings for scaling in some):  # the audit goes on from what was read
-            B = B.clone()
+        if any(scaling != first.scaling for some in scalings for scaling in some):
+            B = B.clone() if audit else B  # the audit goes on from what was read
             for index, client in product(range(len(modules)), range(len(round.files))):
                 B[index, client] = (B[index, client].double() * (scalings[index][client] / first.scaling)).float()
         yield Batch(modules, Clients(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)

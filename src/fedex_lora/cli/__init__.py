@@ -1,6 +1,7 @@
 """The command line: thin. Each command reads its options, calls the library, and prints."""
 
 import re
+import signal
 import sys
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """The entry point of the `fedex-lora` command: what is wrong with its arguments is one line, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     try:
         sys.exit(app(prog_name="fedex-lora", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,6 +1,5 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
-import signal
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -58,7 +57,6 @@ def run(
         remember(event, **fields)
         display(event, **fields)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Display(console) as display:
             run_here(settings, out, both, resume)

@@ -69,6 +69,10 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
             raise TrainingError(
                 "a worker process died, killed or out of memory: what is done is kept, the same command goes on; --jobs 1 needs less memory"
             ) from None
+        except (KeyboardInterrupt, GeneratorExit):  # nobody waits for the rest
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
