@@ -14,7 +14,7 @@ from torch import Tensor
 from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
 
 FEW = 16  # clients
-LONG = 16  # numbers that one copy moves
+LONG = 16  # ranks from which rows of B are moved as they are
 CLIENTS = 64  # whose sum is taken in the precision of their factors
 
 
@@ -54,9 +54,9 @@ Split: TypeAlias = tuple[Factors, Factors | None]
 """(the adapter that clients go on with: `g x r`, the rest of M: `g x q`, or None where there is none or nobody needs it)."""
 
 
-def differences(x: Tensor) -> Tensor:
-    """`x_i - x_k` for i < k, over dimension 1."""
-    return x[:, :-1] - x[:, -1:]
+def differences(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x_i - x_k` for i < k, over dimension 1; in `out`, where that is given."""
+    return torch.sub(x[:, :-1], x[:, -1:], out=out)
 
 
 def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
@@ -67,14 +67,14 @@ def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
     return total.unflatten(2, x.shape[2:])[:, 0]
 
 
-def deviations(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def deviations(x: Tensor, p: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`xbar = sum_i p_i x_i`, and `x_i - xbar` for i < k, both to rounding of their own size.
 
     Differences `x_i - x_k` come first: they are exact in fp32 when the clients are close. Where they cancel out, the mean of the
     differences is a large number with a rounding error of that size, so what the deviations of many clients still sum to is taken out in a
     second step. (An error of the mean costs sqrt(k) times as much in R: little for a few clients.)
     """
-    difference = differences(x)
+    difference = differences(x, out)
     first = weighted_sum(difference, p[:-1])
     difference.sub_(first[:, None])
     if len(p) <= FEW:
@@ -96,16 +96,23 @@ def factor_means_and_residual(clients: Clients) -> Split:
     however small it is (1e-7 relative, where the mean of products minus the product of means has none left). An error of Bbar would be
     multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent; one of Abar only by Bbar.
     """
-    A, B, p = clients.A, clients.B.mT, clients.p
+    A, p = clients.A, clients.p
     dA = differences(A)
-    mean_B, deviation = deviations(B, p)
-    means = Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B.mT)
-    return means, Factors(A=dA.flatten(1, 2), B=side_by_side(deviation.mul_(p[:-1, None, None])))
+    mean_B, U_t = centred_b(clients)
+    return Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B), Factors(A=dA.flatten(1, 2), B=U_t)
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """`[x_1, .., x_k]^T`, `g x (k r) x out`, of matrices `g x k x out x r`: what lies together is moved together where that is faster."""
-    return x.mT.flatten(1, 2) if x.shape[3] < LONG else x.movedim(1, 2).flatten(2).mT
+def centred_b(clients: Clients) -> tuple[Tensor, Tensor]:
+    """`Bbar`, and `[p_1 (B_1 - Bbar), .., p_(k-1) (B_(k-1) - Bbar)]`, both transposed. The latter is made where it stays: side by side, or
+    turned over where rows of r numbers are too short to be worth a call each.
+    """
+    B, p = clients.B, clients.p
+    g, k, r, out = B.shape
+    if r < LONG:
+        mean, deviation = deviations(B, p, out=B.new_empty(g, k - 1, r, out))
+        return mean, deviation.mul_(p[:-1, None, None]).flatten(1, 2)
+    mean, deviation = deviations(B.mT, p, out=B.new_empty(g, out, k - 1, r).movedim(2, 1))
+    return mean.mT, deviation.mul_(p[:-1, None, None]).movedim(1, 2).flatten(2).mT
 
 
 def best_rank(clients: Clients) -> Split:
