@@ -33,7 +33,7 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python scripts/scale_out_table.py
 	$(BIN)/python benchmarks/bench_streaming.py --out benchmarks/results/streaming.json
 	$(BIN)/python benchmarks/bench_training.py --rows 480 --batch 8 --tokens 64 --threads 1 --out benchmarks/results/training.json
-	$(BIN)/python benchmarks/bench_clients_memory.py --layers 4 --out benchmarks/results/clients_memory.json
+	$(BIN)/python benchmarks/bench_clients_memory.py --layers 4 --clients 3 50 100 --out benchmarks/results/clients_memory.json
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json

@@ -369,7 +369,9 @@ def test_a_stopped_command_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while process.poll() is None and sorted(tmp_path.iterdir()) == before:
         time.sleep(0.001)
-    process.terminate()
+    for _ in range(5):  # whoever is impatient
+        process.terminate()
+        time.sleep(0.02)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
     assert sorted(tmp_path.iterdir()) == before

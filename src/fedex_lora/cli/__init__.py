@@ -3,7 +3,8 @@
 import re
 import signal
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -30,9 +31,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+def _stop(number: int, _: object) -> NoReturn:
+    """As Ctrl-C: nothing half-written stays. Once: a second one would interrupt the tidying up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """The entry point of the `fedex-lora` command: what is wrong with its arguments is one line, too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         sys.exit(app(prog_name="fedex-lora", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:

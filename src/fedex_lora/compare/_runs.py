@@ -61,9 +61,8 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
         yield from map(_perform, waiting)
         return
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)) as pool:
-        futures = [pool.submit(_perform, job) for job in waiting]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(_perform, job) for job in waiting]):
                 yield future.result()
         except BrokenProcessPool:
             raise TrainingError(
