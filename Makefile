@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test short check bench docs browser exactness precision metrics crash fuzz flower-test clean
+.PHONY: demo test short check bench docs browser smokes exactness precision metrics crash fuzz flower-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
@@ -34,6 +34,10 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_streaming.py --out benchmarks/results/streaming.json
 	$(BIN)/python benchmarks/bench_training.py --rows 480 --batch 8 --tokens 64 --threads 1 --out benchmarks/results/training.json
 	$(BIN)/python benchmarks/bench_clients_memory.py --layers 4 --clients 3 50 100 --out benchmarks/results/clients_memory.json
+
+smokes: $(VENV)/.installed   ## every table and figure of the paper at scale smoke, half an hour: that the recipes run
+	targets=$$($(BIN)/fedex-lora reproduce list --json | $(BIN)/python -c 'import json, sys; print(*json.load(sys.stdin))') && \
+	for target in $$targets; do $(BIN)/fedex-lora reproduce $$target --scale smoke --out reproduce || exit 1; done
 
 exactness: $(VENV)/.installed   ## every method against the fp64 ideal
 	$(BIN)/python benchmarks/exactness_of_methods.py --out benchmarks/results/exactness.json

@@ -23,7 +23,7 @@ def filled(page: str, results: Path) -> str:
     """The page with its tables made from the records in `results`."""
 
     def table(match: re.Match[str]) -> str:
-        reproduce(match[2], match[3], results, only=None)
+        reproduce(match[2], match[3], results, run=False)
         return f"{match[1]}\n{(results / match[3] / f'{match[2]}.md').read_text(encoding='utf-8')}\n{match[4]}"
 
     return MARKED.sub(table, page)

@@ -1,6 +1,7 @@
 """Recipes, records, tables: every recipe says what can be run; numbers come from records; the paper's settings build the right model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_what_is_not_run_or_not_known_is_said(ran):
 def test_tables_are_made_again_without_running(ran, recipe):
     out, result, _ = ran
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    assert reproduce(recipe, "smoke", out, only=None)[0] == result
+    assert reproduce(recipe, "smoke", out, run=False)[0] == result
     assert reproduce(recipe, "smoke", out, only=Only(rows=["FedIT"]))[0] == result  # all there: nothing runs
     assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     assert not list((out / "work").glob("*"))
@@ -168,7 +169,9 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(place.localised(cell), place.out / "work" / cell.name, stop)
     assert not find_record(place.out, cell)
-    went_on, alone = make_record(place, cell), make_record(Place(tmp_path / "alone", tmp_path / "tiny"), cell)
+    alone = make_record(Place(tmp_path / "alone", tmp_path / "tiny"), cell)
+    (tmp_path / "tiny").rename(tmp_path / "moved")  # as the rows of the scale smoke are, at every command
+    went_on = make_record(Place(place.out, tmp_path / "moved"), cell)
     assert [one["metrics"] for one in went_on["rounds"]] == [one["metrics"] for one in alone["rounds"]]
     assert [one["modules"] for one in went_on["rounds"]] == [one["modules"] for one in alone["rounds"]]
     assert find_record(place.out, cell) == json.loads(json.dumps(went_on))
@@ -190,9 +193,10 @@ def test_records_hold_the_deviation_of_every_module(ran):
             assert scaled == pytest.approx(apart / np.sqrt(out_features * 128), rel=1e-4)
 
 
-@pytest.mark.parametrize("target", ["figure2", "figure3", "table6"])
-def test_other_layouts(target, tmp_path):
-    result = CliRunner().invoke(app, ["reproduce", target, "--scale", "smoke", "--seed", "0", "--set", "rounds=2", "--out", str(tmp_path)])
+@pytest.mark.parametrize(("target", "rounds"), [("figure2", 2), ("figure3", 3), ("table6", 2)])
+def test_other_layouts(target, rounds, tmp_path):
+    command = ["reproduce", target, "--scale", "smoke", "--seed", "0", "--set", f"rounds={rounds}", "--out", str(tmp_path)]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
     assert result.exit_code == 0, result.stderr
     found = json.loads((tmp_path / "smoke" / f"{target}.json").read_text())
     if target == "table6":
@@ -206,12 +210,27 @@ def test_other_layouts(target, tmp_path):
         assert sizes["FedIT"]["base"] == 3 * records["fedit"]["facts"]["base_bytes"]
         assert "7.03" in result.stdout
         return
+    shown = " ".join(result.stdout.split())
+    assert found["pictures"] == [f"{target}-MRPC-relative.png", f"{target}-MRPC-scaled.png"]
+    for name in found["pictures"]:
+        assert (tmp_path / "smoke" / name).read_bytes().startswith(b"\x89PNG")
+        assert name in result.stdout
     series = {(one["panel"], one["series"], one["measure"]): one for one in found["numbers"]}
     if target == "figure2":
-        assert set(series["few local epochs", "Q", "scaled"]["layer"]) == {"0", "1"}
-        assert ("many local epochs", "V", "relative") in series
+        assert set(series["few local epochs", "q_proj", "scaled"]["layer"]) == {"0", "1"}
+        few, many = (
+            np.mean(
+                [value for name in ("q_proj", "v_proj") for (value,) in series[f"{how} local epochs", name, "relative"]["layer"].values()]
+            )
+            for how in ("few", "many")
+        )
+        assert f"| grows with local epochs | {'yes' if many > few else 'no'}, {many / few:.2f}" in shown
     else:
-        assert set(series["few local epochs", "Q of the first layer", "relative"]["round"]) == {"1", "2"}
+        assert set(series["few local epochs", "q_proj of the first layer", "relative"]["round"]) == {"1", "2", "3"}
+        means = [value for (value,) in series["few local epochs", "mean over all modules", "relative"]["round"].values()]
+        rho = np.corrcoef(np.argsort(np.argsort(means)), [0, 1, 2])[0, 1]
+        held = "yes" if rho < 0 and means[2] < means[0] else "no"
+        assert f"| falls with the rounds | {held}, {means[2] / means[0]:.2f}" in shown
     assert all(
         np.isfinite(value) and value > 0
         for one in series.values()
@@ -230,12 +249,16 @@ def test_other_layouts(target, tmp_path):
         (["table3", "--seed", "7"], "has no seed '7': it has 0, 1"),
         (["table3", "--scale", "small", "--data", "nowhere", "--set", "base.model=demo"], "train.tsv does not exist"),
         (["table3", "--set", "rounds=0"], "rounds"),
+        (["table3", "--no-run", "--seed", "7"], "has no seed '7': it has 0, 1"),
         (["broken.toml"], "title"),
+        (["itself.toml"], "itself.toml extends itself"),
+        (["orphan.toml"], "nobody.toml, which does not exist"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.toml").write_text('layout = "scores"\n')
+    for name, text in (("broken", 'layout = "scores"'), ("itself", 'extends = "itself"'), ("orphan", 'extends = "nobody"')):
+        (tmp_path / f"{name}.toml").write_text(f"{text}\n")
     result = CliRunner().invoke(app, ["reproduce", *arguments, "--out", "out"])
     assert result.exit_code != 0
     assert message in result.stderr
@@ -247,11 +270,46 @@ def test_recipes_extend_each_other():
     assert merged({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2], "d": 3}}) == {"a": {"b": 1, "c": [2], "d": 3}}
 
 
-def test_a_record_that_is_broken_is_named(recipe, tmp_path):
+def _without(*path):
+    """A change of a record: what is at a path is gone."""
+
+    def change(record):
+        for name in path[:-1]:
+            record = record[name]
+        record.pop(path[-1])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without("facts"),
+        _without("facts", "headline"),
+        _without("held_out"),
+        _without("rounds", 0),
+        _without("rounds", 0, "metrics"),
+        _without("rounds", 0, "modules"),
+        _without("rounds", 0, "modules", "ideal"),
+        lambda record: record["config"]["training"].update(learning_rate=0.9),
+    ],
+)
+def test_a_record_of_something_else_is_named(change, ran, recipe, tmp_path):
+    shutil.copytree(ran[0] / "runs", tmp_path / "runs")
+    path = next((tmp_path / "runs").glob("*_fedex_*"))
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(FedexLoraError, match=f"{path.name} is no record of the run .*: remove it"):
+        reproduce(recipe, "smoke", tmp_path, run=False)
+
+
+@pytest.mark.parametrize("text", ["{", "null", "[]", "{}"])
+def test_a_record_that_is_broken_is_named(text, recipe, tmp_path):
     name = next(cells(read_recipe(recipe), "smoke")).name
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / f"{name}.json").write_text("{")
-    with pytest.raises(FedexLoraError, match="is broken: remove it"):
+    (tmp_path / "runs" / f"{name}.json").write_text(text)
+    with pytest.raises(FedexLoraError, match=f"{name}.json is .*: remove it"):
         reproduce(recipe, "smoke", tmp_path)
 
 

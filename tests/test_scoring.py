@@ -92,6 +92,14 @@ def test_gold_answers_are_extracted(data_folder):
         ("The answer is: .5", Fraction(1, 2)),
         ("The answer is: 7 eggs, of 16", 7),
         ("The answer is: unknown", None),
+        ("The answer is: 4.5/2", Fraction(9, 4)),
+        ("The answer is: 1/0.0", None),
+        ("The answer is: \u22123", -3),
+        (r"The answer is: -\frac{1}{2}", Fraction(-1, 2)),
+        ("The answer is: -2 1/2", Fraction(-5, 2)),
+        ("The answer is: 10 000 people", 10000),
+        ("The answer is: 5{,}000", 5000),
+        ("The answer is: 1e3", 1000),
         ("It is 18.", None),
         ("The answer is: 1/0", None),
         ("", None),
@@ -111,6 +119,8 @@ def test_numbers_in_texts(text, number):
         ("The answer is: 5.\nNext question", "5"),
         (r"The answer is: $\boxed{4}$.", "4"),
         ("The answer is: 0.5.", "0.5"),
+        ("The answer is 3. I hope it is correct.", "3"),
+        (r"\boxed{5}. The answer is:", "5"),
         (r"\boxed{3", None),
         (r"\boxed{}", None),
         ("The answer is: ", None),
@@ -165,6 +175,16 @@ x \leq 3 = x \le 3
 $7$ = 7
 7. = 7
 y = 2x + 3 === 2x+3
+3 1/2 = \frac{7}{2}
+3\frac{1}{2} = 7/2
+-3 1/2 = -3.5
+5 = 5 dollars
+12 = 12 square inches
+100 = 1e2
+0.\overline{3} = \frac{1}{3}
+-2.1\overline{6} = -\frac{13}{6}
+10 000 = 10000
+\text{Yes} = yes
 """.strip().splitlines()
 DIFFERENT = (
     r"""
@@ -198,6 +218,14 @@ x = X
 (-\infty, 2) = (-\infty, 2]
 10 =
 -\infty = \infty
+\pi = 3.14159265
+3 1/2 = 31/2
+1 2 = 12
+x^2 = X^2
+AB = ab
+ABC = abc
+0.\overline{3} = 0.3
+0.\overline{3} = 0.33333333
 """.rstrip("\n")
     .lstrip("\n")
     .splitlines()

@@ -8,7 +8,7 @@ Example:
 """
 
 from fedex_lora.analysis._frames import clients, communication, messages, participation, refusals, rounds
-from fedex_lora.analysis._modules import across_rounds, located, modules, spectrum
+from fedex_lora.analysis._modules import across_rounds, located, module_frame, modules, spectrum
 from fedex_lora.analysis._observations import observations
 from fedex_lora.analysis._runs import Run, find_runs, labels, read_run
 
@@ -21,6 +21,7 @@ __all__ = [
     "labels",
     "located",
     "messages",
+    "module_frame",
     "modules",
     "observations",
     "participation",

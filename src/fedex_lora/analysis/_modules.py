@@ -1,6 +1,6 @@
 """Data frames of modules: how far averaging the factors is from the ideal, by layer, by projection and across rounds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +72,17 @@ def modules(run: Run) -> pd.DataFrame:
 
     From the events; for runs whose events lack it, from the clients' updates in the round folders that are still there.
     """
-    parts: dict[str, list[Any]] = {}
-    recorded = {event["round"]: event["modules"] for event in run.events if event["event"] == "round_done" and event.get("modules")}
-    for number in [event["round"] for event in run.events if event["event"] == "round_done"]:
-        columns = recorded.get(number) or _recomputed(round_folder(run.folder, number))
-        for name, values in (columns | {"round": [number] * len(columns["module"])}).items() if columns else ():
-            parts.setdefault(name, []).extend(values)
+    done = [event for event in run.events if event["event"] == "round_done"]
+    return module_frame({event["round"]: event.get("modules") or _recomputed(round_folder(run.folder, event["round"])) for event in done})
+
+
+def module_frame(rounds: Mapping[int, Mapping[str, Sequence[Any]] | None]) -> pd.DataFrame:
+    """`modules` from what a `round_done` event says of them, by round; without an effective rank where it is not said."""
+    parts = [pd.DataFrame(dict(columns)).assign(round=number) for number, columns in rounds.items() if columns]
     if not parts:
         return pd.DataFrame(columns=COLUMNS)
-    frame = pd.DataFrame(parts)
     measured = ["deviation", "ideal", "scaled", "effective_rank"]
+    frame = pd.concat(parts, ignore_index=True).reindex(columns=["round", "module", *measured])
     frame[measured] = frame[measured].astype(float).replace([np.inf, -np.inf], np.nan)
     places = located(frame["module"].unique())
     return frame.assign(

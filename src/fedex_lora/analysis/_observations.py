@@ -3,7 +3,7 @@
 import pandas as pd
 from scipy.stats import spearmanr
 
-from fedex_lora.analysis._modules import is_query, is_value
+from fedex_lora.analysis._modules import across_rounds, is_query, is_value
 
 COLUMNS = ["observation", "holds", "number", "of"]
 NOTHING = 1e-9  # |R| / |M| below which R is rounding errors
@@ -18,8 +18,8 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
         more_epochs: the same of a run that differs in its local epochs only, and has more of them.
 
     Returns:
-        A row for each that this run can answer: `observation`, `holds`, `number` and what that is `of`. The first three are of the first
-        round that has an update. None where averaging loses nothing but rounding errors.
+        A row for each that this run can answer: `observation`, `holds` (does the number point that way, however little), `number` and what
+        that is `of`. The first three are of the first round that has an update. None where averaging loses nothing but rounding errors.
     """
     if frame.empty or frame["relative"].max() < NOTHING:
         return pd.DataFrame(columns=COLUMNS)
@@ -40,18 +40,14 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
     if more_epochs is not None:
         ratio = float(_first(more_epochs)[value].mean() / first[value].mean())
         rows.append(("grows with local epochs", ratio > 1, ratio, "mean over modules, more / fewer local epochs"))
-    means = frame.groupby("round")[value].mean()
-    if len(means) > 2:
-        rho = float(spearmanr(means.index, means).statistic)
-        ratio = float(means.iloc[-1] / means.iloc[0])
-        rows.append(
-            (
-                "falls with the rounds",
-                rho < 0 and ratio < 1,
-                ratio,
-                f"mean over modules, round {means.index[-1]} / round {means.index[0]}; Spearman's correlation {rho:.2f}",
-            )
-        )
+    over = across_rounds(frame, value).dropna()
+    if len(over) > 2:
+        last, first_round = over["round"].iloc[-1], over["round"].iloc[0]
+        for which, name, what in (("mean", "", "mean over modules"), ("first", ", first layer", over.attrs["first"])):
+            rho = float(spearmanr(over["round"], over[which]).statistic)
+            ratio = float(over[which].iloc[-1] / over[which].iloc[0])
+            of = f"{what}, round {last} / round {first_round}; Spearman's correlation {rho:.2f}"
+            rows.append((f"falls with the rounds{name}", rho < 0 and ratio < 1, ratio, of))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

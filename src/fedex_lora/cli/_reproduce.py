@@ -46,11 +46,12 @@ def reproduce(
         return
     only = Only(panel or (), row or (), column or (), seed or ())
     with Runs(console) as tell:
-        result, grids = reproduce_here(target, scale, out, data, model, set_ or [], only if run else None, tell)
+        result, grids = reproduce_here(target, scale, out, data, model, set_ or [], only, run, tell)
     if as_json:
         print_json(result)
         return
     console.print(about(result), highlight=False, markup=False)
     for grid in grids:
         console.print(f"\n{grid.markdown()}", highlight=False, markup=False)
-    console.print(f"{out / scale / result['target']}.md, .tex and .json", highlight=False)
+    written = [f"{result['target']}.md, .tex and .json", *result["pictures"]]
+    console.print(f"{out / scale}: {', '.join(written)}", highlight=False)

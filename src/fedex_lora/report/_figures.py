@@ -1,6 +1,6 @@
 """The paper's figures from any runs (Matplotlib): the deviation by layer, and across rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,14 +57,29 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
     groups = [group for group in grouped(analysis.find_runs(paths)) if not pd.concat(group.modules).empty]
     if not groups:
         raise UsageError("these runs have no LoRA updates that were averaged: nothing to draw")
-    data = by_layer(groups, value) if number in LAYERS else by_round(groups, value)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _matplotlib().rc_context(STYLE):
-            (_draw_layers if number in LAYERS else _draw_rounds)(data, out, value)
+        data = draw("layers" if number in LAYERS else "rounds", groups, out, value)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}: give another name after -o") from None
     return {"out": str(out), "data": data.to_dict("records"), "observations": observed(groups, value).to_dict("records")}
+
+
+def draw(layout: Literal["layers", "rounds"], groups: Sequence[Group], out: Path, value: Value = "relative") -> pd.DataFrame:
+    """Draw the deviation of groups of runs, by layer after the first round or across rounds.
+
+    Returns:
+        What is drawn: `by_layer` or `by_round`.
+
+    Raises:
+        UsageError: Matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    drawing = _matplotlib()
+    data = by_layer(groups, value) if layout == "layers" else by_round(groups, value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with drawing.rc_context(STYLE):
+        (_draw_layers if layout == "layers" else _draw_rounds)(data, out, value)
+    return data
 
 
 def by_layer(groups: Sequence[Group], value: Value) -> pd.DataFrame:
@@ -92,36 +107,39 @@ def by_round(groups: Sequence[Group], value: Value) -> pd.DataFrame:
 
 
 def observed(groups: Sequence[Group], value: Value) -> pd.DataFrame:
-    """`analysis.observations` of each kind of run, from the means over its seeds; local epochs against the run with the fewest."""
-    frames = {group.label: _over_seeds(group) for group in groups}
+    """`analysis.observations` of each kind of run, from the means over its seeds; local epochs against the run with the fewest, from the
+    seeds that both have."""
     epochs = {group.label: group.first.config.get("training", {}).get("num_train_epochs") for group in groups}
     parts = []
     for group in groups:
         mine = epochs[group.label]
-        fewer = [label for label, theirs in epochs.items() if mine and theirs and theirs < mine and _alike(group, label, groups)]
-        found = analysis.observations(frames[group.label], value)
-        if fewer:
-            least = min(fewer, key=lambda label: epochs[label])
-            more = analysis.observations(frames[least], value, frames[group.label])
+        found = analysis.observations(_over_seeds(group, _seeds(group)), value)
+        fewer = [other for other in groups if mine and (epochs[other.label] or mine) < mine and _alike(group.first, other.first)]
+        least = min(fewer, key=lambda other: epochs[other.label], default=None)
+        if least is not None and (both := _seeds(least) & _seeds(group)):
+            more = analysis.observations(_over_seeds(least, both), value, _over_seeds(group, both))
             found = pd.concat([found, more[more["observation"] == "grows with local epochs"]], ignore_index=True)
         parts.append(found.assign(run=group.label))
     return pd.concat(parts, ignore_index=True)
 
 
-def _over_seeds(group: Group) -> pd.DataFrame:
-    frame = pd.concat(group.modules)
+def _seeds(group: Group) -> set[int]:
+    return {run.config.get("seed", 0) for run in group.runs}
+
+
+def _over_seeds(group: Group, seeds: Set[int]) -> pd.DataFrame:
+    frame = pd.concat([part for run, part in zip(group.runs, group.modules, strict=True) if run.config.get("seed", 0) in seeds])
     return frame.groupby(["round", "module", "layer", "projection"])[["scaled", "relative"]].mean().reset_index()
 
 
-def _alike(group: Group, label: str, groups: Sequence[Group]) -> bool:
-    """Do two kinds of runs differ in their local epochs only?"""
-    other = next(one for one in groups if one.label == label)
+def _alike(run: analysis.Run, other: analysis.Run) -> bool:
+    """Do two runs differ in their local epochs and seeds only?"""
 
     def rest(run: analysis.Run) -> dict[str, Any]:
         training = {key: item for key, item in run.config.get("training", {}).items() if key != "num_train_epochs"}
         return {**run.config, "training": training, "seed": 0}
 
-    return rest(group.first) == rest(other.first)
+    return rest(run) == rest(other)
 
 
 def _draw_layers(data: pd.DataFrame, out: Path, value: Value) -> None:

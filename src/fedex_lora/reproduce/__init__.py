@@ -1,12 +1,12 @@
 """`fedex-lora reproduce`: a table or figure of the paper by one command. Recipes name runs, runs leave records, records make tables."""
 
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.reproduce._deviations import by_layer, by_round
+from fedex_lora.reproduce._deviations import by_layer, by_round, pictures
 from fedex_lora.reproduce._filled import Filled, score
 from fedex_lora.reproduce._grids import Grid
 from fedex_lora.reproduce._recipe import Cell, CellPlace, Only, Recipe, Scale, cells, read_recipe, targets
@@ -26,7 +26,7 @@ LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Grid]]]] 
 }
 EVERYTHING = Only()
 Told = Callable[[str, int, int], None]
-"""(a line, how many runs are done, how many there are)."""
+"""(a line, how many of the missing runs are done, how many there were)."""
 
 
 def reproduce(
@@ -36,7 +36,8 @@ def reproduce(
     data: Path | None = None,
     model: Path | None = None,
     overrides: Sequence[str] = (),
-    only: Only | None = EVERYTHING,
+    only: Only = EVERYTHING,
+    run: bool = True,
     tell: Told = lambda line, done, total: None,
 ) -> tuple[dict[str, Any], list[Grid]]:
     """Run what is not there yet of a table or figure, and make it.
@@ -48,11 +49,12 @@ def reproduce(
         data: the folder of all data in their published layouts; None: the hub.
         model: a local folder of the base that the recipe names, or of folders named like the bases; None: the hub.
         overrides: `a.b=v`, of every run.
-        only: the part that is run where it is missing; None: nothing. Tables always show all records that are there.
-        tell: told of every run.
+        only: the part that is run where it is missing. Tables always show all records that are there.
+        run: False: nothing is run.
+        tell: told of every run that ends.
 
     Returns:
-        The numbers, as they are written to `SCALE/TARGET.json`, and the tables.
+        The numbers, as they are written to `SCALE/TARGET.json`, and the tables. Figures are drawn too, where Matplotlib is installed.
 
     Raises:
         UsageError: an unknown target, scale or label.
@@ -60,13 +62,12 @@ def reproduce(
     """
     recipe = read_recipe(target)
     wanted = list(cells(recipe, scale, overrides))
-    if only is not None:
-        only.require_known(wanted, f"{target} at scale {scale}")
-    running = {cell.key for cell in wanted if only is not None and only.holds(cell)}
+    only.require_known(wanted, f"{target} at scale {scale}")
+    asked = [cell for cell in wanted if run and only.holds(cell)]
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
         if folder is not None:
             write_tiny_data(Path(folder))
-        records = _records(wanted, Place(out, Path(folder) if folder else data, model), running, recipe.scaled(scale), tell)
+        records = _records(wanted, asked, Place(out, Path(folder) if folder else data, model), recipe.scaled(scale), tell)
     filled = Filled.of(recipe, scale, records)
     numbers, grids = LAYOUTS[recipe.layout](filled)
     result = {
@@ -81,6 +82,7 @@ def reproduce(
         "runs_done": len({cell.key for cell in wanted if cell.place in records}),
         "numbers": numbers,
     }
+    result["pictures"] = [path.name for path in pictures(filled, out / scale)]
     text = about(result) + "\n\n" + "\n".join(grid.markdown() for grid in grids)
     write_text(out / scale / f"{recipe.target}.md", text)
     write_text(out / scale / f"{recipe.target}.tex", "\n".join(grid.latex() for grid in grids))
@@ -100,21 +102,18 @@ def about(result: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _records(wanted: Sequence[Cell], place: Place, running: Set[str], scale: Scale, tell: Told) -> dict[CellPlace, dict[str, Any]]:
-    """The record of every cell that has one; cells may share a run."""
-    known: dict[str, dict[str, Any]] = {}
-    keys = {cell.key for cell in wanted}
-    for cell in wanted:
-        if cell.key in known:
-            continue
-        record = find_record(place.out, cell)
-        if record is None and cell.key in running:
-            tests = sorted({one.test for one in wanted if one.key == cell.key and one.test})
-            record = make_record(place, cell, tests, scale.generation)
-            end = record.get("failed") or _shown(record)
-            tell(f"{cell.panel}  {cell.row}  {cell.column}  seed {cell.seed}: {end}", len(known) + 1, len(keys))
-        if record is not None:
-            known[cell.key] = record
+def _records(wanted: Sequence[Cell], asked: Sequence[Cell], place: Place, scale: Scale, tell: Told) -> dict[CellPlace, dict[str, Any]]:
+    """The record of every cell that has one; cells may share a run. What is asked for and missing is run first."""
+    known = {cell.key: record for cell in wanted if (record := find_record(place.out, cell)) is not None}
+    missing: dict[str, Cell] = {}
+    for cell in asked:
+        if cell.key not in known:
+            missing.setdefault(cell.key, cell)
+    for done, cell in enumerate(missing.values(), 1):
+        tests = sorted({one.test for one in wanted if one.key == cell.key and one.test})
+        known[cell.key] = record = find_record(place.out, cell) or make_record(place, cell, tests, scale.generation)
+        end = record.get("failed") or _shown(record)
+        tell(f"{cell.panel}  {cell.row}  {cell.column}  seed {cell.seed}: {end}", done, len(missing))
     return {cell.place: known[cell.key] for cell in wanted if cell.key in known}
 
 

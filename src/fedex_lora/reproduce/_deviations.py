@@ -1,95 +1,120 @@
-"""The layouts of figures: how far averaging the factors is from the ideal, by layer after round 1, or round by round."""
+"""The layouts of figures: how far averaging the factors is from the ideal, by layer after round 1, or round by round; and drawn."""
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
+import pandas as pd
 
-from fedex_lora.reproduce._filled import Filled, Record
+from fedex_lora.analysis import Run, across_rounds, located, module_frame
+from fedex_lora.report import Group, draw, observed
+from fedex_lora.reproduce._filled import Filled
 from fedex_lora.reproduce._grids import NOT_RUN, Grid
-from fedex_lora.reproduce._recipe import UNKNOWN
+from fedex_lora.reproduce._recipe import UNKNOWN, Column
 from fedex_lora.reproduce._scores import mean_and_deviation
 
-MEASURES = {"relative": (100.0, "|difference| / |ideal|, in %"), "scaled": (1e6, "|difference| / sqrt(out in), times 1e6")}
-Series = Mapping[str, Mapping[int, float]]
+Measure = Literal["relative", "scaled"]
+MEASURES: dict[Measure, tuple[float, str]] = {
+    "relative": (100.0, "|difference| / |ideal|, in %"),
+    "scaled": (1e6, "|difference| / sqrt(out in), times 1e6"),
+}
+OF_ROUNDS = "falls with the rounds"
+Lines = Mapping[str, Mapping[int, float]]
 """name -> place (layer or round) -> value."""
 
 
 def by_layer(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
-    """Q and V in each layer, after the first round."""
+    """Every projection in each layer, after the first round; and which of the paper's observations hold there."""
     return _deviations(filled, layers, "layer", "after the first round")
 
 
 def by_round(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
-    """Q of the first layer, and the mean over all adapted modules, after each round."""
+    """The first layer's query, and the mean over all adapted modules, after each round; and whether they fall."""
     return _deviations(filled, rounds, "round", "round by round")
 
 
-def _deviations(filled: Filled, series: Callable[[Record, str], Series], unit: str, when: str) -> tuple[list[dict[str, Any]], list[Grid]]:
-    """Two grids for each data set, one a measure, with a line for each panel and series: mean and deviation over the seeds."""
+def pictures(filled: Filled, folder: Path) -> list[Path]:
+    """Draw every data set of a figure that has runs, in both measures; nothing without Matplotlib."""
+    if filled.recipe.layout not in ("layers", "rounds") or find_spec("matplotlib") is None:
+        return []
+    layout: Literal["layers", "rounds"] = "layers" if filled.recipe.layout == "layers" else "rounds"
+    drawn = []
+    for column in filled.columns:
+        if groups := _groups(filled, column):
+            for measure in MEASURES:
+                drawn.append(folder / f"{filled.recipe.target}-{column.label}-{measure}.png")
+                draw(layout, [replace(group, label=_counted(group)) for group in groups], drawn[-1], measure)
+    return drawn
+
+
+def _counted(group: Group) -> str:
+    return f"{group.label}, {len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
+
+
+def _groups(filled: Filled, column: Column) -> list[Group]:
+    """The runs of each panel that has any, seed by seed."""
+    found = []
+    for panel in filled.panels:
+        records = [record for row in filled.rows for record in filled.runs(panel, row, column).values()]
+        runs = [Run(Path(), panel.label, (), record["config"]) for record in records]
+        frames = [module_frame({one["round"]: one["modules"] for one in record["rounds"]}) for record in records]
+        found += [Group(panel.label, runs, (), frames)] if runs else []
+    return found
+
+
+def _deviations(
+    filled: Filled, lines: Callable[[pd.DataFrame, Measure], Lines], unit: str, when: str
+) -> tuple[list[dict[str, Any]], list[Grid]]:
+    """For each data set a grid a measure, with a line for each panel and series (mean and deviation over the seeds); the observations."""
     numbers: list[dict[str, Any]] = []
     grids = []
     for column in filled.columns:
+        groups = _groups(filled, column)
         for measure, (factor, what) in MEASURES.items():
-            lines: dict[str, dict[int, list[float]]] = {}
-            for panel in filled.panels:
-                found = [series(record, measure) for row in filled.rows for record in filled.runs(panel, row, column).values()]
-                for name in dict.fromkeys(name for one in found for name in one):
-                    places = sorted({place for one in found for place in one.get(name, {})})
-                    line = {place: [one[name][place] for one in found if place in one.get(name, {})] for place in places}
-                    lines[f"{panel.label}, {name}"] = line
-                    numbers.append({"column": column.label, "panel": panel.label, "series": name, "measure": measure, unit: line})
-            places = sorted({place for line in lines.values() for place in line})
-            rows = [
-                [label, *(mean_and_deviation([factor * value for value in line.get(place, [])], len(filled.seeds), 2) for place in places)]
-                for label, line in lines.items()
-            ]
+            rows: dict[str, dict[int, str]] = {}
+            for group in groups:
+                seeds = [lines(frame, measure) for frame in group.modules]
+                for name in seeds[0]:
+                    there = sorted({place for one in seeds for place in one[name]})
+                    line = {place: [one[name][place] for one in seeds if place in one[name]] for place in there}
+                    cells = {
+                        place: mean_and_deviation([factor * value for value in values], len(filled.seeds), 2)
+                        for place, values in line.items()
+                    }
+                    rows[f"{group.label}, {name}"] = cells
+                    numbers.append({"column": column.label, "panel": group.label, "series": name, "measure": measure, unit: line})
+            places = sorted({place for cells in rows.values() for place in cells})
+            text = [[label, *(cells.get(place, NOT_RUN) for place in places)] for label, cells in rows.items()]
             title = f"{filled.recipe.title}: {column.label}, {when}, {what}"
-            grids.append(Grid(title, [unit, *map(str, places)], rows or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."]))
+            grids.append(Grid(title, [unit, *map(str, places)], text or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."]))
+        grids += _observations(f"{filled.recipe.title}: {column.label}, the paper's observations", groups, unit)
     return numbers, grids
 
 
-def layers(record: Record, measure: str) -> dict[str, dict[int, float]]:
+def _observations(title: str, groups: Sequence[Group], unit: str) -> list[Grid]:
+    """Which of the paper's observations hold in these runs, in both measures, from the means over the seeds."""
+    if not groups:
+        return []
+    tables = {measure: observed(groups, measure) for measure in MEASURES}
+    rows = []
+    for one, other in zip(*(table.to_dict("records") for table in tables.values()), strict=True):
+        if one["observation"].startswith(OF_ROUNDS) == (unit == "round"):
+            held = [f"{'yes' if found['holds'] else 'no'}, {found['number']:.2f}" for found in (one, other)]
+            rows.append([one["run"], one["observation"], *held, one["of"].partition(";")[0]])
+    notes = ["From the means over the seeds that are there. Yes: the number points that way, however little."]
+    return [Grid(title, ["", "observation", *tables, "the number is"], rows, notes)] if rows else []
+
+
+def layers(frame: pd.DataFrame, measure: Measure) -> dict[str, dict[int, float]]:
     """Projection -> layer -> deviation after the first round."""
-    series: dict[str, dict[int, float]] = {}
-    for module, value in _values(record["rounds"][0], measure).items():
-        series.setdefault(projection_of(module), {})[layer_of(module)] = value
-    return dict(sorted(series.items()))
+    first = frame[frame["round"] == frame["round"].min()]
+    return {str(name): dict(zip(part["layer"], part[measure], strict=True)) for name, part in first.groupby("projection")}
 
 
-def rounds(record: Record, measure: str) -> dict[str, dict[int, float]]:
-    """Q of the first layer, and the mean over all adapted modules -> round -> deviation."""
-    by_number = {one["round"]: _values(one, measure) for one in record["rounds"] if one["modules"]}
-    modules = sorted({module for values in by_number.values() for module in values}, key=lambda module: (layer_of(module), module))
-    query = next((module for module in modules if projection_of(module) == "Q"), modules[0])
-    return {
-        f"{projection_of(query)} of the first layer": {number: values[query] for number, values in by_number.items()},
-        "mean over all modules": {number: float(np.mean(list(values.values()))) for number, values in by_number.items()},
-    }
-
-
-def layer_of(module: str) -> int:
-    """The first number in a module's path; 0 without one."""
-    found = re.search(r"\d+", module)
-    return int(found[0]) if found else 0
-
-
-def projection_of(module: str) -> str:
-    """Q or V, as the paper names the matrices; the module's own name where it is neither.
-
-    Example:
-        >>> projection_of("encoder.layer.3.attention.self.query")
-        'Q'
-    """
-    last = module.rsplit(".", 1)[-1]
-    return {"q": "Q", "v": "V"}.get(last[0], last)
-
-
-def _values(one: Mapping[str, Any], measure: str) -> dict[str, float]:
-    """Module -> deviation: relative to the ideal, or divided by sqrt(out in)."""
-    columns = one["modules"]
-    if not columns:
-        return {}
-    relative = [apart / ideal if ideal else 0.0 for apart, ideal in zip(columns["deviation"], columns["ideal"], strict=True)]
-    return dict(zip(columns["module"], columns["scaled"] if measure == "scaled" else relative, strict=True))
+def rounds(frame: pd.DataFrame, measure: Measure) -> dict[str, dict[int, float]]:
+    """The first layer's query (or what it has for one), and the mean over all adapted modules -> round -> deviation."""
+    found = across_rounds(frame, measure)
+    names = {"first": f"{located(frame['module'].unique())[found.attrs['first']][1]} of the first layer", "mean": "mean over all modules"}
+    return {name: dict(zip(found["round"], found[column], strict=True)) for column, name in names.items()}

@@ -226,14 +226,18 @@ def read_recipe(target: str) -> Recipe:
         raise ConfigError(f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, heirs: Sequence[Path] = ()) -> dict[str, Any]:
     """A TOML file, upon the one that it extends."""
+    if path in heirs:
+        raise ConfigError(f"{path} extends itself, by way of {heirs[-1].name}: remove one `extends`")
+    if not path.is_file():
+        raise ConfigError(f"{heirs[-1]} extends {path}, which does not exist")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     parent = tree.pop("extends", None)
-    return merged(_read(path.parent / f"{parent}.toml"), tree) if parent else tree
+    return merged(_read(path.parent / f"{parent}.toml", [*heirs, path]), tree) if parent else tree
 
 
 def merged(*trees: Tree) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import measure
-from fedex_lora.config import DEMO, Config
+from fedex_lora.config import DEMO, Config, read_config, write_config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.evaluation import Options, evaluate_source
 from fedex_lora.peft_io import read_result
@@ -32,6 +32,7 @@ FACTS = (
     "torch_threads",
     "versions",
 )
+MODULES = ("module", "deviation", "ideal", "scaled")
 ROUND = ("round", "metrics", "exactness_error", "realised_error", "floor", "deviation", "bytes_down", "bytes_up", "seconds")
 
 
@@ -67,13 +68,36 @@ def find_record(out: Path, cell: Cell) -> dict[str, Any] | None:
         StorageError: the file is broken.
     """
     path = out / RUNS / f"{cell.name}.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, OSError):
         raise StorageError(f"{path} is broken: remove it, and the run is done again") from None
+    if not _is_record(found, cell.config):
+        raise StorageError(f"{path} is no record of the run that its name says: remove it, and the run is done again")
     return found
+
+
+def _is_record(found: Any, config: Config) -> bool:
+    """Does it have what tables read, and the settings that its name stands for?"""
+    if not isinstance(found, dict) or found.get("config") != identity(config):
+        return False
+    if "failed" in found:
+        return True
+    rounds = found.get("rounds")
+    return (
+        _has(found.get("facts"), FACTS)
+        and isinstance(found.get("held_out"), dict)
+        and isinstance(rounds, list)
+        and len(rounds) == config.rounds
+        and all(_has(one, ("round", "metrics", "seconds", "modules")) for one in rounds)
+        and all(not one["modules"] or _has(one["modules"], MODULES) for one in rounds)
+    )
+
+
+def _has(found: Any, keys: Sequence[str]) -> bool:
+    return isinstance(found, dict) and set(keys) <= set(found)
 
 
 def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -93,6 +117,7 @@ def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation:
     for settings in asked.values():
         if (generated := load_task(settings, cell.seed).generation) is not None:
             generated.require()
+    _move(folder, config)
     try:
         run(config, folder, lambda event, **fields: None, resume=True)
     except TrainingError as error:
@@ -104,6 +129,18 @@ def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation:
     write_text(place.out / RUNS / f"{cell.name}.json", plain_json(record) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return record
+
+
+def _move(folder: Path, config: Config) -> None:
+    """Let an unfinished run go on where data and base may lie in another folder: where they lie makes no number."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        return
+    there = read_config(path)
+    task = there.task.model_copy(update={"data": config.task.data})
+    base = there.base.model_copy(update={"model": config.base.model})
+    if there != config and there.model_copy(update={"task": task, "base": base}) == config:
+        write_text(path, write_config(config))
 
 
 def recorded(events: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:

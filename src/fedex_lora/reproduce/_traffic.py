@@ -23,6 +23,7 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
         rows.append([panel.label, "paper", *(known.get(label, UNKNOWN) for label in labels)])
     notes = [
         f"Counted from the messages that were sent: all clients, all rounds, both ways; relative to {reference}.",
+        "What the last round makes is not among them: no client downloads it there.",
         "'With the base once' adds one download of the frozen base for each client.",
         *(f"{panel.label}: {panel.source}." for panel in filled.shown if panel.paper),
     ]

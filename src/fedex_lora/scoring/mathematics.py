@@ -15,7 +15,21 @@ from typing import Any
 from fedex_lora.errors import UsageError
 
 ANSWER_IS = "The answer is:"
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:\s*/\s*\d+)?")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?:(?P<whole>\d+) (?=\d+/\d))?(?P<above>(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d{1,2}(?!\d))?)"
+    r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
+)
+_WRITTEN = tuple(  # how numbers are written, to how they are read
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"[\u2212\u2013]", "-"),
+        (r"\{,\}", ","),
+        (r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2"),
+        (r"[\\$£€]|(?<=[-+])\s", ""),
+        (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda found: found[0].replace(" ", "")),
+        (r"\s+", " "),
+    )
+)
 
 
 def extract_number(text: str) -> Fraction | None:
@@ -23,22 +37,24 @@ def extract_number(text: str) -> Fraction | None:
 
     >>> extract_number("16 - 7 = 9 eggs, so 9 * 2 = 18. The answer is: $18.00.")
     Fraction(18, 1)
+    >>> extract_number("The answer is: 2 1/2")
+    Fraction(5, 2)
     >>> extract_number("She makes 9 * 2 dollars.")
     """
     answer = _after_last(text, r"The answer is:?", r"####")
     if answer is None:
         return None
-    found = _NUMBER.search(re.sub(r"[\\$£€]|(?<=[-+])\s", "", answer))
-    if not found:
+    for pattern, replacement in _WRITTEN:
+        answer = pattern.sub(replacement, answer)
+    found = _NUMBER.search(answer)
+    if not found or (found["below"] and not Fraction(found["below"])):
         return None
-    try:
-        return Fraction(found[0].replace(",", "").replace(" ", ""))
-    except ZeroDivisionError:
-        return None
+    value = Fraction(found["whole"] or 0) + Fraction(found["above"].replace(",", "")) / Fraction(found["below"] or 1)
+    return -value if found["sign"] == "-" else value
 
 
 def extract_answer(text: str) -> str | None:
-    r"""What stands after the last "The answer is", else in the last `\boxed{}`; None where there is neither.
+    r"""What stands after the last "The answer is" (to the end of its sentence), else in the last `\boxed{}`; None where there is neither.
 
     >>> extract_answer(r"Then $x = \boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
@@ -47,8 +63,8 @@ def extract_answer(text: str) -> str | None:
     """
     stated = _after_last(text, r"The answer is:?")
     if stated is not None:
-        stated = re.split(r"\.?\n|\.\s*$", stated.strip(), maxsplit=1)[0].strip()
-        return last_boxed(stated) or _flat(stated)
+        stated = re.split(r"\.?\n|\.\s*$|\.\s+(?=[A-Z])", stated.strip(), maxsplit=1)[0].strip()
+        return last_boxed(stated) or _flat(stated) or last_boxed(text)
     return last_boxed(text)
 
 
@@ -91,6 +107,10 @@ _CLEAN = tuple(
         (r"\\neq(?![a-z])", r"\\ne"),
         (r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{\s*[^{}()]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit after a value
         (r"\\(?:text|mbox|mathrm|textbf|textrm|textit|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1"),
+        (r"(?<=\d)\s+[A-Za-z]{3,}(?:\s+[A-Za-z]{3,})*\s*$", ""),  # 5 dollars, 12 square inches
+        (r"^([-+]?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),  # 3 1/2
+        (r"(?<![\d.,])(\d{1,3})((?:\s\d{3})+)(?![\d/])", lambda found: re.sub(r"\s", "", found[0])),  # 10 000
+        (r"(?<=\d)\s+(?=\d)", ","),
         (r"(?<!\\)\\[,;: ]|~|\\quad|\s+", ""),
         (r"\\sqrt(\w)", r"\\sqrt{\1}"),
         (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
@@ -134,7 +154,7 @@ def equivalent(gold: str, answer: str) -> bool:
     """
     ours, theirs = normal_form(gold), normal_form(answer)
     if ours.lower() == theirs.lower():
-        return ours == theirs or len(ours) > 1  # x is not X, but Even is even
+        return _spelled(ours) == _spelled(theirs)
     word, base = re.compile(r"[A-Za-z]{3,}"), re.compile(r"\d_\{?\d")
     if word.fullmatch(ours) or word.fullmatch(theirs) or base.search(ours) or base.search(theirs):
         return False
@@ -144,13 +164,30 @@ def equivalent(gold: str, answer: str) -> bool:
     return _same_value(ours, theirs)
 
 
+def _spelled(text: str) -> str:
+    """Even is even and (A) is (a), but x is not X."""
+    return re.sub(r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{4,})(?![A-Za-z])|^\([A-Z]\)$", lambda found: found[0].lower(), text)
+
+
+_RATIONAL = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d+)?\\frac\{(?P<minus>-?)(?P<above>\d+)\}\{(?P<below>\d+)\}")
+_REPEATING = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d*)\.(?P<first>\d*)\\overline\{?(?P<again>\d+)\}?")
+
+
 def _fraction(text: str) -> Fraction | None:
-    """The value of an integer, a decimal, or a fraction of integers."""
-    plain = re.sub(r"^([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
-    try:
-        return Fraction(plain) if re.fullmatch(r"[-+]?\d*\.?\d+(?:/\d+)?", plain) else None
-    except ZeroDivisionError:
+    """The value of an integer, a decimal (repeating, or with an exponent), a fraction of integers, or a mixed number."""
+    value: Fraction
+    if found := _RATIONAL.fullmatch(text):
+        if int(found["below"]) == 0 or (found["whole"] and found["minus"]):
+            return None
+        value = Fraction(found["whole"] or 0) + Fraction(int(found["minus"] + found["above"]), int(found["below"]))
+    elif found := _REPEATING.fullmatch(text):
+        shift, period = 10 ** len(found["first"]), 10 ** len(found["again"]) - 1
+        value = Fraction(int(found["whole"] + found["first"] or 0), shift) + Fraction(int(found["again"]), shift * period)
+    elif found := re.fullmatch(r"(?P<sign>[-+]?)(?P<number>\d*\.?\d+(?:[eE][-+]?\d{1,2})?)", text):
+        value = Fraction(found["number"])
+    else:
         return None
+    return -value if found["sign"] == "-" else value
 
 
 @cache
@@ -162,7 +199,7 @@ def _same_value(gold: str, answer: str) -> bool:
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel("CRITICAL")
     ours, theirs = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=seconds, raise_on_error=False) for text in (gold, answer))
-    return bool(ours and theirs and verify(ours, theirs, timeout_seconds=seconds, raise_on_error=False))
+    return bool(ours and theirs and verify(ours, theirs, float_rounding=12, timeout_seconds=seconds, raise_on_error=False))
 
 
 def require_math_verify() -> None:
