@@ -63,7 +63,7 @@ fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was
 	$(BIN)/python -m tests.fuzz_wire 100000
 
 flower-test: $(VENV)/.installed-flower   ## a real deployment on this machine (TLS, node keys), and what happens when parts of it die
-	$(BIN)/python -m pytest tests/flower --durations 20 $(AGAIN)
+	$(BIN)/python -m pytest tests/flower -vv --durations 20 $(HOW)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
