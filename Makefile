@@ -35,7 +35,7 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_training.py --rows 480 --batch 8 --tokens 64 --threads 1 --out benchmarks/results/training.json
 	$(BIN)/python benchmarks/bench_clients_memory.py --layers 4 --clients 3 50 100 --out benchmarks/results/clients_memory.json
 
-smokes: $(VENV)/.installed   ## every table and figure of the paper at scale smoke, half an hour: that the recipes run
+smokes: $(VENV)/.installed-dev   ## every table and figure of the paper at scale smoke, half an hour: that the recipes run
 	targets=$$($(BIN)/fedex-lora reproduce list --json | $(BIN)/python -c 'import json, sys; print(*json.load(sys.stdin))') && \
 	for target in $$targets; do $(BIN)/fedex-lora reproduce $$target --scale smoke --out reproduce || exit 1; done
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedex_lora.reproduce import Only, cells, find_record, read_recipe, reproduc
 from fedex_lora.reproduce._recipe import merged
 from fedex_lora.reproduce._records import Place, make_record
 from fedex_lora.runner import run
+from fedex_lora.storage import read_events
 
 RECIPE = """
 title = "Two methods"
@@ -155,8 +157,9 @@ def test_tables_are_made_again_without_running(ran, recipe):
     assert not list((out / "work").glob("*"))
 
 
-def test_an_interrupted_run_goes_on(recipe, tmp_path):
-    """Stopped after round 1 of 2: what is left is one more round, and the record is that of a run that was left alone."""
+def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
+    """Stopped after round 1 of 2: what is left is one more round, and the record is that of a run that was left alone; on other rows it
+    begins anew."""
     only, longer = Only(rows=["FedEx"], columns=["STS-B"], seeds=[0]), ["rounds=2"]
     cell = next(cell for cell in cells(read_recipe(recipe), "smoke", longer) if only.holds(cell))
     write_tiny_data(tmp_path / "tiny")
@@ -166,16 +169,27 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path):
         if event == "round_done":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(place.localised(cell), place.out / "work" / cell.name, stop)
+    records = sys.modules[make_record.__module__]
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "run", lambda config, folder, tell, resume: run(config, folder, stop))
+        with pytest.raises(KeyboardInterrupt):
+            make_record(place, cell)
     assert not find_record(place.out, cell)
+    events = read_events(place.out / "work" / cell.name / "events.jsonl")
+    (begun,) = [event["seconds"] for event in events if event["event"] == "round_done"]
     alone = make_record(Place(tmp_path / "alone", tmp_path / "tiny"), cell)
     (tmp_path / "tiny").rename(tmp_path / "moved")  # as the rows of the scale smoke are, at every command
+    shutil.copytree(place.out, tmp_path / "others")
     went_on = make_record(Place(place.out, tmp_path / "moved"), cell)
+    assert went_on["rounds"][0]["seconds"] == float(f"{begun:.6g}")
     assert [one["metrics"] for one in went_on["rounds"]] == [one["metrics"] for one in alone["rounds"]]
     assert [one["modules"] for one in went_on["rounds"]] == [one["modules"] for one in alone["rounds"]]
     assert find_record(place.out, cell) == json.loads(json.dumps(went_on))
-    assert not (place.out / "work" / cell.name).exists()
+    assert not list((place.out / "work").iterdir())
+    dev = tmp_path / "moved" / "glue" / "STS-B" / "dev.tsv"
+    dev.write_text("".join(dev.read_text().splitlines(keepends=True)[:6]))
+    anew = make_record(Place(tmp_path / "others", tmp_path / "moved"), cell)
+    assert [one["metrics"]["rows"] for one in anew["rounds"]] == [5, 5]
 
 
 def test_records_hold_the_deviation_of_every_module(ran):
@@ -239,6 +253,18 @@ def test_other_layouts(target, rounds, tmp_path):
     )
 
 
+def test_layouts_of_runs_that_average_no_adapters(tmp_path):
+    """Full fine-tuning has no deviation to draw; without contrasts, bytes are relative to the first row."""
+    base, rows = RECIPE.partition("contrasts = ")[0], 'rows = [{ label = "Full", method = "full-ft" }]\n'
+    rest = "columns = " + RECIPE.partition("columns = ")[2].replace("paper.FedIT = [60.0, 70.0, 65.0], ", "")
+    only = Only(columns=["MRPC"], seeds=[0])
+    for layout in ("layers", "rounds", "bytes"):
+        (tmp_path / f"{layout}.toml").write_text(base.replace('layout = "scores"', f'layout = "{layout}"') + rows + rest)
+        result, grids = reproduce(str(tmp_path / f"{layout}.toml"), "smoke", tmp_path, only=only)
+        assert result["pictures"] == []
+        assert grids[0].rows[0][-1].startswith("1.000 (") if layout == "bytes" else grids[0].rows == [["not run"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -253,12 +279,16 @@ def test_other_layouts(target, rounds, tmp_path):
         (["broken.toml"], "title"),
         (["itself.toml"], "itself.toml extends itself"),
         (["orphan.toml"], "nobody.toml, which does not exist"),
+        (["latin.toml"], "latin.toml is not TOML"),
+        (["../recipes/table3"], "unknown target '../recipes/table3'"),
+        (["./_glue"], "unknown target './_glue'"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in (("broken", 'layout = "scores"'), ("itself", 'extends = "itself"'), ("orphan", 'extends = "nobody"')):
         (tmp_path / f"{name}.toml").write_text(f"{text}\n")
+    (tmp_path / "latin.toml").write_bytes('title = "Präzision"\n'.encode("latin-1"))
     result = CliRunner().invoke(app, ["reproduce", *arguments, "--out", "out"])
     assert result.exit_code != 0
     assert message in result.stderr
@@ -291,6 +321,13 @@ def _without(*path):
         _without("rounds", 0, "metrics"),
         _without("rounds", 0, "modules"),
         _without("rounds", 0, "modules", "ideal"),
+        _without("rounds", 0, "modules", "ideal", 0),
+        _without("rounds", 0, "bytes_down"),
+        lambda record: record["rounds"][0].update(metrics=[]),
+        lambda record: record["rounds"][0].update(metrics={"other": 1.0}),
+        lambda record: record["rounds"][0].update(round=7),
+        lambda record: record.update(tests=None),
+        lambda record: record.update(failed=None),
         lambda record: record["config"]["training"].update(learning_rate=0.9),
     ],
 )
@@ -304,7 +341,7 @@ def test_a_record_of_something_else_is_named(change, ran, recipe, tmp_path):
         reproduce(recipe, "smoke", tmp_path, run=False)
 
 
-@pytest.mark.parametrize("text", ["{", "null", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "null", "[]", "{}", "[" * 200_000])
 def test_a_record_that_is_broken_is_named(text, recipe, tmp_path):
     name = next(cells(read_recipe(recipe), "smoke")).name
     (tmp_path / "runs").mkdir()

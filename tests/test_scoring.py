@@ -92,6 +92,9 @@ def test_gold_answers_are_extracted(data_folder):
         ("The answer is: .5", Fraction(1, 2)),
         ("The answer is: 7 eggs, of 16", 7),
         ("The answer is: unknown", None),
+        ("The answer is: " + "1" * 5000, None),
+        (r"The answer is: \frac23", Fraction(2, 3)),
+        ("The answer is: 1\u00a0000", 1000),
         ("The answer is: 4.5/2", Fraction(9, 4)),
         ("The answer is: 1/0.0", None),
         ("The answer is: \u22123", -3),
@@ -118,6 +121,7 @@ def test_numbers_in_texts(text, number):
         (r"\boxed 3 is it", "3"),
         ("The answer is: 5.\nNext question", "5"),
         (r"The answer is: $\boxed{4}$.", "4"),
+        (r"The answer is $\boxed{\text{St. Ives}}$. I hope so.", r"\text{St. Ives}"),
         ("The answer is: 0.5.", "0.5"),
         ("The answer is 3. I hope it is correct.", "3"),
         (r"\boxed{5}. The answer is:", "5"),
@@ -184,6 +188,13 @@ y = 2x + 3 === 2x+3
 0.\overline{3} = \frac{1}{3}
 -2.1\overline{6} = -\frac{13}{6}
 10 000 = 10000
+\dfrac 3 8 = 3/8
+\frac12 = \frac 1 2
+\log_2 8 = 3
+2xyz = 2 xyz
+81, 256 = 256, 81
+45^\circ, 135^\circ = 135^\circ, 45^\circ
+10,000 dollars = x = 10,000
 \text{Yes} = yes
 """.strip().splitlines()
 DIFFERENT = (
@@ -221,6 +232,12 @@ x = X
 \pi = 3.14159265
 3 1/2 = 31/2
 1 2 = 12
+2 xyz = 2
+5 hundred = 5
+2 squared = 2
+12 minus one = 12
+81, 256 = 81256
+60\%,120\% = 60120
 x^2 = X^2
 AB = ab
 ABC = abc

@@ -14,7 +14,7 @@ from fedex_lora.report._sections import Group, grouped
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
 FORMATS = (".pdf", ".svg", ".png")
 Value = Literal["scaled", "relative"]
-AXES = {"scaled": r"scaled Frobenius norm  $\|R\|_F / \sqrt{mn}$", "relative": r"$\|R\|_F / \|M\|_F$"}
+AXES = {"scaled": r"$\|R\|_F / \sqrt{mn}$", "relative": r"$\|R\|_F / \|M\|_F$"}
 STYLE = {
     "font.family": "serif",
     "font.size": 9,
@@ -148,7 +148,7 @@ def _draw_layers(data: pd.DataFrame, out: Path, value: Value) -> None:
     for axis, (run, panel) in zip(axes, data.groupby("run", sort=False), strict=True):
         for projection in projections:
             _line(axis, panel[panel["projection"] == projection], "layer", projection, projections.index(projection))
-        axis.set_title(run, fontsize=9)
+        axis.set_title(run, fontsize=9, y=1.0, pad=11)
         axis.set_xlabel("layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, axes, out, value)
@@ -162,13 +162,13 @@ def _draw_rounds(data: pd.DataFrame, out: Path, value: Value) -> None:
     for axis, (panel, title) in zip(axes, titles.items(), strict=True):
         for run in runs:
             _line(axis, data[(data["panel"] == panel) & (data["run"] == run)], "round", run, runs.index(run))
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, y=1.0, pad=11)
         axis.set_xlabel("aggregation round")
         axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, axes, out, value)
 
 
-def _end(module: str, length: int = 42) -> str:
+def _end(module: str, length: int = 34) -> str:
     """A module path, without its beginning where it is long."""
     return module if len(module) <= length else f"…{module[-length:]}"
 
@@ -196,10 +196,14 @@ def _line(axis: Any, rows: pd.DataFrame, x: str, label: str, index: int) -> None
 
 
 def _finish(figure: Any, axes: Any, out: Path, value: Value) -> None:
-    axes[0].set_ylabel(AXES[value])
     for axis in axes:
+        if axis is axes[0] or not axis.get_shared_y_axes().joined(axis, axes[0]):
+            axis.set_ylabel(AXES[value])
         axis.set_ylim(bottom=0)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
-    figure.savefig(out, dpi=200, metadata={".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix))
+    figure.draw_without_rendering()  # the axes' powers of ten take room
+    whole, undated = out.with_name(f".{out.name}.tmp"), {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix)
+    figure.savefig(whole, dpi=200, format=out.suffix[1:], metadata=undated)
+    whole.replace(out)

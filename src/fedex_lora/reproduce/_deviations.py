@@ -58,9 +58,10 @@ def _groups(filled: Filled, column: Column) -> list[Group]:
     found = []
     for panel in filled.panels:
         records = [record for row in filled.rows for record in filled.runs(panel, row, column).values()]
-        runs = [Run(Path(), panel.label, (), record["config"]) for record in records]
         frames = [module_frame({one["round"]: one["modules"] for one in record["rounds"]}) for record in records]
-        found += [Group(panel.label, runs, (), frames)] if runs else []
+        averaged = [(record, frame) for record, frame in zip(records, frames, strict=True) if not frame.empty]
+        runs = [Run(Path(), panel.label, (), record["config"]) for record, _ in averaged]
+        found += [Group(panel.label, runs, (), [frame for _, frame in averaged])] if runs else []
     return found
 
 

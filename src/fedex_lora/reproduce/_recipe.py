@@ -215,8 +215,9 @@ def read_recipe(target: str) -> Recipe:
         UsageError: unknown (the nearest is named).
         ConfigError: the file is no recipe.
     """
-    path = Path(target) if target.endswith(".toml") else folder_of_recipes() / f"{target}.toml"
-    if not path.is_file() or target.startswith("_"):
+    own = target.endswith(".toml")
+    path = Path(target) if own else folder_of_recipes() / f"{target}.toml"
+    if not (path.is_file() if own else target in targets()):
         near = nearest(target, targets())
         raise UsageError(f"unknown target {target!r}: " + (f"did you mean {near}?" if near else f"known: {', '.join(targets())}"))
     try:
@@ -234,7 +235,7 @@ def _read(path: Path, heirs: Sequence[Path] = ()) -> dict[str, Any]:
         raise ConfigError(f"{heirs[-1]} extends {path}, which does not exist")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     parent = tree.pop("extends", None)
     return merged(_read(path.parent / f"{parent}.toml", [*heirs, path]), tree) if parent else tree

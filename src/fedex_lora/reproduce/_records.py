@@ -1,12 +1,16 @@
 """A run's numbers as one small JSON file, which tables are made from; written when the run ends."""
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import pandas as pd
+from pydantic import BaseModel, ValidationError
 
 from fedex_lora import measure
 from fedex_lora.config import DEMO, Config, read_config, write_config
@@ -16,7 +20,7 @@ from fedex_lora.peft_io import read_result
 from fedex_lora.reproduce._recipe import Cell, identity
 from fedex_lora.runner import run
 from fedex_lora.storage import plain_json, read_events, run_rounds_of, write_text
-from fedex_lora.tasks import load_task
+from fedex_lora.tasks import Task, load_task
 from fedex_lora.types import Aggregate
 
 RUNS, WORK = "runs", "work"
@@ -32,7 +36,6 @@ FACTS = (
     "torch_threads",
     "versions",
 )
-MODULES = ("module", "deviation", "ideal", "scaled")
 ROUND = ("round", "metrics", "exactness_error", "realised_error", "floor", "deviation", "bytes_down", "bytes_up", "seconds")
 
 
@@ -72,32 +75,68 @@ def find_record(out: Path, cell: Cell) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         raise StorageError(f"{path} is broken: remove it, and the run is done again") from None
     if not _is_record(found, cell.config):
         raise StorageError(f"{path} is no record of the run that its name says: remove it, and the run is done again")
     return found
 
 
+Metrics: TypeAlias = dict[str, float | None]
+
+
+class _Modules(BaseModel):
+    module: list[str] = []
+    deviation: list[float] = []
+    ideal: list[float] = []
+    scaled: list[float] = []
+
+
+class _Round(BaseModel):
+    round: int
+    metrics: Metrics
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    modules: _Modules
+
+
+class _Facts(BaseModel):
+    headline: str
+    train_rows: dict[str, int]
+    trainable_parameters: int
+    base_bytes: int
+
+
+class _Record(BaseModel):
+    """What tables read of a run that ended well."""
+
+    config: dict[str, Any]
+    facts: _Facts
+    rounds: list[_Round]
+    held_out: dict[int, Metrics]
+    tests: dict[str, Metrics] = {}
+
+
+class _Failure(BaseModel):
+    config: dict[str, Any]
+    failed: str
+
+
 def _is_record(found: Any, config: Config) -> bool:
     """Does it have what tables read, and the settings that its name stands for?"""
-    if not isinstance(found, dict) or found.get("config") != identity(config):
+    failed = isinstance(found, dict) and "failed" in found
+    try:
+        record = (_Failure if failed else _Record).model_validate(found)
+    except ValidationError:
         return False
-    if "failed" in found:
-        return True
-    rounds = found.get("rounds")
-    return (
-        _has(found.get("facts"), FACTS)
-        and isinstance(found.get("held_out"), dict)
-        and isinstance(rounds, list)
-        and len(rounds) == config.rounds
-        and all(_has(one, ("round", "metrics", "seconds", "modules")) for one in rounds)
-        and all(not one["modules"] or _has(one["modules"], MODULES) for one in rounds)
+    if record.config != identity(config):
+        return False
+    return isinstance(record, _Failure) or (
+        [one.round for one in record.rounds] == list(range(1, config.rounds + 1))
+        and all(record.facts.headline in one.metrics for one in record.rounds)
+        and all(len({len(column) for column in one.modules.model_dump().values()}) == 1 for one in record.rounds)
     )
-
-
-def _has(found: Any, keys: Sequence[str]) -> bool:
-    return isinstance(found, dict) and set(keys) <= set(found)
 
 
 def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -118,6 +157,7 @@ def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation:
         if (generated := load_task(settings, cell.seed).generation) is not None:
             generated.require()
     _move(folder, config)
+    _on_the_same_rows(folder, load_task(config.task, config.seed))
     try:
         run(config, folder, lambda event, **fields: None, resume=True)
     except TrainingError as error:
@@ -128,11 +168,12 @@ def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation:
         record = {"config": identity(cell.config), **recorded(read_events(folder / "events.jsonl"), folder), "tests": written}
     write_text(place.out / RUNS / f"{cell.name}.json", plain_json(record) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(f"{folder.name}.rows").unlink(missing_ok=True)
     return record
 
 
 def _move(folder: Path, config: Config) -> None:
-    """Let an unfinished run go on where data and base may lie in another folder: where they lie makes no number."""
+    """Let an unfinished run go on where data and base may lie in another folder."""
     path = folder / "config.toml"
     if not path.is_file():
         return
@@ -141,6 +182,17 @@ def _move(folder: Path, config: Config) -> None:
     base = there.base.model_copy(update={"model": config.base.model})
     if there != config and there.model_copy(update={"task": task, "base": base}) == config:
         write_text(path, write_config(config))
+
+
+def _on_the_same_rows(folder: Path, task: Task) -> None:
+    """Begin a run anew that was begun on other rows."""
+    note = folder.with_name(f"{folder.name}.rows")
+    rows = hashlib.sha256()
+    for frame in (task.train, task.eval):
+        rows.update(pd.util.hash_pandas_object(frame.astype(str), index=False).to_numpy().tobytes())
+    if folder.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == rows.hexdigest()):
+        shutil.rmtree(folder)
+    write_text(note, rows.hexdigest())
 
 
 def recorded(events: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:

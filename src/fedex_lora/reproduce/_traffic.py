@@ -10,8 +10,9 @@ from fedex_lora.reproduce._recipe import UNKNOWN
 
 
 def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
-    """Models by methods, as a share of the reference (the first contrast): messages, and with one download of the base for each client."""
-    reference, labels = filled.recipe.contrasts[0][0], [row.label for row in filled.recipe.rows]
+    """Models by methods, as a share of the reference (first contrast or row): messages, and with the base once for each client."""
+    labels = [row.label for row in filled.recipe.rows]
+    reference = filled.recipe.contrasts[0][0] if filled.recipe.contrasts else labels[0]
     numbers, rows = [], []
     for panel in filled.shown:
         sums = {row.label: _sums(filled.runs(panel, row, filled.columns[0])) for row in filled.recipe.rows}

@@ -16,15 +16,16 @@ from fedex_lora.errors import UsageError
 
 ANSWER_IS = "The answer is:"
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)(?:(?P<whole>\d+) (?=\d+/\d))?(?P<above>(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d{1,2}(?!\d))?)"
+    r"(?P<sign>[-+]?)(?:(?P<whole>\d+) (?=\d+/\d))?(?P<above>(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d{1,3}(?!\d))?)"
     r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
 )
 _WRITTEN = tuple(  # how numbers are written, to how they are read
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"[\u2212\u2013]", "-"),
+        (r"[\u00a0\u2009\u202f]", " "),
         (r"\{,\}", ","),
-        (r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2"),
+        (r"\\[dtc]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r" \1\2/\3\4"),
         (r"[\\$£€]|(?<=[-+])\s", ""),
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda found: found[0].replace(" ", "")),
         (r"\s+", " "),
@@ -49,7 +50,10 @@ def extract_number(text: str) -> Fraction | None:
     found = _NUMBER.search(answer)
     if not found or (found["below"] and not Fraction(found["below"])):
         return None
-    value = Fraction(found["whole"] or 0) + Fraction(found["above"].replace(",", "")) / Fraction(found["below"] or 1)
+    try:
+        value = Fraction(found["whole"] or 0) + Fraction(found["above"].replace(",", "")) / Fraction(found["below"] or 1)
+    except ValueError:  # more digits than Python reads
+        return None
     return -value if found["sign"] == "-" else value
 
 
@@ -63,6 +67,8 @@ def extract_answer(text: str) -> str | None:
     """
     stated = _after_last(text, r"The answer is:?")
     if stated is not None:
+        if re.match(r"[\s$]*\\(?:boxed|fbox)", stated):
+            return last_boxed(stated)
         stated = re.split(r"\.?\n|\.\s*$|\.\s+(?=[A-Z])", stated.strip(), maxsplit=1)[0].strip()
         return last_boxed(stated) or _flat(stated) or last_boxed(text)
     return last_boxed(text)
@@ -93,10 +99,15 @@ def _flat(text: str) -> str | None:
     return " ".join(text.split()) or None
 
 
+_UNITS = (
+    r"(?:dollars?|cents?|inch(?:es)?|f(?:ee|oo)t|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?|(?:kilo)?grams?|pounds?|lit(?:er|re)s?"
+    r"|units?|degrees?|radians?|percent|seconds?|minutes?|hours?|days?|weeks?|months?|years?|square|cubic|per|(?:cm|mm|km|sq|ft|mph))"
+)
 _CLEAN = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^\$+|\$+$|\\\(|\\\)|^\\\[|\\\]$", ""),
+        (r"(?<=[%$°]),\s*|(?<=circ),\s*|(?<=circ\}),\s*|,\s*(?=\\?\$)", r",\\ "),  # a list, and no thousands' comma
         (r"\\\$|\\%|%|\$", ""),
         (r"\{,\}\s*|,?\\!\s*,?", ","),  # 10{,}000 and 10,\!000
         (r"\\(?:left|right|displaystyle|mathstrut|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
@@ -107,13 +118,14 @@ _CLEAN = tuple(
         (r"\\neq(?![a-z])", r"\\ne"),
         (r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{\s*[^{}()]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit after a value
         (r"\\(?:text|mbox|mathrm|textbf|textrm|textit|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1"),
-        (r"(?<=\d)\s+[A-Za-z]{3,}(?:\s+[A-Za-z]{3,})*\s*$", ""),  # 5 dollars, 12 square inches
+        (rf"(?<=\d)\s+{_UNITS}(?:\s+{_UNITS})*\s*$", ""),  # 5 dollars, 12 square inches
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([-+]?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),  # 3 1/2
         (r"(?<![\d.,])(\d{1,3})((?:\s\d{3})+)(?![\d/])", lambda found: re.sub(r"\s", "", found[0])),  # 10 000
-        (r"(?<=\d)\s+(?=\d)", ","),
+        (r"^\d+(?:\s+\d+)+$", lambda found: ",".join(found[0].split())),
+        (r"(?:^|(?<=[=\s]))[-+]?\d{1,3}(?:,\d{3})+(?=(?:\.\d+)?\s*$)", lambda found: found[0].replace(",", "")),  # 10,000
         (r"(?<!\\)\\[,;: ]|~|\\quad|\s+", ""),
         (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-        (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac(\d)\{", r"\\frac{\1}{"),
         (r"\\frac\{([^{}]*)\}(\w)", r"\\frac{\1}{\2}"),
         (r"^([-+]?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
@@ -134,8 +146,6 @@ def normal_form(answer: str) -> str:
     text = answer.strip()
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
-    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
-        text = text.replace(",", "")
     return text
 
 
@@ -161,7 +171,7 @@ def equivalent(gold: str, answer: str) -> bool:
     numbers = _fraction(ours), _fraction(theirs)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return _same_value(ours, theirs)
+    return _same_value(*(text.replace(",", ", ") for text in (ours, theirs)))
 
 
 def _spelled(text: str) -> str:
