@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 
@@ -21,8 +21,10 @@ MEASURES: dict[Measure, tuple[float, str]] = {
     "scaled": (1e6, "|difference| / sqrt(out in), times 1e6"),
 }
 OF_ROUNDS = "falls with the rounds"
-Lines = Mapping[str, Mapping[int, float]]
-"""name -> place (layer or round) -> value."""
+Lines: TypeAlias = Mapping[str, Mapping[int, float]]
+"""name -> place (layer or round) -> value, of a run."""
+Series: TypeAlias = dict[tuple[str, str], dict[int, list[float]]]
+"""(panel, name) -> place -> a value a seed."""
 
 
 def by_layer(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
@@ -72,26 +74,35 @@ def _deviations(
     numbers: list[dict[str, Any]] = []
     grids = []
     for column in filled.columns:
-        groups = _groups(filled, column)
+        groups, title = _groups(filled, column), f"{filled.recipe.title}: {column.label}"
         for measure, (factor, what) in MEASURES.items():
-            rows: dict[str, dict[int, str]] = {}
-            for group in groups:
-                seeds = [lines(frame, measure) for frame in group.modules]
-                for name in seeds[0]:
-                    there = sorted({place for one in seeds for place in one[name]})
-                    line = {place: [one[name][place] for one in seeds if place in one[name]] for place in there}
-                    cells = {
-                        place: mean_and_deviation([factor * value for value in values], len(filled.seeds), 2)
-                        for place, values in line.items()
-                    }
-                    rows[f"{group.label}, {name}"] = cells
-                    numbers.append({"column": column.label, "panel": group.label, "series": name, "measure": measure, unit: line})
-            places = sorted({place for cells in rows.values() for place in cells})
-            text = [[label, *(cells.get(place, NOT_RUN) for place in places)] for label, cells in rows.items()]
-            title = f"{filled.recipe.title}: {column.label}, {when}, {what}"
-            grids.append(Grid(title, [unit, *map(str, places)], text or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."]))
-        grids += _observations(f"{filled.recipe.title}: {column.label}, the paper's observations", groups, unit)
+            series = _series(groups, lines, measure)
+            of = {"column": column.label, "measure": measure}
+            numbers += [of | {"panel": panel, "series": name, unit: places} for (panel, name), places in series.items()]
+            grids.append(_grid(f"{title}, {when}, {what}", unit, series, factor, len(filled.seeds)))
+        grids += _observations(f"{title}, the paper's observations", groups, unit)
     return numbers, grids
+
+
+def _series(groups: Sequence[Group], lines: Callable[[pd.DataFrame, Measure], Lines], measure: Measure) -> Series:
+    found: Series = {}
+    for group in groups:
+        for frame in group.modules:
+            for name, line in lines(frame, measure).items():
+                places = found.setdefault((group.label, name), {})
+                for place, value in line.items():
+                    places.setdefault(place, []).append(value)
+    return found
+
+
+def _grid(title: str, unit: str, series: Series, factor: float, seeds: int) -> Grid:
+    places = sorted({place for line in series.values() for place in line})
+    rows = [
+        [f"{panel}, {name}"]
+        + [mean_and_deviation([factor * value for value in line[place]], seeds, 2) if place in line else NOT_RUN for place in places]
+        for (panel, name), line in series.items()
+    ]
+    return Grid(title, [unit, *map(str, places)], rows or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."])
 
 
 def _observations(title: str, groups: Sequence[Group], unit: str) -> list[Grid]:
