@@ -87,9 +87,9 @@ Metrics: TypeAlias = dict[str, float | None]
 
 class _Modules(BaseModel):
     module: list[str] = []
-    deviation: list[float] = []
-    ideal: list[float] = []
-    scaled: list[float] = []
+    deviation: list[float | None] = []  # null is a number that was not finite
+    ideal: list[float | None] = []
+    scaled: list[float | None] = []
 
 
 class _Round(BaseModel):
