@@ -159,7 +159,8 @@ def local_update(
             if "out of memory" in str(error) or "can't allocate memory" in str(error):
                 size = trainer.args.per_device_train_batch_size
                 raise TrainingError(
-                    f"client {client_id} ran out of memory at batch size {size}: lower training.per_device_train_batch_size"
+                    f"client {client_id} ran out of memory at batch size {size}: lower training.per_device_train_batch_size",
+                    "memory",
                 ) from None
             raise
         loss, steps, state = float(output.training_loss), float(output.global_step), optimizer.state_dict()
@@ -167,7 +168,9 @@ def local_update(
     adapter, other = read_model(model), read_other(model)
     trained = [tensor for pair in adapter.values() for tensor in (pair.A, pair.B)] + list(other.values())
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
-        raise TrainingError(f"client {client_id}: training diverged in round {round} (loss {loss:g}): lower training.learning_rate")
+        raise TrainingError(
+            f"client {client_id}: training diverged in round {round} (loss {loss:g}): lower training.learning_rate", "diverged"
+        )
     metrics = {"train_loss": loss, "steps": steps, "seconds": time.perf_counter() - started}
     update = ClientUpdate(client_id=client_id, adapter=adapter, num_examples=len(data.train), other=other, metrics=metrics)
     return update, state

@@ -102,6 +102,9 @@ class Display:
         where = f"round {fields['round']}: " if "round" in fields else ""
         self._print(f"! {where}{fields['message']}")
 
+    def _on_party_failed(self, fields: dict[str, Any]) -> None:
+        self._print(f"! {fields['client']} failed: {fields['message']}")
+
     def _on_refused(self, fields: dict[str, Any]) -> None:
         self._print(f"! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}")
 

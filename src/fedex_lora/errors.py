@@ -15,47 +15,78 @@ FedexLoraError              exit 1: the work failed
 
 
 class FedexLoraError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose.
+
+    Args:
+        message: for the user of this process: it may quote rows, columns and files.
+        code: of `fedex_lora.failures.WORDS`, all that a party tells others of it; by default its class's.
+        rows: how many rows are concerned, told beside the code; 0: it does not say.
+    """
 
     exit_status = 1
+    code = "unexpected"
+    rows = 0
+
+    def __init__(self, message: str = "", code: str = "", rows: int = 0) -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
+        self.rows = rows
 
 
 class AggregationError(FedexLoraError):
     """The updates cannot be averaged."""
 
+    code = "adapter"
+
 
 class AdapterError(FedexLoraError):
     """An adapter that the algebra does not cover, or that does not fit."""
+
+    code = "adapter"
 
 
 class StorageError(FedexLoraError):
     """A file or folder that is missing, truncated or altered."""
 
+    code = "storage"
+
 
 class WireError(FedexLoraError):
     """A message that is not what the round declared."""
+
+    code = "message"
 
 
 class LacksError(WireError):
     """A message counts on a base, an adapter or factors that this client does not have: it must be sent everything."""
 
+    code = "lacks"
+
 
 class DataError(FedexLoraError):
     """Rows, columns, labels or partitions that do not fit the task."""
+
+    code = "rows"
 
 
 class ModelError(FedexLoraError):
     """A base model that cannot be loaded, or is not the one that the adapters belong to."""
 
+    code = "model"
+
 
 class TrainingError(FedexLoraError):
     """Local training failed."""
+
+    code = "training"
 
 
 class UsageError(FedexLoraError):
     """Wrong usage: the command line exits with status 2."""
 
     exit_status = 2
+    code = "settings"
 
 
 class ConfigError(UsageError):

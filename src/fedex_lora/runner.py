@@ -13,7 +13,8 @@ from fedex_lora.checkpoint import last_checkpoint, require_space
 from fedex_lora.client import ClientData, quiet
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
-from fedex_lora.errors import FedexLoraError, LacksError, TrainingError, UsageError, WireError
+from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.failures import failure_of
 from fedex_lora.partition import Indices, partition
 from fedex_lora.party import Parties
 from fedex_lora.peft_io import DELTA
@@ -43,7 +44,7 @@ class InProcess:
         parts = partition(task, config.clients, config.seed)
         require_consistent(config, len(parts))
         place = Place(config, task)
-        self.parties = Parties(place, _rows(place, parts), emit)
+        self.parties, self._emit = Parties(place, _rows(place, parts), emit), emit
         self.host = Host(place, ranks_of(config, parts))
 
     def initial(self) -> ServerState:
@@ -86,8 +87,10 @@ class InProcess:
         for client, payload in messages.items():
             try:
                 yield Reply(client, self.parties.answer(client, payload))
-            except (TrainingError, WireError) as error:
-                yield Reply(client, None, str(error), lacks=isinstance(error, LacksError))
+            except FedexLoraError as error:
+                failure = failure_of(error)
+                self._emit("party_failed", client=client, message=str(error))  # for this console: in one process its user is every party
+                yield Reply(client, None, str(failure), lacks=failure.lacks)
 
 
 def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> dict[str, ClientData]:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedex_lora.answers import Reply
 from fedex_lora.errors import WireError
+from fedex_lora.failures import Failure
 from fedex_lora.flower._messages import Packet, pack, unpack
 from fedex_lora.framing import read_table
 
@@ -155,13 +156,13 @@ class GridExchange:
 
 def _reply(client: str, round: int, message: Message) -> Reply:
     if message.has_error():
-        words = GONE.get(message.error.code) or f"its app failed: {message.error.reason}"
+        words = GONE.get(message.error.code, "its app failed outside of fedex-lora: see that node's own log")  # its text may quote rows
         return Reply(client, None, words, round)
     packet = unpack(message)
     if packet is None:
         return Reply(client, None, "its answer is not of this protocol: is fedex-lora there the same version?", round)
-    if packet.about.get("error"):
-        return Reply(client, None, packet.about["error"], round, lacks="lacks" in packet.about)
+    if failure := Failure.from_words(packet.about):
+        return Reply(client, None, str(failure), round, failure.lacks)
     return Reply(client, packet.payload, round=round)
 
 

@@ -2,6 +2,7 @@
 
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from fedex_lora.answers import Emit
 from fedex_lora.client import ClientData, quiet
 from fedex_lora.config import parse_config
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
+from fedex_lora.failures import Failure, failure_of
+from fedex_lora.flower._log import failed, left, log_of
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._settings import NodeSettings, node_settings
 from fedex_lora.memory import MEMORY
@@ -20,7 +23,7 @@ from fedex_lora.party import Parties
 from fedex_lora.peft_io import safe_name
 from fedex_lora.place import Place
 from fedex_lora.storage import locked
-from fedex_lora.tasks import load_task
+from fedex_lora.tasks import Task, load_task
 
 
 class Node:
@@ -34,17 +37,30 @@ class Node:
         self._emit = emit
         self._made: tuple[object, Place, ClientData] | None = None
 
-    def answer(self, request: Request) -> bytes:
+    def reply(self, request: Request) -> bytes | Failure:
+        """The bytes of this party's update, or why there are none; whatever was raised, its text goes to this party's log only."""
+        log = log_of(request.node)
+        try:
+            payload = self.answer(request, node_settings(request.node))
+            left(log, payload, request.client)
+            return payload
+        except Exception as error:
+            failure = failure_of(error)
+            failed(log, error, failure, request.client)
+            return failure
+
+    def answer(self, request: Request, settings: NodeSettings) -> bytes:
         """The bytes of this party's update.
 
         Raises:
             FedexLoraError: the message is for somebody else, too large or wrong; the rows or the model are not there; training failed.
         """
-        settings = node_settings(request.node)
         if settings.client and settings.client != request.client:
-            raise UsageError(f"this node is client {settings.client!r}, and the message is for {request.client!r}: register it by its name")
+            raise UsageError(
+                f"this node is client {settings.client!r}, and the message is for {request.client!r}: register it by its name", "client"
+            )
         if len(request.payload) > settings.max_megabytes * 1e6:
-            raise UsageError(f"the message has {len(request.payload) / 1e6:.0f} MB, and this node takes {settings.max_megabytes:g}")
+            raise UsageError(f"the message has {len(request.payload) / 1e6:.0f} MB, and this node takes {settings.max_megabytes:g}", "size")
         folder = settings.folder / safe_name(request.run)
         mine = folder / safe_name(request.client)
         try:
@@ -56,7 +72,8 @@ class Node:
             place, data = self._ready(request, settings)
             if request.base and request.base != place.base.fingerprint():
                 raise ModelError(
-                    f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model"
+                    f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
+                    "base",
                 )
             parties = Parties(place, {request.client: data}, self._emit, alone=True)
             _remember(parties, folder, mine / MEMORY)
@@ -72,11 +89,24 @@ class Node:
             config, dealt = settings.applied(given), settings.deals(given)
             own_file = Path(settings.data) / str(config.task.train)
             if config.task.name == "custom" and not (dealt or settings.train or own_file.is_file()):
-                raise UsageError(f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"')
+                raise UsageError(
+                    f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
+                )
             task = load_task(config.task, config.seed)
             place = Place(config, task)
-            self._made = (key, place, _rows(place, request.client, dealt))
+            data = _rows(place, request.client, dealt)
+            log_of(request.node).info("%s: holds %s", request.client, _held(data, task))
+            self._made = (key, place, data)
         return self._made[1], self._made[2]
+
+
+def _held(data: ClientData, task: Task) -> str:
+    rows = f"{len(data.train)} rows to train on, {len(data.held_out)} held out"
+    if task.kind == "causal-lm":
+        return rows
+    names = task.model_config.get("id2label", {})
+    classes = Counter(names.get(label, label) for label in data.train["labels"]) if task.model_config.get("num_labels", 1) > 1 else {}
+    return rows + "".join(f", {count} of class {name}" for name, count in sorted(classes.items(), key=str))
 
 
 @contextmanager
@@ -90,7 +120,9 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
                 break
             except UsageError:
                 if time.monotonic() > end:
-                    raise TrainingError(f"another process of this party has been at work in {folder} for {patience:g} seconds") from None
+                    raise TrainingError(
+                        f"another process of this party has been at work in {folder} for {patience:g} seconds", "busy"
+                    ) from None
                 time.sleep(1)
         yield
 
@@ -100,7 +132,9 @@ def _rows(place: Place, client: str, dealt: bool) -> ClientData:
     if dealt:
         parts = partition(task, config.clients, config.seed)
         if client not in parts:
-            raise UsageError(f"the run's rows are dealt to {', '.join(parts)}, and none to {client!r}: give this node its own data")
+            raise UsageError(
+                f"the run's rows are dealt to {', '.join(parts)}, and none to {client!r}: give this node its own data", "dealt"
+            )
         mine, held = parts[client]
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)

@@ -67,9 +67,13 @@ class NodeSettings:
         if self.deals(config):
             return config
         if not self.data:
-            raise ConfigError('this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")')
+            raise ConfigError(
+                'this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")', "no-data"
+            )
         if config.task.name == "custom" and config.task.kind != "causal-lm" and not config.task.labels:
-            raise ConfigError("task.labels is not set: name all classes there, or a party whose rows lack one would train another head")
+            raise ConfigError(
+                "task.labels is not set: name all classes there, or a party whose rows lack one would train another head", "labels-unset"
+            )
         train = self.train or Path(config.task.train or "").name or None
         task = config.task.model_copy(update={"data": Path(self.data), "train": train, "eval": train, "train_rows": self.max_rows or None})
         return config.model_copy(update={"task": task})

@@ -1,42 +1,44 @@
 """A party's process that keeps the base in memory: Flower starts a process for every message, which asks this one over a local socket."""
 
+import json
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedex_lora.errors import FedexLoraError, LacksError, TrainingError, UsageError
+from fedex_lora.errors import UsageError
+from fedex_lora.failures import Failure, failure_of
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._settings import node_settings
 
 if TYPE_CHECKING:
     from fedex_lora.flower._node import Node
 
-ANSWER, ERROR, LACKS = b"+", b"-", b"?"
+ANSWER, FAILURE = b"+", b"-"
 
 
-def ask(request: Request) -> bytes:
+def ask(request: Request) -> bytes | Failure:
     """The answer of this machine's party: of its worker where the node config names one, else worked out in this process.
 
     Raises:
-        FedexLoraError: see `Node.answer`; or the worker is not there.
+        UsageError: the worker is not there, or the node's settings are wrong.
     """
     worker = node_settings(request.node).worker
     if not worker:
         from fedex_lora.flower._node import Node
 
-        return Node(lambda event, **fields: None).answer(request)
+        return Node(lambda event, **fields: None).reply(request)
     try:
         with Client(worker, "AF_UNIX") as connection:
             connection.send_bytes(request.to_bytes())
             answer = connection.recv_bytes()
     except (OSError, EOFError) as error:
-        raise UsageError(f"the worker at {worker} does not answer ({error}): start it by fedex-lora flower worker {worker}") from None
-    if answer[:1] == LACKS:
-        raise LacksError(answer[1:].decode())
-    if answer[:1] == ERROR:
-        raise TrainingError(answer[1:].decode())
+        raise UsageError(
+            f"the worker at {worker} does not answer ({error}): start it by fedex-lora flower worker {worker}", "worker"
+        ) from None
+    if answer[:1] == FAILURE:
+        return Failure.from_words(json.loads(answer[1:])) or Failure("worker")
     return answer[1:]
 
 
@@ -89,17 +91,19 @@ def _require_free(path: Path) -> None:
 
 
 def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable[[str], None]) -> None:
+    """One bad message must not end the service; what it was about is in the party's log, and not in what goes back."""
     try:
-        request = Request.from_bytes(connection.recv_bytes())
-        answer = ANSWER + node.answer(request)
-        tell(f"{request.client}: answered with {len(answer) / 1e6:.2f} MB")
-    except EOFError:
+        message = connection.recv_bytes()
+    except (OSError, EOFError):
         return
-    except Exception as error:  # one bad message must not end the service
-        kind = LACKS if isinstance(error, LacksError) else ERROR
-        answer = kind + (str(error) if isinstance(error, FedexLoraError) else f"{type(error).__name__}: {error}").encode()
-        tell(f"refused: {error}")
     try:
-        connection.send_bytes(answer)
+        request = Request.from_bytes(message)
+        reply = node.reply(request)
+        tell(f"{request.client}: " + (f"failed: {reply}" if isinstance(reply, Failure) else f"answered with {len(reply) / 1e6:.2f} MB"))
+    except Exception as error:
+        reply = failure_of(error)
+        tell(f"refused a request: {error}")
+    try:
+        connection.send_bytes(FAILURE + json.dumps(reply.to_words()).encode() if isinstance(reply, Failure) else ANSWER + reply)
     except OSError as error:
         tell(f"the answer was not wanted any more: {error}")

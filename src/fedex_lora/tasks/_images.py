@@ -41,11 +41,11 @@ def require_images(rows: Rows, column: str, folder: Path | None, where: str) -> 
     for number, value in enumerate(rows[column], start=1):
         cell = _cell(value, folder)
         if cell["bytes"] is None and cell["path"] is None:
-            raise DataError(f"{where}: row {number} has no {column!r}: fill it in or leave the row out")
+            raise DataError(f"{where}: row {number} has no {column!r}: fill it in or leave the row out", "empty", 1)
         try:
             _check(cell)
         except DataError as error:
-            raise DataError(f"{where}: row {number}: {error}") from None
+            raise DataError(f"{where}: row {number}: {error}", error.code, 1) from None
 
 
 def _check(cell: Mapping[str, Any]) -> None:
@@ -65,11 +65,11 @@ def _open(cell: Mapping[str, Any]) -> Any:
     try:
         image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{cell['path']} does not exist: give files relative to task.data") from None
+        raise DataError(f"{cell['path']} does not exist: give files relative to task.data", "file") from None
     except Exception as error:  # every format raises its own
         raise _broken(cell, error) from None
     if image.mode[0] in "IF":  # Pillow would cut their values at 255
-        raise DataError(f"{_name(cell)} has more than 8 bits a channel: save it with 8, scaled as the model shall see it")
+        raise DataError(f"{_name(cell)} has more than 8 bits a channel: save it with 8, scaled as the model shall see it", "image")
     return image
 
 
@@ -91,7 +91,7 @@ def decode(cell: Mapping[str, Any]) -> Any:
 
 def _broken(cell: Mapping[str, Any], error: Exception) -> DataError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return DataError(f"{_name(cell)} cannot be read as an image: save it again, or leave the row out ({reason})")
+    return DataError(f"{_name(cell)} cannot be read as an image: save it again, or leave the row out ({reason})", "image")
 
 
 def _name(cell: Mapping[str, Any]) -> str:

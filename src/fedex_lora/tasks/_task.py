@@ -2,7 +2,7 @@
 
 import csv
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -144,13 +144,14 @@ def read_rows(source: str, data: Path | None = None) -> Rows:
     }
     if path.suffix in readers:
         if not path.is_file():
-            raise DataError(f"{path} does not exist: give task.train and task.eval as files, or HUB_NAME:SPLIT")
+            raise DataError(f"{path} does not exist: give task.train and task.eval as files, or HUB_NAME:SPLIT", "file")
         try:
             return readers[path.suffix](path)
         except (ValueError, OSError, pd.errors.ParserError) as error:
-            raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
+            code = "encoding" if isinstance(error, UnicodeError) else "table"
+            raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}", code) from None
     if path.is_file():
-        raise DataError(f"{path} has an ending that is not read: give {', '.join(readers)}, or HUB_NAME:SPLIT")
+        raise DataError(f"{path} has an ending that is not read: give {', '.join(readers)}, or HUB_NAME:SPLIT", "table")
     name, _, split = source.partition(":")
     return read_hub(name, None, split or "train")
 
@@ -162,7 +163,7 @@ def _read_table(path: Path, **options: Any) -> Rows:
         try:
             return pd.read_csv(path, keep_default_na=False, index_col=False, **options)
         except pd.errors.ParserWarning:
-            raise DataError(f"{path} has rows with more fields than its header: quote fields that hold the separator") from None
+            raise DataError(f"{path} has rows with more fields than its header: quote fields that hold the separator", "table") from None
 
 
 def read_layout(root: Path, name: str, layout: str) -> Rows:
@@ -172,7 +173,7 @@ def read_layout(root: Path, name: str, layout: str) -> Rows:
         DataError: it is not there (`layout` says what should be), or not readable.
     """
     if not (root / name).is_file():
-        raise DataError(f"{root / name} does not exist: task.data must hold {layout}")
+        raise DataError(f"{root / name} does not exist: task.data must hold {layout}", "file")
     return read_rows(name, root)
 
 
@@ -189,7 +190,7 @@ def read_hub(name: str, subset: str | None, split: str, **options: Any) -> Rows:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         source = options.get("data_files", name)
         raise DataError(
-            f"data set {source} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})"
+            f"data set {source} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})", "table"
         ) from None
     assert isinstance(frame, pd.DataFrame)
     return frame
@@ -201,8 +202,11 @@ def require_columns(rows: Rows, columns: list[str], where: str) -> None:
         require_column(rows, column, where)
         empty = rows[column].isna() | (rows[column].astype(str).str.strip() == "")
         if empty.any():
+            count = int(empty.sum())
             raise DataError(
-                f"{where}: row {int(np.argmax(empty)) + 1} has no {column!r} ({int(empty.sum())} such): fill it in or leave the row out"
+                f"{where}: row {int(np.argmax(empty)) + 1} has no {column!r} ({count} such): fill it in or leave the row out",
+                "empty",
+                count,
             )
 
 
@@ -211,13 +215,17 @@ def require_column(rows: Rows, column: str, where: str) -> None:
     if column not in rows.columns:
         near = config.nearest(column, [str(name) for name in rows.columns])
         hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
-        raise DataError(f"{where} has no column {column!r}: {hint}")
+        raise DataError(f"{where} has no column {column!r}: {hint}", "column")
 
 
 def label_indices(values: Any, names: list[Any], where: str) -> list[int]:
-    """Class names or numbers to 0..n-1."""
+    """Class names or numbers to 0..n-1.
+
+    Raises:
+        DataError: some are none of the names.
+    """
     index = {name: position for position, name in enumerate(names)}
-    try:
-        return [index[value] for value in values]
-    except KeyError as error:
-        raise DataError(f"{where} has a label {error.args[0]!r} outside {names}: mend that row, or leave it out") from None
+    if odd := [value for value in values if not isinstance(value, Hashable) or value not in index]:
+        such = f" ({len(odd)} such)" if len(odd) > 1 else ""
+        raise DataError(f"{where} has a label {odd[0]!r} outside {names}{such}: mend that row, or leave it out", "label", len(odd))
+    return [index[value] for value in values]

@@ -49,7 +49,7 @@ def load(settings: config.Task) -> Task:
     train, held = read_rows(settings.train, settings.data), read_rows(settings.eval, settings.data)
     for name, rows in ((settings.train, train), (settings.eval, held)):
         if rows.empty:
-            raise DataError(f"{name} has no rows")
+            raise DataError(f"{name} has no rows: give a file that has some")
     kinds = {"classification": _classification, "causal-lm": _causal_lm, config.IMAGES: _images}
     return kinds[settings.kind](settings, train, held)
 

@@ -1,0 +1,102 @@
+"""What a party says of its failures: a code and a number of rows, never a text. Who hears of it has the words.
+
+Texts of errors quote what they are about: a cell, a column, a file. They stay in the party's own log.
+"""
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from fedex_lora.errors import FedexLoraError
+
+WORDS: Final[Mapping[str, str]] = {
+    "unexpected": "an error that was not foreseen",
+    "adapter": "the adapter does not fit its model",
+    "base": "its base model is not the server's: give both the same revision of the model",
+    "busy": "another process of this party is at work",
+    "client": "its node is registered as another client",
+    "column": "its rows lack a column that the task reads",
+    "dealt": "the run deals it no rows: give its node its own data",
+    "disk": "its disk is full or read-only",
+    "diverged": "training diverged: lower training.learning_rate",
+    "empty": "rows without a value in a column that the task reads",
+    "encoding": "text that is not UTF-8",
+    "file": "a file is not there",
+    "image": "an image that cannot be used",
+    "label": "a label outside the set",
+    "labels-unset": "task.labels is not set: name all classes in the run's configuration, since a party may lack one",
+    "lacks": "it lacks what the message counts on",
+    "memory": "out of memory: lower training.per_device_train_batch_size",
+    "message": "the message is not what it expects: is fedex-lora the same version everywhere?",
+    "model": "its model cannot be used",
+    "no-data": "its node has not said where its rows are: start it with --node-config 'data=\"FOLDER\"'",
+    "package": "a package that the run needs is not installed there",
+    "rows": "its rows do not fit the task",
+    "settings": "its own settings and the run's do not fit together",
+    "size": "the message is larger than its node takes",
+    "storage": "its own files cannot be read or written",
+    "table": "its rows cannot be read",
+    "training": "local training failed",
+    "worker": "its worker does not answer",
+}
+"""Code -> public words: the same for everybody, whatever the party's rows, columns, classes and files are called."""
+
+MOST_ROWS = 10**9
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a party has no answer, as it may be told to others.
+
+    Attributes:
+        code: of `WORDS`.
+        rows: how many rows are concerned; 0: it does not say.
+
+    Example:
+        >>> str(Failure("label", 3))
+        "a label outside the set: 3 rows; the details are in the party's log"
+    """
+
+    code: str
+    rows: int = 0
+
+    def __str__(self) -> str:
+        rows = f": {self.rows} row{'' if self.rows == 1 else 's'}" if self.rows else ""
+        return f"{WORDS[self.code]}{rows}; the details are in the party's log"
+
+    @property
+    def lacks(self) -> bool:
+        """Could it not even begin, for want of what the message counts on?"""
+        return self.code == "lacks"
+
+    def to_words(self) -> dict[str, str]:
+        """For a message."""
+        return {"failure": self.code, "rows": str(self.rows)}
+
+    @classmethod
+    def from_words(cls, about: Mapping[str, str]) -> "Failure | None":
+        """The inverse of `to_words`, of words that anybody may have written; None where no failure is told."""
+        if "failure" not in about:
+            return None
+        code, rows = about["failure"], about.get("rows", "")
+        known = rows.isascii() and rows.isdigit() and len(rows) < 10
+        return cls(code if code in WORDS else "unexpected", min(int(rows), MOST_ROWS) if known else 0)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What may be told of an error, whoever raised it: nothing of its text, and of foreign ones not even the name of their class."""
+    if isinstance(error, FedexLoraError):
+        return Failure(error.code, error.rows)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+        return Failure("memory")
+    if isinstance(error, UnicodeError):
+        return Failure("encoding")
+    if isinstance(error, ImportError):
+        return Failure("package")
+    if isinstance(error, FileNotFoundError):
+        return Failure("file")
+    if isinstance(error, OSError):
+        return Failure("disk" if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) else "storage")
+    return Failure("unexpected")
