@@ -137,7 +137,8 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     here, missed = Checkpoint(start) if isinstance(start, ServerState) else start, _Missed()
     if here.state.round == 0:
         metrics = federation.evaluate(here.state)
-        emit("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **federation.facts)
+        told = {key: value for key, value in federation.facts.items() if key != "labels"}  # names of classes may come from rows
+        emit("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **told)
     _forget(out, here, config.keep_rounds)
     for number in range(here.state.round + 1, config.rounds + 1):
         began, before = time.perf_counter(), here.state

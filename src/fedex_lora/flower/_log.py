@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def _handler(path: Path) -> logging.Handler:
 
 def failed(log: logging.Logger, error: BaseException, failure: Failure, who: str) -> None:
     """The full text and the trace stay; what is told of it is said beside them."""
-    log.error("%s: %s: %s", who, type(error).__name__, error, exc_info=error)
+    log.error("%s: %s", who, traceback.format_exception_only(error)[-1].strip(), exc_info=error)  # that of one whose text raises, too
     log.info("%s: sent the failure %r and nothing else: %s", who, failure.code, failure)
 
 

@@ -3,7 +3,7 @@
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -95,16 +95,16 @@ class Node:
             task = load_task(config.task, config.seed)
             place = Place(config, task)
             data = _rows(place, request.client, dealt)
-            log_of(request.node).info("%s: holds %s", request.client, _held(data, task))
+            log_of(request.node).info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
             self._made = (key, place, data)
         return self._made[1], self._made[2]
 
 
-def _held(data: ClientData, task: Task) -> str:
+def _held(data: ClientData, labels: Sequence[object], task: Task) -> str:
     rows = f"{len(data.train)} rows to train on, {len(data.held_out)} held out"
     if task.kind == "causal-lm":
         return rows
-    names = task.model_config.get("id2label", {})
+    names = dict(enumerate(labels)) or task.model_config.get("id2label", {})
     classes = Counter(names.get(label, label) for label in data.train["labels"]) if task.model_config.get("num_labels", 1) > 1 else {}
     return rows + "".join(f", {count} of class {name}" for name, count in sorted(classes.items(), key=str))
 
