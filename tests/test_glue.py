@@ -104,7 +104,7 @@ def test_similarity_is_scored_as_officially(kind, tiny):
         ("RTE", "not_entailment", "maybe", r"glue/rte has a label 'maybe' outside"),
         ("STS-B", "1.667", "high", r"glue/stsb has a score 'high' that is no number"),
         ("MRPC", "Quality", "Qualitaet", r"no column 'Quality': did you mean 'Qualitaet'"),
-        ("SST-2", "\t1\n", "\t\n", r"has no 'label'"),
+        ("SST-2", "\t1\n", "\t\n", r"1 row with no 'label' \(line 2\)"),
     ],
 )
 def test_broken_files(name, old, new, message, tmp_path):

@@ -14,7 +14,7 @@ from fedex_lora.errors import DataError
 from fedex_lora.partition import partition
 from fedex_lora.scoring import CHOICES
 from fedex_lora.tasks import TASKS, load_task
-from fedex_lora.tasks._task import IGNORED, completion_metrics, tokenize_completions
+from fedex_lora.tasks._completions import IGNORED, completion_metrics, tokenize_completions
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.glue import glue_metrics
 
@@ -118,8 +118,8 @@ def test_custom_files(file):
         ({"text": ["sentence"], "label": "kind"}, "no column 'sentence'"),
         ({"kind": "causal-lm", "prompt": "{questoin}", "completion": "{answer}"}, "did you mean 'question'"),
         ({"kind": "causal-lm", "prompt": "{question", "completion": "{answer}"}, "template"),
-        ({"kind": "causal-lm", "prompt": "{question!r}", "completion": "{answer}"}, "plain column names"),
-        ({"kind": "causal-lm", "prompt": "{question.__class__}", "completion": "{answer}"}, "plain column names"),
+        ({"kind": "causal-lm", "prompt": "{question!r}", "completion": "{answer}"}, "no column 'question!r': did you mean 'question'"),
+        ({"kind": "causal-lm", "prompt": "{question.__class__}", "completion": "{answer}"}, "no column 'question.__class__'"),
     ],
 )
 def test_custom_columns_and_templates(changes, message, tmp_path):
@@ -132,8 +132,8 @@ def test_custom_columns_and_templates(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "text,label\nx,1\ny,\n", r"row 2 has no 'label' \(1 such\)"),
-        ("a.jsonl", '{"text": null, "label": 1}\n{"text": "x", "label": 0}\n', "row 1 has no 'text'"),
+        ("a.csv", "text,label\nx,1\ny,\n", r"1 row with no 'label' \(line 3\)"),
+        ("a.jsonl", '{"text": null, "label": 1}\n{"text": "x", "label": 0}\n', r"1 row with no 'text' \(line 1\)"),
         ("a.csv", "text,label\nx,1,more\ny,0\n", "more fields than its header|cannot be read"),
         ("a.csv", "text,label\n", "has no rows"),
         ("a.xlsx", "x", "an ending that is not read"),
@@ -148,9 +148,8 @@ def test_holes_and_shifted_columns(name, text, message, tmp_path):
 def test_a_label_outside_the_set(tmp_path):
     for name, kinds in (("train", "ab"), ("eval", "ac")):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": "x", "label": kind}) + "\n" for kind in kinds))
-    task = load_task(settings(name="custom", data=tmp_path, train="train.jsonl", eval="eval.jsonl"), 0)
-    with pytest.raises(DataError, match=r"label 'c' outside \['a', 'b'\]"):
-        task.tokenize(AutoTokenizer.from_pretrained(base_folder()), task.eval)
+    with pytest.raises(DataError, match=r"eval.jsonl: 1 row with a label outside \['a', 'b'\] \('c'\) \(line 2\)"):
+        load_task(settings(name="custom", data=tmp_path, train="train.jsonl", eval="eval.jsonl"), 0)
 
 
 def test_the_loss_is_on_the_completion_only():
@@ -159,9 +158,10 @@ def test_the_loss_is_on_the_completion_only():
     labels, ids = rows[0]["labels"], rows[0]["input_ids"]
     assert [label for label in labels if label != IGNORED] == tokenizer(" red", add_special_tokens=False)["input_ids"]
     assert ids[-1] == labels[-1]
-    cut = tokenize_completions(tokenizer, ["bed 4 : the man has itch , rash and burn . triage :"], [" red"], 6, end=True)
-    assert len(cut[0]["input_ids"]) == 6
-    assert cut[0]["labels"][-2:] == cut[0]["input_ids"][-2:]
+    cut = tokenize_completions(tokenizer, ["bed 4 : the man has itch , rash and burn . triage :"], [" red red red red"], len(ids) + 1)
+    assert cut[0]["input_ids"][: len(ids)] == ids  # the beginning stays
+    assert cut[0]["labels"][len(ids) - 1 :] == [labels[-1]] * 2
+    assert (len(cut[0]["input_ids"]), cut[0]["full_length"]) == (len(ids) + 1, len(ids) + 4)
 
 
 def test_completion_metrics_by_hand():

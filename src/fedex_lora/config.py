@@ -107,22 +107,37 @@ class Task(_Table):
         'and Commonsense170K; "" for no training rows.',
     )
     eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
-    kind: Literal["classification", "causal-lm", "image-classification"] = Field("classification", description="custom: what is predicted.")
+    kind: Literal["classification", "regression", "causal-lm", "image-classification"] = Field(
+        "classification", description="custom: what is predicted: a class, a score, a text, the class of an image."
+    )
     text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom classification: one or two text columns.")
     image: str | None = Field(
         None,
         description="custom image-classification: the column of the image (`image` by default): a file relative to task.data, or the "
         "encoded bytes (also as the hub's {bytes, path}).",
     )
-    label: str = Field("label", description="custom classification, of texts or images: the column of the class.")
+    label: str = Field("label", description="custom classification and regression: the column of the class, or of the score.")
     labels: list[str | int] | None = Field(
         None,
         min_length=2,
-        description="custom classification: all classes, where a party's own rows may lack some; by default those there are.",
+        description="custom classification: all classes, as they are written in the rows, where a party's own may lack some; by default "
+        "those there are.",
     )
-    prompt: str = Field("{prompt}", description="causal-lm: template of what the model reads; column names in braces.")
+    prompt: str = Field(
+        "{prompt}",
+        description="causal-lm: template of what the model reads; column names in braces, {{ and }} for a brace. [[ ... ]] is left out of "
+        "rows in which a column in it is empty.",
+    )
     completion: str = Field("{completion}", description="causal-lm: template of what it must say; the loss is on this part only.")
-    max_length: int = Field(128, ge=2, description="Tokens; longer inputs are cut.")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens; longer inputs are cut at their right end, and counted. By default 1024 for texts that are written, 256 for "
+        "texts that are read, and no more than the model has positions for.",
+    )
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        "refuse", description="custom: what to do with rows that cannot be used: refuse them all in one line, or leave them out and say so."
+    )
     train_rows: int | None = Field(None, ge=1, description="Use this many training rows, drawn with the run's seed.")
     eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
 
@@ -133,6 +148,12 @@ class Task(_Table):
         if self.kind == IMAGES and self.name != "custom":
             raise ValueError(f'task.kind = "{IMAGES}" is for task custom, and the task is {self.name}: set task.name = "custom"')
         return self
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, at most."""
+        written = self.kind == "causal-lm" or not self.name.startswith(("glue/", "custom"))
+        return self.max_length or (1024 if written else 256)
 
 
 class Clients(_Table):

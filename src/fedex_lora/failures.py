@@ -27,12 +27,15 @@ WORDS: Final[Mapping[str, str]] = {
     "label": "a label outside the set",
     "labels-unset": "task.labels is not set: name all classes in the run's configuration, since a party may lack one",
     "lacks": "it lacks what the message counts on",
+    "long": "prompts that leave no room for what is to be learnt: raise task.max_length",
     "memory": "out of memory: lower training.per_device_train_batch_size",
     "message": "the message is not what it expects: is fedex-lora the same version everywhere?",
     "model": "its model cannot be used",
     "no-data": "its node has not said where its rows are: start it with --node-config 'data=\"FOLDER\"'",
+    "no-rows": "a file without rows",
     "package": "a package that the run needs is not installed there",
     "rows": "its rows do not fit the task",
+    "score": "scores that are no numbers",
     "settings": "its own settings and the run's do not fit together",
     "size": "the message is larger than its node takes",
     "storage": "its own files cannot be read or written",
@@ -61,9 +64,13 @@ class Failure:
     code: str
     rows: int = 0
 
+    @property
+    def words(self) -> str:
+        """What is wrong, without where to read more."""
+        return WORDS[self.code] + (f": {self.rows} row{'' if self.rows == 1 else 's'}" if self.rows else "")
+
     def __str__(self) -> str:
-        rows = f": {self.rows} row{'' if self.rows == 1 else 's'}" if self.rows else ""
-        return f"{WORDS[self.code]}{rows}; the details are in the party's log"
+        return f"{self.words}; the details are in the party's log"
 
     @property
     def lacks(self) -> bool:

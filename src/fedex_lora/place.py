@@ -31,7 +31,7 @@ from fedex_lora.peft_io import (
     write_model,
 )
 from fedex_lora.rounds import Exchange, Federation, versions
-from fedex_lora.tasks import Task
+from fedex_lora.tasks import Task, usable
 from fedex_lora.types import Delta, ServerState
 
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
@@ -76,13 +76,20 @@ class Host:
         place: the model.
         ranks: client -> its rank, where they differ.
 
+    Attributes:
+        notes: what is to be said of the task's rows before anything is trained.
+
     Raises:
         ConfigError: the trainer refuses the settings.
     """
 
     def __init__(self, place: Place, ranks: Mapping[str, int]) -> None:
         self.place, self.ranks = place, ranks
-        self.eval: Dataset = place.work.task.tokenize(place.work.processor, place.work.task.eval)
+        task = place.work.task
+        rows = task.tokenize(place.work.processor, task.eval)
+        self.eval: Dataset
+        self.eval, notes = usable(rows, place.config.task, "the rows to measure on")
+        self.notes = [*task.notes, *notes]
         probe(place.model, self.eval, place.work)
 
     def initial(self) -> ServerState:

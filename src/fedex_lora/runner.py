@@ -21,7 +21,7 @@ from fedex_lora.peft_io import DELTA
 from fedex_lora.place import Host, Place
 from fedex_lora.rounds import Federation, log_to, run_rounds
 from fedex_lora.storage import load_delta, locked, read_events, round_folder, swept, write_text
-from fedex_lora.tasks import load_task
+from fedex_lora.tasks import load_task, usable
 from fedex_lora.trackers import Trackers
 from fedex_lora.types import Delta, ServerState
 
@@ -44,8 +44,11 @@ class InProcess:
         parts = partition(task, config.clients, config.seed)
         require_consistent(config, len(parts))
         place = Place(config, task)
-        self.parties, self._emit = Parties(place, _rows(place, parts), emit), emit
+        rows, notes = _rows(place, parts)
+        self.parties, self._emit = Parties(place, rows, emit), emit
         self.host = Host(place, ranks_of(config, parts))
+        for note in [*self.host.notes, *notes]:
+            emit("warning", message=note)  # for the console: events say nothing of rows
 
     def initial(self) -> ServerState:
         """The state before round 1."""
@@ -90,16 +93,21 @@ class InProcess:
             except FedexLoraError as error:
                 failure = failure_of(error)
                 self._emit("party_failed", client=client, message=str(error))  # for this console: in one process its user is every party
-                yield Reply(client, None, str(failure), lacks=failure.lacks)
+                yield Reply(client, None, failure.words, lacks=failure.lacks)
 
 
-def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> dict[str, ClientData]:
-    """Every row tokenised once; clients hold selections. A pooled method has one client with all training rows."""
+def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
+    """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
     train = place.work.task.tokenize(place.work.processor, place.work.task.train)
     if method_named(place.config.method).pooled:
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
         parts = {POOLED: (together[0], together[1])}
-    return {client: ClientData(train=train.select(mine), held_out=train.select(held)) for client, (mine, held) in parts.items()}
+    data, notes = dict[str, ClientData](), list[str]()
+    for client, rows in parts.items():
+        (mine, said), (held, _) = (usable(train.select(indices), place.config.task, f"client {client}") for indices in rows)
+        data[client] = ClientData(train=mine, held_out=held)
+        notes += said
+    return data, notes
 
 
 def ranks_of(config: Config, clients: Collection[str]) -> dict[str, int]:

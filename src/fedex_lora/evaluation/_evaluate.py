@@ -13,7 +13,7 @@ from fedex_lora.errors import UsageError
 from fedex_lora.evaluation._generation import generate
 from fedex_lora.evaluation._model import open_source
 from fedex_lora.scoring import write_predictions
-from fedex_lora.tasks import load_task
+from fedex_lora.tasks import load_task, usable
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
     if asked is None:
         training = {"per_device_eval_batch_size": options.batch_size}
         work = Work(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
-        return evaluate(opened.model, task.tokenize(opened.processor, task.eval), work)
+        rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
+        return evaluate(opened.model, rows, work)
     prompts = asked.prompts(opened.processor, asked.rows)
     sampling = {**asked.settings, **(options.generation or {})}
     texts, cut = generate(opened.model, opened.processor, prompts, sampling, options.batch_size, options.tell)

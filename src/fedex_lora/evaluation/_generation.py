@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from fedex_lora.errors import UsageError
+from fedex_lora.tasks import prompt_ids
 
 GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
 """What holds where a task's settings say nothing, whatever the model's own generation_config.json says."""
@@ -59,12 +60,15 @@ def generate(
     room = (context or 10**9) - config.max_new_tokens
     if room < 1:
         raise UsageError(f"max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in a context of {context}: lower it")
-    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    tokens = prompt_ids(tokenizer, prompts)
+    begin = int(
+        tokenizer.bos_token_id is not None and all(ids[:1] == [tokenizer.bos_token_id] for ids in tokens)
+    )  # stays where a prompt is cut
     order = sorted(range(len(prompts)), key=lambda row: (-len(tokens[row]), row))[state.process_index :: state.num_processes]
     written = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = [tokens[row][-room:] for row in rows]
+        batch = [ids if len(ids) <= room else ids[:begin] + ids[len(ids) - room + begin :] for ids in (tokens[row] for row in rows)]
         width = max(map(len, batch))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(one)) + one for one in batch], device=state.device)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch], device=state.device)

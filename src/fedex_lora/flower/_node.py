@@ -1,13 +1,12 @@
 """One party on its machine: its rows, its model, its memory; from a request to an answer."""
 
+import logging
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from fedex_lora.answers import Emit
 from fedex_lora.client import ClientData, quiet
@@ -23,7 +22,7 @@ from fedex_lora.party import Parties
 from fedex_lora.peft_io import safe_name
 from fedex_lora.place import Place
 from fedex_lora.storage import locked
-from fedex_lora.tasks import Task, load_task
+from fedex_lora.tasks import Task, load_task, usable
 
 
 class Node:
@@ -94,8 +93,9 @@ class Node:
                 )
             task = load_task(config.task, config.seed)
             place = Place(config, task)
-            data = _rows(place, request.client, dealt)
-            log_of(request.node).info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
+            log = log_of(request.node)
+            data = _rows(place, request.client, dealt, log)
+            log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
             self._made = (key, place, data)
         return self._made[1], self._made[2]
 
@@ -127,7 +127,7 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _rows(place: Place, client: str, dealt: bool) -> ClientData:
+def _rows(place: Place, client: str, dealt: bool, log: logging.Logger) -> ClientData:
     config, task = place.config, place.work.task
     if dealt:
         parts = partition(task, config.clients, config.seed)
@@ -139,7 +139,12 @@ def _rows(place: Place, client: str, dealt: bool) -> ClientData:
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
     rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
-    return ClientData(train=rows.select(np.arange(len(mine))), held_out=rows.select(np.arange(len(mine), len(rows))))
+    (train, notes), (measured, _) = (
+        usable(rows.select(range(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
+    )
+    for note in [*task.notes, *notes]:
+        log.warning("%s: %s", client, note)
+    return ClientData(train=train, held_out=measured)
 
 
 def _remember(parties: Parties, folder: Path, memory: Path) -> None:

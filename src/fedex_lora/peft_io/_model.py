@@ -124,12 +124,15 @@ def load_tokenizer(base: Base) -> Any:
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code).get_text_config()
     except Exception as error:
         raise ModelError(_why_not(base.model, error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{base.model} has no tokenizer: save it in the same folder, with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:  # many tokenizers do not say what their model takes
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 

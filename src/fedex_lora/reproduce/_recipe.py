@@ -188,9 +188,17 @@ class Only:
                     )
 
 
+PAST_DEFAULTS: dict[str, dict[str, Any]] = {"task": {"max_length": 128}}  # of keys whose default has changed since the first records
+
+
 def identity(config: Config) -> dict[str, Any]:
-    """What makes a run's numbers: settings that are not at their defaults, so that new settings leave old records valid."""
-    return config.model_dump(mode="json", exclude_defaults=True)
+    """What makes a run's numbers: settings that are not at the defaults of the first records, so that new ones leave old records valid."""
+    tree, full = config.model_dump(mode="json", exclude_defaults=True), config.model_dump(mode="json")
+    for table, keys in PAST_DEFAULTS.items():
+        for key, value in keys.items():
+            tree[table] = {**{name: one for name, one in tree.get(table, {}).items() if name != key}}
+            tree[table] |= {key: full[table][key]} if full[table][key] != value else {}
+    return tree
 
 
 def folder_of_recipes() -> Path:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedex_lora.errors import DataError
 from fedex_lora.peft_io import ImageProcessor
-from fedex_lora.tasks._task import Rows
+from fedex_lora.tasks._files import Rows
+from fedex_lora.tasks._rows import Problem, found
 
 FEATURES = Features({"image": {"bytes": Value("large_binary"), "path": Value("string")}, "labels": Value("int64")})
 
@@ -32,20 +33,25 @@ def _cell(value: Any, folder: Path | None) -> dict[str, Any]:
     return {"bytes": None, "path": None if empty else str((folder or Path()) / str(value))}
 
 
-def require_images(rows: Rows, column: str, folder: Path | None, where: str) -> None:
-    """Every row has an image that opens.
+def images_that_fail(rows: Rows, column: str, folder: Path | None) -> list[Problem]:
+    """Rows without an image that opens: none, one that is missing, broken, or of more than 8 bits a channel."""
+    cells = [_cell(value, folder) for value in rows[column]]
+    without = [cell["bytes"] is None and cell["path"] is None for cell in cells]
+    faults = [None if none else _fault(cell) for cell, none in zip(cells, without, strict=True)]
+    problems = found("empty", f"no {column!r}", rows, without)
+    for code in dict.fromkeys(fault.code for fault in faults if fault):
+        bad = [fault is not None and fault.code == code for fault in faults]
+        first = next(fault for fault in faults if fault and fault.code == code)
+        problems += found(code, f"an image that cannot be used: {first}", rows, bad)
+    return problems
 
-    Raises:
-        DataError: the first row that has none, or one that is missing, broken, or of more than 8 bits a channel.
-    """
-    for number, value in enumerate(rows[column], start=1):
-        cell = _cell(value, folder)
-        if cell["bytes"] is None and cell["path"] is None:
-            raise DataError(f"{where}: row {number} has no {column!r}: fill it in or leave the row out", "empty", 1)
-        try:
-            _check(cell)
-        except DataError as error:
-            raise DataError(f"{where}: row {number}: {error}", error.code, 1) from None
+
+def _fault(cell: Mapping[str, Any]) -> DataError | None:
+    try:
+        _check(cell)
+    except DataError as error:
+        return error
+    return None
 
 
 def _check(cell: Mapping[str, Any]) -> None:

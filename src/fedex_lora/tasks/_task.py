@@ -1,24 +1,20 @@
 """What a task is: rows, how they become tokens, and how predictions become numbers."""
 
-import csv
-import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import pandas as pd
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
+from fedex_lora.tasks._completions import FULL, IGNORED
+from fedex_lora.tasks._files import Rows
 
-Rows: TypeAlias = pd.DataFrame
 Array: TypeAlias = NDArray[Any]
-IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +52,7 @@ class Task:
         classes: one value a training row, for Dirichlet partitions.
         greater_is_better: of the headline.
         generation: for tasks that are measured by what the model writes.
+        notes: what is to be said of the rows before anything is trained.
     """
 
     kind: Literal["classification", "causal-lm", "image-classification"]
@@ -68,6 +65,7 @@ class Task:
     classes: Array
     greater_is_better: bool = True
     generation: Generation | None = None
+    notes: Sequence[str] = ()
 
     def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
         """The same task with at most so many rows, drawn at random and kept in their order."""
@@ -98,124 +96,50 @@ def text_collator(kind: str, tokenizer: Any) -> Any:
     return DataCollatorWithPadding(tokenizer)
 
 
+def limit(settings: config.Task, tokenizer: Any) -> int:
+    """Tokens of a row, at most: as the configuration says, else what its kind needs and the model has positions for."""
+    return settings.max_length or min(settings.length, tokenizer.model_max_length)
+
+
 def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], max_length: int) -> Dataset:
-    """Classification inputs: one text or a pair a row."""
+    """Classification inputs: one text or a pair a row, cut at the right end; and `full_length`, a row's tokens before it was cut."""
     columns = [list(column) for column in texts]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    return Dataset.from_dict({**encoded, "labels": labels})
+    encoded = {name: list(values) for name, values in tokenizer(*columns, verbose=False).items()}
+    full = [len(ids) for ids in encoded["input_ids"]]
+    for row in (row for row, length in enumerate(full) if length > max_length):
+        for name, values in tokenizer(*(column[row] for column in columns), truncation=True, max_length=max_length).items():
+            encoded[name][row] = values
+    return Dataset.from_dict({**encoded, "labels": labels, FULL: full})
 
 
-def tokenize_completions(tokenizer: Any, prompts: list[str], completions: list[str], max_length: int, end: bool = True) -> Dataset:
-    """Causal-LM inputs: prompt then completion then the end token; labels on the completion only; long prompts lose their beginning."""
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    tail = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
-    heads = tokenizer(prompts, return_attention_mask=False)["input_ids"]
-    answers = tokenizer(completions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    for head, answer in zip(heads, answers, strict=True):
-        answer = (answer + tail)[: max_length - 1]
-        head = head[max(0, len(head) + len(answer) - max_length) :]
-        rows["input_ids"].append(head + answer)
-        rows["attention_mask"].append([1] * (len(head) + len(answer)))
-        rows["labels"].append([IGNORED] * len(head) + answer)
-    return Dataset.from_dict(rows)
+def usable(rows: Dataset, settings: config.Task, source: str) -> tuple[Dataset, list[str]]:
+    """Tokenised rows without those whose every label was cut off, and what is to be said of rows that are cut.
 
-
-def completion_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Of the argmax at each completion token, with the true tokens before it: the share that is right, and of rows that are all right."""
-    predicted, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
-    counted = labels != IGNORED
-    right = (predicted == labels) | ~counted
-    return {"token_accuracy": float(right[counted].mean()), "accuracy": float(right.all(axis=1).mean())}
-
-
-def read_rows(source: str, data: Path | None = None) -> Rows:
-    """The rows of a jsonl, json, csv, tsv or parquet file, or of HUB_NAME:SPLIT (nothing is cached of a local file).
+    Args:
+        rows: as `Task.tokenize` gives them.
+        settings: says how long rows may be, and what becomes of rows that cannot be used.
+        source: whose rows they are, for complaints.
 
     Raises:
-        DataError: not there, not readable, or a hub that cannot be reached.
+        DataError: rows cannot be used and are to be refused, or none is left.
     """
-    path = data / source if data else Path(source)
-    readers: dict[str, Callable[[Path], Rows]] = {
-        ".jsonl": lambda file: pd.read_json(file, lines=True),
-        ".json": pd.read_json,
-        ".csv": lambda file: _read_table(file),
-        ".tsv": lambda file: _read_table(file, sep="\t", quoting=csv.QUOTE_NONE),
-        ".parquet": pd.read_parquet,
-    }
-    if path.suffix in readers:
-        if not path.is_file():
-            raise DataError(f"{path} does not exist: give task.train and task.eval as files, or HUB_NAME:SPLIT", "file")
-        try:
-            return readers[path.suffix](path)
-        except (ValueError, OSError, pd.errors.ParserError) as error:
-            code = "encoding" if isinstance(error, UnicodeError) else "table"
-            raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}", code) from None
-    if path.is_file():
-        raise DataError(f"{path} has an ending that is not read: give {', '.join(readers)}, or HUB_NAME:SPLIT", "table")
-    name, _, split = source.partition(":")
-    return read_hub(name, None, split or "train")
-
-
-def _read_table(path: Path, **options: Any) -> Rows:
-    """A delimited file; a row with more fields than the header is an error, not a shift of columns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        try:
-            return pd.read_csv(path, keep_default_na=False, index_col=False, **options)
-        except pd.errors.ParserWarning:
-            raise DataError(f"{path} has rows with more fields than its header: quote fields that hold the separator", "table") from None
-
-
-def read_layout(root: Path, name: str, layout: str) -> Rows:
-    """A file of a published layout.
-
-    Raises:
-        DataError: it is not there (`layout` says what should be), or not readable.
-    """
-    if not (root / name).is_file():
-        raise DataError(f"{root / name} does not exist: task.data must hold {layout}", "file")
-    return read_rows(name, root)
-
-
-def within(data: Path, name: str) -> Path:
-    """The folder `name` in `data`, or `data` itself, where that is the folder."""
-    return data / name if (data / name).is_dir() else data
-
-
-def read_hub(name: str, subset: str | None, split: str, **options: Any) -> Rows:
-    """A split of a data set on the Hugging Face hub (or, with `name` "json", of `data_files`, which may be addresses)."""
-    try:
-        frame = load_dataset(name, subset, split=split, **options).to_pandas()
-    except Exception as error:  # datasets, hub and network each raise their own
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        source = options.get("data_files", name)
-        raise DataError(
-            f"data set {source} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})", "table"
-        ) from None
-    assert isinstance(frame, pd.DataFrame)
-    return frame
-
-
-def require_columns(rows: Rows, columns: list[str], where: str) -> None:
-    """Every column is there, with a value in every row."""
-    for column in columns:
-        require_column(rows, column, where)
-        empty = rows[column].isna() | (rows[column].astype(str).str.strip() == "")
-        if empty.any():
-            count = int(empty.sum())
-            raise DataError(
-                f"{where}: row {int(np.argmax(empty)) + 1} has no {column!r} ({count} such): fill it in or leave the row out",
-                "empty",
-                count,
-            )
-
-
-def require_column(rows: Rows, column: str, where: str) -> None:
-    """The column is there."""
-    if column not in rows.columns:
-        near = config.nearest(column, [str(name) for name in rows.columns])
-        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
-        raise DataError(f"{where} has no column {column!r}: {hint}", "column")
+    if FULL not in rows.column_names or not len(rows):
+        return rows, []
+    full, lengths = np.asarray(rows[FULL]), np.asarray([len(ids) for ids in rows["input_ids"]])
+    cut, notes = full > lengths, list[str]()
+    rows, room = rows.remove_columns(FULL), f"task.max_length = {settings.max_length or int(lengths.max())}"
+    if settings.kind == "causal-lm" or (settings.name != "custom" and isinstance(rows[0]["labels"], list)):
+        lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])
+        if lost.any():
+            words = f"{source}: {int(lost.sum())} of {len(lost)} rows have a prompt that fills {room}, and nothing is left to learn"
+            if settings.on_bad_row == "refuse" or lost.all():
+                raise DataError(f"{words}: raise it, or set task.on_bad_row = 'drop'", "long", int(lost.sum()))
+            rows, cut, full = rows.select(np.flatnonzero(~lost)), cut[~lost], full[~lost]
+            notes.append(f"{words}: they are left out")
+    if cut.any():
+        most = ", more than half: much of what they say is not read" if cut.mean() > 0.5 else ""
+        notes.append(f"{source}: {int(cut.sum())} of {len(cut)} rows are cut at {room} (the longest has {int(full.max())} tokens){most}")
+    return rows, notes
 
 
 def label_indices(values: Any, names: list[Any], where: str) -> list[int]:

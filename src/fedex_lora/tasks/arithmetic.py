@@ -19,18 +19,10 @@ import pandas as pd
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.scoring import equivalent, extract_answer, extract_number, normal_form, require_math_verify
-from fedex_lora.tasks._task import (
-    Generation,
-    Rows,
-    Task,
-    completion_metrics,
-    read_hub,
-    read_layout,
-    read_rows,
-    require_columns,
-    tokenize_completions,
-    within,
-)
+from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
+from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
+from fedex_lora.tasks._rows import require_values
+from fedex_lora.tasks._task import Generation, Task, limit
 
 METAMATH, METAMATH_HUB = "MetaMathQA-395K.json", "meta-math/MetaMathQA"
 TESTS = {"gsm8k": 512, "math": 2048}  # tokens that MetaMath's evaluation lets the model write
@@ -55,7 +47,7 @@ def load(name: str, settings: config.Task) -> Task:
         train=train,
         eval=test,
         tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, _prompts(rows), [f" {text.strip()}" for text in rows["response"]], settings.max_length
+            tokenizer, _prompts(rows), [f" {text.strip()}" for text in rows["response"]], limit(settings, tokenizer)
         ),
         metrics=completion_metrics,
         headline="loss",
@@ -101,15 +93,15 @@ def as_metamath(rows: Rows, where: str) -> Rows:
         DataError: of none of the three layouts, or a row has no answer.
     """
     if {"question", "answer"} <= set(rows.columns):
-        require_columns(rows, ["question", "answer"], where)
+        require_values(rows, ["question", "answer"], where)
         responses = [_from_gsm8k(text) for text in rows["answer"]]
         rows = rows.assign(query=rows["question"], response=responses)
     elif "problem" in rows.columns:
-        require_columns(rows, ["problem", "solution"], where)
+        require_values(rows, ["problem", "solution"], where)
         answers = [extract_answer(text) for text in rows["solution"]]
         responses = [answer and f"{text} The answer is: {answer}" for text, answer in zip(rows["solution"], answers, strict=True)]
         rows = rows.assign(query=rows["problem"], response=responses)
-    require_columns(rows, ["query", "response"], where)
+    require_values(rows, ["query", "response"], where)
     return rows
 
 

@@ -17,19 +17,10 @@ import numpy as np
 
 from fedex_lora import config
 from fedex_lora.scoring import CHOICES, extract_choice
-from fedex_lora.tasks._task import (
-    Generation,
-    Rows,
-    Task,
-    completion_metrics,
-    label_indices,
-    read_hub,
-    read_layout,
-    read_rows,
-    require_columns,
-    tokenize_completions,
-    within,
-)
+from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
+from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
+from fedex_lora.tasks._rows import require_values
+from fedex_lora.tasks._task import Generation, Task, label_indices, limit
 
 TRAIN = "commonsense_170k.json"
 PUBLISHED = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
@@ -48,10 +39,10 @@ def load(name: str, settings: config.Task) -> Task:
         DataError: a file or a column is missing, or an answer is not one of the test's.
     """
     test = _test(name, settings.data)
-    require_columns(test, ["instruction", "output", "answer"], f"commonsense/{name}, test set,")
+    require_values(test, ["instruction", "output", "answer"], f"commonsense/{name}, test set,")
     label_indices(test["answer"], list(CHOICES[name]), f"commonsense/{name}, test set,")
     train = _train(settings) if settings.train != "" else test.head(0)
-    require_columns(train, ["instruction", "output"], "commonsense, training rows,")
+    require_values(train, ["instruction", "output"], "commonsense, training rows,")
 
     def score(texts: list[str], rows: Rows) -> dict[str, float]:
         got = [extract_choice(text, CHOICES[name]) for text in texts]
@@ -62,7 +53,7 @@ def load(name: str, settings: config.Task) -> Task:
         kind="causal-lm",
         train=train,
         eval=test,
-        tokenize=lambda tokenizer, rows: tokenize_completions(tokenizer, _prompts(rows), list(rows["output"]), settings.max_length),
+        tokenize=lambda tokenizer, rows: tokenize_completions(tokenizer, _prompts(rows), list(rows["output"]), limit(settings, tokenizer)),
         metrics=completion_metrics,
         headline="loss",
         model_config={},

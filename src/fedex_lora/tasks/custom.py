@@ -1,4 +1,4 @@
-"""Your own rows: sequence or image classification, or a causal LM with a prompt template and the loss on the completion only.
+"""Your own rows: classes or scores of texts, classes of images, or a causal LM with a prompt template and the loss on the completion only.
 
 A configuration and a row of its file::
 
@@ -14,96 +14,202 @@ A configuration and a row of its file::
     "name[The Vaults], eatType[pub]",The Vaults is a pub.
 """
 
-import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score
+import pandas as pd
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.peft_io import require_pillow
-from fedex_lora.tasks._images import image_cells, image_rows, require_images
-from fedex_lora.tasks._task import (
-    Rows,
-    Task,
-    completion_metrics,
-    label_indices,
-    read_rows,
-    require_column,
-    require_columns,
-    tokenize_completions,
-    tokenize_texts,
-)
+from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
+from fedex_lora.tasks._files import Rows, read_rows
+from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
+from fedex_lora.tasks._rows import Problem, alike, classes_of, empty, found, outside, require_columns, settled
+from fedex_lora.tasks._task import Task, limit, tokenize_texts
+from fedex_lora.tasks._templates import columns_of, filled, text_of
+
+SCORES = "set task.kind = 'regression' for scores, or name all classes in task.labels"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A file's rows, with what is wrong with single ones.
+
+    Attributes:
+        source: its name.
+        rows: with lines as index.
+        problems: in the order in which they are told.
+    """
+
+    source: str
+    rows: Rows
+    problems: Sequence[Problem]
 
 
 def load(settings: config.Task) -> Task:
     """The task that the settings describe.
 
     Raises:
-        DataError: a file, column or image is missing, or no rows.
+        DataError: a file or column is missing, rows cannot be used (`task.on_bad_row`), or none is left.
         UsageError: images without Pillow.
     """
+    train, held = tables(settings)
+    notes: list[str] = []
+    kept = []
+    for table in (train, held):
+        rows, said = settled(table.rows, table.source, table.problems, settings.on_bad_row)
+        kept.append(rows)
+        notes += said
+    kinds = {"classification": _classification, "regression": _regression, "causal-lm": _causal_lm, config.IMAGES: _images}
+    return kinds[settings.kind](settings, kept[0], kept[1], notes)
+
+
+def tables(settings: config.Task) -> tuple[Table, Table]:
+    """The rows to learn from and those that only measure, with all that is wrong with single ones.
+
+    Raises:
+        DataError: a file or column is missing.
+    """
     if not settings.train or not settings.eval:
-        raise DataError("task custom needs task.train and task.eval: files (jsonl, csv, tsv, parquet) or HUB_NAME:SPLIT")
-    train, held = read_rows(settings.train, settings.data), read_rows(settings.eval, settings.data)
-    for name, rows in ((settings.train, train), (settings.eval, held)):
-        if rows.empty:
-            raise DataError(f"{name} has no rows: give a file that has some")
-    kinds = {"classification": _classification, "causal-lm": _causal_lm, config.IMAGES: _images}
-    return kinds[settings.kind](settings, train, held)
+        raise DataError("task custom needs task.train and task.eval: files (jsonl, json, csv, tsv, parquet) or HUB_NAME:SPLIT")
+    if settings.kind == config.IMAGES:
+        require_pillow()
+    sources = {str(source): read_rows(str(source), settings.data) for source in (settings.train, settings.eval)}
+    for source, rows in sources.items():
+        require_columns(rows, columns(settings), source)
+    classes = class_names(settings, sources[settings.train])
+    made = {source: Table(source, rows, _problems(settings, rows, classes)) for source, rows in sources.items()}
+    return made[settings.train], made[settings.eval]
 
 
-def _classification(settings: config.Task, train: Rows, held: Rows) -> Task:
-    for name, rows in ((settings.train, train), (settings.eval, held)):
-        require_columns(rows, [*settings.text, settings.label], str(name))
-    classes = settings.labels or sorted(train[settings.label].unique().tolist())
+def columns(settings: config.Task) -> list[str]:
+    """The columns that a task reads."""
+    if settings.kind == "causal-lm":
+        return list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)]))
+    return [settings.image or "image", settings.label] if settings.kind == config.IMAGES else [*settings.text, settings.label]
 
-    def labels(rows: Rows) -> list[int]:
-        return label_indices(rows[settings.label].tolist(), classes, f"task.eval, column {settings.label!r},")
+
+def class_names(settings: config.Task, train: Rows) -> list[str]:
+    """All classes: as the configuration names them, else those of the training rows; none of scores or texts that are written.
+
+    Raises:
+        DataError: the training rows' labels are no classes but scores.
+    """
+    if settings.kind in ("causal-lm", "regression"):
+        return []
+    if settings.labels:
+        return [str(label) for label in settings.labels]
+    labels = [cell for cell in train[settings.label] if isinstance(cell, str) and cell.strip()]
+    names = classes_of(labels)
+    if _fractions(names) or len(names) > max(20, len(labels) // 2):
+        raise DataError(
+            f"{settings.train}, column {settings.label!r}, has {len(names)} different values in {len(labels)} rows: {SCORES}", "label"
+        )
+    return names
+
+
+def _fractions(names: Sequence[str]) -> bool:
+    numbers = pd.to_numeric(pd.Series(names, dtype=object), errors="coerce")
+    return bool(len(names)) and bool(numbers.notna().all()) and bool((numbers % 1 != 0).any())
+
+
+def _problems(settings: config.Task, rows: Rows, classes: Sequence[str]) -> list[Problem]:
+    if settings.kind == "causal-lm":
+        prompts, completions = (_texts(template, rows) for template in (settings.prompt, settings.completion))
+        return [
+            *found("empty", "an empty prompt", rows, (not text.strip() for text in prompts)),
+            *found("empty", "nothing to say: the completion is empty", rows, (not text.strip() for text in completions)),
+        ]
+    labelled = empty(rows, [settings.label])
+    if settings.kind == "regression":
+        numbers = pd.to_numeric(pd.Series(list(rows[settings.label]), dtype=object), errors="coerce").astype(float)
+        bad = [not np.isfinite(number) and bool(text_of(cell).strip()) for number, cell in zip(numbers, rows[settings.label], strict=True)]
+        return [
+            *empty(rows, settings.text),
+            *labelled,
+            *found("score", f"a score in {settings.label!r} that is no finite number", rows, bad),
+        ]
+    labelled += outside(rows, settings.label, classes)
+    if settings.kind == config.IMAGES:
+        return [*images_that_fail(rows, settings.image or "image", settings.data), *labelled]
+    return [*empty(rows, settings.text), *labelled]
+
+
+def _texts(template: str, rows: Rows) -> list[str]:
+    return [filled(template, row) for row in rows.to_dict(orient="records")]
+
+
+def _classification(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+    classes, labels = _labels(settings, train)
+    return Task(
+        kind="classification",
+        train=train,
+        eval=held,
+        tokenize=lambda tokenizer, rows: tokenize_texts(
+            tokenizer, [[text_of(cell) for cell in rows[column]] for column in settings.text], labels(rows), limit(settings, tokenizer)
+        ),
+        metrics=_class_metrics,
+        headline="accuracy",
+        model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **_named(classes)},
+        classes=np.asarray(labels(train)),
+        notes=[*notes, *_alike(classes)],
+    )
+
+
+def _regression(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+    def scores(rows: Rows) -> list[float]:
+        return [float(cell) for cell in rows[settings.label]]
 
     return Task(
         kind="classification",
         train=train,
         eval=held,
         tokenize=lambda tokenizer, rows: tokenize_texts(
-            tokenizer, [[str(text) for text in rows[column]] for column in settings.text], labels(rows), settings.max_length
+            tokenizer, [[text_of(cell) for cell in rows[column]] for column in settings.text], scores(rows), limit(settings, tokenizer)
         ),
-        metrics=_class_metrics,
-        headline="accuracy",
-        model_config={"num_labels": len(classes), "problem_type": "single_label_classification"},
-        classes=np.asarray(labels(train)),
+        metrics=score_metrics,
+        headline="mse",
+        model_config={"num_labels": 1, "problem_type": "regression"},
+        classes=np.asarray(pd.qcut(pd.Series(scores(train)).rank(method="first"), min(5, len(train)), labels=False)),
+        greater_is_better=False,
+        notes=notes,
     )
 
 
-def _images(settings: config.Task, train: Rows, held: Rows) -> Task:
-    require_pillow()
+def _images(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     column = settings.image or "image"
-    for name, rows in ((settings.train, train), (settings.eval, held)):
-        require_column(rows, column, str(name))
-        require_columns(rows, [settings.label], str(name))
-        require_images(rows, column, settings.data, str(name))
-    classes = settings.labels or sorted(train[settings.label].unique().tolist())
-    names = {index: str(value) for index, value in enumerate(classes)}
-
-    def labels(rows: Rows) -> list[int]:
-        return label_indices(rows[settings.label].tolist(), classes, f"task.eval, column {settings.label!r},")
-
+    classes, labels = _labels(settings, train)
     return Task(
-        kind="image-classification",
+        kind=config.IMAGES,
         train=train,
         eval=held,
         tokenize=lambda _, rows: image_rows(image_cells(rows, column, settings.data), labels(rows)),
         metrics=_class_metrics,
         headline="accuracy",
-        model_config={
-            "num_labels": len(classes),
-            "id2label": names,
-            "label2id": {name: index for index, name in names.items()},
-            "problem_type": "single_label_classification",
-        },
+        model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **_named(classes)},
         classes=np.asarray(labels(train)),
+        notes=[*notes, *_alike(classes)],
     )
+
+
+def _labels(settings: config.Task, train: Rows) -> tuple[list[str], Callable[[Rows], list[int]]]:
+    classes = class_names(settings, train)
+    index = {name: position for position, name in enumerate(classes)}
+    return classes, lambda rows: [index[cell] for cell in rows[settings.label]]
+
+
+def _named(classes: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    return [f"classes {one!r} and {other!r} are two classes: if they are meant to be one, mend the rows" for one, other in alike(classes)]
 
 
 def _class_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -114,35 +220,30 @@ def _class_metrics(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-def _causal_lm(settings: config.Task, train: Rows, held: Rows) -> Task:
-    for name, rows in ((settings.train, train), (settings.eval, held)):
-        require_columns(rows, placeholders(settings.prompt) + placeholders(settings.completion), str(name))
+def score_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Of a regression: the mean squared error, and how scores go together; of constant ones, which do not, zero."""
+    labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
+    values = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
+    constant = len(labels) < 2 or np.ptp(values) == 0 or np.ptp(labels) == 0
+    return {
+        "mse": float(mean_squared_error(labels, values)),
+        "pearson": 0.0 if constant else float(pearsonr(values, labels)[0]),
+        "spearman": 0.0 if constant else float(spearmanr(values, labels)[0]),
+    }
 
-    def fill(template: str, rows: Rows) -> list[str]:
-        return [template.format(**row) for row in rows.to_dict(orient="records")]
 
+def _causal_lm(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     return Task(
         kind="causal-lm",
         train=train,
         eval=held,
         tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, fill(settings.prompt, rows), fill(settings.completion, rows), settings.max_length
+            tokenizer, _texts(settings.prompt, rows), _texts(settings.completion, rows), limit(settings, tokenizer)
         ),
         metrics=completion_metrics,
         headline="loss",
         model_config={},
         classes=np.zeros(len(train), dtype=int),
         greater_is_better=False,
+        notes=notes,
     )
-
-
-def placeholders(template: str) -> list[str]:
-    """The column names in a template."""
-    try:
-        names = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise DataError(f"template {template!r}: {error}: write column names in braces, and {{{{ for a brace") from None
-    plain = all(not spec and not conversion for _, _, spec, conversion in string.Formatter().parse(template))
-    if not plain or any(not name.isidentifier() for name in names):
-        raise DataError(f"template {template!r}: only plain column names may stand in braces")
-    return names

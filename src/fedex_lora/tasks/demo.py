@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from fedex_lora import config
-from fedex_lora.tasks._task import Task, completion_metrics, tokenize_completions
+from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
+from fedex_lora.tasks._task import Task
 
 TRAIN_NOTES, EVAL_NOTES = 400, 200  # of each hospital
 COLOURS = ("green", "yellow", "red")

@@ -19,17 +19,10 @@ import numpy as np
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.scoring import require_e2e, score_e2e
-from fedex_lora.tasks._task import (
-    Generation,
-    Rows,
-    Task,
-    completion_metrics,
-    read_hub,
-    read_layout,
-    require_columns,
-    tokenize_completions,
-    within,
-)
+from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
+from fedex_lora.tasks._files import Rows, read_hub, read_layout, within
+from fedex_lora.tasks._rows import require_values
+from fedex_lora.tasks._task import Generation, Task, limit
 
 HUB = "tuetschek/e2e_nlg"
 LAYOUT = "trainset.csv, devset.csv and testset_w_refs.csv of the E2E NLG challenge"
@@ -55,13 +48,13 @@ def load(settings: config.Task) -> Task:
             for name, split in zip(("train", "dev", "test"), ("train", "validation", "test"), strict=True)
         }
     for name, rows in splits.items():
-        require_columns(rows, ["mr", "ref"], f"e2e, {name} set,")
+        require_values(rows, ["mr", "ref"], f"e2e, {name} set,")
     return Task(
         kind="causal-lm",
         train=splits["train"],
         eval=splits["dev"],
         tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, prompts(tokenizer, rows), [f" {text.strip()}" for text in rows["ref"]], settings.max_length
+            tokenizer, prompts(tokenizer, rows), [f" {text.strip()}" for text in rows["ref"]], limit(settings, tokenizer)
         ),
         metrics=completion_metrics,
         headline="loss",

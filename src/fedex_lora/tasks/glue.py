@@ -21,7 +21,9 @@ from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._task import Rows, Task, label_indices, read_hub, require_columns, tokenize_texts
+from fedex_lora.tasks._files import Rows, read_hub
+from fedex_lora.tasks._rows import require_values
+from fedex_lora.tasks._task import Task, label_indices, limit, tokenize_texts
 
 HUB = "nyu-mll/glue"
 
@@ -79,7 +81,7 @@ def load(name: str, settings: config.Task) -> Task:
         train=train,
         eval=held,
         tokenize=lambda tokenizer, rows: tokenize_texts(
-            tokenizer, [list(rows[column]) for column in text], labels(rows), settings.max_length
+            tokenizer, [list(rows[column]) for column in text], labels(rows), limit(settings, tokenizer)
         ),
         metrics=lambda prediction: glue_metrics(prediction, glue.metrics),
         headline=glue.metrics[0],
@@ -107,7 +109,8 @@ def _read(path: Path, glue: Glue) -> Rows:
         rows = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False, encoding="utf-8-sig", names=names)
     except (ValueError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a GLUE file: {str(error).splitlines()[0]}") from None
-    require_columns(rows, [*glue.text, glue.label], str(path))
+    rows.index += 1 if glue.columns else 2  # lines of the file
+    require_values(rows, [*glue.text, glue.label], str(path))
     return rows
 
 

@@ -1,0 +1,132 @@
+"""What is wrong with single rows: found all at once, then refused in one line, or left out and counted."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedex_lora import config
+from fedex_lora.errors import DataError
+from fedex_lora.tasks._files import Rows
+from fedex_lora.tasks._templates import text_of
+
+SHOWN = 5  # lines, or values, that a complaint names
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kind of fault in some rows.
+
+    Attributes:
+        code: of `fedex_lora.failures.WORDS`: what others may be told.
+        words: what is wrong with each of them, for whoever has the rows.
+        rows: their labels in the frame's index: lines of the file.
+    """
+
+    code: str
+    words: str
+    rows: tuple[int, ...]
+
+
+def found(code: str, words: str, rows: Rows, bad: Iterable[bool]) -> list[Problem]:
+    """One problem, if some rows have it."""
+    lines = tuple(int(line) for line, is_bad in zip(rows.index, bad, strict=True) if is_bad)
+    return [Problem(code, words, lines)] if lines else []
+
+
+def empty(rows: Rows, columns: Sequence[str]) -> list[Problem]:
+    """Rows without a value in one of the columns."""
+    return [
+        problem
+        for column in columns
+        for problem in found("empty", f"no {column!r}", rows, (not text_of(cell).strip() for cell in rows[column]))
+    ]
+
+
+def outside(rows: Rows, column: str, classes: Sequence[str]) -> list[Problem]:
+    """Rows with a label that is none of the classes."""
+    known = set(classes)
+    bad = [bool(text_of(cell).strip()) and not (isinstance(cell, str) and cell in known) for cell in rows[column]]
+    values = list(dict.fromkeys(str(cell) for cell, is_bad in zip(rows[column], bad, strict=True) if is_bad))
+    return found("label", f"a label outside {list(classes)} ({_some([repr(value) for value in values])})", rows, bad)
+
+
+def settled(rows: Rows, source: str, problems: Sequence[Problem], on_bad_row: str) -> tuple[Rows, list[str]]:
+    """The rows that can be used, numbered from 0, and what is to be said of the others.
+
+    Args:
+        rows: with lines as index.
+        source: the file.
+        problems: of its rows.
+        on_bad_row: "refuse" or "drop".
+
+    Raises:
+        DataError: there are problems and they are to be refused, or no row is left.
+    """
+    if problems and on_bad_row == "refuse":
+        raise refusal(source, problems, "mend these rows, leave them out, or set task.on_bad_row = 'drop'")
+    bad = {line for problem in problems for line in problem.rows}
+    kept = rows.loc[[line not in bad for line in rows.index]].reset_index(drop=True)
+    words = f"{source}: {'; '.join(map(told, problems))}"
+    if kept.empty:
+        raise DataError(f"{words}: no row is left: mend them", "no-rows", len(bad))
+    return kept, [f"{len(bad)} of {len(rows)} rows are left out: {words}"] if bad else []
+
+
+def refusal(source: str, problems: Sequence[Problem], mend: str) -> DataError:
+    """All problems of a file's rows in one line; what others may be told is the first kind, and how many rows have it."""
+    first = problems[0].code
+    lines = {line for problem in problems if problem.code == first for line in problem.rows}
+    return DataError(f"{source}: {'; '.join(map(told, problems))}: {mend}", first, len(lines))
+
+
+def told(problem: Problem) -> str:
+    """A problem in words, with some of its lines."""
+    count = len(problem.rows)
+    return f"{count} row{'' if count == 1 else 's'} with {problem.words} (line {_some([str(line) for line in problem.rows])})"
+
+
+def _some(values: Sequence[str]) -> str:
+    return ", ".join(values[:SHOWN]) + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
+
+
+def require_columns(rows: Rows, columns: Sequence[str], where: str) -> None:
+    """Every column is there.
+
+    Raises:
+        DataError: one is not; the nearest is named.
+    """
+    for column in columns:
+        if column not in rows.columns:
+            near = config.nearest(column, [str(name) for name in rows.columns])
+            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(str, rows.columns))}"
+            raise DataError(f"{where} has no column {column!r}: {hint}", "column")
+
+
+def require_values(rows: Rows, columns: Sequence[str], where: str) -> None:
+    """Every column is there, with a value in every row.
+
+    Raises:
+        DataError: else.
+    """
+    require_columns(rows, columns, where)
+    if problems := empty(rows, columns):
+        raise refusal(where, problems, "fill them in, or leave these rows out")
+
+
+def classes_of(labels: Iterable[str]) -> list[str]:
+    """The classes that labels name: numbers in their order, else as text.
+
+    >>> classes_of(["10", "9", "10"]), classes_of(["no", "10", "9"])
+    (['9', '10'], ['10', '9', 'no'])
+    """
+    names = sorted(set(labels))
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+
+
+def alike(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Classes that differ in case and outer spaces only: most likely one, misspelt.
+
+    >>> alike(["Hardware ", "hardware", "network"])
+    [('Hardware ', 'hardware')]
+    """
+    first: dict[str, str] = {}
+    return [(first[key], name) for name in classes if (key := name.strip().casefold()) in first or first.setdefault(key, name) is not name]
