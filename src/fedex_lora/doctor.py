@@ -60,7 +60,7 @@ def _flower() -> tuple[dict[str, str], list[str]]:
     facts, problems = {"flwr": found}, []
     for wanted in map(Requirement, requires("fedex-lora") or []):
         if wanted.name == "flwr" and "flower" in str(wanted.marker) and not wanted.specifier.contains(found):
-            problems.append(f"flwr {found} does not satisfy {wanted.specifier}: pip install 'fedex-lora[flower]'")
+            problems.append(f"flwr {found} does not satisfy {wanted.specifier}: pip install '.[flower]'")
     off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     on = [f"{name}={value}" for name, value in off.items() if os.environ.get(name) != value]
     facts["flwr telemetry, update checks"] = "off" if not on else f"on unless {' '.join(on)} (flower try switches them off)"

@@ -122,4 +122,4 @@ def _require_flower() -> None:
     from importlib.util import find_spec
 
     if find_spec("flwr") is None:
-        raise UsageError("Flower is not installed: pip install 'fedex-lora[flower]'")
+        raise UsageError("Flower is not installed: pip install '.[flower]'")

@@ -34,7 +34,7 @@ def evaluate_harness(
         ModelError, StorageError: see `open_source`.
     """
     if find_spec("lm_eval") is None:
-        raise UsageError("--lm-eval needs lm-evaluation-harness: pip install 'fedex-lora[lm-eval]'")
+        raise UsageError("--lm-eval needs lm-evaluation-harness: pip install '.[lm-eval]'")
     if PartialState().num_processes > 1:
         raise UsageError("--lm-eval runs in one process: export --as merged, and give the folder to `accelerate launch -m lm_eval`")
     from lm_eval import simple_evaluate

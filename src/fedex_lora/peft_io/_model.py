@@ -80,7 +80,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
 def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:
     """bitsandbytes' settings: linear layers only, without heads, tied and output embeddings, and poolers (which may be new)."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("base.quantization needs bitsandbytes: pip install 'fedex-lora[quantized]'", "package")
+        raise ModelError("base.quantization needs bitsandbytes: pip install '.[quantized]'", "package")
     options = {"trust_remote_code": base.trust_remote_code}
     with torch.device("meta"):
         shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)

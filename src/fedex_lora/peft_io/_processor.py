@@ -83,4 +83,4 @@ def require_pillow() -> None:
         UsageError: it is not installed.
     """
     if importlib.util.find_spec("PIL") is None:
-        raise UsageError("images are read with Pillow, which is not installed: pip install 'fedex-lora[images]'", "package")
+        raise UsageError("images are read with Pillow, which is not installed: pip install '.[images]'", "package")

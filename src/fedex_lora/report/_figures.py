@@ -177,7 +177,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UsageError("figures need Matplotlib: pip install 'fedex-lora[report]'") from None
+        raise UsageError("figures need Matplotlib: pip install '.[report]'") from None
     return matplotlib
 
 

@@ -31,7 +31,7 @@ def require_e2e(metrics: Sequence[str] = METRICS) -> None:
     if set(metrics) <= set(_BY_SCRIPT):
         return
     if find_spec("pycocoevalcap") is None:
-        raise UsageError("METEOR, ROUGE_L and CIDEr need pycocoevalcap: pip install 'fedex-lora[e2e]', or ask for --metrics BLEU,NIST")
+        raise UsageError("METEOR, ROUGE_L and CIDEr need pycocoevalcap: pip install '.[e2e]', or ask for --metrics BLEU,NIST")
     if shutil.which("java") is None:
         raise UsageError(
             "METEOR, ROUGE_L and CIDEr need Java, and there is no command `java`: install a Java runtime, or ask for --metrics BLEU,NIST"

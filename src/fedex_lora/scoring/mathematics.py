@@ -219,4 +219,4 @@ def require_math_verify() -> None:
         UsageError: it is not.
     """
     if find_spec("math_verify") is None:
-        raise UsageError("whether two answers are equivalent needs math-verify: pip install 'fedex-lora[math]'")
+        raise UsageError("whether two answers are equivalent needs math-verify: pip install '.[math]'")
