@@ -1,6 +1,7 @@
 """Configurations: what is said of a mistake, and that a resolved configuration is the configuration."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,25 @@ def test_overrides(tmp_path):
     for wrong, message in (("rounds", "table.key=value"), ("method.x=1", "is a value"), ("base.modle=x", "did you mean base.model")):
         with pytest.raises(ConfigError, match=message):
             read_config(path, ["method=fedex", wrong])
+
+
+def test_paths_are_relative_to_the_file_that_names_them_and_to_the_command_that_gives_them(tmp_path, monkeypatch):
+    (tmp_path / "at" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    (tmp_path / "at" / "rows.csv").touch()
+    (tmp_path / "here" / "rows.csv").touch()
+    path = tmp_path / "at" / "c.toml"
+    path.write_text('[base]\nmodel = "model"\n[task]\nname = "custom"\ntrain = "rows.csv"\neval = "name/of-the-hub:test"\n')
+    monkeypatch.chdir(tmp_path / "here")
+    config = read_config(Path("../at/c.toml"))
+    assert Path(config.base.model) == tmp_path / "at" / "model"
+    assert (Path(config.task.train), config.task.eval) == (tmp_path / "at" / "rows.csv", "name/of-the-hub:test")
+    given = read_config(path, ["base.model=other", "task.train=rows.csv"])
+    assert (Path(given.base.model), Path(given.task.train)) == (tmp_path / "here" / "other", tmp_path / "here" / "rows.csv")
+    folder = read_config(path, ["task.data=data"]).task
+    assert (folder.data, folder.train) == (tmp_path / "here" / "data", "rows.csv")
+    (tmp_path / "at" / "demo").mkdir()
+    assert read_config(path, ["base.model=demo"]).base.model == "demo"
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("rounds = ", "not TOML")])

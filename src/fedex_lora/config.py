@@ -1,8 +1,9 @@
 """The configuration: pydantic models read from TOML, overridden by `--set a.b=v`. An unknown key is an error that names the nearest."""
 
 import difflib
+import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
@@ -318,7 +319,10 @@ class Config(_Table):
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a TOML file, with `a.b=v` overrides (v as in TOML, or a bare string)."""
+    """The configuration in a TOML file, with `a.b=v` overrides (v as in TOML, or a bare string).
+
+    Paths in the file are relative to its folder, those of overrides to where the command runs; what is made of them is absolute.
+    """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -327,18 +331,25 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return parse_config(overridden(tree, overrides))
+    given = {override.partition("=")[0].strip() for override in overrides}
+    return _with_absolute_paths(parse_config(overridden(tree, overrides)), path.parent, given)
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The same run for a process that works in another folder."""
+def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -> Config:
+    """Paths below `folder`, but for keys that were `given` on the command line; what is no folder or file is a name of the hub."""
+
+    def absolute(key: str, value: str | Path) -> Path:
+        return Path(os.path.abspath((Path() if key in given else folder) / value))
+
     base, task = config.base, config.task
-    if Path(base.model).is_dir():
-        base = base.model_copy(update={"model": str(Path(base.model).absolute())})
+    if base.model != DEMO and (there := absolute("base.model", base.model)).is_dir():
+        base = base.model_copy(update={"model": str(there)})
     if task.data is not None:
-        task = task.model_copy(update={"data": task.data.absolute()})
-    files = {name: str(Path(value).absolute()) for name in ("train", "eval") if (value := getattr(task, name)) and Path(value).is_file()}
-    return config.model_copy(update={"base": base, "task": task.model_copy(update=files if task.data is None else {})})
+        task = task.model_copy(update={"data": absolute("task.data", task.data)})
+    else:
+        files = {name: absolute(f"task.{name}", value) for name in ("train", "eval") if (value := getattr(task, name))}
+        task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
+    return config.model_copy(update={"base": base, "task": task})
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

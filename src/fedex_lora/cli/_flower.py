@@ -31,12 +31,12 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a Flower app folder that `flwr run` takes. For a simulation or a deployment."""
-    from fedex_lora.config import read_config, with_absolute_paths
+    from fedex_lora.config import read_config
     from fedex_lora.flower.app_folder import write_app
 
     names = [name.strip() for name in (clients or "").split(",") if name.strip()]
     run = (out or folder.with_name(f"{folder.name}-run")).absolute()
-    write_app(folder, with_absolute_paths(read_config(config, set_ or [])), str(run), names)
+    write_app(folder, read_config(config, set_ or []), str(run), names)
     if as_json:
         print_json({"app": str(folder), "out": str(run), "clients": names})
         return

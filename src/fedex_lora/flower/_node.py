@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from fedex_lora.answers import Emit
 from fedex_lora.client import ClientData, quiet
 from fedex_lora.config import parse_config
@@ -140,7 +142,7 @@ def _rows(place: Place, client: str, dealt: bool, log: logging.Logger) -> Client
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
     rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
     (train, notes), (measured, _) = (
-        usable(rows.select(range(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
+        usable(rows.select(np.arange(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
     )
     for note in [*task.notes, *notes]:
         log.warning("%s: %s", client, note)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedex_lora.config import Config, overridden, parse_config, with_absolute_paths
+from fedex_lora.config import Config, overridden, parse_config
 from fedex_lora.demo import configuration
 from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.flower._local import local_deployment
@@ -45,7 +45,6 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is not empty: give another --out")
     root = (folder or Path(tempfile.mkdtemp(prefix="fedex-lora-try-"))).absolute()
-    config = with_absolute_paths(config)
     clients = sorted(partition(load_task(config.task, config.seed), config.clients, config.seed))
     began = time.perf_counter()
     tell(f"in process: {config.rounds} rounds, clients {', '.join(clients)}")
