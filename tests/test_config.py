@@ -90,3 +90,36 @@ def test_unreadable_files(text, message, tmp_path):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+
+
+def test_defaults_that_suit_lora_and_the_kind_of_task():
+    def made(**tables):
+        return parse_config({"base": {"model": "m"}, "task": {"name": "custom"}, **tables})
+
+    plain, written = made(), made(task={"name": "custom", "kind": "causal-lm"})
+    assert (plain.lora.r, plain.lora.alpha, plain.training["learning_rate"], plain.task.length) == (8, 16, 1e-3, 256)
+    assert (written.lora.r, written.lora.alpha, written.training["learning_rate"], written.task.length) == (16, 32, 3e-4, 1024)
+    assert (made(lora={"r": 4}).lora.alpha, made(lora={"alpha": 3}).lora.alpha) == (8, 3)
+    assert made(clients={"ranks": [2, 4, 2]}).lora.r == 4
+    assert made(training={"learning_rate": 0.5}).training["learning_rate"] == 0.5
+    assert "learning_rate" not in made(method="full-ft").training
+    assert (made(method="fedavg").method, made(method="fedavg+balanced").method) == ("fedit", "fedit+balanced")
+
+
+@pytest.mark.parametrize(("table", "key", "meant"), [("lora", "rank", "lora.r"), ("lora", "lora_alpha", "lora.alpha")])
+def test_what_others_call_a_key_names_ours(table, key, meant):
+    with pytest.raises(ConfigError, match=f"unknown key {table}.{key}: did you mean {meant}"):
+        parse_config({**MINIMAL, table: {key: 8}})
+
+
+def test_a_run_that_goes_on_keeps_what_its_file_does_not_say(tmp_path):
+    path, begun = tmp_path / "c.toml", tmp_path / "run"
+    path.write_text('rounds = 3\n[base]\nmodel = "m"\n[task]\nname = "custom"\n[lora]\ntarget_modules = "all-linear"\n')
+    begun.mkdir()
+    old = parse_config(
+        {**MINIMAL, "task": {"name": "custom"}, "lora": {"r": 4, "alpha": 8}, "training": {"learning_rate": 5e-5}, "rounds": 2}
+    )
+    (begun / "config.toml").write_text(write_config(old))
+    config = read_config(path, ["seed=7"], begun=begun)
+    assert (config.lora.r, config.lora.alpha, config.training["learning_rate"]) == (4, 8, 5e-5)
+    assert (config.rounds, config.seed, config.lora.target_modules) == (3, 7, "all-linear")

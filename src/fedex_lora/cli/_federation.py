@@ -41,8 +41,8 @@ def run(
     """Run a federation on this machine, as a TOML file says."""
     from fedex_lora.config import read_config
 
-    settings = read_config(config, set_ or [])
     out = out or Path("runs") / config.stem
+    settings = read_config(config, set_ or [], begun=out if resume else None)
     from fedex_lora.display import Display
     from fedex_lora.runner import run as run_here
 

@@ -188,7 +188,10 @@ class Only:
                     )
 
 
-PAST_DEFAULTS: dict[str, dict[str, Any]] = {"task": {"max_length": 128}}  # of keys whose default has changed since the first records
+PAST_DEFAULTS: dict[str, dict[str, Any]] = {
+    "task": {"max_length": 128},
+    "lora": {"r": 4, "alpha": 8},
+}  # of keys whose default has changed since the first records
 
 
 def identity(config: Config) -> dict[str, Any]:
