@@ -1,5 +1,6 @@
 """The command line: thin. Each command reads its options, calls the library, and prints."""
 
+import logging
 import re
 import signal
 import sys
@@ -39,6 +40,7 @@ def _stop(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     """The entry point of the `fedex-lora` command: what is wrong with its arguments is one line, too."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns as it is imported, also where nobody uses it
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     try:

@@ -69,6 +69,31 @@ def run(
 
 @app.command()
 @one_line_errors
+def check(
+    config: Annotated[Path, typer.Argument(help="A TOML file.")],
+    set_: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List every problem of a run's rows. Labels, lengths, duplicates, classes, at each client; nothing is trained."""
+    from fedex_lora.check import check as check_here
+    from fedex_lora.client import quiet
+    from fedex_lora.config import read_config
+
+    quiet()
+    found = check_here(read_config(config, set_ or []))
+    stops = sum(finding.stops for finding in found)
+    if as_json:
+        print_json({"findings": [vars(finding) for finding in found], "stops": stops})
+    else:
+        for finding in found:
+            consoles(False).print(f"{'!' if finding.stops else ' '} {finding.words}", highlight=False, markup=False)
+    if stops:
+        fail(f"{stops} of {len(found)} findings would stop a run (marked !)", 1)
+
+
+@app.command()
+@one_line_errors
 def compare(
     config: Annotated[Path, typer.Argument(help="A TOML file; its method, seed and learning rate are varied.")],
     methods: Annotated[

@@ -1,0 +1,69 @@
+"""`fedex-lora check`: all that is wrong with rows, in one go."""
+
+import json
+
+from typer.testing import CliRunner
+
+from fedex_lora.check import check
+from fedex_lora.cli import app
+from fedex_lora.config import parse_config, write_config
+
+ROWS = """text,label,site
+printer is broken,Hardware ,north
+printer is broken,hardware,south
+mouse is dead,hardware,north
+,network,south
+no wifi,network,south
+no wifi,network,south
+slow page,netwrk,north
+vpn fails,network,north
+"""
+
+
+def configuration(folder, **changes):
+    (folder / "rows.csv").write_text(ROWS)
+    (folder / "eval.csv").write_text("text,label\nno wifi,network\nno sound,hardware\n")
+    task = {"name": "custom", "data": str(folder), "train": "rows.csv", "eval": "eval.csv", "labels": ["hardware", "network", "Hardware "]}
+    clients = {"partition": "column", "column": "site", "holdout": 0.0}
+    return parse_config({"base": {"model": "demo"}, "task": {**task, **changes}, "clients": clients})
+
+
+def words(config, stops):
+    return [finding.words for finding in check(config) if finding.stops == stops]
+
+
+def test_every_kind_of_problem_is_found_in_one_go(tmp_path):
+    config = configuration(tmp_path, max_length=2)
+    assert words(config, stops=True) == [
+        "rows.csv: 1 row with no 'text' (line 5)",
+        "rows.csv: 1 row with a label outside ['hardware', 'network', 'Hardware '] ('netwrk') (line 8)",
+    ]
+    said = words(config, stops=False)
+    for expected in (
+        "rows.csv: 2 rows repeat the input of another",
+        "rows.csv: 1 inputs stand with different labels",
+        "eval.csv: 1 inputs stand in rows.csv, too: what is measured on them was trained on",
+        "classes 'hardware' and 'Hardware ' are two classes: if they are meant to be one, mend the rows",
+        "north: 3 rows to train on, 0 held out (1 Hardware , 1 hardware, 1 network)",
+        "south: no row of class Hardware ",
+    ):
+        assert expected in said
+    assert any(
+        line.startswith("north: 3 of 3 rows are cut at task.max_length = 2 (the longest has ") and "more than half" in line for line in said
+    )
+    assert words(configuration(tmp_path, on_bad_row="drop"), stops=True) == []
+
+
+def test_what_stops_a_check_is_its_last_finding(tmp_path):
+    assert words(configuration(tmp_path, text=["txt"]), stops=True) == ["rows.csv has no column 'txt': did you mean 'text'?"]
+    long = configuration(tmp_path, kind="causal-lm", labels=None, prompt="{text}", completion="{label}", max_length=2, on_bad_row="drop")
+    assert any("no row is left" in line or "nothing is left to learn" in line for line in words(long, stops=True))
+
+
+def test_the_command_s_status_says_whether_a_run_would_begin(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(write_config(configuration(tmp_path)))
+    done = CliRunner().invoke(app, ["check", str(path)])
+    assert (done.exit_code, "2 of " in done.stderr) == (1, True), done.output
+    done = CliRunner().invoke(app, ["check", str(path), "--set", "task.on_bad_row=drop", "--json"])
+    assert (done.exit_code, json.loads(done.stdout)["stops"]) == (0, 0), done.output
