@@ -29,6 +29,7 @@ CROSSING = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index}  # a tensor of the device takes indices of the CPU
 ADAM = {aten._fused_adam_, aten._fused_adamw_}  # may keep their count of steps on the CPU
 MAKERS = (torch.tensor, torch.as_tensor)  # build on the CPU and move inside C++, below the modes
+GROUPS = torch._C._group_tensors_by_device_and_dtype
 DEVICE, IS_CPU = Tensor.device.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 
 
@@ -80,9 +81,15 @@ def accelerator() -> Iterator[torch.device]:
         for quantizer in (quantizer_bnb_4bit.Bnb4BitHfQuantizer, quantizer_bnb_8bit.Bnb8BitHfQuantizer):
             stack.enter_context(mock.patch.multiple(quantizer, **placed))
         AcceleratorState._reset_state(reset_partial_state=True)
+        stack.enter_context(mock.patch.object(torch._C, GROUPS.__name__, _grouped))
         stack.enter_context(_Operations(device))
         stack.enter_context(_Calls(device))
         yield device
+
+
+def _grouped(*args: Any) -> Any:
+    """Lists of tensors by device and dtype, of which C++ sees the CPU's only."""
+    return {(lists[0][0].device, dtype): (lists, places) for (_, dtype), (lists, places) in GROUPS(*args).items()}
 
 
 class _Calls(TorchFunctionMode):
