@@ -82,8 +82,8 @@ def accelerator() -> Iterator[torch.device]:
             stack.enter_context(mock.patch.multiple(quantizer, **placed))
         AcceleratorState._reset_state(reset_partial_state=True)
         stack.enter_context(mock.patch.object(torch._C, GROUPS.__name__, _grouped))
-        stack.enter_context(_Operations(device))
-        stack.enter_context(_Calls(device))
+        operations = stack.enter_context(_Operations(device))
+        stack.enter_context(_Calls(device, operations))
         yield device
 
 
@@ -95,9 +95,9 @@ def _grouped(*args: Any) -> Any:
 class _Calls(TorchFunctionMode):
     """What Python sees of a tensor's device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, operations: "_Operations") -> None:
         super().__init__()
-        self._device = device
+        self._device, self._operations = device, operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -131,15 +131,20 @@ class _Calls(TorchFunctionMode):
         device, dtype = device or here, dtype or tensor.dtype
         if (device.type, dtype) == (here.type, tensor.dtype) and not copy:
             return tensor
-        return aten._to_copy(tensor, dtype=dtype, device=device)
+        with mock.patch.object(self._operations, "moving", True):
+            return aten._to_copy(tensor, dtype=dtype, device=device)
 
 
 class _Operations(TorchDispatchMode):
-    """What is computed, and where."""
+    """What is computed, and where.
+
+    C++ calls the device of every tensor the CPU (the backward pass of a change of dtype does so, for instance): the CPU is meant only
+    where Python is `moving` something, or where a tensor is made from none.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._device = device
+        self._device, self.moving = device, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = dict(kwargs or {}), func.overloadpacket
@@ -149,7 +154,7 @@ class _Operations(TorchDispatchMode):
             if len(here) not in (0, len(tensors)) and packet not in CROSSING:
                 self._require_allowed(func, packet, args, tensors)
             wanted = kwargs.get("device")
-            to_device = bool(here) if wanted is None else torch.device(wanted).type == NAME
+            to_device = torch.device(wanted or CPU).type == NAME or (bool(here) and not (wanted and self.moving))
             if wanted is not None and to_device:
                 kwargs["device"] = CPU
                 if kwargs.get("generator") is not None:
