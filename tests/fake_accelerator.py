@@ -177,6 +177,12 @@ class _Operations(TorchDispatchMode):
         scalars = all(tensor.dim() == 0 for tensor in others)
         if scalars and (torch.Tag.pointwise in func.tags or packet in ADAM):
             return
-        if packet in INDEXING and on_device(args[0]) and all(tensor.dtype in (torch.int64, torch.bool) or tensor.dim() == 0 for tensor in others):
+        if (
+            packet in INDEXING
+            and on_device(args[0])
+            and all(tensor.dtype in (torch.int64, torch.bool) or tensor.dim() == 0 for tensor in others)
+        ):
             return
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {self._device} and cpu! ({func})")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {self._device} and cpu! ({func})"
+        )

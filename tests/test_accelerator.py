@@ -1,58 +1,93 @@
 """Runs on an accelerator, as far as a machine without one can show it: on an emulated device they end in the bits of the CPU."""
 
 import itertools
-import json
+import shutil
+import weakref
+from unittest import mock
 
-import bitsandbytes.autograd._functions as bitsandbytes_kernels
 import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bitsandbytes.autograd import _functions as bitsandbytes_kernels
 from PIL import Image
-from tests.fake_accelerator import accelerator
-from tests.test_runner import ignore
+from tests.fake_accelerator import accelerator, on_device
+from tests.test_resume import StopError, stopping
+from tests.test_runner import configuration, events_of, ignore
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
+from fedex_lora import load_model
+from fedex_lora.adapters import aggregate_folders
+from fedex_lora.client import training_arguments
 from fedex_lora.config import base_folder, parse_config
-from fedex_lora.runner import run
-from fedex_lora.storage import load_tensors, read_events
+from fedex_lora.evaluation import evaluate_source, generate
+from fedex_lora.export import FORMS, export
+from fedex_lora.peft_io import _base, _pristine, load_processor, logits
+from fedex_lora.place import Place
+from fedex_lora.runner import InProcess, run
+from fedex_lora.storage import load_tensors
+from fedex_lora.tasks import load_task
+from fedex_lora.verify import verify
 
 COMMIT = "0" * 40
 LABELS = ("low", "mid", "high")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-KINDS = {  # name -> (kind of task, adapted modules)
-    "head": ("classification", ["query", "dense"]),
-    "causal-lm": ("causal-lm", ["q_proj", "down_proj"]),
-    "images": ("image-classification", ["q_proj", "v_proj"]),
+KINDS = {  # name -> the task, the adapted modules
+    "head": ({"kind": "classification", "text": ["text"], "label": "label"}, ["query", "dense"]),
+    "causal-lm": ({"kind": "causal-lm", "prompt": "{text}", "completion": " {label}"}, ["q_proj", "down_proj"]),
+    "images": ({"kind": "image-classification", "image": "image", "label": "label"}, ["q_proj", "v_proj"]),
 }
-BASES = {"folded": {}, "side": {"delta": "side"}, "nf4": {"quantization": "nf4"}, "int8": {"quantization": "int8"}, "bf16": {"dtype": "bfloat16"}}
-METHODS = {
+BASES = {
+    "folded": {},
+    "side": {"delta": "side"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "nf4": {"quantization": "nf4"},
+    "int8": {"quantization": "int8"},
+}
+METHODS = {  # all that keep something from round to round, and some that do not
     "fedex": {},
-    "fedex-best, ranks": {"method": "fedex-best", "clients": {"ranks": [2, 1]}},
+    "fedex-best, two ranks": {"method": "fedex-best", "clients": {"ranks": [2, 1]}},
     "keep": {"method": "keep"},
     "fedsa": {"method": "fedsa"},
     "fedsvd": {"method": "fedsvd"},
     "reinit": {"method": "reinit"},
     "rolora": {"method": "rolora"},
-    "moments": {"local": {"optimizer_state": "keep"}},
-    "per client": {"messages": {"per_client": True}, "clients": {"count": 3}},
+    "optimizer_state": {"local": {"optimizer_state": "keep"}},
+    "per_client": {"messages": {"per_client": True}, "clients": {"count": 3}},
     "full-ft": {"method": "full-ft"},
 }
+SOURCES = ("folder", "hub", "random")  # random weights are nowhere but in memory
+
+
+def every(bases=BASES, methods=METHODS):
+    """All combinations: full fine-tuning has float32 bases only, and quantised weights come from a checkpoint."""
+    for index, (kind, base, method) in enumerate(itertools.product(KINDS, bases, methods)):
+        if method != "full-ft" or base in ("folded", "side"):
+            source = SOURCES[index % 3]
+            yield kind, base, method, "hub" if source == "random" and "quantization" in BASES[base] else source
+
+
+def some():
+    """Every pair of kind and base, kind and method."""
+    place_of = {name: index for names in (KINDS, BASES, METHODS) for index, name in enumerate(names)}
+    for kind, base, method, source in every():
+        wanted = (2 * place_of[kind] + place_of[method]) % len(BASES)
+        if place_of[base] == (place_of[kind] % 2 if method == "full-ft" else wanted):
+            yield kind, base, method, source
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Rows, and three tiny bases: in folders `bases/KIND`, and as `tests/KIND` in a hub's cache."""
     folder = tmp_path_factory.mktemp("accelerator")
-    texts = [f"the patient number {index} waits and is {LABELS[index % 3]}" for index in range(30)]
-    rows = pd.DataFrame({"text": texts, "label": [LABELS[index % 3] for index in range(30)]})
-    pixels = np.random.default_rng(0).integers(0, 255, (30, 16, 16, 3), dtype=np.uint8)
-    for index, picture in enumerate(pixels):
-        Image.fromarray(picture).save(folder / f"{index}.png")
-    rows["image"] = [f"{index}.png" for index in range(30)]
-    rows[:24].to_csv(folder / "train.csv", index=False)
-    rows[24:].to_csv(folder / "eval.csv", index=False)
+    names = [LABELS[index % 3] for index in range(24)]
+    rows = pd.DataFrame({"text": [f"patient {index} waits, {name}" for index, name in enumerate(names)], "label": names})
+    rows["image"] = [f"{index}.png" for index in rows.index]
+    for name, pixels in zip(rows["image"], np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8), strict=True):
+        Image.fromarray(pixels).save(folder / name)
+    rows[:18].to_csv(folder / "train.csv", index=False)
+    rows[18:].to_csv(folder / "eval.csv", index=False)
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
     text = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
     torch.manual_seed(0)
@@ -62,41 +97,211 @@ def place(tmp_path_factory):
         "images": ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=8), add_pooling_layer=False),
     }
     for kind, model in models.items():
-        snapshot = folder / "hub" / f"models--tests--{kind}" / "snapshots" / COMMIT
-        for where in (folder / "bases" / kind, snapshot):
+        repository = folder / "hub" / f"models--tests--{kind}"
+        for where in (folder / "bases" / kind, repository / "snapshots" / COMMIT):
             model.save_pretrained(where)
             if kind != "images":
                 tokenizer.save_pretrained(where)
-        (snapshot.parent.parent / "refs").mkdir()
-        (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
-    return folder
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub")):
+        yield folder
 
 
-def settings(place, kind, base, method, source):
+@pytest.fixture(autouse=True)
+def same_kernel():
+    """On a CPU int8 layers multiply dequantised weights when they train; elsewhere they quantise their inputs, too. So they do here."""
+    with mock.patch.object(bitsandbytes_kernels, "MatMul8bitFp", bitsandbytes_kernels.MatMul8bitLt):
+        yield
+
+
+def settings(place, kind, base="folded", method="fedex", source="folder"):
     task, modules = KINDS[kind]
-    columns = {"causal-lm": {"prompt": "{text}", "completion": " {label}"}, "images": {"image": "image", "label": "label"}}
     tree = {
         "rounds": 2,
         "torch_threads": 1,
-        "base": {"model": {"folder": str(place / "bases" / kind)}.get(source, f"tests/{kind}"), **BASES[base]},
-        "task": {"name": "custom", "kind": task, "data": str(place), "train": "train.csv", "eval": "eval.csv"},
+        "base": {"model": str(place / "bases" / kind) if source == "folder" else f"tests/{kind}", **BASES[base]},
+        "task": {"name": "custom", "data": str(place), "train": "train.csv", "eval": "eval.csv", **task},
         "lora": {"r": 2, "target_modules": modules},
         "clients": {"partition": "iid", "count": 2},
-        "training": {"learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 8},
+        "training": {"learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 4},
     }
-    tree["task"] |= columns.get(kind, {"text": ["text"], "label": "label"})
     tree["base"] |= {"random_weights": True} if source == "random" else {}
     for key, value in METHODS[method].items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
+        tree[key] = {**tree[key], **value} if key == "clients" else value
     return parse_config(tree)
 
 
-def numbers(folder):
-    """All that a run leaves behind: every tensor (its clients' too), and every number of its events but the clock's."""
-    tensors = {}
+def stored(folder):
+    """Every tensor below a folder, the clients' too; but not their answers as they were sent, which say how long training took."""
+    found = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        found = load_tensors(path)[0].items()
-        tensors |= {f"{path.relative_to(folder)}/{name}": tensor for name, tensor in found if name != "reply"}  # it says how long it took
-    clock = ("time", "seconds", "bytes_up", "device")
-    events = [{name: value for name, value in event.items() if name not in clock} for event in read_events(folder / "events.jsonl")]
-    return tensors, events
+        found |= {f"{path.relative_to(folder)}/{name}": tensor for name, tensor in load_tensors(path)[0].items() if name != "reply"}
+    return found
+
+
+def assert_the_same(left, right):
+    left, right = stored(left), stored(right)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def told(folder):
+    """What a run's events say of its rounds, but for the clock."""
+    clock = ("time", "seconds", "bytes_up")
+    return [{name: value for name, value in event.items() if name not in clock} for event in events_of(folder, "round_done")]
+
+
+def check(place, out, combination):
+    """A run on the device that is stopped while it waits for a client of round 2 and goes on, against one on the CPU."""
+    config, cpu, other = settings(place, *combination), out / "cpu" / "run", out / "device" / "run"  # a run's name is in its messages
+    run(config, cpu, ignore)
+    with accelerator() as device:
+        with pytest.raises(StopError):
+            run(config, other, stopping("client_done", 3))
+        run(config, other, ignore, resume=True)
+    assert events_of(other, "started")[0]["device"] == str(device)
+    assert_the_same(cpu, other)
+    assert told(cpu) == told(other)
+
+
+@pytest.mark.parametrize("combination", list(some()), ids=", ".join)
+def test_a_run_on_a_device_ends_in_the_bits_of_the_cpu(combination, place, tmp_path):
+    check(place, tmp_path, combination)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("combination", [one for one in every() if one not in list(some())], ids=", ".join)
+def test_so_does_every_other_one(combination, place, tmp_path):
+    check(place, tmp_path, combination)
+
+
+def made_of(place, kind, out, source):
+    """What the commands make of a run's folder: numbers; their files are in `out`."""
+    config, base = settings(place, kind, source=source), str(place / "bases" / kind) if source == "folder" else f"tests/{kind}"
+    run_folder = place / "runs" / kind
+    numbers = {"verify": verify(run_folder, base), "logits": logits(load_model(run_folder, base)).tolist()}
+    numbers |= {form: {**export(run_folder, form, out / form, base), "out": ""} for form in FORMS}
+    numbers["evaluate"] = [evaluate_source(str(run_folder), config.task), evaluate_source(str(out / "merged"), config.task)]
+    numbers["aggregate"] = aggregate_folders([run_folder / "a", run_folder / "b"], out / "sum", "fedex", None, None)
+    numbers["aggregate"] = {"max_relative_error": numbers["aggregate"]["max_relative_error"], **verify(out / "sum", base)}
+    numbers["aggregate"]["rounds"] = len(numbers["aggregate"]["rounds"])  # they name the folder
+    if kind == "causal-lm":
+        model = load_model(run_folder, base)
+        numbers["texts"] = generate(model, load_processor(config.base, kind), ["the patient", "mid"], {"max_new_tokens": 3})
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "source"),
+    [
+        ("head", "folded", "hub"),
+        ("causal-lm", "nf4", "folder"),
+        ("images", "side", "folder"),
+        ("causal-lm", "int8", "hub"),
+        ("head", "bfloat16", "folder"),
+    ],
+)
+def test_what_is_made_of_a_run(kind, base, source, place, tmp_path):
+    """verify --base, load_model, the exports, evaluate, generate, and aggregate of two adapters: the same numbers and files on both."""
+    folder = place / "runs" / kind
+    shutil.rmtree(folder, ignore_errors=True)
+    run(settings(place, kind, base, source=source), folder, ignore)
+    for name, trained in (("a", "rounds/0001"), ("b", "final")):
+        shutil.copytree(folder / trained / "trainable", folder / name)
+    want = made_of(place, kind, tmp_path / "cpu", source)
+    with accelerator():
+        got = made_of(place, kind, tmp_path / "device", source)
+    assert got == want
+    assert want["verify"]["max_relative_error"] < 1e-6
+    assert_the_same(tmp_path / "cpu", tmp_path / "device")
+
+
+def test_quantised_models_are_loaded_onto_the_device(place):
+    """Or the tests above would show nothing of them."""
+    with accelerator():
+        model = InProcess(settings(place, "causal-lm", "nf4"), ignore).host.place.model
+        assert all(on_device(tensor) for tensor in model.parameters())
+
+
+def refused(what):
+    with pytest.raises((RuntimeError, TypeError)) as error:
+        what()
+    return str(error.value)
+
+
+def test_the_emulated_device_refuses_what_devices_refuse():
+    """And gives gradients, tied weights and copies as they do."""
+    here = torch.ones(3)
+    with accelerator() as device:
+        there = here.to(device)
+        assert (there.device, there.cpu().device.type, (2 * there[1:]).device) == (device, "cpu", device)
+        for mixed in (
+            lambda: there + here,
+            lambda: torch.equal(there, here),
+            lambda: torch.stack([there[0], here[0]]),
+            lambda: here[torch.tensor([0], device=device)],
+            lambda: torch.nn.Linear(3, 2)(there),
+        ):
+            assert "same device" in refused(mixed)
+        assert "numpy" in refused(there.numpy)
+        assert "float64" in refused(there.double)
+        assert "generator" in refused(lambda: torch.randn(2, device=device, generator=torch.Generator()))
+        assert float((there * here[0])[torch.tensor([0])]) == 1.0  # a scalar, and indices: these may be the CPU's
+        tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        tied[1].weight = tied[0].weight
+        tied.to(device)(there).sum().backward()
+        assert tied[0].weight is tied[1].weight
+        assert on_device(tied[0].weight.grad)
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Names of the weights of which a copy was made to be kept."""
+    made = []
+    monkeypatch.setattr(_pristine, "copied", lambda weight: made.append(weight.shape) or weight.clone())
+    return made
+
+
+@pytest.mark.parametrize(("source", "count"), [("folder", 0), ("hub", 0), ("random", 2)])
+def test_the_weights_of_a_base_are_in_memory_once(source, count, place, copies):
+    """They are read again from the folder, or from the hub's cache; random ones are nowhere else."""
+    config = settings(place, "causal-lm", source=source)
+    Place(config, load_task(config.task, config.seed))
+    assert len(copies) == count
+
+
+@pytest.mark.parametrize(("base", "home"), [("folded", _base._Fold), ("nf4", _base._Side)])
+def test_a_fingerprint_holds_one_weight_at_a_time_and_is_taken_once(base, home, place, monkeypatch):
+    host, weights, real = InProcess(settings(place, "head", base), ignore).host, [], home.w0
+
+    def watched(self):
+        assert all(weight() is None for weight in weights)
+        weight = real(self)
+        weights.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(home, "w0", watched)
+    assert host.facts({})["base_fingerprint"] == host.facts({})["base_fingerprint"]
+    assert len(weights) == 4  # of as many adapted modules
+
+
+def test_one_of_several_gpus_is_used_and_that_is_said(place, tmp_path, monkeypatch):
+    """Trainer would make DataParallel's batches of 3 x 4 rows of them, and half as many steps."""
+    config = settings(place, "causal-lm")
+    run(config, tmp_path / "one", ignore)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with accelerator():
+        arguments = training_arguments(config)
+        assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+        run(config, tmp_path / "several", ignore)
+    (warning,) = events_of(tmp_path / "several", "warning")
+    assert "one of 3 GPUs is used" in warning["message"]
+    steps = [[event["steps"] for event in events_of(tmp_path / name, "client_done")] for name in ("one", "several")]
+    assert steps[0] == steps[1] == [2.0, 2.0, 2.0, 2.0]
+    assert not events_of(tmp_path / "one", "warning")
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinned_memory_is_as_it_is_asked_for(pinned):
+    assert training_arguments(configuration(training={"dataloader_pin_memory": pinned})).dataloader_pin_memory is pinned
