@@ -175,14 +175,9 @@ class _Operations(TorchDispatchMode):
     def _require_allowed(self, func: Any, packet: Any, args: Any, tensors: list[Tensor]) -> None:
         others = [tensor for tensor in tensors if not on_device(tensor)]
         scalars = all(tensor.dim() == 0 for tensor in others)
+        indices = all(tensor.dtype in (torch.int64, torch.bool) for tensor in others if tensor.dim())
         if scalars and (torch.Tag.pointwise in func.tags or packet in ADAM):
             return
-        if (
-            packet in INDEXING
-            and on_device(args[0])
-            and all(tensor.dtype in (torch.int64, torch.bool) or tensor.dim() == 0 for tensor in others)
-        ):
+        if indices and packet in INDEXING and on_device(args[0]):
             return
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {self._device} and cpu! ({func})"
-        )
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {self._device} and cpu, in {func}")

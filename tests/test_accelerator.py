@@ -192,16 +192,16 @@ def made_of(place, kind, out, source):
     return numbers
 
 
-@pytest.mark.parametrize(
-    ("kind", "base", "source"),
-    [
-        ("head", "folded", "hub"),
-        ("causal-lm", "nf4", "folder"),
-        ("images", "side", "folder"),
-        ("causal-lm", "int8", "hub"),
-        ("head", "bfloat16", "folder"),
-    ],
-)
+MADE = [
+    ("head", "folded", "hub"),
+    ("head", "bfloat16", "folder"),
+    ("causal-lm", "nf4", "folder"),
+    ("causal-lm", "int8", "hub"),
+    ("images", "side", "folder"),
+]
+
+
+@pytest.mark.parametrize(("kind", "base", "source"), MADE)
 def test_what_is_made_of_a_run(kind, base, source, place, tmp_path):
     """verify --base, load_model, the exports, evaluate, generate, and aggregate of two adapters: the same numbers and files on both."""
     folder = place / "runs" / kind

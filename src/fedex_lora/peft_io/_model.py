@@ -84,9 +84,7 @@ def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str
     options = {"trust_remote_code": base.trust_remote_code}
     with torch.device("meta"):
         shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
-    poolers = [
-        name for name, _ in shape.named_modules() if name.rpartition(".")[2] == "pooler"
-    ]  # by their paths, or what is in them is packed
+    poolers = [name for name, _ in shape.named_modules() if name.rpartition(".")[2] == "pooler"]  # whole paths, or their insides are packed
     kept = [*get_keys_to_not_convert(shape), *heads_of(shape), *poolers]
     if base.quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
