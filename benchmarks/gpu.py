@@ -8,8 +8,8 @@ the tokens are random. Nothing is downloaded. For each of them:
 
 round        three clients in turn, each from the global adapter, `steps` steps by `fedex_lora.client.local_update`, which gives updates
              on the CPU, `fedex_lora.server.step`, the base delta and the adapter back into the model. `plain` is PEFT with
-             `transformers.Trainer` on all of the clients' rows with the same settings: as many steps. The two take turns; a ratio is the median of the ratios of
-             the turns. The first turn is not counted. Messages as bytes are not part of it.
+             `transformers.Trainer` on all of the clients' rows with the same settings: as many steps. The two take turns; a ratio is the
+             median of the ratios of the turns. The first turn is not counted. Messages as bytes are not part of it.
 aggregation  `fedex_lora.aggregate` against the paper's dense formula (eq. 11-12: one product a client), fp32, the same factors; on the CPU
              and on the GPU. The error is the round's, from the factors in fp64.
 side path    forward and backward of one batch with the base delta U V beside the frozen weights, against the same without it.
