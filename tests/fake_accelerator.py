@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +29,7 @@ CROSSING = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index}  # a tensor of the device takes indices of the CPU
 ADAM = {aten._fused_adam_, aten._fused_adamw_}  # may keep their count of steps on the CPU
 MAKERS = (torch.tensor, torch.as_tensor)  # build on the CPU and move inside C++, below the modes
+SET_DEVICE = PartialState.set_device
 GROUPS = torch._C._group_tensors_by_device_and_dtype
 DEVICE, IS_CPU = Tensor.device.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 
@@ -80,11 +81,19 @@ def accelerator() -> Iterator[torch.device]:
         stack.enter_context(mock.patch.dict("os.environ", ACCELERATE_TORCH_DEVICE=str(device)))
         for quantizer in (quantizer_bnb_4bit.Bnb4BitHfQuantizer, quantizer_bnb_8bit.Bnb8BitHfQuantizer):
             stack.enter_context(mock.patch.multiple(quantizer, **placed))
+        stack.enter_context(mock.patch.object(PartialState, "set_device", _set_device))
         AcceleratorState._reset_state(reset_partial_state=True)
         stack.enter_context(mock.patch.object(torch._C, GROUPS.__name__, _grouped))
         operations = stack.enter_context(_Operations(device))
         stack.enter_context(_Calls(device, operations))
         yield device
+
+
+def _set_device(state: PartialState) -> None:
+    """The variable names the device, but not where the CPU is asked for (training.use_cpu)."""
+    if state._cpu:
+        state.device = CPU
+    SET_DEVICE(state)
 
 
 def _grouped(*args: Any) -> Any:
