@@ -13,21 +13,24 @@ import torch
 from bitsandbytes.autograd import _functions as bitsandbytes_kernels
 from PIL import Image
 from tests.fake_accelerator import accelerator, on_device
+from tests.test_layers import CASES, adapted
 from tests.test_resume import StopError, stopping
 from tests.test_runner import configuration, events_of, ignore
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from fedex_lora import load_model
+from fedex_lora import load_model, measure, server
 from fedex_lora.adapters import aggregate_folders
 from fedex_lora.client import training_arguments
 from fedex_lora.config import base_folder, parse_config
 from fedex_lora.evaluation import evaluate_source, generate
 from fedex_lora.export import FORMS, export
-from fedex_lora.peft_io import _base, _pristine, load_processor, logits
+from fedex_lora.peft_io import FrozenBase, _base, _pristine, load_processor, logits, read_model, read_other, write_model
+from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.place import Place
 from fedex_lora.runner import InProcess, run
 from fedex_lora.storage import load_tensors
 from fedex_lora.tasks import load_task
+from fedex_lora.types import ClientUpdate
 from fedex_lora.verify import verify
 
 COMMIT = "0" * 40
@@ -215,6 +218,30 @@ def test_what_is_made_of_a_run(kind, base, source, place, tmp_path):
     assert got == want
     assert want["verify"]["max_relative_error"] < 1e-6
     assert_the_same(tmp_path / "cpu", tmp_path / "device")
+
+
+def after_a_round(case, where, device):
+    """What a round leaves in a model on a device that was made by hand."""
+    make, options = CASES[case]
+    models = [adapted(make, options, seed).to(device) for seed in range(2)]
+    base = FrozenBase(models[0], where)
+    updates = [ClientUpdate(f"c{index}", read_model(model), index + 1, read_other(model)) for index, model in enumerate(models)]
+    state, result = server.step(server.init(updates[0].adapter, updates[0].other), updates)
+    base.set(state.base_delta)
+    write_model(models[0], state.adapter, state.other)
+    exact, floor = base.realised(measure.ideal_update({}, updates, result.weights))
+    numbers = [base.fingerprint(), base.side_error, dict(exact.error), floor, logits(models[0]).tolist()]
+    base.set({})
+    return [*numbers, {name: layer.weight().cpu().tolist() for name, layer in lora_layers(models[0]).items()}]
+
+
+@pytest.mark.parametrize("where", ["auto", "side"])
+@pytest.mark.parametrize("case", ["conv2d", "modules_to_save", "everything, patterns"])
+def test_every_kind_of_layer(case, where):
+    """Convolutions, embeddings, Conv1D, tied weights: what goes in, what is measured and answered, and that W0 comes back."""
+    want = after_a_round(case, where, "cpu")
+    with accelerator() as device:
+        assert after_a_round(case, where, device) == want
 
 
 def test_quantised_models_are_loaded_onto_the_device(place):
