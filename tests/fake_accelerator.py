@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit
 
 NAME = "fake"
@@ -38,6 +37,14 @@ def on_device(tensor: Tensor) -> bool:
     """Is the tensor's memory that of the emulated device?"""
     with torch._C.DisableTorchFunction():
         return tensor.layout == torch.strided and tensor.device == CPU and getattr(tensor.untyped_storage(), NAME, False)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in the arguments or the results of an operation."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inner for tensor in _tensors(one)]
 
 
 class _Module:
@@ -158,7 +165,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = dict(kwargs or {}), func.overloadpacket
         with torch._C.DisableTorchFunction():
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            tensors = _tensors((args, kwargs))
             here = [tensor for tensor in tensors if on_device(tensor)]
             if len(here) not in (0, len(tensors)) and packet not in CROSSING:
                 self._require_allowed(func, packet, args, tensors)
@@ -171,9 +178,9 @@ class _Operations(TorchDispatchMode):
             result = func(*args, **kwargs)
             if to_device:
                 known = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout == torch.strided}
-                for leaf in tree_leaves(result):
-                    if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
-                        self._mark(leaf)
+                for tensor in _tensors(result):
+                    if tensor.untyped_storage()._cdata not in known:
+                        self._mark(tensor)
             return result
 
     def _mark(self, tensor: Tensor) -> None:
