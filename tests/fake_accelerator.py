@@ -71,6 +71,11 @@ class _Module:
         return False
 
     @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        """Autocast is there, and does nothing: what it would cast are the CPU's operations."""
+        return [torch.float16, torch.bfloat16]
+
+    @staticmethod
     def manual_seed_all(seed: int) -> None:
         """Its random numbers are the CPU's."""
 

@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.autograd import _functions as bitsandbytes_kernels
 from PIL import Image
 from tests.fake_accelerator import accelerator, on_device
+from tests.test_flower import alone, differing, small
 from tests.test_layers import CASES, adapted
 from tests.test_resume import StopError, stopping
 from tests.test_runner import configuration, events_of, ignore
@@ -24,6 +25,7 @@ from fedex_lora.client import training_arguments
 from fedex_lora.config import base_folder, parse_config
 from fedex_lora.evaluation import evaluate_source, generate
 from fedex_lora.export import FORMS, export
+from fedex_lora.flower._node import Node
 from fedex_lora.peft_io import FrozenBase, _base, _pristine, load_processor, logits, read_model, read_other, write_model
 from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.place import Place
@@ -218,6 +220,15 @@ def test_what_is_made_of_a_run(kind, base, source, place, tmp_path):
     assert got == want
     assert want["verify"]["max_relative_error"] < 1e-6
     assert_the_same(tmp_path / "cpu", tmp_path / "device")
+
+
+def test_parties_with_devices_of_their_own(tmp_path):
+    """As over Flower: every message is answered by a new `Node` with a folder of its own; the server has a device, too."""
+    config = small(messages={"per_client": True}, local={"optimizer_state": "keep"})
+    with accelerator():
+        assert alone(config, tmp_path / "alone", lambda request: Node(ignore).answer(request)) == []
+    run(config, tmp_path / "together", ignore)
+    assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
 
 
 def after_a_round(case, where, device):
