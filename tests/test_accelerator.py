@@ -301,10 +301,14 @@ def copies(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("source", "count"), [("folder", 0), ("hub", 0), ("random", 2)])
-def test_the_weights_of_a_base_are_in_memory_once(source, count, place, copies):
-    """They are read again from the folder, or from the hub's cache; random ones are nowhere else."""
+@pytest.mark.parametrize(("source", "count"), [("folder", 0), ("hub", 0), ("16 bits", 0), ("random", 2)])
+def test_the_weights_of_a_base_are_in_memory_once(source, count, place, copies, tmp_path):
+    """They are read again from the folder, or from the hub's cache, also where those are in 16 bits; random ones are nowhere else."""
     config = settings(place, "causal-lm", source=source)
+    if source == "16 bits":
+        LlamaForCausalLM.from_pretrained(place / "bases" / "causal-lm", dtype=torch.bfloat16).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(place / "bases" / "causal-lm").save_pretrained(tmp_path)
+        config = config.model_copy(update={"base": config.base.model_copy(update={"model": str(tmp_path)})})
     Place(config, load_task(config.task, config.seed))
     assert len(copies) == count
 

@@ -27,12 +27,12 @@ class Checkpoint:
                 self._where |= {key: path for key in file.keys()}  # noqa: SIM118 (not a dict)
 
     def source(self, name: str, weight: Tensor) -> Callable[[], Tensor]:
-        """A function that gives W0 on the CPU: from the file if it is there bit for bit, else from a copy made now."""
+        """A function that gives W0 on the CPU: from the file if it is there bit for bit (as the model was given it), else from a copy."""
         for key in self._where:
             if key.endswith(".weight") and (name.endswith(key.removesuffix(".weight")) or key.removesuffix(".weight").endswith(name)):
-                read = _reader(self._where[key], key)
+                read = _reader(self._where[key], key, weight.dtype)
                 stored = read()
-                if stored.shape == weight.shape and stored.dtype == weight.dtype and torch.equal(stored, weight.detach().cpu()):
+                if stored.shape == weight.shape and torch.equal(stored, weight.detach().cpu()):
                     return read
         copy = copied(weight)
         return lambda: copy
@@ -46,10 +46,10 @@ def _folder(name: str, commit: str | None) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _reader(path: Path, key: str) -> Callable[[], Tensor]:
+def _reader(path: Path, key: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     def read() -> Tensor:
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key).to(dtype)
             return tensor
 
     return read
