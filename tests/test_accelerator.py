@@ -313,6 +313,14 @@ def test_the_weights_of_a_base_are_in_memory_once(source, count, place, copies, 
     assert len(copies) == count
 
 
+@pytest.mark.parametrize("name", ["", "a/folder/that/is/gone", "tests/unknown"])
+def test_a_model_without_files_is_copied(name):
+    weight = torch.ones(2, 3)
+    w0 = _pristine.Checkpoint(LlamaConfig(name_or_path=name)).source("q_proj", weight)
+    weight.zero_()
+    assert w0().sum() == 6
+
+
 @pytest.mark.parametrize(("base", "home"), [("folded", _base._Fold), ("nf4", _base._Side)])
 def test_a_fingerprint_holds_one_weight_at_a_time_and_is_taken_once(base, home, place, monkeypatch):
     host, weights, real = InProcess(settings(place, "head", base), ignore).host, [], home.w0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -42,7 +43,10 @@ def _folder(name: str, commit: str | None) -> Path | None:
     """The folder of a model: its own, or the cached snapshot of a model of the hub (of the commit that was loaded)."""
     if not name or Path(name).is_dir():
         return Path(name) if name else None
-    cached = try_to_load_from_cache(name, "config.json", revision=commit)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=commit)
+    except HFValidationError:  # the path of a folder that is gone
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
