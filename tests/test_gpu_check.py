@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from scripts import gpu_check
+from scripts import gpu_check, gpu_checks
 from tests.fake_accelerator import accelerator
 
 from fedex_lora.storage import append_event
@@ -20,7 +20,7 @@ def test_a_check_runs_on_a_device():
 
 def test_the_file_has_versions_times_and_reasons(tmp_path, monkeypatch, capsys):
     """Three checks in processes of their own: one that runs, one that hangs, one for which no time is left."""
-    steps = {**gpu_check.STEPS, "demo": (gpu_check.demo, 0.1), "glue": (gpu_check.glue, 60)}
+    steps = {**gpu_check.STEPS, "demo": (gpu_checks.demo, 0.1), "glue": (gpu_checks.glue, 60)}
     monkeypatch.setattr(gpu_check, "STEPS", steps)
     assert gpu_check.main(["--steps", "device", "demo", "--out", str(tmp_path / "one.json")]) == 1
     assert gpu_check.main(["--steps", "glue", "--seconds", "1", "--out", str(tmp_path / "other.json")]) == 0
@@ -40,7 +40,7 @@ def test_a_number_that_is_missing_or_too_large_fails(change, tmp_path):
     append_event(tmp_path / "events.jsonl", "started", **started, total_parameters=1, trainable_parameters=1)
     done = {"exactness_error": 1e-8, "realised_error": 1e-7, "floor": 1e-6, "side_error": 1e-7, "metrics": {"loss": 1.0}, "seconds": 1.0}
     append_event(tmp_path / "events.jsonl", "round_done", **done)
-    assert gpu_check.numbers(tmp_path)["exactness_error"] == 1e-8
+    assert gpu_checks.numbers(tmp_path)["exactness_error"] == 1e-8
     append_event(tmp_path / "events.jsonl", "round_done", **{**done, **change})
     with pytest.raises((AssertionError, TypeError)):
-        gpu_check.numbers(tmp_path)
+        gpu_checks.numbers(tmp_path)
