@@ -6,10 +6,10 @@
 Llama-3.2-3B, Mistral-7B and Gemma-2-9B are made from their configurations with random weights, in bfloat16, with LoRA on all linear layers;
 the tokens are random. Nothing is downloaded. For each of them:
 
-round        three clients in turn, each from the global adapter, `steps` steps by `fedex_lora.client.local_update`; their updates to the
-             CPU, `fedex_lora.server.step`, the base delta and the adapter back into the model. `plain` is PEFT with `transformers.Trainer`
-             on all of the clients' rows with the same settings: as many steps. The two take turns; a ratio is the median of the ratios of
-             the turns. The first turn is not counted. Messages as bytes are not part of it.
+round        three clients in turn, each from the global adapter, `steps` steps by `fedex_lora.client.local_update`, which gives updates
+             on the CPU, `fedex_lora.server.step`, the base delta and the adapter back into the model. `plain` is PEFT with
+             `transformers.Trainer` on all of the clients' rows with the same settings: as many steps. The two take turns; a ratio is the
+             median of the ratios of the turns. The first turn is not counted. Messages as bytes are not part of it.
 aggregation  `fedex_lora.aggregate` against the paper's dense formula (eq. 11-12: one product a client), fp32, the same factors; on the CPU
              and on the GPU. The error is the round's, from the factors in fp64.
 side path    forward and backward of one batch with the base delta U V beside the frozen weights, against the same without it.
@@ -191,8 +191,7 @@ class Bench:
         mine = options.steps * options.batch
         self.rows = random_rows(options.clients * mine, options.length, self.model.config.vocab_size)
         self.mine = [self.rows.select(range(start, start + mine)) for start in range(0, len(self.rows), mine)]
-        first = on_device(ClientUpdate("first", read_model(self.model), 1), "cpu")
-        self.start = server.init(first.adapter, {})
+        self.start = server.init(read_model(self.model), {})
         self.tokens = len(self.rows) * options.length
 
     def set(self, state: Any) -> None:
@@ -205,7 +204,7 @@ class Bench:
         for index, rows in enumerate(self.mine):
             self.set(self.start)
             update, _ = local_update(self.model, f"client-{index}", 1, ClientData(rows, rows.select([])), self.work)
-            updates.append(on_device(update, "cpu"))
+            updates.append(update)
         state, result = server.step(self.start, updates)
         self.set(state)
         return updates, state, result

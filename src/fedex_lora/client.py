@@ -48,7 +48,7 @@ class Work:
 
 
 def training_arguments(config: Config, output: str = "unused", seed: int = 0) -> TrainingArguments:
-    """`transformers.TrainingArguments` from `[training]`, with what is ours set by us.
+    """`transformers.TrainingArguments` from `[training]`, with what is ours set by us, for one device (see `spare_devices`).
 
     Raises:
         ConfigError: an unknown field (the nearest is named), or a value that transformers refuses.
@@ -71,15 +71,26 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
         "logging_nan_inf_filter": False,  # or a NaN would not show in the loss
         "eval_strategy": "no",
         "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    defaults = {"dataloader_pin_memory": torch.cuda.is_available()}
     if config.task.kind == IMAGES:
         ours["remove_unused_columns"] = False  # the model does not know the column `image`; the collator does
     try:
-        return TrainingArguments(**{**config.training, **ours})
+        arguments = TrainingArguments(**{**defaults, **config.training, **ours})
     except (ValueError, TypeError, ImportError) as error:
         hint = " (on a CPU also set training.use_cpu = true)" if "use_cpu" in str(error) else ""
         raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}{hint}") from None
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or Trainer would wrap the model in DataParallel, whose batches are so many times as large
+    return arguments
+
+
+def spare_devices(config: Config) -> str:
+    """What to say where this process sees GPUs that it does not use; "" where there is none."""
+    count = 0 if training_arguments(config).device.type == "cpu" else torch.cuda.device_count()
+    if count < 2:
+        return ""
+    return f"one of {count} GPUs is used, for a batch shared among them would be another batch: choose it by CUDA_VISIBLE_DEVICES"
 
 
 def _require_sensible(key: str, value: Any) -> None:
@@ -127,7 +138,7 @@ def local_update(
     work: Work,
     optimizer_state: Mapping[str, Any] | None = None,
     on_step: StepHook | None = None,
-) -> tuple[ClientUpdate, Mapping[str, Any]]:
+) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
     """Train the model, as it stands, for one round.
 
     Args:
@@ -139,7 +150,7 @@ def local_update(
         on_step: told of every step.
 
     Returns:
-        The update, and the optimiser's state after it.
+        The update, and the optimiser's state after it where `local.optimizer_state` is "keep"; both on the CPU, wherever the model is.
 
     Raises:
         TrainingError: the loss is not finite, or memory ran out.
@@ -163,7 +174,8 @@ def local_update(
                     "memory",
                 ) from None
             raise
-        loss, steps, state = float(output.training_loss), float(output.global_step), optimizer.state_dict()
+        loss, steps = float(output.training_loss), float(output.global_step)
+        state = _on_cpu(optimizer.state_dict()) if work.config.local.optimizer_state == "keep" else None
         del trainer, optimizer
     adapter, other = read_model(model), read_other(model)
     trained = [tensor for pair in adapter.values() for tensor in (pair.A, pair.B)] + list(other.values())
@@ -251,6 +263,15 @@ def _argmax(logits: Any, _: Tensor) -> Tensor:
     """Token ids instead of logits: a vocabulary's worth less memory."""
     first: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return first.argmax(dim=-1)
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state with its tensors on the CPU."""
+    moments = {
+        index: {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def _current_rates(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

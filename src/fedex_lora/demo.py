@@ -10,7 +10,6 @@ from rich.console import Console
 from fedex_lora.config import DEMO, Config, parse_config
 from fedex_lora.display import Display, size, table
 from fedex_lora.errors import UsageError
-from fedex_lora.report import write_report
 from fedex_lora.runner import run
 from fedex_lora.storage import read_events, write_text
 
@@ -61,6 +60,8 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     columns = ["method", "accuracy", "deviation of plain averaging", "exactness error", "sent down", "sent up"]
     body = [[method, *_cells(row)] for method, row in rows.items()]
     console.print(table(f"accuracy on the notes of all three hospitals (the base alone: {base:.3f}, chance: {1 / 3:.3f})", columns, body))
+    from fedex_lora.report import write_report  # the runs need none of its packages
+
     page = write_report([out / method for method in METHODS], out / "report.html")
     console.print(f"what happened, in charts: {page['out']} (open it in a browser)", highlight=False)
     console.print(f"all files: {out}   check the exact one again: fedex-lora verify {out / 'fedex'}", highlight=False)

@@ -99,8 +99,15 @@ def _option(words: list[str], name: str, default: str) -> str:
 
 def _devices() -> dict[str, str]:
     if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        return {"device": names, "bf16": str(torch.cuda.is_bf16_supported()), "tf32 matmul": str(torch.backends.cuda.matmul.allow_tf32)}
+        count = torch.cuda.device_count()
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
+        return {
+            "device": names if count < 2 else f"the first of {names} (see CUDA_VISIBLE_DEVICES)",
+            "bf16": str(torch.cuda.is_bf16_supported()),
+            "tf32 matmul": str(torch.backends.cuda.matmul.allow_tf32),
+        }
+    if torch.backends.mps.is_available():
+        return {"device": "mps"}
     return {
         "device": f"cpu, {torch.get_num_threads()} threads",
         "bf16": f"in software or AVX512 ({torch.backends.cpu.get_cpu_capability()})",

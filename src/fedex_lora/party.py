@@ -98,7 +98,7 @@ class Parties:
         memory = replace(
             memory,
             trained={**kept, message.round: update.adapter} if method.own or place.config.messages.per_client else {},
-            optimizer=optimizer if place.config.local.optimizer_state == "keep" else None,
+            optimizer=optimizer,
             round=message.round,
             reply=reply,
         )

@@ -150,6 +150,7 @@ class Host:
             "trainable_parameters": trained,
             "total_parameters": total,
             "base_bytes": frozen_bytes(place.model),
+            "device": str(training_arguments(config).device),
             "disk_bytes": bytes_needed(config, self.initial(), len(train_rows)),
             "base_dtype": config.base.dtype,
             "base_quantization": config.base.quantization,

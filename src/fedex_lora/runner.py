@@ -10,7 +10,7 @@ import numpy as np
 from fedex_lora.aggregation import method_named
 from fedex_lora.answers import Emit, Reply
 from fedex_lora.checkpoint import last_checkpoint, require_space
-from fedex_lora.client import ClientData, quiet
+from fedex_lora.client import ClientData, quiet, spare_devices
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import FedexLoraError, UsageError
@@ -184,6 +184,8 @@ def _go_on(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
     checkpoint, complaints = last_checkpoint(out)
     for complaint in complaints:
         emit("warning", message=f"a broken round was set aside: {complaint}")
+    if spare := spare_devices(config):
+        emit("warning", message=spare)
     events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round

@@ -1,12 +1,11 @@
 """The frozen base `W0 + D`: D folded into the weight where that is exact, or kept beside it where it is not."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedex_lora.aggregation.lowrank import factorise, frobenius, same_bits
@@ -18,6 +17,7 @@ from fedex_lora.peft_io._fingerprint import fingerprint
 from fedex_lora.peft_io._folders import PREFIX
 from fedex_lora.peft_io._layers import Layer, keep_unpacked
 from fedex_lora.peft_io._model import lora_layers
+from fedex_lora.peft_io._pristine import Checkpoint
 from fedex_lora.types import Delta, Dense
 
 Where: TypeAlias = Literal["auto", "fold", "side"]
@@ -45,7 +45,7 @@ class FrozenBase:
         self._layers = lora_layers(model)
         keep_unpacked(model)
         owners = _owners(model)
-        checkpoint = _Checkpoint(getattr(getattr(model, "config", None), "_name_or_path", ""))
+        checkpoint = Checkpoint(getattr(model, "config", None))
         self._homes: dict[str, _Home] = {}
         for name, layer in self._layers.items():
             why_not = _why_not_fold(layer, owners)
@@ -100,8 +100,12 @@ class FrozenBase:
         return {"fold": len(self._homes) - side, "side": side}
 
     def fingerprint(self) -> str:
-        """The base's name: see `fedex_lora.peft_io._fingerprint`."""
-        return fingerprint(self._model, {name: home.w0() for name, home in self._homes.items()})
+        """The base's name: see `fedex_lora.peft_io._fingerprint`. Taken when it is first asked for."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._model, {name: home.w0 for name, home in self._homes.items()})
 
     @property
     def side_error(self) -> float:
@@ -133,29 +137,31 @@ class _Home(Protocol):
 
     def set(self, delta: Delta | None) -> None: ...
 
-    def w0(self) -> Tensor: ...
+    def w0(self) -> Tensor:
+        """The pristine weight as a matrix, on the CPU."""
+        ...
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]: ...
 
 
 class _Fold:
-    """`W = W0 + D`. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
+    """`W = W0 + D`, added on the CPU. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
 
-    def __init__(self, layer: Layer, checkpoint: "_Checkpoint") -> None:
+    def __init__(self, layer: Layer, checkpoint: Checkpoint) -> None:
         self._layer, self._pristine = layer, checkpoint.source(layer.name, layer.base.weight)
 
     def set(self, delta: Delta | None) -> None:
         if delta is None:
             self._layer.base.weight.copy_(self._pristine())
         else:
-            self._layer.weight().copy_(self.w0() + delta.dense(torch.float32).to(self._layer.base.weight.device))
+            self._layer.weight().copy_(self.w0() + delta.dense(torch.float32))
 
     def w0(self) -> Tensor:
         return self._layer.oriented(self._pristine())
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
-        target = self.w0().double().cpu() + ideal.dense()
-        got = self._layer.weight().double().cpu() + self._layer.pair().delta().cpu()
+        target = self.w0().double() + ideal.dense()
+        got = self._layer.weight().cpu().double() + self._layer.pair().delta()
         norm = torch.linalg.matrix_norm
         size = float(norm(ideal.dense()))
         return float(norm(got - target)), size, fp32_floor(float(norm(target)), size)
@@ -175,28 +181,31 @@ class _Side:
         self._layer.base.base_delta.hold(delta)
 
     def w0(self) -> Tensor:
-        return self._layer.weight()
+        return self._layer.weight().cpu()
 
     def _probe(self, compute: torch.dtype) -> Tensor:
+        """An input, on the CPU."""
         x = self._layer.probe(torch.Generator().manual_seed(0))
-        return (x.to(compute) if x.is_floating_point() else x).to(self._layer.base.weight.device)
+        return x.to(compute) if x.is_floating_point() else x
 
     @torch.no_grad()
     def added_error(self, delta: Delta) -> float:
         x = self._probe(torch.float32)
-        want = self._layer.apply(x.double() if x.is_floating_point() else x, [delta.dense().to(x.device)])
-        got = self._layer.base.base_delta.added(self._layer.base, (x,), torch.zeros_like(want))
+        want = self._layer.apply(x.double() if x.is_floating_point() else x, [delta.dense()])
+        device = self._layer.base.weight.device
+        nothing = torch.zeros(want.shape, dtype=torch.float32, device=device)
+        got = self._layer.base.base_delta.added(self._layer.base, (x.to(device),), nothing).cpu()
         return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
         x = self._probe(compute)
         training = self._layer.peft.training
-        got = self._layer.peft.eval()(x).double().cpu()
+        got = self._layer.peft.eval()(x.to(self._layer.base.weight.device)).cpu().double()
         self._layer.peft.train(training)
-        x, matrix = x.double().cpu() if x.is_floating_point() else x.cpu(), ideal.dense()
-        change, target = (self._layer.apply(x, [W]) for W in (matrix, self.w0().double().cpu() + matrix))
+        x, matrix = x.double() if x.is_floating_point() else x, ideal.dense()
+        change, target = (self._layer.apply(x, [W]) for W in (matrix, self.w0().double() + matrix))
         if getattr(self._layer.base, "bias", None) is not None:
-            bias = self._layer.base.bias.detach().double().cpu()
+            bias = self._layer.base.bias.detach().cpu().double()
             target = target + bias.reshape(-1, *[1] * (target.ndim - 2)) if self._layer.layout.kernel else target + bias
         norm = torch.linalg.vector_norm
         floor = fp32_floor(float(norm(target)), float(norm(change)), compute)
@@ -259,32 +268,3 @@ def _why_not_fold(layer: Layer, owners: Mapping[int, Mapping[int, str]]) -> str 
         return f"is {weight.dtype}, and folding is exact in float32 only"
     others = [name for module, name in owners[weight.data_ptr()].items() if module != id(layer.base)]
     return f"shares its weight with {others[0]}, and folding would change both" if others else None
-
-
-class _Checkpoint:
-    """Where pristine weights can be read again."""
-
-    def __init__(self, folder: str) -> None:
-        self._where: dict[str, Path] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")) if folder and Path(folder).is_dir() else []:
-            with safe_open(path, framework="pt") as file:
-                self._where |= {key: path for key in file.keys()}  # noqa: SIM118 (not a dict)
-
-    def source(self, name: str, weight: Tensor) -> Callable[[], Tensor]:
-        """A function that gives W0: from the file if it is there bit for bit, else from a copy made now."""
-        for key in self._where:
-            if key.endswith(".weight") and (name.endswith(key.removesuffix(".weight")) or key.removesuffix(".weight").endswith(name)):
-                read = _reader(self._where[key], key)
-                if read().shape == weight.shape and read().dtype == weight.dtype and torch.equal(read(), weight.detach().cpu()):
-                    return lambda: read().to(weight.device)
-        copy = weight.detach().clone()
-        return lambda: copy
-
-
-def _reader(path: Path, key: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
-
-    return read

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ OURS = (".lora_", ".modules_to_save.", ".original_module.", ".base_delta.")
 ADAPTED, REST = 256, 16  # values of each weight under an adapter, and of each other parameter
 
 
-def fingerprint(model: nn.Module, pristine: Mapping[str, Tensor]) -> str:
+def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) -> str:
     """sha256 of what makes a base.
 
     Of its config what shapes do not say (heads, activations, ..); of every frozen parameter its name, shape and a sample of its values,
@@ -35,12 +35,13 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Tensor]) -> str:
 
     Args:
         model: the PEFT model.
-        pristine: module path -> the weight under its adapter, as it was before it gained anything, dequantised.
+        pristine: module path -> what gives the weight under its adapter, as it was before it gained anything, dequantised. Only one such
+            weight at a time is in memory.
     """
     config = getattr(model, "config", None)
     digest = hashlib.sha256(json.dumps({key: getattr(config, key, None) for key in CONFIG}, sort_keys=True, default=str).encode())
     for name in sorted(pristine):
-        _add(digest, name, pristine[name], ADAPTED)
+        _add(digest, name, pristine[name](), ADAPTED)
     under = {f"{name}.weight" for name in pristine}
     rest = {name.removeprefix(PREFIX).replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     frozen = {name: parameter for name, parameter in rest.items() if name not in under and not any(part in f".{name}" for part in OURS)}

@@ -10,6 +10,9 @@ Embedding     vocabulary x dimension   itself              lora_embedding_A^T, l
 ============  =======================  ==================  ==========================================
 
 Quantised linear layers (bitsandbytes, 4 and 8 bits) are linear layers whose weight is read dequantised and never written.
+
+A model may be on any device. What is read from it is on the CPU before it is anything but the model's own numbers (some devices have no
+float64), and what is written into it goes to its parameters' device.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,8 +118,8 @@ class Layer:
         return self.parameter(part).detach()
 
     def pair(self) -> LoRAPair:
-        """The factors, as copies."""
-        return LoRAPair(A=self.factor("A").clone(), B=self.factor("B").clone(), scaling=self.peft.scaling[ADAPTER])
+        """The factors, as copies on the CPU."""
+        return LoRAPair(A=copied(self.factor("A")), B=copied(self.factor("B")), scaling=self.peft.scaling[ADAPTER])
 
     def weight(self) -> Tensor:
         """The base's weight, `out x in`: a view, or its dequantised values."""
@@ -147,7 +150,7 @@ class Layer:
 
     def probe(self, generator: torch.Generator) -> Tensor:
         """An input: Gaussian, 64 vectors."""
-        return torch.randn(64, self.weight().shape[1], generator=generator)
+        return torch.randn(64, self.shape[1], generator=generator)
 
 
 class Convolution(Layer):
@@ -204,7 +207,7 @@ class Embedding(Layer):
         return rows if scale is None else rows * scale
 
     def probe(self, generator: torch.Generator) -> Tensor:
-        return torch.randint(self.weight().shape[0], (256,), generator=generator)
+        return torch.randint(self.shape[0], (256,), generator=generator)
 
 
 def layer_of(name: str, peft: Any) -> Layer:
@@ -238,6 +241,11 @@ def layer_of(name: str, peft: Any) -> Layer:
         f"module {name} is a {type(base).__name__}; linear layers, convolutions and embeddings are covered: leave it out of "
         "lora.target_modules"
     )
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """What leaves a model: a copy on the CPU, where all that is no model computes."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def is_quantised(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from fedex_lora.config import IMAGES, Base, Lora
 from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.peft_io._folders import PREFIX, Format, require_plain_lora
-from fedex_lora.peft_io._layers import ADAPTER, Layer, is_quantised, keep_unpacked, layer_of
+from fedex_lora.peft_io._layers import ADAPTER, Layer, copied, is_quantised, keep_unpacked, layer_of
 from fedex_lora.types import Adapter, LoRAPair
 
 Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features"]
@@ -84,7 +84,8 @@ def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str
     options = {"trust_remote_code": base.trust_remote_code}
     with torch.device("meta"):
         shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
-    kept = [*get_keys_to_not_convert(shape), *heads_of(shape), "pooler"]
+    poolers = [name for name, _ in shape.named_modules() if name.rpartition(".")[2] == "pooler"]  # whole paths, or their insides are packed
+    kept = [*get_keys_to_not_convert(shape), *heads_of(shape), *poolers]
     if base.quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return transformers.BitsAndBytesConfig(
@@ -277,7 +278,7 @@ def lora_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def read_model(model: nn.Module) -> dict[str, LoRAPair]:
-    """The adapter in a PEFT model, as copies; empty for a model without LoRA."""
+    """The adapter in a PEFT model, as copies on the CPU; empty for a model without LoRA."""
     return {name: layer.pair() for name, layer in lora_layers(model).items()}
 
 
@@ -303,13 +304,13 @@ def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_other(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of `other_parameters`."""
-    return {name: parameter.detach().clone() for name, parameter in other_parameters(model).items()}
+    """Copies of `other_parameters`, on the CPU."""
+    return {name: copied(parameter) for name, parameter in other_parameters(model).items()}
 
 
 @torch.no_grad()
 def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor]) -> None:
-    """Put an adapter (with its ranks and scalings) and the other trained tensors into a model with the same modules.
+    """Put an adapter (with its ranks and scalings) and the other trained tensors into a model with the same modules, on its device.
 
     Raises:
         AdapterError: names or shapes differ.

@@ -17,7 +17,7 @@ from fedex_lora.types import Delta
 def plain_model(
     base: PreTrainedModel, delta: Mapping[str, Delta], other: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, tied: bool = False
 ) -> PreTrainedModel:
-    """The base with all its weights in `dtype`, dequantised, and in them what they have gained.
+    """The base on the CPU with all its weights in `dtype`, dequantised, and in them what they have gained.
 
     A tied weight that gained something is untied, for the other module did not gain it.
 
@@ -31,16 +31,17 @@ def plain_model(
     Raises:
         ModelError: a module or parameter that the base does not have.
     """
-    stored = {name: stored_weight(module) for name, module in base.named_modules() if is_quantised(module)}
+    stored = {name: stored_weight(module).cpu() for name, module in base.named_modules() if is_quantised(module)}
     if stored:
         base = base.dequantize()
+    nn.Module.to(base, "cpu")  # where there is float64
     nn.Module.to(base, dtype)
     for name, weight in stored.items():
         base.get_submodule(name).weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     for name, gained in delta.items():
         module = _found(base, name)
         weight = stored_weight(module)
-        total = (weight.double() + gained.dense().to(weight.device)).to(dtype)
+        total = (weight.double() + gained.dense()).to(dtype)
         replaced = torch.empty_like(module.weight)
         module.weight = nn.Parameter(replaced, requires_grad=False)
         stored_weight(module).copy_(total)
@@ -83,7 +84,7 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module, rows: int = 4) -> Tensor:
-    """The model's first output on fixed random tokens, `rows` x 16, or on so many fixed random images; as fp64."""
+    """The model's first output on fixed random tokens, `rows` x 16, or on so many fixed random images; as fp64, on the CPU."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
@@ -92,5 +93,6 @@ def logits(model: nn.Module, rows: int = 4) -> Tensor:
     else:
         tokens = torch.randint(config.get_text_config().vocab_size, (rows, 16), generator=generator)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    output: Tensor = model.eval()(**inputs)[0]
-    return output.double()
+    device = next(model.parameters()).device
+    output: Tensor = model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()})[0]
+    return output.cpu().double()
