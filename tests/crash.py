@@ -52,7 +52,7 @@ def configuration(rounds: int = 6) -> Config:
             "keep_rounds": 2,
             "base": {"model": str(base_folder())},
             "task": {"name": "demo", "train_rows": 36, "eval_rows": 9},
-            "lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
+            "lora": {"r": 2, "alpha": 8, "target_modules": ["q_proj", "down_proj"]},
             "clients": {"partition": "column", "column": "hospital"},
             "local": {"optimizer_state": "keep"},
             "training": {"learning_rate": 5e-3, "per_device_train_batch_size": 16},

@@ -15,7 +15,7 @@ def small_run(folder, rounds=2, **settings):
         "rounds": rounds,
         "torch_threads": 1,
         "base": {"model": "demo"},
-        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "lora": {"r": 2, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         "task": {"name": "demo", "train_rows": 60, "eval_rows": 15},
         "clients": {"partition": "column", "column": "hospital"},
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 5e-3},

@@ -127,7 +127,7 @@ def settings(place, kind, base="folded", method="fedex", source="folder"):
         "torch_threads": 1,
         "base": {"model": str(place / "bases" / kind) if source == "folder" else f"tests/{kind}", **BASES[base]},
         "task": {"name": "custom", "data": str(place), "train": "train.csv", "eval": "eval.csv", **task},
-        "lora": {"r": 2, "target_modules": modules},
+        "lora": {"r": 2, "alpha": 8, "target_modules": modules},
         "clients": {"partition": "iid", "count": 2},
         "training": {"learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 4},
     }
@@ -226,7 +226,7 @@ def test_parties_with_devices_of_their_own(tmp_path):
     """As over Flower: every message is answered by a new `Node` with a folder of its own; the server has a device, too."""
     config = small(messages={"per_client": True}, local={"optimizer_state": "keep"})
     with accelerator():
-        assert alone(config, tmp_path / "alone", lambda request: Node(ignore).answer(request)) == []
+        assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(request)) == []
     run(config, tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
 

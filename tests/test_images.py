@@ -94,7 +94,7 @@ def configuration(data, base, random=False, **changes):
         "torch_threads": 1,
         "base": {"model": str(base), "random_weights": random},
         "task": {"name": "custom", "kind": "image-classification", "data": str(data), "train": "train.csv", "eval": "eval.csv"},
-        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "lora": {"r": 2, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         "clients": {"partition": "column", "column": "site"},
         "training": {"learning_rate": 1e-2, "num_train_epochs": 4, "per_device_train_batch_size": 8},
     }
@@ -321,7 +321,7 @@ def test_bases_that_do_not_fit(data, shape, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="resnet has batch normalisation, whose running statistics are not averaged"):
         InProcess(configuration(data, tmp_path / "resnet", random=True, method="centralised"), ignore)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'fedex-lora\[images\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[images\]'"):
         load_task(settings(data), 0)
 
 

@@ -30,7 +30,7 @@ def configuration(**changes):
         "torch_threads": 1,
         "base": {"model": str(base_folder())},
         "task": {"name": "demo", "train_rows": 96, "eval_rows": 30},
-        "lora": {"r": 2, "target_modules": "all-linear"},
+        "lora": {"r": 2, "alpha": 8, "target_modules": "all-linear"},
         "clients": {"partition": "column", "column": "hospital"},
         "training": {"learning_rate": 5e-3, "num_train_epochs": 1, "per_device_train_batch_size": 16},
     }
@@ -372,7 +372,7 @@ def test_a_real_encoder_on_real_rows(minilm, data_folder, tmp_path):
         "rounds": 2,
         "base": {"model": str(minilm)},
         "task": {"name": "glue/mrpc", "data": str(data_folder / "glue"), "train_rows": 96, "eval_rows": 64, "max_length": 64},
-        "lora": {"r": 4, "target_modules": ["query", "value"]},
+        "lora": {"r": 4, "alpha": 8, "target_modules": ["query", "value"]},
         "training": {"learning_rate": 3e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
     }
     run(parse_config(tree), tmp_path / "run", ignore)
@@ -390,7 +390,7 @@ def test_a_real_causal_lm_on_real_rows(stories, data_folder, tmp_path):
             "name": "custom", "kind": "causal-lm", "data": str(data_folder / "e2e"), "train": "trainset.csv", "eval": "devset.csv",
             "prompt": "{mr} ||", "completion": " {ref}", "max_length": 256, "train_rows": 150, "eval_rows": 40,
         },
-        "lora": {"r": 4, "target_modules": "all-linear"},
+        "lora": {"r": 4, "alpha": 8, "target_modules": "all-linear"},
         "training": {"learning_rate": 5e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
     }  # fmt: skip
     run(parse_config(tree), tmp_path / "run", ignore)

@@ -23,7 +23,7 @@ from fedex_lora.aggregation import derive_seed, method_named
 from fedex_lora.config import IMAGES, Config, nearest
 from fedex_lora.errors import ConfigError, ModelError, TrainingError
 from fedex_lora.peft_io import read_model, read_other, set_trained
-from fedex_lora.tasks import Task, collator
+from fedex_lora.tasks import IGNORED, Task, collator
 from fedex_lora.types import ClientUpdate
 
 StepHook = Callable[[int, int], None]
@@ -105,29 +105,71 @@ def _require_sensible(key: str, value: Any) -> None:
 
 
 def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
-    """Build the Trainer and the optimiser once, so that settings that they refuse are refused before anything is written.
+    """One batch through the model and back, before anything is written: what does not fit together is said now, in one line.
+
+    The batch has the longest row and the one with the largest token, so that it is the hardest that these rows have.
 
     Raises:
-        ConfigError: in the words of transformers.
-        ModelError: the image processor gives what the model does not take.
+        ConfigError: settings that the trainer refuses, rows longer than the model has positions for.
+        ModelError: the model takes something else than the tokenizer or image processor gives, or its loss is not finite.
     """
-    try:
-        with _trainer(model, work, 0, rows, None) as trainer:
+    if work.task.kind != IMAGES:
+        require_fitting(model, rows, work)
+    with _trainer(model, work, 0, rows, None) as trainer:
+        try:
             trainer.create_optimizer()
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
-    if work.task.kind == IMAGES:
-        _try_one_image(model, rows, work)
-
-
-def _try_one_image(model: nn.Module, rows: Dataset, work: Work) -> None:
-    try:
-        evaluate(model, rows.select([0]), work)
-    except (ValueError, RuntimeError) as error:
+            trainer.get_train_dataloader()
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
+        training, name = model.training, work.config.base.model
+        try:
+            batch = {key: value.to(trainer.args.device) for key, value in trainer.data_collator(_hardest(rows)).items()}  # type: ignore[misc]
+            with trainer.compute_loss_context_manager():
+                loss: Tensor = trainer.compute_loss(model.train(), batch)  # type: ignore[assignment]
+            loss.backward()  # type: ignore[no-untyped-call]
+        except (ValueError, IndexError, TypeError, RuntimeError) as error:
+            part = "image processor" if work.task.kind == IMAGES else "tokenizer"
+            mend = "correct preprocessor_config.json" if work.task.kind == IMAGES else "are both of one model?"
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ModelError(f"{name}: its {part} and its model do not fit together: {reason}: {mend}") from None
+        finally:
+            model.zero_grad()
+            model.train(training)
+    if not torch.isfinite(loss):
         raise ModelError(
-            f"{work.config.base.model}: its image processor and its model do not fit together: {str(error).splitlines()[0][:200]}: "
-            "correct preprocessor_config.json"
-        ) from None
+            f"{name}: the loss of the untrained model is {float(loss)}: is the checkpoint whole? Or set base.dtype = 'float32'"
+        )
+
+
+def require_fitting(model: nn.Module, rows: Dataset, work: Work) -> None:
+    """The model has embeddings and positions for every token of the rows, and there is a token to pad with.
+
+    Raises:
+        ConfigError, ModelError: else.
+    """
+    name, processor = work.config.base.model, work.processor
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    if processor.pad_token_id is None:
+        raise ModelError(f"{name} has no token to pad with and no end token: set tokenizer.pad_token, and save it with the model")
+    known, largest = len(table.weight), max(max(map(max, rows["input_ids"]), default=0), processor.pad_token_id)
+    if largest >= known:
+        raise ModelError(
+            f"{name}: its tokenizer gives token {largest} and the model has embeddings for {known}: enlarge them by "
+            "model.resize_token_embeddings(len(tokenizer)), and save both"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    if positions is not None and (longest := max(map(len, rows["input_ids"]))) > positions:
+        raise ConfigError(
+            f"rows have up to {longest} tokens and {name} has {positions} positions: set task.max_length = {positions} or less"
+        )
+
+
+def _hardest(rows: Dataset) -> list[dict[str, Any]]:
+    if "input_ids" not in rows.column_names:
+        return [rows[0]]
+    ids = rows["input_ids"]
+    picked = {max(range(len(ids)), key=lambda row: len(ids[row])), max(range(len(ids)), key=lambda row: max(ids[row]))}
+    return [rows[row] for row in sorted(picked)]
 
 
 def local_update(
@@ -220,8 +262,8 @@ def _trainer(model: nn.Module, work: Work, seed: int, rows: Dataset | None, on_s
             args=training_arguments(work.config, folder, seed),
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=collator(work.task.kind, work.processor),
-            compute_metrics=lambda prediction: work.task.metrics(_first_output(prediction)),
-            preprocess_logits_for_metrics=_argmax if work.task.kind == "causal-lm" else None,
+            compute_metrics=lambda prediction: {**work.task.metrics(_first_output(prediction)), **_token_loss(prediction, work.task.kind)},
+            preprocess_logits_for_metrics=_argmax_and_loss if work.task.kind == "causal-lm" else None,  # type: ignore[arg-type]
             callbacks=[_Steps(on_step)] if on_step else None,
         )
         trainer.remove_callback(PrinterCallback)
@@ -259,10 +301,20 @@ def _first_output(prediction: EvalPrediction) -> EvalPrediction:
     return EvalPrediction(predictions=predictions[0] if isinstance(predictions, tuple) else predictions, label_ids=prediction.label_ids)
 
 
-def _argmax(logits: Any, _: Tensor) -> Tensor:
-    """Token ids instead of logits: a vocabulary's worth less memory."""
+def _argmax_and_loss(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids instead of logits, a vocabulary's worth less memory; and of each row the sum of its tokens' losses, and their number."""
     first: Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return first.argmax(dim=-1)
+    ahead = labels[:, 1:].to(first.device)
+    losses = nn.functional.cross_entropy(first[:, :-1].float().transpose(1, 2), ahead, ignore_index=IGNORED, reduction="none")
+    return first.argmax(dim=-1), losses.sum(dim=1, keepdim=True), (ahead != IGNORED).sum(dim=1, keepdim=True)
+
+
+def _token_loss(prediction: EvalPrediction, kind: str) -> dict[str, float]:
+    """The mean over all tokens: the mean of batches' means, which Trainer takes, depends on the batches."""
+    if kind != "causal-lm":
+        return {}
+    _, losses, tokens = prediction.predictions  # type: ignore[misc]
+    return {"loss": float(np.sum(losses, dtype=np.float64) / np.sum(tokens))}
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:

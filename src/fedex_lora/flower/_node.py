@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora.answers import Emit
-from fedex_lora.client import ClientData, quiet
+from fedex_lora.client import ClientData, quiet, spare_devices
 from fedex_lora.config import parse_config
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.failures import Failure, failure_of
@@ -96,6 +96,8 @@ class Node:
             task = load_task(config.task, config.seed)
             place = Place(config, task)
             log = log_of(request.node)
+            if spare := spare_devices(config):
+                log.warning("%s: %s", request.client, spare)
             data = _rows(place, request.client, dealt, log)
             log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
             self._made = (key, place, data)
