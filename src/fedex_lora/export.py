@@ -184,7 +184,8 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
 
 
 def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) -> str:
-    inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest["inputs"])
+    inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest.get("inputs", []))
+    participants = f"\nParticipants of the last round:\n\n{inputs}\n" if inputs else ""
     cut = (
         f" It is cut to rank {numbers['rank']}: {numbers['update_error']:.2e} of the update is missing." if numbers["update_error"] else ""
     )
@@ -201,8 +202,4 @@ library_name: {library}
 Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}
 Reloaded after writing: its logits, computed in float32, differ from the run's by {numbers["output_error"]:.1e} of the largest.
 `manifest.json` has the sha256 of every file.
-
-Participants of the last round:
-
-{inputs}
-"""
+{participants}"""

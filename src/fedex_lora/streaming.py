@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, portions, splits
+from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.audits import Audit, exact_flops
-from fedex_lora.errors import StorageError
+from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.peft_io import (
     DELTA,
     LINEAR,
@@ -149,7 +150,7 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
                         file.write(mean)
         sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in files if file}
         write_config(temporary / TRAINABLE, round.adapter, round.files[0].folder.format)
-        write_readme(temporary / TRAINABLE, round.adapter, method, 1, folder.name)
+        write_readme(temporary / TRAINABLE, round.adapter, method, 1)
         if standalone:
             write_config(temporary / STANDALONE, standalone, round.files[0].folder.format)
         for source, update in zip(round.files, round.updates, strict=True) if keep_updates else ():
@@ -214,9 +215,12 @@ def _write_module(module: str, part: Part, index: int, round: Round, files: _Fil
         files.whole.write(V)
     for rows in _slices(len(B), max(1, PIECE // (V.shape[1] if dense else max(1, len(V))))):
         piece = _matrix(U_t[:, rows], V) if dense else U_t[:, rows].mT.contiguous()
+        scaled = part.scaling * B[rows]
+        if not finite(piece, scaled):
+            raise AggregationError(f"the update of {module} overflows: some client's factors are too large; leave it out")
         files.delta.write(piece)
         if files.whole:
-            files.whole.write(torch.cat([part.scaling * B[rows], piece], dim=1))
+            files.whole.write(torch.cat([scaled, piece], dim=1))
         if audit:
             audit.rows(module, rows, piece)
     if not dense:

@@ -48,10 +48,13 @@ def run(
 
     console = consoles(as_json)
     last: dict[str, Any] = {}
+    failed: list[int] = []
 
     def remember(event: str, **fields: Any) -> None:
         if event in ("round_done", "run_done"):
             last.update(fields)
+        if fields.get("not_finite"):
+            failed.append(fields["round"])
 
     def both(event: str, **fields: Any) -> None:
         remember(event, **fields)
@@ -65,6 +68,10 @@ def run(
     console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
     if as_json:
         print_json({"method": settings.method, "out": str(out), **last})
+    if failed:
+        fail(
+            f"error: the errors of round {', '.join(map(str, failed))} cannot be computed: see the warnings, and {out / 'events.jsonl'}", 1
+        )
 
 
 @app.command()

@@ -36,13 +36,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             fail(f"error: {error}", error.exit_status)
         except typer.Exit:
             raise
-        except OSError as error:
-            if options.get("debug") or not error.filename:
-                raise
-            fail(f"error: {error.filename}: {error.strerror}: give another path, or mend this one", 1)
         except Exception as error:
             if options.get("debug"):
                 raise
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                fail(f"error: {error.filename}: {error.strerror}: give another path, or mend this one", 1)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             fail(f"error: {type(error).__name__}: {reason} (unexpected; --debug shows the trace)", 1)
 

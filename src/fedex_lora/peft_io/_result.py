@@ -1,8 +1,11 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and the model that such a folder describes."""
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from fedex_lora.aggregation import METHODS, method_named
 from fedex_lora.config import IMAGES, Base
-from fedex_lora.errors import ModelError, StorageError
+from fedex_lora.errors import AggregationError, ModelError, StorageError
 from fedex_lora.measure import Held
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
@@ -23,15 +26,17 @@ from fedex_lora.storage import (
     MANIFEST,
     Tensors,
     atomic_folder,
+    delta_tensors,
     load_delta,
     load_tensors,
     load_update,
+    not_finite,
     read_manifest,
     save_delta,
     save_tensors,
     save_update,
 )
-from fedex_lora.types import ClientUpdate, Delta, LoRAPair, ServerState
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, ServerState
 
 IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
 TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
@@ -43,11 +48,14 @@ TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
     "adapter",
     "model.safetensors",
 )
+SHARED = "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels".split()
+SHARED += ["headline", "greater_is_better", "versions"]
+"""What manifests say to everybody: nothing of single clients."""
 README = """# Only right on top of the base delta
 
 This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
 frozen base: `../{delta}`. Plain PEFT loads this folder without a word and gives another model.
-Load both with `fedex_lora.load_model({name!r}, BASE)`.
+Load both with `fedex_lora.load_model(FOLDER, BASE)`, FOLDER being the one above this.
 """
 
 
@@ -109,11 +117,17 @@ def write_result(
         held: what single participants held beside the previous delta.
         more: file name -> what else the folder holds.
         kept: the updates that are written; None: all.
+
+    Raises:
+        AggregationError: a result that is not finite. Nothing is left behind then.
     """
+    _require_no_overflow({**_named(state.adapter, state.other), **delta_tensors(state.base_delta)})
+    whole = stacked(state.adapter, state.base_delta) if standalone else {}
+    _require_no_overflow(_named(whole, {}))
     with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
         if state.adapter:
             write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
-            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round, folder.name)
+            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round)
         else:
             save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
         save_delta(temporary / DELTA, state.base_delta)
@@ -126,7 +140,48 @@ def write_result(
         for name, content in (more or {}).items():
             save_tensors(temporary / name, *content)
         if standalone:
-            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, format)
+            write_adapter_folder(temporary / STANDALONE, whole, state.other, format)
+
+
+def _require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
+    if odd := not_finite(tensors):
+        raise AggregationError(f"the result holds NaN or infinity in {odd}: some client's numbers overflow; leave it out")
+
+
+def _named(adapter: Adapter, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"} | dict(other)
+
+
+@contextmanager
+def for_parties(source: Path, target: Path | None) -> Iterator[None]:
+    """Write, in one step and after the block, what a party needs to go on from the result folder `source`, which the block may write.
+
+    That is the adapter (or the whole model), the base delta, and a manifest of sums: it loads, verifies and is gone on from as `source`.
+    Whose updates were averaged, with which weights, and the updates themselves stay behind.
+
+    Args:
+        source: a result folder.
+        target: must not exist, or be empty; None: nothing is written.
+
+    Raises:
+        UsageError, StorageError: see `atomic_folder`.
+    """
+    if target is None:
+        yield
+        return
+    facts: dict[str, Any] = {}
+    with atomic_folder(target, facts) as temporary:
+        yield
+        manifest = read_manifest(source, check=False)
+        facts |= {key: manifest[key] for key in SHARED if key in manifest}
+        for name in (file for file in manifest["files"] if is_for_parties(file)):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, temporary / name)
+
+
+def is_for_parties(file: str) -> bool:
+    """Does a party need this file of a result folder to go on?"""
+    return file in (DELTA, WHOLE) or file.startswith(f"{TRAINABLE}/")
 
 
 def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -143,10 +198,10 @@ def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weight
     return {"method": method, "round": round, "inputs": inputs}
 
 
-def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int, name: str) -> None:
+def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int) -> None:
     """Beside an adapter that is only right on top of a base delta: that it is."""
     rank = max(pair.rank for pair in adapter.values())
-    text = README.format(rank=rank, method=method, round=round, delta=DELTA, name=name)
+    text = README.format(rank=rank, method=method, round=round, delta=DELTA)
     (trainable / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -160,10 +215,10 @@ def read_result(folder: Path, check: bool = True) -> Result:
     """Read a result folder, after comparing sha256 sums.
 
     Raises:
-        StorageError: something is missing or altered.
+        StorageError: something is missing, altered or not finite.
     """
     manifest = read_manifest(folder, check)
-    inputs = manifest.get("inputs")
+    inputs = manifest.get("inputs", [])  # none in a folder for parties
     if (
         str(manifest.get("method")).partition("+")[0] not in METHODS
         or not isinstance(inputs, list)
@@ -181,7 +236,9 @@ def read_result(folder: Path, check: bool = True) -> Result:
     weights = {entry["client"]: entry["weight"] for entry in inputs}
     if updates and {update.client_id for update in updates} != weights.keys():
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
-    return Result(
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):
+        raise StorageError(f"{folder / MANIFEST} has a weight that is no number from zero up: copy the folder again")
+    result = Result(
         adapter=adapter,
         base_delta=load_delta(folder / DELTA),
         other=other,
@@ -193,13 +250,26 @@ def read_result(folder: Path, check: bool = True) -> Result:
         manifest=manifest,
         format=format,
     )
+    _require_finite(folder, result)
+    return result
 
 
-def result_folders(path: Path) -> list[Path]:
-    """The result folders below a run folder (every round's, and `final/`), or the folder itself."""
+def _require_finite(folder: Path, result: Result) -> None:
+    parts = {TRAINABLE: _named(result.adapter, result.other), DELTA: delta_tensors(result.base_delta)}
+    parts |= {PREVIOUS: delta_tensors(result.previous_delta)}
+    parts |= {STANDALONE: _named(result.standalone.adapter, result.standalone.other)} if result.standalone else {}
+    parts |= {f"{UPDATES}, {update.client_id}": _named(update.adapter, update.other) for update in result.updates}
+    parts |= {f"{HELD}, {client}": delta_tensors(held) for client, held in result.held.items()}
+    for part, tensors in parts.items():
+        if odd := not_finite(tensors):
+            raise StorageError(f"{folder / part} holds NaN or infinity in {odd}: no model is made of that; make the folder again")
+
+
+def result_folders(path: Path) -> tuple[list[Path], Path | None]:
+    """The result folders of the rounds below a run folder, and its `final/`, if they are there; else the folder itself."""
     rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
-    final = [path / "final"] if (path / "final" / MANIFEST).exists() else []
-    return [*rounds, *final] or [path]
+    final = path / "final"
+    return (rounds, final if (final / MANIFEST).exists() else None) if rounds else ([final if (final / MANIFEST).exists() else path], None)
 
 
 def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
