@@ -11,6 +11,7 @@ import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import Method, aggregate, in_order, method_named, normalised_weights, require_same_structure
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.audits import Audit, How
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError, UsageError
@@ -47,7 +48,7 @@ def aggregate_folders(
         audit: measure the error exactly, or on random directions where memory holds one module at a time; "auto": exactly unless that
             would take several times as long as the aggregation.
         parties: a folder to write beside `out`, for the parties to go on from: the same without anything of single adapters (see
-            `peft_io.for_parties`).
+            `peft_io.for_parties`). What the base gains has then no client's block in its factors (`aggregation.truncation.without_blocks`).
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -70,9 +71,9 @@ def aggregate_folders(
     }
     with for_parties(out, parties):
         if previous is None and streamable(row, described):
-            result = _streamed(row, described, names, out, weights, facts, keep_updates, audit)
+            result = _streamed(row, described, names, out, weights, facts, keep_updates, audit, parties is not None)
         else:
-            result = _in_memory(row, folders, names, out, weights, previous, truncation, facts, keep_updates, audit)
+            result = _in_memory(row, folders, names, out, weights, previous, truncation, facts, keep_updates, audit, parties is not None)
     return {"method": method, "exact_method": row.exact, **result, "out": str(out), **({"for_parties": str(parties)} if parties else {})}
 
 
@@ -102,6 +103,7 @@ def _streamed(
     facts: Mapping[str, Any],
     keep_updates: bool,
     audit: How,
+    blockless: bool,
 ) -> dict[str, Any]:
     """From files to files."""
     started = time.perf_counter()
@@ -111,7 +113,7 @@ def _streamed(
     require_same_structure(ordered, row)
     round = Round(row, [files[update.client_id] for update in ordered], ordered, p)
     errors = None if audit == "none" else Audit(exact=audit == "exact" or (audit == "auto" and audit_is_cheap(round)))
-    write_streamed(out, round, facts, keep_updates, errors)
+    write_streamed(out, round, facts, keep_updates, errors, blockless)
     return {
         "weights": {update.client_id: weight for update, weight in zip(ordered, p, strict=True)},
         "modules": len(round.adapter),
@@ -141,6 +143,7 @@ def _in_memory(
     facts: Mapping[str, Any],
     keep_updates: bool,
     audit: How,
+    blockless: bool,
 ) -> dict[str, Any]:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
@@ -153,6 +156,8 @@ def _in_memory(
     held: measure.Held = {}
     if previous is None:
         result = aggregate(updates, row.name, rule, truncation)
+        if blockless:
+            result = replace(result, residual={module: without_blocks(gain) for module, gain in result.residual.items()})
         after = ServerState(method=row.name, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
     else:
         after, result = server.step(before, updates, rule, truncation)

@@ -9,6 +9,7 @@ from fedex_lora import __version__, measure, server
 from fedex_lora.adapters import distinct_names, one_place, require_apart
 from fedex_lora.aggregation import merge, method_named, normalised_weights
 from fedex_lora.aggregation.lowrank import signed_sum, smallest
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.peft_io import Result, for_parties, read_result, write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank, ServerState
@@ -44,7 +45,8 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
         terms: list[tuple[float, Delta]] = [(1.0, merged.residual[module])] if module in merged.residual else []
         terms += [(w, result.base_delta[module]) for w, result in zip(p, results, strict=True) if module in result.base_delta]
         if terms:
-            base_delta[module] = smallest(_float32(signed_sum(terms)))
+            gained = _float32(signed_sum(terms))
+            base_delta[module] = smallest(without_blocks(gained) if parties and isinstance(gained, LowRank) else gained)
     round = max(int(result.manifest["round"]) for result in results)
     after = ServerState(method=merged.method, round=round, adapter=merged.adapter, base_delta=base_delta, other=merged.other)
     shares, held = dict(zip(names, p, strict=True)), {name: result.base_delta for name, result in zip(names, results, strict=True)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
 from fedex_lora.aggregation.lowrank import add, finite, with_shares
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, Dense, LoRAPair, LowRank, ServerState
@@ -56,7 +57,8 @@ def step(
     updates = [_continuing(state, update) for update in updates]
     result = aggregate(updates, state.method, weights, truncation, state)
     shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
-    result = replace(result, residual=with_shares(result.residual, shares))
+    residual = {module: without_blocks(gain) for module, gain in with_shares(result.residual, shares).items()}  # it travels
+    result = replace(result, residual=residual)
     shared = "A" in row.uploads and "B" in row.uploads
     personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
     return replace(following(state, result), personal=personal), result
