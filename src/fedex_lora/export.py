@@ -90,7 +90,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         }
         write_text(folder / "README.md", _card(facts, numbers, result))
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
-        if rank is None and not (error < same and (off < 0.1 * change or error < TINY)):
+        if not math.isfinite(error) or (rank is None and not (error < same and (off < 0.1 * change or error < TINY))):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name)
     return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}

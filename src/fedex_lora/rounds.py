@@ -368,7 +368,8 @@ def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any])
         number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics and metrics["rows"] == rows
     }
     compared = len(measured) == len(held_out.keys() - {0})
-    return max(measured, key=lambda number: (sign * measured[number], -number)) if measured and compared else None
+    worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in measured.items()}  # `max` is lost in NaN
+    return max(worth, key=lambda number: (worth[number], -number)) if worth and compared else None
 
 
 def log_to(path: Path, *others: Emit) -> Emit:
