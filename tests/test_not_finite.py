@@ -248,5 +248,8 @@ def test_a_null_in_the_events_is_not_fine(finished, tmp_path):
     first["exactness_error"] = None
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([tmp_path / "run"], tmp_path / "after.html")
+    first["not_finite"] = ["exactness_error"]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "  no number: exactness_error  " in call("watch", tmp_path / "run", "--once").stdout
     assert "not finite" not in (tmp_path / "before.html").read_text()
     assert "not finite" in (tmp_path / "after.html").read_text()

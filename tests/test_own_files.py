@@ -134,8 +134,8 @@ def test_a_demo_replaces_a_demo_and_nothing_else(quick_demo, tmp_path):
     shutil.rmtree(out / "ffa" / "final")  # as one that was killed
     (out / f"{TEMPORARY}report.html").write_text("half")
     assert call("demo", "--out", out).exit_code == 0
-    theirs = [".git/HEAD", ".env", "thesis.tex", "fedex/notes.txt", "fedex/rounds/0001/.git/HEAD", "fedit/final/x.py", "ffa2/config.toml"]
-    for name in theirs:
+    inside = ["fedex/notes.txt", "fedex/rounds/0001/.git/HEAD", "fedit/final/x.py"]
+    for name in [".git/HEAD", ".env", "thesis.tex", "ffa2/config.toml", "report.html", *inside]:
         (tmp_path / "kept").mkdir()
         kept = shutil.copytree(out, tmp_path / "kept" / "demo")
         fill(kept, [name])
@@ -143,6 +143,16 @@ def test_a_demo_replaces_a_demo_and_nothing_else(quick_demo, tmp_path):
         assert "give another --out" in one_line(call("demo", "--out", kept), 2)
         assert contents(kept) == before
         shutil.rmtree(tmp_path / "kept")
+
+
+def test_a_report_replaces_a_report_and_nothing_else(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    for _ in range(2):
+        assert call("report", out).exit_code == 0
+    assert strays(out) == []
+    (out / "report.html").write_text("<html>my own</html>")
+    assert "is no report of fedex-lora" in one_line(call("report", out), 2)
+    assert (out / "report.html").read_text() == "<html>my own</html>"
 
 
 def test_a_run_that_is_called_like_a_demo_s_stays(quick_demo, finished, tmp_path):

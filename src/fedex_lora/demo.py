@@ -9,7 +9,7 @@ from fedex_lora.config import DEMO, Config, parse_config, write_config
 from fedex_lora.display import Display, size, table
 from fedex_lora.errors import UsageError
 from fedex_lora.measure import number, worst
-from fedex_lora.report import write_report
+from fedex_lora.report import is_report, write_report
 from fedex_lora.run_folder import CONFIG, barely_begun, remove, strays
 from fedex_lora.runner import run
 from fedex_lora.storage import TEMPORARY, plain_json, read_events, write_text
@@ -73,7 +73,8 @@ def _clear(out: Path) -> None:
     if not out.is_dir() or not (barely_begun(out) or (out / RESULT).is_file()):
         raise UsageError(f"{out} exists and is no earlier demo: give another --out")
     for path in out.iterdir():
-        if not (path.name in (RESULT, REPORT) or path.name.startswith(TEMPORARY) or (path.name in METHODS and _is_demo(path))):
+        ours = is_report(path) if path.name == REPORT else _is_demo(path) if path.name in METHODS else path.name == RESULT
+        if not ours and not path.name.startswith(TEMPORARY):
             raise UsageError(f"{path} is no part of a demo, so the demo in {out} is not replaced: give another --out, or move that away")
     for method in METHODS:
         if (out / method).is_dir():
