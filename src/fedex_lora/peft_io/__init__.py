@@ -26,23 +26,19 @@ from fedex_lora.peft_io._model import (
     trainable_parameters,
     write_model,
 )
+from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, open_model
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
 from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
 from fedex_lora.peft_io._result import (
     DELTA,
     HELD,
-    IMAGE_TASK,
     STANDALONE,
     TRAINABLE,
     UPDATES,
     Result,
-    base_for,
     for_parties,
     is_for_parties,
-    kind_of,
-    load_model,
     manifest_of,
-    open_model,
     read_result,
     result_folders,
     safe_name,
