@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_updates
+from tests.runs import written
 from tests.test_cli import call, one_line
 from tests.test_runner import configuration, events_of, ignore
 from tests.test_streaming import write_adapter
@@ -236,6 +237,27 @@ def test_a_round_whose_errors_cannot_be_computed_says_so(tmp_path, monkeypatch):
     assert done["realised_error"] is None
     assert done["exactness_error"] < 1e-6
     assert "realised_error cannot be computed" in events_of(tmp_path / "run", "warning")[0]["message"]
+
+
+def test_the_demo_and_a_comparison_end_with_1_where_an_error_is_no_number(tmp_path, monkeypatch):
+    from fedex_lora import compare, demo
+
+    metrics = [{"event": name, "metrics": {"accuracy": 0.5}} for name in ("started", "round_done", "round_done")]
+    numbers = {"deviation": 0.1, "exactness_error": 1e-8, "realised_error": 1e-6, "bytes_down": 1, "bytes_up": 1, "seconds": 1.0}
+    written(tmp_path / "fine", [metrics[0], metrics[1] | numbers, metrics[2] | numbers])
+    written(tmp_path / "null", [metrics[0], metrics[1] | numbers, metrics[2] | numbers | {"exactness_error": None}])
+    rows = {name: demo.summary(tmp_path / name) for name in ("fine", "null")}
+    assert rows["fine"]["exactness_error"] == 1e-8
+    assert math.isnan(rows["null"]["exactness_error"])
+    for names, status in ((["fine"], 0), (["fine", "null"], 1)):
+        monkeypatch.setattr(demo, "run_demo", lambda *_, names=names: {"methods": {name: rows[name] for name in names}})
+        result = call("demo", "--out", tmp_path / "demo")
+        assert result.exit_code == status
+        assert ("the errors of null cannot be computed" in result.stderr) == bool(status)
+        (tmp_path / "run.toml").write_text(write_config(configuration(rounds=1)))
+        table = {"methods": [{"name": name, "exactness_error": rows[name]["exactness_error"]} for name in names]}
+        monkeypatch.setattr(compare, "compare", lambda *_, table=table: table)
+        assert call("compare", tmp_path / "run.toml", "--json").exit_code == status
 
 
 def test_a_null_in_the_events_is_not_fine(finished, tmp_path):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, numbers, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, fail_without_numbers, numbers, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 
@@ -26,6 +26,7 @@ def demo(
     result = run_demo(out, rounds, console)
     if as_json:
         print_json(result)
+    fail_without_numbers({name: (row["exactness_error"], row["realised_error"]) for name, row in result["methods"].items()})
 
 
 @app.command()
@@ -118,6 +119,7 @@ def compare(
         for heading, start, stop in ((title(result), 1, 5), ("costs", 5, None)):
             console.print(table(heading, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
         console.print(f"{footnotes(result)} {out / 'compare.json'}", highlight=False)
+    fail_without_numbers({row["name"]: [row["exactness_error"]] for row in result["methods"]})
 
 
 def _seeds(text: str) -> list[int]:

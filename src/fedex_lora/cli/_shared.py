@@ -1,7 +1,7 @@
 """What every command shares: the application, errors as one line, where output goes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -51,6 +51,15 @@ def fail(line: str, status: int) -> None:
     """Say one line on standard error, and leave with this status."""
     print(" ".join(line.split()), file=sys.stderr)
     raise typer.Exit(status)
+
+
+def fail_without_numbers(errors: Mapping[str, Iterable[float | None]]) -> None:
+    """Leave with status 1 if an error of something that is named could not be computed; None is one that was not asked for."""
+    from fedex_lora.measure import failed
+
+    odd = [name for name, values in errors.items() if any(value is not None and failed(value) for value in values)]
+    if odd:
+        fail(f"error: the errors of {', '.join(odd)} cannot be computed: see the warnings in its events.jsonl", 1)
 
 
 def consoles(as_json: bool) -> "Console":
