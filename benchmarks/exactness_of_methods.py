@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, ServerState, server
 from fedex_lora.aggregation import method_named
+from fedex_lora.measure import worst as largest
 from fedex_lora.peft_io import FrozenBase, read_model, write_model
 
 RANK, SCALING, ROUNDS = 4, 2.5, 3
@@ -170,9 +171,9 @@ class Federation:
         size = np.linalg.norm(self.gained[name])
         error = float(np.linalg.norm(got - self.gained[name]) / size)
         output = float(np.linalg.norm(effective(self.net, name) - self.w0[name] - self.gained[name]) / size)
-        worst.factors, worst.outputs = max(worst.factors, error), max(worst.outputs, output)
-        worst.theory, worst.gap = max(worst.theory, missed), max(worst.gap, abs(error - missed))
-        worst.by_rounds[self.state.round] = max(worst.by_rounds.get(self.state.round, 0.0), error)
+        worst.factors, worst.outputs = largest([worst.factors, error]), largest([worst.outputs, output])
+        worst.theory, worst.gap = largest([worst.theory, missed]), largest([worst.gap, abs(error - missed)])
+        worst.by_rounds[self.state.round] = largest([worst.by_rounds.get(self.state.round, 0.0), error])
         return got
 
 
@@ -193,8 +194,8 @@ def note_personalised(state: ServerState, updates: list[ClientUpdate], own: list
             error = float(
                 np.linalg.norm(dense(server.start_of(state.method, state.adapter, None, adapter)[0][name]) - want) / np.linalg.norm(want)
             )
-            worst.factors = max(worst.factors, error)
-            worst.by_rounds[state.round] = max(worst.by_rounds.get(state.round, 0.0), error)
+            worst.factors = largest([worst.factors, error])
+            worst.by_rounds[state.round] = largest([worst.by_rounds.get(state.round, 0.0), error])
 
 
 def measure(method: str, clients: tuple[int, ...] = CLIENTS) -> Worst:

@@ -24,6 +24,7 @@ from fedex_lora.peft_io import in_float32, logits, open_model, read_result
 from fedex_lora.peft_io._layers import Layer
 from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.runner import run
+from fedex_lora.storage import run_rounds_of
 
 ROWS = 256  # of 16 random tokens
 CASES = [  # method, dtype, quantization
@@ -113,7 +114,7 @@ def measured(which: str, args: argparse.Namespace, method: str, dtype: str, quan
     with tempfile.TemporaryDirectory() as folder:
         out, last = Path(folder) / "run", {}
         run(config, out, lambda event, **fields: last.update(fields) if event == "round_done" else None)
-        result, base = read_result(out / "final"), config.base.model
+        result, base = read_result(run_rounds_of(out)[0]), config.base.model
         want, numbers = verify.ideal_answers(result, base, ROWS), {}
         for home, answers in (("side", partial(verify.model_answers, rows=ROWS)), ("fold", folded_answers)):
             for precision, float32 in (("", False), ("_float32", True)):

@@ -29,7 +29,7 @@ import fedex_lora.storage as storage
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError
 from fedex_lora.runner import run
-from fedex_lora.storage import load_tensors
+from fedex_lora.storage import load_tensors, run_rounds_of
 
 FORK = multiprocessing.get_context("fork")
 OPERATIONS = [
@@ -119,9 +119,10 @@ def child(config: Config, out: Path, at: int = 0, after: bool = False, code: int
 
 
 def contents(out: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the final model."""
+    """All tensors of the final model, and of the updates that its last round was made of."""
     found: dict[str, torch.Tensor] = {}
-    for path in sorted((out / "final").rglob("*.safetensors")):
+    updates = run_rounds_of(out)[0] / "updates"
+    for path in sorted([*(out / "final").rglob("*.safetensors"), *updates.glob("*.safetensors")]):
         found |= {f"{path.relative_to(out)}/{name}": tensor for name, tensor in load_tensors(path)[0].items()}
     return found
 

@@ -19,6 +19,7 @@ from tests.test_runner import configuration
 from fedex_lora.compare import Curve, compare, controls, held_out_score, interval, rounds_to, summary, variants
 from fedex_lora.compare._plan import Variant, configured, grid_around
 from fedex_lora.compare._runs import Job, outcomes
+from fedex_lora.compare._statistics import curve
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.storage import read_events
@@ -97,6 +98,50 @@ def test_rounds_to_a_target():
     assert rounds_to([3.0, 2.0, 1.0], 1.5, -1) == 2
     assert rounds_to([0.1, 0.2], 0.5, 1) is None
     assert rounds_to([0.9, 0.2, 0.8], 0.5, 1) == 2  # an untrained model reaches nothing
+
+
+def recorded(metrics, errors=(1e-8, 2e-8), held=(0.5, 0.6)):
+    """The events of a run of two rounds; None is null: a number that was not finite."""
+    started = {"event": "started", "headline": "accuracy", "metrics": {"accuracy": 0.3}, "trainable_parameters": 10}
+    numbers = {"bytes_down": 2, "bytes_up": 1, "seconds": 1.0}
+    rounds = [
+        {
+            "event": "round_done",
+            "round": number,
+            "metrics": {} if value == "none" else {"accuracy": value},
+            "exactness_error": error,
+            **numbers,
+        }
+        for number, (value, error) in enumerate(zip(metrics, errors, strict=True), 1)
+    ]
+    own = [{"event": "held_out", "round": number, "metrics": {"accuracy": value, "loss": 1.0}} for number, value in enumerate(held, 1)]
+    return [started, *rounds, *own]
+
+
+def test_a_metric_that_is_not_finite_is_not_replaced_by_one_of_other_rows():
+    """It stays NaN on the rows it is of; only a method that has no global model is measured on the clients' own rows."""
+    assert curve(recorded([0.7, 0.8])).metric == [0.3, 0.7, 0.8]
+    broken = curve(recorded([None, 0.8]))
+    assert [broken.metric[0], broken.metric[2]] == [0.3, 0.8]
+    assert math.isnan(broken.metric[1])
+    own = curve(recorded(["none", "none"])).metric
+    assert own[1:] == [0.5, 0.6]
+
+
+def test_an_error_that_is_not_finite_is_the_worst():
+    """Instead of an exception after hours, or of the largest of the others."""
+    assert curve(recorded([0.7, 0.8])).exactness == 2e-8
+    for errors in ([None, 1e-8], [1e-8, None]):
+        broken = curve(recorded([0.7, 0.8], errors))
+        assert math.isnan(broken.exactness)
+        _, rows = summary({"fedit": {0: curve(recorded([0.7, 0.8])), 1: broken}}, "fedit", None, 1)
+        assert math.isnan(rows[0]["exactness_error"])
+
+
+def test_a_rate_whose_held_out_score_is_not_finite_is_the_worst():
+    broken, fine = (curve(recorded([0.7, 0.8], held=held)) for held in ((None, None), (0.1, 0.1)))
+    assert held_out_score(broken, 1) < held_out_score(fine, 1)
+    assert held_out_score(broken, -1) < held_out_score(fine, -1)
 
 
 def test_a_whole_comparison(tmp_path):

@@ -339,7 +339,7 @@ def test_after_the_last_round_nobody_is_needed(federation, tmp_path):
     ]
     assert events_of(tmp_path, "held_out")[-1]["clients"].keys() == {"client-0", "client-3"}
     assert events_of(tmp_path, "run_done")
-    assert read_manifest(tmp_path / "run" / "final")["refused"] == []
+    assert read_manifest(tmp_path / "run" / "rounds" / "0002")["refused"] == []
 
 
 def test_a_quorum_that_can_never_be_is_a_configuration_error(tmp_path):

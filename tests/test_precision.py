@@ -19,6 +19,7 @@ from fedex_lora.peft_io import FrozenBase, add_lora, in_float32, load_base, logi
 from fedex_lora.peft_io._base import SidePath
 from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.runner import InProcess, run
+from fedex_lora.storage import run_rounds_of
 from fedex_lora.types import LowRank
 from fedex_lora.verify import verify
 
@@ -62,7 +63,7 @@ def dequantised(dtype, quantization):
 
 def ideal_model(out, dtype, quantization, with_delta=True):
     """A plain fp64 model: stored weights plus the mean of the participants' products (numpy), plus what they started from."""
-    result = read_result(out / "final")
+    result = read_result(run_rounds_of(out)[0])
     model = AutoModelForCausalLM.from_pretrained(base_folder()).double()
     stored = dequantised(dtype, quantization)
     p = [result.weights[update.client_id] for update in result.updates]

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from fedex_lora.cli import app
 from fedex_lora.errors import UsageError
+from fedex_lora.run_folder import locked
 from fedex_lora.runner import run
-from fedex_lora.storage import locked
 
 CASES = {
     "fedex": {},

@@ -19,7 +19,7 @@ from fedex_lora.peft_io import read_adapter_folder, read_result
 from fedex_lora.place import Host
 from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import load_tensors, read_events, save_tensors, sha256
+from fedex_lora.storage import load_tensors, read_events, run_rounds_of, save_tensors, sha256
 from fedex_lora.tasks import load_task
 from fedex_lora.verify import verify
 
@@ -49,7 +49,9 @@ def events_of(folder, name):
 
 def tensors(folder):
     found = {}
-    for path in sorted((folder / "final").rglob("*.safetensors")):
+    """Of the final model, and of the updates that its last round was made of."""
+    rounds = run_rounds_of(folder)[:1]
+    for path in sorted(file for part in (folder / "final", *(last / "updates" for last in rounds)) for file in part.rglob("*.safetensors")):
         found |= {f"{path.relative_to(folder)}/{name}": tensor for name, tensor in load_tensors(path)[0].items()}
     return found
 
@@ -93,7 +95,8 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
         assert not any("exactness_error" in event or event["metrics"] for event in done)
         return
     checked = verify(tmp_path / "run", str(base_folder()))
-    assert [line["round"] for line in checked["rounds"]] == [1, 2, 3, 3]  # every round, and final/
+    assert [line["round"] for line in checked["rounds"]] == [1, 2, 3]
+    assert checked["final"] == str(tmp_path / "run" / "final")  # the last round's bits
     if row.exact:
         assert checked["max_relative_error"] < 1e-6
         assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
@@ -109,9 +112,10 @@ def test_clients_of_different_ranks(method, tmp_path):
     """Ranks 1, 2 and 4, and not everyone every round: exact methods stay exact, and each client trains and sends what it has."""
     tree = {"partition": "iid", "count": 3, "ranks": [1, 2, 4], "fraction": 0.67}
     run(configuration(method=method, rounds=3, lora={"r": 4}, clients=tree), tmp_path / "run", ignore)
-    result = read_result(tmp_path / "run" / "final")
+    result = read_result(tmp_path / "run" / "rounds" / "0003")
     sent = {update.client_id: {pair.rank for pair in update.adapter.values()} for update in result.updates}
     assert sent.items() <= {"client-0": {1}, "client-1": {2}, "client-2": {4}}.items()
+    assert sent
     assert {pair.rank for pair in result.adapter.values()} == {4}
     worst = verify(tmp_path / "run", str(base_folder()))["max_relative_error"]
     assert worst < 1e-6 if METHODS[method].exact else worst > 1e-3
@@ -159,7 +163,8 @@ def test_a_flat_spectrum_is_warned_of(tmp_path, monkeypatch):
 def test_personal_factors_stay_with_their_clients(tmp_path):
     """fedsa: no B in what is stored of an upload but the initial zeros, and each client's own model in clients/."""
     run(configuration(method="fedsa", rounds=2), tmp_path / "run", ignore)
-    result = read_result(tmp_path / "run" / "final")
+    result = read_result(tmp_path / "run" / "rounds" / "0002")
+    assert result.updates
     assert not any(pair.B.any() for update in result.updates for pair in update.adapter.values())
     own = {folder.name: read_adapter_folder(folder / "adapter") for folder in (tmp_path / "run" / "clients").iterdir()}
     assert len(own) == 3
@@ -229,7 +234,8 @@ def test_the_run_folder(tmp_path):
     ):
         assert (tmp_path / "run" / name).exists(), name
     manifest = json.loads((tmp_path / "run" / "final" / "manifest.json").read_text())
-    assert {"method", "round", "inputs", "versions", "files", "base_model"} <= manifest.keys()
+    assert {"method", "round", "versions", "files", "base_model"} <= manifest.keys()
+    assert {"inputs", "participants", "refused"} <= json.loads((tmp_path / "run" / "rounds" / "0002" / "manifest.json").read_text()).keys()
     assert "base delta" in (tmp_path / "run" / "final" / "trainable" / "README.md").read_text()
     done = events_of(tmp_path / "run", "run_done")[0]
     assert done["best_round"] in (1, 2)
@@ -322,7 +328,8 @@ def test_verify_checks_the_head_and_the_final_folder(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["trainable/adapter_model.safetensors"] = sha256(path)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert verify(tmp_path / "run")["max_relative_error"] > 1
+    with pytest.raises(StorageError, match=r"final/trainable/adapter_model\.safetensors is not what the last round left in .*0002"):
+        verify(tmp_path / "run")
 
 
 def test_no_round_is_best_when_different_clients_measured(tmp_path):

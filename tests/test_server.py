@@ -68,10 +68,10 @@ def test_the_state_after_each_round_is_the_mean_of_the_models(method):
         worst = 0.0
         for name, want in ideal.items():
             got = matrix(state.base_delta.get(name)) + oracle.product(state.adapter[name])
-            worst = max(worst, oracle.relative(got, want))
+            worst = np.maximum(worst, oracle.relative(got, want))
             models[name] = want if METHODS[method].exact else got
         assert worst < 1e-6 or not METHODS[method].exact
-        missed = max(missed, worst)
+        missed = np.maximum(missed, worst)
         audited = measure.audit(before, updates, result.weights, state, held).max_relative_error
         assert audited == pytest.approx(worst, rel=1e-3, abs=2e-7)
         assert state.round == round

@@ -358,7 +358,7 @@ def test_regions_that_share_an_adapter_are_refused(tmp_path):
     with pytest.raises(AggregationError, match=r"b is in .*north and in .*south"):
         merge_folders(regions, tmp_path / "all", None)
     line = CliRunner().invoke(app, ["aggregate", "--merge", *map(str, regions), "-o", str(regions[0] / "all")]).output
-    assert "lies in one of the regions" in line
+    assert "lies in one of the folders that are aggregated" in line
 
 
 def test_a_stopped_command_leaves_nothing_behind(tmp_path):

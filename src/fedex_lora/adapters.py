@@ -11,10 +11,11 @@ import torch
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import Method, aggregate, in_order, method_named, normalised_weights, require_same_structure
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.audits import Audit, How
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError, UsageError
-from fedex_lora.peft_io import Description, describe_adapter_folders, read_adapter_folder, read_result, write_result
+from fedex_lora.peft_io import Description, describe_adapter_folders, for_parties, read_adapter_folder, read_result, write_result
 from fedex_lora.streaming import Round, audit_is_cheap, streamable, write_streamed
 from fedex_lora.tensor_files import read_tensor
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
@@ -29,6 +30,7 @@ def aggregate_folders(
     truncation: Truncation | None = None,
     keep_updates: bool = True,
     audit: How = "auto",
+    parties: Path | None = None,
 ) -> dict[str, Any]:
     """Aggregate PEFT LoRA adapters that were trained on one base model, and write a result folder.
 
@@ -45,6 +47,8 @@ def aggregate_folders(
         keep_updates: keep the adapters in the result, so that `verify` can recompute the ideal.
         audit: measure the error exactly, or on random directions where memory holds one module at a time; "auto": exactly unless that
             would take several times as long as the aggregation.
+        parties: a folder to write beside `out`, for the parties to go on from: the same without anything of single adapters (see
+            `peft_io.for_parties`). What the base gains has then no client's block in its factors (`aggregation.truncation.without_blocks`).
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -54,8 +58,7 @@ def aggregate_folders(
     """
     row = method_named(method)
     _require_global_model(row, truncation)
-    if any(out.resolve().is_relative_to(folder.resolve()) for folder in folders):
-        raise UsageError(f"{out} lies in one of the adapters: give another -o")
+    require_apart(folders, out, parties)
     described = describe_adapter_folders(folders)
     _require_one_base(folders, described)
     names = distinct_names(folders)
@@ -66,11 +69,29 @@ def aggregate_folders(
         "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
         "versions": {"fedex-lora": __version__},
     }
-    if previous is None and streamable(row, described):
-        result = _streamed(row, described, names, out, weights, facts, keep_updates, audit)
-    else:
-        result = _in_memory(row, folders, names, out, weights, previous, truncation, facts, keep_updates, audit)
-    return {"method": method, "exact_method": row.exact, **result, "out": str(out)}
+    with for_parties(out, parties):
+        if previous is None and streamable(row, described):
+            result = _streamed(row, described, names, out, weights, facts, keep_updates, audit, parties is not None)
+        else:
+            result = _in_memory(row, folders, names, out, weights, previous, truncation, facts, keep_updates, audit, parties is not None)
+    return {"method": method, "exact_method": row.exact, **result, "out": str(out), **({"for_parties": str(parties)} if parties else {})}
+
+
+def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:
+    """What is written lies in nothing that is read, nor in anything else that is written.
+
+    Raises:
+        UsageError: it does.
+    """
+    for target, option in ((out, "-o"), (parties, "--for-parties")):
+        if target is not None and any(target.resolve().is_relative_to(folder.resolve()) for folder in inputs):
+            raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
+    if parties is not None and (_within(parties, out) or _within(out, parties)):
+        raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def _streamed(
@@ -82,6 +103,7 @@ def _streamed(
     facts: Mapping[str, Any],
     keep_updates: bool,
     audit: How,
+    blockless: bool,
 ) -> dict[str, Any]:
     """From files to files."""
     started = time.perf_counter()
@@ -91,7 +113,7 @@ def _streamed(
     require_same_structure(ordered, row)
     round = Round(row, [files[update.client_id] for update in ordered], ordered, p)
     errors = None if audit == "none" else Audit(exact=audit == "exact" or (audit == "auto" and audit_is_cheap(round)))
-    write_streamed(out, round, facts, keep_updates, errors)
+    write_streamed(out, round, facts, keep_updates, errors, blockless)
     return {
         "weights": {update.client_id: weight for update, weight in zip(ordered, p, strict=True)},
         "modules": len(round.adapter),
@@ -121,6 +143,7 @@ def _in_memory(
     facts: Mapping[str, Any],
     keep_updates: bool,
     audit: How,
+    blockless: bool,
 ) -> dict[str, Any]:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
@@ -133,6 +156,8 @@ def _in_memory(
     held: measure.Held = {}
     if previous is None:
         result = aggregate(updates, row.name, rule, truncation)
+        if blockless:
+            result = replace(result, residual={module: without_blocks(gain) for module, gain in result.residual.items()})
         after = ServerState(method=row.name, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
     else:
         after, result = server.step(before, updates, rule, truncation)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from fedex_lora.aggregation import aggregate, on_scaling
 from fedex_lora.aggregation.lowrank import concatenate
-from fedex_lora.aggregation.truncation import truncate
+from fedex_lora.aggregation.truncation import truncate, without_blocks
 from fedex_lora.config import Messages, Truncation
 from fedex_lora.errors import LacksError, WireError
 from fedex_lora.server import advance
@@ -191,7 +191,7 @@ def of_the_others(
     others = [update for update in updates if update.client_id != client]
     shares = [weights[update.client_id] for update in others]
     result, q = aggregate(others, "fedex", shares, state=state), math.fsum(shares)
-    gain = {module: LowRank(U=q * part.U, V=part.V) for module, part in result.residual.items()}
+    gain = {module: without_blocks(LowRank(U=q * part.U, V=part.V)) for module, part in result.residual.items()}
     snapshot = {
         module: state.base_delta[module]
         for module, part in gain.items()

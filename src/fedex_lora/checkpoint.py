@@ -148,7 +148,7 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
 
     rounds = [adapter * (1 + taking_part) + 3 * base_delta(number) for number in range(1, config.rounds + 1)]
     kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds :]
-    return sum(kept) + rounds[-1] + clients * adapter * 5
+    return sum(kept) + adapter + base_delta(config.rounds) + clients * adapter * 5
 
 
 def require_space(out: Path, needed: int) -> None:

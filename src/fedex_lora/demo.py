@@ -1,21 +1,21 @@
 """`fedex-lora demo`: the embedded default, four methods side by side."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fedex_lora.config import DEMO, Config, parse_config
+from fedex_lora.config import DEMO, Config, parse_config, write_config
 from fedex_lora.display import Display, size, table
 from fedex_lora.errors import UsageError
+from fedex_lora.measure import number, worst
+from fedex_lora.run_folder import CONFIG, barely_begun, remove, strays
 from fedex_lora.runner import run
-from fedex_lora.storage import read_events, write_text
+from fedex_lora.storage import TEMPORARY, plain_json, read_events, write_text
 
 METHODS = ("fedex", "fedit", "ffa", "centralised")
 ROUNDS = 5
-RESULT = "demo.json"
+RESULT, REPORT = "demo.json", "report.html"
 
 
 def configuration(method: str, rounds: int = ROUNDS) -> Config:
@@ -43,11 +43,10 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     """Run all four methods into `out`, print the table, and return it.
 
     Raises:
-        UsageError: `out` holds something that is not an earlier demo.
+        UsageError: `out` holds something that is not an earlier demo's.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RESULT).exists())):
-        raise UsageError(f"{out} exists and is no earlier demo: give another --out")
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        _clear(out)
     write_text(out / RESULT, "{}\n")
     console.print("three hospitals write triage notes, each about its own symptoms; none can learn the rule for all alone\n")
     rows = {}
@@ -62,12 +61,39 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     console.print(table(f"accuracy on the notes of all three hospitals (the base alone: {base:.3f}, chance: {1 / 3:.3f})", columns, body))
     from fedex_lora.report import write_report  # the runs need none of its packages
 
-    page = write_report([out / method for method in METHODS], out / "report.html")
+    page = write_report([out / method for method in METHODS], out / REPORT)
     console.print(f"what happened, in charts: {page['out']} (open it in a browser)", highlight=False)
     console.print(f"all files: {out}   check the exact one again: fedex-lora verify {out / 'fedex'}", highlight=False)
     result = {"base_accuracy": base, "methods": rows}
-    write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
+    write_text(out / RESULT, plain_json(result) + "\n")
     return result
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo, whole or killed; a folder that holds anything else is left as it is."""
+    if not out.is_dir() or not (barely_begun(out) or (out / RESULT).is_file()):
+        raise UsageError(f"{out} exists and is no earlier demo: give another --out")
+    from fedex_lora.report import is_report
+
+    for path in out.iterdir():
+        ours = is_report(path) if path.name == REPORT else _is_demo(path) if path.name in METHODS else path.name == RESULT
+        if not ours and not path.name.startswith(TEMPORARY):
+            raise UsageError(f"{path} is no part of a demo, so the demo in {out} is not replaced: give another --out, or move that away")
+    for method in METHODS:
+        if (out / method).is_dir():
+            remove(out / method)
+
+
+def _is_demo(folder: Path) -> bool:
+    """Is it a demo's run of the method that it is named after, for any number of rounds, and nothing else?"""
+
+    def settled(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("rounds = ")]
+
+    if not folder.is_dir() or strays(folder):
+        return False
+    mark = folder / CONFIG
+    return not mark.exists() or settled(mark.read_text(encoding="utf-8")) == settled(write_config(configuration(folder.name)))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -85,12 +111,12 @@ def summary(folder: Path) -> dict[str, Any]:
     events = read_events(folder / "events.jsonl")
     rounds = [event for event in events if event["event"] == "round_done"]
     return {
-        "base_accuracy": next(event["metrics"]["accuracy"] for event in events if event["event"] == "started"),
-        "accuracy": rounds[-1]["metrics"]["accuracy"],
-        "accuracies": [event["metrics"]["accuracy"] for event in rounds],
-        "deviation": max(event["deviation"] for event in rounds),
-        "exactness_error": max(event["exactness_error"] for event in rounds),
-        "realised_error": max(event["realised_error"] for event in rounds),
+        "base_accuracy": next(number(event["metrics"]["accuracy"]) for event in events if event["event"] == "started"),
+        "accuracy": number(rounds[-1]["metrics"]["accuracy"]),
+        "accuracies": [number(event["metrics"]["accuracy"]) for event in rounds],
+        "deviation": worst(event["deviation"] for event in rounds),
+        "exactness_error": worst(event["exactness_error"] for event in rounds),
+        "realised_error": worst(event["realised_error"] for event in rounds),
         "bytes_down": sum(event["bytes_down"] for event in rounds),
         "bytes_up": sum(event["bytes_up"] for event in rounds),
         "seconds": sum(event["seconds"] for event in rounds),

@@ -95,6 +95,8 @@ class Display:
             "dropped": "  truncation dropped {:.1%}",
         }
         line += "".join(text.format(fields[key]) for key, text in said.items() if fields.get(key) is not None)
+        if odd := fields.get("not_finite"):
+            line += f"  no number: {', '.join(odd)}"
         seconds = f"  {fields['seconds']:.1f} s" if "seconds" in fields else ""
         self._print(f"{line}  down {size(fields['bytes_down'])} up {size(fields['bytes_up'])}{seconds}")
 

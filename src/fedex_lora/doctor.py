@@ -46,7 +46,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
         problems.append("less than 2 GB of disk are free here: give --out on another disk")
     error = _exactness_here()
     facts["exactness here"] = f"{error:.1e} relative error of a test aggregation"
-    if error > 1e-6:
+    if not error <= 1e-6:
         problems.append(f"a test aggregation is off by {error:.1e}: this build of torch computes fp32 with less than fp32 (TF32?)")
     return facts, problems
 

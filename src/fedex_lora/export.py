@@ -90,7 +90,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         }
         write_text(folder / "README.md", _card(facts, numbers, result))
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
-        if rank is None and not (error < same and (off < 0.1 * change or error < TINY)):
+        if not math.isfinite(error) or (rank is None and not (error < same and (off < 0.1 * change or error < TINY))):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name)
     return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
@@ -184,7 +184,8 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
 
 
 def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) -> str:
-    inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest["inputs"])
+    inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest.get("inputs", []))
+    participants = f"\nParticipants of the last round:\n\n{inputs}\n" if inputs else ""
     cut = (
         f" It is cut to rank {numbers['rank']}: {numbers['update_error']:.2e} of the update is missing." if numbers["update_error"] else ""
     )
@@ -201,8 +202,4 @@ library_name: {library}
 Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}
 Reloaded after writing: its logits, computed in float32, differ from the run's by {numbers["output_error"]:.1e} of the largest.
 `manifest.json` has the sha256 of every file.
-
-Participants of the last round:
-
-{inputs}
-"""
+{participants}"""

@@ -1,7 +1,8 @@
 """Numbers from types, no I/O: how exact a round was, how far plain averaging is off, and how large things are.
 
 Everything here is fp64 and uses the plain formulas (mean of products minus product of means), not the closed form that
-`aggregation` computes with: it checks that code and shares nothing with it but container types and the rows of `METHODS`.
+`aggregation` computes with, and linear algebra of its own: it checks that code and shares nothing with it but container types and the
+rows of `METHODS`.
 """
 
 import math
@@ -13,8 +14,66 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import method_named
-from fedex_lora.aggregation.lowrank import core, frobenius, signed_sum
-from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, Dense, LoRAPair, LowRank, ServerState
+
+
+def worst(values: Iterable[float | None]) -> float:
+    """The largest of some errors, 0 of none; NaN where one of them is NaN or None, as JSON has numbers that are not finite.
+
+    `max` would drop a NaN, and an error that cannot be computed is not a small one.
+
+    Example:
+        >>> worst([1e-8, math.nan, 2e-8]), worst([1e-8, 2e-8])
+        (nan, 2e-08)
+    """
+    found = [number(value) for value in values]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def number(value: float | None) -> float:
+    """A number as JSON has it: null is one that was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def failed(error: float, floor: float = 0.0) -> bool:
+    """Could an error not be computed? An infinite one beside an infinite floor is rounding, relative to an update of zero."""
+    return math.isnan(error) or (math.isinf(error) and not math.isinf(floor))
+
+
+def relative(error: float, size: float) -> float:
+    """`error / size`; 0 / 0 is no error, and NaN where one of them is not finite."""
+    if not (math.isfinite(error) and math.isfinite(size)):
+        return math.nan
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def summed(terms: Sequence[tuple[float, Delta]]) -> Delta:
+    """`sum_j c_j D_j` in fp64: the factors side by side, or one matrix where a term is a matrix."""
+    factors = [(c, term) for c, term in terms if isinstance(term, LowRank)]
+    if len(factors) == len(terms):
+        return LowRank(
+            U=torch.cat([c * term.U.double() for c, term in factors], dim=1), V=torch.cat([term.V.double() for _, term in factors])
+        )
+    total = torch.zeros(terms[0][1].shape, dtype=torch.float64)
+    for c, term in terms:  # in place: never two matrices
+        total = total.add_(term.W, alpha=c) if isinstance(term, Dense) else total.addmm_(term.U.double(), term.V.double(), alpha=c)
+    return Dense(W=total)
+
+
+def image(delta: Delta) -> Tensor:
+    """An fp64 matrix with the singular values of D: `U R^T`, `out x q`, with `V^T = Q R`, since Q turns nothing longer; or D where that
+    costs less.
+
+    Where the factors cancel, this is as accurate as the matrix; their Gram matrices would lose half of the digits.
+    """
+    if isinstance(delta, Dense) or 2 * delta.rank * sum(delta.shape) >= math.prod(delta.shape):
+        return delta.dense()
+    return delta.U.double() @ torch.linalg.qr(delta.V.double().T, mode="r").R.T
+
+
+def norm(delta: Delta) -> float:
+    """`|D|` (Frobenius)."""
+    return float(torch.linalg.matrix_norm(image(delta)))
 
 
 @dataclass(frozen=True)
@@ -34,21 +93,17 @@ class Exactness:
     @property
     def per_module(self) -> dict[str, float]:
         """Module path -> |got - ideal| / |ideal|."""
-        return {module: _ratio(self.error[module], self.ideal[module]) for module in self.error}
+        return {module: relative(self.error[module], self.ideal[module]) for module in self.error}
 
     @property
     def max_relative_error(self) -> float:
-        """The worst module's relative error."""
-        return max(self.per_module.values(), default=0.0)
+        """The worst module's relative error; NaN where one is NaN."""
+        return worst(self.per_module.values())
 
     @property
     def total_relative_error(self) -> float:
         """|got - ideal| / |ideal| over all modules together."""
-        return _ratio(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
-
-
-def _ratio(error: float, size: float) -> float:
-    return error / size if size else (0.0 if error == 0 else math.inf)
+        return relative(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
 
 
 USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
@@ -75,9 +130,19 @@ def ideal_update(
         for update in updates:
             if held and module in held.get(update.client_id, {}):
                 terms.append((weights[update.client_id], held[update.client_id][module]))
-        return signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+        return summed(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
 
     return _Made(updates[0].adapter, of)
+
+
+def effective_update(adapter: Adapter, base_delta: Mapping[str, Delta]) -> Mapping[str, Delta]:
+    """`D + s B A` per module, in fp64: what a model with these factors has beside W0."""
+
+    def of(module: str) -> Delta:
+        terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module]))]
+        return summed(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+
+    return _Made(adapter, of)
 
 
 class _Made(Mapping[str, Delta]):
@@ -106,8 +171,8 @@ def exactness(ideal: Mapping[str, Delta], adapter: Adapter, base_delta: Mapping[
     error, size = dict[str, float](), dict[str, float]()
     for module, delta in ideal.items():
         terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module])), (-1.0, delta)]
-        error[module] = frobenius(signed_sum(terms + ([(1.0, base_delta[module])] if module in base_delta else [])))
-        size[module] = frobenius(delta)
+        error[module] = norm(summed(terms + ([(1.0, base_delta[module])] if module in base_delta else [])))
+        size[module] = norm(delta)
     return Exactness(error=error, ideal=size)
 
 
@@ -126,17 +191,15 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
     ideal = ideal_update({}, updates, result.weights)
     error, rank = dict[str, float](), dict[str, float]()
     for module, lost in residual(result, updates).items():
-        small = core(lost)
+        small = image(lost)
         error[module], rank[module] = float(torch.linalg.matrix_norm(small)), effective_rank(small)
-    return Exactness(error=error, ideal={module: frobenius(delta) for module, delta in ideal.items()}, effective_rank=rank)
+    return Exactness(error=error, ideal={module: norm(delta) for module, delta in ideal.items()}, effective_rank=rank)
 
 
 def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> Mapping[str, Delta]:
     """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round. Made when it is asked for."""
     ideal = ideal_update({}, updates, result.weights)
-    return _Made(
-        result.adapter, lambda module: signed_sum([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))])
-    )
+    return _Made(result.adapter, lambda module: summed([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))]))
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -189,9 +252,9 @@ def drift(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict
         of = torch.nn.functional.one_hot(torch.tensor(index), len(updates)).double()
         inner += of.T @ ((U.T @ U) * (V @ V.T)) @ of
     p = torch.tensor([weights[update.client_id] for update in updates], dtype=torch.float64)
-    mean = float(p @ inner @ p)
-    apart = (inner.diag() - 2 * inner @ p + mean).clamp(min=0).sqrt()
-    return {update.client_id: float(f"{_ratio(float(far), math.sqrt(mean)):.6g}") for update, far in zip(updates, apart, strict=True)}
+    mean = p @ inner @ p
+    apart, size = (inner.diag() - 2 * inner @ p + mean).clamp(min=0).sqrt(), float(mean.clamp(min=0).sqrt())  # `clamp` keeps NaN
+    return {update.client_id: float(f"{relative(float(far), size):.6g}") for update, far in zip(updates, apart, strict=True)}
 
 
 def _mean_factors(module: str, result: Aggregate, updates: Sequence[ClientUpdate]) -> LoRAPair:
@@ -214,7 +277,7 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 def tail(result: Aggregate) -> float:
     """What a truncation dropped, as a share of the whole residual: `|R - R'| / |R|` over all modules."""
     dropped = math.hypot(*result.dropped.values())
-    kept = math.hypot(*(frobenius(gain) for gain in result.residual.values()))
+    kept = math.hypot(*(norm(gain) for gain in result.residual.values()))
     return dropped / math.hypot(dropped, kept) if dropped else 0.0
 
 
@@ -236,13 +299,13 @@ def other_errors(other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], w
     for name, tensor in other.items():
         mean = _sum([weights[update.client_id] * update.other[name].double() for update in updates])
         size = math.fsum(weights[update.client_id] * float(torch.linalg.vector_norm(update.other[name].double())) for update in updates)
-        errors[name] = _ratio(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
+        errors[name] = relative(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
     return errors
 
 
 def fp32_floor(weight_norm: float, update_norm: float, dtype: torch.dtype = torch.float32) -> float:
     """The relative error that storing `W0 + D` in `dtype` costs by itself: `eps |W| / |update|`."""
-    return _ratio(torch.finfo(dtype).eps * weight_norm, update_norm)
+    return relative(torch.finfo(dtype).eps * weight_norm, update_norm)
 
 
 def _product(pair: LoRAPair) -> LowRank:

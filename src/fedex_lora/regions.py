@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.adapters import distinct_names, one_place
+from fedex_lora.adapters import distinct_names, one_place, require_apart
 from fedex_lora.aggregation import merge, method_named, normalised_weights
 from fedex_lora.aggregation.lowrank import signed_sum, smallest
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.peft_io import Result, read_result, write_result
+from fedex_lora.peft_io import Result, for_parties, read_result, write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank, ServerState
 
 
-def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] | None) -> dict[str, Any]:
+def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] | None, parties: Path | None = None) -> dict[str, Any]:
     """Merge the OUTs of regional `fedex-lora aggregate`s, of disjoint clients of one base, into one result folder.
 
     Args:
         folders: one a region.
         out: must not exist, or be empty. Its `updates/` are the regions' adapters with what their bases gained, so `verify` works on it.
         weights: one a region; None: what each region's weights summed to (its number of adapters, where it had none).
+        parties: see `adapters.aggregate_folders`.
 
     Returns:
         As `adapters.aggregate_folders`; `weights` of the regions, `clients` of all.
@@ -28,6 +30,7 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
     Raises:
         FedexLoraError: regions that do not fit together, or whose method's partial aggregates do not add up. Nothing is written then.
     """
+    require_apart(folders, out, parties)
     results = [read_result(folder) for folder in folders]
     names = distinct_names(folders)
     _require_one_base(folders, results)
@@ -42,7 +45,8 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
         terms: list[tuple[float, Delta]] = [(1.0, merged.residual[module])] if module in merged.residual else []
         terms += [(w, result.base_delta[module]) for w, result in zip(p, results, strict=True) if module in result.base_delta]
         if terms:
-            base_delta[module] = smallest(_float32(signed_sum(terms)))
+            gained = _float32(signed_sum(terms))
+            base_delta[module] = smallest(without_blocks(gained) if parties and isinstance(gained, LowRank) else gained)
     round = max(int(result.manifest["round"]) for result in results)
     after = ServerState(method=merged.method, round=round, adapter=merged.adapter, base_delta=base_delta, other=merged.other)
     shares, held = dict(zip(names, p, strict=True)), {name: result.base_delta for name, result in zip(names, results, strict=True)}
@@ -56,7 +60,8 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
         "versions": {"fedex-lora": __version__},
     }
     standalone = not any(isinstance(delta, Dense) for delta in base_delta.values())
-    write_result(out, after, updates, shares, results[0].format, facts, standalone=standalone, held=held)
+    with for_parties(out, parties):
+        write_result(out, after, updates, shares, results[0].format, facts, standalone=standalone, held=held)
     return {
         "method": merged.method,
         "exact_method": method_named(merged.method).exact,
@@ -74,13 +79,13 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
 
 def _part(name: str, result: Result) -> Aggregate:
     """A region's adapter as a partial aggregate; what its base gained may be a matrix, and is added apart."""
-    clients = result.manifest.get("clients") or dict(result.weights)
+    clients = result.manifest.get("clients") or dict(result.weights) or {"": 1.0}
     weights = {f"{name}/{client}": weight for client, weight in clients.items()}
     return Aggregate(adapter=result.adapter, residual={}, other=result.other, weights=weights, method=result.manifest["method"])
 
 
 def _total(folder: Path, result: Result) -> float:
-    total = result.manifest.get("total_weight", math.fsum(entry.get("num_examples", 0) for entry in result.manifest["inputs"]))
+    total = result.manifest.get("total_weight", math.fsum(entry.get("num_examples", 0) for entry in result.manifest.get("inputs", [])))
     if not isinstance(total, int | float) or not total > 0:
         raise StorageError(f"{folder} does not say what its weights summed to: give --weights, one a region")
     return float(total)

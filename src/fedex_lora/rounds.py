@@ -20,10 +20,11 @@ from fedex_lora.consistency import participants as how_many
 from fedex_lora.consistency import quorum
 from fedex_lora.errors import TrainingError
 from fedex_lora.measure import Exactness, Held
-from fedex_lora.peft_io import Format, write_result
+from fedex_lora.peft_io import Format, for_parties, write_result
+from fedex_lora.run_folder import remove, strays
 from fedex_lora.screening import screened
 from fedex_lora.server import start_of
-from fedex_lora.storage import FINAL, append_event, copied_folder, removed, round_folder, run_rounds_of
+from fedex_lora.storage import FINAL, ROUNDS, append_event, round_folder, run_rounds_of
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
 from fedex_lora.wire import Download, encode_download
 
@@ -161,7 +162,8 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
     held_out = {**here.held_out, config.rounds: _final_held_out(config, here, federation, out.name, emit)}
     if not (out / FINAL).exists():
-        copied_folder(round_folder(out, config.rounds), out / FINAL, leave=[FILE])
+        with for_parties(round_folder(out, config.rounds), out / FINAL):
+            pass
     federation.finish(here.state, out)
     best = _best(held_out, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
@@ -226,6 +228,9 @@ def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit)
     numbers = _measured(before, got.updates, result, state, got.held, federation)
     if useless := measure.useless_truncation(result):
         emit("warning", round=state.round, message=useless, tail=measure.tail(result))
+    if odd := numbers.get("not_finite"):
+        words = f"{', '.join(odd)} cannot be computed, so this round is not shown to be exact: does the base overflow in its base.dtype?"
+        emit("warning", round=state.round, message=words)
     done = {"round": state.round, "metrics": federation.evaluate(state), **numbers}
     return (
         Checkpoint(state, books, {**here.held_out, before.round: held_out}, done, here.skipped),
@@ -244,11 +249,12 @@ def _skipped(got: _Gathered, federation: Federation, emit: Emit) -> tuple[Checkp
 
 
 def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:
-    """Remove the folders of older rounds, but for those whose base some client has."""
+    """Remove the folders of older rounds, but for those whose base some client has, or that hold what no run wrote."""
     versions = set(here.books.version.values())
     for folder in run_rounds_of(out) if keep else ():
-        if int(folder.name) <= here.state.round - (keep or 0) and int(folder.name) not in versions:
-            removed(folder)
+        part, old = f"{ROUNDS}/{folder.name}", int(folder.name) <= here.state.round - (keep or 0)
+        if old and int(folder.name) not in versions and not strays(out, part):
+            remove(out, part)
 
 
 def sample(clients: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
@@ -331,14 +337,19 @@ def _measured(
     realised, floor, more = federation.realised(after, ideal)
     cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
     deviation = measure.deviation(result, updates)
+    errors = {
+        "exactness_error": factors.max_relative_error,
+        "exactness_error_total": factors.total_relative_error,
+        "realised_error": realised.max_relative_error,
+    }
+    odd = [name for name, value in {**errors, **more}.items() if measure.failed(value, floor if name == "realised_error" else 0.0)]
     dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if cuts else {}
     return (
         dropped
         | more
+        | errors
+        | ({"not_finite": odd} if odd else {})
         | {
-            "exactness_error": factors.max_relative_error,
-            "exactness_error_total": factors.total_relative_error,
-            "realised_error": realised.max_relative_error,
             "floor": floor,
             "deviation": deviation.total_relative_error,
             "modules": measure.per_module(deviation, result.adapter),
@@ -358,7 +369,8 @@ def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any])
         number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics and metrics["rows"] == rows
     }
     compared = len(measured) == len(held_out.keys() - {0})
-    return max(measured, key=lambda number: (sign * measured[number], -number)) if measured and compared else None
+    worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in measured.items()}  # `max` is lost in NaN
+    return max(worth, key=lambda number: (worth[number], -number)) if worth and compared else None
 
 
 def log_to(path: Path, *others: Emit) -> Emit:

@@ -20,7 +20,8 @@ from fedex_lora.party import Parties
 from fedex_lora.peft_io import DELTA
 from fedex_lora.place import Host, Place
 from fedex_lora.rounds import Federation, log_to, run_rounds
-from fedex_lora.storage import load_delta, locked, read_events, round_folder, swept, write_text
+from fedex_lora.run_folder import barely_begun, locked, strays, swept
+from fedex_lora.storage import load_delta, read_events, round_folder, write_text, writing_failed
 from fedex_lora.tasks import load_task, usable
 from fedex_lora.trackers import Trackers
 from fedex_lora.types import Delta, ServerState
@@ -136,7 +137,8 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
 
     Raises:
         UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on.
-        FedexLoraError: see `run_rounds`, and the home.
+        FedexLoraError: see `run_rounds`, and the home; or `out` cannot be written.
+        OSError: what is none of `out`'s: a connection, a file of the rows.
     """
     resolved = write_config(config)
     found = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -155,19 +157,29 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
             write_text(out / "config.toml", resolved)
             return _go_on(config, place, out, log_to(out / "events.jsonl", emit, trackers))
     except OSError as error:
+        if not writing_failed(error, out):
+            raise
         raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
 
 
 def _require_run(out: Path, config: Config) -> None:
     """`out` is the folder of a run with this configuration."""
-    if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):
+    if barely_begun(out):
         return  # killed before anything was in its place
-    if not (out / "config.toml").is_file():
+    if not _is_run(out):
         raise UsageError(f"{out} holds something that is no run: give another --out")
     here, there = (write_config(_without_bounds(one)).splitlines() for one in (config, read_config(out / "config.toml")))
     if here != there:
         odd = next(ours for ours, theirs in zip_longest(here, there) if ours != theirs)
         raise UsageError(f"{out} is a run with another configuration (first difference: {odd!r}): give the one in {out / 'config.toml'}")
+
+
+def _is_run(out: Path) -> bool:
+    """Has it the configuration and the events of a run? One that was killed in between left its configuration, as we write it, alone."""
+    mark = out / "config.toml"
+    if not mark.is_file() or (out / "events.jsonl").is_file():
+        return mark.is_file()
+    return not strays(out) and mark.read_text(encoding="utf-8") == write_config(read_config(mark))
 
 
 def _without_bounds(config: Config) -> Config:

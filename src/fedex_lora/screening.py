@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedex_lora.measure import worst
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
 VOTERS = 3  # fewer updates have no median that says who is odd
@@ -93,7 +94,7 @@ def screened(
     refused = {
         client: "its numbers are too large to be averaged: lower its training.learning_rate"
         for client, size in sizes.items()
-        if max(size[1:]) > LARGEST
+        if not worst(size[1:]) <= LARGEST
     }
     sizes = {client: size for client, size in sizes.items() if client not in refused}
     if factor and len(sizes) >= VOTERS:

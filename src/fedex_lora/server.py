@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
-from fedex_lora.aggregation.lowrank import add, with_shares
+from fedex_lora.aggregation.lowrank import add, finite, with_shares
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Truncation
 from fedex_lora.errors import AggregationError
-from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, Dense, LoRAPair, LowRank, ServerState
 
 
 def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex", seed: int = 0) -> ServerState:
@@ -56,7 +57,8 @@ def step(
     updates = [_continuing(state, update) for update in updates]
     result = aggregate(updates, state.method, weights, truncation, state)
     shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
-    result = replace(result, residual=with_shares(result.residual, shares))
+    residual = {module: without_blocks(gain) for module, gain in with_shares(result.residual, shares).items()}  # it travels
+    result = replace(result, residual=residual)
     shared = "A" in row.uploads and "B" in row.uploads
     personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
     return replace(following(state, result), personal=personal), result
@@ -93,8 +95,16 @@ def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
 
 
 def advance(base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank]) -> dict[str, Delta]:
-    """`D_v` from `D_{v-1}` and the round's residual; server and clients share it, so they hold the same bits."""
-    return {**base_delta, **{module: add(base_delta.get(module), gain) for module, gain in residual.items()}}
+    """`D_v` from `D_{v-1}` and the round's residual; server and clients share it, so they hold the same bits.
+
+    Raises:
+        AggregationError: a matrix that is not finite, of factors that are.
+    """
+    changed = {module: add(base_delta.get(module), gain) for module, gain in residual.items()}
+    for module, delta in changed.items():
+        if isinstance(delta, Dense) and not finite(delta.W):
+            raise AggregationError(f"the base delta of {module} overflows: some client's factors are too large; leave it out")
+    return {**base_delta, **changed}
 
 
 def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | None) -> tuple[Adapter, dict[str, LowRank]]:

@@ -1,6 +1,6 @@
 """Files: safetensors and JSON, written beside and renamed, with a manifest of sha256 sums."""
 
-import fcntl
+import errno
 import hashlib
 import json
 import math
@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,13 +17,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
 MANIFEST = "manifest.json"
 ROUNDS, FINAL = "rounds", "final"
+TEMPORARY = ".fedex-lora-tmp."  # what everything is called that is not yet in its place: a name that nobody else gives
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 Tensors: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
 """What a safetensors file holds: tensors and metadata."""
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written until it is whole, and renamed to `path`."""
+    return path.with_name(f"{TEMPORARY}{path.name}")
+
+
+def writing_failed(error: OSError, folder: Path) -> bool:
+    """Was it writing into `folder` that failed, or something else that happened meanwhile (a connection, somebody's missing image)?"""
+    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    return any(name.absolute().is_relative_to(folder.absolute()) for name in names) if names else error.errno in DISK
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first name of a tensor that holds NaN or infinity; None where there is none."""
+    return next((name for name, tensor in tensors.items() if not finite(tensor)), None)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -37,7 +56,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in one step: beside, synced, then renamed over."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     save_tensors(temporary, tensors, metadata)
     try:
         _fsync(temporary)
@@ -139,6 +158,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
     """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
     A manifest with the given facts and the sha256 of every file is written last. Facts and sums may still grow while the block runs.
+    Of two processes that write one folder, one is refused.
 
     Args:
         path: must not exist, or be empty.
@@ -146,15 +166,15 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
         sums: file name -> sha256, where it is known already.
 
     Raises:
-        UsageError: `path` exists and holds something.
-        StorageError: it cannot be written.
+        UsageError: `path` exists and holds something, at the start or at the end.
+        StorageError: it cannot be written. Other errors of the block are raised as they are.
     """
     path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists and is not empty: choose another output folder, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent))
     except OSError as error:
         raise StorageError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
     try:
@@ -165,11 +185,13 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             _fsync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        temporary.rename(path)  # onto nothing, or onto an empty folder: the system refuses anything else
         _fsync(path.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and str(error.filename2) == str(path):
+            raise UsageError(f"{path} was written by another process meanwhile, and is left as it is: choose another folder") from None
+        if not writing_failed(error, temporary) and not writing_failed(error, path):
+            raise
         raise StorageError(f"cannot write {path}: {error.strerror or error}: is the disk full or read-only?") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -207,7 +229,7 @@ def sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: beside, then renamed over."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
@@ -278,35 +300,6 @@ def followed_events(path: Path, every: float | None) -> Iterator[dict[str, Any] 
         time.sleep(every)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time works on a run folder; the lock goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process has it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UsageError(f"another process is at work on {folder}: wait for it, or give another --out") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def swept(out: Path) -> None:
-    """A run folder without what a killed process left half-written: everything of ours that is not yet in its place has a dotted name."""
-    for folder in (out, out / ROUNDS, *(out / "clients").glob("*")):
-        for stray in folder.glob(".*") if folder.is_dir() else ():
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
-    events = out / "events.jsonl"
-    if events.exists() and (text := events.read_bytes()) and not text.endswith(b"\n"):
-        write_text(events, text[: text.rfind(b"\n") + 1].decode("utf-8"))
-
-
 def run_rounds_of(out: Path) -> list[Path]:
     """The round folders of a run, the newest first."""
     return sorted((folder for folder in (out / ROUNDS).glob("*") if folder.name.isdigit()), reverse=True)
@@ -315,19 +308,6 @@ def run_rounds_of(out: Path) -> list[Path]:
 def round_folder(out: Path, number: int) -> Path:
     """Where a round's result is."""
     return out / ROUNDS / f"{number:04d}"
-
-
-def removed(folder: Path) -> None:
-    """Remove a folder in one step, as others see it: renamed to a dotted name first."""
-    hidden = folder.rename(folder.with_name(f".{folder.name}.old"))
-    shutil.rmtree(hidden)
-
-
-def copied_folder(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
-    """A folder with a manifest, without some of its files, under another name, in one step."""
-    facts = {key: value for key, value in read_manifest(source, check=False).items() if key != "files"}
-    with atomic_folder(target, facts) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=lambda _, names: [*leave, MANIFEST])
 
 
 def _fsync(path: Path) -> None:

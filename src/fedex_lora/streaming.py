@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, portions, splits
+from fedex_lora.aggregation.lowrank import finite
+from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.audits import Audit, exact_flops
-from fedex_lora.errors import StorageError
+from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.peft_io import (
     DELTA,
     LINEAR,
@@ -33,7 +35,7 @@ from fedex_lora.peft_io import (
 )
 from fedex_lora.storage import atomic_folder
 from fedex_lora.tensor_files import Shapes, TensorWriter, opened, read_into, read_tensor, stamp
-from fedex_lora.types import ClientUpdate, LoRAPair
+from fedex_lora.types import ClientUpdate, LoRAPair, LowRank
 
 PIECE = 2**21  # numbers that are transposed, or multiplied, and written at a time
 RANKS = 96  # of a product that are summed together: the rounding of one long fp32 sum is larger, and no faster
@@ -103,7 +105,9 @@ def audit_is_cheap(round: Round) -> bool:
     return audit <= CHEAP * work
 
 
-def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_updates: bool, audit: Audit | None) -> None:
+def write_streamed(
+    folder: Path, round: Round, facts: Mapping[str, Any], keep_updates: bool, audit: Audit | None, blockless: bool = False
+) -> None:
     """Aggregate and write a result folder in one step, as `peft_io.write_result` does, without holding more than a module.
 
     Where factors of what the base gains would have more numbers than the matrix, the matrix is written, and there is no stand-alone
@@ -115,6 +119,7 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
         facts: for the manifest.
         keep_updates: also write the clients' updates, from which `verify` recomputes the ideal.
         audit: collects the errors; None: they are not measured.
+        blockless: write what the base gains in factors that are a function of their product alone (`truncation.without_blocks`).
 
     Raises:
         AggregationError: NaN or infinity. Nothing is left behind then.
@@ -140,7 +145,7 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
             )
             for part in splits(round.row, [update.client_id for update in round.updates], _batches(round, order, audit)):
                 for index, module in enumerate(part.modules):
-                    _write_module(module, part, index, round, files, audit)
+                    _write_module(module, part, index, round, files, audit, blockless)
                 del part  # or two modules' results would be held while the next one is made
             for name in first.other:
                 mean = mean_of(_Tensors([file.path for file in round.files], [file.entries[name] for file in round.files]), p, name)
@@ -149,7 +154,7 @@ def write_streamed(folder: Path, round: Round, facts: Mapping[str, Any], keep_up
                         file.write(mean)
         sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in files if file}
         write_config(temporary / TRAINABLE, round.adapter, round.files[0].folder.format)
-        write_readme(temporary / TRAINABLE, round.adapter, method, 1, folder.name)
+        write_readme(temporary / TRAINABLE, round.adapter, method, 1)
         if standalone:
             write_config(temporary / STANDALONE, standalone, round.files[0].folder.format)
         for source, update in zip(round.files, round.updates, strict=True) if keep_updates else ():
@@ -200,13 +205,16 @@ def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) 
         yield Batch(modules, Clients(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
 
 
-def _write_module(module: str, part: Part, index: int, round: Round, files: _Files, audit: Audit | None) -> None:
+def _write_module(module: str, part: Part, index: int, round: Round, files: _Files, audit: Audit | None, blockless: bool) -> None:
     """One module: the adapter `s B A`; what the base gains as factors `U V`, or the matrix; with factors also `[s B, U] [A; V]`."""
     A, B = part.adapter.A[index], part.adapter.B[index].mT.contiguous()
     files.trainable.write(A)
     files.trainable.write(B)
     dense, gains = round.dense(module), part.rest if round.rest_rank(module) else None
     V, U_t = (gains.A[index], gains.B[index]) if gains else (A[:0], A.new_empty(0, len(B)))
+    if blockless and gains and not dense:
+        gain = without_blocks(LowRank(U=U_t.mT, V=V))
+        V, U_t = gain.V, gain.U.mT
     if audit:
         audit.result(module, LoRAPair(A, B, part.scaling), V, dense)
     if files.whole:
@@ -214,9 +222,12 @@ def _write_module(module: str, part: Part, index: int, round: Round, files: _Fil
         files.whole.write(V)
     for rows in _slices(len(B), max(1, PIECE // (V.shape[1] if dense else max(1, len(V))))):
         piece = _matrix(U_t[:, rows], V) if dense else U_t[:, rows].mT.contiguous()
+        scaled = part.scaling * B[rows]
+        if not finite(piece, scaled):
+            raise AggregationError(f"the update of {module} overflows: some client's factors are too large; leave it out")
         files.delta.write(piece)
         if files.whole:
-            files.whole.write(torch.cat([part.scaling * B[rows], piece], dim=1))
+            files.whole.write(torch.cat([scaled, piece], dim=1))
         if audit:
             audit.rows(module, rows, piece)
     if not dense:

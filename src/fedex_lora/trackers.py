@@ -12,8 +12,9 @@ from typing import Any
 from fedex_lora.answers import Emit
 from fedex_lora.config import Config
 from fedex_lora.errors import UsageError
+from fedex_lora.run_folder import TRACKERS
 
-PROJECT, FOLDER = "fedex-lora", "trackers"
+PROJECT, FOLDER = "fedex-lora", TRACKERS
 
 
 def scalars(event: str, fields: Mapping[str, Any]) -> tuple[int, dict[str, float]]:

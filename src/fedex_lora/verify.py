@@ -1,5 +1,6 @@
 """`verify`: recompute the ideal update in fp64 from the stored updates, and say how far the stored result is from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,21 @@ from torch import Tensor
 
 from fedex_lora import measure
 from fedex_lora.aggregation import method_named
-from fedex_lora.aggregation.lowrank import signed_sum
 from fedex_lora.errors import StorageError
-from fedex_lora.peft_io import Result, base_for, in_float32, logits, open_model, plain_model, read_result, result_folders, write_model
+from fedex_lora.peft_io import (
+    Result,
+    base_for,
+    in_float32,
+    is_for_parties,
+    logits,
+    open_model,
+    plain_model,
+    read_result,
+    result_folders,
+    write_model,
+)
+from fedex_lora.storage import read_manifest
+from fedex_lora.types import Delta
 
 EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
 
@@ -19,43 +32,77 @@ EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
 def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     """The exactness of every round in a run folder, or of one result folder.
 
+    A folder for parties names nobody whose update could be averaged again: of it every file's sum is compared, and, with `base`, the model
+    with the folder's own factors. A run's `final/` is compared with its last round, bit for bit.
+
     Args:
         path: a run folder, a round folder, or the OUT of `fedex-lora aggregate`.
         base: the pretrained model; with it the weights of the model itself are compared too.
 
     Returns:
-        `max_relative_error` = |trainable + base_delta - ideal| / |ideal| of the worst module and round, from the factors (also of the
-        stand-alone adapter, and of the other tensors against their mean); with `base` also
-        `realised_error` (from the model's own layers, same denominator) and its `floor`, and the `output_errors` of the last round;
-        `rounds`, with errors per module.
+        `recomputed`: was the ideal there to compare with? `max_relative_error` = |trainable + base_delta - ideal| / |ideal| of the worst
+        module and round, from the factors (also of the stand-alone adapter, and of the other tensors against their mean), None where it was
+        not; with `base` also `realised_error` (from the model's own layers, same denominator) and its `floor`, and the `output_errors` of
+        the last round; `rounds`, with errors per module. What of it fails, `complaint` says.
 
     Raises:
-        StorageError: nothing to verify, or files that were altered.
+        StorageError: nothing to verify, files that were altered or are not finite, or a `final/` that is not the last round.
     """
-    rows = []
-    for folder in result_folders(path):
+    rows, (folders, final) = list[dict[str, Any]](), result_folders(path)
+    for folder in folders:
         result = read_result(folder)
         if result.manifest.get("skipped"):
             continue
         if method_named(result.manifest["method"]).exactness == "personalised":
             raise StorageError(f"{folder} is of method {result.manifest['method']}, which has no global model: nothing to verify")
-        if not result.updates or not result.adapter:
+        if "inputs" in result.manifest and not (result.updates and result.adapter):
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
         rows.append(_verify_one(folder, result, base))
     if not rows:
         raise StorageError(f"every round in {path} was skipped: nothing to verify")
-    worst = max(rows, key=lambda row: row["max_relative_error"])
+    if final is not None:
+        _require_same(final, folders[-1])
+    recomputed = all(row["recomputed"] for row in rows)  # a folder without inputs stands alone
+    largest = {key: measure.worst(row[key] for row in rows) for key in ("max_relative_error", "total_relative_error")}
     summary: dict[str, Any] = {
-        "method": worst["method"],
-        "exact_method": method_named(worst["method"]).exact,
-        "max_relative_error": worst["max_relative_error"],
-        "total_relative_error": max(row["total_relative_error"] for row in rows),
+        "method": rows[-1]["method"],
+        "exact_method": method_named(rows[-1]["method"]).exact,
+        "recomputed": recomputed,
+        **(largest if recomputed else dict.fromkeys(largest)),
     }
     if base:
-        summary |= {"realised_error": max(row["realised_error"] for row in rows), "floor": max(row["floor"] for row in rows)}
+        summary |= {key: measure.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
         last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
-    return summary | {"rounds": rows}
+    return summary | {"final": str(final) if final else None, "rounds": rows}
+
+
+def complaint(result: Mapping[str, Any]) -> str | None:
+    """What is wrong with what `verify` found, in one line; None if nothing is. An error that is no number is as wrong as a large one."""
+    method, error = result["method"], result["max_relative_error"]
+    if result["recomputed"] and measure.failed(error):
+        return f"the error of the stored result is {error}: a number in it, or in its updates, is not finite or too large"
+    if result["recomputed"] and result["exact_method"] and not error <= EXACT_BELOW:
+        return f"method {method} is exact, and the stored result is off by {error:.1e}"
+    pairs = {
+        "the model's own layers": ("realised_error", "floor"),
+        f"the logits in {result.get('compute_dtype')}": ("output_error", "output_floor"),
+        "the logits in float32": ("output_error_float32", "output_floor_float32"),
+    }
+    for what, (one, floor) in pairs.items():
+        if one in result and measure.failed(result[one], result[floor]):
+            return f"the error of {what} is {result[one]}: the base overflows in its precision; give it another base.dtype"
+    return None
+
+
+def _require_same(final: Path, last: Path) -> None:
+    """Has `final/` the bits of the last round?"""
+    here, there = read_manifest(final)["files"], read_manifest(last, check=False)["files"]
+    names = [*here, *(name for name in there if is_for_parties(name) and name not in here)]
+    if odd := next((name for name in names if here.get(name) != there.get(name)), None):
+        raise StorageError(
+            f"{final / odd} is not what the last round left in {last}: copy it from there, or go on with the run by --resume"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +136,15 @@ class Answers:
         return float(((self.got - self.got_without) * change).sum() / (change * change).sum())
 
     def _relative(self, difference: Tensor) -> float:
-        return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(self.want - self.want_without))
+        change = self.want - self.want_without
+        return measure.relative(float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(change)))
 
 
 def ideal_answers(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The ideal model's logits in fp64, and the same without the base delta (without the whole update, where the base gained nothing)."""
-    ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
+    ideal = _ideal(result)
     gained = result.base_delta or ideal
-    rest = {name: signed_sum([(1.0, delta), (-1.0, gained[name])]) if name in gained else delta for name, delta in ideal.items()}
+    rest = {name: measure.summed([(1.0, delta), (-1.0, gained[name])]) if name in gained else delta for name, delta in ideal.items()}
     want, without = (logits(plain_model(base_for(result, base), update, result.other, torch.float64), rows) for update in (ideal, rest))
     return want, without
 
@@ -125,24 +173,39 @@ def output_errors(result: Result, base: str) -> dict[str, Any]:
     }
 
 
+def _ideal(result: Result) -> Mapping[str, Delta]:
+    """The mean of the participants' models; where none are there, what the folder's own factors say."""
+    if not result.updates:
+        return measure.effective_update(result.adapter, result.base_delta)
+    return measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
+
+
 def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any]:
-    ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
-    factors = measure.exactness(ideal, result.adapter, result.base_delta)
-    per_module = factors.per_module
-    if result.standalone:
-        whole = measure.exactness(ideal, result.standalone.adapter, {})
-        per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
-    per_module |= {f"other {name}": error for name, error in measure.other_errors(result.other, result.updates, result.weights).items()}
+    ideal, recomputed = _ideal(result), bool(result.updates)
     row: dict[str, Any] = {
         "folder": str(folder),
         "method": result.manifest["method"],
         "round": result.manifest["round"],
-        "max_relative_error": max(per_module.values()),
-        "total_relative_error": factors.total_relative_error,
-        "per_module": per_module,
+        "recomputed": recomputed,
+        **(_errors(ideal, result) if recomputed else {"max_relative_error": None, "total_relative_error": None, "per_module": {}}),
     }
     if base:
         _, folded = open_model(result, base)
         realised, floor = folded.realised(ideal)
         row |= {"realised_error": realised.max_relative_error, "floor": floor}
     return row
+
+
+def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
+    """Of the factors, of the stand-alone adapter, and of the other tensors."""
+    factors = measure.exactness(ideal, result.adapter, result.base_delta)
+    per_module = factors.per_module
+    if result.standalone:
+        whole = measure.exactness(ideal, result.standalone.adapter, {})
+        per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
+    per_module |= {f"other {name}": error for name, error in measure.other_errors(result.other, result.updates, result.weights).items()}
+    return {
+        "max_relative_error": measure.worst(per_module.values()),
+        "total_relative_error": factors.total_relative_error,
+        "per_module": per_module,
+    }

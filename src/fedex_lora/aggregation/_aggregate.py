@@ -11,6 +11,7 @@ from fedex_lora.aggregation._engine import splits
 from fedex_lora.aggregation._naming import method_named
 from fedex_lora.aggregation._stacking import batches
 from fedex_lora.aggregation.factors import Factors
+from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
@@ -139,7 +140,7 @@ def mean_of(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
     for index, weight in enumerate(p[:-1]):
         total.add_(tensors[index].to(last.dtype) - last, alpha=weight)
     mean = total.to(last.dtype)
-    if not torch.isfinite(mean).all():
+    if not finite(mean):
         raise AggregationError(f"other tensor {name} of some client holds NaN or infinity, or overflows: leave that client out")
     return mean
 

@@ -1,6 +1,5 @@
 """The engine: batches of stacked factors, from memory or from files, through a method's split."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from fedex_lora.aggregation._stacking import Batch
 from fedex_lora.aggregation.factors import Factors
 from fedex_lora.aggregation.gauges import GAUGES
+from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.splits import Clients, factor_means
 from fedex_lora.errors import AggregationError
@@ -49,6 +49,8 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
         _require_finite(ids, modules, clients, adapter)
         if rest is not None and row.rest != "drop" and scaling != 1:
             rest.B.mul_(scaling)
+        if rest is not None:
+            _require_no_overflow(modules, rest)
         part = [Part(modules, adapter, rest, scaling)]
         del adapter, rest  # nothing here holds a batch's result while the next one is made
         yield part.pop()
@@ -74,11 +76,17 @@ def _shared(x: Tensor) -> bool:
 
 def _require_finite(ids: Sequence[str], modules: Sequence[str], clients: Clients, factors: Factors) -> None:
     """NaN and infinity survive every sum, so a look at the means finds them in any input; then name who sent them."""
-    A, B = factors
-    if math.isfinite(A.sum() + B.sum()) or bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+    if finite(*factors):
         return
     for index, client in enumerate(ids):
         for position, module in enumerate(modules):
-            if not all(torch.isfinite(x[position, index]).all() for x in clients.factors):
+            if not finite(*(x[position, index] for x in clients.factors)):
                 raise AggregationError(f"client {client} sent NaN or infinity in {module}: leave it out, or lower its learning rate")
     raise AggregationError(f"the mean of {modules[0]} overflows: some client's factors are near the largest number of their dtype")
+
+
+def _require_no_overflow(modules: Sequence[str], rest: Factors) -> None:
+    """Factors whose mean is finite may differ by more than their dtype holds, before or after the scaling."""
+    if not finite(*rest):
+        odd = next(module for index, module in enumerate(modules) if not finite(rest.A[index], rest.B[index]))
+        raise AggregationError(f"the residual of {odd} overflows: some client's factors are too large; leave it out, or train it with less")

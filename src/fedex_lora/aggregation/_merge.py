@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedex_lora.aggregation._aggregate import aggregate, normalised_weights
 from fedex_lora.aggregation._naming import method_named
-from fedex_lora.aggregation.lowrank import with_shares
+from fedex_lora.aggregation.lowrank import finite, with_shares
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.types import Aggregate, ClientUpdate
@@ -46,6 +46,9 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
     if len(set(clients)) < len(clients):
         twice = sorted(client for client in set(clients) if clients.count(client) > 1)
         raise AggregationError(f"client {twice[0]} is in more than one aggregate: count every client once")
+    for module, gain in ((module, gain) for part in parts for module, gain in part.residual.items()):
+        if not finite(gain.U, gain.V):
+            raise AggregationError(f"an aggregate holds NaN or infinity in the residual of {module}: make that one again")
     regions = [ClientUpdate(f"region {index:06d}", part.adapter, 1, part.other) for index, part in enumerate(parts)]
     between = aggregate(regions, "fedex" if row.rest == "base" else row.name, weights)
     w = normalised_weights(regions, weights)

@@ -1,11 +1,17 @@
 """Algebra of low-rank matrices kept as factors. Pure functions; nothing here forms an `out x in` matrix unless it is smaller."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedex_lora.types import Delta, Dense, LowRank
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Is every number in them finite? One sum finds NaN and infinity; it may overflow by itself, so then every number is looked at."""
+    return all(math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def concatenate(terms: Sequence[LowRank]) -> LowRank:

@@ -41,6 +41,16 @@ def truncate(residual: Mapping[str, LowRank], truncation: Truncation, default_ra
     return kept, {module: float(energies[module][rank:].sum().sqrt()) for module, rank in ranks.items()}
 
 
+def without_blocks(gain: LowRank) -> LowRank:
+    """The same product in factors that are a function of the product alone: its balanced SVD, to fp32 rounding of what is small, too.
+
+    The closed form's factors are `[p_i (B_i - Bbar)]` and `[A_i - A_k]`, a block a client: with `Abar`, `Bbar` and the weights anybody who
+    has them works out every client's own factors. From the product nobody can (SECURITY.md says what it does tell).
+    """
+    factors = components(svd(Factors(A=gain.V[None], B=gain.U.mT[None])), 0, gain.rank)
+    return LowRank(U=factors.B[0].mT.contiguous(), V=factors.A[0].contiguous())
+
+
 def _rank_of_share(energy: Tensor, share: float) -> int:
     """The smallest rank whose tail is at most `1 - share` of the energy."""
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])  # tails[q]: what rank q leaves

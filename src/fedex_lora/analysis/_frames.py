@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 Events: TypeAlias = Sequence[Mapping[str, Any]]
-NESTED = ("metrics", "modules", "drift")
+NESTED = ("metrics", "modules", "drift", "not_finite")
+ERRORS = ("exactness_error", "exactness_error_total", "realised_error", "side_error")
 
 
 def _of(events: Events, kind: str) -> list[Mapping[str, Any]]:
@@ -32,7 +33,8 @@ def rounds(events: Events) -> pd.DataFrame:
 
     Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
     `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total`; `seconds`; `participants`,
-    `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`.
+    `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`; `not_finite`: which errors
+    could not be computed, in words (one that is not named there and missing was not asked for).
     """
     asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
     left_out = Counter(number for number, client in {(number, client) for number, client, _, when in _refused(events) if when == "round"})
@@ -41,7 +43,8 @@ def rounds(events: Events) -> pd.DataFrame:
     for event in _of(events, "round_done"):
         number = event["round"]
         numbers = {key: value for key, value in event.items() if key not in (*NESTED, "event", "round", "time")}
-        row = {"round": number, **event["metrics"], **numbers}
+        odd = [name for name in ERRORS if name in event and event[name] is None]
+        row = {"round": number, **event["metrics"], **numbers} | ({"not_finite": ", ".join(odd)} if odd else {})
         if number in asked:
             refused = min(left_out[number], asked[number])
             row |= {"participants": asked[number], "refused": refused, "accepted": 0 if "skipped" in event else asked[number] - refused}

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 
 from fedex_lora import measure
-from fedex_lora.aggregation.lowrank import core, frobenius
 from fedex_lora.analysis._runs import Run
 from fedex_lora.errors import StorageError
 from fedex_lora.storage import load_delta, load_update, read_manifest, round_folder, run_rounds_of
@@ -164,7 +163,7 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual", l
     places = located(deltas)
     for module in _spread(places, limit):
         delta = deltas[module]
-        small = core(delta)
+        small = measure.image(delta)
         values = torch.linalg.svdvals(small)
         values = values[values > values[0] * 1e-12] if len(values) else values
         shares = (values**2).cumsum(0) / (values**2).sum()
@@ -190,4 +189,4 @@ def _residuals(folder: Path) -> dict[str, Delta]:
     result, updates = _stored(folder)
     if result is None:
         raise StorageError(f"{folder} holds no clients' LoRA updates: the residual's spectrum needs them (see keep_rounds)")
-    return {module: delta for module, delta in measure.residual(result, updates).items() if frobenius(delta) > 0}
+    return {module: delta for module, delta in measure.residual(result, updates).items() if measure.norm(delta) > 0}

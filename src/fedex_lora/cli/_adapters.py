@@ -26,6 +26,10 @@ def aggregate(
     updates: Annotated[
         bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
     ] = True,
+    for_parties: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder to write beside OUT for the parties to go on from: it holds nobody's adapter, name or weight."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
     audit: Annotated[
         str, typer.Option(help="Measure the error against the fp64 ideal: exact, estimate or none; auto: exact unless that takes long.")
@@ -37,12 +41,14 @@ def aggregate(
     from fedex_lora.adapters import aggregate_folders
 
     if merge:
-        _merge(adapters, out, numbers(weights, "--weights", "120,80"), method, state or truncate or not updates or audit != "auto", as_json)
+        other = method != "fedex" or state or truncate or not updates or audit != "auto"
+        _merge(adapters, out, numbers(weights, "--weights", "120,80"), for_parties, other, as_json)
         return
     shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
-    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit))
+    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit), for_parties)
     if as_json:
         print_json(result)
+        _require_exact(result)
         return
     console = consoles(False)
     shares = ", ".join(f"{client} {weight:.4g}" for client, weight in result["weights"].items())
@@ -55,24 +61,35 @@ def aggregate(
     if result["warning"]:
         console.print(f"! {result['warning']}", highlight=False)
     _print_places(console, result, out)
+    _require_exact(result)
 
 
-def _merge(regions: list[Path], out: Path, weights: list[float] | None, method: str, other: object, as_json: bool) -> None:
+def _merge(regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, other: object, as_json: bool) -> None:
     from fedex_lora.regions import merge_folders
 
-    if other or method != "fedex":
+    if other:
         raise UsageError("--merge takes everything but --weights from the regions' results: leave the other options out")
-    if any(out.resolve().is_relative_to(region.resolve()) for region in regions):
-        raise UsageError(f"{out} lies in one of the regions: give another -o")
-    result = merge_folders(regions, out, weights)
+    result = merge_folders(regions, out, weights, parties)
     if as_json:
         print_json(result)
+        _require_exact(result)
         return
     console = consoles(False)
     shares = ", ".join(f"{region} {weight:.4g}" for region, weight in result["weights"].items())
     console.print(f"{result['method']}: {len(result['clients'])} adapters of {len(regions)} regions; weights {shares}", highlight=False)
     console.print(f"relative error against {result['error_against']} in fp64: {result['max_relative_error']:.1e}", highlight=False)
     _print_places(console, result, out)
+    _require_exact(result)
+
+
+def _require_exact(result: dict[str, Any]) -> None:
+    """An error that is no number is as wrong as a large one."""
+    from fedex_lora.measure import failed
+    from fedex_lora.verify import EXACT_BELOW
+
+    error = result["max_relative_error"]
+    if error is not None and (failed(error) or (result["exact_method"] and not error <= EXACT_BELOW)):
+        fail(f"error: the result is off by {error:.1e}, and method {result['method']} is not: do not use {result['out']}", 1)
 
 
 def _print_errors(console: Any, result: dict[str, Any]) -> None:
@@ -88,7 +105,9 @@ def _print_errors(console: Any, result: dict[str, Any]) -> None:
 
 
 def _print_places(console: Any, result: dict[str, Any], out: Path) -> None:
-    train = f"to train on: {out / 'trainable'} with base_delta.safetensors"
+    train = (
+        f"to train on: {result.get('for_parties', out / 'trainable')}{'' if 'for_parties' in result else ' with base_delta.safetensors'}"
+    )
     if result["adapter"]:
         console.print(f"stand-alone adapter: {out / 'adapter'}   {train}", highlight=False)
         return
@@ -125,7 +144,7 @@ def verify(
     """Recompute the ideal update, and print how far a result is off. In fp64, from the stored updates; per module and in total."""
     from fedex_lora.client import quiet
     from fedex_lora.display import table
-    from fedex_lora.verify import EXACT_BELOW
+    from fedex_lora.verify import complaint
     from fedex_lora.verify import verify as verify_here
 
     quiet()
@@ -135,11 +154,18 @@ def verify(
     else:
         console = consoles(False)
         for row in result["rounds"]:
+            if not row["recomputed"]:
+                said = "every file has its sum, and is finite; the ideal is not recomputed, because nobody's update is here"
+                console.print(f"{row['folder']} ({row['method']}, round {row['round']}): {said}", highlight=False)
+                continue
             rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
             console.print(table(f"{row['folder']} ({row['method']}, round {row['round']})", ["module", "relative error"], rows))
-        console.print(
-            f"relative error, worst module: {result['max_relative_error']:.2e}   all modules: {result['total_relative_error']:.2e}"
-        )
+        if result["recomputed"]:
+            console.print(
+                f"relative error, worst module: {result['max_relative_error']:.2e}   all modules: {result['total_relative_error']:.2e}"
+            )
+        if result["final"]:
+            console.print(f"{result['final']} is the last round, bit for bit", highlight=False)
         if base:
             console.print(f"of the model's own layers: {result['realised_error']:.2e}   floor of their precision: {result['floor']:.2e}")
             for compute, kind in ((result["compute_dtype"], ""), ("float32", "_float32")):
@@ -147,8 +173,8 @@ def verify(
                 console.print(f"of the logits, computed in {compute}: {error:.2e}   without the base delta: {floor:.2e}", highlight=False)
             if not result["base_checked"]:
                 console.print("these adapters came without a fingerprint of their base: whether this is the one was not checked")
-    if result["exact_method"] and result["max_relative_error"] > EXACT_BELOW:
-        fail(f"error: method {result['method']} is exact, and the stored result is off by {result['max_relative_error']:.1e}", 1)
+    if why := complaint(result):
+        fail(f"error: {why}", 1)
 
 
 @app.command()

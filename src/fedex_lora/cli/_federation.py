@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, numbers, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, fail_without_numbers, numbers, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 
@@ -26,6 +26,7 @@ def demo(
     result = run_demo(out, rounds, console)
     if as_json:
         print_json(result)
+    fail_without_numbers({name: (row["exactness_error"], row["realised_error"]) for name, row in result["methods"].items()})
 
 
 @app.command()
@@ -48,10 +49,13 @@ def run(
 
     console = consoles(as_json)
     last: dict[str, Any] = {}
+    failed: list[int] = []
 
     def remember(event: str, **fields: Any) -> None:
         if event in ("round_done", "run_done"):
             last.update(fields)
+        if fields.get("not_finite"):
+            failed.append(fields["round"])
 
     def both(event: str, **fields: Any) -> None:
         remember(event, **fields)
@@ -65,6 +69,10 @@ def run(
     console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
     if as_json:
         print_json({"method": settings.method, "out": str(out), **last})
+    if failed:
+        fail(
+            f"error: the errors of round {', '.join(map(str, failed))} cannot be computed: see the warnings, and {out / 'events.jsonl'}", 1
+        )
 
 
 @app.command()
@@ -136,6 +144,7 @@ def compare(
         for heading, start, stop in ((title(result), 1, 5), ("costs", 5, None)):
             console.print(table(heading, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
         console.print(f"{footnotes(result)} {out / 'compare.json'}", highlight=False)
+    fail_without_numbers({row["name"]: [row["exactness_error"]] for row in result["methods"]})
 
 
 def _seeds(text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """What every command shares: the application, errors as one line, where output goes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -36,13 +36,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             fail(f"error: {error}", error.exit_status)
         except typer.Exit:
             raise
-        except OSError as error:
-            if options.get("debug") or not error.filename:
-                raise
-            fail(f"error: {error.filename}: {error.strerror}: give another path, or mend this one", 1)
         except Exception as error:
             if options.get("debug"):
                 raise
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                fail(f"error: {error.filename}: {error.strerror}: give another path, or mend this one", 1)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             fail(f"error: {type(error).__name__}: {reason} (unexpected; --debug shows the trace)", 1)
 
@@ -53,6 +51,15 @@ def fail(line: str, status: int) -> None:
     """Say one line on standard error, and leave with this status."""
     print(" ".join(line.split()), file=sys.stderr)
     raise typer.Exit(status)
+
+
+def fail_without_numbers(errors: Mapping[str, Iterable[float | None]]) -> None:
+    """Leave with status 1 if an error of something that is named could not be computed; None is one that was not asked for."""
+    from fedex_lora.measure import failed
+
+    odd = [name for name, values in errors.items() if any(value is not None and failed(value) for value in values)]
+    if odd:
+        fail(f"error: the errors of {', '.join(odd)} cannot be computed: see the warnings in its events.jsonl", 1)
 
 
 def consoles(as_json: bool) -> "Console":

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,9 @@ from fedex_lora.client import quiet
 from fedex_lora.compare._statistics import Curve, curve
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import TrainingError
+from fedex_lora.run_folder import remove, strays
 from fedex_lora.runner import run
-from fedex_lora.storage import read_events
+from fedex_lora.storage import ROUNDS, read_events
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Outcome:
 
 def done(job: Job) -> bool:
     """Has this run been finished, with this configuration?"""
-    return _done(job) is not None
+    return _outcome(job) is not None
 
 
 def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
@@ -48,12 +48,13 @@ def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
     interrupted comparison left, and is run again.
 
     Raises:
-        FedexLoraError: whatever stops a run but training itself.
+        FedexLoraError: whatever stops a run but training itself; or the folder of a run holds what no run wrote.
     """
     waiting = []
     for job in jobs:
-        finished = _done(job)
+        finished = _outcome(job)
         if finished:
+            _slim(job)
             yield finished
         else:
             waiting.append(job)
@@ -87,15 +88,20 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _done(job: Job) -> Outcome | None:
-    """What a finished run came to; of its files the configuration, the events and the final model stay."""
+def _slim(job: Job) -> None:
+    """Of a finished run's files the configuration, the events and the final model stay."""
+    if (job.folder / ROUNDS).is_dir() and not strays(job.folder, ROUNDS):
+        remove(job.folder, ROUNDS)
+
+
+def _outcome(job: Job) -> Outcome | None:
+    """What a finished run came to; None where it is not finished."""
     config, events = job.folder / "config.toml", job.folder / "events.jsonl"
     if not config.is_file() or config.read_text(encoding="utf-8") != write_config(job.config):
         return None
     recorded = read_events(events) if events.is_file() else []
     if not recorded or recorded[-1]["event"] != "run_done":
         return None
-    shutil.rmtree(job.folder / "rounds", ignore_errors=True)
     return Outcome(job, curve(recorded))
 
 
@@ -103,9 +109,13 @@ def _perform(job: Job) -> Outcome:
     """Run a job."""
     quiet()
     if job.folder.exists():
-        shutil.rmtree(job.folder)
+        remove(job.folder)
     try:
         run(job.config, job.folder, lambda event, **fields: None)
     except TrainingError as error:
         return Outcome(job, None, str(error))
-    return _done(job) or Outcome(job, None, "its folder was changed while it ran")
+    outcome = _outcome(job)
+    if outcome is None:
+        return Outcome(job, None, "its folder was changed while it ran")
+    _slim(job)
+    return outcome

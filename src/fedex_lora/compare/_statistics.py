@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from fedex_lora.measure import number, worst
+
 
 @dataclass(frozen=True)
 class Curve:
     """One run as a comparison sees it.
 
     Attributes:
-        metric: the headline on the evaluation rows, for rounds 0..T (for a personalised method: on the clients' held-out rows).
+        metric: the headline on the evaluation rows, for rounds 0..T (for a personalised method: on the clients' held-out rows); NaN where
+            it was not finite.
         held_out: the headline on the clients' held-out rows, round -> value.
         held_out_loss: likewise.
         bytes_down, bytes_up: of all clients, the mean over the rounds.
-        exactness: the worst round's relative error; None where there is no global model.
+        exactness: the worst round's relative error, NaN where one could not be computed; None where there is no global model.
         seconds: of all rounds.
         trainable: parameters that a client trains.
     """
@@ -34,23 +37,24 @@ class Curve:
 
 
 def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
-    """A run's events as one record."""
+    """A run's events as one record; null is a number that was not finite."""
     started = next(event for event in events if event["event"] == "started")
     rounds = [event for event in events if event["event"] == "round_done"]
     held = {event["round"]: event["metrics"] for event in events if event["event"] == "held_out"}
     headline = started["headline"]
-    held_out = {number: metrics[headline] for number, metrics in held.items() if headline in metrics}
-    metric = [started["metrics"].get(headline), *(event["metrics"].get(headline) for event in rounds)]
-    if None in metric:  # no global model: what the clients measure on their own rows
-        metric = [held_out.get(number, math.nan) for number in range(len(metric))]
+    held_out = {round: number(metrics[headline]) for round, metrics in held.items() if headline in metrics}
+    if all(headline in event["metrics"] for event in rounds):
+        metric = [number(event["metrics"].get(headline)) for event in (started, *rounds)]
+    else:  # no global model: what the clients measure on their own rows
+        metric = [held_out.get(round, math.nan) for round in range(len(rounds) + 1)]
     errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
     return Curve(
         metric=metric,
         held_out=held_out,
-        held_out_loss={number: metrics["loss"] for number, metrics in held.items() if "loss" in metrics},
+        held_out_loss={round: number(metrics["loss"]) for round, metrics in held.items() if "loss" in metrics},
         bytes_down=float(np.mean([event["bytes_down"] for event in rounds])),
         bytes_up=float(np.mean([event["bytes_up"] for event in rounds])),
-        exactness=max(errors, default=None),
+        exactness=worst(errors) if errors else None,
         seconds=math.fsum(event["seconds"] for event in rounds),
         trainable=started["trainable_parameters"],
     )
@@ -59,12 +63,13 @@ def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
 def held_out_score(run: Curve, sign: int) -> tuple[float, float]:
     """What a learning rate is chosen by: the mean held-out headline over the later half of the rounds, then minus the loss there.
 
-    Larger is better. A mean, because a few hundred held-out rows after one round are too noisy to choose by.
+    Larger is better. A mean, because a few hundred held-out rows after one round are too noisy to choose by. What is not finite is worst.
     """
-    later = [number for number in run.held_out if number > (len(run.metric) - 1) // 2]
-    scores = [sign * run.held_out[number] for number in later]
-    losses = [run.held_out_loss[number] for number in later if number in run.held_out_loss]
-    return (float(np.mean(scores)) if scores else -math.inf, -float(np.mean(losses)) if losses else -math.inf)
+    later = [round for round in run.held_out if round > (len(run.metric) - 1) // 2]
+    scores = [sign * run.held_out[round] for round in later]
+    losses = [-run.held_out_loss[round] for round in later if round in run.held_out_loss]
+    found = [float(np.mean(values)) if values else -math.inf for values in (scores, losses)]
+    return tuple(value if math.isfinite(value) else -math.inf for value in found)  # type: ignore[return-value]
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
@@ -108,7 +113,7 @@ def summary(
         differences = [value - ends[reference][seed] for seed, value in ends[name].items()]
         difference, paired = (None, None) if name in apart else interval(differences)
         reached = [rounds_to(run.metric, goal, sign) for run in by_seed.values()]
-        first = next(iter(by_seed.values()))
+        first, errors = next(iter(by_seed.values())), [run.exactness for run in by_seed.values() if run.exactness is not None]
         rows.append(
             {
                 "name": name,
@@ -118,7 +123,7 @@ def summary(
                 "difference_half_width": paired,
                 "over_rounds": float(np.mean([np.mean(run.metric[1:]) for run in by_seed.values()])),
                 "rounds_to_target": reached,
-                "exactness_error": max((run.exactness for run in by_seed.values() if run.exactness is not None), default=None),
+                "exactness_error": worst(errors) if errors else None,
                 "bytes_down": first.bytes_down,
                 "bytes_up": first.bytes_up,
                 "trainable_parameters": first.trainable,

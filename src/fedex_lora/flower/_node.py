@@ -23,7 +23,7 @@ from fedex_lora.partition import held_out, partition
 from fedex_lora.party import Parties
 from fedex_lora.peft_io import safe_name
 from fedex_lora.place import Place
-from fedex_lora.storage import locked
+from fedex_lora.run_folder import locked
 from fedex_lora.tasks import Task, load_task, usable
 
 

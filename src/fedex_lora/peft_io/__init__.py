@@ -26,21 +26,19 @@ from fedex_lora.peft_io._model import (
     trainable_parameters,
     write_model,
 )
+from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, open_model
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
 from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
 from fedex_lora.peft_io._result import (
     DELTA,
     HELD,
-    IMAGE_TASK,
     STANDALONE,
     TRAINABLE,
     UPDATES,
     Result,
-    base_for,
-    kind_of,
-    load_model,
+    for_parties,
+    is_for_parties,
     manifest_of,
-    open_model,
     read_result,
     result_folders,
     safe_name,
@@ -69,10 +67,12 @@ __all__ = [
     "add_lora",
     "base_for",
     "describe_adapter_folders",
+    "for_parties",
     "format_of",
     "frozen_bytes",
     "image_shape",
     "in_float32",
+    "is_for_parties",
     "kind_of",
     "load_base",
     "load_model",

@@ -12,7 +12,7 @@ from fedex_lora.aggregation.lowrank import factorise, frobenius, same_bits
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
 from fedex_lora.errors import ModelError
-from fedex_lora.measure import Exactness, fp32_floor
+from fedex_lora.measure import Exactness, fp32_floor, relative, worst
 from fedex_lora.peft_io._fingerprint import fingerprint
 from fedex_lora.peft_io._folders import PREFIX
 from fedex_lora.peft_io._layers import Layer, keep_unpacked
@@ -114,7 +114,7 @@ class FrozenBase:
         Rounding to the output's precision comes after it, so this shows in 16 bits, too, whether D is there. Zero without side paths.
         """
         errors = [home.added_error(self._now[name]) for name, home in self._homes.items() if isinstance(home, _Side) and name in self._now]
-        return max(errors, default=0.0)
+        return worst(errors)
 
     @torch.no_grad()
     def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
@@ -125,11 +125,11 @@ class FrozenBase:
         Returns:
             (the errors, and the floor `eps |W| / |ideal|` of the worst module, eps of the precision that it computes in).
         """
-        error, size, floor = {}, {}, 0.0
+        error, size, floors = dict[str, float](), dict[str, float](), list[float]()
         for name, delta in ideal.items():
-            error[name], size[name], here = self._homes[name].realised(delta, getattr(self._model, "dtype", torch.float32))
-            floor = max(floor, here)
-        return Exactness(error=error, ideal=size), floor
+            error[name], size[name], floor = self._homes[name].realised(delta, getattr(self._model, "dtype", torch.float32))
+            floors.append(floor)
+        return Exactness(error=error, ideal=size), worst(floors)
 
 
 class _Home(Protocol):
@@ -195,7 +195,7 @@ class _Side:
         device = self._layer.base.weight.device
         nothing = torch.zeros(want.shape, dtype=torch.float32, device=device)
         got = self._layer.base.base_delta.added(self._layer.base, (x.to(device),), nothing).cpu()
-        return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
+        return relative(float(torch.linalg.vector_norm(got - want)), float(torch.linalg.vector_norm(want)))
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
         x = self._probe(compute)

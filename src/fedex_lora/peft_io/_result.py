@@ -1,39 +1,37 @@
-"""Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and the model that such a folder describes."""
+"""Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from torch import Tensor
 
-from fedex_lora.aggregation import METHODS, method_named
-from fedex_lora.config import IMAGES, Base
-from fedex_lora.errors import ModelError, StorageError
+from fedex_lora.aggregation import METHODS
+from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.measure import Held
-from fedex_lora.peft_io._base import FrozenBase
-from fedex_lora.peft_io._folders import AdapterFolder, Format, adapter_config, read_adapter_folder, stacked, write_adapter_folder
-from fedex_lora.peft_io._model import Kind, has_modules, load_base, takes_images, wrap, write_model
+from fedex_lora.peft_io._folders import AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.storage import (
     MANIFEST,
     Tensors,
     atomic_folder,
+    delta_tensors,
     load_delta,
     load_tensors,
     load_update,
+    not_finite,
     read_manifest,
     save_delta,
     save_tensors,
     save_update,
 )
-from fedex_lora.types import ClientUpdate, Delta, LoRAPair, ServerState
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, ServerState
 
-IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
 TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
     "trainable",
     "base_delta.safetensors",
@@ -43,11 +41,14 @@ TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
     "adapter",
     "model.safetensors",
 )
+SHARED = "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels".split()
+SHARED += ["headline", "greater_is_better", "versions"]
+"""What manifests say to everybody: nothing of single clients."""
 README = """# Only right on top of the base delta
 
 This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
 frozen base: `../{delta}`. Plain PEFT loads this folder without a word and gives another model.
-Load both with `fedex_lora.load_model({name!r}, BASE)`.
+Load both with `fedex_lora.load_model(FOLDER, BASE)`, FOLDER being the one above this.
 """
 
 
@@ -109,11 +110,17 @@ def write_result(
         held: what single participants held beside the previous delta.
         more: file name -> what else the folder holds.
         kept: the updates that are written; None: all.
+
+    Raises:
+        AggregationError: a result that is not finite. Nothing is left behind then.
     """
+    _require_no_overflow({**_named(state.adapter, state.other), **delta_tensors(state.base_delta)})
+    whole = stacked(state.adapter, state.base_delta) if standalone else {}
+    _require_no_overflow(_named(whole, {}))
     with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
         if state.adapter:
             write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
-            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round, folder.name)
+            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round)
         else:
             save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
         save_delta(temporary / DELTA, state.base_delta)
@@ -126,7 +133,48 @@ def write_result(
         for name, content in (more or {}).items():
             save_tensors(temporary / name, *content)
         if standalone:
-            write_adapter_folder(temporary / STANDALONE, stacked(state.adapter, state.base_delta), state.other, format)
+            write_adapter_folder(temporary / STANDALONE, whole, state.other, format)
+
+
+def _require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
+    if odd := not_finite(tensors):
+        raise AggregationError(f"the result holds NaN or infinity in {odd}: some client's numbers overflow; leave it out")
+
+
+def _named(adapter: Adapter, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"} | dict(other)
+
+
+@contextmanager
+def for_parties(source: Path, target: Path | None) -> Iterator[None]:
+    """Write, in one step and after the block, what a party needs to go on from the result folder `source`, which the block may write.
+
+    That is the adapter (or the whole model), the base delta, and a manifest of sums: it loads, verifies and is gone on from as `source`.
+    Whose updates were averaged, with which weights, and the updates themselves stay behind.
+
+    Args:
+        source: a result folder.
+        target: must not exist, or be empty; None: nothing is written.
+
+    Raises:
+        UsageError, StorageError: see `atomic_folder`.
+    """
+    if target is None:
+        yield
+        return
+    facts: dict[str, Any] = {}
+    with atomic_folder(target, facts) as temporary:
+        yield
+        manifest = read_manifest(source, check=False)
+        facts |= {key: manifest[key] for key in SHARED if key in manifest}
+        for name in (file for file in manifest["files"] if is_for_parties(file)):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, temporary / name)
+
+
+def is_for_parties(file: str) -> bool:
+    """Does a party need this file of a result folder to go on?"""
+    return file in (DELTA, WHOLE) or file.startswith(f"{TRAINABLE}/")
 
 
 def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -143,10 +191,10 @@ def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weight
     return {"method": method, "round": round, "inputs": inputs}
 
 
-def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int, name: str) -> None:
+def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int) -> None:
     """Beside an adapter that is only right on top of a base delta: that it is."""
     rank = max(pair.rank for pair in adapter.values())
-    text = README.format(rank=rank, method=method, round=round, delta=DELTA, name=name)
+    text = README.format(rank=rank, method=method, round=round, delta=DELTA)
     (trainable / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -160,10 +208,10 @@ def read_result(folder: Path, check: bool = True) -> Result:
     """Read a result folder, after comparing sha256 sums.
 
     Raises:
-        StorageError: something is missing or altered.
+        StorageError: something is missing, altered or not finite.
     """
     manifest = read_manifest(folder, check)
-    inputs = manifest.get("inputs")
+    inputs = manifest.get("inputs", [])  # none in a folder for parties
     if (
         str(manifest.get("method")).partition("+")[0] not in METHODS
         or not isinstance(inputs, list)
@@ -181,7 +229,9 @@ def read_result(folder: Path, check: bool = True) -> Result:
     weights = {entry["client"]: entry["weight"] for entry in inputs}
     if updates and {update.client_id for update in updates} != weights.keys():
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
-    return Result(
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):
+        raise StorageError(f"{folder / MANIFEST} has a weight that is no number from zero up: copy the folder again")
+    result = Result(
         adapter=adapter,
         base_delta=load_delta(folder / DELTA),
         other=other,
@@ -193,103 +243,23 @@ def read_result(folder: Path, check: bool = True) -> Result:
         manifest=manifest,
         format=format,
     )
+    _require_finite(folder, result)
+    return result
 
 
-def result_folders(path: Path) -> list[Path]:
-    """The result folders below a run folder (every round's, and `final/`), or the folder itself."""
+def _require_finite(folder: Path, result: Result) -> None:
+    parts = {TRAINABLE: _named(result.adapter, result.other), DELTA: delta_tensors(result.base_delta)}
+    parts |= {PREVIOUS: delta_tensors(result.previous_delta)}
+    parts |= {STANDALONE: _named(result.standalone.adapter, result.standalone.other)} if result.standalone else {}
+    parts |= {f"{UPDATES}, {update.client_id}": _named(update.adapter, update.other) for update in result.updates}
+    parts |= {f"{HELD}, {client}": delta_tensors(held) for client, held in result.held.items()}
+    for part, tensors in parts.items():
+        if odd := not_finite(tensors):
+            raise StorageError(f"{folder / part} holds NaN or infinity in {odd}: no model is made of that; make the folder again")
+
+
+def result_folders(path: Path) -> tuple[list[Path], Path | None]:
+    """The result folders of the rounds below a run folder, and its `final/`, if they are there; else the folder itself."""
     rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
-    final = [path / "final"] if (path / "final" / MANIFEST).exists() else []
-    return [*rounds, *final] or [path]
-
-
-def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
-    """The model that a folder describes: the base with the base delta in it (folded, or beside it: see `FrozenBase`), and the adapter.
-
-    Args:
-        folder: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
-        base: the pretrained model: its name or folder, loaded in the precision that `folder` says (float32 where it says none), or a
-            model object, in the precision of the run (any, for aggregated adapters), which is changed in place.
-
-    Returns:
-        A `PeftModel` in evaluation mode (for full fine-tuning, the model itself). Where the base delta stays beside the weights (see
-        `FrozenBase`), `save_pretrained` lacks it, merged or not: use `fedex-lora export`.
-
-    Raises:
-        StorageError: the folder is broken.
-        ModelError: the base does not fit.
-
-    Example:
-        >>> model = load_model("runs/mrpc", "roberta-base")                              # doctest: +SKIP
-    """
-    folder = Path(folder)
-    result = read_result(folder / "final" if (folder / "final").is_dir() else folder)
-    if method_named(result.manifest["method"]).exactness == "personalised":
-        raise ModelError(
-            f"{folder} is of method {result.manifest['method']}, whose clients' models differ: load clients/CLIENT/adapter with PEFT"
-        )
-    model, _ = open_model(result, base)
-    return model
-
-
-def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
-    """As `load_model`, from a result in memory; also the frozen base, which knows the pristine weights."""
-    if isinstance(base, nn.Module) and (not isinstance(base, PreTrainedModel) or any(isinstance(one, LoraLayer) for one in base.modules())):
-        raise ModelError(
-            f"a {type(base).__name__} with adapters, or not of transformers, is no base: give its name or folder, or load it anew"
-        )
-    model: Any = base if isinstance(base, PreTrainedModel) else base_for(result, str(base))
-    if result.adapter:
-        config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
-        try:
-            model = wrap(model, LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}))
-        except ValueError as error:
-            raise ModelError(
-                f"this base has not the modules of the adapter: {str(error).splitlines()[0][:200]}: is it another model?"
-            ) from None
-    frozen = FrozenBase(model)
-    known = result.manifest.get("base_fingerprint")
-    if known is not None and result.adapter and known != frozen.fingerprint():
-        name = base if isinstance(base, str | Path) else "the model given"
-        raise ModelError(
-            f"{name} is not the base of this result: its weights differ from those of {result.manifest.get('base_model')}; give that one"
-        )
-    frozen.set(result.base_delta)
-    write_model(model, result.adapter, result.other)
-    return model.eval(), frozen
-
-
-def kind_of(result: Result, name: str) -> Kind:
-    """The kind of model that the result was trained as; where it does not say, the kind of the base `name` that has its modules.
-
-    Raises:
-        ModelError: none of ours.
-    """
-    kinds: dict[str | None, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", IMAGE_TASK: IMAGES}
-    task_type = (result.config.get("task_type") if result.adapter else None) or result.manifest.get("task_type")
-    if task_type in kinds:
-        return kinds[task_type]
-    if task_type is not None:
-        raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to fedex_lora.load_model")
-    if _head_rows(result) and takes_images(Base(model=name)):
-        return IMAGES
-    candidates: tuple[Kind, ...] = ("features", "causal-lm", "classification")
-    return next((kind for kind in candidates if has_modules(Base(model=name), kind, result.adapter)), "features")
-
-
-def _head_rows(result: Result) -> list[int]:
-    heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-    return [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
-
-
-def base_for(result: Result, name: str) -> PreTrainedModel:
-    """The base with the head that the result was trained with."""
-    kind, options, rows = kind_of(result, name), dict[str, Any](), _head_rows(result)
-    if kind in ("classification", IMAGES):
-        options = {"num_labels": rows[0]} if rows else {}
-    if labels := dict(enumerate(result.manifest.get("labels", []))):
-        options = {"num_labels": len(labels), "id2label": labels, "label2id": {label: index for index, label in labels.items()}}
-    precision = {key: result.manifest[f"base_{key}"] for key in ("dtype", "quantization") if f"base_{key}" in result.manifest}
-    seed = result.manifest.get("base_random_seed")
-    if seed is not None:
-        set_seed(seed)
-    return load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
+    final = path / "final"
+    return (rounds, final if (final / MANIFEST).exists() else None) if rounds else ([final if (final / MANIFEST).exists() else path], None)

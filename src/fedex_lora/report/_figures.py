@@ -10,6 +10,7 @@ from fedex_lora import analysis
 from fedex_lora.errors import UsageError
 from fedex_lora.report._charts import PALETTE
 from fedex_lora.report._sections import Group, grouped
+from fedex_lora.storage import beside
 
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
 FORMATS = (".pdf", ".svg", ".png")
@@ -204,6 +205,6 @@ def _finish(figure: Any, axes: Any, out: Path, value: Value) -> None:
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
     figure.draw_without_rendering()  # the axes' powers of ten take room
-    whole, undated = out.with_name(f".{out.name}.tmp"), {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix)
+    whole, undated = beside(out), {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix)
     figure.savefig(whole, dpi=200, format=out.suffix[1:], metadata=undated)
     whole.replace(out)

@@ -31,17 +31,19 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
 
     Args:
         paths: run folders, or folders that hold some.
-        out: the file; one that is there is replaced.
+        out: the file; a report that is there is replaced, and nothing else.
 
     Returns:
         `out`, `bytes`, `runs`, `charts`, `tables`.
 
     Raises:
-        UsageError: a path holds no run, or they are too many to compare.
+        UsageError: a path holds no run, or they are too many to compare; or `out` is something else.
         StorageError: a run that cannot be read.
     """
     if out.is_dir():
         raise UsageError(f"{out} is a folder: give the name of a file, such as {out / 'report.html'}")
+    if out.exists() and not is_report(out):
+        raise UsageError(f"{out} exists and is no report of fedex-lora: give another name after -o")
     runs = find_runs(paths)
     text, counts = page(runs)
     try:
@@ -49,6 +51,12 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}: give another name after -o") from None
     return {"out": str(out), "bytes": len(text.encode()), "runs": len(runs), **counts}
+
+
+def is_report(path: Path) -> bool:
+    """Does a file say of itself that it is a report?"""
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="fedex-lora ' in file.read(4096)
 
 
 def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:

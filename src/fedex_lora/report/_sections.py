@@ -1,5 +1,6 @@
 """What a report says: sections of charts, tables and numbers, from runs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,6 +90,13 @@ def final(group: Group, column: str) -> list[float]:
     return [float(end.iloc[-1]) for end in ends if len(end)]
 
 
+def worst_error(frame: pd.DataFrame, column: str) -> float:
+    """The largest of a column; infinity where one could not be computed."""
+    if "not_finite" in frame and frame["not_finite"].fillna("").str.split(", ").map(lambda names: column in names).any():
+        return math.inf
+    return float(frame[column].max()) if column in frame else math.nan
+
+
 def tiles(group: Group) -> list[tuple[str, str, str]]:
     """The headline numbers: what, how much, and of what."""
     run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.headline
@@ -99,9 +107,9 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
         before = frame[frame["round"] == 0][shown].mean()
         base = f", {before:.4f} before training" if np.isfinite(before) else ""
         found.append((headline, f"{np.mean(ends):.4f}", f"{where}, round {group.last_round}{base}{group.over('mean')}"))
-    if final(group, "exactness_error"):
+    if not math.isnan(error := worst_error(frame, "exactness_error")):
         note = f"worst round and module, from the factors{group.over('worst')}"
-        found.append(("exactness error", scientific(frame["exactness_error"].max()), note))
+        found.append(("exactness error", scientific(error), note))
     if ends := final(group, "deviation"):
         last = f"{percent(float(np.mean(ends)))} in the last that was measured{group.over('mean')}"
         note = f"of the whole model's update it would lose: most in one round{group.over('worst')}; {last}"
@@ -130,8 +138,7 @@ def comparison(groups: Sequence[Group]) -> Table:
             "lowest": min(ends, default=np.nan),
             "highest": max(ends, default=np.nan),
         }
-        for column in ("exactness_error", "deviation"):
-            row[column] = frame[column].max() if column in frame else np.nan
+        row |= {column: worst_error(frame, column) for column in ("exactness_error", "deviation")}
         row |= {name: frame[name].sum() / len(group.runs) for name in ("bytes_down", "bytes_up")}
         row |= {"seconds": frame["seconds"].sum() / len(group.runs) if "seconds" in frame else np.nan}
         row |= {"refused": int(frame["refused"].sum()) if "refused" in frame else 0}

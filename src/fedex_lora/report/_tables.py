@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 Format = Callable[[Any], str]
+NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def table(caption: str, frame: pd.DataFrame, formats: Mapping[str, Format] | Non
 
 
 def _cell(value: Any, show: Format) -> tuple[str, float | None]:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–", None
+    if isinstance(value, float) and math.isinf(value):
+        return NOT_FINITE, None
     text = show(value)
     return text, None if isinstance(value, str) or _is_number(text) else float(f"{float(value):.6g}")
 
@@ -73,7 +76,7 @@ def percent(value: float) -> str:
 
 def scientific(value: float) -> str:
     """As 1.2e-07."""
-    return f"{value:.1e}"
+    return f"{value:.1e}" if math.isfinite(value) else NOT_FINITE
 
 
 def fixed(value: float) -> str:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fedex_lora.measure import number
 from fedex_lora.reproduce._deviations import by_layer, by_round, pictures
 from fedex_lora.reproduce._filled import Filled, score
 from fedex_lora.reproduce._grids import Grid
@@ -120,4 +121,4 @@ def _records(wanted: Sequence[Cell], asked: Sequence[Cell], place: Place, scale:
 def _shown(record: dict[str, Any]) -> str:
     last, headline = record["rounds"][-1]["metrics"], record["facts"]["headline"]
     seconds = sum(one["seconds"] for one in record["rounds"])
-    return f"{headline} {last[headline]:.4f} in {seconds:.0f} s" if headline in last else f"{seconds:.0f} s"
+    return f"{headline} {number(last[headline]):.4f} in {seconds:.0f} s" if headline in last else f"{seconds:.0f} s"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fedex_lora.measure import number
 from fedex_lora.reproduce._recipe import CellPlace, Column, Panel, Recipe, Row, chosen
 
 Record = Mapping[str, Any]
@@ -75,11 +76,13 @@ class Filled:
 def score(record: Record, metric: str, test: str | None = None) -> float | None:
     """A metric after the last round, on the evaluation rows, or on a test in writing.
 
+    NaN where it was not finite; None where it was not measured.
+
     `held_out.METRIC`: on the clients' own rows, the mean over the later half of the rounds, as `compare` chooses learning rates.
     """
     if metric.startswith(HELD_OUT):
         held = {int(number): metrics for number, metrics in record["held_out"].items()}
-        later = [metrics[metric.removeprefix(HELD_OUT)] for number, metrics in held.items() if number > len(record["rounds"]) // 2]
+        later = [number(metrics[metric.removeprefix(HELD_OUT)]) for round, metrics in held.items() if round > len(record["rounds"]) // 2]
         return float(np.mean(later)) if later else None
-    value: float | None = (record.get("tests", {}).get(test, {}) if test else record["rounds"][-1]["metrics"]).get(metric)
-    return value
+    metrics = record.get("tests", {}).get(test, {}) if test else record["rounds"][-1]["metrics"]
+    return number(metrics[metric]) if metric in metrics else None

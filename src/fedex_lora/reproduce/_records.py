@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.evaluation import Options, evaluate_source
 from fedex_lora.peft_io import read_result
 from fedex_lora.reproduce._recipe import Cell, identity
+from fedex_lora.run_folder import remove, strays
 from fedex_lora.runner import run
 from fedex_lora.storage import plain_json, read_events, run_rounds_of, write_text
 from fedex_lora.tasks import Task, load_task
@@ -167,7 +167,8 @@ def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation:
         written = {test: _short(evaluate_source(str(folder), settings, options, cell.seed)) for test, settings in asked.items()}
         record = {"config": identity(cell.config), **recorded(read_events(folder / "events.jsonl"), folder), "tests": written}
     write_text(place.out / RUNS / f"{cell.name}.json", plain_json(record) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir() and not strays(folder):
+        remove(folder)
     folder.with_name(f"{folder.name}.rows").unlink(missing_ok=True)
     return record
 
@@ -191,7 +192,7 @@ def _on_the_same_rows(folder: Path, task: Task) -> None:
     for frame in (task.train, task.eval):
         rows.update(pd.util.hash_pandas_object(frame.astype(str), index=False).to_numpy().tobytes())
     if folder.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == rows.hexdigest()):
-        shutil.rmtree(folder)
+        remove(folder)
     write_text(note, rows.hexdigest())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedex_lora.compare import interval
+from fedex_lora.measure import worst
 from fedex_lora.reproduce._filled import Filled
 from fedex_lora.reproduce._grids import NOT_RUN, Grid, plus_minus
 from fedex_lora.reproduce._recipe import UNKNOWN, Panel, Row
@@ -115,7 +116,8 @@ def _account(filled: Filled, panel: Panel, row: Row) -> dict[str, Any]:
     rates = {record["config"].get("training", {}).get("learning_rate") for record in records}
 
     def largest(name: str) -> float | None:
-        return max((one[name] for one in rounds if one.get(name) is not None), default=None)
+        errors = [one[name] for one in rounds if name in one]
+        return worst(errors) if errors else None
 
     return {
         "runs": len(records),
