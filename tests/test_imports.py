@@ -7,12 +7,12 @@ import fedex_lora
 
 ROOT = Path(fedex_lora.__file__).parent
 ABOVE = (
-    "errors types config aggregation consistency measure server screening catch_up framing wire answers books"
+    "errors failures types config aggregation consistency measure server screening catch_up framing wire answers books"
     " scoring tensor_files storage run_folder peft_io checkpoint memory verify audits streaming adapters"
-    " regions export tasks partition client evaluation"
+    " regions export tasks partition check client evaluation"
 )
 ORDER = f"{ABOVE} rounds place party trackers runner display analysis report compare reproduce demo flower doctor cli".split()
-PURE = ("errors", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers", "scoring")
+PURE = ("errors", "failures", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers", "scoring")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 
 

@@ -58,6 +58,8 @@ class Display:
         if "disk_bytes" in fields:
             line += f", up to {fields['disk_bytes'] / 1e6:.0f} MB of disk"
         self._print(line)
+        if settings := fields.get("settings"):
+            self._print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()))
         self._print(f"round 0/{self._rounds}  {numbers(fields['metrics'])}")
         self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, note="")
 

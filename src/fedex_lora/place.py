@@ -31,7 +31,7 @@ from fedex_lora.peft_io import (
     write_model,
 )
 from fedex_lora.rounds import Exchange, Federation, versions
-from fedex_lora.tasks import Task, usable
+from fedex_lora.tasks import Task, limit, usable
 from fedex_lora.types import Delta, ServerState
 
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
@@ -135,6 +135,13 @@ class Host:
         side = {"side_error": base.side_error, "compaction_error": base.compaction_error}
         return *base.realised(ideal), {name: value for name, value in side.items() if value}
 
+    def _settings(self) -> dict[str, Any]:
+        """What has a default that depends on the task, as it is."""
+        config, place = self.place.config, self.place
+        lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if method_named(config.method).lora else {}
+        length = {} if place.work.task.kind == IMAGES else {"max_length": limit(config.task, place.work.processor)}
+        return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
+
     def facts(self, train_rows: Mapping[str, int]) -> dict[str, Any]:
         """For the manifest and the first event."""
         place, config, task = self.place, self.place.config, self.place.work.task
@@ -151,6 +158,7 @@ class Host:
             "total_parameters": total,
             "base_bytes": frozen_bytes(place.model),
             "device": str(training_arguments(config).device),
+            "settings": self._settings(),
             "disk_bytes": bytes_needed(config, self.initial(), len(train_rows)),
             "base_dtype": config.base.dtype,
             "base_quantization": config.base.quantization,

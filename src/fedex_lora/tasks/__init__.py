@@ -10,9 +10,9 @@ from fedex_lora.scoring import CHOICES
 from fedex_lora.tasks import arithmetic, commonsense, custom, demo, e2e, glue
 from fedex_lora.tasks._completions import IGNORED, prompt_ids
 from fedex_lora.tasks._images import ImageCollator
-from fedex_lora.tasks._task import Generation, Task, text_collator, usable
+from fedex_lora.tasks._task import Generation, Task, limit, text_collator, usable
 
-__all__ = ["IGNORED", "TASKS", "Generation", "Task", "collator", "load_task", "prompt_ids", "usable"]
+__all__ = ["IGNORED", "TASKS", "Generation", "Task", "collator", "limit", "load_task", "prompt_ids", "usable"]
 
 TASKS: dict[str, Callable[[config.Task], Task]] = {
     **{f"glue/{name}": partial(glue.load, name) for name in glue.GLUE},
