@@ -202,7 +202,7 @@ def test_a_fraction_of_the_clients(tmp_path):
 def test_one_base_in_memory_however_many_clients(tmp_path):
     few, many = (InProcess(configuration(clients={"partition": "iid", "count": count}), ignore) for count in (2, 12))
     assert sum(p.numel() for p in few.host.place.model.parameters()) == sum(p.numel() for p in many.host.place.model.parameters())
-    assert len(many.parties.data) == 12
+    assert len(many.parties.learner.rows) == 12
 
 
 @pytest.mark.parametrize("schedule", ["round", "run"])

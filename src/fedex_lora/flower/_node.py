@@ -14,6 +14,7 @@ from fedex_lora.config import parse_config
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._settings import NodeSettings, node_settings
+from fedex_lora.learner import ModelLearner
 from fedex_lora.memory import MEMORY
 from fedex_lora.partition import held_out, partition
 from fedex_lora.party import Parties
@@ -58,7 +59,7 @@ class Node:
                 raise ModelError(
                     f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model"
                 )
-            parties = Parties(place, {request.client: data}, self._emit, alone=True)
+            parties = Parties(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
             _remember(parties, folder, mine / MEMORY)
             return parties.answer(request.client, request.payload)
 
@@ -111,6 +112,6 @@ def _rows(place: Place, client: str, dealt: bool) -> ClientData:
 def _remember(parties: Parties, folder: Path, memory: Path) -> None:
     """Take up what this party remembers; what is broken is set aside, and asked for anew."""
     try:
-        parties.remember_in(folder, parties.latest, lambda version: {})
+        parties.remember_in(folder, lambda version: {})
     except StorageError:
         memory.replace(memory.with_name(f"{MEMORY}.broken"))
