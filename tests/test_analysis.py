@@ -193,6 +193,10 @@ def test_refusals_of_a_round_and_of_the_final_measurement(tmp_path):
     frame = analysis.participation(events).set_index("client")
     assert frame["outcome"].to_dict() == {"a": "accepted", "b": "refused", "c": "not asked"}
     assert analysis.rounds(events)["refused"].iloc[-1] == 1
+    events[3]["accepted"] = ["a", "b"]  # b was asked again, and answered well
+    assert analysis.participation(events)["outcome"].tolist() == ["accepted", "accepted", "not asked"]
+    assert analysis.rounds(events)[["accepted", "refused"]].iloc[-1].tolist() == [2, 0]
+    del events[3]["accepted"]
     events[3]["skipped"] = "1 of 2 answered"
     frame = analysis.participation(events).set_index("client")
     assert frame.loc["a", ["outcome", "reason"]].tolist() == ["skipped", "1 of 2 answered"]

@@ -13,14 +13,16 @@ from tests.fuzz_wire import bounds, campaign, with_header
 from tests.test_runner import configuration, events_of, ignore
 
 from fedex_lora import LoRAPair
+from fedex_lora.analysis import participation
 from fedex_lora.answers import Reply
+from fedex_lora.checkpoint import last_checkpoint
 from fedex_lora.errors import ConfigError, TrainingError
 from fedex_lora.framing import read_table, seal
 from fedex_lora.measure import Exactness
 from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
 from fedex_lora.screening import screened
-from fedex_lora.storage import read_manifest
+from fedex_lora.storage import read_events, read_manifest
 from fedex_lora.verify import verify
 from fedex_lora.wire import declared_bytes
 
@@ -210,15 +212,22 @@ def test_hostile_updates_leave_the_honest_aggregate_as_it_is(case, federation, w
 
 
 def test_replays_and_second_answers(federation, without, tmp_path):
-    """An answer to an older round does not count, nor a second one; the first valid one does."""
+    """An answer to an older round does not count, nor a second one; the first valid one does, and its client is refused nothing."""
     old, new = federation[2][MALLORY][:2]
     final, refused = attacked(federation, tmp_path / "replay", [old])
     assert "round is 1, this round declared 2" in refused[0]["reason"]
     assert equal(bits(final), without)
     whole, refused = attacked(federation, tmp_path / "both", [old, new, new, None])
-    assert [event["reason"].split(",")[0] for event in refused] == ["the update's round is 1"] + 2 * [
-        "it answered twice: its first answer counts"
-    ]
+    assert [event["reason"].split(",")[0] for event in refused] == ["the update's round is 1"]
+    again = events_of(tmp_path / "both", "warning")
+    assert [(event["round"], event["client"]) for event in again] == 2 * [(2, MALLORY)]
+    assert all("answered again: its first answer counts" in event["message"] for event in again)
+    assert read_manifest(tmp_path / "both" / "run" / "rounds" / "0002")["refused"] == []
+    checkpoint, _ = last_checkpoint(tmp_path / "both" / "run")
+    assert checkpoint.books.told == {}
+    events = [event for event in read_events(tmp_path / "both" / "events.jsonl") if event["event"] != "started"]
+    frame = participation([{"event": "started", "clients": [MALLORY]}, *events])
+    assert frame["outcome"].tolist() == ["accepted", "accepted"]
     honest, refused = attacked(federation, tmp_path / "honest", [new])
     assert not refused
     assert equal(bits(whole), bits(honest))

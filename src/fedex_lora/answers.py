@@ -76,11 +76,12 @@ def collect(
     emit: Emit,
     spare: float = math.inf,
     earlier: Mapping[str, Download] | None = None,
-    anew: bool = False,
+    before: Answers | None = None,
 ) -> Answers:
     """What counts of the replies to `downloads`.
 
-    One update of a client counts, its first valid one. Once more than `spare` clients have failed, nobody is waited for.
+    One update of a client counts, its first valid one; what else it sends is ignored, with a warning. Once more than `spare` clients have
+    failed, nobody is waited for.
 
     Args:
         replies: as they come; None now and then while there is none.
@@ -89,26 +90,28 @@ def collect(
         emit: told of each answer, and of who is waited for.
         spare: how many may fail.
         earlier: the messages of the round before that were not answered in time.
-        anew: these messages bring everything, so a client that lacks something has failed.
+        before: what came of other messages of this round; then these bring everything, and a client that lacks something has failed.
     """
     round = next(iter(downloads.values())).round
     updates, late = dict[str, ClientUpdate](), dict[str, ClientUpdate]()
-    refused, failed, lacking, size = list[Refusal](), set[str](), set[str](), 0
+    refused, failed, lacking, size, again = list[Refusal](), set[str](), set[str](), 0, 0
+    there = before or Answers({})
 
     def expected() -> set[str]:
         """Those of whom nothing has come yet."""
         return downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused}
 
     for reply in _heard(replies, expected, config.clients.deadline, lambda **fields: emit("waiting", round=round, **fields)):
-        if reply.client not in expected() and len(refused) > len(downloads) + NOISE:
+        if reply.client not in expected() and len(refused) + again > len(downloads) + NOISE:
             continue
         size += len(reply.payload or b"")
-        answered, update = _accepted(
-            reply, downloads, updates, config, {name: sent for name, sent in (earlier or {}).items() if name not in late}
-        )
-        if reply.lacks and reply.client in expected() and not anew:
+        answered, update = _judged(reply, downloads, {*updates, *there.updates}, config, earlier or {}, {*late, *there.late})
+        if reply.lacks and reply.client in expected() and before is None:
             lacking.add(reply.client)
             emit("warning", round=round, client=reply.client, message=f"{reply.client} is sent everything, because: {_cut(reply.error)}")
+        elif update is None:
+            again += 1
+            emit("warning", round=round, client=reply.client, message=f"{reply.client} answered again: its first answer counts")
         elif isinstance(update, ClientUpdate):
             (updates if answered == round else late)[reply.client] = update
             _tell(update, round, answered, len(reply.payload or b""), emit)
@@ -116,7 +119,7 @@ def collect(
             refuse(answered, reply.client, update, emit)
         else:
             refused.append(refuse(round, reply.client, update, emit))
-            failed |= {reply.client} if reply.payload is None and reply.client not in updates else set()
+            failed |= {reply.client} if reply.payload is None else set()
         if len(failed) > spare:
             break
     silent = sorted(downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused})
@@ -124,6 +127,7 @@ def collect(
         within = "" if config.clients.deadline is None else f" within clients.deadline = {config.clients.deadline:g} seconds"
         refused += [refuse(round, client, f"it did not answer{within}", emit) for client in silent if client not in late]
     late = {client: update for client, update in late.items() if client not in updates}
+    refused = [refusal for refusal in refused if refusal.client not in updates]  # a valid answer came after all
     return Answers(updates, late, refused, silent, lacking if len(failed) <= spare else (), size)
 
 
@@ -145,10 +149,15 @@ def _heard(
             yield reply
 
 
-def _accepted(
-    reply: Reply, downloads: Mapping[str, Download], before: Collection[str], config: Config, earlier: Mapping[str, Download]
-) -> tuple[int, ClientUpdate | str]:
-    """The round that a reply answers, and the update in it or why there is none."""
+def _judged(
+    reply: Reply,
+    downloads: Mapping[str, Download],
+    before: Collection[str],
+    config: Config,
+    earlier: Mapping[str, Download],
+    late: Collection[str],
+) -> tuple[int, ClientUpdate | str | None]:
+    """The round that a reply answers, and the update in it, or why there is none; None: an answer of its client is there already."""
     round = next(iter(downloads.values())).round
     if reply.payload is None and reply.round not in (None, round):
         return reply.round or 0, f"it failed, too late to matter: {reply.error}"
@@ -157,13 +166,13 @@ def _accepted(
         try:
             update = decode_update(reply.payload, missed, stays(missed.method, missed.round), config.messages.max_examples)
             refusal = f"it answered in round {round} only: too late (clients.late = 'refuse')"
-            return missed.round, update if config.clients.late == "next" else refusal
+            return missed.round, None if reply.client in late else update if config.clients.late == "next" else refusal
         except WireError:
             pass  # then it answers this round, or nothing
+    if reply.client in before:
+        return round, None
     if reply.client not in downloads:
         return round, "it was not asked in this round"
-    if reply.client in before:
-        return round, "it answered twice: its first answer counts"
     if reply.payload is None:
         return round, f"it failed: {reply.error}"
     sent = downloads[reply.client]

@@ -1,6 +1,5 @@
 """Data frames of rounds, clients, bytes and refusals: pure functions of events."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 Events: TypeAlias = Sequence[Mapping[str, Any]]
-NESTED = ("metrics", "modules", "drift")
+NESTED = ("metrics", "modules", "drift", "accepted")
 
 
 def _of(events: Events, kind: str) -> list[Mapping[str, Any]]:
@@ -27,6 +26,17 @@ def _refused(events: Events) -> list[tuple[int, str, str, str]]:
     return found
 
 
+def _left_out(events: Events) -> dict[int, dict[str, str]]:
+    """Round -> client that was asked and whose update is not part of the mean -> why: of what was refused, what did not count after all."""
+    asked = {event["round"]: event["clients"] for event in _of(events, "round_started")}
+    accepted = {event["round"]: event.get("accepted", ()) for event in _of(events, "round_done")}
+    found: dict[int, dict[str, str]] = {}
+    for number, client, reason, when in _refused(events):
+        if when == "round" and client in asked.get(number, ()) and client not in accepted.get(number, ()):
+            found.setdefault(number, {})[client] = reason
+    return found
+
+
 def rounds(events: Events) -> pd.DataFrame:
     """A row a round, with round 0 (the untrained model) where it was measured.
 
@@ -35,7 +45,7 @@ def rounds(events: Events) -> pd.DataFrame:
     `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`.
     """
     asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
-    left_out = Counter(number for number, client in {(number, client) for number, client, _, when in _refused(events) if when == "round"})
+    left_out = _left_out(events)
     held = {event["round"]: event["metrics"] for event in _of(events, "held_out")}
     rows: list[dict[str, Any]] = [{"round": 0, **event["metrics"]} for event in _of(events, "started")[:1] if event.get("metrics")]
     for event in _of(events, "round_done"):
@@ -43,7 +53,7 @@ def rounds(events: Events) -> pd.DataFrame:
         numbers = {key: value for key, value in event.items() if key not in (*NESTED, "event", "round", "time")}
         row = {"round": number, **event["metrics"], **numbers}
         if number in asked:
-            refused = min(left_out[number], asked[number])
+            refused = len(left_out.get(number, ()))
             row |= {"participants": asked[number], "refused": refused, "accepted": 0 if "skipped" in event else asked[number] - refused}
         rows.append(row)
     for row in rows:
@@ -72,13 +82,13 @@ def participation(events: Events) -> pd.DataFrame:
     finished = {event["round"] for event in _of(events, "round_done")}
     skipped = {event["round"]: event["skipped"] for event in _of(events, "round_done") if event.get("skipped")}
     everyone = list(_of(events, "started")[0]["clients"])
-    reasons = {(number, client): reason for number, client, reason, when in _refused(events) if when == "round"}
+    left_out = _left_out(events)
     rows = []
     for event in _of(events, "round_started"):
         if event["round"] in finished:
             asked = set(event["clients"])
             for client in everyone:
-                reason = reasons.get((event["round"], client)) if client in asked else None
+                reason = left_out.get(event["round"], {}).get(client)
                 taken = "skipped" if event["round"] in skipped else "accepted"
                 outcome = "not asked" if client not in asked else taken if reason is None else "refused"
                 rows.append((event["round"], client, outcome, reason or (skipped[event["round"]] if outcome == "skipped" else "")))
