@@ -1,9 +1,11 @@
 """Federations without a model: the real loop, books, wire, memories and folders; a client "trains" by adding noise to its factors.
 
-`Fake` is an `InProcess` whose learner is `Noise` and whose server side measures nothing. `Network` stands between clients and loop.
+`Fake` is an `InProcess` whose learner is `Noise` and whose server side measures the head alone. `Network` stands between clients and loop.
 """
 
+import copy
 import json
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +16,7 @@ from fedex_lora import LoRAPair, server
 from fedex_lora.aggregation import derive_seed, method_named
 from fedex_lora.answers import Reply
 from fedex_lora.consistency import require_consistent
+from fedex_lora.errors import LacksError, WireError
 from fedex_lora.framing import read_table, seal
 from fedex_lora.measure import Exactness
 from fedex_lora.party import Parties
@@ -25,11 +28,10 @@ from fedex_lora.types import ClientUpdate
 SHAPES = {"wide": (10, 16), "tall": (18, 8)}  # out x in
 SCALING = 2.0
 HEAD = "head.weight"
-MEASURED = Exactness({}, {}), 0.0, {}  # of no layers
 
 
 def setting(**changes):
-    """A configuration for `Fake`: base, task and training of it are not looked at, but for their names."""
+    """A configuration for `Fake`; what it says of base, task and training is not looked at."""
     return configuration(**{"lora": {"r": 4}, "clients": {"partition": "iid", "count": 4}, **changes})
 
 
@@ -47,7 +49,7 @@ class Given:
 
 @dataclass
 class Trace:
-    """What happened: every model given to a client, in order, and the server's state after each round."""
+    """What happened: every model that a client was given, in order, and the server's state after each round."""
 
     given: list = field(default_factory=list)
     states: dict = field(default_factory=dict)
@@ -56,17 +58,23 @@ class Trace:
 class Noise:
     """A `Learner`: training adds noise of (client, round) to the factors that the method trains, and to the head."""
 
-    def __init__(self, config, trace):
-        self.config, self.trace, self.method = config, trace, method_named(config.method)
+    def __init__(self, config, trace, emit):
+        self.config, self.trace, self.emit, self.method = config, trace, emit, method_named(config.method)
         names = [POOLED] if self.method.pooled else [f"client-{index}" for index in range(config.clients.count)]
         self.rows = {name: 10 + 7 * index for index, name in enumerate(names)}
-        generator = torch.Generator().manual_seed(config.seed)
-        rank = config.lora.r
-        self.first = {
+        generator, rank = torch.Generator().manual_seed(config.seed), config.lora.r
+        first = {
             name: LoRAPair(torch.randn(rank, inner, generator=generator) / inner**0.5, torch.zeros(out, rank), SCALING)
             for name, (out, inner) in SHAPES.items()
-        } if self.method.lora else {}  # fmt: skip
+        }
+        self.first = first if self.method.lora else {}
         self.other = {HEAD: torch.randn(3, 5, generator=generator)}
+
+    def only(self, client):
+        """The learner on the machine of one client."""
+        alone = copy.copy(self)
+        alone.rows = {client: self.rows[client]}
+        return alone
 
     def put(self, start, delta, other):
         self._put = start, delta, other
@@ -78,6 +86,7 @@ class Noise:
     def train(self, client, round, optimizer):
         given, parts = self.trace.given[-1], self.method.trained(round)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, round, client))
+        self.emit("step", round=round, client=client, step=1, steps=1)
         adapter = {}
         for name, pair in given.start.items():
             dA, dB = (0.1 * torch.randn(factor.shape, generator=generator) for factor in (pair.A, pair.B))
@@ -88,7 +97,7 @@ class Noise:
 
 
 class FakeHost:
-    """The server's side: it keeps every state, and measures the head's norm."""
+    """The server's side: it keeps every state, and measures the norm of the head."""
 
     def __init__(self, config, learner, trace):
         self.config, self.learner, self.trace = config, learner, trace
@@ -101,9 +110,9 @@ class FakeHost:
         return {"headline": "loss", "greater_is_better": False, "disk_bytes": 0, "base_bytes": 1000, "train_rows": dict(rows)}
 
     def federation(self, rows, exchange):
-        format = Format({"modules_to_save": ["head"]})
-        facts = self.facts(rows)
-        return Federation(sorted(rows), exchange, self.evaluate, lambda state, ideal: MEASURED, format, facts, self.ranks)
+        format, facts = Format({"modules_to_save": ["head"]}), self.facts(rows)
+        measured = Exactness({}, {}), 0.0, {}  # of no layers
+        return Federation(sorted(rows), exchange, self.evaluate, lambda state, ideal: measured, format, facts, self.ranks)
 
     def evaluate(self, state):
         self.trace.states[state.round] = state
@@ -115,9 +124,26 @@ class Fake(InProcess):
 
     def __init__(self, config, emit, trace=None):
         self.trace = Trace() if trace is None else trace
-        learner = Noise(config, self.trace)
+        learner = Noise(config, self.trace, emit)
         require_consistent(config, len(learner.rows))
         self.parties, self.host = Parties(config, learner), FakeHost(config, learner, self.trace)
+        self.trace.states.setdefault(0, self.initial())
+
+
+class Alone(Fake):
+    """The same clients, each on a machine of its own: every message is answered by a new process, which knows what is in its folder."""
+
+    def exchange(self, messages, deadline=None):
+        for client, payload in messages.items():
+            parties = Parties(self.parties.config, self.parties.learner.only(client), alone=True)
+            parties.remember_in(self.folder, lambda version: {})
+            try:
+                yield Reply(client, parties.answer(client, payload))
+            except WireError as error:
+                yield Reply(client, None, str(error), lacks=isinstance(error, LacksError))
+
+    def remember_in(self, out):
+        self.folder = out / "clients"
 
 
 def told(payload):
@@ -127,38 +153,55 @@ def told(payload):
 
 def enlarged(payload):
     """The update with factors and head a million times as large."""
-    return seal(save({name: tensor * 1e6 for name, tensor in load(payload).items()}, metadata={"header": read_table(payload, len(payload))[0]}))
+    header = read_table(payload, len(payload))[0]
+    return seal(save({name: tensor * 1e6 for name, tensor in load(payload).items()}, metadata={"header": header}))
 
 
 class Network:
     """Between clients and loop: the first time that a round with a fault is asked for, something happens to the first of its clients.
 
     Faults: "down" (the message does not reach it), "lost" (its answer is), "held" (its answer comes with those of the next call),
-    "large" (its answer is a million times too large), "twice" (its answer comes twice), "wiped" (it has forgotten everything).
+    "large" (its answer is a million times too large), "twice" (its answer comes twice, and again with those of the next call),
+    "wiped" (it has forgotten everything), "killed" (everything stops once it has answered).
+
+    Args:
+        place: of the clients.
+        faults: round -> fault.
+        patient: wait for what does not come until the loop has had enough.
     """
 
-    def __init__(self, place, faults=()):
-        self.place, self.faults = place, dict(faults)
-        self.victims, self._waiting = {}, []
+    def __init__(self, place, faults, patient=False):
+        self.place, self.faults, self.patient = place, dict(faults), patient
+        self.victims, self.came, self.calls, self._waiting = {}, {}, 0, []
 
     def exchange(self, messages, deadline=None):
+        self.calls += 1
         yield from self._waiting
         self._waiting = []
-        round = told(messages[min(messages)])["round"]
-        fault, victim = self.faults.pop(round, None), min(messages)
-        if fault:
+        round, victim = told(messages[min(messages)])["round"], min(messages)
+        if fault := self.faults.pop(round, None):
             self.victims[round] = victim
         if fault == "wiped":
             self.place.parties.memories.pop(victim, None)
-        reached = {client: payload for client, payload in messages.items() if fault != "down" or client != victim}
         if fault == "down":
+            messages = {client: payload for client, payload in messages.items() if client != victim}
             yield Reply(victim, None, "it never got the message")
-        for reply in self.place.exchange(reached, deadline):
-            if fault in ("lost", "held") and reply.client == victim:
-                self._waiting += [reply] if fault == "held" else []
-                continue
-            if fault == "large" and reply.client == victim:
-                reply = Reply(victim, enlarged(reply.payload))
+        for reply in self.place.exchange(messages, deadline):
+            self.came[self.calls, reply.client] = reply.payload
+            yield from self._passed_on(reply, fault if reply.client == victim else None)
+        while self.patient and fault in ("held", "lost"):
+            yield None
+            time.sleep(0.01)
+
+    def _passed_on(self, reply, fault):
+        """What comes of one answer now."""
+        if fault in ("held", "twice"):
+            self._waiting.append(reply)
+        if fault == "large":
+            yield Reply(reply.client, enlarged(reply.payload))
+        elif fault not in ("held", "lost"):
             yield reply
-            if fault == "twice" and reply.client == victim:
-                yield reply
+        if fault == "twice":
+            yield reply
+        if fault == "killed":
+            raise InterruptedError

@@ -91,7 +91,9 @@ def screened(
         (['a', 'b'], ['c'])
     """
     ordered = sorted(updates, key=lambda update: update.client_id)
-    sizes = {update.client_id: size_of(update, starts[update.client_id], (earlier or {}).get(update.client_id, other)) for update in ordered}
+    sizes = {
+        update.client_id: size_of(update, starts[update.client_id], (earlier or {}).get(update.client_id, other)) for update in ordered
+    }
     refused = {
         client: "its numbers are too large to be averaged: lower its training.learning_rate"
         for client, size in sizes.items()

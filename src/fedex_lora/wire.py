@@ -225,6 +225,14 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
     )
 
 
+def round_of(payload: bytes | None) -> int | None:
+    """The round that a message says it is of; None where it says nothing that can be read."""
+    try:
+        return _table(payload or b"", 2**20 + len(payload or b"") // 2)[0].round
+    except WireError:
+        return None
+
+
 def declared_bytes(expected: Mapping[str, Tensor]) -> tuple[int, int]:
     """The most bytes that the header, and the whole, of a message with these tensors may have."""
     header = HEADER + sum(256 + 4 * len(name) for name in expected)
