@@ -41,8 +41,9 @@ def rounds(events: Events) -> pd.DataFrame:
     """A row a round, with round 0 (the untrained model) where it was measured.
 
     Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
-    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total`; `seconds`; `participants`,
-    `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`.
+    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total` (the message that brings the final
+    model to all belongs to no round: `sent` counts it); `seconds`; `participants`, `accepted`, `refused`: how many clients; the clients' own
+    rows as `held_out_METRIC`.
     """
     asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
     left_out = _left_out(events)
@@ -124,7 +125,7 @@ def clients(events: Events) -> pd.DataFrame:
 
 
 def communication(runs: Mapping[str, Events], reference: str | None = None) -> pd.DataFrame:
-    """A row a run: bytes down and up of all clients and rounds, and in relation to a reference (paper, table 6).
+    """A row a run: bytes down and up of all clients and messages, and in relation to a reference (paper, table 6).
 
     Args:
         runs: name -> events.
@@ -132,24 +133,28 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
 
     Returns:
         Columns `run`, `method`, `rounds`, `bytes_down`, `bytes_up`, `bytes_total`, `base_bytes` (the base, once to each client),
-        `relative` (what travels in the rounds), `relative_with_base` (with the one-time download of the base, which is how the paper
+        `relative` (of the messages), `relative_with_base` (with the one-time download of the base, which is how the paper
         seems to count).
     """
     return relative(pd.DataFrame([{"run": name, **travelled(events)} for name, events in runs.items()]), reference)
 
 
+def sent(events: Events) -> tuple[int, int]:
+    """Bytes down and up of a run's messages: of every round, and of the one after it, which brings the final model to all clients."""
+    counted = [*_of(events, "round_done"), *_of(events, "evaluated")[-1:]]
+    return sum(event["bytes_down"] for event in counted), sum(event["bytes_up"] for event in counted)
+
+
 def travelled(events: Events) -> dict[str, Any]:
     """A run's row of `communication`, in absolute numbers."""
-    started, done = _of(events, "started")[0], _of(events, "round_done")
-    down, up = sum(event["bytes_down"] for event in done), sum(event["bytes_up"] for event in done)
-    base = (started.get("base_bytes") or 0) * len(started["clients"])
+    started, (down, up) = _of(events, "started")[0], sent(events)
     return {
         "method": started["method"],
-        "rounds": len(done),
+        "rounds": len(_of(events, "round_done")),
         "bytes_down": down,
         "bytes_up": up,
         "bytes_total": down + up,
-        "base_bytes": base,
+        "base_bytes": (started.get("base_bytes") or 0) * len(started["clients"]),
     }
 
 

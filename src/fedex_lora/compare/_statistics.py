@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from fedex_lora.analysis import sent
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -17,7 +19,7 @@ class Curve:
         metric: the headline on the evaluation rows, for rounds 0..T (for a personalised method: on the clients' held-out rows).
         held_out: the headline on the clients' held-out rows, round -> value.
         held_out_loss: likewise.
-        bytes_down, bytes_up: of all clients, the mean over the rounds.
+        bytes_down, bytes_up: of all clients and messages (`analysis.sent`), divided by the rounds.
         exactness: the worst round's relative error; None where there is no global model.
         seconds: of all rounds.
         trainable: parameters that a client trains.
@@ -43,13 +45,14 @@ def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
     metric = [started["metrics"].get(headline), *(event["metrics"].get(headline) for event in rounds)]
     if None in metric:  # no global model: what the clients measure on their own rows
         metric = [held_out.get(number, math.nan) for number in range(len(metric))]
+    down, up = sent(events)
     errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
     return Curve(
         metric=metric,
         held_out=held_out,
         held_out_loss={number: metrics["loss"] for number, metrics in held.items() if "loss" in metrics},
-        bytes_down=float(np.mean([event["bytes_down"] for event in rounds])),
-        bytes_up=float(np.mean([event["bytes_up"] for event in rounds])),
+        bytes_down=down / len(rounds),
+        bytes_up=up / len(rounds),
         exactness=max(errors, default=None),
         seconds=math.fsum(event["seconds"] for event in rounds),
         trainable=started["trainable_parameters"],
