@@ -158,7 +158,7 @@ def enlarged(payload):
 
 
 class Network:
-    """Between clients and loop: the first time that a round with a fault is asked for, something happens to the first of its clients.
+    """Between clients and loop: when a round with a fault is asked for, something happens to the first of its clients.
 
     Faults: "down" (the message does not reach it), "lost" (its answer is), "held" (its answer comes with those of the next call),
     "large" (its answer is a million times too large), "twice" (its answer comes twice, and again with those of the next call),
@@ -166,12 +166,13 @@ class Network:
 
     Args:
         place: of the clients.
-        faults: round -> fault.
+        faults: round -> fault, or several, one for each time that it is asked for.
         patient: wait for what does not come until the loop has had enough.
     """
 
     def __init__(self, place, faults, patient=False):
-        self.place, self.faults, self.patient = place, dict(faults), patient
+        self.place, self.patient = place, patient
+        self.faults = {round: [fault] if isinstance(fault, str) else list(fault) for round, fault in faults.items()}
         self.victims, self.came, self.calls, self._waiting = {}, {}, 0, []
 
     def exchange(self, messages, deadline=None):
@@ -179,7 +180,8 @@ class Network:
         yield from self._waiting
         self._waiting = []
         round, victim = told(messages[min(messages)])["round"], min(messages)
-        if fault := self.faults.pop(round, None):
+        fault = faults.pop(0) if (faults := self.faults.get(round)) else None
+        if fault:
             self.victims[round] = victim
         if fault == "wiped":
             self.place.parties.memories.pop(victim, None)

@@ -41,8 +41,8 @@ def rounds(events: Events) -> pd.DataFrame:
     """A row a round, with round 0 (the untrained model) where it was measured.
 
     Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
-    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total` (the message that brings the final
-    model to all belongs to no round: `sent` counts it); `seconds`; `participants`, `accepted`, `refused`: how many clients; the clients' own
+    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total` (the one that brings the final
+    model belongs to no round: `sent` counts it); `seconds`; `participants`, `accepted`, `refused`: how many clients; the clients' own
     rows as `held_out_METRIC`.
     """
     asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}

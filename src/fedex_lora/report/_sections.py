@@ -258,8 +258,8 @@ def communication(groups: Sequence[Group]) -> Part:
     names |= {"relative": "relative", "relative_with_base": "relative, with the base"}
     over = ", means over the seeds" if any(len(group.runs) > 1 for group in groups) else ""
     caption = (
-        f"Bytes of all clients and rounds, and of the message that brings the final model to all{over}. Relative to fedex, or the first; with "
-        "the base: as if each client had also downloaded it once."
+        f"Bytes of all clients and rounds, and of the message that brings the final model to all{over}. Relative to fedex, or the first; "
+        "with the base: as if each client had also downloaded it once."
     )
     return Part("What travelled", "", [item for item in (total, table(caption, frame.drop(columns="method"), formats, names)) if item])
 
