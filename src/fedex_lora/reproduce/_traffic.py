@@ -14,10 +14,9 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
     """Models by methods, as a share of the reference (first contrast or row): messages, and with the base once for each client."""
     labels = [row.label for row in filled.recipe.rows]
     reference = filled.recipe.contrasts[0][0] if filled.recipe.contrasts else labels[0]
-    numbers, rows, older = [], [], list[str]()
+    numbers, rows = [], []
     for panel in filled.shown:
         sums = {row.label: _sums(filled.runs(panel, row, filled.columns[0])) for row in filled.recipe.rows}
-        older += [f"{row.label} ({panel.label})" for row in filled.recipe.rows if (found := sums[row.label]) and not found["final"]]
         numbers.append({"panel": panel.label, "bytes": sums, "paper": panel.paper, "source": panel.source})
         for name, parts in (("messages", ["down", "up"]), ("with the base once", ["down", "up", "base"])):
             totals = {label: math.fsum(found[part] for part in parts) for label, found in sums.items() if found}
@@ -27,7 +26,6 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
     notes = [
         "Counted from the messages that were sent, both ways: all clients, all rounds, and the message after the last round, which brings "
         f"the final model to all clients; relative to {reference}.",
-        *([f"Of {', '.join(older)} that message was not recorded: the last round's, of the same tensors, stands for it."] if older else []),
         "'With the base once' adds one download of the frozen base for each client.",
         *(f"{panel.label}: {panel.source}." for panel in filled.shown if panel.paper),
     ]
@@ -41,11 +39,10 @@ def _share(totals: Mapping[str, float], label: str, reference: str) -> str:
 
 
 def _sums(runs: Mapping[int, Record]) -> dict[str, float] | None:
-    """Bytes of the first seed that there is; `final`: is the message after the last round known?"""
+    """Bytes of the first seed of which all messages were recorded."""
     for record in runs.values():
-        rounds, clients = record["rounds"], len(record["facts"]["train_rows"])
-        final = record.get("final") or {"bytes_down": rounds[-1]["bytes_down"], "bytes_up": 0}
-        down, up = (math.fsum(one[name] for one in (*rounds, final)) for name in SENT)
-        base = float(record["facts"]["base_bytes"] * clients)
-        return {"down": down, "up": up, "base": base, "rounds": len(rounds), "final": "final" in record}
+        if final := record.get("final"):
+            down, up = (math.fsum(one[name] for one in (*record["rounds"], final)) for name in SENT)
+            clients = len(record["facts"]["train_rows"])
+            return {"down": down, "up": up, "base": float(record["facts"]["base_bytes"] * clients), "rounds": len(record["rounds"])}
     return None
