@@ -16,8 +16,9 @@ from tests.test_runner import configuration, events_of, ignore
 from fedex_lora import LoRAPair
 from fedex_lora.analysis import participation
 from fedex_lora.answers import Reply
+from fedex_lora.catch_up import CatchUp
 from fedex_lora.checkpoint import last_checkpoint
-from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.errors import ConfigError, TrainingError, WireError
 from fedex_lora.framing import read_table, seal
 from fedex_lora.measure import Exactness
 from fedex_lora.rounds import log_to, run_rounds
@@ -25,7 +26,7 @@ from fedex_lora.runner import InProcess, run
 from fedex_lora.screening import screened
 from fedex_lora.storage import read_events, read_manifest
 from fedex_lora.verify import verify
-from fedex_lora.wire import declared_bytes
+from fedex_lora.wire import Download, declared_bytes, round_of
 
 MALLORY = "client-1"
 NAN, INFINITY = float("nan"), float("inf")
@@ -236,6 +237,21 @@ def test_replays_and_second_answers(federation, without, tmp_path):
     assert not refused
     assert equal(bits(whole), bits(honest))
     assert not equal(bits(whole), without)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_round_of_a_message_is_read_within_the_declared_header(case, federation):
+    """Or nothing of it: no header is parsed that an answer could not have."""
+    state, _, sent = federation
+    asked = Download("train", "run", 2, MALLORY, state.method, state.adapter, state.other, CatchUp(0, 1))
+    payload = HOSTILE[case][0](sent[MALLORY][1])
+    try:
+        header, _ = read_table(payload, declared_bytes(load(sent[MALLORY][1]))[0])
+        want = json.loads(header)["round"]
+    except (WireError, ValueError):
+        want = None
+    assert round_of(payload, asked) in (want, None)
+    assert round_of(sent[MALLORY][1], asked) == 2
 
 
 def test_who_was_not_asked_is_not_heard(federation, without, tmp_path):

@@ -116,7 +116,7 @@ def collect(
             _tell(found.update, round, found.round, len(reply.payload or b""), emit)
         elif found.again:
             again.setdefault(reply.client, found.reason)
-            emit("warning", round=round, client=_name(reply.client), message=f"an answer came again, and is ignored: {found.reason}")
+            emit("warning", round=round, client=_name(reply.client), message=f"an answer came again, and is ignored: {_cut(found.reason)}")
         elif found.round != round:
             refuse(found.round, reply.client, found.reason, emit)
         else:
@@ -192,15 +192,16 @@ def _judged(
             pass  # then it answers this round, or nothing
     if reply.client in before:
         return _Judged(round, reason=TWICE, again=True)
-    sent, claimed = downloads.get(reply.client), round_of(reply.payload)
+    sent = downloads.get(reply.client)
     if sent is None:
+        claimed = round_of(reply.payload or b"", next(iter(downloads.values())))
         return _Judged(round, reason="it was not asked in this round", again=claimed is not None and claimed < round)
     if reply.payload is None:
         return _Judged(round, reason=f"it failed: {reply.error}")
     try:
         return _Judged(round, decode_update(reply.payload, sent, stays(sent.method, sent.round), config.messages.max_examples))
     except WireError as error:
-        return _Judged(round, reason=str(error), again=0 < sent.accepted == claimed)
+        return _Judged(round, reason=str(error), again=0 < sent.accepted == round_of(reply.payload, sent))
 
 
 def _tell(update: ClientUpdate, round: int, answered: int, size: int, emit: Emit) -> None:

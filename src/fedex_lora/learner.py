@@ -66,7 +66,13 @@ class ModelLearner:
         return {f"held_out_{name}": value for name, value in metrics.items()}
 
     def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
-        def tell(step: int, steps: int) -> None:
-            self._emit("step", round=round, client=client, step=step, steps=steps)
-
-        return local_update(self.place.model, client, round, self.data[client], self.place.work, optimizer, tell)
+        tell = self._emit
+        return local_update(
+            self.place.model,
+            client,
+            round,
+            self.data[client],
+            self.place.work,
+            optimizer,
+            lambda step, steps: tell("step", round=round, client=client, step=step, steps=steps),
+        )

@@ -84,8 +84,9 @@ class Parties:
 
     def _reply(self, client: str, memory: ClientMemory) -> bytes:
         """The client's last answer, from its file where that has it."""
-        kept = self._folder is not None and not memory.reply
-        return load_memory(self._path(client), lambda version: None).reply if kept else memory.reply
+        if memory.reply or self._folder is None or not self._path(client).exists():
+            return memory.reply
+        return load_memory(self._path(client), lambda version: None).reply
 
     def _sharing(self, memory: ClientMemory) -> ClientMemory:
         """The memory, with base and adapter those of another client where they have the same bits.

@@ -225,10 +225,11 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
     )
 
 
-def round_of(payload: bytes | None) -> int | None:
-    """The round that a message says it is of; None where it says nothing that can be read."""
+def round_of(payload: bytes, sent: Download) -> int | None:
+    """The round that an update says it is of; None where it says nothing that can be read, or more than an answer to `sent` could."""
+    declared = _adapter_tensors(sent.adapter) | {f"other|{name}": tensor for name, tensor in sent.other.items()}
     try:
-        return _table(payload or b"", 2**20 + len(payload or b"") // 2)[0].round
+        return _table(payload, declared_bytes(declared)[0])[0].round
     except WireError:
         return None
 
