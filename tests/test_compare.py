@@ -17,6 +17,7 @@ import pytest
 from scipy import stats
 from tests.test_runner import configuration
 
+from fedex_lora.analysis import sent
 from fedex_lora.compare import Curve, compare, controls, held_out_score, interval, rounds_to, summary, variants
 from fedex_lora.compare._plan import Variant, configured, grid_around
 from fedex_lora.compare._runs import Job, outcomes
@@ -118,6 +119,8 @@ def test_a_whole_comparison(tmp_path):
         for seed in (0, 1):
             events = read_events(out / "runs" / row["name"] / f"lr-{row['learning_rate']:g}" / f"seed-{seed}" / "events.jsonl")
             starts.setdefault(seed, []).append((events[0]["metrics"], events[0]["train_rows"]))
+            if seed == 0:
+                assert (row["bytes_down"], row["bytes_up"]) == tuple(size / config.rounds for size in sent(events))
             finals[row["name"], seed] = [event["metrics"].get("accuracy") for event in events if event["event"] == "round_done"]
             if row["name"] != "fedsa":
                 assert row["seeds"][str(seed)][1:] == finals[row["name"], seed]
