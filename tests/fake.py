@@ -126,7 +126,7 @@ class Fake(InProcess):
         self.trace = Trace() if trace is None else trace
         learner = Noise(config, self.trace, emit)
         require_consistent(config, len(learner.rows))
-        self.parties, self.host = Parties(config, learner), FakeHost(config, learner, self.trace)
+        self.parties, self.host, self._emit = Parties(config, learner), FakeHost(config, learner, self.trace), emit
         self.trace.states.setdefault(0, self.initial())
 
 
