@@ -170,7 +170,7 @@ CLASSES = {
     "a tokenizer with code that raises": model("unexpected", _code_of_its_own, **{"trust-remote-code": True}),
     "out of memory": raised("memory", TRAIN, torch.OutOfMemoryError(SECRET)),
     "out of memory on a CPU": raised("memory", TRAIN, RuntimeError(f"can't allocate memory: {SECRET}")),
-    "no memory at all": raised("memory", "fedex_lora.party.evaluate", MemoryError(SECRET)),
+    "no memory at all": raised("memory", "fedex_lora.learner.evaluate", MemoryError(SECRET)),
     "an error in training": raised("unexpected", TRAIN, RuntimeError(f"shape mismatch at {SECRET}")),
     "an error of a kind of its own": raised("unexpected", TRAIN, type(SECRET, (Exception,), {})("oh")),
     "an error that cannot be said": raised("unexpected", TRAIN, UnspeakableError()),

@@ -174,11 +174,14 @@ def test_communication_is_relative_to_fedex(tmp_path):
         runs[method] = [
             event("started", method=method, clients=["a", "b"], base_bytes=1000),
             event("round_done", round=1, bytes_down=down, bytes_up=100, metrics={}),
+            event("evaluated", round=1, bytes_down=9000, bytes_up=9000),  # by a process that was killed before the end
+            event("evaluated", round=1, bytes_down=down, bytes_up=20),
         ]
+    assert analysis.sent(runs["fedex"]) == (600, 120)
     frame = analysis.communication(runs).set_index("run")
     assert frame.loc["fedex", "relative"] == 1
-    assert frame.loc["fedit", "relative"] == 200 / 400
-    assert frame.loc["fedit", "relative_with_base"] == 2200 / 2400
+    assert frame.loc["fedit", "relative"] == 320 / 720
+    assert frame.loc["fedit", "relative_with_base"] == 2320 / 2720
 
 
 def test_refusals_of_a_round_and_of_the_final_measurement(tmp_path):
@@ -193,6 +196,10 @@ def test_refusals_of_a_round_and_of_the_final_measurement(tmp_path):
     frame = analysis.participation(events).set_index("client")
     assert frame["outcome"].to_dict() == {"a": "accepted", "b": "refused", "c": "not asked"}
     assert analysis.rounds(events)["refused"].iloc[-1] == 1
+    events[3]["accepted"] = ["a", "b"]  # b was asked again, and answered well
+    assert analysis.participation(events)["outcome"].tolist() == ["accepted", "accepted", "not asked"]
+    assert analysis.rounds(events)[["accepted", "refused"]].iloc[-1].tolist() == [2, 0]
+    del events[3]["accepted"]
     events[3]["skipped"] = "1 of 2 answered"
     frame = analysis.participation(events).set_index("client")
     assert frame.loc["a", ["outcome", "reason"]].tolist() == ["skipped", "1 of 2 answered"]

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fedex_lora import __version__
+from fedex_lora.analysis import sent
 from fedex_lora.cli import app, main
 from fedex_lora.config import base_folder
+from fedex_lora.storage import read_events
 
 CONFIG = f"""
 method = "fedex"
@@ -214,6 +216,8 @@ def test_demo(tmp_path):
         assert (out / method / "final" / "manifest.json").exists()
     methods = json.loads((out / "demo.json").read_text())["methods"]
     assert methods["fedex"]["exactness_error"] < 1e-6 < methods["fedit"]["exactness_error"]
+    for method, row in methods.items():  # with the message that brings the final model
+        assert (row["bytes_down"], row["bytes_up"]) == sent(read_events(out / method / "events.jsonl"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     assert "no earlier demo" in one_line(call("demo", "--out", tmp_path / "mine"), 2)

@@ -9,20 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tests.conftest import make_pair, make_updates
+from tests.fake import Fake
 from tests.fuzz_wire import bounds, campaign, with_header
 from tests.test_runner import configuration, events_of, ignore
 
 from fedex_lora import LoRAPair
+from fedex_lora.analysis import participation
 from fedex_lora.answers import Reply
-from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.catch_up import CatchUp
+from fedex_lora.checkpoint import last_checkpoint
+from fedex_lora.errors import ConfigError, TrainingError, WireError
 from fedex_lora.framing import read_table, seal
 from fedex_lora.measure import Exactness
 from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
 from fedex_lora.screening import screened
-from fedex_lora.storage import read_manifest
+from fedex_lora.storage import read_events, read_manifest
 from fedex_lora.verify import verify
-from fedex_lora.wire import declared_bytes
+from fedex_lora.wire import Download, declared_bytes, round_of
 
 MALLORY = "client-1"
 NAN, INFINITY = float("nan"), float("inf")
@@ -210,19 +214,44 @@ def test_hostile_updates_leave_the_honest_aggregate_as_it_is(case, federation, w
 
 
 def test_replays_and_second_answers(federation, without, tmp_path):
-    """An answer to an older round does not count, nor a second one; the first valid one does."""
+    """An answer to an older round does not count, nor a second one; the first valid one does, and its client is refused nothing."""
     old, new = federation[2][MALLORY][:2]
     final, refused = attacked(federation, tmp_path / "replay", [old])
     assert "round is 1, this round declared 2" in refused[0]["reason"]
     assert equal(bits(final), without)
     whole, refused = attacked(federation, tmp_path / "both", [old, new, new, None])
-    assert [event["reason"].split(",")[0] for event in refused] == ["the update's round is 1"] + 2 * [
-        "it answered twice: its first answer counts"
+    assert not refused
+    again = events_of(tmp_path / "both", "warning")
+    assert [(event["round"], event["client"]) for event in again] == 3 * [(2, MALLORY)]
+    assert [event["message"].partition(": ")[2].split(",")[0] for event in again] == [
+        "the update's round is 1",
+        *2 * ["its first answer counts"],
     ]
+    assert read_manifest(tmp_path / "both" / "run" / "rounds" / "0002")["refused"] == []
+    checkpoint, _ = last_checkpoint(tmp_path / "both" / "run")
+    assert checkpoint.books.told == {}
+    events = [event for event in read_events(tmp_path / "both" / "events.jsonl") if event["event"] != "started"]
+    frame = participation([{"event": "started", "clients": [MALLORY]}, *events])
+    assert frame["outcome"].tolist() == ["accepted", "accepted"]
     honest, refused = attacked(federation, tmp_path / "honest", [new])
     assert not refused
     assert equal(bits(whole), bits(honest))
     assert not equal(bits(whole), without)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_round_of_a_message_is_read_within_the_declared_header(case, federation):
+    """Or nothing of it: no header is parsed that an answer could not have."""
+    state, _, sent = federation
+    asked = Download("train", "run", 2, MALLORY, state.method, state.adapter, state.other, CatchUp(0, 1))
+    payload = HOSTILE[case][0](sent[MALLORY][1])
+    try:
+        header, _ = read_table(payload, declared_bytes(load(sent[MALLORY][1]))[0])
+        want = json.loads(header)["round"]
+    except (WireError, ValueError):
+        want = None
+    assert round_of(payload, asked) in (want, None)
+    assert round_of(sent[MALLORY][1], asked) == 2
 
 
 def test_who_was_not_asked_is_not_heard(federation, without, tmp_path):
@@ -350,9 +379,9 @@ def test_a_quorum_that_can_never_be_is_a_configuration_error(tmp_path):
 ANSWERS = {"fails": None, "is lost": None, "is refused": HOSTILE["NaN"][0], "is too large": tensors(A=lambda A: A + 1e12)}
 
 
-def bothered(config, folder, answer):
+def bothered(config, folder, answer, home):
     """A run in which Mallory gives no good answer in round 2; the place, the final state, and what Mallory's downloads said."""
-    place, rounds, told = InProcess(config, ignore), iter(range(1, 9)), {}
+    place, rounds, told = home(config, ignore), iter(range(1, 9)), {}
     there = replace(place.federation(), evaluate=lambda state: {})
 
     def exchange(sent, deadline=None):
@@ -371,15 +400,16 @@ def bothered(config, folder, answer):
 
 
 @pytest.mark.parametrize(
-    ("method", "messages", "answers"),
+    ("method", "messages", "answers", "home"),
     [
-        ("fedex", {"per_client": True}, ["fails", "is too large"]),
-        ("fedex", {"catch_up": "log"}, ["is lost", "is too large"]),
-        ("keep", {"catch_up": "log"}, list(ANSWERS)),
-        ("fedsa", {}, ["fails", "is refused"]),
+        ("fedex", {"per_client": True}, ["fails", "is too large"], Fake),
+        ("fedex", {"catch_up": "log"}, ["is lost", "is too large"], Fake),
+        ("keep", {"catch_up": "log"}, list(ANSWERS), Fake),
+        ("fedsa", {}, ["fails", "is refused"], Fake),
+        ("keep", {"catch_up": "log"}, ["fails", "is too large"], InProcess),
     ],
 )
-def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messages, answers, tmp_path):
+def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messages, answers, home, tmp_path):
     """Whatever it holds, its next message brings it to the others' model, and what was refused counts nowhere.
 
     So the run ends with the same bits whether its round 2 failed before it began, was lost on the way, or was refused.
@@ -387,7 +417,7 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
     ends = []
     for answer in answers:
         folder = tmp_path / answer
-        place, state, told = bothered(setting(method=method, messages=messages, rounds=3), folder, answer)
+        place, state, told = bothered(setting(method=method, messages=messages, rounds=3), folder, answer, home)
         ends.append(bits(state))
         refused = events_of(folder, "refused")
         assert [(event["round"], event["client"]) for event in refused] == [(2, MALLORY)]
@@ -400,7 +430,8 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
         if method != "fedsa":
             assert verify(folder / "run" / "rounds" / "0003")["max_relative_error"] < 1e-6
             done = events_of(folder, "round_done")
-            assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
+            assert all(event["exactness_error"] < 1e-6 for event in done)
+            assert home is Fake or all(event["realised_error"] < 3 * event["floor"] for event in done)
     same = [equal(ends[0], end) for end in ends]
     assert all(same) or "per_client" in messages, same
 

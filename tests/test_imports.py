@@ -8,10 +8,10 @@ import fedex_lora
 ROOT = Path(fedex_lora.__file__).parent
 ABOVE = (
     "errors failures types config aggregation consistency measure server screening catch_up framing wire answers books"
-    " scoring tensor_files storage run_folder peft_io checkpoint memory verify audits streaming adapters"
+    " scoring tensor_files storage run_folder peft_io checkpoint memory receiving verify audits streaming adapters"
     " regions export tasks partition check client evaluation"
 )
-ORDER = f"{ABOVE} rounds place party trackers runner display analysis report compare reproduce demo flower doctor cli".split()
+ORDER = f"{ABOVE} rounds place learner party trackers runner display analysis report compare reproduce demo flower doctor cli".split()
 PURE = ("errors", "failures", "types", "aggregation", "measure", "server", "screening", "catch_up", "framing", "wire", "answers", "scoring")
 TRAINING = {"transformers", "peft", "flwr", "accelerate", "datasets"}
 

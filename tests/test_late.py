@@ -1,6 +1,6 @@
 """Who is waited for and until when, what becomes of late answers, and what happens below the quorum.
 
-The clients are real ones, of one process; between them and the loop stands a network that holds answers back or loses them.
+The clients train no model (`tests/fake.py`); between them and the loop stands a network that holds answers back or loses them.
 """
 
 import time
@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load
 from tests import oracle
-from tests.test_hostile import bits, equal, header, setting
+from tests.fake import HEAD, Fake, Network, Noise, setting
+from tests.test_hostile import bits, equal, header
 from tests.test_runner import events_of, ignore
 
 from fedex_lora import answers, rounds
@@ -17,44 +18,13 @@ from fedex_lora.answers import Reply
 from fedex_lora.checkpoint import last_checkpoint
 from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import ConfigError, StorageError, TrainingError
-from fedex_lora.measure import Exactness
 from fedex_lora.peft_io import read_result
 from fedex_lora.rounds import log_to, run_rounds
-from fedex_lora.runner import InProcess, run
+from fedex_lora.runner import run
 from fedex_lora.storage import read_manifest
 from fedex_lora.verify import verify
 
-SLOW = "client-1"
-
-
-class Network:
-    """In-process clients behind a network: the calls in which an answer of SLOW is held back for the next call, or lost."""
-
-    def __init__(self, config, held=(), lost=(), measured=False):
-        self.place = InProcess(config, ignore)
-        self._held, self._lost, self._measured, self.calls = set(held), set(lost), measured, 0
-        self.sent, self.came, self._waiting = {}, {}, []
-
-    def exchange(self, messages, deadline=None):
-        self.calls += 1
-        yield from self._waiting
-        self._waiting = []
-        for reply in self.place.exchange(messages, deadline):
-            self.came[self.calls, reply.client] = reply.payload
-            if reply.client == SLOW and self.calls in self._held | self._lost:
-                self._waiting += [reply] if self.calls in self._held else []
-            else:
-                yield reply
-        missing = SLOW in messages and self.calls in self._held | self._lost
-        ends = time.monotonic() + (deadline or 0) + 5 if missing else 0
-        while time.monotonic() < ends:
-            yield None
-            time.sleep(0.01)
-
-    def run(self, config, out):
-        quick = {} if self._measured else {"evaluate": lambda state: {}, "realised": lambda state, ideal: (Exactness({}, {}), 0.0, {})}
-        federation = replace(self.place.federation(), exchange=self.exchange, **quick)
-        return run_rounds(config, self.place.initial(), federation, out, log_to(out.parent / "events.jsonl"))
+SLOW = "client-0"  # to whom the network's faults happen
 
 
 def slow(**clients):
@@ -62,15 +32,21 @@ def slow(**clients):
     return {"clients": tree, "rounds": 3}
 
 
-def federate(folder, changes, **network):
+def network(config, faults=(), patient=False):
+    """(the network, what the loop needs of the clients behind it)."""
+    net = Network(Fake(config, ignore), dict(faults), patient)
+    return net, replace(net.place.federation(), exchange=net.exchange)
+
+
+def federate(folder, changes, faults=(), patient=False):
     config = setting(**changes)
-    net = Network(config, **network)
+    net, federation = network(config, faults, patient)
     folder.mkdir(exist_ok=True)
-    return net.run(config, folder / "run"), net
+    return run_rounds(config, net.place.initial(), federation, folder / "run", log_to(folder / "events.jsonl")), net
 
 
 def test_at_the_deadline_the_round_goes_on_without_those_who_did_not_answer(tmp_path):
-    final, _ = federate(tmp_path / "late", slow(), lost=[2])
+    final, _ = federate(tmp_path / "late", slow(), {2: "lost"}, patient=True)
     refused = events_of(tmp_path / "late", "refused")
     assert [(event["round"], event["client"]) for event in refused] == [(2, SLOW)]
     assert refused[0]["reason"] == "it did not answer within clients.deadline = 0.2 seconds"
@@ -80,7 +56,7 @@ def test_at_the_deadline_the_round_goes_on_without_those_who_did_not_answer(tmp_
     assert verify(tmp_path / "late" / "run")["max_relative_error"] < 1e-6
     # the same bits as a client that failed outright
     config = setting(**slow())
-    net = Network(config)
+    net, _ = network(config)
 
     def failing(messages, deadline=None):
         for reply in net.exchange(messages, deadline):
@@ -94,7 +70,7 @@ def test_at_the_deadline_the_round_goes_on_without_those_who_did_not_answer(tmp_
 def test_without_a_deadline_everyone_is_waited_for_and_it_is_said_who(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "WAITING", 0.05)
     config = setting(rounds=1, clients={"partition": "iid", "count": 4})
-    net = Network(config)
+    net, _ = network(config)
 
     def tardy(messages, deadline=None):
         for reply in net.exchange(messages, deadline):
@@ -114,8 +90,8 @@ def test_without_a_deadline_everyone_is_waited_for_and_it_is_said_who(tmp_path, 
 
 
 def test_a_late_answer_is_refused_by_default(tmp_path):
-    final, _ = federate(tmp_path / "late", slow(), held=[2])
-    without, _ = federate(tmp_path / "without", slow(), lost=[2])
+    final, _ = federate(tmp_path / "late", slow(), {2: "held"})
+    without, _ = federate(tmp_path / "without", slow(), {2: "lost"})
     assert equal(bits(final), bits(without))
     reasons = [(event["round"], event["reason"]) for event in events_of(tmp_path / "late", "refused")]
     assert reasons == [
@@ -128,7 +104,7 @@ def test_a_late_answer_is_refused_by_default(tmp_path):
 def test_a_late_answer_is_part_of_the_next_mean_with_the_base_it_was_trained_on(method, tmp_path):
     """Round 2 holds SLOW back, round 3 does not get its own answer: the mean of round 3 is of three models on D_2 and one on D_1."""
     changes = slow(late="next") | {"method": method}
-    final, net = federate(tmp_path / "late", changes, held=[2], lost=[3])
+    final, net = federate(tmp_path / "late", changes, {2: "held", 3: "lost"})
     assert [event["client"] for event in events_of(tmp_path / "late", "client_done") if event.get("late") == 1] == [SLOW]
     folder = tmp_path / "late" / "run" / "rounds" / "0003"
     assert read_manifest(folder)["late"] == [SLOW]
@@ -156,6 +132,23 @@ def test_a_late_answer_is_part_of_the_next_mean_with_the_base_it_was_trained_on(
             assert method == "ffa" or oracle.relative(naive, want) > 1e-5  # ffa's base never gains
 
 
+def test_the_head_of_a_late_answer_is_measured_from_the_one_it_started_from(tmp_path, monkeypatch):
+    """The others' heads go far in round 2, the late one's does not: beside the head of round 3 it looks as if it had."""
+    train = Noise.train
+
+    def far(self, client, round, optimizer):
+        update, state = train(self, client, round, optimizer)
+        if round == 2 and client != SLOW:
+            update = replace(update, other={HEAD: update.other[HEAD] + 100})
+        return update, state
+
+    monkeypatch.setattr(Noise, "train", far)
+    federate(tmp_path / "run", slow(late="next"), {2: "held", 3: "lost"})
+    manifest = read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")
+    assert (manifest["late"], manifest["refused"]) == ([SLOW], [])
+    assert [event["round"] for event in events_of(tmp_path / "run", "refused")] == [2]  # it was late
+
+
 def _delta(folder):
     return {module: oracle.numpy64(delta.dense()) for module, delta in read_result(folder).base_delta.items()}
 
@@ -170,23 +163,23 @@ def _pairs(net, key, final):
 
 
 def test_an_answer_of_this_round_goes_before_a_late_one(tmp_path):
-    final, _ = federate(tmp_path / "late", slow(late="next"), held=[2])
-    without, _ = federate(tmp_path / "without", slow(late="next"), lost=[2])
+    final, _ = federate(tmp_path / "late", slow(late="next"), {2: "held"})
+    without, _ = federate(tmp_path / "without", slow(late="next"), {2: "lost"})
     assert equal(bits(final), bits(without))
     assert "late" not in read_manifest(tmp_path / "late" / "run" / "rounds" / "0003")
 
 
 def test_a_late_answer_does_not_make_the_quorum(tmp_path):
     with pytest.raises(TrainingError, match="round 3 has 3 updates of 4 clients and needs 4"):
-        federate(tmp_path / "run", slow(late="next", quorum=1.0, below_quorum="stop") | {"rounds": 3}, held=[], lost=[3])
+        federate(tmp_path / "run", slow(late="next", quorum=1.0, below_quorum="stop") | {"rounds": 3}, {3: "lost"})
     with pytest.raises(TrainingError, match="round 2 has 3 updates of 4 clients and needs 4"):
-        federate(tmp_path / "two", slow(late="next", quorum=1.0), held=[2])
+        federate(tmp_path / "two", slow(late="next", quorum=1.0), {2: "held"})
 
 
 @pytest.mark.parametrize("changes", [{"messages": {"per_client": True}}, {"method": "reinit"}, {"method": "keep"}, {"method": "rolora"}])
 def test_a_round_below_the_quorum_may_be_skipped(changes, tmp_path):
     """The model stays as it was, the round's number is used up, and the run goes on and ends well."""
-    federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip") | changes, lost=[2], measured=True)
+    federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip") | changes, {2: "lost"})
     manifest = read_manifest(tmp_path / "run" / "run" / "rounds" / "0002")
     assert "needs 4" in manifest["skipped"]
     assert manifest["inputs"] == []
@@ -203,9 +196,9 @@ def test_a_round_below_the_quorum_may_be_skipped(changes, tmp_path):
 
 def test_skipped_rounds_only(tmp_path):
     with pytest.raises(TrainingError, match="every round was skipped, so nothing was trained: round 3 has 3 updates of 4 clients"):
-        federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip"), lost=[1, 2, 3])
+        federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip"), dict.fromkeys((1, 2, 3), "lost"))
     checkpoint, _ = last_checkpoint(tmp_path / "run" / "run")
-    assert equal(bits(checkpoint.state), bits(InProcess(setting(**slow()), ignore).initial()))
+    assert equal(bits(checkpoint.state), bits(Fake(setting(**slow()), ignore).initial()))
     with pytest.raises(StorageError, match="was skipped: nothing to verify"):
         verify(tmp_path / "run" / "run")
 
@@ -213,8 +206,8 @@ def test_skipped_rounds_only(tmp_path):
 def test_a_run_goes_on_after_a_skipped_round(tmp_path):
     """Stopped in round 3, resumed in a new process's objects: the same bits."""
     config = setting(**slow(quorum=1.0, below_quorum="skip"))
-    want, _ = federate(tmp_path / "whole", slow(quorum=1.0, below_quorum="skip"), lost=[2])
-    net = Network(config, lost=[2])
+    want, _ = federate(tmp_path / "whole", slow(quorum=1.0, below_quorum="skip"), {2: "lost"})
+    net, _ = network(config, {2: "lost"})
 
     def stopped(messages, deadline=None):
         if net.calls == 2:
@@ -233,13 +226,13 @@ def test_a_run_goes_on_after_a_skipped_round(tmp_path):
 def test_below_the_quorum_clients_may_be_asked_again_until_they_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "PAUSE", 0.0)
     changes = slow(quorum=1.0, below_quorum="wait") | {"rounds": 2}
-    final, net = federate(tmp_path / "run", changes, lost=[2, 3])
+    final, net = federate(tmp_path / "run", changes, {2: ["lost", "lost"]})
     want, _ = federate(tmp_path / "want", changes)
     assert equal(bits(final), bits(want))
     asked_again = [event for event in events_of(tmp_path / "run", "waiting") if "reason" in event]
     assert [(event["round"], event["clients"]) for event in asked_again] == [(2, [SLOW]), (2, [SLOW])]
     assert "needs 4" in asked_again[0]["reason"]
-    assert [call for call, client in net.came if client == "client-0"] == [1, 2, 5]  # who answered is not asked again
+    assert [call for call, client in net.came if client == "client-1"] == [1, 2, 5]  # who answered is not asked again
     assert read_manifest(tmp_path / "run" / "run" / "rounds" / "0002")["refused"] == []
 
 
@@ -248,7 +241,7 @@ def test_a_client_that_failed_once_comes_back_under_per_client_messages(policy, 
     """What it holds is not known, so its next message does not count on it."""
     monkeypatch.setattr(rounds, "PAUSE", 0.0)
     changes = slow(quorum=1.0, below_quorum=policy) | {"messages": {"per_client": True}, "rounds": 4}
-    federate(tmp_path / "run", changes, lost=[3])
+    federate(tmp_path / "run", changes, {3: "lost"})
     done = events_of(tmp_path / "run", "round_done")
     assert [event["round"] for event in done if "skipped" in event] == ([3] if policy == "skip" else [])
     assert len(read_manifest(tmp_path / "run" / "run" / "rounds" / "0004")["inputs"]) == 4
@@ -258,7 +251,7 @@ def test_a_client_that_failed_once_comes_back_under_per_client_messages(policy, 
 def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_path):
     config = setting(rounds=3, clients={"partition": "iid", "count": 4})
     want, _ = federate(tmp_path / "whole", {"rounds": 3, "clients": {"partition": "iid", "count": 4}})
-    net = Network(config)
+    net, _ = network(config)
 
     def forgetful(messages, deadline=None):
         if net.calls == 2:
@@ -276,7 +269,7 @@ def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_
 
 def test_noise_does_not_keep_a_round_open_nor_fill_the_record(tmp_path):
     config = setting(**slow())
-    net = Network(config)
+    net, _ = network(config)
 
     def noisy(messages, deadline=None):
         for reply in net.exchange(messages, deadline):
@@ -296,12 +289,12 @@ def test_noise_does_not_keep_a_round_open_nor_fill_the_record(tmp_path):
 
 def test_of_two_late_answers_the_first_counts(tmp_path):
     config = setting(**slow(late="next"))
-    net = Network(config, lost=[2, 3])
+    net, _ = network(config, {2: "lost", 3: "lost"})
 
     def twice(messages, deadline=None):
         for reply in net.exchange(messages, deadline):
             yield reply
-            if net.calls == 3 and reply and reply.client == "client-0":
+            if net.calls == 3 and reply and reply.client == "client-1":
                 late = net.came[2, SLOW]
                 yield Reply(SLOW, late)
                 yield Reply(SLOW, header(num_examples=999)(late))
@@ -312,6 +305,9 @@ def test_of_two_late_answers_the_first_counts(tmp_path):
     inputs = {entry["client"]: entry["num_examples"] for entry in read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")["inputs"]}
     assert inputs[SLOW] < 999
     assert len([event for event in events_of(tmp_path / "run", "client_done") if event.get("late")]) == 1
+    assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "refused")] == [(2, SLOW)]
+    assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "warning")] == [(3, SLOW)]
+    assert read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")["refused"] == []
 
 
 @pytest.mark.parametrize(
@@ -323,7 +319,7 @@ def test_of_two_late_answers_the_first_counts(tmp_path):
         {"method": "fedsvd"},
         {"method": "ffa+orthonormal-a"},
         {"messages": {"per_client": True}},
-        {"method": "fedex-best", "ranks": [1, 2, 2, 2]},
+        {"method": "fedex-best", "ranks": [1, 2, 2, 4]},
     ],
 )
 def test_late_updates_that_cannot_be_part_of_a_mean_are_a_configuration_error(changes):
@@ -334,5 +330,5 @@ def test_late_updates_that_cannot_be_part_of_a_mean_are_a_configuration_error(ch
 
 def test_in_one_process_nobody_is_late(tmp_path):
     config = setting(clients={"partition": "iid", "count": 4, "deadline": 1e-6})
-    run(config, tmp_path / "run", ignore)
+    run(config, tmp_path / "run", ignore, home=Fake)
     assert not events_of(tmp_path / "run", "refused")

@@ -443,7 +443,7 @@ def whole_run(out, **changes):
     assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
     worst = 0.0
     for client, memory in place.parties.memories.items():
-        party = Party(client, memory.adapter or place.parties.latest, memory.base)
+        party = Party(client, memory.adapter, memory.base)
         for name, delta in state.base_delta.items():
             want = oracle.numpy64(delta.dense()) + oracle.product(state.adapter[name])
             worst = max(worst, oracle.relative(party.model(name), want))

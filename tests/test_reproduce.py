@@ -216,8 +216,10 @@ def test_other_layouts(target, rounds, tmp_path):
     if target == "table6":
         sizes = found["numbers"][0]["bytes"]
         records = {r["config"].get("method", "fedex"): r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
-        fedex = records["fedex"]["rounds"]
+        fedex = [*records["fedex"]["rounds"], records["fedex"]["final"]]  # its last message brings what every other round's does
+        assert fedex[-1]["bytes_down"] == pytest.approx(fedex[-2]["bytes_down"], rel=1e-2)
         assert sizes["FedEx-LoRA"]["down"] == sum(one["bytes_down"] for one in fedex)
+        assert sizes["FedEx-LoRA"]["up"] == sum(one["bytes_up"] for one in fedex)
         assert sizes["FedEx-LoRA"]["down"] > sizes["FedIT"]["down"] > sizes["FFA-LoRA"]["down"]
         assert sizes["FedEx-LoRA"]["up"] == pytest.approx(sizes["FedIT"]["up"], rel=0.01)
         assert sizes["FedIT"]["up"] > sizes["FFA-LoRA"]["up"]

@@ -3,24 +3,27 @@
 import shutil
 
 import pytest
+from tests.fake import Fake
+from tests.fake import setting as without_model
 from tests.test_runner import assert_same_bits, configuration, events_of, ignore
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
 from fedex_lora.errors import UsageError
 from fedex_lora.run_folder import locked
-from fedex_lora.runner import run
+from fedex_lora.runner import InProcess, run
 
 CASES = {
     "fedex": {},
     "per client": {"messages": {"per_client": True}},
     "keep, two of three": {"method": "keep", "clients": {"fraction": 0.6}},
     "fedsa": {"method": "fedsa"},
-    "ranks": {"method": "fedex-best", "clients": {"ranks": [1, 2, 2]}},
+    "ranks": {"method": "fedex-best", "clients": {"ranks": [1, 2, 4]}},
     "reinit": {"method": "reinit"},
     "moments kept, uneven scaling": {"local": {"optimizer_state": "keep", "schedule": "run"}, "lora": {"alpha": 1.1}},
     "full-ft": {"method": "full-ft", "training": {"learning_rate": 1e-3}},
 }
+TRAINED = ("fedex", "moments kept, uneven scaling", "full-ft")  # of them, those that train a model; the others move factors by noise
 
 
 class StopError(Exception):
@@ -47,34 +50,37 @@ def whole(tmp_path_factory):
 
     def get(case="fedex"):
         if case not in made:
-            made[case] = configuration(rounds=3, **CASES[case]), tmp_path_factory.mktemp("whole") / "run"
-            run(*made[case], ignore)
+            home, config = (InProcess, configuration) if case in TRAINED else (Fake, without_model)
+            made[case] = config(rounds=3, **CASES[case]), tmp_path_factory.mktemp("whole") / "run", home
+            run(*made[case][:2], ignore, home=home)
         return made[case]
 
     return get
 
 
-STOPS = [("started", 1), ("client_done", 2), ("round_done", 1), ("client_done", 5), ("evaluated", 1)]
+STOPS = [("started", 1), ("client_done", 2), ("round_done", 1), ("evaluated", 1), ("client_done", 5)]
 
 
 @pytest.mark.parametrize(
     ("case", "event", "count"),
     [
-        *(("fedex", *stop) for stop in STOPS),
-        *((case, "client_done", 5) for case in CASES if case not in ("fedex", "full-ft")),
+        *(("fedex", *stop) for stop in STOPS[1::3]),
+        *(("per client", *stop) for stop in STOPS),
+        *((case, "client_done", 5) for case in CASES if case not in ("fedex", "per client", "full-ft")),
         ("full-ft", "client_done", 2),
     ],
 )
 def test_a_run_goes_on_to_the_same_bits(case, event, count, whole, tmp_path):
-    config, want = whole(case)
+    config, want, home = whole(case)
     with pytest.raises(StopError):
-        run(config, tmp_path / "run", stopping(event, count))
+        run(config, tmp_path / "run", stopping(event, count), home=home)
     trained = []
     run(
         config,
         tmp_path / "run",
         lambda name, **fields: trained.append(fields["client"]) if name == "step" and fields["step"] == 1 else None,
         True,
+        home,
     )
     assert_same_bits(tmp_path / "run", want)
     assert sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")) == sorted(
@@ -88,7 +94,7 @@ def test_a_run_goes_on_to_the_same_bits(case, event, count, whole, tmp_path):
 
 
 def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):
-    config, want = whole()
+    config, want, _ = whole()
     shutil.copytree(want, tmp_path / "run")
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.name != "config.toml" and path.is_file()}
     run(config, tmp_path / "run", ignore, True)
@@ -102,7 +108,7 @@ def test_another_process_is_kept_out(tmp_path):
 
 
 def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
-    config, want = whole()
+    config, want, _ = whole()
     shutil.copytree(want, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
@@ -119,7 +125,7 @@ def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
 @pytest.mark.parametrize("rounds", [(3,), (2, 3), (1, 2, 3)])
 def test_the_command_goes_on_after_broken_rounds(rounds, whole, tmp_path):
     """Also when the clients' memories are ahead of the last whole round: they are sent everything."""
-    _, want = whole()
+    _, want, _ = whole()
     shutil.copytree(want, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     events = tmp_path / "run" / "events.jsonl"
@@ -134,7 +140,7 @@ def test_the_command_goes_on_after_broken_rounds(rounds, whole, tmp_path):
 
 
 def test_another_configuration_is_refused(whole, tmp_path):
-    config, want = whole()
+    config, want, _ = whole()
     with pytest.raises(UsageError, match="another configuration"):
         run(config.model_copy(update={"seed": 7}), want, ignore, True)
     looser = config.model_copy(update={"messages": config.messages.model_copy(update={"norm_bound": 50.0})})

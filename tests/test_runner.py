@@ -2,20 +2,18 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fedex_lora import METHODS, load_model, measure
+from fedex_lora import METHODS, load_model
 from fedex_lora.aggregation import method_named
-from fedex_lora.books import Books
 from fedex_lora.client import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
-from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
-from fedex_lora.peft_io import read_adapter_folder, read_result
+from fedex_lora.errors import FedexLoraError, StorageError, TrainingError, UsageError
+from fedex_lora.peft_io import read_result
 from fedex_lora.place import Host
 from fedex_lora.rounds import log_to, run_rounds
 from fedex_lora.runner import InProcess, run
@@ -62,6 +60,14 @@ def assert_same_bits(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run with nothing set, which nobody writes to."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run(configuration(), folder, ignore)
+    return folder
+
+
 RUNS = [*METHODS, "fedit+balanced", "fedex-best+gl-aligned"]
 HEADER = 10_000  # bytes of JSON in a message, at most
 
@@ -73,9 +79,9 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
     And what travels is what the method's row promises, module by module.
     """
     row, lr = method_named(method), 1e-3 if method == "full-ft" else 5e-3
-    run(configuration(method=method, rounds=3, training={"learning_rate": lr}), tmp_path / "run", ignore)
+    run(configuration(method=method, training={"learning_rate": lr}), tmp_path / "run", ignore)
     done = events_of(tmp_path / "run", "round_done")
-    assert [event["round"] for event in done] == [1, 2, 3]
+    assert [event["round"] for event in done] == [1, 2]
     if method == "full-ft":
         assert (tmp_path / "run" / "final" / "model.safetensors").exists()
         return
@@ -95,7 +101,7 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
         assert not any("exactness_error" in event or event["metrics"] for event in done)
         return
     checked = verify(tmp_path / "run", str(base_folder()))
-    assert [line["round"] for line in checked["rounds"]] == [1, 2, 3]
+    assert [line["round"] for line in checked["rounds"]] == [1, 2]
     assert checked["final"] == str(tmp_path / "run" / "final")  # the last round's bits
     if row.exact:
         assert checked["max_relative_error"] < 1e-6
@@ -107,9 +113,12 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
         assert all(event["dropped"] == pytest.approx(event["exactness_error_total"], rel=1e-4) for event in done)
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.per_client_ranks])
+@pytest.mark.parametrize("method", ["fedex-best", "keep"])
 def test_clients_of_different_ranks(method, tmp_path):
-    """Ranks 1, 2 and 4, and not everyone every round: exact methods stay exact, and each client trains and sends what it has."""
+    """Ranks 1, 2 and 4, and not everyone every round: exact in the model's own weights too, and each client trains and sends what it has.
+
+    Without a model: all methods in `test_loop.py`.
+    """
     tree = {"partition": "iid", "count": 3, "ranks": [1, 2, 4], "fraction": 0.67}
     run(configuration(method=method, rounds=3, lora={"r": 4}, clients=tree), tmp_path / "run", ignore)
     result = read_result(tmp_path / "run" / "rounds" / "0003")
@@ -117,8 +126,9 @@ def test_clients_of_different_ranks(method, tmp_path):
     assert sent.items() <= {"client-0": {1}, "client-1": {2}, "client-2": {4}}.items()
     assert sent
     assert {pair.rank for pair in result.adapter.values()} == {4}
-    worst = verify(tmp_path / "run", str(base_folder()))["max_relative_error"]
-    assert worst < 1e-6 if METHODS[method].exact else worst > 1e-3
+    checked = verify(tmp_path / "run", str(base_folder()))
+    assert checked["max_relative_error"] < 1e-6
+    assert checked["realised_error"] < 3 * checked["floor"]
 
 
 @pytest.mark.parametrize(
@@ -147,35 +157,6 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
-def test_a_flat_spectrum_is_warned_of(tmp_path, monkeypatch):
-    """The event comes when the tail is above the bound, and only then (residuals here are not flat: the bound is lowered)."""
-    config = configuration(method="fedex-svd", truncation={"rank": 1}, training={"num_train_epochs": 2})
-    for name, bound in (("kept", 0.99), ("flat", 1e-3)):
-        monkeypatch.setattr(measure, "USELESS_TAIL", bound)
-        run(config, tmp_path / name, ignore)
-    assert not events_of(tmp_path / "kept", "warning")
-    told = events_of(tmp_path / "flat", "warning")
-    assert {event["round"] for event in told} <= {1, 2}
-    assert all(event["tail"] > 1e-3 and "truncation is useless" in event["message"] for event in told)
-    assert told
-
-
-def test_personal_factors_stay_with_their_clients(tmp_path):
-    """fedsa: no B in what is stored of an upload but the initial zeros, and each client's own model in clients/."""
-    run(configuration(method="fedsa", rounds=2), tmp_path / "run", ignore)
-    result = read_result(tmp_path / "run" / "rounds" / "0002")
-    assert result.updates
-    assert not any(pair.B.any() for update in result.updates for pair in update.adapter.values())
-    own = {folder.name: read_adapter_folder(folder / "adapter") for folder in (tmp_path / "run" / "clients").iterdir()}
-    assert len(own) == 3
-    for one in own.values():
-        for name, pair in one.adapter.items():
-            assert torch.equal(pair.A, result.adapter[name].A)
-            assert pair.B.any()
-    with pytest.raises(ModelError, match="load clients/CLIENT/adapter"):
-        load_model(tmp_path / "run", base_folder())
-
-
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(configuration(seed=seed), tmp_path / name, ignore)
@@ -184,46 +165,33 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
     assert any(not torch.equal(left[name], right[name]) for name in left.keys() & right.keys())
 
 
-def test_the_order_in_which_clients_train_does_not_matter(tmp_path, monkeypatch):
-    run(configuration(), tmp_path / "a", ignore)
+def test_the_order_in_which_clients_train_does_not_matter(plain, tmp_path, monkeypatch):
     forward = InProcess.exchange
     monkeypatch.setattr(
         InProcess, "exchange", lambda self, messages, deadline=None: forward(self, dict(reversed(list(messages.items()))), deadline)
     )
-    run(configuration(), tmp_path / "b", ignore)
-    assert_same_bits(tmp_path / "a", tmp_path / "b")
-
-
-def test_a_fraction_of_the_clients(tmp_path):
-    """Absent clients catch up: the factor log brings every participant to the round's base, and every round stays exact."""
-    config = configuration(rounds=4, clients={"partition": "iid", "count": 5, "fraction": 0.4})
-    run(config, tmp_path / "run", ignore)
-    took_part = [event["clients"] for event in events_of(tmp_path / "run", "round_started")]
-    assert all(len(clients) == 2 for clients in took_part)
-    assert len({tuple(clients) for clients in took_part}) > 1
-    assert verify(tmp_path / "run", str(base_folder()))["max_relative_error"] < 1e-6
+    run(configuration(), tmp_path / "run", ignore)
+    assert_same_bits(plain, tmp_path / "run")
 
 
 def test_one_base_in_memory_however_many_clients(tmp_path):
     few, many = (InProcess(configuration(clients={"partition": "iid", "count": count}), ignore) for count in (2, 12))
     assert sum(p.numel() for p in few.host.place.model.parameters()) == sum(p.numel() for p in many.host.place.model.parameters())
-    assert len(many.parties.data) == 12
+    assert len(many.parties.learner.rows) == 12
 
 
 @pytest.mark.parametrize("schedule", ["round", "run"])
 @pytest.mark.parametrize("state", ["reset", "keep"])
-def test_schedules_and_optimiser_states(schedule, state, tmp_path):
+def test_schedules_and_optimiser_states(schedule, state, plain, tmp_path):
     config = configuration(local={"schedule": schedule, "optimizer_state": state})
     run(config, tmp_path / "a", ignore)
     run(config, tmp_path / "b", ignore)
     assert_same_bits(tmp_path / "a", tmp_path / "b")
-    run(configuration(), tmp_path / "c", ignore)
-    differs = any(not torch.equal(tensors(tmp_path / "a")[name], tensor) for name, tensor in tensors(tmp_path / "c").items())
+    differs = any(not torch.equal(tensors(tmp_path / "a")[name], tensor) for name, tensor in tensors(plain).items())
     assert differs == ((schedule, state) != ("round", "reset"))
 
 
-def test_the_run_folder(tmp_path):
-    run(configuration(), tmp_path / "run", ignore)
+def test_the_run_folder(plain):
     for name in (
         "config.toml",
         "events.jsonl",
@@ -232,19 +200,19 @@ def test_the_run_folder(tmp_path):
         "final/trainable/adapter_model.safetensors",
         "final/base_delta.safetensors",
     ):
-        assert (tmp_path / "run" / name).exists(), name
-    manifest = json.loads((tmp_path / "run" / "final" / "manifest.json").read_text())
+        assert (plain / name).exists(), name
+    manifest = json.loads((plain / "final" / "manifest.json").read_text())
     assert {"method", "round", "versions", "files", "base_model"} <= manifest.keys()
-    assert {"inputs", "participants", "refused"} <= json.loads((tmp_path / "run" / "rounds" / "0002" / "manifest.json").read_text()).keys()
-    assert "base delta" in (tmp_path / "run" / "final" / "trainable" / "README.md").read_text()
-    done = events_of(tmp_path / "run", "run_done")[0]
+    assert {"inputs", "participants", "refused"} <= json.loads((plain / "rounds" / "0002" / "manifest.json").read_text()).keys()
+    assert "base delta" in (plain / "final" / "trainable" / "README.md").read_text()
+    done = events_of(plain, "run_done")[0]
     assert done["best_round"] in (1, 2)
     assert done["held_out"].keys() == {"0", "1", "2"}
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    assert not [path for path in plain.parent.rglob("*") if path.name.startswith(".")]
 
 
-def test_verify_notices_tampering(tmp_path):
-    run(configuration(rounds=1), tmp_path / "run", ignore)
+def test_verify_notices_tampering(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "run")
     for path in (tmp_path / "run" / "rounds" / "0001" / "base_delta.safetensors", tmp_path / "run" / "final" / "base_delta.safetensors"):
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -254,9 +222,8 @@ def test_verify_notices_tampering(tmp_path):
     assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
 
 
-def test_a_round_folder_can_be_verified_alone(tmp_path):
-    run(configuration(rounds=2), tmp_path / "run", ignore)
-    shutil.copytree(tmp_path / "run" / "rounds" / "0002", tmp_path / "alone")
+def test_a_round_folder_can_be_verified_alone(plain, tmp_path):
+    shutil.copytree(plain / "rounds" / "0002", tmp_path / "alone")
     assert verify(tmp_path / "alone")["max_relative_error"] < 1e-6
 
 
@@ -277,24 +244,6 @@ def test_the_realised_error_is_the_model_s(tmp_path, monkeypatch):
     last = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "round_done"][-1]
     assert last["realised_error"] > 100 * last["floor"]
     assert last["exactness_error"] < 1e-6
-
-
-def test_a_client_that_is_not_sent_all_it_lacks_is_noticed(tmp_path, monkeypatch):
-    lacking = Books.lacking
-
-    def last_only(self, since, state, messages):
-        whole = lacking(self, since, state, messages)
-        return replace(whole, since=max(since, state.round - 1), log=dict(list(whole.log.items())[-1:]))
-
-    monkeypatch.setattr(Books, "lacking", last_only)
-    said = []
-    with pytest.raises(TrainingError, match="failed: it lacks what the message counts on"):
-        run(
-            configuration(rounds=5, clients={"partition": "iid", "count": 4, "fraction": 0.3}),
-            tmp_path / "run",
-            lambda *one, **more: said.append(more),
-        )
-    assert any("the base is at version" in str(more.get("message")) for more in said)
 
 
 def test_the_last_round_s_metrics_are_the_loaded_model_s(tmp_path):
@@ -330,11 +279,6 @@ def test_verify_checks_the_head_and_the_final_folder(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match=r"final/trainable/adapter_model\.safetensors is not what the last round left in .*0002"):
         verify(tmp_path / "run")
-
-
-def test_no_round_is_best_when_different_clients_measured(tmp_path):
-    run(configuration(clients={"partition": "iid", "count": 4, "fraction": 0.5}), tmp_path / "run", ignore)
-    assert events_of(tmp_path / "run", "run_done")[0]["best_round"] is None
 
 
 def test_an_occupied_run_folder_is_left_alone(tmp_path):

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fedex_lora.aggregation import method_named
 from fedex_lora.config import Config
@@ -12,10 +12,11 @@ from fedex_lora.consistency import quorum
 from fedex_lora.errors import WireError
 from fedex_lora.framing import shown
 from fedex_lora.types import ClientUpdate
-from fedex_lora.wire import Download, decode_update
+from fedex_lora.wire import Download, decode_update, round_of
 
 WAITING = 15.0  # seconds until it is said who is waited for, and again each time
-NOISE = 100  # refusals that a round records, beyond one for each of its clients
+TWICE = "its first answer counts"
+NOISE = 100  # answers that do not count and that a round records, beyond one for each of its clients
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Answers:
     Attributes:
         updates: client -> its update, valid by itself.
         late: the same, of clients without one of this round, in answer to messages of the round before.
-        refused: who sent none that counts, and why.
+        refused: who of those that were asked sent none that counts, and why.
         silent: the clients that have not answered at all.
         lacking: the clients that do not have what their message counts on.
         size: the bytes that came.
@@ -76,11 +77,12 @@ def collect(
     emit: Emit,
     spare: float = math.inf,
     earlier: Mapping[str, Download] | None = None,
-    anew: bool = False,
+    before: Answers | None = None,
 ) -> Answers:
     """What counts of the replies to `downloads`.
 
-    One update of a client counts, its first valid one. Once more than `spare` clients have failed, nobody is waited for.
+    One update of a client counts, its first valid one; what else it sends is ignored, with a warning. Once more than `spare` clients have
+    failed, nobody is waited for.
 
     Args:
         replies: as they come; None now and then while there is none.
@@ -89,41 +91,45 @@ def collect(
         emit: told of each answer, and of who is waited for.
         spare: how many may fail.
         earlier: the messages of the round before that were not answered in time.
-        anew: these messages bring everything, so a client that lacks something has failed.
+        before: what came of other messages of this round; then these bring everything, and a client that lacks something has failed.
     """
     round = next(iter(downloads.values())).round
     updates, late = dict[str, ClientUpdate](), dict[str, ClientUpdate]()
-    refused, failed, lacking, size = list[Refusal](), set[str](), set[str](), 0
+    refused, failed, lacking, size, again = list[Refusal](), set[str](), set[str](), 0, dict[str, str]()
+    there, odd = before or Answers({}), 0
 
     def expected() -> set[str]:
         """Those of whom nothing has come yet."""
         return downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused}
 
     for reply in _heard(replies, expected, config.clients.deadline, lambda **fields: emit("waiting", round=round, **fields)):
-        if reply.client not in expected() and len(refused) > len(downloads) + NOISE:
+        if reply.client not in expected() and odd > len(downloads) + NOISE:
             continue
         size += len(reply.payload or b"")
-        answered, update = _accepted(
-            reply, downloads, updates, config, {name: sent for name, sent in (earlier or {}).items() if name not in late}
-        )
-        if reply.lacks and reply.client in expected() and not anew:
+        found = _judged(reply, downloads, {*updates, *there.updates}, config, earlier or {}, {*late, *there.late})
+        odd += found.update is None
+        if reply.lacks and reply.client in expected() and before is None:
             lacking.add(reply.client)
             emit("warning", round=round, client=reply.client, message=f"{reply.client} is sent everything, because: {_cut(reply.error)}")
-        elif isinstance(update, ClientUpdate):
-            (updates if answered == round else late)[reply.client] = update
-            _tell(update, round, answered, len(reply.payload or b""), emit)
-        elif answered != round:
-            refuse(answered, reply.client, update, emit)
+        elif found.update is not None:
+            (updates if found.round == round else late)[reply.client] = found.update
+            _tell(found.update, round, found.round, len(reply.payload or b""), emit)
+        elif found.again:
+            again.setdefault(reply.client, found.reason)
+            emit("warning", round=round, client=_name(reply.client), message=f"an answer came again, and is ignored: {_cut(found.reason)}")
+        elif found.round != round:
+            refuse(found.round, reply.client, found.reason, emit)
         else:
-            refused.append(refuse(round, reply.client, update, emit))
-            failed |= {reply.client} if reply.payload is None and reply.client not in updates else set()
+            refused.append(refuse(round, reply.client, found.reason, emit))
+            failed |= {reply.client} if reply.payload is None else set()
         if len(failed) > spare:
             break
     silent = sorted(downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused})
     if len(failed) <= spare:
         within = "" if config.clients.deadline is None else f" within clients.deadline = {config.clients.deadline:g} seconds"
-        refused += [refuse(round, client, f"it did not answer{within}", emit) for client in silent if client not in late]
+        refused += [refuse(round, client, again.get(client, f"it did not answer{within}"), emit) for client in silent if client not in late]
     late = {client: update for client, update in late.items() if client not in updates}
+    refused = [refusal for refusal in refused if refusal.client in downloads and refusal.client not in updates]
     return Answers(updates, late, refused, silent, lacking if len(failed) <= spare else (), size)
 
 
@@ -145,32 +151,57 @@ def _heard(
             yield reply
 
 
-def _accepted(
-    reply: Reply, downloads: Mapping[str, Download], before: Collection[str], config: Config, earlier: Mapping[str, Download]
-) -> tuple[int, ClientUpdate | str]:
-    """The round that a reply answers, and the update in it or why there is none."""
+class _Judged(NamedTuple):
+    """What a reply is.
+
+    Attributes:
+        round: that it answers.
+        update: in it, if it is one.
+        reason: why there is none.
+        again: an answer of its client to that round is there already.
+    """
+
+    round: int
+    update: ClientUpdate | None = None
+    reason: str = ""
+    again: bool = False
+
+
+def _judged(
+    reply: Reply,
+    downloads: Mapping[str, Download],
+    before: Collection[str],
+    config: Config,
+    earlier: Mapping[str, Download],
+    late: Collection[str],
+) -> _Judged:
+    """What a reply is, after the updates `before` of this round, and those of the round before that came `late`."""
     round = next(iter(downloads.values())).round
     if reply.payload is None and reply.round not in (None, round):
-        return reply.round or 0, f"it failed, too late to matter: {reply.error}"
+        return _Judged(reply.round or 0, reason=f"it failed, too late to matter: {reply.error}")
     missed = earlier.get(reply.client)
     if missed is not None and reply.payload is not None:
         try:
             update = decode_update(reply.payload, missed, stays(missed.method, missed.round), config.messages.max_examples)
-            refusal = f"it answered in round {round} only: too late (clients.late = 'refuse')"
-            return missed.round, update if config.clients.late == "next" else refusal
+            if reply.client in late:
+                return _Judged(missed.round, reason=TWICE, again=True)
+            if config.clients.late == "next":
+                return _Judged(missed.round, update)
+            return _Judged(missed.round, reason=f"it answered in round {round} only: too late (clients.late = 'refuse')")
         except WireError:
             pass  # then it answers this round, or nothing
-    if reply.client not in downloads:
-        return round, "it was not asked in this round"
     if reply.client in before:
-        return round, "it answered twice: its first answer counts"
+        return _Judged(round, reason=TWICE, again=True)
+    sent = downloads.get(reply.client)
+    if sent is None:
+        claimed = round_of(reply.payload or b"", next(iter(downloads.values())))
+        return _Judged(round, reason="it was not asked in this round", again=claimed is not None and claimed < round)
     if reply.payload is None:
-        return round, f"it failed: {reply.error}"
-    sent = downloads[reply.client]
+        return _Judged(round, reason=f"it failed: {reply.error}")
     try:
-        return round, decode_update(reply.payload, sent, stays(sent.method, sent.round), config.messages.max_examples)
+        return _Judged(round, decode_update(reply.payload, sent, stays(sent.method, sent.round), config.messages.max_examples))
     except WireError as error:
-        return round, str(error)
+        return _Judged(round, reason=str(error), again=0 < sent.accepted == round_of(reply.payload, sent))
 
 
 def _tell(update: ClientUpdate, round: int, answered: int, size: int, emit: Emit) -> None:
@@ -181,9 +212,13 @@ def _tell(update: ClientUpdate, round: int, answered: int, size: int, emit: Emit
 
 def refuse(round: int, client: str, reason: str, emit: Emit) -> Refusal:
     """Record and tell that a client's update is not part of the mean; what it sent is shown safely, and cut."""
-    refusal = Refusal(client=client if client.isprintable() and len(client) < 200 else shown(client), reason=_cut(reason))
+    refusal = Refusal(client=_name(client), reason=_cut(reason))
     emit("refused", round=round, client=refusal.client, reason=refusal.reason)
     return refusal
+
+
+def _name(client: str) -> str:
+    return client if client.isprintable() and len(client) < 200 else shown(client)
 
 
 def _cut(reason: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedex_lora.analysis import sent
 from fedex_lora.config import DEMO, Config, parse_config, write_config
 from fedex_lora.display import Display, size, table
 from fedex_lora.errors import UsageError
@@ -117,7 +118,6 @@ def summary(folder: Path) -> dict[str, Any]:
         "deviation": worst(event["deviation"] for event in rounds),
         "exactness_error": worst(event["exactness_error"] for event in rounds),
         "realised_error": worst(event["realised_error"] for event in rounds),
-        "bytes_down": sum(event["bytes_down"] for event in rounds),
-        "bytes_up": sum(event["bytes_up"] for event in rounds),
+        **dict(zip(("bytes_down", "bytes_up"), sent(events), strict=True)),
         "seconds": sum(event["seconds"] for event in rounds),
     }

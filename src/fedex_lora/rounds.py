@@ -12,7 +12,7 @@ import numpy as np
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.answers import Emit, Refusal, Reply, below_quorum, collect, refuse
+from fedex_lora.answers import Answers, Emit, Refusal, Reply, below_quorum, collect, refuse
 from fedex_lora.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config
@@ -182,8 +182,9 @@ def _gather(
     for attempt in count():
         sent, downloads = _messages("train", asking, here, federation, config, run)
         replies = federation.exchange(sent, config.clients.deadline)
-        answers = collect(replies, downloads, config, emit, spare, missed.downloads, anew=attempt > 0)
-        found, late = {**found, **answers.updates}, {**late, **answers.late}
+        answers = collect(replies, downloads, config, emit, spare, missed.downloads, Answers(found, late) if attempt else None)
+        found |= answers.updates
+        late = {client: update for client, update in {**late, **answers.late}.items() if client not in found}
         down, up = down + sent.size, up + answers.size
         refused = [*(refusal for refusal in refused if refusal.client not in asking), *answers.refused]
         here = replace(here, books=here.books.answered(state.round, asking, answers.updates.keys(), refused))
@@ -194,10 +195,10 @@ def _gather(
         starts = {
             client: start_of(state.method, state.adapter, federation.ranks.get(client), state.personal.get(client)) for client in found
         }
-        starts |= {client: (missed.downloads[client].adapter, _behind(missed)) for client in late.keys() - found.keys()}
-        updates = sorted(({**late, **found}).values(), key=lambda update: update.client_id)
+        starts |= {client: (missed.downloads[client].adapter, _behind(missed)) for client in late}
         first = {client: adapter for client, (adapter, _) in starts.items()}
-        updates, large = screened(updates, first, state.other, config.messages.norm_bound)
+        other = {client: missed.downloads[client].other for client in late}
+        updates, large = screened([*found.values(), *late.values()], first, state.other, config.messages.norm_bound, other)
         far = [refuse(number, client, reason, emit) for client, reason in large.items()]
         here = replace(here, books=here.books.judged(far))
         on_time = {update.client_id for update in updates} & found.keys()
@@ -231,7 +232,8 @@ def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit)
     if odd := numbers.get("not_finite"):
         words = f"{', '.join(odd)} cannot be computed, so this round is not shown to be exact: does the base overflow in its base.dtype?"
         emit("warning", round=state.round, message=words)
-    done = {"round": state.round, "metrics": federation.evaluate(state), **numbers}
+    accepted = [update.client_id for update in got.updates]
+    done = {"round": state.round, "metrics": federation.evaluate(state), "accepted": accepted, **numbers}
     return (
         Checkpoint(state, books, {**here.held_out, before.round: held_out}, done, here.skipped),
         _Missed(got.open, result.residual),

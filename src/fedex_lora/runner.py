@@ -1,6 +1,7 @@
 """The in-process runner: all clients on this machine, one base model in memory however many they are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.failures import failure_of
+from fedex_lora.learner import ModelLearner
 from fedex_lora.partition import Indices, partition
 from fedex_lora.party import Parties
 from fedex_lora.peft_io import DELTA
@@ -46,7 +48,7 @@ class InProcess:
         require_consistent(config, len(parts))
         place = Place(config, task)
         rows, notes = _rows(place, parts)
-        self.parties, self._emit = Parties(place, rows, emit), emit
+        self.parties, self._emit = Parties(config, ModelLearner(place, rows, emit)), emit
         self.host = Host(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
             emit("warning", message=note)  # for the console: events say nothing of rows
@@ -57,21 +59,15 @@ class InProcess:
 
     def facts(self) -> dict[str, Any]:
         """See `Host.facts`."""
-        return self.host.facts(self._train_rows())
-
-    def _train_rows(self) -> dict[str, int]:
-        return {client: len(data.train) for client, data in self.parties.data.items()}
+        return self.host.facts(self.parties.learner.rows)
 
     def federation(self) -> Federation:
         """What the round loop needs of this place."""
-        return self.host.federation(
-            self._train_rows(),
-            self.exchange,
-            finish=lambda state, out: self.parties.save_personal(state, out / "clients", self.host.ranks),
-        )
+        there = self.host.federation(self.parties.learner.rows, self.exchange)
+        return replace(there, finish=lambda state, out: self.parties.save_personal(state, out / "clients", there.ranks, there.format))
 
-    def remember_in(self, out: Path, state: ServerState) -> None:
-        """Keep the clients' memories in `out/clients`, and take up those that are there, of a run whose server is at `state`.
+    def remember_in(self, out: Path) -> None:
+        """Keep the clients' memories in `out/clients`, and take up those that are there.
 
         Raises:
             StorageError: one of them is broken.
@@ -84,7 +80,7 @@ class InProcess:
                 bases[version] = load_delta(path) if path.exists() else None
             return bases[version]
 
-        self.parties.remember_in(out / "clients", state.adapter, base_of)
+        self.parties.remember_in(out / "clients", base_of)
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
         """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
@@ -122,7 +118,7 @@ class Home(Protocol):
     def initial(self) -> ServerState: ...
     def facts(self) -> dict[str, Any]: ...
     def federation(self) -> Federation: ...
-    def remember_in(self, out: Path, state: ServerState) -> None: ...
+    def remember_in(self, out: Path) -> None: ...
 
 
 def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Callable[[Config, Emit], Home] = InProcess) -> ServerState:
@@ -206,5 +202,5 @@ def _go_on(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
         emit("resumed", round=number + 1, rounds=config.rounds)
         if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
             emit("round_done", **checkpoint.done)
-    place.remember_in(out, place.initial() if checkpoint is None else checkpoint.state)
+    place.remember_in(out)
     return run_rounds(config, checkpoint or place.initial(), place.federation(), out, emit)

@@ -69,6 +69,7 @@ def screened(
     starts: Mapping[str, Adapter],
     other: Mapping[str, Tensor],
     factor: float | None,
+    earlier: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> tuple[list[ClientUpdate], dict[str, str]]:
     """The updates that may be averaged, in the order of client ids, and client -> why its update may not.
 
@@ -81,6 +82,7 @@ def screened(
         starts: client -> module path -> the factors that it started from.
         other: the other tensors that all started from.
         factor: times the median; None or 0: no bound.
+        earlier: client -> the other tensors, of those that started from those of an earlier round.
 
     Example:
         >>> pair = lambda size: LoRAPair(A=torch.ones(1, 2), B=torch.full((2, 1), size))
@@ -90,7 +92,9 @@ def screened(
         (['a', 'b'], ['c'])
     """
     ordered = sorted(updates, key=lambda update: update.client_id)
-    sizes = {update.client_id: size_of(update, starts[update.client_id], other) for update in ordered}
+    sizes = {
+        update.client_id: size_of(update, starts[update.client_id], (earlier or {}).get(update.client_id, other)) for update in ordered
+    }
     refused = {
         client: "its numbers are too large to be averaged: lower its training.learning_rate"
         for client, size in sizes.items()

@@ -225,6 +225,15 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
     )
 
 
+def round_of(payload: bytes, sent: Download) -> int | None:
+    """The round that an update says it is of; None where it says nothing that can be read, or more than an answer to `sent` could."""
+    declared = _adapter_tensors(sent.adapter) | {f"other|{name}": tensor for name, tensor in sent.other.items()}
+    try:
+        return _table(payload, declared_bytes(declared)[0])[0].round
+    except WireError:
+        return None
+
+
 def declared_bytes(expected: Mapping[str, Tensor]) -> tuple[int, int]:
     """The most bytes that the header, and the whole, of a message with these tensors may have."""
     header = HEADER + sum(256 + 4 * len(name) for name in expected)

@@ -7,7 +7,7 @@ Example:
     [{'round': 1, 'accuracy': 0.5, 'bytes_total': 7}]
 """
 
-from fedex_lora.analysis._frames import clients, communication, messages, participation, refusals, rounds
+from fedex_lora.analysis._frames import clients, communication, messages, participation, refusals, rounds, sent
 from fedex_lora.analysis._modules import across_rounds, located, module_frame, modules, spectrum
 from fedex_lora.analysis._observations import observations
 from fedex_lora.analysis._runs import Run, find_runs, labels, read_run
@@ -28,5 +28,6 @@ __all__ = [
     "read_run",
     "refusals",
     "rounds",
+    "sent",
     "spectrum",
 ]

@@ -1,6 +1,5 @@
 """Data frames of rounds, clients, bytes and refusals: pure functions of events."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 Events: TypeAlias = Sequence[Mapping[str, Any]]
-NESTED = ("metrics", "modules", "drift", "not_finite")
+NESTED = ("metrics", "modules", "drift", "accepted", "not_finite")
 ERRORS = ("exactness_error", "exactness_error_total", "realised_error", "side_error")
 
 
@@ -28,16 +27,28 @@ def _refused(events: Events) -> list[tuple[int, str, str, str]]:
     return found
 
 
+def _left_out(events: Events) -> dict[int, dict[str, str]]:
+    """Round -> client that was asked and whose update is not part of the mean -> why: of what was refused, what did not count after all."""
+    asked = {event["round"]: event["clients"] for event in _of(events, "round_started")}
+    accepted = {event["round"]: event.get("accepted", ()) for event in _of(events, "round_done")}
+    found: dict[int, dict[str, str]] = {}
+    for number, client, reason, when in _refused(events):
+        if when == "round" and client in asked.get(number, ()) and client not in accepted.get(number, ()):
+            found.setdefault(number, {})[client] = reason
+    return found
+
+
 def rounds(events: Events) -> pd.DataFrame:
     """A row a round, with round 0 (the untrained model) where it was measured.
 
     Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
-    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total`; `seconds`; `participants`,
-    `accepted`, `refused`: how many clients; the clients' own rows as `held_out_METRIC`; `not_finite`: which errors
-    could not be computed, in words (one that is not named there and missing was not asked for).
+    `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total` (the one that brings the final
+    model belongs to no round: `sent` counts it); `seconds`; `participants`, `accepted`, `refused`: how many clients; the clients' own
+    rows as `held_out_METRIC`; `not_finite`: which errors could not be computed, in words (one that is not named there and missing was
+    not asked for).
     """
     asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
-    left_out = Counter(number for number, client in {(number, client) for number, client, _, when in _refused(events) if when == "round"})
+    left_out = _left_out(events)
     held = {event["round"]: event["metrics"] for event in _of(events, "held_out")}
     rows: list[dict[str, Any]] = [{"round": 0, **event["metrics"]} for event in _of(events, "started")[:1] if event.get("metrics")]
     for event in _of(events, "round_done"):
@@ -46,7 +57,7 @@ def rounds(events: Events) -> pd.DataFrame:
         odd = [name for name in ERRORS if name in event and event[name] is None]
         row = {"round": number, **event["metrics"], **numbers} | ({"not_finite": ", ".join(odd)} if odd else {})
         if number in asked:
-            refused = min(left_out[number], asked[number])
+            refused = len(left_out.get(number, ()))
             row |= {"participants": asked[number], "refused": refused, "accepted": 0 if "skipped" in event else asked[number] - refused}
         rows.append(row)
     for row in rows:
@@ -75,13 +86,13 @@ def participation(events: Events) -> pd.DataFrame:
     finished = {event["round"] for event in _of(events, "round_done")}
     skipped = {event["round"]: event["skipped"] for event in _of(events, "round_done") if event.get("skipped")}
     everyone = list(_of(events, "started")[0]["clients"])
-    reasons = {(number, client): reason for number, client, reason, when in _refused(events) if when == "round"}
+    left_out = _left_out(events)
     rows = []
     for event in _of(events, "round_started"):
         if event["round"] in finished:
             asked = set(event["clients"])
             for client in everyone:
-                reason = reasons.get((event["round"], client)) if client in asked else None
+                reason = left_out.get(event["round"], {}).get(client)
                 taken = "skipped" if event["round"] in skipped else "accepted"
                 outcome = "not asked" if client not in asked else taken if reason is None else "refused"
                 rows.append((event["round"], client, outcome, reason or (skipped[event["round"]] if outcome == "skipped" else "")))
@@ -117,7 +128,7 @@ def clients(events: Events) -> pd.DataFrame:
 
 
 def communication(runs: Mapping[str, Events], reference: str | None = None) -> pd.DataFrame:
-    """A row a run: bytes down and up of all clients and rounds, and in relation to a reference (paper, table 6).
+    """A row a run: bytes down and up of all clients and messages, and in relation to a reference (paper, table 6).
 
     Args:
         runs: name -> events.
@@ -125,24 +136,28 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
 
     Returns:
         Columns `run`, `method`, `rounds`, `bytes_down`, `bytes_up`, `bytes_total`, `base_bytes` (the base, once to each client),
-        `relative` (what travels in the rounds), `relative_with_base` (with the one-time download of the base, which is how the paper
+        `relative` (of the messages), `relative_with_base` (with the one-time download of the base, which is how the paper
         seems to count).
     """
     return relative(pd.DataFrame([{"run": name, **travelled(events)} for name, events in runs.items()]), reference)
 
 
+def sent(events: Events) -> tuple[int, int]:
+    """Bytes down and up of a run's messages: of every round, and of the one after it, which brings the final model to all clients."""
+    counted = [*_of(events, "round_done"), *_of(events, "evaluated")[-1:]]
+    return sum(event["bytes_down"] for event in counted), sum(event["bytes_up"] for event in counted)
+
+
 def travelled(events: Events) -> dict[str, Any]:
     """A run's row of `communication`, in absolute numbers."""
-    started, done = _of(events, "started")[0], _of(events, "round_done")
-    down, up = sum(event["bytes_down"] for event in done), sum(event["bytes_up"] for event in done)
-    base = (started.get("base_bytes") or 0) * len(started["clients"])
+    started, (down, up) = _of(events, "started")[0], sent(events)
     return {
         "method": started["method"],
-        "rounds": len(done),
+        "rounds": len(_of(events, "round_done")),
         "bytes_down": down,
         "bytes_up": up,
         "bytes_total": down + up,
-        "base_bytes": base,
+        "base_bytes": (started.get("base_bytes") or 0) * len(started["clients"]),
     }
 
 

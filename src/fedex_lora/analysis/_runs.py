@@ -20,6 +20,7 @@ NEEDED = {  # what the frames take for granted
     "refused": ("round", "client", "reason"),
     "held_out": ("round", "metrics"),
     "round_done": ("round", "metrics", "bytes_down", "bytes_up"),
+    "evaluated": ("bytes_down", "bytes_up"),
 }
 
 

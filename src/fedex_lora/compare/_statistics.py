@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from fedex_lora.analysis import sent
 from fedex_lora.measure import number, worst
 
 
@@ -20,7 +21,7 @@ class Curve:
             it was not finite.
         held_out: the headline on the clients' held-out rows, round -> value.
         held_out_loss: likewise.
-        bytes_down, bytes_up: of all clients, the mean over the rounds.
+        bytes_down, bytes_up: of all clients and messages (`analysis.sent`), divided by the rounds.
         exactness: the worst round's relative error, NaN where one could not be computed; None where there is no global model.
         seconds: of all rounds.
         trainable: parameters that a client trains.
@@ -47,13 +48,14 @@ def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
         metric = [number(event["metrics"].get(headline)) for event in (started, *rounds)]
     else:  # no global model: what the clients measure on their own rows
         metric = [held_out.get(round, math.nan) for round in range(len(rounds) + 1)]
+    down, up = sent(events)
     errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
     return Curve(
         metric=metric,
         held_out=held_out,
         held_out_loss={round: number(metrics["loss"]) for round, metrics in held.items() if "loss" in metrics},
-        bytes_down=float(np.mean([event["bytes_down"] for event in rounds])),
-        bytes_up=float(np.mean([event["bytes_up"] for event in rounds])),
+        bytes_down=down / len(rounds),
+        bytes_up=up / len(rounds),
         exactness=worst(errors) if errors else None,
         seconds=math.fsum(event["seconds"] for event in rounds),
         trainable=started["trainable_parameters"],

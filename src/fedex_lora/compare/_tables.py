@@ -70,7 +70,8 @@ def _plus_minus(value: float, width: float | None, sign: str = "") -> str:
 
 def footnotes(result: Mapping[str, Any]) -> str:
     """What the marks in the table mean, as far as they occur."""
-    notes = ["Bytes are of all clients together, the mean over the rounds; differences are paired by seed."]
+    bytes_are = "Bytes are of all clients together, the final model to all of them included, divided by the rounds"
+    notes = [f"{bytes_are}; differences are paired by seed."]
     if len(result["seeds"]) > 1:
         notes.append("± is a 95 % confidence interval of the mean over seeds.")
     if any(row["learning_rate_at_edge"] for row in result["methods"]):

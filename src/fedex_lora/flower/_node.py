@@ -18,6 +18,7 @@ from fedex_lora.failures import Failure, failure_of
 from fedex_lora.flower._log import failed, left, log_of
 from fedex_lora.flower._request import Request
 from fedex_lora.flower._settings import NodeSettings, node_settings
+from fedex_lora.learner import ModelLearner
 from fedex_lora.memory import MEMORY
 from fedex_lora.partition import held_out, partition
 from fedex_lora.party import Parties
@@ -76,7 +77,7 @@ class Node:
                     f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
                     "base",
                 )
-            parties = Parties(place, {request.client: data}, self._emit, alone=True)
+            parties = Parties(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
             _remember(parties, folder, mine / MEMORY)
             return parties.answer(request.client, request.payload)
 
@@ -154,6 +155,6 @@ def _rows(place: Place, client: str, dealt: bool, log: logging.Logger) -> Client
 def _remember(parties: Parties, folder: Path, memory: Path) -> None:
     """Take up what this party remembers; what is broken is set aside, and asked for anew."""
     try:
-        parties.remember_in(folder, parties.latest, lambda version: {})
+        parties.remember_in(folder, lambda version: {})
     except StorageError:
         memory.replace(memory.with_name(f"{MEMORY}.broken"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedex_lora.analysis import sent
 from fedex_lora.config import Config, overridden, parse_config
 from fedex_lora.demo import configuration
 from fedex_lora.errors import TrainingError, UsageError
@@ -82,12 +83,11 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def traffic(out: Path, status: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a run's messages, down and up, as its events and as Flower count them."""
-    events = [event for event in read_events(out / "events.jsonl") if event["event"] in ("round_done", "evaluated")]
-    theirs = status["network-traffic"]
+    """Bytes of a run's messages, down and up, as its events (`analysis.sent`) and as Flower count them."""
+    (down, up), theirs = sent(read_events(out / "events.jsonl")), status["network-traffic"]
     return {
-        "bytes_down": sum(event["bytes_down"] for event in events),
-        "bytes_up": sum(event["bytes_up"] for event in events),
+        "bytes_down": down,
+        "bytes_up": up,
         "flower_bytes_down": theirs["outbound-bytes"],
         "flower_bytes_up": theirs["inbound-bytes"],
     }

@@ -83,7 +83,7 @@ class Deployment:
     def _exchange(self, messages: Mapping[str, bytes], deadline: float | None) -> Iterator[Reply | None]:
         return self._transport(messages, deadline)
 
-    def remember_in(self, out: Path, state: ServerState) -> None:
+    def remember_in(self, out: Path) -> None:
         """Clients keep their own memory; they know this run, and no other under the same name, by a word in the run folder."""
         if not (out / RUN).exists():
             write_text(out / RUN, f"{out.name}-{uuid.uuid4().hex[:12]}\n")

@@ -114,8 +114,9 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
         last = f"{percent(float(np.mean(ends)))} in the last that was measured{group.over('mean')}"
         note = f"of the whole model's update it would lose: most in one round{group.over('worst')}; {last}"
         found.append(("plain averaging", percent(frame["deviation"].max()), note))
-    down, up = (frame[column].sum() / len(group.runs) for column in ("bytes_down", "bytes_up"))
-    found.append(("travelled", size(down + up), f"{size(down)} down, {size(up)} up, all clients and rounds{group.over('mean')}"))
+    down, up = group_sent(group)
+    note = f"{size(down)} down, {size(up)} up, all clients and rounds{group.over('mean')}; with the final model, which all are sent"
+    found.append(("travelled", size(down + up), note))
     asked, refused = (int(frame[column].sum()) if column in frame else 0 for column in ("participants", "refused"))
     note = f"of {asked} in {group.last_round} rounds, {len(run.started['clients'])} clients{group.over('sum')}"
     found.append(("answers refused", str(refused), note))
@@ -123,6 +124,12 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
         note = f"{duration(frame['seconds'].mean())} a round{group.over('mean')}"
         found.append(("time", duration(frame["seconds"].sum() / len(group.runs)), note))
     return found
+
+
+def group_sent(group: Group) -> tuple[float, float]:
+    """Bytes down and up of a run, the mean over the seeds."""
+    down, up = zip(*(analysis.sent(run.events) for run in group.runs), strict=True)
+    return sum(down) / len(down), sum(up) / len(up)
 
 
 def comparison(groups: Sequence[Group]) -> Table:
@@ -139,7 +146,7 @@ def comparison(groups: Sequence[Group]) -> Table:
             "highest": max(ends, default=np.nan),
         }
         row |= {column: worst_error(frame, column) for column in ("exactness_error", "deviation")}
-        row |= {name: frame[name].sum() / len(group.runs) for name in ("bytes_down", "bytes_up")}
+        row |= dict(zip(("bytes_down", "bytes_up"), group_sent(group), strict=True))
         row |= {"seconds": frame["seconds"].sum() / len(group.runs) if "seconds" in frame else np.nan}
         row |= {"refused": int(frame["refused"].sum()) if "refused" in frame else 0}
         rows.append(row)
@@ -247,7 +254,7 @@ def _means(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.Dat
 
 def communication(groups: Sequence[Group]) -> Part:
     """What travelled."""
-    total = lines("Bytes so far", "Down and up, all clients together.", curve(groups, "bytes_total"), "bytes", format=".3~s")
+    total = lines("Bytes so far", "All clients together, after each round.", curve(groups, "bytes_total"), "bytes", format=".3~s")
     means = []
     for group in groups:
         seeds = pd.DataFrame([travelled(run.events) for run in group.runs])
@@ -258,8 +265,8 @@ def communication(groups: Sequence[Group]) -> Part:
     names |= {"relative": "relative", "relative_with_base": "relative, with the base"}
     over = ", means over the seeds" if any(len(group.runs) > 1 for group in groups) else ""
     caption = (
-        f"Bytes of all clients and rounds{over}. Relative to fedex, or the first; with the base: as if each client had also downloaded it "
-        "once."
+        f"Bytes of all clients and rounds, and of the message that brings the final model to all{over}. Relative to fedex, or the first; "
+        "with the base: as if each client had also downloaded it once."
     )
     return Part("What travelled", "", [item for item in (total, table(caption, frame.drop(columns="method"), formats, names)) if item])
 

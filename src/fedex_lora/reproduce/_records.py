@@ -36,7 +36,8 @@ FACTS = (
     "torch_threads",
     "versions",
 )
-ROUND = ("round", "metrics", "exactness_error", "realised_error", "floor", "deviation", "bytes_down", "bytes_up", "seconds")
+SENT = ("bytes_down", "bytes_up")
+ROUND = ("round", "metrics", "exactness_error", "realised_error", "floor", "deviation", *SENT, "seconds")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class _Round(BaseModel):
     modules: _Modules
 
 
+class _Final(BaseModel):
+    bytes_down: int
+    bytes_up: int
+
+
 class _Facts(BaseModel):
     headline: str
     train_rows: dict[str, int]
@@ -114,6 +120,7 @@ class _Record(BaseModel):
     config: dict[str, Any]
     facts: _Facts
     rounds: list[_Round]
+    final: _Final | None = None  # records of older versions have none
     held_out: dict[int, Metrics]
     tests: dict[str, Metrics] = {}
 
@@ -197,9 +204,12 @@ def _on_the_same_rows(folder: Path, task: Task) -> None:
 
 
 def recorded(events: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-    """What a table can ask of a run: its facts, and for every round metrics, errors, bytes, and the deviation of every module."""
+    """What a table can ask of a run: its facts, for every round metrics, errors, bytes, and the deviation of every module, and the bytes of
+    the message that brings the final model to all clients.
+    """
     started = next(event for event in events if event["event"] == "started")
     rounds = [event for event in events if event["event"] == "round_done"]
+    final = [event for event in events if event["event"] == "evaluated"][-1]
     modules = {int(path.name): deviations(path) for path in run_rounds_of(folder)}
     return {
         "facts": {name: started[name] for name in FACTS},
@@ -208,6 +218,7 @@ def recorded(events: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any
             {name: _short(event[name]) for name in ROUND if name in event} | {"modules": modules.get(event["round"], {})}
             for event in rounds
         ],
+        "final": {name: final[name] for name in SENT},
         "held_out": {str(event["round"]): _short(event["metrics"]) for event in events if event["event"] == "held_out"},
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 from fedex_lora.reproduce._filled import Filled, Record
 from fedex_lora.reproduce._grids import NOT_RUN, Grid
 from fedex_lora.reproduce._recipe import UNKNOWN
+from fedex_lora.reproduce._records import SENT
 
 
 def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
@@ -23,8 +24,8 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Grid]]:
         known = {label: f"{panel.paper[label][0]:g}" for label in panel.paper}
         rows.append([panel.label, "paper", *(known.get(label, UNKNOWN) for label in labels)])
     notes = [
-        f"Counted from the messages that were sent: all clients, all rounds, both ways; relative to {reference}.",
-        "What the last round makes is not among them: no client downloads it there.",
+        "Counted from the messages that were sent, both ways: all clients, all rounds, and the message after the last round, which brings "
+        f"the final model to all clients; relative to {reference}.",
         "'With the base once' adds one download of the frozen base for each client.",
         *(f"{panel.label}: {panel.source}." for panel in filled.shown if panel.paper),
     ]
@@ -38,9 +39,10 @@ def _share(totals: Mapping[str, float], label: str, reference: str) -> str:
 
 
 def _sums(runs: Mapping[int, Record]) -> dict[str, float] | None:
-    """Bytes of the first seed that there is."""
+    """Bytes of the first seed of which all messages were recorded."""
     for record in runs.values():
-        down, up = (math.fsum(one[name] for one in record["rounds"]) for name in ("bytes_down", "bytes_up"))
-        clients = len(record["facts"]["train_rows"])
-        return {"down": down, "up": up, "base": float(record["facts"]["base_bytes"] * clients), "rounds": len(record["rounds"])}
+        if final := record.get("final"):
+            down, up = (math.fsum(one[name] for one in (*record["rounds"], final)) for name in SENT)
+            clients = len(record["facts"]["train_rows"])
+            return {"down": down, "up": up, "base": float(record["facts"]["base_bytes"] * clients), "rounds": len(record["rounds"])}
     return None
