@@ -118,6 +118,17 @@ def test_paths_in_the_app_folder_do_not_depend_on_where_it_is_started(tmp_path, 
     assert read_config(tmp_path / "app" / "federation" / "config.toml").task.train == str(tmp_path / "rows.csv")
 
 
+def test_classes_that_every_node_would_ask_for_are_asked_for_at_once(tmp_path):
+    config = custom(tmp_path)
+    without = config.model_copy(update={"task": config.task.model_copy(update={"labels": None})})
+    with pytest.raises(UsageError, match=r"task\.labels is not set"):
+        write_app(tmp_path / "app", without, "out", ["a", "b"])
+    assert not (tmp_path / "app").exists()
+    write_app(
+        tmp_path / "scores", without.model_copy(update={"task": without.task.model_copy(update={"kind": "regression"})}), "out", ["a"]
+    )
+
+
 def test_certificates_and_keys_are_good_and_private(tmp_path):
     make_certificates(tmp_path, ["localhost", "127.0.0.1"])
     make_node_key(tmp_path / "node")

@@ -26,6 +26,7 @@ class Reply:
     Attributes:
         round: of the message that it answers, where the transport knows it; None: the one that is going on.
         lacks: the client does not have what the message counts on, so it could not even begin.
+        hopeless: it says that the run's configuration is at fault, so it will fail whenever it is asked.
     """
 
     client: str
@@ -33,6 +34,7 @@ class Reply:
     error: str = ""
     round: int | None = None
     lacks: bool = False
+    hopeless: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Answers:
         silent: the clients that have not answered at all.
         lacking: the clients that do not have what their message counts on.
         size: the bytes that came.
+        hopeless: the clients that will fail whenever they are asked, by their own word.
     """
 
     updates: Mapping[str, ClientUpdate]
@@ -62,6 +65,7 @@ class Answers:
     silent: Collection[str] = ()
     lacking: Collection[str] = ()
     size: int = 0
+    hopeless: Collection[str] = ()
 
 
 class Emit(Protocol):
@@ -96,7 +100,7 @@ def collect(
     round = next(iter(downloads.values())).round
     updates, late = dict[str, ClientUpdate](), dict[str, ClientUpdate]()
     refused, failed, lacking, size, again = list[Refusal](), set[str](), set[str](), 0, dict[str, str]()
-    there, odd = before or Answers({}), 0
+    there, odd, hopeless = before or Answers({}), 0, set[str]()
 
     def expected() -> set[str]:
         """Those of whom nothing has come yet."""
@@ -122,6 +126,7 @@ def collect(
         else:
             refused.append(refuse(round, reply.client, found.reason, emit))
             failed |= {reply.client} if reply.payload is None else set()
+            hopeless |= {reply.client} if reply.hopeless and reply.client in downloads else set()
         if len(failed) > spare:
             break
     silent = sorted(downloads.keys() - updates.keys() - lacking - {refusal.client for refusal in refused})
@@ -130,7 +135,7 @@ def collect(
         refused += [refuse(round, client, again.get(client, f"it did not answer{within}"), emit) for client in silent if client not in late]
     late = {client: update for client, update in late.items() if client not in updates}
     refused = [refusal for refusal in refused if refusal.client in downloads and refusal.client not in updates]
-    return Answers(updates, late, refused, silent, lacking if len(failed) <= spare else (), size)
+    return Answers(updates, late, refused, silent, lacking if len(failed) <= spare else (), size, hopeless - updates.keys())
 
 
 def _heard(

@@ -151,6 +151,11 @@ class Task(_Table):
         return self
 
     @property
+    def needs_labels(self) -> bool:
+        """Must all classes be named, where parties have rows of their own?"""
+        return self.name == "custom" and self.kind in ("classification", IMAGES) and not self.labels
+
+    @property
     def length(self) -> int:
         """Tokens of a row, at most."""
         written = self.kind == "causal-lm" or not self.name.startswith(("glue/", "custom"))

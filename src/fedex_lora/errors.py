@@ -91,3 +91,5 @@ class UsageError(FedexLoraError):
 
 class ConfigError(UsageError):
     """A configuration that says something impossible."""
+
+    code = "config"

@@ -17,6 +17,7 @@ WORDS: Final[Mapping[str, str]] = {
     "busy": "another process of this party is at work",
     "client": "its node is registered as another client",
     "column": "its rows lack a column that the task reads",
+    "config": "the run's configuration does not work there",
     "dealt": "the run deals it no rows: give its node its own data",
     "disk": "its disk is full or read-only",
     "diverged": "training diverged: lower training.learning_rate",
@@ -45,6 +46,9 @@ WORDS: Final[Mapping[str, str]] = {
 }
 """Code -> public words: the same for everybody, whatever the party's rows, columns, classes and files are called."""
 
+OF_THE_RUN: Final = ("config", "labels-unset")
+"""Faults of the run's configuration: whoever is asked again says the same."""
+
 MOST_ROWS = 10**9
 
 
@@ -71,6 +75,11 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.words}; the details are in the party's log"
+
+    @property
+    def of_the_run(self) -> bool:
+        """Is it of no use to ask again, because only the run's configuration can mend it?"""
+        return self.code in OF_THE_RUN
 
     @property
     def lacks(self) -> bool:

@@ -165,6 +165,8 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         with for_parties(round_folder(out, config.rounds), out / FINAL):
             pass
     federation.finish(here.state, out)
+    if words := _learnt_nothing(held_out, federation.facts):
+        emit("warning", message=words)
     best = _best(held_out, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
     emit("run_done", rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {}))
@@ -203,6 +205,8 @@ def _gather(
         here = replace(here, books=here.books.judged(far))
         on_time = {update.client_id for update in updates} & found.keys()
         short = below_quorum(number, len(on_time), len(participants), [*refused, *far], config)
+        if short and len(answers.hopeless) > len(participants) - quorum(config, len(participants)):
+            raise TrainingError(f"{short}: asking again is of no use: mend the run's configuration, and begin a new run")
         if not (short and waits):
             break
         found = {client: update for client, update in found.items() if client in on_time}
@@ -373,6 +377,18 @@ def _best(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any])
     compared = len(measured) == len(held_out.keys() - {0})
     worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in measured.items()}  # `max` is lost in NaN
     return max(worth, key=lambda number: (worth[number], -number)) if worth and compared else None
+
+
+def _learnt_nothing(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> str:
+    """What to say where the clients' own held-out rows are predicted no better after the last round than before the first; "" elsewhere."""
+    headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
+    before, after = held_out.get(0, {}), held_out[max(held_out)]
+    if not before.get("rows") or before["rows"] != after.get("rows") or not {headline, "loss"} <= before.keys() & after.keys():
+        return ""
+    if sign * after[headline] > sign * before[headline] or after["loss"] < 0.99 * before["loss"]:
+        return ""
+    numbers = f"{headline} {before[headline]:.3g} on the clients' own rows before, {after[headline]:.3g} after"
+    return f"the model learnt nothing ({numbers}): raise training.learning_rate or rounds, and look at the rows by fedex-lora check"
 
 
 def log_to(path: Path, *others: Emit) -> Emit:

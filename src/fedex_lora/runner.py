@@ -90,7 +90,7 @@ class InProcess:
             except FedexLoraError as error:
                 failure = failure_of(error)
                 self._emit("party_failed", client=client, message=str(error))  # for this console: in one process its user is every party
-                yield Reply(client, None, failure.words, lacks=failure.lacks)
+                yield Reply(client, None, failure.words, lacks=failure.lacks, hopeless=failure.of_the_run)
 
 
 def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:

@@ -162,7 +162,7 @@ def _reply(client: str, round: int, message: Message) -> Reply:
     if packet is None:
         return Reply(client, None, "its answer is not of this protocol: is fedex-lora there the same version?", round)
     if failure := Failure.from_words(packet.about):
-        return Reply(client, None, str(failure), round, failure.lacks)
+        return Reply(client, None, str(failure), round, failure.lacks, failure.of_the_run)
     return Reply(client, packet.payload, round=round)
 
 

@@ -70,7 +70,7 @@ class NodeSettings:
             raise ConfigError(
                 'this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")', "no-data"
             )
-        if config.task.name == "custom" and config.task.kind != "causal-lm" and not config.task.labels:
+        if config.task.needs_labels:
             raise ConfigError(
                 "task.labels is not set: name all classes there, or a party whose rows lack one would train another head", "labels-unset"
             )
@@ -106,9 +106,9 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
     simulated = any(key in given for key in SIMULATION)
     settings = _read(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
     if settings.rows not in ("own", "dealt"):
-        raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"')
+        raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"', "settings")
     if low := next((name for name in ("threads", "max_rows", "max_megabytes") if getattr(settings, name) < 0), None):
-        raise ConfigError(f"node config {low.replace('_', '-')} = {getattr(settings, low):g}: give a number from zero up")
+        raise ConfigError(f"node config {low.replace('_', '-')} = {getattr(settings, low):g}: give a number from zero up", "settings")
     return replace(settings, rows="dealt") if simulated else settings
 
 
@@ -128,11 +128,12 @@ def _read(default: T, given: Mapping[str, Any], where: str) -> T:
         name = key.replace("-", "_")
         if name not in known:
             near = nearest(name, list(known))
-            raise ConfigError(f"unknown key {key} in the {where}" + (f": did you mean {near}?" if near else f": it has {', '.join(known)}"))
+            hint = f": did you mean {near}?" if near else f": it has {', '.join(known)}"
+            raise ConfigError(f"unknown key {key} in the {where}{hint}", "settings")
         kind = known[name]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ConfigError(f"{where} {key} = {value!r}: give a value of kind {kind.__name__} (text in double quotes)")
+            raise ConfigError(f"{where} {key} = {value!r}: give a value of kind {kind.__name__} (text in double quotes)", "settings")
         found[name] = value
     return replace(default, **found)

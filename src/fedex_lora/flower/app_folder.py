@@ -40,6 +40,8 @@ def write_app(folder: Path, config: Config, out: str, clients: list[str]) -> Non
         raise UsageError(f"method {config.method} pools all rows in one place, so it has no federation: run it by fedex-lora run")
     if len(set(clients)) < len(clients) or any('"' in client for client in clients):
         raise UsageError(f"clients {', '.join(clients)}: give each name once, without double quotes")
+    if clients and config.task.needs_labels:
+        raise UsageError("task.labels is not set: parties with rows of their own need all classes, so name them in the configuration")
     name = re.sub(r"[^a-z0-9-]+", "-", folder.absolute().name.lower()).strip("-") or MODULE
     project = {
         "project": {

@@ -99,7 +99,8 @@ def narrate(event: str, **fields: Any) -> None:
     """Events as lines of Flower's log."""
     if event in ("warning", "refused", "waiting"):
         words = {"warning": "{message}", "refused": "client {client} is refused: {reason}", "waiting": "waiting for {clients}"}[event]
-        log(WARNING, "%s", words.format(**fields))
+        quiet = event == "waiting" and "reason" not in fields  # a round that takes its time is no trouble
+        log(INFO if quiet else WARNING, "%s", words.format(**fields))
     elif event == "started":
         log(INFO, "%s: %d rounds, clients %s", fields["method"], fields["rounds"], ", ".join(fields["clients"]))
     elif event == "resumed":
