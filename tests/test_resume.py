@@ -113,12 +113,13 @@ def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
     shutil.rmtree(tmp_path / "run" / "final")
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     (tmp_path / "run" / "events.jsonl").write_text("\n".join(line for line in lines if "run_done" not in line) + "\n{torn")
+    (tmp_path / "run" / "rounds" / "0003.broken").mkdir()  # of an earlier time
     broken = tmp_path / "run" / "rounds" / "0003" / "base_delta.safetensors"
     broken.write_bytes(broken.read_bytes()[:-3])
     said = []
     run(config, tmp_path / "run", lambda name, **fields: said.append(fields["message"]) if name == "warning" else None, True)
     assert any("set aside" in message and "0003" in message for message in said)
-    assert (tmp_path / "run" / "rounds" / "0003.broken").is_dir()
+    assert (tmp_path / "run" / "rounds" / "0003.broken1").is_dir()
     assert_same_bits(tmp_path / "run", want)
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return load_checkpoint(folder), complaints
         except StorageError as error:
-            folder.rename(folder.with_name(f"{folder.name}.broken"))
+            aside = (folder.with_name(f"{folder.name}.broken{number or ''}") for number in count())
+            folder.rename(next(path for path in aside if not path.exists()))  # a round may break again
             complaints.append(str(error))
     return None, complaints
 
