@@ -19,7 +19,6 @@ from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.peft_io import (
     LINEAR,
-    Format,
     Result,
     base_for,
     in_float32,
@@ -123,7 +122,8 @@ def _exportable(source: Path, form: str, rank: int | None) -> Result:
 
 def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str) -> Tensor:
     """Write the form into a folder, and return the float32 logits of what plain transformers and PEFT load from there."""
-    format = Format(config={**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}, layouts=result.format.layouts)
+    config = {**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}
+    format = replace(result.format, config=config, frozen=result.format.frozen if form == "adapter" else {})
     base = base_for(result, name)
     if form == "adapter":
         write_adapter_folder(folder, adapter, result.other, format)
@@ -166,6 +166,8 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
     where = "OUT" if form == "adapter" else f"OUT/{ADAPTER}"
     if result.other:
         return f"not as an adapter: it trains {len(result.other)} tensors whole, and vLLM loads no modules_to_save; use --as merged"
+    if result.format.frozen and form == "adapter":
+        return f"not as an adapter: it brings {len(result.format.frozen)} tensors of its base; use --as base+adapter or merged"
     stored = result.manifest.get("base_quantization", "none")
     if form == "adapter" and stored not in ("none", "nf4"):
         return f"not as an adapter: vLLM does not load bases in {stored}; use --as merged"

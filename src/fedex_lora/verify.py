@@ -1,5 +1,6 @@
 """`verify`: recompute the ideal update in fp64 from the stored updates, and say how far the stored result is from it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,6 +205,10 @@ def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
         whole = measure.exactness(ideal, result.standalone.adapter, {})
         per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
     per_module |= {f"other {name}": error for name, error in measure.other_errors(result.other, result.updates, result.weights).items()}
+    folders = [result.format.frozen, *([result.standalone.format.frozen] if result.standalone else [])]
+    for name in result.manifest.get("frozen", []):  # what all adapters brought of their base, untrained, is in both folders
+        there = all(name in frozen and torch.equal(frozen[name], folders[0][name]) for frozen in folders)
+        per_module[f"frozen {name}"] = 0.0 if there else math.inf
     return {
         "max_relative_error": measure.worst(per_module.values()),
         "total_relative_error": factors.total_relative_error,

@@ -30,6 +30,10 @@ def aggregate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="A folder to write beside OUT for the parties to go on from: it holds nobody's adapter, name or weight."),
     ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The base model of all of them, where they name it differently (other paths, a 4-bit copy)."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
     audit: Annotated[
         str, typer.Option(help="Measure the error against the fp64 ideal: exact, estimate or none; auto: exact unless that takes long.")
@@ -42,10 +46,11 @@ def aggregate(
 
     if merge:
         other = method != "fedex" or state or truncate or not updates or audit != "auto"
-        _merge(adapters, out, numbers(weights, "--weights", "120,80"), for_parties, other, as_json)
+        _merge(adapters, out, numbers(weights, "--weights", "120,80"), for_parties, base, other, as_json)
         return
     shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
-    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit), for_parties)
+    truncation = _truncation(truncate)
+    result = aggregate_folders(adapters, out, method, shares_given, state, truncation, updates, _audit(audit), for_parties, base)
     if as_json:
         print_json(result)
         _require_exact(result)
@@ -64,12 +69,14 @@ def aggregate(
     _require_exact(result)
 
 
-def _merge(regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, other: object, as_json: bool) -> None:
+def _merge(
+    regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, base: str | None, other: object, as_json: bool
+) -> None:
     from fedex_lora.regions import merge_folders
 
     if other:
-        raise UsageError("--merge takes everything but --weights from the regions' results: leave the other options out")
-    result = merge_folders(regions, out, weights, parties)
+        raise UsageError("--merge takes everything but --weights and --base from the regions' results: leave the other options out")
+    result = merge_folders(regions, out, weights, parties, base)
     if as_json:
         print_json(result)
         _require_exact(result)

@@ -2,13 +2,13 @@
 
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import (
-    PREFIX,
     WEIGHTS,
     AdapterFolder,
     Description,
     Format,
     adapter_config,
     describe_adapter_folders,
+    frozen_key,
     read_adapter_folder,
     stacked,
     write_adapter_folder,
@@ -45,12 +45,15 @@ from fedex_lora.peft_io._result import (
     write_readme,
     write_result,
 )
+from fedex_lora.peft_io._rules import MARK, PREFIX
+from fedex_lora.peft_io._together import one_base, one_task, require_marks, require_same_frozen, retold
 
 __all__ = [
     "DELTA",
     "HELD",
     "IMAGE_TASK",
     "LINEAR",
+    "MARK",
     "PREFIX",
     "STANDALONE",
     "TRAINABLE",
@@ -70,6 +73,7 @@ __all__ = [
     "for_parties",
     "format_of",
     "frozen_bytes",
+    "frozen_key",
     "image_shape",
     "in_float32",
     "is_for_parties",
@@ -79,14 +83,19 @@ __all__ = [
     "load_processor",
     "logits",
     "manifest_of",
+    "one_base",
+    "one_task",
     "open_model",
     "plain_model",
     "read_adapter_folder",
     "read_model",
     "read_other",
     "read_result",
+    "require_marks",
     "require_pillow",
+    "require_same_frozen",
     "result_folders",
+    "retold",
     "safe_name",
     "set_trained",
     "stacked",
