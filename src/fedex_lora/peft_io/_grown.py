@@ -28,7 +28,7 @@ def grown(model: PreTrainedModel, frozen: Mapping[str, Tensor], other: Mapping[s
     if rows - has:
         if len(rows) > 1 or not embeddings.keys() <= brought.keys():
             raise ModelError(
-                f"the adapter has embeddings of {max(rows)} tokens, the base of {max(has)}, and the adapter does not hold all of them: give "
+                f"the adapter has embeddings of {max(rows)} tokens, the base of {max(has)}, and the adapter holds not all of them: give "
                 "the base that was resized, as its folder, by --base"
             )
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
