@@ -81,7 +81,7 @@ def test_run_then_verify(config, tmp_path):
     assert result["realised_error"] < 3 * result["floor"]
     shown = call("verify", tmp_path / "out")
     assert shown.exit_code == 0
-    assert "relative error, worst module" in shown.stdout
+    assert "exact: worst" in shown.stdout
 
 
 def test_aggregate_and_verify(adapters, tmp_path):
