@@ -28,6 +28,7 @@ from fedex_lora.peft_io import (
     open_model,
     plain_model,
     read_result,
+    save_processor,
     stacked,
     write_adapter_folder,
     write_model,
@@ -133,7 +134,7 @@ def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
     with contextlib.suppress(ModelError):  # a base without a tokenizer is exported without
-        load_processor(Base(model=name), kind_of(result, name)).save_pretrained(where)
+        save_processor(load_processor(Base(model=name), kind_of(result, name)), Base(model=name), where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)

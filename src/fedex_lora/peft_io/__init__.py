@@ -28,7 +28,7 @@ from fedex_lora.peft_io._model import (
 )
 from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, open_model
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
-from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
+from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow, save_processor
 from fedex_lora.peft_io._result import (
     DELTA,
     HELD,
@@ -97,6 +97,7 @@ __all__ = [
     "result_folders",
     "retold",
     "safe_name",
+    "save_processor",
     "set_trained",
     "stacked",
     "trainable_parameters",
