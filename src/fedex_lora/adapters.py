@@ -24,6 +24,7 @@ from fedex_lora.peft_io import (
     one_task,
     read_adapter_folder,
     read_result,
+    require_fits,
     require_marks,
     require_same_frozen,
     retold,
@@ -75,6 +76,8 @@ def aggregate_folders(
     require_apart(folders, out, parties)
     described = describe_adapter_folders(folders)
     base_model = one_base(folders, [one.folder.base_model for one in described], base)
+    if base:
+        require_fits(folders, described, base)
     speaker = described[one_task(folders, [one.folder.config for one in described])].folder
     described = [retold(one, speaker.config) for one in described]
     require_same_frozen(folders, described)
@@ -98,7 +101,14 @@ def aggregate_folders(
             read = [_read(folder, one) for folder, one in zip(folders, described, strict=True)]
             format = replace(format, frozen=read[0].format.frozen)
             result = _in_memory(row, read, names, out, weights, before, truncation, format, facts, keep_updates, audit, parties is not None)
-    return {"method": method, "exact_method": row.exact, **result, "out": str(out), **({"for_parties": str(parties)} if parties else {})}
+    return {
+        "method": method,
+        "exact_method": row.exact,
+        "base_model": base_model,
+        **result,
+        "out": str(out),
+        **({"for_parties": str(parties)} if parties else {}),
+    }
 
 
 def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:

@@ -57,9 +57,8 @@ def aggregate(
         return
     console = consoles(False)
     shares = ", ".join(f"{client} {weight:.4g}" for client, weight in result["weights"].items())
-    console.print(
-        f"{result['method']}: {result['modules']} modules of {len(result['weights'])} adapters; weights {shares}", highlight=False
-    )
+    of = f"{len(result['weights'])} adapters" + (f" of {result['base_model']}" if result["base_model"] else "")
+    console.print(f"{result['method']}: {result['modules']} modules of {of}; weights {shares}", highlight=False)
     _print_errors(console, result)
     if result["tail"]:
         console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)

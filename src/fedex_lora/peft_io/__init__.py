@@ -46,7 +46,7 @@ from fedex_lora.peft_io._result import (
     write_result,
 )
 from fedex_lora.peft_io._rules import MARK, PREFIX
-from fedex_lora.peft_io._together import one_base, one_task, require_marks, require_same_frozen, retold
+from fedex_lora.peft_io._together import one_base, one_task, require_fits, require_marks, require_same_frozen, retold
 
 __all__ = [
     "DELTA",
@@ -91,6 +91,7 @@ __all__ = [
     "read_model",
     "read_other",
     "read_result",
+    "require_fits",
     "require_marks",
     "require_pillow",
     "require_same_frozen",

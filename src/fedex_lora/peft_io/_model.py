@@ -68,7 +68,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
                 fresh = auto.from_config(shape).to(getattr(torch, base.dtype))
-                _pad(fresh, base)
+                pad(fresh, base)
                 return Loaded(_averageable(fresh, base.model), [])
             if getattr(transformers.AutoConfig.from_pretrained(base.source, **options), "quantization_config", None) is not None:
                 raise ModelError(f"{base.model} is quantised already: give the plain checkpoint, and set base.quantization")
@@ -82,7 +82,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
             misfit = {key for key, *_ in info["mismatched_keys"]}
             if odd := sorted(key for key in misfit if key.partition(".")[0] not in heads_of(model)):
                 raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
-            _pad(model, base)
+            pad(model, base)
             return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
     except ModelError:
         raise
@@ -90,7 +90,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
         raise ModelError(_why_not(base.model, error)) from error
 
 
-def _pad(model: Any, base: Base) -> None:
+def pad(model: Any, base: Base) -> None:
     """Give a text model without a padding token that of its tokenizer, or its end token: wherever it is loaded, alike."""
     config = model.config.get_text_config()
     if model.main_input_name != "input_ids" or getattr(config, "pad_token_id", None) is not None:

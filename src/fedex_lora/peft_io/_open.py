@@ -15,7 +15,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import adapter_config
 from fedex_lora.peft_io._grown import grown
-from fedex_lora.peft_io._model import TASK_TYPES, Kind, has_modules, load_base, takes_images, wrap, write_model
+from fedex_lora.peft_io._model import TASK_TYPES, Kind, has_modules, load_base, pad, takes_images, wrap, write_model
 from fedex_lora.peft_io._result import Result, read_result
 
 IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
@@ -70,7 +70,11 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
         raise ModelError(
             f"a {type(base).__name__} with adapters, or not of transformers, is no base: give its name or folder, or load it anew"
         )
-    model: Any = grown(base, result.format.frozen, result.other) if isinstance(base, PreTrainedModel) else base_for(result, str(base))
+    if isinstance(base, PreTrainedModel):
+        pad(base, Base(model=base.config._name_or_path or "a model"))
+        model: Any = grown(base, result.format.frozen, result.other)
+    else:
+        model = base_for(result, str(base))
     if result.adapter:
         config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
         known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}

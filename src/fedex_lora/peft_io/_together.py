@@ -13,6 +13,7 @@ from torch import Tensor
 from fedex_lora.errors import AggregationError
 from fedex_lora.peft_io._fingerprint import CONFIG
 from fedex_lora.peft_io._folders import Description, Format
+from fedex_lora.peft_io._layers import LINEAR
 from fedex_lora.peft_io._pristine import cached_folder
 from fedex_lora.peft_io._rules import trained_whole
 from fedex_lora.tensor_files import read_tensor
@@ -73,6 +74,30 @@ def difference(one: Path, other: Path) -> str | None:
         if left.shape != right.shape or not _equal(left, right):
             return name
     return None
+
+
+def require_fits(folders: Sequence[Path], described: Sequence[Description], base: str) -> None:
+    """Adapters are as large as the layers of the base that they are said to be of, as far as it is on this machine and unpacked.
+
+    Raises:
+        AggregationError: a module of another size.
+    """
+    place = cached_folder(base)
+    found = {name: _shape(path, name) for name, path in _tensors(place).items()} if place else {}
+    shapes = {name: shape for name, shape in found.items() if shape}
+    for folder, one in zip(folders, described, strict=True):
+        for module, pair in one.folder.adapter.items():
+            like = [shapes[name] for name in shapes if f".{name}".endswith(f".{module}.weight") or f".{module}.weight".endswith(f".{name}")]
+            if one.folder.format.layouts[module] == LINEAR and like and pair.shape not in (like[0], like[0][::-1]):
+                sizes = [" x ".join(map(str, shape)) for shape in (pair.shape, like[0])]
+                raise AggregationError(f"{folder}: {module} is {sizes[0]}, and {sizes[1]} in {base}: give the base that it was trained on")
+
+
+def _shape(path: Path, name: str) -> tuple[int, ...] | None:
+    """None of packed numbers."""
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name)
+        return tuple(part.get_shape()) if part.get_dtype() in ("F64", "F32", "F16", "BF16") else None
 
 
 def _tensors(folder: Path) -> dict[str, Path]:
