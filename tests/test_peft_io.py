@@ -304,7 +304,7 @@ def test_verify_checks_the_stand_alone_adapter(tmp_path):
 
 def test_an_output_inside_an_input_is_refused(tmp_path):
     folder = saved(tmp_path, "a")
-    with pytest.raises(UsageError, match="lies in one of the adapters"):
+    with pytest.raises(UsageError, match="lies in one of the folders that are aggregated"):
         aggregate_folders([folder], folder / "out", "fedex", None, None)
 
 

@@ -81,6 +81,8 @@ def aggregate_folders(
     speaker = described[one_task(folders, [one.folder.config for one in described])].folder
     described = [retold(one, speaker.config) for one in described]
     require_same_frozen(folders, described)
+    if previous is not None and row.own:
+        raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
     before = _result(previous)
     marks = [one.folder.mark for one in described]
     require_marks(folders, marks, before.mark if before else None)
@@ -262,8 +264,6 @@ def _state(previous: Result | None, method: str, updates: Sequence[ClientUpdate]
     """The state that the adapters were trained from; without one, a base that has gained nothing."""
     if previous is None:
         return server.init(updates[0].adapter, updates[0].other, method)
-    if method_named(method).own:
-        raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
     state = server.init(previous.adapter, previous.other, method)
     return replace(state, round=int(previous.manifest["round"]), base_delta=previous.base_delta)
 
