@@ -178,7 +178,9 @@ def _print_verified(console: Any, result: dict[str, Any], modules: bool, exact: 
             rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
             console.print(table(title, ["module", "relative error"], rows))
     if result["final"]:
-        console.print(f"{result['final']} is the last round, {result['rounds'][-1]['round']}, bit for bit{_best(result)}", highlight=False)
+        last = result["rounds"][-1]["round"]
+        best = _best({**result, "round": last}, Path(result["final"]).parent)
+        console.print(f"{result['final']} is the last round, {last}, bit for bit{best}", highlight=False)
     if "realised_error" in result:
         for line in _in_words(result):
             console.print(line, highlight=False)
@@ -191,12 +193,12 @@ def _print_verified(console: Any, result: dict[str, Any], modules: bool, exact: 
         console.print(f"exact: worst {worst:.1e} (limit {EXACT_BELOW:.0e})", highlight=False)
 
 
-def _best(result: dict[str, Any]) -> str:
-    """Which round was best, if it is not the last."""
-    best, last = result["best_round"], result["rounds"][-1]
-    if best in (None, last["round"]):
+def _best(result: dict[str, Any], run: Path) -> str:
+    """Which round of a run was best, if it is not the one at hand, and where it is."""
+    best = result["best_round"]
+    if best in (None, result["round"]):
         return ""
-    folder = Path(last["folder"]).parent / f"{best:04d}"
+    folder = run / "rounds" / f"{best:04d}"
     where = f"its model is in {folder}" if folder.exists() else "and keep_rounds has removed its folder"
     return f"; best on the clients' held-out rows was round {best}, {where}"
 
@@ -243,7 +245,11 @@ def export(
         return
     console = consoles(False)
     cut = f"; of the update {result['update_error']:.2e} is missing" if result["update_error"] else ""
-    console.print(f"{form} in {out}, rank {result['rank']}{cut}", highlight=False)
+    console.print(f"{form} of round {result['round']} in {out}, rank {result['rank']}{cut}{_best(result, source)}", highlight=False)
+    if result["tokens"]:
+        console.print(
+            f"the base must have {result['tokens']} tokens first: base.resize_token_embeddings({result['tokens']})", highlight=False
+        )
     console.print(
         f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's, "
         f"{result['change_error']:.1e} of what the update changes",

@@ -26,7 +26,7 @@ from fedex_lora.peft_io._model import (
     trainable_parameters,
     write_model,
 )
-from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, open_model
+from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, new_tokens, open_model
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
 from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow, save_processor
 from fedex_lora.peft_io._result import (
@@ -83,6 +83,7 @@ __all__ = [
     "load_processor",
     "logits",
     "manifest_of",
+    "new_tokens",
     "one_base",
     "one_task",
     "open_model",

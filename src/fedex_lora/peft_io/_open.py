@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -131,3 +132,11 @@ def base_for(result: Result, name: str) -> PreTrainedModel:
         set_seed(seed)
     model = load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
     return grown(model, result.format.frozen, result.other)
+
+
+def new_tokens(result: Result, name: str) -> int | None:
+    """How many tokens the base has with the result's embeddings, where the base `name` has another number; else None."""
+    config = transformers.AutoConfig.from_pretrained(Base(model=name).source).get_text_config()
+    ends = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "lm_head.weight")
+    rows = {len(tensor) for key, tensor in {**result.other, **result.format.frozen}.items() if key.endswith(ends)}
+    return max(rows) if rows - {getattr(config, "vocab_size", None)} else None

@@ -23,7 +23,7 @@ HARMLESS = set(
     """.split()
 )
 """Keys that may be set: what they do shows in the tensors and scalings, or ended with the training."""
-INITIALISATIONS = ("gaussian", "orthogonal", "eva", "true", "false")  # those that leave the base as it is
+INITIALISATIONS = ("gaussian", "orthogonal", "eva")  # those that leave the base as it is
 T = TypeVar("T")
 
 
