@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.kinds import CAUSAL, IDS, NEW, VOCABULARY, WEIGHTS, Kind, answers, configured, grow, off, only_second, pair, rewritten, trained
 from transformers import (
     AutoModelForCausalLM,
@@ -99,15 +99,19 @@ def test_folders_that_are_none_name_the_one_that_is(bases, tmp_path):
 
 
 def test_one_base_at_two_places_is_told_by_its_weights(bases, tmp_path):
-    """Copies are one base, also in 16 bits; a base with one other row is not, whatever is said."""
+    """Copies are one base, also in 16 bits, or with layers packed in 4; a base with one other number is not, whatever is said."""
     folders = pair(bases, tmp_path)
-    copy, half, other = (tmp_path / name for name in ("copy", "half", "other"))
+    copy, half, packed, other, nothing = (tmp_path / name for name in ("copy", "half", "packed", "other", "nothing"))
     shutil.copytree(bases / "llama", copy)
     AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.bfloat16).save_pretrained(half)
+    shutil.copytree(half, packed)
+    tensors = load_file(packed / "model.safetensors")
+    layers = {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8) for name, tensor in tensors.items() if "proj" in name}
+    save_file(tensors | layers, packed / "model.safetensors", {"format": "pt"})
     changed = AutoModelForCausalLM.from_pretrained(bases / "llama")
     changed.model.norm.weight.data[3] += 0.5
     changed.save_pretrained(other)
-    for place in (copy, half):
+    for place in (copy, half, packed):
         configured(base_model_name_or_path=str(place))(folders[1], 1)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         assert aggregate_folders(folders, tmp_path / "out", "fedex", None, None)["max_relative_error"] < 1e-6
@@ -115,6 +119,11 @@ def test_one_base_at_two_places_is_told_by_its_weights(bases, tmp_path):
     for base in (None, str(bases / "llama")):
         with pytest.raises(FedexLoraError, match=r"they differ in model\.norm\.weight, and adapters of different bases have no mean"):
             aggregate_folders(folders, tmp_path / "no", "fedex", None, None, base=base)
+    shutil.copytree(copy, nothing)
+    (nothing / "model.safetensors").unlink()
+    configured(base_model_name_or_path=str(nothing))(folders[1], 1)
+    with pytest.raises(FedexLoraError, match="say which by --base MODEL"):
+        aggregate_folders(folders, tmp_path / "no", "fedex", None, None)
     configured(base_model_name_or_path=str(bases / "gpt2"))(folders[1], 1)
     with pytest.raises(FedexLoraError, match="they differ in model_type"):
         aggregate_folders(folders, tmp_path / "no", "fedex", None, None)

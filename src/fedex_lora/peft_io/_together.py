@@ -1,12 +1,12 @@
 """Do adapters belong together: one base, one task, one base delta below them, and the same of what they do not train?"""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor
 
@@ -47,33 +47,42 @@ def one_base(folders: Sequence[Path], names: Sequence[str | None], base: str | N
         whose = f"{folder} was trained on {name}"
         whose += f", and --base is {base}" if base else f", {named[0][0]} on {wanted}"
         places = [cached_folder(one) for one in (wanted, name)]
-        if places[0] and places[1]:
-            if odd := difference(places[0], places[1]):
-                raise AggregationError(f"{whose}: they differ in {odd}, and adapters of different bases have no mean")
-        elif not base:
+        odd = difference(places[0], places[1]) if places[0] and places[1] else ""
+        if odd:
+            raise AggregationError(f"{whose}: they differ in {odd}, and adapters of different bases have no mean")
+        if odd is not None and not base:
             raise AggregationError(f"{whose}: adapters of different bases have no mean; {REMEDY}")
     return wanted
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """The first thing in which two checkpoints differ; None where there is none, as for a copy.
+    """The first thing in which two checkpoints differ; None where there is none, as for a copy; "" where no weight can be compared.
 
     Compared are the shape in `config.json`, and of every tensor that both hold unpacked some rows, rounded to the coarser of the two
     precisions: so a copy in 4 bits is compared by what it keeps in 16 (embeddings, norms).
     """
-    configs = [transformers.AutoConfig.from_pretrained(folder).get_text_config() for folder in (one, other)]
+    configs = [_config(folder) for folder in (one, other)]
     for key in (*CONFIG, *SIZES):
-        left, right = (getattr(config, key, None) for config in configs)
-        if left != right:
+        left, right = (config.get(key) for config in configs)
+        if None not in (left, right) and left != right:
             return f"{key} ({left}, {right})"
-    names = [_tensors(folder) for folder in (one, other)]
+    names, compared = [_tensors(folder) for folder in (one, other)], 0
     for name in sorted(names[0].keys() & names[1].keys()):
-        left, right = (_some(places[name], name) for places in names)
-        if left is None or right is None:
-            continue
-        if left.shape != right.shape or not _equal(left, right):
-            return name
-    return None
+        rows = [_some(places[name], name) for places in names]
+        if rows[0] is not None and rows[1] is not None:
+            if rows[0].shape != rows[1].shape or not _equal(rows[0], rows[1]):
+                return name
+            compared += 1
+    return None if compared else ""
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of the text model."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return dict(said.get("text_config") or said)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def require_fits(folders: Sequence[Path], described: Sequence[Description], base: str) -> None:
