@@ -88,3 +88,12 @@ def gpt2(tmp_path_factory) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> Path:
+    """Tiny bases of several architectures, in a folder each (`tests.kinds.BASES`)."""
+    from tests.kinds import make_bases
+
+    folder: Path = make_bases(tmp_path_factory.mktemp("bases"))
+    return folder

@@ -83,7 +83,10 @@ def test_run_then_verify(config, tmp_path):
     assert result["realised_error"] < 3 * result["floor"]
     shown = call("verify", tmp_path / "out")
     assert shown.exit_code == 0
-    assert "relative error, worst module" in shown.stdout
+    assert shown.stdout.splitlines()[-1].startswith("exact: worst ")
+    assert shown.stdout.rstrip().endswith("(limit 1e-06)")
+    assert "q_proj" not in shown.stdout
+    assert "layers.0.self_attn.q_proj" in call("verify", tmp_path / "out", "--modules").stdout
 
 
 def test_aggregate_and_verify(adapters, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -197,3 +198,29 @@ def test_the_command_prints_numbers(causal, tmp_path):
     assert numbers["rank"] == 3
     assert 0 < numbers["update_error"] < 1
     assert torch.isfinite(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"))).all()
+
+
+def test_verify_and_export_say_which_round_final_is_and_where_the_best_is(causal, tmp_path):
+    copy = shutil.copytree(causal, tmp_path / "run")
+    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        event.update({"best_round": 1} if event["event"] == "run_done" else {})
+    (copy / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    checked = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["verify", str(copy)])
+    assert "is the last round, 2, bit for bit; best on the clients' held-out rows was round 1" in " ".join(checked.stdout.split())
+    assert "rounds/0001" in checked.stdout
+    written = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["export", str(copy), "--as", "adapter", "-o", str(tmp_path / "out")])
+    assert "adapter of round 2" in written.stdout
+    assert "rounds/0001" in written.stdout
+    alone = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["verify", str(copy / "rounds" / "0001")])
+    assert "best" not in alone.stdout
+
+
+def test_verify_says_shares_of_the_output(causal):
+    """Relative to a small update errors may be many times it; as shares of the logits they are rounding."""
+    result = verify(causal, str(base_folder()))
+    assert result["output_share_float32"] < 1e-5
+    assert result["output_share_floor_float32"] < 1e-5
+    shown = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["verify", str(causal), "--base", str(base_folder())])
+    assert "are off by" in shown.stdout
+    assert "of themselves" in shown.stdout

@@ -18,7 +18,7 @@ from fedex_lora.adapters import aggregate_folders
 from fedex_lora.aggregation import METHODS
 from fedex_lora.cli import app
 from fedex_lora.errors import AggregationError, StorageError, UsageError
-from fedex_lora.peft_io import read_adapter_folder, read_result
+from fedex_lora.peft_io import Format, read_adapter_folder, read_result
 from fedex_lora.regions import merge_folders
 from fedex_lora.storage import sha256
 from fedex_lora.streaming import Round, audit_is_cheap
@@ -107,7 +107,7 @@ def test_the_audit_is_estimated_where_it_would_take_longest(k, rank, cheap):
     """Shapes of a 3B model: few clients (core), many (matrix, which the aggregation forms too), and between."""
     pair = LoRAPair(A=torch.empty(rank, 3072, device="meta"), B=torch.empty(8192, rank, device="meta"))
     updates = [ClientUpdate(f"{index:03d}", {"up": pair}, 1) for index in range(k)]
-    assert audit_is_cheap(Round(METHODS["fedex"], [None] * k, updates, [1 / k] * k)) == cheap
+    assert audit_is_cheap(Round(METHODS["fedex"], [None] * k, updates, [1 / k] * k, Format(config={}))) == cheap
 
 
 @pytest.mark.parametrize("weights", [None, [1.0 + 7 * seed % 50 for seed in range(250)]])

@@ -7,17 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import Method, aggregate, in_order, method_named, normalised_weights, require_same_structure
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.audits import Audit, How
 from fedex_lora.config import Truncation
-from fedex_lora.errors import AggregationError, UsageError
-from fedex_lora.peft_io import Description, describe_adapter_folders, for_parties, read_adapter_folder, read_result, write_result
+from fedex_lora.errors import UsageError
+from fedex_lora.peft_io import (
+    AdapterFolder,
+    Description,
+    Format,
+    Result,
+    describe_adapter_folders,
+    for_parties,
+    one_base,
+    one_task,
+    read_adapter_folder,
+    read_result,
+    require_fits,
+    require_marks,
+    require_same_frozen,
+    retold,
+    write_result,
+)
 from fedex_lora.streaming import Round, audit_is_cheap, streamable, write_streamed
-from fedex_lora.tensor_files import read_tensor
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
 
@@ -31,6 +44,7 @@ def aggregate_folders(
     keep_updates: bool = True,
     audit: How = "auto",
     parties: Path | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Aggregate PEFT LoRA adapters that were trained on one base model, and write a result folder.
 
@@ -49,6 +63,7 @@ def aggregate_folders(
             would take several times as long as the aggregation.
         parties: a folder to write beside `out`, for the parties to go on from: the same without anything of single adapters (see
             `peft_io.for_parties`). What the base gains has then no client's block in its factors (`aggregation.truncation.without_blocks`).
+        base: the base of all adapters, where they name it differently (see `peft_io.one_base`).
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -60,21 +75,42 @@ def aggregate_folders(
     _require_global_model(row, truncation)
     require_apart(folders, out, parties)
     described = describe_adapter_folders(folders)
-    _require_one_base(folders, described)
+    base_model = one_base(folders, [one.folder.base_model for one in described], base)
+    if base:
+        require_fits(folders, described, base)
+    speaker = described[one_task(folders, [one.folder.config for one in described])].folder
+    described = [retold(one, speaker.config) for one in described]
+    require_same_frozen(folders, described)
+    if previous is not None and row.own:
+        raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
+    before = _result(previous)
+    marks = [one.folder.mark for one in described]
+    require_marks(folders, marks, before.mark if before else None)
     names = distinct_names(folders)
+    format = replace(described[0].folder.format, config={**speaker.config, "base_model_name_or_path": base_model})
     facts = {
-        "base_model": described[0].folder.base_model,
-        "task_type": described[0].folder.config.get("task_type"),
+        "base_model": base_model,
+        "task_type": speaker.config.get("task_type"),
+        **({"frozen": sorted(format.frozen)} if format.frozen else {}),
         "sources": [str(folder) for folder in folders],
         "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
         "versions": {"fedex-lora": __version__},
     }
     with for_parties(out, parties):
         if previous is None and streamable(row, described):
-            result = _streamed(row, described, names, out, weights, facts, keep_updates, audit, parties is not None)
+            result = _streamed(row, described, names, out, weights, format, facts, keep_updates, audit, parties is not None)
         else:
-            result = _in_memory(row, folders, names, out, weights, previous, truncation, facts, keep_updates, audit, parties is not None)
-    return {"method": method, "exact_method": row.exact, **result, "out": str(out), **({"for_parties": str(parties)} if parties else {})}
+            read = [_read(folder, one) for folder, one in zip(folders, described, strict=True)]
+            format = replace(format, frozen=read[0].format.frozen)
+            result = _in_memory(row, read, names, out, weights, before, truncation, format, facts, keep_updates, audit, parties is not None)
+    return {
+        "method": method,
+        "exact_method": row.exact,
+        "base_model": base_model,
+        **result,
+        "out": str(out),
+        **({"for_parties": str(parties)} if parties else {}),
+    }
 
 
 def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:
@@ -100,6 +136,7 @@ def _streamed(
     names: Sequence[str],
     out: Path,
     weights: Sequence[float] | None,
+    format: Format,
     facts: Mapping[str, Any],
     keep_updates: bool,
     audit: How,
@@ -111,7 +148,7 @@ def _streamed(
     files = dict(zip(names, described, strict=True))
     ordered, p = in_order(updates, normalised_weights(updates, "uniform" if weights is None else weights))
     require_same_structure(ordered, row)
-    round = Round(row, [files[update.client_id] for update in ordered], ordered, p)
+    round = Round(row, [files[update.client_id] for update in ordered], ordered, p, format)
     errors = None if audit == "none" else Audit(exact=audit == "exact" or (audit == "auto" and audit_is_cheap(round)))
     write_streamed(out, round, facts, keep_updates, errors, blockless)
     return {
@@ -134,12 +171,13 @@ def _streamed(
 
 def _in_memory(
     row: Method,
-    folders: Sequence[Path],
+    read: Sequence[AdapterFolder],
     names: Sequence[str],
     out: Path,
     weights: Sequence[float] | None,
-    previous: Path | None,
+    previous: Result | None,
     truncation: Truncation | None,
+    format: Format,
     facts: Mapping[str, Any],
     keep_updates: bool,
     audit: How,
@@ -147,7 +185,6 @@ def _in_memory(
 ) -> dict[str, Any]:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
-    read = [read_adapter_folder(folder) for folder in folders]
     updates = [
         ClientUpdate(client_id=name, adapter=one.adapter, num_examples=1, other=one.other) for name, one in zip(names, read, strict=True)
     ]
@@ -168,7 +205,7 @@ def _in_memory(
     audited = time.perf_counter() - measured
     kept = updates if keep_updates else ()
     write_result(
-        out, after, updates, result.weights, read[0].format, facts, previous_delta=before.base_delta, standalone=True, held=held, kept=kept
+        out, after, updates, result.weights, format, facts, previous_delta=before.base_delta, standalone=True, held=held, kept=kept
     )
     return {
         "weights": dict(result.weights),
@@ -197,11 +234,6 @@ def _require_global_model(row: Method, truncation: Truncation | None) -> None:
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
 
 
-def one_place(name: str | None) -> str | None:
-    """Two spellings of one local folder are one base."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, or their whole paths where two have one name.
 
@@ -215,36 +247,25 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
 
 
-def _require_one_base(folders: Sequence[Path], described: Sequence[Description]) -> None:
-    first = described[0].folder
-    for folder, one in zip(folders, described, strict=True):
-        if one_place(one.folder.base_model) != one_place(first.base_model):
-            raise AggregationError(
-                f"{folders[0]} was trained on {first.base_model}, {folder} on {one.folder.base_model}: "
-                "adapters of different bases have no mean"
-            )
-        if one.folder.config.get("task_type") != first.config.get("task_type"):
-            raise AggregationError(f"{folders[0]} and {folder} have different task types: aggregate adapters of one task")
-        for name in sorted({*one.folder.frozen, *first.frozen}):
-            if not (name in one.folder.frozen and name in first.frozen and _same(name, one, described[0])):
-                raise AggregationError(
-                    f"{folders[0]} and {folder} differ in {name}, which is not in modules_to_save: their bases have other embeddings"
-                )
+def _read(folder: Path, described: Description) -> AdapterFolder:
+    """A described adapter with its numbers."""
+    read = read_adapter_folder(folder)
+    rest = {**read.other, **read.format.frozen}
+    other, frozen = ({name: rest[name] for name in names} for names in (described.folder.other, described.folder.format.frozen))
+    return AdapterFolder(adapter=read.adapter, other=other, format=replace(read.format, frozen=frozen))
 
 
-def _same(name: str, one: Description, other: Description) -> bool:
-    return one.path == other.path or torch.equal(*(read_tensor(file.path, file.entries[name]) for file in (one, other)))
+def _result(previous: Path | None) -> Result | None:
+    """What `--state` names."""
+    return None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
 
 
-def _state(previous: Path | None, method: str, updates: Sequence[ClientUpdate]) -> ServerState:
+def _state(previous: Result | None, method: str, updates: Sequence[ClientUpdate]) -> ServerState:
     """The state that the adapters were trained from; without one, a base that has gained nothing."""
     if previous is None:
         return server.init(updates[0].adapter, updates[0].other, method)
-    if method_named(method).own:
-        raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
-    result = read_result(previous / "final" if (previous / "final").is_dir() else previous)
-    state = server.init(result.adapter, result.other, method)
-    return replace(state, round=int(result.manifest["round"]), base_delta=result.base_delta)
+    state = server.init(previous.adapter, previous.other, method)
+    return replace(state, round=int(previous.manifest["round"]), base_delta=previous.base_delta)
 
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:

@@ -19,22 +19,24 @@ from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.peft_io import (
     LINEAR,
-    Format,
     Result,
     base_for,
     in_float32,
     kind_of,
     load_processor,
     logits,
+    new_tokens,
     open_model,
     plain_model,
     read_result,
+    save_processor,
     stacked,
     write_adapter_folder,
     write_model,
 )
 from fedex_lora.storage import atomic_folder, write_text
 from fedex_lora.types import Adapter, LoRAPair
+from fedex_lora.verify import best_round
 
 FORMS = ("merged", "adapter", "base+adapter")
 SAME = 1e-5  # of the largest logit: what fp32 rounding of another order of sums stays under
@@ -58,8 +60,8 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
 
     Returns:
         `output_error` = max |logits - the run's| / max |the run's|, both computed in float32; `change_error`, the same difference relative
-        to the change of logits that the whole update makes; `update_error` = |cut update - update| / |update| for a cut; rank; what vLLM
-        makes of it.
+        to the change of logits that the whole update makes; `update_error` = |cut update - update| / |update| for a cut; rank; the round,
+        and the `best_round` of a run that is done; `tokens`, where the adapter needs a base resized to so many; what vLLM makes of it.
 
     Raises:
         UsageError: no such form, a rank above the total, a rank for a form without a stacked adapter, a personalised method.
@@ -82,18 +84,20 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
     with atomic_folder(out, facts) as folder:
         got = _write(folder, form, result, adapter, name)
         error, off = float((got - want).abs().max() / want.abs().max()), float((got - want).abs().max())
-        numbers = {
+        numbers: dict[str, Any] = {
             "output_error": error,
             "change_error": off / change if change else 0.0,
             "update_error": update_error,
             "rank": _rank(result.adapter if form == "base+adapter" else adapter),
+            "tokens": new_tokens(result, name) if form == "adapter" else None,
         }
         write_text(folder / "README.md", _card(facts, numbers, result))
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
         if not math.isfinite(error) or (rank is None and not (error < same and (off < 0.1 * change or error < TINY))):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name)
-    return {"as": form, "out": str(out), "base_model": name, **numbers, "vllm": vllm}
+    rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
+    return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm}
 
 
 def _logits_with_and_without(result: Result, name: str) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,8 @@ def _exportable(source: Path, form: str, rank: int | None) -> Result:
 
 def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str) -> Tensor:
     """Write the form into a folder, and return the float32 logits of what plain transformers and PEFT load from there."""
-    format = Format(config={**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}, layouts=result.format.layouts)
+    config = {**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}
+    format = replace(result.format, config=config, frozen=result.format.frozen if form == "adapter" else {})
     base = base_for(result, name)
     if form == "adapter":
         write_adapter_folder(folder, adapter, result.other, format)
@@ -133,7 +138,7 @@ def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
     with contextlib.suppress(ModelError):  # a base without a tokenizer is exported without
-        load_processor(Base(model=name), kind_of(result, name)).save_pretrained(where)
+        save_processor(load_processor(Base(model=name), kind_of(result, name)), Base(model=name), where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)
@@ -166,6 +171,8 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
     where = "OUT" if form == "adapter" else f"OUT/{ADAPTER}"
     if result.other:
         return f"not as an adapter: it trains {len(result.other)} tensors whole, and vLLM loads no modules_to_save; use --as merged"
+    if result.format.frozen and form == "adapter":
+        return f"not as an adapter: it brings {len(result.format.frozen)} tensors of its base; use --as base+adapter or merged"
     stored = result.manifest.get("base_quantization", "none")
     if form == "adapter" and stored not in ("none", "nf4"):
         return f"not as an adapter: vLLM does not load bases in {stored}; use --as merged"
@@ -186,6 +193,7 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
 def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) -> str:
     inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest.get("inputs", []))
     participants = f"\nParticipants of the last round:\n\n{inputs}\n" if inputs else ""
+    grown = f" First `base.resize_token_embeddings({numbers['tokens']})`: the adapter has tokens of its own." if numbers["tokens"] else ""
     cut = (
         f" It is cut to rank {numbers['rank']}: {numbers['update_error']:.2e} of the update is missing." if numbers["update_error"] else ""
     )
@@ -199,7 +207,7 @@ library_name: {library}
 ---
 # {facts["format"]} export of a federated LoRA run
 
-Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}
+Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}{grown}
 Reloaded after writing: its logits, computed in float32, differ from the run's by {numbers["output_error"]:.1e} of the largest.
 `manifest.json` has the sha256 of every file.
 {participants}"""

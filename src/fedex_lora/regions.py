@@ -5,24 +5,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedex_lora import __version__, measure, server
-from fedex_lora.adapters import distinct_names, one_place, require_apart
+from fedex_lora.adapters import distinct_names, require_apart
 from fedex_lora.aggregation import merge, method_named, normalised_weights
 from fedex_lora.aggregation.lowrank import signed_sum, smallest
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.peft_io import Result, for_parties, read_result, write_result
+from fedex_lora.peft_io import Result, for_parties, one_base, read_result, write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank, ServerState
 
 
-def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] | None, parties: Path | None = None) -> dict[str, Any]:
+def merge_folders(
+    folders: Sequence[Path], out: Path, weights: Sequence[float] | None, parties: Path | None = None, base: str | None = None
+) -> dict[str, Any]:
     """Merge the OUTs of regional `fedex-lora aggregate`s, of disjoint clients of one base, into one result folder.
 
     Args:
         folders: one a region.
         out: must not exist, or be empty. Its `updates/` are the regions' adapters with what their bases gained, so `verify` works on it.
         weights: one a region; None: what each region's weights summed to (its number of adapters, where it had none).
-        parties: see `adapters.aggregate_folders`.
+        parties, base: see `adapters.aggregate_folders`.
 
     Returns:
         As `adapters.aggregate_folders`; `weights` of the regions, `clients` of all.
@@ -33,7 +37,8 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
     require_apart(folders, out, parties)
     results = [read_result(folder) for folder in folders]
     names = distinct_names(folders)
-    _require_one_base(folders, results)
+    base_model = one_base(folders, [result.manifest.get("base_model") for result in results], base)
+    _require_same_frozen(folders, results)
     totals = [_total(folder, result) for folder, result in zip(folders, results, strict=True)] if weights is None else list(weights)
     parts = [_part(name, result) for name, result in zip(names, results, strict=True)]
     adapters = _require_disjoint(folders, results)
@@ -52,7 +57,8 @@ def merge_folders(folders: Sequence[Path], out: Path, weights: Sequence[float] |
     shares, held = dict(zip(names, p, strict=True)), {name: result.base_delta for name, result in zip(names, results, strict=True)}
     audit = measure.audit(server.init(merged.adapter, merged.other, merged.method), updates, shares, after, held)
     facts = {
-        **{key: results[0].manifest.get(key) for key in ("base_model", "task_type")},
+        "base_model": base_model,
+        **{key: results[0].manifest[key] for key in ("task_type", "frozen") if key in results[0].manifest},
         "sources": [str(folder) for folder in folders],
         "adapters": adapters,
         "total_weight": math.fsum(totals),
@@ -103,12 +109,14 @@ def _require_disjoint(folders: Sequence[Path], results: Sequence[Result]) -> lis
     return list(seen)
 
 
-def _require_one_base(folders: Sequence[Path], results: Sequence[Result]) -> None:
-    first = results[0].manifest.get("base_model")
+def _require_same_frozen(folders: Sequence[Path], results: Sequence[Result]) -> None:
+    """What the regions' adapters hold of the base, untrained, is the same in all."""
+    first = results[0].format.frozen
     for folder, result in zip(folders, results, strict=True):
-        base = result.manifest.get("base_model")
-        if one_place(base) != one_place(first):
-            raise AggregationError(f"{folders[0]} is of {first}, {folder} of {base}: adapters of different bases have no mean")
+        frozen = result.format.frozen
+        for name in sorted(first.keys() | frozen.keys()):
+            if not (name in first and name in frozen and torch.equal(first[name], frozen[name])):
+                raise AggregationError(f"{folders[0]} and {folder} differ in {name}, which nobody trained: their bases differ there")
 
 
 def _float32(delta: Delta) -> Delta:

@@ -28,6 +28,8 @@ from fedex_lora.peft_io import (
     UPDATES,
     WEIGHTS,
     Description,
+    Format,
+    frozen_key,
     manifest_of,
     safe_name,
     write_config,
@@ -53,12 +55,14 @@ class Round:
         files: one a client.
         updates: the same as updates whose tensors hold nothing.
         p: weights with sum one.
+        format: how the result is written.
     """
 
     row: Method
     files: Sequence[Description]
     updates: Sequence[ClientUpdate]
     p: Sequence[float]
+    format: Format
 
     @property
     def adapter(self) -> Mapping[str, LoRAPair]:
@@ -130,7 +134,10 @@ def write_streamed(
     sums: dict[str, str] = {}
     with atomic_folder(folder, manifest_of(method, 1, round.updates, weights) | dict(facts), sums) as temporary:
         order = list(portions(round.updates))
-        other = {name: (torch.promote_types(tensor.dtype, torch.float32), tensor.shape) for name, tensor in first.other.items()}
+        whole = {name: (torch.promote_types(tensor.dtype, torch.float32), tensor.shape) for name, tensor in first.other.items()}
+        other = {f"{PREFIX}{name}": about for name, about in whole.items()}
+        frozen = {frozen_key(name, first.adapter): name for name in round.format.frozen}
+        other |= {key: (tensor.dtype, tensor.shape) for key, name in frozen.items() for tensor in [round.format.frozen[name]]}
         standalone = round.standalone()
         with ExitStack() as stack:
 
@@ -149,14 +156,14 @@ def write_streamed(
                 del part  # or two modules' results would be held while the next one is made
             for name in first.other:
                 mean = mean_of(_Tensors([file.path for file in round.files], [file.entries[name] for file in round.files]), p, name)
-                for file in (files.trainable, files.whole):
-                    if file:
-                        file.write(mean)
+                _write_both(files, mean)
+            for name in frozen.values():
+                _write_both(files, read_tensor(round.files[0].path, round.files[0].entries[name]))
         sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in files if file}
-        write_config(temporary / TRAINABLE, round.adapter, round.files[0].folder.format)
+        write_config(temporary / TRAINABLE, round.adapter, round.format)
         write_readme(temporary / TRAINABLE, round.adapter, method, 1)
         if standalone:
-            write_config(temporary / STANDALONE, standalone, round.files[0].folder.format)
+            write_config(temporary / STANDALONE, standalone, round.format)
         for source, update in zip(round.files, round.updates, strict=True) if keep_updates else ():
             name = f"{UPDATES}/{safe_name(update.client_id)}.safetensors"
             sums[name] = _copy_update(source, update, temporary / name)
@@ -175,6 +182,13 @@ class _Files(NamedTuple):
     trainable: TensorWriter
     delta: TensorWriter
     whole: TensorWriter | None
+
+
+def _write_both(files: _Files, tensor: Tensor) -> None:
+    """The same into both adapters."""
+    for file in (files.trainable, files.whole):
+        if file:
+            file.write(tensor)
 
 
 def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
@@ -247,13 +261,13 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _adapter_shapes(modules: Sequence[str], adapter: Mapping[str, LoRAPair], other: Shapes) -> Shapes:
-    """Of an adapter file: `lora_A`, `lora_B` of every module, then the other tensors."""
+    """Of an adapter file: `lora_A`, `lora_B` of every module, then the other tensors, which have their names in the file."""
     shapes = {
         f"{PREFIX}{module}.{part}.weight": (torch.float32, tuple(factor.shape))
         for module in modules
         for part, factor in (("lora_A", adapter[module].A), ("lora_B", adapter[module].B))
     }
-    return shapes | {f"{PREFIX}{name}": about for name, about in other.items()}
+    return shapes | dict(other)
 
 
 def _delta_shapes(modules: Sequence[str], round: Round) -> Shapes:

@@ -1,5 +1,6 @@
 """`verify`: recompute the ideal update in fp64 from the stored updates, and say how far the stored result is from it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedex_lora.peft_io import (
     result_folders,
     write_model,
 )
-from fedex_lora.storage import read_manifest
+from fedex_lora.storage import read_events, read_manifest
 from fedex_lora.types import Delta
 
 EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
@@ -43,7 +44,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         `recomputed`: was the ideal there to compare with? `max_relative_error` = |trainable + base_delta - ideal| / |ideal| of the worst
         module and round, from the factors (also of the stand-alone adapter, and of the other tensors against their mean), None where it was
         not; with `base` also `realised_error` (from the model's own layers, same denominator) and its `floor`, and the `output_errors` of
-        the last round; `rounds`, with errors per module. What of it fails, `complaint` says.
+        the last round; `best_round` of a run, and `rounds`, with errors per module. What of it fails, `complaint` says.
 
     Raises:
         StorageError: nothing to verify, files that were altered or are not finite, or a `final/` that is not the last round.
@@ -74,7 +75,14 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         summary |= {key: measure.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
         last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
-    return summary | {"final": str(final) if final else None, "rounds": rows}
+    return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
+
+
+def best_round(path: Path) -> int | None:
+    """The round that did best on the clients' held-out rows, of a run that is done; None where there is none."""
+    events = path / "events.jsonl"
+    done = [event for event in read_events(events) if event["event"] == "run_done"] if events.exists() else []
+    return done[-1]["best_round"] if done else None
 
 
 def complaint(result: Mapping[str, Any]) -> str | None:
@@ -130,6 +138,18 @@ class Answers:
         return self._relative(self.got_without - self.want_without)
 
     @property
+    def error_of_output(self) -> float:
+        """`|got - want| / |want|`: relative to all that the model answers."""
+        return measure.relative(*(float(torch.linalg.vector_norm(one)) for one in (self.got - self.want, self.want)))
+
+    @property
+    def floor_of_output(self) -> float:
+        """`|got_without - want_without| / |want_without|`."""
+        return measure.relative(
+            *(float(torch.linalg.vector_norm(one)) for one in (self.got_without - self.want_without, self.want_without))
+        )
+
+    @property
     def share(self) -> float:
         """How much of the base delta's effect the model shows: the least-squares factor between its change and the ideal change."""
         change = self.want - self.want_without
@@ -161,16 +181,14 @@ def model_answers(result: Result, base: str, float32: bool, rows: int = 4) -> tu
 
 
 def output_errors(result: Result, base: str) -> dict[str, Any]:
-    """`Answers.error` and `floor` of a result's model, as it computes and in float32."""
+    """`Answers.error` and `floor` of a result's model, as it computes and in float32, and both as shares of the output."""
     want = ideal_answers(result, base)
     own, upcast = (Answers(*model_answers(result, base, float32), *want) for float32 in (False, True))
-    return {
-        "compute_dtype": result.manifest.get("base_dtype", "float32"),
-        "output_error": own.error,
-        "output_floor": own.floor,
-        "output_error_float32": upcast.error,
-        "output_floor_float32": upcast.floor,
-    }
+    numbers: dict[str, Any] = {"compute_dtype": result.manifest.get("base_dtype", "float32")}
+    for suffix, answers in (("", own), ("_float32", upcast)):
+        numbers |= {f"output_error{suffix}": answers.error, f"output_floor{suffix}": answers.floor}
+        numbers |= {f"output_share{suffix}": answers.error_of_output, f"output_share_floor{suffix}": answers.floor_of_output}
+    return numbers
 
 
 def _ideal(result: Result) -> Mapping[str, Delta]:
@@ -204,6 +222,10 @@ def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
         whole = measure.exactness(ideal, result.standalone.adapter, {})
         per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
     per_module |= {f"other {name}": error for name, error in measure.other_errors(result.other, result.updates, result.weights).items()}
+    folders = [result.format.frozen, *([result.standalone.format.frozen] if result.standalone else [])]
+    for name in result.manifest.get("frozen", []):  # what all adapters brought of their base, untrained, is in both folders
+        there = all(name in frozen and torch.equal(frozen[name], folders[0][name]) for frozen in folders)
+        per_module[f"frozen {name}"] = 0.0 if there else math.inf
     return {
         "max_relative_error": measure.worst(per_module.values()),
         "total_relative_error": factors.total_relative_error,

@@ -39,5 +39,5 @@ def test_the_page(tmp_path):
         with suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)  # not the command `kill`: procps 4.0.2 reads -KILL -123 as -KILL -1, all processes
     assert shell.returncode == 0, output
-    assert "relative error, worst module" in output
+    assert "exact: worst" in output
     assert [event["rounds"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "run_done"] == [2]

@@ -30,6 +30,10 @@ def aggregate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="A folder to write beside OUT for the parties to go on from: it holds nobody's adapter, name or weight."),
     ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The base model of all of them, where they name it differently (other paths, a 4-bit copy)."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
     audit: Annotated[
         str, typer.Option(help="Measure the error against the fp64 ideal: exact, estimate or none; auto: exact unless that takes long.")
@@ -42,19 +46,19 @@ def aggregate(
 
     if merge:
         other = method != "fedex" or state or truncate or not updates or audit != "auto"
-        _merge(adapters, out, numbers(weights, "--weights", "120,80"), for_parties, other, as_json)
+        _merge(adapters, out, numbers(weights, "--weights", "120,80"), for_parties, base, other, as_json)
         return
     shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
-    result = aggregate_folders(adapters, out, method, shares_given, state, _truncation(truncate), updates, _audit(audit), for_parties)
+    truncation = _truncation(truncate)
+    result = aggregate_folders(adapters, out, method, shares_given, state, truncation, updates, _audit(audit), for_parties, base)
     if as_json:
         print_json(result)
         _require_exact(result)
         return
     console = consoles(False)
     shares = ", ".join(f"{client} {weight:.4g}" for client, weight in result["weights"].items())
-    console.print(
-        f"{result['method']}: {result['modules']} modules of {len(result['weights'])} adapters; weights {shares}", highlight=False
-    )
+    of = f"{len(result['weights'])} adapters" + (f" of {result['base_model']}" if result["base_model"] else "")
+    console.print(f"{result['method']}: {result['modules']} modules of {of}; weights {shares}", highlight=False)
     _print_errors(console, result)
     if result["tail"]:
         console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
@@ -64,12 +68,14 @@ def aggregate(
     _require_exact(result)
 
 
-def _merge(regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, other: object, as_json: bool) -> None:
+def _merge(
+    regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, base: str | None, other: object, as_json: bool
+) -> None:
     from fedex_lora.regions import merge_folders
 
     if other:
-        raise UsageError("--merge takes everything but --weights from the regions' results: leave the other options out")
-    result = merge_folders(regions, out, weights, parties)
+        raise UsageError("--merge takes everything but --weights and --base from the regions' results: leave the other options out")
+    result = merge_folders(regions, out, weights, parties, base)
     if as_json:
         print_json(result)
         _require_exact(result)
@@ -138,43 +144,83 @@ def _truncation(text: str | None) -> Any:
 def verify(
     path: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
     base: Annotated[Optional[str], typer.Option(help="The base model: its own weights are compared too.")] = None,  # noqa: UP045
+    modules: Annotated[bool, typer.Option("--modules", help="List every module's error, too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Recompute the ideal update, and print how far a result is off. In fp64, from the stored updates; per module and in total."""
     from fedex_lora.client import quiet
-    from fedex_lora.display import table
     from fedex_lora.verify import complaint
     from fedex_lora.verify import verify as verify_here
 
     quiet()
     result = verify_here(path, base)
+    why = complaint(result)
     if as_json:
         print_json(result)
     else:
-        console = consoles(False)
-        for row in result["rounds"]:
-            if not row["recomputed"]:
-                said = "every file has its sum, and is finite; the ideal is not recomputed, because nobody's update is here"
-                console.print(f"{row['folder']} ({row['method']}, round {row['round']}): {said}", highlight=False)
-                continue
-            rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
-            console.print(table(f"{row['folder']} ({row['method']}, round {row['round']})", ["module", "relative error"], rows))
-        if result["recomputed"]:
-            console.print(
-                f"relative error, worst module: {result['max_relative_error']:.2e}   all modules: {result['total_relative_error']:.2e}"
-            )
-        if result["final"]:
-            console.print(f"{result['final']} is the last round, bit for bit", highlight=False)
-        if base:
-            console.print(f"of the model's own layers: {result['realised_error']:.2e}   floor of their precision: {result['floor']:.2e}")
-            for compute, kind in ((result["compute_dtype"], ""), ("float32", "_float32")):
-                error, floor = result[f"output_error{kind}"], result[f"output_floor{kind}"]
-                console.print(f"of the logits, computed in {compute}: {error:.2e}   without the base delta: {floor:.2e}", highlight=False)
-            if not result["base_checked"]:
-                console.print("these adapters came without a fingerprint of their base: whether this is the one was not checked")
-    if why := complaint(result):
+        _print_verified(consoles(False), result, modules, exact=why is None)
+    if why:
         fail(f"error: {why}", 1)
+
+
+def _print_verified(console: Any, result: dict[str, Any], modules: bool, exact: bool) -> None:
+    """What was compared, and at last the one number."""
+    from fedex_lora.display import table
+    from fedex_lora.verify import EXACT_BELOW
+
+    for row in result["rounds"]:
+        title = f"{row['folder']} ({row['method']}, round {row['round']})"
+        if not row["recomputed"]:
+            said = "every file has its sum, and is finite; the ideal is not recomputed, because nobody's update is here"
+            console.print(f"{title}: {said}", highlight=False)
+        elif modules:
+            rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
+            console.print(table(title, ["module", "relative error"], rows))
+    if result["final"]:
+        last = result["rounds"][-1]["round"]
+        best = _best({**result, "round": last}, Path(result["final"]).parent)
+        console.print(f"{result['final']} is the last round, {last}, bit for bit{best}", highlight=False)
+    if "realised_error" in result:
+        for line in _in_words(result):
+            console.print(line, highlight=False)
+    if not result["recomputed"]:
+        return
+    worst, total = result["max_relative_error"], result["total_relative_error"]
+    if not result["exact_method"]:
+        console.print(f"{result['method']} is not exact: off by {worst:.1e} in the worst module, {total:.1e} in all", highlight=False)
+    elif exact:
+        console.print(f"exact: worst {worst:.1e} (limit {EXACT_BELOW:.0e})", highlight=False)
+
+
+def _best(result: dict[str, Any], run: Path) -> str:
+    """Which round of a run was best, if it is not the one at hand, and where it is."""
+    best = result["best_round"]
+    if best in (None, result["round"]):
+        return ""
+    folder = run / "rounds" / f"{best:04d}"
+    where = f"its model is in {folder}" if folder.exists() else "and keep_rounds has removed its folder"
+    return f"; best on the clients' held-out rows was round {best}, {where}"
+
+
+def _in_words(result: dict[str, Any]) -> list[str]:
+    """The errors of the model itself; relative to a small update, rounding alone may be many times the update."""
+    compute, error, floor = result["compute_dtype"], result["realised_error"], result["floor"]
+    lines = [f"the model's own layers are off by {_times(error)} the update; rounding in their precision alone costs {_times(floor)} it"]
+    for kind, suffix in dict([(compute, ""), ("float32", "_float32")]).items():
+        off, alone = result[f"output_share{suffix}"], result[f"output_share_floor{suffix}"]
+        change = result[f"output_error{suffix}"]
+        lines.append(
+            f"its logits, computed in {kind}, are off by {off:.1e} of themselves (without the base delta by {alone:.1e}), which is "
+            f"{_times(change)} what the base delta changes"
+        )
+    if not result["base_checked"]:
+        lines.append("these adapters came without a fingerprint of their base: whether this is the one was not checked")
+    return lines
+
+
+def _times(share: float) -> str:
+    return f"{share:.1e} of" if share < 1 else f"{share:.3g} times"
 
 
 @app.command()
@@ -199,7 +245,11 @@ def export(
         return
     console = consoles(False)
     cut = f"; of the update {result['update_error']:.2e} is missing" if result["update_error"] else ""
-    console.print(f"{form} in {out}, rank {result['rank']}{cut}", highlight=False)
+    console.print(f"{form} of round {result['round']} in {out}, rank {result['rank']}{cut}{_best(result, source)}", highlight=False)
+    if result["tokens"]:
+        console.print(
+            f"the base must have {result['tokens']} tokens first: base.resize_token_embeddings({result['tokens']})", highlight=False
+        )
     console.print(
         f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's, "
         f"{result['change_error']:.1e} of what the update changes",

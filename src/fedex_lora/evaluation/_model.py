@@ -10,7 +10,7 @@ from torch import nn
 from fedex_lora.aggregation import method_named
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
-from fedex_lora.peft_io import DELTA, kind_of, load_base, load_processor, open_model, read_result
+from fedex_lora.peft_io import DELTA, MARK, kind_of, load_base, load_processor, open_model, read_result
 from fedex_lora.storage import MANIFEST, read_manifest
 
 
@@ -77,7 +77,10 @@ def _export(folder: Path, manifest: Any, kind: Any, base: str | None, config: di
 
 
 def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) -> Opened:
-    name = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if said.get(MARK):
+        raise ModelError(f"{folder} is right only on top of what its base had gained: aggregate it, with --state, and give the result")
+    name = base or said.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{folder} does not say what its base is: give it by --base")
     try:

@@ -2,13 +2,13 @@
 
 from fedex_lora.peft_io._base import FrozenBase
 from fedex_lora.peft_io._folders import (
-    PREFIX,
     WEIGHTS,
     AdapterFolder,
     Description,
     Format,
     adapter_config,
     describe_adapter_folders,
+    frozen_key,
     read_adapter_folder,
     stacked,
     write_adapter_folder,
@@ -26,9 +26,9 @@ from fedex_lora.peft_io._model import (
     trainable_parameters,
     write_model,
 )
-from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, open_model
+from fedex_lora.peft_io._open import IMAGE_TASK, base_for, kind_of, load_model, new_tokens, open_model
 from fedex_lora.peft_io._plain import in_float32, logits, plain_model
-from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow
+from fedex_lora.peft_io._processor import ImageProcessor, image_shape, load_processor, require_pillow, save_processor
 from fedex_lora.peft_io._result import (
     DELTA,
     HELD,
@@ -45,12 +45,15 @@ from fedex_lora.peft_io._result import (
     write_readme,
     write_result,
 )
+from fedex_lora.peft_io._rules import MARK, PREFIX
+from fedex_lora.peft_io._together import one_base, one_task, require_fits, require_marks, require_same_frozen, retold
 
 __all__ = [
     "DELTA",
     "HELD",
     "IMAGE_TASK",
     "LINEAR",
+    "MARK",
     "PREFIX",
     "STANDALONE",
     "TRAINABLE",
@@ -70,6 +73,7 @@ __all__ = [
     "for_parties",
     "format_of",
     "frozen_bytes",
+    "frozen_key",
     "image_shape",
     "in_float32",
     "is_for_parties",
@@ -79,15 +83,23 @@ __all__ = [
     "load_processor",
     "logits",
     "manifest_of",
+    "new_tokens",
+    "one_base",
+    "one_task",
     "open_model",
     "plain_model",
     "read_adapter_folder",
     "read_model",
     "read_other",
     "read_result",
+    "require_fits",
+    "require_marks",
     "require_pillow",
+    "require_same_frozen",
     "result_folders",
+    "retold",
     "safe_name",
+    "save_processor",
     "set_trained",
     "stacked",
     "trainable_parameters",

@@ -14,10 +14,10 @@ from fedex_lora.config import Truncation
 from fedex_lora.errors import ModelError
 from fedex_lora.measure import Exactness, fp32_floor, relative, worst
 from fedex_lora.peft_io._fingerprint import fingerprint
-from fedex_lora.peft_io._folders import PREFIX
 from fedex_lora.peft_io._layers import Layer, keep_unpacked
 from fedex_lora.peft_io._model import lora_layers
 from fedex_lora.peft_io._pristine import Checkpoint
+from fedex_lora.peft_io._rules import PREFIX
 from fedex_lora.types import Delta, Dense
 
 Where: TypeAlias = Literal["auto", "fold", "side"]

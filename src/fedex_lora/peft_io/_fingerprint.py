@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedex_lora.peft_io._folders import PREFIX
+from fedex_lora.peft_io._rules import PREFIX
 
 CONFIG = (  # what may differ between models whose weights have the same shapes
     "model_type",

@@ -1,7 +1,6 @@
 """PEFT adapter folders (`adapter_config.json`, `adapter_model.safetensors`) to our types and back, without a model."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,21 +12,27 @@ from torch import Tensor
 from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.peft_io._layers import LINEAR, Layout
+from fedex_lora.peft_io._rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
 from fedex_lora.storage import load_tensors, save_tensors
 from fedex_lora.tensor_files import Entry, Table, meta, read_table, stamp
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
-PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])$")
 
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """How an adapter is written: its PEFT configuration as plain JSON values, and the layout of modules that are not linear."""
+    """How an adapter is written.
+
+    Attributes:
+        config: its PEFT configuration, as plain JSON values.
+        layouts: of modules that are not linear.
+        frozen: what of the base is written with it, untrained: the embeddings of a vocabulary that was resized, say.
+    """
 
     config: Mapping[str, Any]
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +42,11 @@ class AdapterFolder:
     Attributes:
         adapter: module path -> LoRA factors with their scaling.
         other: what was trained whole (`modules_to_save`, heads among them), named as in the model.
-        frozen: tensors of the base that PEFT saved with it (embeddings).
-        format: how it was written, `adapter_config.json` within.
+        format: how it was written: `adapter_config.json`, and tensors of the base that PEFT saved with it.
     """
 
     adapter: dict[str, LoRAPair]
     other: dict[str, Tensor]
-    frozen: dict[str, Tensor]
     format: Format
 
     @property
@@ -52,7 +55,12 @@ class AdapterFolder:
 
     @property
     def base_model(self) -> str | None:
-        return self.config.get("base_model_name_or_path")
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def mark(self) -> str | None:
+        """The base delta that it says it stands on."""
+        return self.config.get(MARK) or None
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
@@ -106,8 +114,7 @@ def describe_adapter_folders(folders: Sequence[Path]) -> list[Description]:
         key = (json.dumps(config, sort_keys=True), table.raw)
         if key not in alike:
             parsed = _parsed(folder, config, {name: meta(entry) for name, entry in table.entries.items()})
-            entries = {name.removeprefix(PREFIX): entry for name, entry in table.entries.items()}
-            alike[key] = Description(folder / WEIGHTS, parsed, entries)
+            alike[key] = Description(folder / WEIGHTS, parsed, named(table.entries))
         described.append(replace(alike[key], path=folder / WEIGHTS, stamp=found))
     return described
 
@@ -120,12 +127,18 @@ def _require_weights(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _parsed(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterFolder:
     factors: dict[str, dict[str, Tensor]] = {}
-    other: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        match = _FACTOR.match(name)
+    rest: dict[str, Tensor] = {}
+    found = named(tensors)
+    require_known(found, str(folder))
+    for name, tensor in found.items():
+        match = FACTOR.match(name)
+        if tensor.numel() == 0 or (match and tensor.ndim < 2):
+            raise AdapterError(
+                f"{folder}: {name} is empty: DeepSpeed ZeRO-3 or FSDP saved it before its parts were gathered; save it again after that "
+                "(zero3_save_16bit_model, or summon_full_params)"
+            )
         if match is None:
-            other[name] = tensor
+            rest[name] = tensor
         else:
             factors.setdefault(match["module"], {})[match["part"]] = tensor
     adapter: dict[str, LoRAPair] = {}
@@ -138,21 +151,16 @@ def _parsed(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
             raise AdapterError(f"{folder}: module {module}: {error}") from None
     if not adapter:
         raise AdapterError(f"{folder} has no LoRA factors: is it an adapter of another kind?")
-    frozen = {name: tensor for name, tensor in other.items() if not _trained_whole(name, config)}
-    other = {name: tensor for name, tensor in other.items() if name not in frozen}
-    return AdapterFolder(adapter=adapter, other=other, frozen=frozen, format=Format(config=config, layouts=layouts))
-
-
-def _trained_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Does a tensor belong to `modules_to_save` (PEFT lists heads there)? Embeddings that PEFT saves of its own accord do not."""
-    return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or [])
+    other = {name: tensor for name, tensor in rest.items() if trained_whole(name, config)}
+    frozen = {name: tensor for name, tensor in rest.items() if name not in other}
+    return AdapterFolder(adapter=adapter, other=other, format=Format(config=config, layouts=layouts, frozen=frozen))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StorageError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
+        raise StorageError(f"{folder} is not a PEFT adapter: it has no {CONFIG}{_remedy(folder)}") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
@@ -160,57 +168,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def require_plain_lora(config: Mapping[str, Any], where: str) -> None:
-    """Refuse by name what changes the algebra (another base, another product, a third factor)."""
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{where}: peft_type is {config.get('peft_type')}: only LORA adapters can be aggregated")
-    _require_numbers(config, where)
-    if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"{where}: bias={config['bias']!r} trains biases of the base, which are not carried over: train with bias='none'"
-        )
-    initialisation = config.get("init_lora_weights", True)
-    if isinstance(initialisation, str) and initialisation.lower() not in ("gaussian", "orthogonal"):
-        raise AdapterError(f"{where}: init_lora_weights={initialisation!r} changes the base as well: train with the default initialisation")
-    for key in (
-        "use_dora",
-        "lora_bias",
-        "target_parameters",
-        "alora_invocation_tokens",
-        "trainable_token_indices",
-        "use_qalora",
-        "layer_replication",
-        "velora_config",
-        "monteclora_config",
-        "use_bdlora",
-        "arrow_config",
-        "ensure_weight_tying",
-    ):
-        if config.get(key):
-            raise AdapterError(f"{where}: {key} is set, and the sum of such updates is not the sum of their factors: train without it")
-
-
-def _require_numbers(config: Mapping[str, Any], where: str) -> None:
-    """alpha is a number, and the patterns map regular expressions to numbers."""
-    if not isinstance(config.get("lora_alpha", 8), int | float):
-        raise AdapterError(f"{where}: lora_alpha is {config['lora_alpha']!r}, not a number")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(isinstance(value, int | float) for value in patterns.values()):
-        raise AdapterError(f"{where}: alpha_pattern must map module patterns to numbers")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AdapterError(f"{where}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
-
-
-def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha from `alpha_pattern` where it names the module (PEFT's rule)."""
-    alpha = next(
-        (value for pattern, value in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)),
-        config.get("lora_alpha", 8),
-    )
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def _remedy(folder: Path) -> str:
+    """Where the adapter is, if a trainer's or a hub's folder was given."""
+    inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if inner:
+        return f"; give one of the {len(inner)} folders in it that do: {inner[-1]}, say"
+    if not folder.exists() and len(folder.parts) == 2:
+        return f"; if it is a name on the hub, fetch it first: hf download {folder} --local-dir {folder.name}"
+    return "" if folder.exists() else ", and is not there at all: give a folder that PEFT's save_pretrained wrote"
 
 
 def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,7 +184,7 @@ def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
     alphas = {module: pair.scaling * pair.rank for module, pair in adapter.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
-        **like,
+        **{key: value for key, value in like.items() if key != MARK},
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
@@ -228,7 +193,8 @@ def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
         "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": sorted(adapter),
+        "target_modules": sorted(adapter),  # all of them, so nothing is left to
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
 
 
@@ -243,8 +209,16 @@ def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Ten
         for module, pair in adapter.items()
         for part, tensor in like.layouts.get(module, LINEAR).stored(pair).items()
     }
-    save_tensors(folder / WEIGHTS, tensors | {f"{PREFIX}{name}": tensor for name, tensor in other.items()}, {"format": "pt"})
+    whole = {f"{PREFIX}{name}": tensor for name, tensor in other.items()}
+    kept = {frozen_key(name, adapter): tensor for name, tensor in like.frozen.items()}
+    save_tensors(folder / WEIGHTS, tensors | whole | kept, {"format": "pt"})
     write_config(folder, adapter, like)
+
+
+def frozen_key(name: str, adapter: Adapter) -> str:
+    """What PEFT calls a tensor of the base in its files."""
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if module in adapter else f"{PREFIX}{name}"
 
 
 def write_config(folder: Path, adapter: Adapter, like: Format) -> None:

@@ -19,18 +19,28 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from fedex_lora.config import IMAGES, Base, Lora
 from fedex_lora.errors import AdapterError, ModelError
-from fedex_lora.peft_io._folders import PREFIX, Format, require_plain_lora
+from fedex_lora.peft_io._folders import Format
 from fedex_lora.peft_io._layers import ADAPTER, Layer, copied, is_quantised, keep_unpacked, layer_of
+from fedex_lora.peft_io._rules import PREFIX, require_plain_lora
 from fedex_lora.types import Adapter, LoRAPair
 
-Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features"]
+Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features", "token-classification", "question-answering"]
 AUTO = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     IMAGES: "AutoModelForImageClassification",
     "features": "AutoModel",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
 }
-TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: None, "features": None}
+TASK_TYPES: dict[Kind, str | None] = {
+    "classification": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+    IMAGES: None,
+    "features": None,
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+}
 
 
 class Loaded(NamedTuple):
@@ -57,7 +67,9 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
         with _quiet():
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
-                return Loaded(_averageable(auto.from_config(shape), base.model).to(getattr(torch, base.dtype)), [])
+                fresh = auto.from_config(shape).to(getattr(torch, base.dtype))
+                pad(fresh, base)
+                return Loaded(_averageable(fresh, base.model), [])
             if getattr(transformers.AutoConfig.from_pretrained(base.source, **options), "quantization_config", None) is not None:
                 raise ModelError(f"{base.model} is quantised already: give the plain checkpoint, and set base.quantization")
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
@@ -70,11 +82,24 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
             misfit = {key for key, *_ in info["mismatched_keys"]}
             if odd := sorted(key for key in misfit if key.partition(".")[0] not in heads_of(model)):
                 raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
+            pad(model, base)
             return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
         raise ModelError(_why_not(base.model, error)) from error
+
+
+def pad(model: Any, base: Base) -> None:
+    """Give a text model without a padding token that of its tokenizer, or its end token: wherever it is loaded, alike."""
+    config = model.config.get_text_config()
+    if model.main_input_name != "input_ids" or getattr(config, "pad_token_id", None) is not None:
+        return
+    end = getattr(config, "eos_token_id", None)
+    padding = end[0] if isinstance(end, list) else end
+    with contextlib.suppress(ModelError):  # a base without a tokenizer
+        padding = load_tokenizer(base).pad_token_id
+    model.config.pad_token_id = config.pad_token_id = padding
 
 
 def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:

@@ -22,7 +22,7 @@ class Checkpoint:
 
     def __init__(self, config: Any) -> None:
         self._where: dict[str, Path] = {}
-        folder = _folder(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None))
+        folder = cached_folder(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None))
         for path in sorted(folder.glob("*.safetensors")) if folder else []:
             with safe_open(path, framework="pt") as file:
                 self._where |= {key: path for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -39,8 +39,8 @@ class Checkpoint:
         return lambda: copy
 
 
-def _folder(name: str, commit: str | None) -> Path | None:
-    """The folder of a model: its own, or the cached snapshot of a model of the hub (of the commit that was loaded)."""
+def cached_folder(name: str, commit: str | None = None) -> Path | None:
+    """The folder of a model on this machine: its own, or the cached snapshot of a model of the hub (of the commit that was loaded)."""
     if not name or Path(name).is_dir():
         return Path(name) if name else None
     try:

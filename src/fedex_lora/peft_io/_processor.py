@@ -1,6 +1,7 @@
 """What makes rows into a model's input: the tokenizer or the image processor that belongs to a base."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.peft_io._model import Kind, _quiet, _why_not, load_tokenizer
+from fedex_lora.peft_io._pristine import cached_folder
 
+TOKENIZER = "tokenizer_config.json"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for so many channels of 8 bits
 
 
@@ -66,6 +69,22 @@ def load_processor(base: Base, kind: Kind) -> Any:
     if channels not in MODES:
         raise ModelError(f"{base.model} takes images of {channels} channels, and image files have 1, 3 or 4: use another base")
     return ImageProcessor(processor, MODES[channels])
+
+
+def save_processor(processor: Any, base: Base, folder: Path) -> None:
+    """Write a tokenizer or image processor beside a model.
+
+    A tokenizer's class stays what the base calls it: transformers 5 writes names that no earlier version, nor what builds on one, knows.
+    """
+    processor.save_pretrained(folder)
+    source, target = cached_folder(base.source), folder / TOKENIZER
+    if source is None or not (source / TOKENIZER).is_file() or not target.is_file():
+        return
+    said = json.loads((source / TOKENIZER).read_text(encoding="utf-8"))
+    written = json.loads(target.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in written.items() if key in said or key not in ("backend", "is_local", "local_files_only")}
+    named = {"tokenizer_class": said["tokenizer_class"]} if "tokenizer_class" in said else {}
+    target.write_text(json.dumps(kept | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def image_shape(config: Any) -> tuple[int, int, int]:

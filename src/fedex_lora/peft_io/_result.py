@@ -41,7 +41,9 @@ TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
     "adapter",
     "model.safetensors",
 )
-SHARED = "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels".split()
+SHARED = (
+    "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels frozen".split()
+)
 SHARED += ["headline", "greater_is_better", "versions"]
 """What manifests say to everybody: nothing of single clients."""
 README = """# Only right on top of the base delta
@@ -81,6 +83,11 @@ class Result:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.format.config
+
+    @property
+    def mark(self) -> str | None:
+        """What adapters trained on top of it say in their `adapter_config.json`; None where the base gained nothing."""
+        return str(self.manifest["files"][DELTA]) if self.base_delta else None
 
 
 def write_result(
