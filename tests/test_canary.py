@@ -1,8 +1,11 @@
 """Whatever fails at a party, no byte of its rows, columns, classes and files reaches the server, its files or its report."""
 
 import logging
+import os
+import struct
 import threading
 from contextlib import ExitStack, nullcontext
+from multiprocessing.connection import Client
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -17,8 +20,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import ViTForImageClassification
 
 from fedex_lora.config import parse_config, write_config
-from fedex_lora.failures import WORDS
-from fedex_lora.flower._worker import serve
+from fedex_lora.errors import DataError
+from fedex_lora.failures import WORDS, Failure, failure_of
+from fedex_lora.flower._request import Request
+from fedex_lora.flower._worker import ask, serve
 from fedex_lora.flower.client import client_app
 from fedex_lora.flower.server import Deployment, narrate
 from fedex_lora.report import write_report
@@ -159,6 +164,23 @@ def test_no_byte_of_a_secret_leaves_a_party(kind, faults, path, tmp_path, caplog
     assert logs.count(b"and nothing else") == failures  # all of it is in the parties' own logs: the texts of errors,
     assert SECRET.encode() in logs
     assert b"sent a message of kind update, round 1: " in logs  # and what left
+
+
+def test_a_failure_s_code_is_never_a_text():
+    assert failure_of(DataError("x", SECRET)) == Failure("unexpected")
+    assert Failure.from_words({"failure": SECRET, "rows": SECRET}) == Failure("unexpected")
+
+
+def test_a_worker_outlives_code_that_leaves_and_lengths_that_are_none(tmp_path):
+    socket, ready = tmp_path / "w", threading.Event()
+    threading.Thread(target=serve, args=(socket, lambda _: ready.set()), daemon=True).start()
+    assert ready.wait(10)
+    request = Request(b"", "a", "r", "", "", {"worker": str(socket), "state": str(tmp_path)})
+    with Client(str(socket), "AF_UNIX") as connection:
+        os.write(connection.fileno(), struct.pack("!iQ", -1, 2**62))
+    with patch("fedex_lora.flower._node.parse_config", side_effect=SystemExit(SECRET)):
+        assert ask(request) == Failure("unexpected")
+    assert ask(request) == Failure("config")
 
 
 def at_work(name):

@@ -451,6 +451,8 @@ def test_own_rows(tmp_path):
         node.answer(request, node_settings({"client": "a", "data": str(tmp_path), "state": str(tmp_path / "mine.jsonl")}))
     with pytest.raises(ConfigError, match="from zero up"):
         node_settings({"max-rows": -5})
+    with pytest.raises(ConfigError, match="from zero up"):
+        node_settings({"max-megabytes": float("nan")})
 
 
 def test_doctor_warns_of_a_superlink_that_everybody_can_reach(tmp_path):

@@ -20,6 +20,7 @@ from fedex_lora.peft_io import logits, read_result
 from fedex_lora.storage import read_manifest
 
 NAMES = ("st-mary", "ward-seven", "dr-jones")
+SECRET = "Quagmire"
 WEIGHTS = "0.21739,0.30435,0.47826"
 FILES = {
     "manifest.json",
@@ -53,6 +54,9 @@ def handed(tmp_path_factory):
     """Three adapters, their aggregate, and the folder for parties."""
     root = tmp_path_factory.mktemp("handed")
     adapters = [trained(root / name, seed) for seed, name in enumerate(NAMES)]
+    for folder in adapters:  # what one party's file says of that party
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "revision": SECRET, "auto_mapping": {"parent_library": SECRET}}))
     done = call("aggregate", *adapters, "--weights", WEIGHTS, "-o", root / "out", "--for-parties", root / "parties", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["for_parties"] == str(root / "parties")
@@ -247,3 +251,11 @@ def test_what_names_inputs_must_have_them(handed, tmp_path):
     assert call("aggregate", *adapters, "--no-updates", "-o", tmp_path / "out").exit_code == 0
     assert "nothing to verify" in one_line(call("verify", tmp_path / "out"), 1)
     assert read_result(tmp_path / "out").weights.keys() == set(NAMES)
+
+
+def test_nothing_of_one_party_s_configuration_is_handed_on(handed):
+    root, _ = handed
+    for name, content in every_byte(root / "parties").items():
+        assert SECRET.encode() not in content, name
+        assert str(base_folder().parent).encode() not in content, name  # a path of the machine that trained
+    assert b'"base_model_name_or_path": "demo_base"' in every_byte(root / "parties")["trainable/adapter_config.json"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from fedex_lora.errors import ConfigError
 
@@ -82,14 +82,14 @@ class Lora(_Table):
     """The adapters; names as in `peft.LoraConfig`."""
 
     r: int = Field(8, ge=1, description="Rank; by default 16 for texts that are written.")
-    alpha: float = Field(16, gt=0, description="The scaling is alpha / r, or alpha / sqrt(r) with rslora; by default alpha = 2 r.")
+    alpha: FiniteFloat = Field(16, gt=0, description="The scaling is alpha / r, or alpha / sqrt(r) with rslora; by default alpha = 2 r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="On the adapters' input.")
     target_modules: list[str] | str | None = Field(
         None, description='Module names, a regular expression, "all-linear", or PEFT\'s default.'
     )
     rslora: bool = Field(False, description="Rank-stabilised scaling.")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="Module pattern -> rank, where it differs.")
-    alpha_pattern: dict[str, float] = Field({}, description="Module pattern -> alpha, where it differs.")
+    alpha_pattern: dict[str, FiniteFloat] = Field({}, description="Module pattern -> alpha, where it differs.")
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained whole beside the adapters (a classification head is added by itself)."
     )

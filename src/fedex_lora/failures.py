@@ -68,6 +68,10 @@ class Failure:
     code: str
     rows: int = 0
 
+    def __post_init__(self) -> None:
+        if self.code not in WORDS:  # a text, by mistake: it stays here
+            object.__setattr__(self, "code", "unexpected")
+
     @property
     def words(self) -> str:
         """What is wrong, without where to read more."""
@@ -97,7 +101,7 @@ class Failure:
             return None
         code, rows = about["failure"], about.get("rows", "")
         known = rows.isascii() and rows.isdigit() and len(rows) < 10
-        return cls(code if code in WORDS else "unexpected", min(int(rows), MOST_ROWS) if known else 0)
+        return cls(code, min(int(rows), MOST_ROWS) if known else 0)
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -46,7 +46,9 @@ class Node:
             payload = self.answer(request, node_settings(request.node))
             left(log, payload, request.client)
             return payload
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):  # this process is told to end
+            raise
+        except BaseException as error:  # a panic of a library is no Exception
             failure = failure_of(error)
             failed(log, error, failure, request.client)
             return failure

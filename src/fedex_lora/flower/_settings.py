@@ -107,7 +107,7 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
     settings = _read(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
     if settings.rows not in ("own", "dealt"):
         raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"', "settings")
-    if low := next((name for name in ("threads", "max_rows", "max_megabytes") if getattr(settings, name) < 0), None):
+    if low := next((name for name in ("threads", "max_rows", "max_megabytes") if not getattr(settings, name) >= 0), None):
         raise ConfigError(f"node config {low.replace('_', '-')} = {getattr(settings, low):g}: give a number from zero up", "settings")
     return replace(settings, rows="dealt") if simulated else settings
 

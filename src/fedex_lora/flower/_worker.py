@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedex_lora.flower._node import Node
 
 ANSWER, FAILURE = b"+", b"-"
+MOST_BYTES = 2**36  # of a request: a length that is no length is not reserved
 
 
 def ask(request: Request) -> bytes | Failure:
@@ -93,14 +94,14 @@ def _require_free(path: Path) -> None:
 def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable[[str], None]) -> None:
     """One bad message must not end the service; what it was about is in the party's log, and not in what goes back."""
     try:
-        message = connection.recv_bytes()
-    except (OSError, EOFError):
+        message = connection.recv_bytes(MOST_BYTES)
+    except (OSError, EOFError, MemoryError):
         return
     try:
         request = Request.from_bytes(message)
         reply = node.reply(request)
         tell(f"{request.client}: " + (f"failed: {reply}" if isinstance(reply, Failure) else f"answered with {len(reply) / 1e6:.2f} MB"))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a tokenizer's code may leave so; this service stays
         reply = failure_of(error)
         tell(f"refused a request: {error}")
     try:

@@ -25,7 +25,9 @@ def client_app(config: Path) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         try:
             reply = _answer(config, message, context)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):  # Flower ends its process so
+            raise
+        except BaseException as error:
             reply = failure_of(error)
             failed(log_of(context.node_config), error, reply, "this node")
         packet = Packet(b"", reply.to_words()) if isinstance(reply, Failure) else Packet(reply, {})

@@ -178,13 +178,25 @@ def _remedy(folder: Path) -> str:
     return "" if folder.exists() else ", and is not there at all: give a folder that PEFT's save_pretrained wrote"
 
 
+KEPT = (
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "lora_dropout",
+    "modules_to_save",
+    "task_type",
+)
+"""Of one adapter's configuration, what that of a mean has too; nothing else of it travels."""
+
+
 def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
     """`adapter_config.json` for these factors: ranks and alphas as the tensors and scalings say, everything else as in `like`."""
     ranks = {module: pair.rank for module, pair in adapter.items()}
     alphas = {module: pair.scaling * pair.rank for module, pair in adapter.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
-        **{key: value for key, value in like.items() if key != MARK},
+        **{key: like[key] for key in KEPT if key in like},
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,

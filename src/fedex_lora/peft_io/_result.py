@@ -1,6 +1,7 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.measure import Held
-from fedex_lora.peft_io._folders import AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.peft_io._folders import CONFIG, AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.storage import (
     MANIFEST,
     Tensors,
@@ -177,6 +178,18 @@ def for_parties(source: Path, target: Path | None) -> Iterator[None]:
         for name in (file for file in manifest["files"] if is_for_parties(file)):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, temporary / name)
+        if "base_model" in facts:
+            facts["base_model"] = _plain_name(facts["base_model"])
+        if (path := temporary / TRAINABLE / CONFIG).is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = _plain_name(config.get("base_model_name_or_path"))
+            path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _plain_name(base: Any) -> Any:
+    """A name of the hub as it is; of a folder on one machine its own name only."""
+    local = isinstance(base, str) and (base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1 or Path(base).is_dir())
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if local else base
 
 
 def is_for_parties(file: str) -> bool:
