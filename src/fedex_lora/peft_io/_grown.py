@@ -42,9 +42,11 @@ def grown(model: PreTrainedModel, frozen: Mapping[str, Tensor], other: Mapping[s
 
 
 def _embeddings(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Name -> weight, of the input and output embeddings; one where they are tied."""
+    """Name -> weight, of the input and output embeddings of tokens; one where they are tied, none in a model of images."""
+    if model.main_input_name != "input_ids":
+        return {}
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    wanted = {id(end.weight) for end in ends if end is not None}
+    wanted = {id(end.weight) for end in ends if isinstance(end, nn.Embedding | nn.Linear)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
