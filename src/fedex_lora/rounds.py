@@ -162,7 +162,7 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
     held_out = {**here.held_out, config.rounds: _final_held_out(config, here, federation, out.name, emit)}
     if not (out / FINAL).exists():
-        with for_parties(round_folder(out, config.rounds), out / FINAL):
+        with for_parties(round_folder(out, config.rounds), out / FINAL, leaves=False):
             pass
     federation.finish(here.state, out)
     if words := _learnt_nothing(held_out, federation.facts):

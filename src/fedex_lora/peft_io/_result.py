@@ -154,7 +154,7 @@ def _named(adapter: Adapter, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def for_parties(source: Path, target: Path | None) -> Iterator[None]:
+def for_parties(source: Path, target: Path | None, leaves: bool = True) -> Iterator[None]:
     """Write, in one step and after the block, what a party needs to go on from the result folder `source`, which the block may write.
 
     That is the adapter (or the whole model), the base delta, and a manifest of sums: it loads, verifies and is gone on from as `source`.
@@ -163,6 +163,7 @@ def for_parties(source: Path, target: Path | None) -> Iterator[None]:
     Args:
         source: a result folder.
         target: must not exist, or be empty; None: nothing is written.
+        leaves: it is meant for other machines, so a base that is a folder here is called by its own name, without a path.
 
     Raises:
         UsageError, StorageError: see `atomic_folder`.
@@ -178,9 +179,9 @@ def for_parties(source: Path, target: Path | None) -> Iterator[None]:
         for name in (file for file in manifest["files"] if is_for_parties(file)):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, temporary / name)
-        if "base_model" in facts:
+        if leaves and "base_model" in facts:
             facts["base_model"] = _plain_name(facts["base_model"])
-        if (path := temporary / TRAINABLE / CONFIG).is_file():
+        if leaves and (path := temporary / TRAINABLE / CONFIG).is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = _plain_name(config.get("base_model_name_or_path"))
             path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
