@@ -90,12 +90,12 @@ class Display:
         line = f"round {fields['round']}/{self._rounds}  {metrics}"
         said = {
             "exactness_error": "  exactness error {:.1e}",
-            "realised_error": " (layers {:.1e}, ",
-            "floor": "floor {:.1e})",
+            "layers": " ({})",
             "deviation": "  averaging alone is off by {:.1%}",
             "compaction_error": "  compaction keeps all but {:.1%} of the base delta",
             "dropped": "  truncation dropped {:.1%}",
         }
+        fields = {**fields, "layers": _layers(fields.get("realised_error"), fields.get("floor"))}
         line += "".join(text.format(fields[key]) for key, text in said.items() if fields.get(key) is not None)
         if odd := fields.get("not_finite"):
             line += f"  no number: {', '.join(odd)}"
@@ -127,7 +127,8 @@ class Display:
         if skipped:
             self._print(f"! {len(skipped)} of {fields['rounds']} rounds were skipped")
         note = (
-            f"best round on the clients' held-out rows: {best}; last: {fields['rounds']}"
+            f"final/ is round {fields['rounds']}; best on the clients' held-out rows is round {best}"
+            + ("" if best == fields["rounds"] else f" (rounds/{best:04d}: give that folder to export and evaluate)")
             if best
             else "no round is called best: not every client measured every round"
         )
@@ -136,6 +137,21 @@ class Display:
     def _print(self, line: str) -> None:
         """As it is: names and reasons come from elsewhere."""
         self._console.print(f"{self._label}{line}", highlight=False, markup=False)
+
+
+def _layers(error: float | None, floor: float | None) -> str | None:
+    """How exact the model's own layers are, in words; the floor is what rounding in their precision costs by itself, next to the update.
+
+    >>> _layers(9e-7, 4e-6), _layers(21.0, 7.0)
+    ('the layers within their rounding', 'the layers are off by 21 of the update, rounding alone costs 7')
+    """
+    if error is None or floor is None:
+        return None
+    return (
+        "the layers within their rounding"
+        if error <= floor
+        else f"the layers are off by {error:.2g} of the update, rounding alone costs {floor:.2g}"
+    )
 
 
 def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0) -> bool:
