@@ -14,7 +14,7 @@ from fedex_lora.checkpoint import last_checkpoint, require_space
 from fedex_lora.client import ClientData, quiet, spare_devices
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
-from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
 from fedex_lora.failures import failure_of
 from fedex_lora.learner import ModelLearner
 from fedex_lora.partition import Indices, partition
@@ -95,13 +95,18 @@ class InProcess:
 
 def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
     """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
-    train = place.work.task.tokenize(place.work.processor, place.work.task.train)
+    train, config = place.work.task.tokenize(place.work.processor, place.work.task.train), place.config
     if method_named(place.config.method).pooled:
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
         parts = {POOLED: (together[0], together[1])}
     data, notes = dict[str, ClientData](), list[str]()
     for client, rows in parts.items():
         (mine, said), (held, _) = (usable(train.select(indices), place.config.task, f"client {client}") for indices in rows)
+        batch = config.training.get("per_device_train_batch_size", 8)
+        if config.training.get("dataloader_drop_last") and len(mine) < batch:
+            raise ConfigError(
+                f"client {client} has {len(mine)} rows, and training.dataloader_drop_last drops batches of less than {batch}: lower it"
+            )
         data[client] = ClientData(train=mine, held_out=held)
         notes += said
     return data, notes
