@@ -135,10 +135,8 @@ def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
         finally:
             model.zero_grad()
             model.train(training)
-    if not torch.isfinite(loss):
-        raise ModelError(
-            f"{name}: the loss of the untrained model is {float(loss)}: is the checkpoint whole? Or set base.dtype = 'float32'"
-        )
+    if not math.isfinite(value := float(loss.detach())):
+        raise ModelError(f"{name}: the loss of the untrained model is {value}: is the checkpoint whole? Or set base.dtype = 'float32'")
 
 
 def require_fitting(model: nn.Module, rows: Dataset, work: Work) -> None:
