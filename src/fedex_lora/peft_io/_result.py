@@ -17,6 +17,7 @@ from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.measure import Held
 from fedex_lora.peft_io._folders import AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.storage import (
+    FINAL,
     MANIFEST,
     Tensors,
     atomic_folder,
@@ -26,6 +27,7 @@ from fedex_lora.storage import (
     load_update,
     not_finite,
     read_manifest,
+    run_rounds_of,
     save_delta,
     save_tensors,
     save_update,
@@ -263,10 +265,15 @@ def _require_finite(folder: Path, result: Result) -> None:
     for part, tensors in parts.items():
         if odd := not_finite(tensors):
             raise StorageError(f"{folder / part} holds NaN or infinity in {odd}: no model is made of that; make the folder again")
+    adapters = {TRAINABLE: result.adapter, STANDALONE: result.standalone.adapter if result.standalone else {}}
+    adapters |= {f"{UPDATES}, {update.client_id}": update.adapter for update in result.updates}
+    for part, module, scaling in ((part, name, pair.scaling) for part, adapter in adapters.items() for name, pair in adapter.items()):
+        if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling) or scaling == 0:
+            raise StorageError(f"{folder / part} scales {module} by {scaling}: a scaling is a finite number, and not zero; make the folder again")
 
 
 def result_folders(path: Path) -> tuple[list[Path], Path | None]:
     """The result folders of the rounds below a run folder, and its `final/`, if they are there; else the folder itself."""
-    rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
-    final = path / "final"
+    rounds = [folder for folder in reversed(run_rounds_of(path)) if (folder / MANIFEST).exists()]
+    final = path / FINAL
     return (rounds, final if (final / MANIFEST).exists() else None) if rounds else ([final if (final / MANIFEST).exists() else path], None)
