@@ -241,6 +241,35 @@ def test_a_final_that_is_not_the_last_round(file, tmp_path):
     assert f"final/{file} is not what the last round left" in one_line(call("verify", out), 1)
 
 
+def changed(folder, **facts):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def test_a_file_without_a_sum_is_not_verified(handed, tmp_path):
+    """Neither one that somebody laid there, nor one that the manifest has forgotten."""
+    root, _ = handed
+    mine = shutil.copytree(root / "parties", tmp_path / "parties")
+    (mine / "updates").mkdir()
+    (mine / "updates" / "x").write_text("mine")
+    assert "updates/x has no sum" in one_line(call("verify", mine), 1)
+    shutil.rmtree(mine / "updates")
+    assert call("verify", mine).exit_code == 0
+    sums = read_manifest(mine)["files"]
+    for file in sums:
+        changed(mine, files={name: digest for name, digest in sums.items() if name != file})
+        assert f"{file} has no sum" in one_line(call("verify", mine), 1)
+    changed(mine, files={})
+    assert "has no sum" in one_line(call("verify", mine), 1)
+
+
+@pytest.mark.parametrize("facts", [{"method": "fedit"}, {"round": 7}, {"base_model": "another"}])
+def test_a_final_that_says_another_thing_than_the_last_round(facts, tmp_path):
+    out = small_run(tmp_path / "run", rounds=1)
+    changed(out / "final", **facts)
+    assert f"final/{next(iter(facts))} is not what the last round left" in one_line(call("verify", out), 1)
+
+
 def test_what_names_inputs_must_have_them(handed, tmp_path):
     """A folder that says whose updates it averaged, and has lost them, is not taken for a folder for parties."""
     _, adapters = handed

@@ -220,6 +220,13 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def unlisted(folder: Path) -> Path | None:
+    """A file or link below a folder with a manifest that this has no sum of; None where there is none."""
+    files = {*read_manifest(folder, check=False)["files"], MANIFEST}
+    there = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return next((path for path in there if str(path.relative_to(folder)) not in files), None)
+
+
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -186,6 +186,18 @@ def is_for_parties(file: str) -> bool:
     return file in (DELTA, WHOLE) or file.startswith(f"{TRAINABLE}/")
 
 
+def differs(parties: Path, source: Path) -> str | None:
+    """What in a folder for parties is not what `for_parties` makes of `source`: the name of a file or of a fact; None where all is.
+
+    Raises:
+        StorageError: a folder that lacks something, or was altered.
+    """
+    here, there = read_manifest(parties), read_manifest(source, check=False)
+    sums = {file: digest for file, digest in there["files"].items() if is_for_parties(file)}
+    odd = [file for file in [*here["files"], *sums] if here["files"].get(file) != sums.get(file)]
+    return next(iter([*odd, *(key for key in SHARED if here.get(key) != there.get(key))]), None)
+
+
 def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
     """What every result folder's manifest says first."""
     inputs = [
