@@ -171,6 +171,7 @@ def test_factors_without_blocks_keep_the_product(size):
         (["--for-parties", "out/parties"], 2, "lie in one another"),
         (["--for-parties", "st-mary/parties"], 2, "lies in one of the folders that are aggregated"),
         (["--for-parties", "taken"], 2, "is not empty"),
+        (["--for-parties", "parties", "--weights", "0,1,0"], 2, "would hand out one party's adapter as it is"),
         (["--for-parties", "parties", "--weights", "1,2"], 1, "2 weights for 3 updates"),
     ],
 )
@@ -185,6 +186,20 @@ def test_where_it_cannot_be(options, status, message, handed, tmp_path, monkeypa
     before = every_byte(tmp_path)
     assert message in one_line(call("aggregate", *NAMES, "-o", "out", *options), status)
     assert every_byte(tmp_path) == before
+
+
+def test_of_one_adapter(handed, tmp_path):
+    """Which the folder for parties would hold bit for bit: alone, or all that counts of merged regions."""
+    _, adapters = handed
+    said = "would hand out one party's adapter as it is"
+    assert said in one_line(call("aggregate", adapters[0], "-o", tmp_path / "out", "--for-parties", tmp_path / "p"), 2)
+    assert list(tmp_path.iterdir()) == []
+    for region, adapter in zip(("north", "south"), adapters, strict=False):
+        assert call("aggregate", adapter, "-o", tmp_path / region).exit_code == 0
+    merging = ["aggregate", "--merge", tmp_path / "north", tmp_path / "south", "-o", tmp_path / "all", "--for-parties", tmp_path / "p"]
+    assert said in one_line(call(*merging, "--weights", "1,0"), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["north", "south"]
+    assert call(*merging, "--weights", "2,1").exit_code == 0
 
 
 def test_of_merged_regions(handed, tmp_path):

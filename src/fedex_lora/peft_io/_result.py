@@ -281,7 +281,9 @@ def _require_finite(folder: Path, result: Result) -> None:
     adapters |= {f"{UPDATES}, {update.client_id}": update.adapter for update in result.updates}
     for part, module, scaling in ((part, name, pair.scaling) for part, adapter in adapters.items() for name, pair in adapter.items()):
         if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling) or scaling == 0:
-            raise StorageError(f"{folder / part} scales {module} by {scaling}: a scaling is a finite number, and not zero; make the folder again")
+            raise StorageError(
+                f"{folder / part} scales {module} by {scaling}: a scaling is a finite number, and not zero; make the folder again"
+            )
 
 
 def result_folders(path: Path) -> tuple[list[Path], Path | None]:
