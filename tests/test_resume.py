@@ -126,7 +126,7 @@ def test_a_finished_run_that_lost_something_gets_it_again(lost, whole, tmp_path)
         manifest = read_manifest(out / "final")
         manifest["files"][str(update)] = sha256(out / "final" / update)
         (out / "final" / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(StorageError, match="final/updates/.* is not what the last round left"):
+        with pytest.raises(StorageError, match=r"final/updates/.* is not what the last round left"):
             verify(out)
     else:
         (out / lost).unlink()

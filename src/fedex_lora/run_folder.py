@@ -58,7 +58,7 @@ def swept(out: Path) -> None:
 
 
 def strays(out: Path, part: str = "") -> list[Path]:
-    """What a run folder, or a part of it, holds that no run writes, by the names (of a report, by what it says): files, links and empty folders."""
+    """What a run folder, or a part of it, holds that no run writes: files, links and empty folders."""
     leaves = (path for path in sorted((out / part).rglob("*")) if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
     return [path for path in leaves if not _is_ours(path, out)]
 
