@@ -175,6 +175,7 @@ def test_factors_without_blocks_keep_the_product(size):
         (["--for-parties", "out/parties"], 2, "lie in one another"),
         (["--for-parties", "st-mary/parties"], 2, "lies in one of the folders that are aggregated"),
         (["--for-parties", "taken"], 2, "is not empty"),
+        (["--for-parties", "parties", "--weights", "0,1,0"], 2, "would hand out one party's adapter as it is"),
         (["--for-parties", "parties", "--weights", "1,2"], 1, "2 weights for 3 updates"),
     ],
 )
@@ -189,6 +190,20 @@ def test_where_it_cannot_be(options, status, message, handed, tmp_path, monkeypa
     before = every_byte(tmp_path)
     assert message in one_line(call("aggregate", *NAMES, "-o", "out", *options), status)
     assert every_byte(tmp_path) == before
+
+
+def test_of_one_adapter(handed, tmp_path):
+    """Which the folder for parties would hold bit for bit: alone, or all that counts of merged regions."""
+    _, adapters = handed
+    said = "would hand out one party's adapter as it is"
+    assert said in one_line(call("aggregate", adapters[0], "-o", tmp_path / "out", "--for-parties", tmp_path / "p"), 2)
+    assert list(tmp_path.iterdir()) == []
+    for region, adapter in zip(("north", "south"), adapters, strict=False):
+        assert call("aggregate", adapter, "-o", tmp_path / region).exit_code == 0
+    merging = ["aggregate", "--merge", tmp_path / "north", tmp_path / "south", "-o", tmp_path / "all", "--for-parties", tmp_path / "p"]
+    assert said in one_line(call(*merging, "--weights", "1,0"), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["north", "south"]
+    assert call(*merging, "--weights", "2,1").exit_code == 0
 
 
 def test_of_merged_regions(handed, tmp_path):
@@ -243,6 +258,35 @@ def test_a_final_that_is_not_the_last_round(file, tmp_path):
     del manifest["files"][file]
     (out / "final" / "manifest.json").write_text(json.dumps(manifest))
     assert f"final/{file} is not what the last round left" in one_line(call("verify", out), 1)
+
+
+def changed(folder, **facts):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def test_a_file_without_a_sum_is_not_verified(handed, tmp_path):
+    """Neither one that somebody laid there, nor one that the manifest has forgotten."""
+    root, _ = handed
+    mine = shutil.copytree(root / "parties", tmp_path / "parties")
+    (mine / "updates").mkdir()
+    (mine / "updates" / "x").write_text("mine")
+    assert "updates/x has no sum" in one_line(call("verify", mine), 1)
+    shutil.rmtree(mine / "updates")
+    assert call("verify", mine).exit_code == 0
+    sums = read_manifest(mine)["files"]
+    for file in sums:
+        changed(mine, files={name: digest for name, digest in sums.items() if name != file})
+        assert f"{file} has no sum" in one_line(call("verify", mine), 1)
+    changed(mine, files={})
+    assert "has no sum" in one_line(call("verify", mine), 1)
+
+
+@pytest.mark.parametrize("facts", [{"method": "fedit"}, {"round": 7}, {"base_model": "another"}])
+def test_a_final_that_says_another_thing_than_the_last_round(facts, tmp_path):
+    out = small_run(tmp_path / "run", rounds=1)
+    changed(out / "final", **facts)
+    assert f"final/{next(iter(facts))} is not what the last round left" in one_line(call("verify", out), 1)
 
 
 def test_what_names_inputs_must_have_them(handed, tmp_path):

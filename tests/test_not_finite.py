@@ -101,6 +101,41 @@ def test_one_round_of_a_run(finished, tmp_path):
     assert "rounds/0001/trainable holds NaN" in one_line(call("verify", tmp_path / "run"), 1)
 
 
+def test_a_round_that_was_set_aside_is_no_round(finished, tmp_path):
+    """`verify` looks at the rounds that a run goes on from."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    for name in ("0002.broken", "0002.broken1"):
+        aside = shutil.copytree(out / "rounds" / "0002", out / "rounds" / name)
+        (aside / "base_delta.safetensors").write_bytes(b"torn")
+    found = call("verify", out, "--json")
+    assert found.exit_code == 0, found.stderr
+    assert [row["round"] for row in json.loads(found.stdout)["rounds"]] == [1, 2]
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 0])
+def test_a_scaling_is_a_finite_number_and_not_zero(alpha, finished, tmp_path):
+    """In what names nobody's updates: `final/`, where no error is recomputed, and every sum is right."""
+    out = shutil.copytree(finished / "final", tmp_path / "final")
+    path = out / "trainable" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": alpha, "alpha_pattern": {}}))
+    signed(out, "trainable/adapter_config.json")
+    assert "trainable" in one_line(call("verify", out), 1)
+    with pytest.raises(StorageError, match="a scaling is a finite number, and not zero"):
+        read_result(out)
+
+
+@pytest.mark.parametrize("scaling", [math.nan, 0.0, "2", None, True])
+def test_nor_is_an_update_s_scaling_anything_else(scaling, adapters, tmp_path):
+    out = tmp_path / "out"
+    assert call("aggregate", *adapters, "-o", out).exit_code == 0
+    tensors, about = load_tensors(out / "updates" / "one.safetensors")
+    update = json.loads(about["update"])
+    about["update"] = json.dumps({**update, "scalings": dict.fromkeys(update["scalings"], scaling)})
+    save_file(tensors, out / "updates" / "one.safetensors", about)
+    signed(out, "updates/one.safetensors")
+    assert "a scaling is a finite number, and not zero" in one_line(call("verify", out), 1)
+
+
 @pytest.mark.parametrize("options", [[], ["--method", "fedex-best"], ["--method", "fedit"]])
 @pytest.mark.parametrize(
     ("part", "said"), [("lora_A", "client two sent NaN"), ("lora_B", "client two sent NaN"), ("score", "score.weight of")]

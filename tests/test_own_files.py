@@ -7,19 +7,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tests.runs import small_run
 from tests.test_cli import call, one_line
 from tests.test_compare import outcomes
 from tests.test_runner import configuration, ignore
 from tests.test_streaming import write_adapter
 
-from fedex_lora import demo, runner
+from fedex_lora import demo, runner, storage
 from fedex_lora.compare._runs import Job, done
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, StorageError, UsageError
 from fedex_lora.run_folder import remove, strays, swept
 from fedex_lora.runner import run
-from fedex_lora.storage import TEMPORARY, atomic_folder, write_text
+from fedex_lora.storage import TEMPORARY, atomic_folder, write_tensors, write_text
 from fedex_lora.verify import verify
 
 THEIRS = {
@@ -134,7 +135,7 @@ def test_a_demo_replaces_a_demo_and_nothing_else(quick_demo, tmp_path):
     shutil.rmtree(out / "ffa" / "final")  # as one that was killed
     (out / f"{TEMPORARY}report.html").write_text("half")
     assert call("demo", "--out", out).exit_code == 0
-    inside = ["fedex/notes.txt", "fedex/rounds/0001/.git/HEAD", "fedit/final/x.py"]
+    inside = ["fedex/notes.txt", "fedex/trackers/thesis.tex", "fedex/report.html", "fedex/rounds/0001/.git/HEAD", "fedit/final/x.py"]
     for name in [".git/HEAD", ".env", "thesis.tex", "ffa2/config.toml", "report.html", *inside]:
         (tmp_path / "kept").mkdir()
         kept = shutil.copytree(out, tmp_path / "kept" / "demo")
@@ -293,5 +294,52 @@ def test_temporaries_have_a_name_that_nobody_else_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, target: (seen.append(self.name), replace(self, target))[1])
     (tmp_path / ".x.toml.tmp").write_text("mine")
     write_text(tmp_path / "x.toml", "ours")
-    assert seen == [f"{TEMPORARY}x.toml"]
+    assert [name[:-16] for name in seen] == [f"{TEMPORARY}x.toml."]
+    assert (tmp_path / "x.toml").stat().st_mode == (tmp_path / ".x.toml.tmp").stat().st_mode
     assert (tmp_path / ".x.toml.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "ours"), lambda path: write_tensors(path, {"x": torch.ones(2)}, {})])
+def test_a_link_under_a_temporary_s_name_is_not_followed(write, tmp_path, monkeypatch):
+    """Whatever name is drawn; and a file that cannot be written leaves none behind."""
+    (tmp_path / "theirs").write_text("mine")
+    (tmp_path / "out").mkdir()
+    for name in (f"{TEMPORARY}x", f"{TEMPORARY}x.0"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "theirs")
+    write(tmp_path / "out" / "x")
+    assert (tmp_path / "out" / "x").is_file()
+    monkeypatch.setattr(storage.secrets, "token_hex", lambda length: "0")
+    before = contents(tmp_path)
+    with pytest.raises((FileExistsError, StorageError)):
+        write(tmp_path / "out" / "x")
+    assert contents(tmp_path) == before
+    assert before["theirs"] == b"mine"
+    (tmp_path / "out" / f"{TEMPORARY}x.0").unlink()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((IsADirectoryError, StorageError)):
+        write(tmp_path / "folder")
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+
+
+def test_a_figure_and_predictions_overwrite_nothing(finished, tmp_path):
+    (tmp_path / "mine.svg").write_text("mine")
+    (tmp_path / "mine.pdf").symlink_to(tmp_path / "nowhere")
+    for name in ("mine.svg", "mine.pdf"):
+        assert f"{name} exists, and is not overwritten" in one_line(call("figure", 2, finished, "-o", tmp_path / name), 2)
+        assert f"{name} exists, and is not overwritten" in one_line(call("evaluate", finished, "--predictions", tmp_path / name), 2)
+    assert (tmp_path / "mine.svg").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_trackers_are_those_of_a_run_that_has_some(finished, tmp_path):
+    """And a report in a run folder is ours if it says so itself."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    fill(out, ["trackers/events.out", "report.html"])
+    assert strays(out) == [out / "report.html", out / "trackers" / "events.out"]
+    (out / "config.toml").write_text('trackers = ["tensorboard"]')
+    assert strays(out) == [out / "report.html"]
+    (out / "report.html").unlink()
+    (out / "report.html").symlink_to(tmp_path / "elsewhere")
+    assert strays(out) == [out / "report.html"]
+    (out / "report.html").unlink()
+    remove(out)

@@ -1,5 +1,6 @@
 """Interrupted runs go on to the same bits, whenever they stopped and whatever the method keeps."""
 
+import json
 import shutil
 
 import pytest
@@ -9,9 +10,11 @@ from tests.test_runner import assert_same_bits, configuration, events_of, ignore
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.run_folder import locked
 from fedex_lora.runner import InProcess, run
+from fedex_lora.storage import read_manifest, sha256
+from fedex_lora.verify import verify
 
 CASES = {
     "fedex": {},
@@ -97,8 +100,43 @@ def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):
     config, want, _ = whole()
     shutil.copytree(want, tmp_path / "run")
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.name != "config.toml" and path.is_file()}
-    run(config, tmp_path / "run", ignore, True)
+    told = []
+    run(config, tmp_path / "run", lambda event, **fields: told.append(event), True)
+    assert told == ["finished"]
     assert all(path.stat().st_mtime == time for path, time in before.items())
+    again = CliRunner().invoke(app, ["run", str(want / "config.toml"), "--out", str(tmp_path / "run"), "--resume"])
+    assert again.exit_code == 0, again.output
+    assert "nothing is left to do" in again.output
+
+
+@pytest.mark.parametrize("lost", ["final", "final/base_delta.safetensors", "rounds/0003", "an update in final"])
+def test_a_finished_run_that_lost_something_gets_it_again(lost, whole, tmp_path):
+    """Also where its events say that it was done."""
+    config, want, home = whole("reinit")
+    out = shutil.copytree(want, tmp_path / "run")
+    if lost == "final":
+        shutil.rmtree(out / "final")
+    elif lost == "rounds/0003":
+        (out / "rounds" / "0003").rename(out / "rounds" / "0003.broken")
+        shutil.copytree(out / "rounds" / "0002" / "trainable", out / "final" / "trainable", dirs_exist_ok=True)
+    elif lost == "an update in final":
+        update = next((out / "rounds" / "0003" / "updates").iterdir()).relative_to(out / "rounds" / "0003")
+        (out / "final" / "updates").mkdir()
+        shutil.copyfile(out / "rounds" / "0003" / update, out / "final" / update)
+        manifest = read_manifest(out / "final")
+        manifest["files"][str(update)] = sha256(out / "final" / update)
+        (out / "final" / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(StorageError, match=r"final/updates/.* is not what the last round left"):
+            verify(out)
+    else:
+        (out / lost).unlink()
+    told = []
+    run(config, out, lambda event, **fields: told.append(event), True, home)
+    assert "finished" not in told
+    assert told.count("round_done") == (lost == "rounds/0003")
+    assert_same_bits(out, want)
+    assert sorted(path.name for path in (out / "final").iterdir()) == sorted(path.name for path in (want / "final").iterdir())
+    verify(out)
 
 
 def test_another_process_is_kept_out(tmp_path):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ def aggregate_folders(
     row = method_named(method)
     _require_global_model(row, truncation)
     require_apart(folders, out, parties)
+    if parties is not None:
+        require_several([1.0] * len(folders) if weights is None else weights)
     described = describe_adapter_folders(folders)
     base_model = one_base(folders, [one.folder.base_model for one in described], base)
     if base:
@@ -124,6 +126,16 @@ def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> No
             raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
     if parties is not None and (_within(parties, out) or _within(out, parties)):
         raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
+
+
+def require_several(weights: Iterable[float]) -> None:
+    """What parties are handed is a mean: of one adapter it would be that adapter, bit for bit.
+
+    Raises:
+        UsageError: fewer than two weights are above zero.
+    """
+    if sum(weight > 0 for weight in weights) < 2:
+        raise UsageError("--for-parties would hand out one party's adapter as it is: give two adapters or more a weight above 0")
 
 
 def _within(inner: Path, outer: Path) -> bool:

@@ -69,6 +69,9 @@ class Display:
         if "rounds" not in self._bars:
             self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, completed=fields["round"] - 1, note="")
 
+    def _on_finished(self, fields: dict[str, Any]) -> None:
+        self._print(f"all {fields['rounds']} rounds are there: nothing is left to do")
+
     def _on_round_started(self, fields: dict[str, Any]) -> None:
         for name in {"clients", "steps"} & self._bars.keys():
             self._progress.remove_task(self._bars.pop(name))

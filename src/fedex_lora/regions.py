@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedex_lora import __version__, measure, server
-from fedex_lora.adapters import distinct_names, require_apart
+from fedex_lora.adapters import distinct_names, require_apart, require_several
 from fedex_lora.aggregation import merge, method_named, normalised_weights
 from fedex_lora.aggregation.lowrank import signed_sum, smallest
 from fedex_lora.aggregation.truncation import without_blocks
@@ -43,6 +43,8 @@ def merge_folders(
     parts = [_part(name, result) for name, result in zip(names, results, strict=True)]
     adapters = _require_disjoint(folders, results)
     merged = merge(parts, totals)
+    if parties is not None:
+        require_several(merged.weights.values())
     updates = [ClientUpdate(name, result.adapter, 1, result.other) for name, result in zip(names, results, strict=True)]
     p = normalised_weights(updates, totals)
     base_delta = {}

@@ -18,9 +18,9 @@ from fedex_lora.client import weighted_mean
 from fedex_lora.config import Config
 from fedex_lora.consistency import participants as how_many
 from fedex_lora.consistency import quorum
-from fedex_lora.errors import TrainingError
+from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.measure import Exactness, Held
-from fedex_lora.peft_io import Format, for_parties, write_result
+from fedex_lora.peft_io import Format, differs, for_parties, write_result
 from fedex_lora.run_folder import remove, strays
 from fedex_lora.screening import screened
 from fedex_lora.server import start_of
@@ -35,6 +35,7 @@ While it waits it yields None every second or so. It ends when all have answered
 afterwards it yields in a later call.
 """
 PAUSE = 60.0  # seconds, at most, before clients are asked again
+SHOWN = ("step", "finished")  # events that are no part of the record
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +162,9 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     if len(here.skipped) == config.rounds:
         raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
     held_out = {**here.held_out, config.rounds: _final_held_out(config, here, federation, out.name, emit)}
-    if not (out / FINAL).exists():
+    if not handed_on(out, config.rounds):
+        if (out / FINAL).exists():
+            remove(out, FINAL)
         with for_parties(round_folder(out, config.rounds), out / FINAL, leaves=False):
             pass
     federation.finish(here.state, out)
@@ -171,6 +174,14 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     told = {str(number): metrics for number, metrics in held_out.items()}
     emit("run_done", rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {}))
     return here.state
+
+
+def handed_on(out: Path, last: int) -> bool:
+    """Is `out/final` what the last round left?"""
+    try:
+        return differs(out / FINAL, round_folder(out, last)) is None
+    except StorageError:
+        return False
 
 
 def _gather(
@@ -392,10 +403,10 @@ def _learnt_nothing(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[
 
 
 def log_to(path: Path, *others: Emit) -> Emit:
-    """An `Emit` that appends to `events.jsonl` and tells the others. Steps are shown, not kept."""
+    """An `Emit` that appends to `events.jsonl` and tells the others; what is `SHOWN` is not kept."""
 
     def emit(event: str, **fields: Any) -> None:
-        if event != "step":
+        if event not in SHOWN:
             append_event(path, event, **fields)
         for other in others:
             other(event, **fields)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,13 @@ from pathlib import Path
 from fedex_lora.errors import UsageError
 from fedex_lora.storage import FINAL, ROUNDS, TEMPORARY, write_text
 
-CONFIG, EVENTS, CLIENTS, TRACKERS = "config.toml", "events.jsonl", "clients", "trackers"
+CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
 _PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
 _TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|model|server)\.safetensors"
 _RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
 _OURS = re.compile(
-    rf"{CONFIG}|{EVENTS}|run-id|report\.html|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
-    rf"|{CLIENTS}(/[^/]+(/(memory\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|{TRACKERS}(/.*)?|(.*/)?{re.escape(TEMPORARY)}.*"
+    rf"{CONFIG}|{EVENTS}|run-id|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
+    rf"|{CLIENTS}(/[^/]+(/(memory\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
 )
 
 
@@ -57,9 +58,28 @@ def swept(out: Path) -> None:
 
 
 def strays(out: Path, part: str = "") -> list[Path]:
-    """What a run folder, or a part of it, holds that no run writes, by the names: files, links and empty folders."""
+    """What a run folder, or a part of it, holds that no run writes: files, links and empty folders."""
     leaves = (path for path in sorted((out / part).rglob("*")) if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
-    return [path for path in leaves if not _OURS.fullmatch(path.relative_to(out).as_posix())]
+    return [path for path in leaves if not _is_ours(path, out)]
+
+
+def _is_ours(path: Path, out: Path) -> bool:
+    """Has a file below `out` the name of one that a run writes? Of trackers, a run that has some; and a report says that it is one."""
+    name = path.relative_to(out)
+    if name.parts[0] == TRACKERS:
+        return _has_trackers(out)
+    if name.as_posix() == REPORT:
+        from fedex_lora.report import is_report  # that package needs runs
+
+        return path.is_file() and not path.is_symlink() and is_report(path)
+    return bool(_OURS.fullmatch(name.as_posix()))
+
+
+def _has_trackers(out: Path) -> bool:
+    try:
+        return bool(tomllib.loads((out / CONFIG).read_text(encoding="utf-8")).get("trackers"))
+    except (OSError, ValueError):
+        return False
 
 
 def remove(out: Path, part: str = "") -> None:

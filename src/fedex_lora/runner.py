@@ -21,7 +21,7 @@ from fedex_lora.partition import Indices, partition
 from fedex_lora.party import Parties
 from fedex_lora.peft_io import DELTA
 from fedex_lora.place import Host, Place
-from fedex_lora.rounds import Federation, log_to, run_rounds
+from fedex_lora.rounds import Federation, handed_on, log_to, run_rounds
 from fedex_lora.run_folder import barely_begun, locked, strays, swept
 from fedex_lora.storage import load_delta, read_events, round_folder, write_text, writing_failed
 from fedex_lora.tasks import load_task, usable
@@ -202,7 +202,9 @@ def _go_on(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
     events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round
-        if any(event["event"] == "run_done" for event in events):
+        ended = any(event["event"] == "run_done" for event in events)
+        if ended and number == config.rounds and handed_on(out, number):
+            emit("finished", rounds=number)
             return checkpoint.state
         emit("resumed", round=number + 1, rounds=config.rounds)
         if not any(event["event"] == "round_done" and event.get("round") == number for event in events):

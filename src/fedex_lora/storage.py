@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -29,9 +30,19 @@ Tensors: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
 """What a safetensors file holds: tensors and metadata."""
 
 
-def beside(path: Path) -> Path:
-    """Where a file is written until it is whole, and renamed to `path`."""
-    return path.with_name(f"{TEMPORARY}{path.name}")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new, empty file beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Its name is nobody's and cannot be foretold: what stands beside `path`, a link somewhere else too, is left as it is.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(8)}")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def writing_failed(error: OSError, folder: Path) -> bool:
@@ -56,11 +67,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in one step: beside, synced, then renamed over."""
-    temporary = beside(path)
-    save_tensors(temporary, tensors, metadata)
     try:
-        _fsync(temporary)
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_tensors(temporary, tensors, metadata)
+            _fsync(temporary)
         _fsync(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from None
@@ -220,6 +231,13 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def unlisted(folder: Path) -> Path | None:
+    """A file or link below a folder with a manifest that this has no sum of; None where there is none."""
+    files = {*read_manifest(folder, check=False)["files"], MANIFEST}
+    there = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return next((path for path in there if str(path.relative_to(folder)) not in files), None)
+
+
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -229,9 +247,8 @@ def sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: beside, then renamed over."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:

@@ -15,8 +15,8 @@ from fedex_lora.errors import StorageError
 from fedex_lora.peft_io import (
     Result,
     base_for,
+    differs,
     in_float32,
-    is_for_parties,
     logits,
     open_model,
     plain_model,
@@ -24,7 +24,7 @@ from fedex_lora.peft_io import (
     result_folders,
     write_model,
 )
-from fedex_lora.storage import read_events, read_manifest
+from fedex_lora.storage import MANIFEST, read_events, unlisted
 from fedex_lora.types import Delta
 
 EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
@@ -47,11 +47,12 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         the last round; `best_round` of a run, and `rounds`, with errors per module. What of it fails, `complaint` says.
 
     Raises:
-        StorageError: nothing to verify, files that were altered or are not finite, or a `final/` that is not the last round.
+        StorageError: nothing to verify, files that were altered, have no sum or are not finite, or a `final/` that is not the last round.
     """
     rows, (folders, final) = list[dict[str, Any]](), result_folders(path)
     for folder in folders:
         result = read_result(folder)
+        _require_sums(folder)
         if result.manifest.get("skipped"):
             continue
         if method_named(result.manifest["method"]).exactness == "personalised":
@@ -63,6 +64,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         raise StorageError(f"every round in {path} was skipped: nothing to verify")
     if final is not None:
         _require_same(final, folders[-1])
+        _require_sums(final)
     recomputed = all(row["recomputed"] for row in rows)  # a folder without inputs stands alone
     largest = {key: measure.worst(row[key] for row in rows) for key in ("max_relative_error", "total_relative_error")}
     summary: dict[str, Any] = {
@@ -104,13 +106,15 @@ def complaint(result: Mapping[str, Any]) -> str | None:
 
 
 def _require_same(final: Path, last: Path) -> None:
-    """Has `final/` the bits of the last round?"""
-    here, there = read_manifest(final)["files"], read_manifest(last, check=False)["files"]
-    names = [*here, *(name for name in there if is_for_parties(name) and name not in here)]
-    if odd := next((name for name in names if here.get(name) != there.get(name)), None):
-        raise StorageError(
-            f"{final / odd} is not what the last round left in {last}: copy it from there, or go on with the run by --resume"
-        )
+    """Has `final/` the bits of the last round, its facts, and nothing else?"""
+    if odd := differs(final, last):
+        raise StorageError(f"{final / odd} is not what the last round left in {last}: go on with the run by --resume, which makes it anew")
+
+
+def _require_sums(folder: Path) -> None:
+    """Has every file below the folder a sum, beside those that have been compared?"""
+    if odd := unlisted(folder):
+        raise StorageError(f"{odd} has no sum in {folder / MANIFEST}, so it cannot be verified: move it away, or copy the folder again")
 
 
 @dataclass(frozen=True, eq=False)

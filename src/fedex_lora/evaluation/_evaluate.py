@@ -1,5 +1,6 @@
 """`evaluate`: a model measured by a task's own metric, on what it predicts or on what it writes."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,11 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
         prompts whose beginning did not fit the model's context. Of texts, nothing in processes of `accelerate launch` but the main one.
 
     Raises:
-        UsageError: options that the task has no use for; a metric that cannot be computed here.
+        UsageError: options that the task has no use for; predictions that exist; a metric that cannot be computed here.
         DataError, ModelError, StorageError: see `load_task` and `open_source`.
     """
+    if options.predictions and os.path.lexists(options.predictions):
+        raise UsageError(f"{options.predictions} exists, and is not overwritten: remove it, or give --predictions elsewhere")
     task = load_task(settings, seed)
     asked = task.generation
     if asked is None and (options.generation or options.predictions):

@@ -18,6 +18,7 @@ from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.measure import Held
 from fedex_lora.peft_io._folders import CONFIG, AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.storage import (
+    FINAL,
     MANIFEST,
     Tensors,
     atomic_folder,
@@ -27,6 +28,7 @@ from fedex_lora.storage import (
     load_update,
     not_finite,
     read_manifest,
+    run_rounds_of,
     save_delta,
     save_tensors,
     save_update,
@@ -198,6 +200,18 @@ def is_for_parties(file: str) -> bool:
     return file in (DELTA, WHOLE) or file.startswith(f"{TRAINABLE}/")
 
 
+def differs(parties: Path, source: Path) -> str | None:
+    """What in a folder for parties is not what `for_parties` makes of `source`: the name of a file or of a fact; None where all is.
+
+    Raises:
+        StorageError: a folder that lacks something, or was altered.
+    """
+    here, there = read_manifest(parties), read_manifest(source, check=False)
+    sums = {file: digest for file, digest in there["files"].items() if is_for_parties(file)}
+    odd = [file for file in [*here["files"], *sums] if here["files"].get(file) != sums.get(file)]
+    return next(iter([*odd, *(key for key in SHARED if here.get(key) != there.get(key))]), None)
+
+
 def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
     """What every result folder's manifest says first."""
     inputs = [
@@ -277,10 +291,17 @@ def _require_finite(folder: Path, result: Result) -> None:
     for part, tensors in parts.items():
         if odd := not_finite(tensors):
             raise StorageError(f"{folder / part} holds NaN or infinity in {odd}: no model is made of that; make the folder again")
+    adapters = {TRAINABLE: result.adapter, STANDALONE: result.standalone.adapter if result.standalone else {}}
+    adapters |= {f"{UPDATES}, {update.client_id}": update.adapter for update in result.updates}
+    for part, module, scaling in ((part, name, pair.scaling) for part, adapter in adapters.items() for name, pair in adapter.items()):
+        if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling) or scaling == 0:
+            raise StorageError(
+                f"{folder / part} scales {module} by {scaling}: a scaling is a finite number, and not zero; make the folder again"
+            )
 
 
 def result_folders(path: Path) -> tuple[list[Path], Path | None]:
     """The result folders of the rounds below a run folder, and its `final/`, if they are there; else the folder itself."""
-    rounds = sorted(folder for folder in (path / "rounds").glob("[0-9]*") if (folder / MANIFEST).exists())
-    final = path / "final"
+    rounds = [folder for folder in reversed(run_rounds_of(path)) if (folder / MANIFEST).exists()]
+    final = path / FINAL
     return (rounds, final if (final / MANIFEST).exists() else None) if rounds else ([final if (final / MANIFEST).exists() else path], None)

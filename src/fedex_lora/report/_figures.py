@@ -1,5 +1,6 @@
 """The paper's figures from any runs (Matplotlib): the deviation by layer, and across rounds."""
 
+import os
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from fedex_lora import analysis
 from fedex_lora.errors import UsageError
 from fedex_lora.report._charts import PALETTE
 from fedex_lora.report._sections import Group, grouped
-from fedex_lora.storage import beside
+from fedex_lora.storage import replacing
 
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
 FORMATS = (".pdf", ".svg", ".png")
@@ -47,12 +48,14 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
         `out`; `data`, the numbers that are drawn; `observations`, which of the paper's hold (for each kind of run).
 
     Raises:
-        UsageError: no such figure, an unknown kind of file, or runs without LoRA updates.
+        UsageError: no such figure, an unknown kind of file, a file that exists, or runs without LoRA updates.
     """
     if number not in LAYERS + ROUNDS:
         raise UsageError(f"figure {number}: this draws 2, 4, 5 (by layer) and 3, 6, 7, 8, 9 (across rounds)")
     if out.suffix not in FORMATS:
         raise UsageError(f"{out}: give a name that ends in {', '.join(FORMATS)}")
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists, and is not overwritten: remove it, or give another name after -o")
     if value not in AXES:
         raise UsageError(f"--value {value}: give {' or '.join(AXES)}")
     groups = [group for group in grouped(analysis.find_runs(paths)) if not pd.concat(group.modules).empty]
@@ -205,6 +208,6 @@ def _finish(figure: Any, axes: Any, out: Path, value: Value) -> None:
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
     figure.draw_without_rendering()  # the axes' powers of ten take room
-    whole, undated = beside(out), {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix)
-    figure.savefig(whole, dpi=200, format=out.suffix[1:], metadata=undated)
-    whole.replace(out)
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix)
+    with replacing(out) as whole:
+        figure.savefig(whole, dpi=200, format=out.suffix[1:], metadata=undated)
