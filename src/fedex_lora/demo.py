@@ -10,7 +10,7 @@ from fedex_lora.config import DEMO, Config, parse_config, write_config
 from fedex_lora.display import Display, size, table
 from fedex_lora.errors import UsageError
 from fedex_lora.measure import number, worst
-from fedex_lora.run_folder import CONFIG, barely_begun, remove, strays
+from fedex_lora.run_folder import CONFIG, barely_begun, is_report, remove, strays
 from fedex_lora.runner import run
 from fedex_lora.storage import TEMPORARY, plain_json, read_events, write_text
 
@@ -74,8 +74,6 @@ def _clear(out: Path) -> None:
     """Remove an earlier demo, whole or killed; a folder that holds anything else is left as it is."""
     if not out.is_dir() or not (barely_begun(out) or (out / RESULT).is_file()):
         raise UsageError(f"{out} exists and is no earlier demo: give another --out")
-    from fedex_lora.report import is_report
-
     for path in out.iterdir():
         ours = is_report(path) if path.name == REPORT else _is_demo(path) if path.name in METHODS else path.name == RESULT
         if not ours and not path.name.startswith(TEMPORARY):

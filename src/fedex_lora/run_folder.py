@@ -69,8 +69,6 @@ def _is_ours(path: Path, out: Path) -> bool:
     if name.parts[0] == TRACKERS:
         return _has_trackers(out)
     if name.as_posix() == REPORT:
-        from fedex_lora.report import is_report  # that package needs runs
-
         return path.is_file() and not path.is_symlink() and is_report(path)
     return bool(_OURS.fullmatch(name.as_posix()))
 
@@ -80,6 +78,12 @@ def _has_trackers(out: Path) -> bool:
         return bool(tomllib.loads((out / CONFIG).read_text(encoding="utf-8")).get("trackers"))
     except (OSError, ValueError):
         return False
+
+
+def is_report(path: Path) -> bool:
+    """Does a file say of itself that it is a report?"""
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="fedex-lora ' in file.read(4096)
 
 
 def remove(out: Path, part: str = "") -> None:

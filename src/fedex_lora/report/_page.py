@@ -21,6 +21,7 @@ from fedex_lora.errors import UsageError
 from fedex_lora.report._charts import Chart
 from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, grouped, tiles
 from fedex_lora.report._tables import Table
+from fedex_lora.run_folder import is_report
 from fedex_lora.storage import write_text
 
 MOST = 12  # groups of runs in one report
@@ -51,12 +52,6 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}: give another name after -o") from None
     return {"out": str(out), "bytes": len(text.encode()), "runs": len(runs), **counts}
-
-
-def is_report(path: Path) -> bool:
-    """Does a file say of itself that it is a report?"""
-    with path.open("rb") as file:
-        return b'<meta name="generator" content="fedex-lora ' in file.read(4096)
 
 
 def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
