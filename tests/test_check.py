@@ -54,6 +54,15 @@ def test_every_kind_of_problem_is_found_in_one_go(tmp_path):
     assert words(configuration(tmp_path, on_bad_row="drop"), stops=True) == []
 
 
+def test_a_tokenizer_that_does_not_know_the_words_is_told(tmp_path):
+    said = [line for line in words(configuration(tmp_path), stops=False) if "unknown to this tokenizer" in line]
+    assert [line.partition(":")[0] for line in said] == ["north", "south"]
+    # 'printer is broken', 'mouse is dead', 'vpn fails': 6 of 11 tokens; each row begins with <s>, and 'is' is the demo's
+    assert said[0].startswith("north: 55% of the tokens in these rows are unknown to this tokenizer"), said
+    demo = parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}})
+    assert not any("unknown" in line for line in words(demo, stops=False))
+
+
 def test_what_stops_a_check_is_its_last_finding(tmp_path):
     assert words(configuration(tmp_path, text=["txt"]), stops=True) == ["rows.csv has no column 'txt': did you mean 'text'?"]
     long = configuration(tmp_path, kind="causal-lm", labels=None, prompt="{text}", completion="{label}", max_length=2, on_bad_row="drop")
