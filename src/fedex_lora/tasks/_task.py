@@ -54,6 +54,7 @@ class Task:
         greater_is_better: of the headline.
         generation: for tasks that are measured by what the model writes.
         notes: what is to be said of the rows before anything is trained.
+        lines: of `train` in its file, where there is one.
     """
 
     kind: Literal["classification", "causal-lm", "image-classification"]
@@ -67,6 +68,7 @@ class Task:
     greater_is_better: bool = True
     generation: Generation | None = None
     notes: Sequence[str] = ()
+    lines: Sequence[int] = ()
 
     def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
         """The same task with at most so many rows, drawn at random and kept in their order."""
@@ -76,6 +78,7 @@ class Task:
             train=self.train.iloc[kept].reset_index(drop=True),
             eval=_drawn(self.eval, eval_rows, seed),
             classes=self.classes[kept],
+            lines=[self.lines[row] for row in kept] if self.lines else (),
             generation=replace(asked, rows=_drawn(asked.rows, eval_rows, seed)) if asked else None,
         )
 
