@@ -36,13 +36,13 @@ def test_every_kind_of_problem_is_found_in_one_go(tmp_path):
     config = configuration(tmp_path, max_length=2)
     assert words(config, stops=True) == [
         "rows.csv: 1 row with no 'text' (line 5)",
-        "rows.csv: 1 row with a label outside ['hardware', 'network', 'Hardware '] ('netwrk') (line 8)",
+        "rows.csv: 1 row with a label outside ['hardware', 'network', 'Hardware '] ('netwrk', did you mean 'network'?) (line 8)",
     ]
     said = words(config, stops=False)
     for expected in (
-        "rows.csv: 2 rows repeat the input of another",
-        "rows.csv: 1 inputs stand with different labels",
-        "eval.csv: 1 inputs stand in rows.csv, too: what is measured on them was trained on",
+        "rows.csv: 2 rows repeat the input of another (line 3, 7)",
+        "rows.csv: 1 input with different labels (line 2, 3)",
+        "eval.csv: 1 input of rows.csv, too (line 2): what is measured on them was trained on",
         "classes 'hardware' and 'Hardware ' are two classes: if they are meant to be one, mend the rows",
         "north: 3 rows to train on, 0 held out (1 Hardware , 1 hardware, 1 network)",
         "south: no row of class Hardware ",
@@ -52,6 +52,24 @@ def test_every_kind_of_problem_is_found_in_one_go(tmp_path):
         line.startswith("north: 3 of 3 rows are cut at task.max_length = 2 (the longest has ") and "more than half" in line for line in said
     )
     assert words(configuration(tmp_path, on_bad_row="drop"), stops=True) == []
+
+
+def test_rows_of_nobody_are_named_and_the_check_goes_on(tmp_path):
+    config = configuration(tmp_path, on_bad_row="drop")
+    (tmp_path / "rows.csv").write_text(ROWS.replace("mouse is dead,hardware,north", "mouse is dead,hardware, "))
+    assert words(config, stops=True) == ["clients.column = 'site' is empty in 1 training row (line 4): fill it in or leave such rows out"]
+    (tmp_path / "rows.csv").write_text(ROWS.replace("vpn fails,network,north", "vpn fails,network,"))  # two bad rows stand above it
+    assert words(config, stops=True) == ["clients.column = 'site' is empty in 1 training row (line 9): fill it in or leave such rows out"]
+    assert any(line.startswith("all clients: 6 rows to train on") for line in words(config, stops=False))
+
+
+def test_a_tokenizer_that_does_not_know_the_words_is_told(tmp_path):
+    said = [line for line in words(configuration(tmp_path), stops=False) if "unknown to this tokenizer" in line]
+    assert [line.partition(":")[0] for line in said] == ["north", "south"]
+    # 'printer is broken', 'mouse is dead', 'vpn fails': 6 of 11 tokens; each row begins with <s>, and 'is' is the demo's
+    assert said[0].startswith("north: 55% of the tokens in these rows are unknown to this tokenizer"), said
+    demo = parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}})
+    assert not any("unknown" in line for line in words(demo, stops=False))
 
 
 def test_what_stops_a_check_is_its_last_finding(tmp_path):

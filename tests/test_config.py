@@ -25,7 +25,7 @@ def test_round_trip():
         ({"lora": {"rank": 4}}, r"unknown key lora.rank"),
         ({"lora": {"alhpa": 4}}, r"unknown key lora.alhpa: did you mean lora.alpha\?"),
         ({"round": 4}, r"unknown key round: did you mean rounds\?"),
-        ({"lora": {"r": "four"}}, "lora.r = 'four': input should be a valid integer"),
+        ({"lora": {"r": "four"}}, "lora.r = 'four': give a whole number"),
         ({"lora": {"r": 0}}, "lora.r = 0"),
         ({"rounds": 0}, "rounds = 0"),
         ({"clients": {"fraction": 0}}, "clients.fraction = 0"),
@@ -46,6 +46,8 @@ def test_mistakes_are_named(changes, message):
 def test_training_fields_are_those_of_transformers():
     with pytest.raises(ConfigError, match=r"training.learning_rat: did you mean training.learning_rate"):
         training_arguments(parse_config({**MINIMAL, "training": {"learning_rat": 1e-3}}))
+    with pytest.raises(ConfigError, match=r"training.device: see transformers.TrainingArguments"):  # no field of ours is meant
+        training_arguments(parse_config({**MINIMAL, "training": {"device": "cpu"}}))
     with pytest.raises(ConfigError, match="refused by transformers"):
         training_arguments(parse_config({**MINIMAL, "training": {"lr_scheduler_type": "stairs"}}))
     arguments = training_arguments(parse_config({**MINIMAL, "training": {"learning_rate": 1e-3, "adam_beta2": 0.95, "max_grad_norm": 0.5}}))

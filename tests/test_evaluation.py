@@ -135,9 +135,13 @@ def test_every_folder_of_a_run_measures_the_same(ran, tmp_path):
         assert got["task"] == "demo"
         assert got["accuracy"] == want["accuracy"], source
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-5), source
+    of_a_file = numbers("evaluate", sources[-1], "--config", run / "config.toml", "--rows", 40)
+    assert of_a_file["accuracy"] == want["accuracy"]
     everything = numbers("evaluate", run)
     assert everything["rows"] == 600
-    assert "accuracy" in call("evaluate", run).stdout
+    shown = call("evaluate", run).stdout
+    assert "accuracy" in shown
+    assert "600.0" not in shown  # a count
 
 
 def test_e2e_from_run_to_scores(stories, data_folder, tmp_path):
@@ -219,6 +223,7 @@ def one_line(result, status):
     [
         (["--task", "demi"], 1, "did you mean 'demo'"),
         (["--task", "demo", "--lm-eval", "x"], 2, "give one of --task and --lm-eval"),
+        (["--config", "c.toml", "--lm-eval", "x"], 2, "give one of --config and --lm-eval"),
         (["--include-path", "x"], 2, "--include-path is for --lm-eval"),
         (["--generate", "num_beams=1"], 2, "measured on predictions, not on texts"),
         (["--generate", "num_beams"], 2, "write it as num_beams=1"),

@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tests import oracle
 from tests.test_runner import configuration, ignore
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import fedex_lora.export as exporting
@@ -123,10 +123,32 @@ def test_another_base_is_refused_by_its_weights(causal, tmp_path):
 
 
 def test_what_vllm_makes_of_it_is_said(causal, classifier, tmp_path):
-    assert export(causal, "adapter", tmp_path / "a")["vllm"].startswith("vllm serve BASE --dtype float32 --enable-lora --max-lora-rank 16")
-    assert "OUT/base" in export(causal, "base+adapter", tmp_path / "b")["vllm"]
-    assert export(causal, "merged", tmp_path / "c")["vllm"].startswith("vllm serve OUT --dtype float32")
+    assert export(causal, "adapter", tmp_path / "a")["vllm"] == (
+        f"vllm serve {base_folder()} --dtype float32 --enable-lora --max-lora-rank 16 --lora-modules fedex={tmp_path / 'a'}"
+    )
+    assert f"vllm serve {tmp_path / 'b' / 'base'} " in export(causal, "base+adapter", tmp_path / "b")["vllm"]
+    assert export(causal, "merged", tmp_path / "c")["vllm"].startswith(f"vllm serve {tmp_path / 'c'} --dtype float32")
     assert "not a causal LM" in export(classifier, "adapter", tmp_path / "d")["vllm"]
+
+
+def test_encoders_are_none_of_vllm_s_causal_lms(tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(**shape)).save_pretrained(tmp_path / "bert")
+    for index in range(2):
+        lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+        get_peft_model(AutoModel.from_pretrained(tmp_path / "bert"), lora).save_pretrained(tmp_path / str(index))
+    aggregate_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "out", "fedex", None, None)
+    assert "not a causal LM" in export(tmp_path / "out", "adapter", tmp_path / "a")["vllm"]
+
+
+def test_verify_of_an_export_checks_its_sums(causal, tmp_path):
+    export(causal, "adapter", tmp_path / "a")
+    done = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["verify", str(tmp_path / "a")])
+    assert (done.exit_code, "is an export (adapter): its sums are right" in done.stdout) == (0, True), done.output
+    (tmp_path / "a" / "README.md").write_text("else")
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "a")])
+    assert (done.exit_code, "README.md has changed" in done.stderr) == (1, True), done.output
 
 
 def test_an_export_that_is_not_the_run_is_not_left_behind(causal, tmp_path, monkeypatch):

@@ -180,7 +180,10 @@ def test_the_command_goes_on_after_broken_rounds(rounds, whole, tmp_path):
 
 def test_another_configuration_is_refused(whole, tmp_path):
     config, want, _ = whole()
-    with pytest.raises(UsageError, match="another configuration"):
+    with pytest.raises(
+        UsageError,
+        match=rf"another configuration \(seed: yours 7, the run's {config.seed}\): go on with .*config.toml, or give another --out",
+    ):
         run(config.model_copy(update={"seed": 7}), want, ignore, True)
     looser = config.model_copy(update={"messages": config.messages.model_copy(update={"norm_bound": 50.0})})
     run(looser, want, ignore, True)  # a bound may change: the run is the same

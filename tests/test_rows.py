@@ -73,7 +73,7 @@ def test_lines_are_those_of_the_file(tmp_path):
         ("a.csv", b"text,text\n1,2\n", "the column 'text' twice"),
         ("a.csv", b"text,label\n1,2\n1,2,3\n", "line 3 has more fields than its header"),
         ("a.csv", b'text,label\n"1,2\n', "cannot be read"),
-        ("a.csv", "text\nZoë\n".encode("latin-1"), "is not UTF-8"),
+        ("a.csv", b"\n".join([b"text"] + [b"row"] * 4000 + ["Zoë".encode("latin-1")]), r"is not UTF-8 \(line 4002\): .*iconv -f latin1"),
         ("a.csv.gz", b"text\n1\n", "cannot be read"),
         ("a.csv.gz", gzip.compress(b"text\n" + b"row\n" * 5000)[:40], "cannot be read"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: "),
@@ -211,6 +211,8 @@ def test_all_problems_at_once_or_dropped_and_counted(tmp_path):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (caught.value.code, caught.value.rows) == ("empty", 2)
+    with pytest.raises(DataError, match=r"\('yes', did you mean 'YES'\?, 'perhaps', 'maybe'\)"):
+        load_task(settings(tmp_path, labels=["no", "YES"]), 0)
     task = load_task(settings(tmp_path, labels=["no", "yes"], on_bad_row="drop"), 0)
     assert list(task.train["text"]) == ["one", "five"]
     assert task.classes.tolist() == [1, 0]

@@ -146,16 +146,17 @@ def test_a_fault_of_the_configuration_stops_a_run_that_would_wait_for_ever(many,
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.999}, True),
-        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.9}, False),
-        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.6, "loss": 1.0}, False),
-        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.4, "loss": float("nan")}, True),
-        ({}, {"accuracy": 0.4, "loss": 2.0}, False),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.999}, "raise training.learning_rate or rounds"),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.9}, None),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.6, "loss": 1.0}, None),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.4, "loss": float("nan")}, "diverged, or the rate is too high (loss 1, then nan"),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 1.6}, "lower training.learning_rate"),
+        ({}, {"accuracy": 0.4, "loss": 2.0}, None),
     ],
 )
 def test_a_run_that_learns_nothing_says_so(before, after, said):
     facts = {"headline": "accuracy", "greater_is_better": True}
     rows = {"rows": 10.0}
     words = _learnt_nothing({0: {**before, **rows} if before else {}, 3: {**after, **rows}}, facts)
-    assert bool(words) == said
-    assert not said or "0.5 on the clients' own rows before" in words
+    assert bool(words) == bool(said)
+    assert not said or (said in words and "0.5 on the clients' own rows before" in words)

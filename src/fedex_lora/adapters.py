@@ -110,6 +110,7 @@ def aggregate_folders(
         "exact_method": row.exact,
         "base_model": base_model,
         **result,
+        "weights": {name: result["weights"][name] for name in names},
         "out": str(out),
         **({"for_parties": str(parties)} if parties else {}),
     }

@@ -4,14 +4,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
+
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.config import Task as Settings
-from fedex_lora.errors import FedexLoraError
+from fedex_lora.errors import DataError, FedexLoraError, counted
 from fedex_lora.partition import Indices, partition
 from fedex_lora.peft_io import load_processor
 from fedex_lora.tasks import Task, custom, load_task, usable
 from fedex_lora.tasks._files import Rows
-from fedex_lora.tasks._rows import told
+from fedex_lora.tasks._rows import lines_of, told
 from fedex_lora.tasks._templates import text_of
 
 
@@ -50,7 +53,12 @@ def _everything(config: Config) -> Iterator[Finding]:
         yield from _rows(config.task)
     task = load_task(config.task.model_copy(update={"on_bad_row": "drop"}), config.seed)
     yield from (Finding(note) for note in task.notes if "are left out" not in note)
-    yield from _clients(config, task, partition(task, config.clients, config.seed))
+    try:
+        parts = partition(task, config.clients, config.seed)
+    except DataError as error:
+        yield Finding(str(error), stops=True)
+        parts = {"all clients": (np.arange(len(task.train)), np.arange(0))}
+    yield from _clients(config, task, parts)
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:
@@ -61,23 +69,30 @@ def _rows(settings: Settings) -> Iterator[Finding]:
     inputs = [column for column in custom.columns(settings) if column != settings.label or settings.kind == "causal-lm"]
     yield from _repeated(train.rows, inputs, settings)
     if held.source != train.source and settings.kind != IMAGES:
-        both = set(_keys(train.rows, inputs)) & set(_keys(held.rows, inputs))
+        known = set(_keys(train.rows, inputs))
+        both = {key: line for line, key in zip(held.rows.index, _keys(held.rows, inputs), strict=True) if key in known}
         if both:
-            yield Finding(f"{held.source}: {len(both)} inputs stand in {train.source}, too: what is measured on them was trained on")
+            count = counted(len(both), "input")
+            yield Finding(
+                f"{held.source}: {count} of {train.source}, too {lines_of(sorted(both.values()))}: what is measured on them was trained on"
+            )
 
 
 def _repeated(rows: Rows, inputs: Sequence[str], settings: Settings) -> Iterator[Finding]:
     if settings.kind == IMAGES:
         return
     keys = _keys(rows, inputs)
-    if again := len(keys) - len(set(keys)):
-        yield Finding(f"{settings.train}: {again} rows repeat the input of another")
+    again = [line for line, twice in zip(rows.index, pd.Series(keys, dtype=object).duplicated(), strict=True) if twice]
+    if again:
+        verb = "repeats" if len(again) == 1 else "repeat"
+        yield Finding(f"{settings.train}: {counted(len(again), 'row')} {verb} the input of another {lines_of(again)}")
     if settings.kind != "causal-lm":
-        labels: dict[tuple[str, ...], set[str]] = {}
-        for key, label in zip(keys, rows[settings.label], strict=True):
-            labels.setdefault(key, set()).add(text_of(label))
-        if torn := sum(len(names) > 1 for names in labels.values()):
-            yield Finding(f"{settings.train}: {torn} inputs stand with different labels")
+        labels: dict[tuple[str, ...], dict[str, int]] = {}
+        for line, key, label in zip(rows.index, keys, rows[settings.label], strict=True):
+            labels.setdefault(key, {}).setdefault(text_of(label), line)
+        if torn := [lines for lines in labels.values() if len(lines) > 1]:
+            where = lines_of(sorted(line for lines in torn for line in lines.values()))
+            yield Finding(f"{settings.train}: {counted(len(torn), 'input')} with different labels {where}")
 
 
 def _keys(rows: Rows, inputs: Sequence[str]) -> list[tuple[str, ...]]:
@@ -91,7 +106,7 @@ def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indi
     for client, (train, held) in parts.items():
         counts = Counter(names[int(label)] for label in task.classes[train]) if names else Counter[str]()
         shown = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        yield Finding(f"{client}: {len(train)} rows to train on, {len(held)} held out" + (f" ({shown})" if shown else ""))
+        yield Finding(f"{client}: {counted(len(train), 'row')} to train on, {len(held)} held out" + (f" ({shown})" if shown else ""))
         if absent := [name for name in names.values() if name not in counts]:
             yield Finding(
                 f"{client}: no row of class {', '.join(absent[:5])}" + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
@@ -99,7 +114,7 @@ def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indi
         batch = config.training.get("per_device_train_batch_size", 8)
         if config.training.get("dataloader_drop_last") and len(train) < batch:
             yield Finding(
-                f"{client}: {len(train)} rows are fewer than a batch of {batch}, and training.dataloader_drop_last drops them", True
+                f"{client}: {counted(len(train), 'row')}: fewer than a batch of {batch}, and training.dataloader_drop_last drops them", True
             )
         for note in usable(rows.select(train), settings, client)[1]:
             yield Finding(note, config.task.on_bad_row == "refuse" and "nothing is left" in note)

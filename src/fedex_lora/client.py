@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
 
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.config import IMAGES, Config, nearest
+from fedex_lora.config import IMAGES, Config, is_ours, nearest
 from fedex_lora.errors import ConfigError, ModelError, TrainingError
 from fedex_lora.peft_io import read_model, read_other, set_trained
 from fedex_lora.tasks import IGNORED, Task, collator
@@ -56,7 +56,7 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
     fields = [field.name for field in dataclasses.fields(TrainingArguments)]
     for key in config.training:
         if key not in fields:
-            near = nearest(key, fields)
+            near = nearest(key, [field for field in fields if not is_ours(field)])
             raise ConfigError(
                 f"unknown key training.{key}" + (f": did you mean training.{near}?" if near else ": see transformers.TrainingArguments")
             )

@@ -289,6 +289,11 @@ OWNED_PREFIXES = (
 )
 
 
+def is_ours(key: str) -> bool:
+    """Is a field of `TrainingArguments` set by fedex-lora itself?"""
+    return key in OWNED or key.startswith(OWNED_PREFIXES)
+
+
 class Config(_Table):
     """One run."""
 
@@ -326,7 +331,7 @@ class Config(_Table):
     @classmethod
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in value:
-            if key in OWNED or key.startswith(OWNED_PREFIXES):
+            if is_ours(key):
                 raise ValueError(f"{key} is set by fedex-lora itself: remove it (seeds derive from `seed`, files go to --out)")
         return value
 
@@ -449,7 +454,7 @@ def _one_line(detail: Any) -> str:
         return f"unknown key {where}" + (f": did you mean {'.'.join([*tables, near])}?" if near else "")
     if detail["type"] == "missing":
         return f"{where} is missing: add it to the file, or --set {where}=..."
-    message = detail["msg"].removeprefix("Value error, ")
+    message = "give a whole number" if detail["type"].startswith("int_") else detail["msg"].removeprefix("Value error, ")
     return f"{where} = {detail['input']!r}: {message[:1].lower()}{message[1:]}" if where and detail["type"] != "value_error" else message
 
 
@@ -472,8 +477,8 @@ ALSO = {
 }
 
 
-def nearest(name: str, known: Sequence[str]) -> str | None:
+def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
     """The known name that is most like `name`, or is what others call so, if there is any."""
     if ALSO.get(name) in known:
         return ALSO[name]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)

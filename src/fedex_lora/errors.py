@@ -93,3 +93,12 @@ class ConfigError(UsageError):
     """A configuration that says something impossible."""
 
     code = "config"
+
+
+def counted(count: int, name: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "row"), counted(2, "row")
+    ('1 row', '2 rows')
+    """
+    return f"{count} {name}{'' if count == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedex_lora.peft_io import (
     Result,
     base_for,
     in_float32,
+    is_encoder,
     kind_of,
     load_processor,
     logits,
@@ -95,7 +97,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
         if not math.isfinite(error) or (rank is None and not (error < same and (off < 0.1 * change or error < TINY))):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
-    vllm = _vllm(form, int(numbers["rank"]), result, name)
+    vllm = _vllm(form, int(numbers["rank"]), result, name, out)
     rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
     return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm}
 
@@ -162,13 +164,15 @@ def _rank(adapter: Adapter) -> int:
     return max((pair.rank for pair in adapter.values()), default=0)
 
 
-def _vllm(form: str, rank: int, result: Result, name: str) -> str:
+def _vllm(form: str, rank: int, result: Result, name: str, out: Path) -> str:
     """How vLLM serves it, or why not (vLLM: causal LMs, ranks of MaxLoRARanks, linear layers of the body, no modules_to_save)."""
-    if kind_of(result, name) not in ("causal-lm", "features"):
+    if kind_of(result, name) not in ("causal-lm", "features") or is_encoder(Base(model=name)):
         return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
     if form == "merged":
-        return "vllm serve OUT --dtype float32 (other dtypes round the weights: the default for this export is float16)"
-    where = "OUT" if form == "adapter" else f"OUT/{ADAPTER}"
+        return (
+            f"vllm serve {shlex.quote(str(out))} --dtype float32 (other dtypes round the weights: the default for this export is float16)"
+        )
+    where = out if form == "adapter" else out / ADAPTER
     if result.other:
         return f"not as an adapter: it trains {len(result.other)} tensors whole, and vLLM loads no modules_to_save; use --as merged"
     if result.format.frozen and form == "adapter":
@@ -185,9 +189,9 @@ def _vllm(form: str, rank: int, result: Result, name: str) -> str:
     if fits is None:
         return f"not as an adapter: rank {rank} is above vLLM's {VLLM_RANKS[-1]}; use --rank, or --as merged"
     dtype = result.manifest.get("base_dtype", "float32") if form == "adapter" else "float32"
-    served = "BASE" if form == "adapter" else f"OUT/{BASE}"
+    served = shlex.quote(Base(model=name).source if form == "adapter" else str(out / BASE))
     served += f" --dtype {dtype}" + (" --quantization bitsandbytes" if form == "adapter" and stored == "nf4" else "")
-    return f"vllm serve {served} --enable-lora --max-lora-rank {fits} --lora-modules fedex={where}"
+    return f"vllm serve {served} --enable-lora --max-lora-rank {fits} --lora-modules {shlex.quote(f'fedex={where}')}"
 
 
 def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedex_lora.config import Clients
-from fedex_lora.errors import DataError
+from fedex_lora.errors import DataError, counted
 from fedex_lora.tasks import Task
+from fedex_lora.tasks._rows import lines_of
 
 Indices = NDArray[np.int64]
 
@@ -56,8 +57,12 @@ def _named(parts: Sequence[Indices]) -> dict[str, Indices]:
 def _column(task: Task, name: str) -> NDArray[Any]:
     if name not in task.train.columns:
         raise DataError(f"clients.column = {name!r} is no column of the training rows: they have {', '.join(map(str, task.train.columns))}")
-    if task.train[name].isna().any() or (task.train[name].astype(str) == "").any():
-        raise DataError(f"clients.column = {name!r} is empty in some training rows: fill it in or leave those rows out")
+    empty = np.flatnonzero(task.train[name].isna() | (task.train[name].astype(str).str.strip() == ""))
+    if len(empty):
+        where = lines_of([task.lines[row] if task.lines else row + 1 for row in empty.tolist()])
+        raise DataError(
+            f"clients.column = {name!r} is empty in {counted(len(empty), 'training row')} {where}: fill it in or leave such rows out"
+        )
     return np.asarray(task.train[name])
 
 

@@ -399,6 +399,9 @@ def _learnt_nothing(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[
     if sign * after[headline] > sign * before[headline] or after["loss"] < 0.99 * before["loss"]:
         return ""
     numbers = f"{headline} {before[headline]:.3g} on the clients' own rows before, {after[headline]:.3g} after"
+    if not after["loss"] <= 1.5 * before["loss"]:  # NaN, too
+        rose = f"loss {before['loss']:.3g}, then {after['loss']:.3g}; {numbers}"
+        return f"training diverged, or the rate is too high ({rose}): lower training.learning_rate"
     return f"the model learnt nothing ({numbers}): raise training.learning_rate or rounds, and look at the rows by fedex-lora check"
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,10 +168,21 @@ def _require_run(out: Path, config: Config) -> None:
         return  # killed before anything was in its place
     if not _is_run(out):
         raise UsageError(f"{out} holds something that is no run: give another --out")
-    here, there = (write_config(_without_bounds(one)).splitlines() for one in (config, read_config(out / "config.toml")))
-    if here != there:
-        odd = next(ours for ours, theirs in zip_longest(here, there) if ours != theirs)
-        raise UsageError(f"{out} is a run with another configuration (first difference: {odd!r}): give the one in {out / 'config.toml'}")
+    here, there = (_keys(_without_bounds(one)) for one in (config, read_config(out / "config.toml")))
+    if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
+        yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
+        raise UsageError(
+            f"{out} is a run with another configuration ({odd}: yours {yours}, the run's {theirs}): "
+            f"go on with {out / 'config.toml'}, or give another --out"
+        )
+
+
+def _keys(table: Any, name: str = "") -> dict[str, Any]:
+    """`table.key` -> value, of what is set."""
+    tree = table.model_dump(mode="json", exclude_none=True) if isinstance(table, Config) else table
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {key: found for inner, value in tree.items() for key, found in _keys(value, f"{name}.{inner}".lstrip(".")).items()}
 
 
 def _is_run(out: Path) -> bool:

@@ -24,7 +24,7 @@ from fedex_lora.peft_io import (
     result_folders,
     write_model,
 )
-from fedex_lora.storage import MANIFEST, read_events, unlisted
+from fedex_lora.storage import MANIFEST, read_events, read_manifest, unlisted
 from fedex_lora.types import Delta
 
 EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
@@ -78,6 +78,17 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
     return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
+
+
+def export_form(path: Path) -> str | None:
+    """The form of an export, every file of which has its sum; None for another folder.
+
+    Raises:
+        StorageError: a file of the export is missing or altered.
+    """
+    if not (path / MANIFEST).is_file() or "format" not in read_manifest(path, check=False):
+        return None
+    return str(read_manifest(path)["format"])
 
 
 def best_round(path: Path) -> int | None:

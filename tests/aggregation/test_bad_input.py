@@ -45,7 +45,7 @@ def test_overflow_is_not_called_nan():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1, 2], "2 weights for 3 updates"),
+        ([1, 2], "2 weights for 3 updates: give one weight for each adapter"),
         ([1, -1, 1], "not negative"),
         ([0, 0, 0], "sum to zero"),
         ([1, math.nan, 1], "finite"),

@@ -15,7 +15,7 @@ from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation
-from fedex_lora.errors import AggregationError
+from fedex_lora.errors import AggregationError, counted
 from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
 WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
@@ -106,7 +106,7 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
     else:
         raw = [float(weight) for weight in weights]
         if len(raw) != len(updates):
-            raise AggregationError(f"{len(raw)} weights for {len(updates)} updates: give one weight an update")
+            raise AggregationError(f"{counted(len(raw), 'weight')} for {counted(len(updates), 'update')}: give one weight for each adapter")
     if any(not math.isfinite(weight) or weight < 0 for weight in raw):
         raise AggregationError(f"weights {raw} must be finite and not negative: give numbers from zero up")
     total = math.fsum(raw) if math.isfinite(sum(raw)) else math.inf

@@ -142,7 +142,7 @@ def _truncation(text: str | None) -> Any:
 @app.command()
 @one_line_errors
 def verify(
-    path: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
+    path: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate; of an export, its files' sums.")],
     base: Annotated[Optional[str], typer.Option(help="The base model: its own weights are compared too.")] = None,  # noqa: UP045
     modules: Annotated[bool, typer.Option("--modules", help="List every module's error, too.")] = False,
     as_json: Json = False,
@@ -150,10 +150,17 @@ def verify(
 ) -> None:
     """Recompute the ideal update, and print how far a result is off. In fp64, from the stored updates; per module and in total."""
     from fedex_lora.client import quiet
-    from fedex_lora.verify import complaint
+    from fedex_lora.verify import complaint, export_form
     from fedex_lora.verify import verify as verify_here
 
     quiet()
+    if (form := export_form(path)) is not None:
+        said = f"{path} is an export ({form}): its sums are right; export compared its logits when it was made"
+        if as_json:
+            print_json({"export": form, "recomputed": False, "said": said})
+        else:
+            consoles(False).print(said, highlight=False, markup=False)
+        return
     result = verify_here(path, base)
     why = complaint(result)
     if as_json:

@@ -8,6 +8,8 @@ import typer
 from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
+COUNTS = ("rows", "unanswered", "prompts_cut")
+
 
 @app.command()
 @one_line_errors
@@ -17,6 +19,10 @@ def evaluate(
         typer.Argument(help="A run, round or result folder, an export, a PEFT adapter, or a model.", metavar="MODEL"),
     ],
     task: Annotated[Optional[str], typer.Option(help="What to measure; by default what the run learnt.")] = None,  # noqa: UP045 (typer)
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Take the task from this TOML file: one of your own, for an export, an adapter or a model."),
+    ] = None,
     data: Annotated[Optional[Path], typer.Option(help="Folder of the task's data; by default as the run says, else the hub.")] = None,  # noqa: UP045
     lm_eval: Annotated[Optional[str], typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of --task.")] = None,  # noqa: UP045
     include_path: Annotated[Optional[Path], typer.Option(help="--lm-eval: a folder with task files of your own.")] = None,  # noqa: UP045
@@ -35,6 +41,8 @@ def evaluate(
     """Measure a model by official metrics. Those of a task here, or of tasks of lm-evaluation-harness."""
     if task and lm_eval:
         raise UsageError("give one of --task and --lm-eval")
+    if config and lm_eval:
+        raise UsageError("give one of --config and --lm-eval")
     if include_path and not lm_eval:
         raise UsageError("--include-path is for --lm-eval: give its tasks too")
     if not score and not predictions:
@@ -58,7 +66,7 @@ def evaluate(
             found = evaluate_harness(source, names, base, batch_size, rows, include_path)
             result: dict[str, Any] = {"model": source, "lm_eval": found}
         else:
-            settings = task_of(source, task, data, rows)
+            settings = task_of(source, task, data, rows, config)
             options = Options(base, batch_size, own, predictions, score, lambda done, of: status.update(f"{done} of {of} texts"))
             found = {settings.name: evaluate_source(source, settings, options)}
             result = {"model": source, "task": settings.name, **found[settings.name]}
@@ -67,7 +75,11 @@ def evaluate(
     if as_json:
         print_json(result)
         return
-    lines = [[name, metric, f"{value:.4f}"] for name, numbers in found.items() for metric, value in numbers.items()]
+    lines = [
+        [name, metric, f"{value:.0f}" if metric in COUNTS else f"{value:.4f}"]
+        for name, numbers in found.items()
+        for metric, value in numbers.items()
+    ]
     console.print(table(source, ["task", "metric", "value"], lines))
 
 

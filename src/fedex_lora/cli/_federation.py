@@ -97,7 +97,7 @@ def check(
         for finding in found:
             consoles(False).print(f"{'!' if finding.stops else ' '} {finding.words}", highlight=False, markup=False)
     if stops:
-        fail(f"{stops} of {len(found)} findings would stop a run (marked !)", 1)
+        fail(f"{stops} of {len(found)} finding{'' if len(found) == 1 else 's'} would stop a run (marked !)", 1)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
+from fedex_lora.errors import counted
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs (a comparison's, the demo's).")]
 
@@ -27,7 +28,7 @@ def report(
     if as_json:
         print_json(made)
     else:
-        line = f"{made['out']}: {made['runs']} runs, {made['charts']} charts, {size(made['bytes'])}"
+        line = f"{made['out']}: {counted(made['runs'], 'run')}, {counted(made['charts'], 'chart')}, {size(made['bytes'])}"
         consoles(False).print(line, highlight=False, markup=False)
 
 

@@ -81,8 +81,10 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
     return {**(asked.score(texts, asked.rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
 
 
-def task_of(source: str, name: str | None, data: Path | None, rows: int | None) -> config.Task:
-    """The task to measure: the one of the run that `source` belongs to, where it has this name or none is given; else the named one.
+def task_of(source: str, name: str | None, data: Path | None, rows: int | None, file: Path | None = None) -> config.Task:
+    """The task to measure: that of the configuration `file`, else of the run that `source` belongs to, else the named one.
+
+    One that a configuration describes is meant where it has this name or none is given.
 
     It is measured on all its rows but for `rows`, also where the run's rounds used fewer.
 
@@ -91,13 +93,16 @@ def task_of(source: str, name: str | None, data: Path | None, rows: int | None) 
     """
     folder = Path(source)
     runs = [one for one in (folder, folder.parent, folder.parent.parent) if folder.exists() and (one / "config.toml").is_file()]
-    own = config.read_config(runs[0] / "config.toml").task if runs else None
+    described = file or (runs[0] / "config.toml" if runs else None)
+    own = config.read_config(described).task if described else None
     changes: dict[str, Any] = {"eval_rows": rows}
     if data:
         changes["data"] = data
     if own is not None and name in (None, own.name):
         return own.model_copy(update=changes)
     if name is None:
-        raise UsageError(f"{source} is no run, so it does not say what to measure: give --task or --lm-eval")
+        raise UsageError(f"{source} is no run, so it does not say what to measure: give --config, --task or --lm-eval")
+    if file:
+        raise UsageError(f"{file} describes task {own.name if own else ''}, and --task is {name}: leave --task out")
     changes |= {} if name == "custom" else {"train": ""}  # training rows are not needed
     return config.Task.model_validate({"name": name, **changes})

@@ -145,6 +145,16 @@ def takes_images(base: Base) -> bool:
     return type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
+def is_encoder(base: Base) -> bool:
+    """Does it fill in masked words, and write no texts, whatever head transformers could give it?"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+    except Exception:  # whoever loads it says why
+        return False
+    writes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not writes
+
+
 def load_tokenizer(base: Base) -> Any:
     """The tokenizer that belongs to the base; the end token pads where there is no padding token."""
     try:

@@ -9,7 +9,17 @@ from transformers import EvalPrediction
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 FULL = "full_length"  # a column: tokens of a row before it was cut
+UNKNOWN = "unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
 ANCHORS = ("=", "\n", "a")  # a completion is tokenised behind one of them where its own prompt's last token would change
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token of words that a tokenizer does not have; None where it has all (tokenizers of bytes name their end token).
+
+    One without such a token may be of whole words, and then it has the padding token for them, which no row holds otherwise.
+    """
+    found: int | None = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    return None if found in (tokenizer.bos_token_id, tokenizer.eos_token_id) else found
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
@@ -66,11 +76,13 @@ def tokenize_completions(tokenizer: Any, prompts: Sequence[str], completions: Se
         end: put the end token behind the completion.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (`IGNORED` on the prompt), and `full_length`, a row's tokens before it was cut.
+        `input_ids`, `attention_mask`, `labels` (`IGNORED` on the prompt), `full_length`, a row's tokens before it was cut, and
+        `unknown_tokens`, those of them that stand for words that the tokenizer does not have.
     """
     tail = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     heads, answers = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, prompts, completions)
-    rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], FULL: []}
+    rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], FULL: [], UNKNOWN: []}
+    unknown = unknown_id(tokenizer)
     for head, answer in zip(heads, answers, strict=True):
         ids = [*head, *answer, *tail]
         labels = [IGNORED] * len(head) + [*answer, *tail]
@@ -78,6 +90,7 @@ def tokenize_completions(tokenizer: Any, prompts: Sequence[str], completions: Se
         rows["attention_mask"].append([1] * min(len(ids), max_length))
         rows["labels"].append(labels[:max_length])
         rows[FULL].append(len(ids))
+        rows[UNKNOWN].append(rows["input_ids"][-1].count(unknown))
     return Dataset.from_dict(rows)
 
 

@@ -70,13 +70,23 @@ def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[
     try:
         rows = list(reader(path, opener))
     except UnicodeError as error:
-        where = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "somewhere"
-        raise DataError(f"{path} is not UTF-8 ({where}): save it as UTF-8", "encoding") from None
+        how = "save it as UTF-8 (in Excel: CSV UTF-8; or: iconv -f latin1 -t utf-8)"
+        raise DataError(f"{path} is not UTF-8 (line {_line_of(path, opener)}): {how}", "encoding") from error
     except (ValueError, OSError, EOFError, csv.Error, RecursionError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}: mend the file, or save it anew", "table") from None
     if not rows:
         raise DataError(f"{path} has no rows: give a file that has some", "no-rows")
     return _frame([row for _, row in rows], [line for line, _ in rows])
+
+
+def _line_of(path: Path, opener: Callable[..., IO[str]]) -> int:
+    """The first line that is not UTF-8."""
+    with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
+        return next((number for number, line in enumerate(file, start=1) if not line.isascii() and _escaped(line)), 1)
+
+
+def _escaped(line: str) -> bool:
+    return any("\udc80" <= sign <= "\udcff" for sign in line)
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], index: Sequence[int] | None = None) -> Rows:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedex_lora import config
-from fedex_lora.errors import DataError
+from fedex_lora.errors import DataError, counted
 from fedex_lora.tasks._files import Rows
 from fedex_lora.tasks._templates import text_of
 
@@ -46,11 +46,14 @@ def outside(rows: Rows, column: str, classes: Sequence[str]) -> list[Problem]:
     known = set(classes)
     bad = [bool(text_of(cell).strip()) and not (isinstance(cell, str) and cell in known) for cell in rows[column]]
     values = list(dict.fromkeys(str(cell) for cell, is_bad in zip(rows[column], bad, strict=True) if is_bad))
-    return found("label", f"a label outside {list(classes)} ({_some([repr(value) for value in values])})", rows, bad)
+    folded = {name.strip().casefold(): name for name in classes}
+    near = {value: config.nearest(value.strip().casefold(), list(folded), 0.7) for value in values}
+    shown = [f"{value!r}, did you mean {folded[like]!r}?" if (like := near[value]) else repr(value) for value in values]
+    return found("label", f"a label outside {list(classes)} ({_some(shown)})", rows, bad)
 
 
 def settled(rows: Rows, source: str, problems: Sequence[Problem], on_bad_row: str) -> tuple[Rows, list[str]]:
-    """The rows that can be used, numbered from 0, and what is to be said of the others.
+    """The rows that can be used, and what is to be said of the others.
 
     Args:
         rows: with lines as index.
@@ -64,7 +67,7 @@ def settled(rows: Rows, source: str, problems: Sequence[Problem], on_bad_row: st
     if problems and on_bad_row == "refuse":
         raise refusal(source, problems, "mend these rows, leave them out, or set task.on_bad_row = 'drop'")
     bad = {line for problem in problems for line in problem.rows}
-    kept = rows.loc[[line not in bad for line in rows.index]].reset_index(drop=True)
+    kept = rows.loc[[line not in bad for line in rows.index]]
     words = f"{source}: {'; '.join(map(told, problems))}"
     if kept.empty:
         raise DataError(f"{words}: no row is left: mend them", "no-rows", len(bad))
@@ -80,8 +83,12 @@ def refusal(source: str, problems: Sequence[Problem], mend: str) -> DataError:
 
 def told(problem: Problem) -> str:
     """A problem in words, with some of its lines."""
-    count = len(problem.rows)
-    return f"{count} row{'' if count == 1 else 's'} with {problem.words} (line {_some([str(line) for line in problem.rows])})"
+    return f"{counted(len(problem.rows), 'row')} with {problem.words} {lines_of(problem.rows)}"
+
+
+def lines_of(rows: Sequence[int]) -> str:
+    """Some of a file's lines, in brackets."""
+    return f"(line {_some([str(row) for row in rows])})"
 
 
 def _some(values: Sequence[str]) -> str:

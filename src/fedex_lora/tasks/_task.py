@@ -11,10 +11,11 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import FULL, IGNORED
+from fedex_lora.tasks._completions import FULL, IGNORED, UNKNOWN, unknown_id
 from fedex_lora.tasks._files import Rows
 
 Array: TypeAlias = NDArray[Any]
+STRANGE = 0.2  # more unknown words than this are not those of rows that a model can read
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class Task:
         greater_is_better: of the headline.
         generation: for tasks that are measured by what the model writes.
         notes: what is to be said of the rows before anything is trained.
+        lines: of `train` in its file, where there is one.
     """
 
     kind: Literal["classification", "causal-lm", "image-classification"]
@@ -66,6 +68,7 @@ class Task:
     greater_is_better: bool = True
     generation: Generation | None = None
     notes: Sequence[str] = ()
+    lines: Sequence[int] = ()
 
     def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
         """The same task with at most so many rows, drawn at random and kept in their order."""
@@ -75,6 +78,7 @@ class Task:
             train=self.train.iloc[kept].reset_index(drop=True),
             eval=_drawn(self.eval, eval_rows, seed),
             classes=self.classes[kept],
+            lines=[self.lines[row] for row in kept] if self.lines else (),
             generation=replace(asked, rows=_drawn(asked.rows, eval_rows, seed)) if asked else None,
         )
 
@@ -102,18 +106,19 @@ def limit(settings: config.Task, tokenizer: Any) -> int:
 
 
 def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], max_length: int) -> Dataset:
-    """Classification inputs: one text or a pair a row, cut at the right end; and `full_length`, a row's tokens before it was cut."""
+    """Classification inputs: one text or a pair a row, cut at the right end; its columns are those of `tokenize_completions`."""
     columns = [list(column) for column in texts]
     encoded = {name: list(values) for name, values in tokenizer(*columns, verbose=False).items()}
     full = [len(ids) for ids in encoded["input_ids"]]
     for row in (row for row, length in enumerate(full) if length > max_length):
         for name, values in tokenizer(*(column[row] for column in columns), truncation=True, max_length=max_length).items():
             encoded[name][row] = values
-    return Dataset.from_dict({**encoded, "labels": labels, FULL: full})
+    unknown = unknown_id(tokenizer)
+    return Dataset.from_dict({**encoded, "labels": labels, FULL: full, UNKNOWN: [ids.count(unknown) for ids in encoded["input_ids"]]})
 
 
 def usable(rows: Dataset, settings: config.Task, source: str) -> tuple[Dataset, list[str]]:
-    """Tokenised rows without those whose every label was cut off, and what is to be said of rows that are cut.
+    """Tokenised rows without those whose every label was cut off, and what is to be said of rows that are cut, or in unknown words.
 
     Args:
         rows: as `Task.tokenize` gives them.
@@ -126,8 +131,12 @@ def usable(rows: Dataset, settings: config.Task, source: str) -> tuple[Dataset, 
     if FULL not in rows.column_names or not len(rows):
         return rows, []
     full, lengths = np.asarray(rows[FULL]), np.asarray([len(ids) for ids in rows["input_ids"]])
-    cut, notes = full > lengths, list[str]()
-    rows, room = rows.remove_columns(FULL), f"task.max_length = {settings.max_length or int(lengths.max())}"
+    cut, notes, unknown = full > lengths, list[str](), sum(rows[UNKNOWN]) / max(1, lengths.sum())
+    if unknown > STRANGE:
+        notes.append(
+            f"{source}: {unknown:.0%} of the tokens in these rows are unknown to this tokenizer: is it of this language, or of this model?"
+        )
+    rows, room = rows.remove_columns([FULL, UNKNOWN]), f"task.max_length = {settings.max_length or int(lengths.max())}"
     if settings.kind == "causal-lm" or (settings.name != "custom" and isinstance(rows[0]["labels"], list)):
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])
         if lost.any():

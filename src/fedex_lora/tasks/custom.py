@@ -15,7 +15,7 @@ A configuration and a row of its file::
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,15 +59,15 @@ def load(settings: config.Task) -> Task:
         DataError: a file or column is missing, rows cannot be used (`task.on_bad_row`), or none is left.
         UsageError: images without Pillow.
     """
-    train, held = tables(settings)
     notes: list[str] = []
     kept = []
-    for table in (train, held):
+    for table in tables(settings):
         rows, said = settled(table.rows, table.source, table.problems, settings.on_bad_row)
         kept.append(rows)
         notes += said
     kinds = {"classification": _classification, "regression": _regression, "causal-lm": _causal_lm, config.IMAGES: _images}
-    return kinds[settings.kind](settings, kept[0], kept[1], notes)
+    train, held = (rows.reset_index(drop=True) for rows in kept)
+    return replace(kinds[settings.kind](settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
 
 
 def tables(settings: config.Task) -> tuple[Table, Table]:
