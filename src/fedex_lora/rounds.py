@@ -169,7 +169,7 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
             pass
     federation.finish(here.state, out)
     if words := _learnt_nothing(held_out, federation.facts):
-        emit("warning", message=words)
+        emit("warning", round=config.rounds, message=words)
     best = _best(held_out, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
     emit("run_done", rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {}))

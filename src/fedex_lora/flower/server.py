@@ -103,6 +103,8 @@ def narrate(event: str, **fields: Any) -> None:
         log(INFO if quiet else WARNING, "%s", words.format(**fields))
     elif event == "started":
         log(INFO, "%s: %d rounds, clients %s", fields["method"], fields["rounds"], ", ".join(fields["clients"]))
+    elif event == "finished":
+        log(INFO, "all rounds are there: nothing is left to do")
     elif event == "resumed":
         log(INFO, "going on with round %d of %d", fields["round"], fields["rounds"])
     elif event == "client_done":
