@@ -186,7 +186,7 @@ def made_of(place, kind, out, source):
     config, base = settings(place, kind, source=source), str(place / "bases" / kind) if source == "folder" else f"tests/{kind}"
     run_folder = place / "runs" / kind
     numbers = {"verify": verify(run_folder, base), "logits": logits(load_model(run_folder, base)).tolist()}
-    numbers |= {form: {**export(run_folder, form, out / form, base), "out": ""} for form in FORMS}
+    numbers |= {form: {**export(run_folder, form, out / form, base), "out": "", "vllm": ""} for form in FORMS}
     numbers["evaluate"] = [evaluate_source(str(run_folder), config.task), evaluate_source(str(out / "merged"), config.task)]
     numbers["aggregate"] = aggregate_folders([run_folder / "a", run_folder / "b"], out / "sum", "fedex", None, None)
     numbers["aggregate"] = {"max_relative_error": numbers["aggregate"]["max_relative_error"], **verify(out / "sum", base)}
