@@ -240,7 +240,7 @@ def test_bad_usage(arguments, status, message, ran):
 def test_bad_models(ran, tmp_path, data_folder):
     run, _ = ran
     assert "is right only on top of the base delta" in one_line(call("evaluate", run / "final" / "trainable", "--task", "demo"), 1)
-    assert "give --task or --lm-eval" in one_line(call("evaluate", base_folder()), 2)
+    assert "give --config, --task or --lm-eval" in one_line(call("evaluate", base_folder()), 2)
     glue = ["--task", "glue/mrpc", "--data", data_folder / "glue", "--rows", 4]
     assert "is a model for causal-lm, and the task needs classification" in one_line(call("evaluate", run, *glue), 1)
     assert "has no trained score" in one_line(call("evaluate", base_folder(), *glue), 1)
