@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from datasets import Dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 from transformers import EvalPrediction
@@ -145,15 +146,20 @@ def _texts(template: str, rows: Rows) -> list[str]:
     return [filled(template, row) for row in rows.to_dict(orient="records")]
 
 
+def _reading(settings: config.Task, answers: Callable[[Rows], Sequence[float]]) -> Callable[[Any, Rows], Dataset]:
+    """The text columns as tokens, with an answer a row: a class or a score."""
+    return lambda tokenizer, rows: tokenize_texts(
+        tokenizer, [[text_of(cell) for cell in rows[column]] for column in settings.text], list(answers(rows)), limit(settings, tokenizer)
+    )
+
+
 def _classification(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     classes, labels = _labels(settings, train)
     return Task(
         kind="classification",
         train=train,
         eval=held,
-        tokenize=lambda tokenizer, rows: tokenize_texts(
-            tokenizer, [[text_of(cell) for cell in rows[column]] for column in settings.text], labels(rows), limit(settings, tokenizer)
-        ),
+        tokenize=_reading(settings, labels),
         metrics=_class_metrics,
         headline="accuracy",
         model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **_named(classes)},
@@ -170,9 +176,7 @@ def _regression(settings: config.Task, train: Rows, held: Rows, notes: Sequence[
         kind="classification",
         train=train,
         eval=held,
-        tokenize=lambda tokenizer, rows: tokenize_texts(
-            tokenizer, [[text_of(cell) for cell in rows[column]] for column in settings.text], scores(rows), limit(settings, tokenizer)
-        ),
+        tokenize=_reading(settings, scores),
         metrics=score_metrics,
         headline="mse",
         model_config={"num_labels": 1, "problem_type": "regression"},
