@@ -18,7 +18,7 @@ from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
 from fedex_lora.peft_io import read_result
 from fedex_lora.storage import Tensors, load_tensors, run_rounds_of
-from fedex_lora.types import Adapter, LoRAPair, LowRank, ServerState
+from fedex_lora.types import LoRAPair, LowRank, ServerState, adapter_from, factors_of, scalings_of
 
 FILE = "server.safetensors"
 
@@ -165,21 +165,3 @@ def require_space(out: Path, needed: int) -> None:
         raise StorageError(
             f"the run needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {there}: set keep_rounds, or another --out"
         )
-
-
-def scalings_of(adapter: Adapter) -> dict[str, float]:
-    """Module path -> scaling, in the adapter's order."""
-    return {module: pair.scaling for module, pair in adapter.items()}
-
-
-def factors_of(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B`."""
-    return {f"{prefix}|{module}|{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"}
-
-
-def adapter_from(prefix: str, scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
-    """The inverse of `factors_of` and `scalings_of`."""
-    return {
-        module: LoRAPair(A=tensors[f"{prefix}|{module}|A"], B=tensors[f"{prefix}|{module}|B"], scaling=scaling)
-        for module, scaling in scalings.items()
-    }

@@ -208,6 +208,40 @@ class Clients(_Table):
         return self
 
 
+class Server(_Table):
+    """How the server moves from one global model to the next (docs/momentum.md)."""
+
+    momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="b of W_t = W_(t-1) + h (E_t - W_(t-1)) + b (W_(t-1) - W_(t-2)): how much of its last change the model repeats. W is "
+        "the effective weight W0 + D + s B A, E_t what the method makes of the clients' models; the frozen base takes up the change, and "
+        "no message is larger for it.",
+    )
+    learning_rate: float = Field(1.0, gt=0, le=10, description="h of the same equation: 1 goes all the way to E_t.")
+    momentum_on: Literal["adapters", "all"] = Field(
+        "adapters",
+        description="What both act on: the adapted weights, or heads and other tensors too. Where clients lack classes, a head with "
+        "momentum may collapse.",
+    )
+    momentum_of: Literal["products", "factors"] = Field(
+        "products",
+        description="fedit: of the products B A through the base, as above, or of the factors A and B by themselves, which is plain "
+        "FedAvgM (Hsu et al. 2019): a control.",
+    )
+
+    @property
+    def moves(self) -> bool:
+        """Is the next global model another than what the method makes of the clients' models?"""
+        return self.momentum != 0 or self.learning_rate != 1
+
+    @property
+    def through_base(self) -> bool:
+        """Does the frozen base take up what it adds?"""
+        return self.moves and self.momentum_of == "products"
+
+
 class Local(_Table):
     """How local training continues from round to round."""
 
@@ -312,6 +346,7 @@ class Config(_Table):
     lora: Lora = Lora()
     task: Task
     clients: Clients = Clients()
+    server: Server = Server()
     local: Local = Local()
     truncation: Truncation = Truncation()
     messages: Messages = Messages()

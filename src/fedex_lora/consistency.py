@@ -3,7 +3,7 @@
 import math
 
 from fedex_lora.aggregation import ALIGNED, METHODS, Method, method_named
-from fedex_lora.config import Config, Truncation
+from fedex_lora.config import Config, Server, Truncation
 from fedex_lora.errors import ConfigError
 
 
@@ -20,6 +20,7 @@ def require_consistent(config: Config, clients: int) -> None:
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
     if not method.lora and config.base.compaction is not None:
         raise ConfigError(f"{config.method} has no base delta to compact: remove base.compact_rank and base.compact_tolerance")
+    _require_pace(config, method)
     if len(method.trains) > 1 and config.local.optimizer_state == "keep":
         raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
     if method.refactors and config.local.optimizer_state == "keep":
@@ -38,6 +39,20 @@ def require_consistent(config: Config, clients: int) -> None:
     _require_late(config, method)
     if config.truncation != Truncation() and method.rest != "truncate":
         raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
+
+
+def _require_pace(config: Config, method: Method) -> None:
+    """Momentum and a server's learning rate act on one global model that the base can make up for."""
+    pace = config.server
+    if not pace.moves:
+        if pace != Server():
+            raise ConfigError("server.momentum_on and momentum_of say nothing without server.momentum: set that, or remove them")
+        return
+    if not method.momentum:
+        able = ", ".join(name for name, row in METHODS.items() if row.momentum)
+        raise ConfigError(f"server.momentum and server.learning_rate do not go with {config.method}: remove them, or use one of {able}")
+    if pace.momentum_of == "factors" and config.method != "fedit":
+        raise ConfigError(f"server.momentum_of = 'factors' is a control for fedit, and the method is {config.method}: use 'products'")
 
 
 def participants(fraction: float, clients: int) -> int:

@@ -135,6 +135,57 @@ def ideal_update(
     return _Made(updates[0].adapter, of)
 
 
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """What the server adds to what a method makes of the clients' models (docs/momentum.md), as it was before the round.
+
+    Attributes:
+        momentum, learning_rate: b and h.
+        adapter: the global one before the round.
+        change: module path -> `W_{t-1} - W_{t-2}`, where that is not zero.
+        other, other_change: the same of the other tensors, where these move too.
+    """
+
+    momentum: float
+    learning_rate: float
+    adapter: Adapter
+    change: Mapping[str, Delta]
+    other: Mapping[str, Tensor] = field(default_factory=dict)
+    other_change: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def moved(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], motion: Motion) -> Mapping[str, Delta]:
+    """`W_t - W0 = X + h (E - W0 - X) + b (W_{t-1} - W_{t-2})` per module, with `X = W_{t-1} - W0 = D + s B A`, in fp64.
+
+    Args:
+        ideal: `E - W0`.
+        base_delta: D before the round.
+        motion: of the server.
+    """
+    here = effective_update(motion.adapter, base_delta)
+
+    def of(module: str) -> Delta:
+        terms: list[tuple[float, Delta]] = [(motion.learning_rate, ideal[module]), (1 - motion.learning_rate, here[module])]
+        return summed(terms + ([(motion.momentum, motion.change[module])] if module in motion.change else []))
+
+    return _Made(ideal, of)
+
+
+def change_error(before: Mapping[str, Delta], after: Mapping[str, Delta], recorded: Mapping[str, Delta]) -> dict[str, float]:
+    """Module path -> |(W_t - W_{t-1}) - what the server took down of it|, relative to |W_t - W0|.
+
+    Args:
+        before, after: `W - W0` (see `effective_update`).
+        recorded: the last change, which the next round repeats.
+    """
+    errors = {}
+    for module, now in after.items():
+        terms: list[tuple[float, Delta]] = [(1.0, now), (-1.0, before[module])]
+        terms += [(-1.0, recorded[module])] if module in recorded else []
+        errors[module] = relative(norm(summed(terms)), norm(now))
+    return errors
+
+
 def effective_update(adapter: Adapter, base_delta: Mapping[str, Delta]) -> Mapping[str, Delta]:
     """`D + s B A` per module, in fp64: what a model with these factors has beside W0."""
 
@@ -290,14 +341,21 @@ def useless_truncation(result: Aggregate) -> str | None:
     return f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"
 
 
-def other_errors(other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
+def other_errors(
+    other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float], motion: Motion | None = None
+) -> dict[str, float]:
     """Name -> |x - sum p_i x_i| / sum p_i |x_i| of the other tensors (heads, modules trained whole), in fp64.
 
-    The clients' own size is the denominator: a bias of two numbers may well average to nearly nothing.
+    The clients' own size is the denominator: a bias of two numbers may well average to nearly nothing. Where the server moves these
+    tensors, too, the ideal is `x + h (sum p_i x_i - x) + b (x_{t-1} - x_{t-2})`.
     """
     errors = {}
     for name, tensor in other.items():
         mean = _sum([weights[update.client_id] * update.other[name].double() for update in updates])
+        if motion is not None and name in motion.other:
+            here = motion.other[name].double()
+            mean = here + motion.learning_rate * (mean - here)
+            mean = mean + motion.momentum * motion.other_change[name].double() if name in motion.other_change else mean
         size = math.fsum(weights[update.client_id] * float(torch.linalg.vector_norm(update.other[name].double())) for update in updates)
         errors[name] = relative(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
     return errors

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fedex_lora.catch_up import BaseCopy
-from fedex_lora.checkpoint import adapter_from, factors_of, scalings_of
 from fedex_lora.errors import StorageError
 from fedex_lora.storage import delta_tensors, deltas_of, load_tensors, write_tensors
-from fedex_lora.types import Adapter, Delta
+from fedex_lora.types import Adapter, Delta, adapter_from, factors_of, scalings_of
 
 MEMORY = "memory.safetensors"
 

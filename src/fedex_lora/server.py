@@ -8,10 +8,25 @@ from torch import Tensor
 
 from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
 from fedex_lora.aggregation.lowrank import add, finite, with_shares
+from fedex_lora.aggregation.momentum import halted, moved, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
-from fedex_lora.config import Truncation
+from fedex_lora.config import Server, Truncation
 from fedex_lora.errors import AggregationError
-from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, Dense, LoRAPair, LowRank, ServerState
+from fedex_lora.types import (
+    Adapter,
+    Aggregate,
+    ClientUpdate,
+    Delta,
+    Dense,
+    LoRAPair,
+    LowRank,
+    ServerState,
+    adapter_from,
+    factors_of,
+    scalings_of,
+)
+
+PLAIN = Server()
 
 
 def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex", seed: int = 0) -> ServerState:
@@ -26,11 +41,13 @@ def step(
     weights: WeightRule = "num_examples",
     truncation: Truncation | None = None,
     behind: Mapping[str, Mapping[str, LowRank]] | None = None,
+    pace: Server = PLAIN,
 ) -> tuple[ServerState, Aggregate]:
     """One round: aggregate the updates and put the residual into the base.
 
     `D_v = D_{v-1} + s R_v`, so that `W0 + D_v + s Bbar Abar = sum_i p_i (W_i,start + s_i B_i A_i)`, the mean of the
-    participants' models (FedEx-LoRA, eq. 5-9 and 13-14), whatever rank they train (`start_of`).
+    participants' models (FedEx-LoRA, eq. 5-9 and 13-14), whatever rank they train (`start_of`). With momentum or a learning rate the
+    base also takes up what they add to it (`aggregation.momentum`).
 
     Args:
         state: as left by `init` or the previous `step`; not changed.
@@ -38,6 +55,7 @@ def step(
         weights, truncation: see `aggregate`.
         behind: client -> module path -> what the base that it trained on had beside the state's, for updates that were asked for
             earlier: `D_u - D_v`. The base gains `sum_i p_i (D_u - D_v)` with the residual, so the mean is of the models as they are.
+        pace: momentum and learning rate of the server.
 
     Returns:
         The next state, and this round's aggregate (its residual is what clients that were there must download).
@@ -61,26 +79,46 @@ def step(
     result = replace(result, residual=residual)
     shared = "A" in row.uploads and "B" in row.uploads
     personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
-    return replace(following(state, result), personal=personal), result
+    return replace(following(state, result, pace), personal=personal), result
 
 
-def following(state: ServerState, result: Aggregate) -> ServerState:
+def following(state: ServerState, result: Aggregate, pace: Server = PLAIN) -> ServerState:
     """The state after a round with this aggregate: of all participants, or merged from those of regional servers (`aggregation.merge`)."""
+    adapter, other, velocity = result.adapter, result.other, dict[str, Tensor]()
+    if pace.moves and pace.momentum_of == "factors":
+        now, means = (factors_of("factor", one) for one in (state.adapter, adapter))
+        tensors, velocity = moved_tensors(now, means, state.velocity, pace)
+        adapter = adapter_from("factor", scalings_of(adapter), tensors)
+    if pace.moves and pace.momentum_on == "all":
+        other, change = moved_tensors(state.other, other, state.velocity, pace)
+        velocity = {**velocity, **change}
     return replace(
         state,
         round=state.round + 1,
-        adapter=result.adapter,
-        base_delta=advance(state.base_delta, result.residual),
-        other=result.other,
+        adapter=adapter,
+        base_delta=grown(state.base_delta, result.residual, state.adapter, adapter, pace),
+        other=other,
         personal={},
+        velocity=velocity,
     )
 
 
+def grown(
+    base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank], before: Adapter, after: Adapter, pace: Server
+) -> dict[str, Delta]:
+    """`D_v` from `D_{v-1}`, the round's residual and the global adapter before and after it; server and clients share it.
+
+    Raises:
+        AggregationError: see `advance`.
+    """
+    return moved(base_delta, residual, before, after, pace) if pace.through_base else advance(base_delta, residual)
+
+
 def skip(state: ServerState) -> ServerState:
-    """The state after a round without a mean: the same model, one round further."""
+    """The state after a round without a mean: the same model, one round further, and no change to repeat."""
     number = state.round + 1
     adapter = fresh_adapter(state.adapter, state.seed, number) if method_named(state.method).draws else state.adapter
-    return replace(state, round=number, adapter=adapter)
+    return replace(state, round=number, adapter=adapter, base_delta=halted(state.base_delta), velocity={})
 
 
 def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:

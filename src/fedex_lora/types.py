@@ -115,11 +115,72 @@ class Dense:
         return self.W.to(dtype)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class MovingLowRank(LowRank):
+    """What a frozen weight has gained under server momentum, and its velocity: the last change of the *effective* weight `W + s B A`.
+
+    Both are combinations of the same terms, the residuals and adapter products of past rounds: `D = left diag(coefficients) right`,
+    velocity `left diag(velocity) right`. So the rank grows with the rounds; that of appended changes would with their square.
+
+    Attributes:
+        U, V: D itself, without the last terms where it has none of them; V is a view of `right`.
+        left, right: the terms side by side, `out x q` and `q x in`; the last ones are the product of the present adapter.
+        coefficients, velocity: `q` numbers in fp64.
+    """
+
+    left: Tensor
+    right: Tensor
+    coefficients: Tensor
+    velocity: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, coefficients: Tensor, velocity: Tensor) -> "MovingLowRank":
+        """From the terms and their coefficients."""
+        there = coefficients.nonzero()
+        used = int(there[-1]) + 1 if len(there) else 0
+        U = left[:, :used] * coefficients[:used].to(left.dtype)
+        return cls(U=U, V=right[:used], left=left, right=right, coefficients=coefficients, velocity=velocity)
+
+    @property
+    def numel(self) -> int:
+        """With the terms that D has no part of."""
+        return self.left.numel() + self.right.numel() + 2 * self.velocity.numel()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MovingDense(Dense):
+    """The same as two matrices, once the terms have more numbers than one: `W` is D, `velocity` is `out x in`."""
+
+    velocity: Tensor
+
+    @property
+    def numel(self) -> int:
+        return 2 * self.W.numel()
+
+
 Delta: TypeAlias = LowRank | Dense
-"""What a frozen weight has gained: factors, or the matrix where that is smaller."""
+"""What a frozen weight has gained: factors, or the matrix where that is smaller; the moving ones also know their last change."""
 
 Adapter: TypeAlias = Mapping[str, LoRAPair]
 """Module path -> LoRA factors."""
+
+
+def scalings_of(adapter: Adapter) -> dict[str, float]:
+    """Module path -> scaling, in the adapter's order."""
+    return {module: pair.scaling for module, pair in adapter.items()}
+
+
+def factors_of(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B`."""
+    return {f"{prefix}|{module}|{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"}
+
+
+def adapter_from(prefix: str, scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
+    """The inverse of `factors_of` and `scalings_of`."""
+    return {
+        module: LoRAPair(A=tensors[f"{prefix}|{module}|A"], B=tensors[f"{prefix}|{module}|B"], scaling=scaling)
+        for module, scaling in scalings.items()
+    }
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -174,6 +235,7 @@ class ServerState:
         other: the other trained tensors.
         seed: of the run, for factors that start anew.
         personal: client -> its own factors, for methods whose clients keep them (and let the server know them).
+        velocity: tensor -> its last change, of those that have a momentum of their own: other tensors by name, factors as `MODULE|A`.
     """
 
     method: str
@@ -183,3 +245,4 @@ class ServerState:
     other: Mapping[str, Tensor]
     seed: int = 0
     personal: Mapping[str, Adapter] = field(default_factory=dict)
+    velocity: Mapping[str, Tensor] = field(default_factory=dict)

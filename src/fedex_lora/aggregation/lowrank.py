@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedex_lora.types import Delta, Dense, LowRank
+from fedex_lora.types import Delta, Dense, LowRank, MovingDense, MovingLowRank
 
 
 def finite(*tensors: Tensor) -> bool:
@@ -28,13 +28,54 @@ def with_shares(gains: Mapping[str, LowRank], others: Sequence[tuple[float, Mapp
     return {module: concatenate(parts) if len(parts) > 1 else parts[0] for module, parts in terms.items()}
 
 
+def parts(delta: Delta) -> dict[str, Tensor]:
+    """All that a delta is made of, by name: `U V`, `W`, or what a moving one is made of (`types.MovingLowRank`)."""
+    if isinstance(delta, MovingLowRank):
+        return {name: getattr(delta, name) for name in ("left", "right", "coefficients", "velocity")}
+    if isinstance(delta, MovingDense):
+        return {"W": delta.W, "velocity": delta.velocity}
+    return {"W": delta.W} if isinstance(delta, Dense) else {"U": delta.U, "V": delta.V}
+
+
+def from_parts(found: Mapping[str, Tensor]) -> Delta:
+    """The inverse of `parts`.
+
+    Raises:
+        ValueError: these are the parts of no delta, or they do not chain.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    made = _from_parts(found, shapes) if all(tensor.is_floating_point() for tensor in found.values()) else None
+    if made is None:
+        raise ValueError(f"{shapes}: it must be U and V that chain, or W alone; or the same with its velocity")
+    return made
+
+
+def _from_parts(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Delta | None:
+    names, q = found.keys(), shapes.get("velocity")
+    if names == {"U", "V"} and _chain(shapes["U"], shapes["V"]):
+        return LowRank(U=found["U"], V=found["V"])
+    if names == {"left", "right", "coefficients", "velocity"} and _chain(shapes["left"], shapes["right"]):
+        fits = shapes["coefficients"] == q == shapes["right"][:1]
+        return MovingLowRank.of(found["left"], found["right"], found["coefficients"], found["velocity"]) if fits else None
+    if names == {"W"} and len(shapes["W"]) == 2:
+        return Dense(W=found["W"])
+    return (
+        MovingDense(W=found["W"], velocity=found["velocity"])
+        if names == {"W", "velocity"} and len(shapes["W"]) == 2 and q == shapes["W"]
+        else None
+    )
+
+
+def _chain(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    return len(left) == len(right) == 2 and left[1] == right[0]
+
+
 def same_bits(left: Delta | None, right: Delta | None) -> bool:
     """Are two deltas the same in form and in every bit?"""
     if left is right or left is None or right is None:
         return left is right
-    if isinstance(left, Dense) or isinstance(right, Dense):
-        return isinstance(left, Dense) and isinstance(right, Dense) and torch.equal(left.W, right.W)
-    return torch.equal(left.U, right.U) and torch.equal(left.V, right.V)
+    ours, theirs = parts(left), parts(right)
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def smallest(delta: Delta) -> Delta:

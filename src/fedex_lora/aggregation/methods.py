@@ -53,6 +53,7 @@ class Method:
         gauge: see `GAUGES`: how the adapter's factors are re-written without changing their product.
         draws: the adapter after a round is drawn from the run's seed, so it does not travel.
         per_client_ranks: may clients have different ranks?
+        momentum: may the server's next model repeat its last change (`aggregation.momentum`)?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
         pooled: one client holds all rows: the centralised reference.
         paper: where it comes from.
@@ -70,6 +71,7 @@ class Method:
     gauge: str = "as-is"
     draws: bool = False
     per_client_ranks: bool = False
+    momentum: bool = False
     lora: bool = True
     pooled: bool = False
 
@@ -128,7 +130,7 @@ FEDEX = "FedEx-LoRA, arXiv 2410.09432"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("fedex", "exact", factor_means_and_residual, FEDEX, rest="base", rest_rank=_centred),
+        Method("fedex", "exact", factor_means_and_residual, FEDEX, rest="base", rest_rank=_centred, momentum=True),
         Method(
             "fedex-best",
             "exact",
@@ -137,6 +139,7 @@ METHODS: dict[str, Method] = {
             rest="base",
             rest_rank=_beyond_best,
             per_client_ranks=True,
+            momentum=True,
         ),
         Method("fedex-svd", "to the reported tail", factor_means_and_residual, f"{FEDEX}, eq. 15-16", rest="truncate", rest_rank=_centred),
         Method(
@@ -148,6 +151,7 @@ METHODS: dict[str, Method] = {
             rest_rank=_stacked,
             draws=True,
             per_client_ranks=True,
+            momentum=True,
         ),
         Method(
             "keep",
@@ -160,10 +164,10 @@ METHODS: dict[str, Method] = {
             draws=True,
             per_client_ranks=True,
         ),
-        Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644"),
-        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trains=("B",)),
+        Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True),
+        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trains=("B",), momentum=True),
         Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trains=("B", "A")),
-        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trains=("B",), gauge="orthonormal-a"),
+        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trains=("B",), gauge="orthonormal-a", momentum=True),
         Method("flexlora", "best rank r", best_rank, "FlexLoRA, arXiv 2402.11505", per_client_ranks=True),
         Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", per_client_ranks=True),
         Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", uploads="A", own="B"),
