@@ -1,11 +1,10 @@
-"""What a client is sent that missed rounds, and what a client of the last round is sent that knows its own factors.
+"""What a client is sent that missed rounds.
 
     python benchmarks/bench_catch_up.py [--size 768] [--clients 5] [--rank 4] [--rounds 60] [--out results.json]
 
 Clients move at random from what they start with (the worst case for recompression: no residual lies in the span of another). For a
 client that missed the last m rounds: numbers of the log, of the recompressed gain, of the snapshot, what the server chooses, how
-long choosing takes, and how far the client's D is from the server's. Then per-client downloads over all rounds: the share of
-the ordinary message, and the error of the client's model `D + s B A`, relative to the server's.
+long choosing takes, and how far the client's D is from the server's.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from fedex_lora import ClientUpdate, LoRAPair, server
 from fedex_lora.aggregation.lowrank import frobenius, signed_sum
-from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking, of_the_others, with_own
+from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking
 from fedex_lora.config import Messages
 from fedex_lora.types import Adapter, Delta
 
@@ -58,24 +57,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(options.rank, options.size, generator=generator) / options.size**0.5
     state = server.init({"m": LoRAPair(A, torch.zeros(options.size, options.rank), 2.0)}, {})
-    log, copies, per_client = Log(), {0: BaseCopy()}, BaseCopy()
-    drift: list[dict[str, Any]] = []
+    log, copies = Log(), {0: BaseCopy()}
     for number in range(1, options.rounds + 1):
         updates = [ClientUpdate(f"c{i:03d}", trained(state.adapter, generator), 10 + i) for i in range(options.clients)]
         state, result = server.step(state, updates)
         log = Log(gains={**log.gains, number: result.residual})
         copies[number] = caught_up(copies[number - 1], lacking(log, state.base_delta, number - 1, number, Messages(catch_up="log")))
-        adapter, sent = of_the_others("c000", updates, result.weights, state, Messages())
-        merged, whole = with_own(adapter, sent, result.weights["c000"], updates[0].adapter)
-        per_client = caught_up(per_client, whole)
-        if number in (1, 10, options.rounds):
-            ours, theirs = (
-                signed_sum([(1.0, copy["m"]), (1.0, pair["m"].low_rank())])
-                for copy, pair in ((per_client.delta, merged), (state.base_delta, state.adapter))
-            )
-            size = options.size * 2 * options.rank
-            share = (numbers(sent) + size) / (result.residual["m"].numel + size)
-            drift.append({"rounds": number, "share": share, "error": distance(ours, theirs)})
     rows: list[dict[str, Any]] = []
     for missed in (m for m in (1, 2, 5, 10, 20, 30, 40, options.rounds) if m <= options.rounds):
         since = options.rounds - missed
@@ -86,20 +73,13 @@ def main() -> None:
         error = distance(caught_up(copies[since], sent).delta["m"], state.base_delta["m"])
         row = {"missed": missed, "log": numbers(whole), "snapshot": state.base_delta["m"].numel, "sent": numbers(sent), "form": form(sent)}
         rows.append(row | {"seconds": seconds, "error": error})
-    console = Console(width=140)
-    for title, lines in (("rounds missed", rows), ("per-client downloads", drift)):
-        table = Table(*lines[0], title=f"{title}: {options.size} x {options.size}, {options.clients} clients, r = {options.rank}")
-        for line in lines:
-            table.add_row(
-                *(
-                    f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-                    for value in line.values()
-                )
-            )
-        console.print(table)
+    table = Table(*rows[0], title=f"rounds missed: {options.size} x {options.size}, {options.clients} clients, r = {options.rank}")
+    for row in rows:
+        table.add_row(*(f"{one:.3g}" if isinstance(one, float) else f"{one:,}" if isinstance(one, int) else one for one in row.values()))
+    Console(width=140).print(table)
     if options.out:
         facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, **{k: v for k, v in vars(options).items() if k != "out"}}
-        options.out.write_text(json.dumps({"facts": facts, "missed": rows, "per_client": drift}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"facts": facts, "missed": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def measure(method: str, clients: tuple[int, ...] = CLIENTS) -> Worst:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default=",".join([*LORA, "fedex+balanced", "fedex-best+procrustes", "fedex-best+gl-aligned"]))
+    parser.add_argument("--methods", default=",".join([*LORA, "fedex+balanced", "fedex-best+procrustes"]))
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     arguments = parser.parse_args()

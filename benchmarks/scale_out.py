@@ -3,7 +3,7 @@
     python benchmarks/scale_out.py [--out benchmarks/results/scale_out.json]
 
 Counted: the messages of every method for 3 and 10 clients over four rounds, by the library's own wire format, against the formulas of
-`Method.messages`; FedEx's against the floor krN (a broadcast) or (k-1) r N (what each client lacks), and the paper's (k+1) r N.
+`Method.messages`; FedEx's against the floor krN, and the paper's (k+1) r N.
 Measured: `server.step` of single modules for a few dozens or hundreds of clients, and decoding an update, in this run.
 Extrapolated: everything beyond. For each method and model, seconds of a module = a + b x numbers that arrive + c x floating-point
 operations (of QR and SVD where the method cuts, of the dense product where what the base gains has more numbers than the matrix), fitted to
@@ -38,7 +38,6 @@ from fedex_lora.wire import decode_update, encode_update
 
 CLIENTS = (10, 100, 1_000, 10_000, 100_000)
 NAMES = [name for name, row in METHODS.items() if row.lora and not row.pooled]
-PER_CLIENT = "fedex, per client"
 CUTS = ("fedex-best", "fedex-svd", "flexlora")  # by an SVD of all clients' factors
 Shape = tuple[int, int]
 
@@ -60,10 +59,6 @@ MODELS = {
         {HIGH: 56, LOW: 56, TALL: 56, WIDE: 28}, 32, (*((LOW, k) for k in (2, 4, 8, 16, 40)), (TALL, 2), (TALL, 6)), (HIGH, 12)
     ),
 }
-
-
-def row_of(name: str) -> Method:
-    return METHODS["fedex" if name == PER_CLIENT else name]
 
 
 def first_adapter(shape: Shape, rank: int, modules: int) -> Adapter:
@@ -88,10 +83,9 @@ def tensor_bytes(payload: bytes) -> int:
 
 def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: int = 2, rounds: int = 4) -> dict[str, float]:
     """Bytes of one client's messages in a later round (the mean of the last two), as they were sent, and what the formulas say."""
-    row, clients, generator = row_of(name), [f"client-{index:03d}" for index in range(k)], torch.Generator().manual_seed(1)
+    row, clients, generator = METHODS[name], [f"client-{index:03d}" for index in range(k)], torch.Generator().manual_seed(1)
     config = parse_config(
         {"method": row.name, "base": {"model": "x"}, "lora": {"r": rank}, "task": {"name": "demo"}, "clients": {"count": k}}
-        | {"messages": {"per_client": name == PER_CLIENT}}
     )
     state = server.init(first_adapter(shape, rank, modules), {}, row.name)
     here, own, sums = Checkpoint(state), dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
@@ -117,12 +111,11 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
 
 def travels(name: str, k: int, shape: Shape, rank: int) -> tuple[float, float]:
     """Bytes of one module to and from one client in a later round, by the formulas (the mean of two rounds)."""
-    row = row_of(name)
+    row = METHODS[name]
     truncated = rank if row.rest == "truncate" else None
     numbers = [row.messages([rank] * k, 0, shape, number, truncated) for number in (3, 4)]
     down, up = (2.0 * sum(getattr(one, way) for one in numbers) for way in ("down", "up"))  # four bytes a number, half of the sum
-    others = (k - 2) * rank * sum(shape) + rank * sum(shape)
-    return (min(down, 4.0 * others) if name == PER_CLIENT else down), up
+    return down, up
 
 
 def numbers_in(k: int, shape: Shape, rank: int) -> float:
@@ -137,7 +130,7 @@ def columns_of(row: Method, k: int, shape: Shape, rank: int) -> int:
 
 def flops(name: str, k: int, shape: Shape, rank: int) -> float:
     """Of what grows faster than the numbers that arrive: the SVD of all products, and the dense base delta where that is smaller."""
-    columns, entries = columns_of(row_of(name), k, shape, rank), math.prod(shape)
+    columns, entries = columns_of(METHODS[name], k, shape, rank), math.prod(shape)
     dense = 2.0 * entries * columns if columns * sum(shape) >= entries else 0.0
     if name not in CUTS:
         return dense
@@ -149,7 +142,7 @@ def flops(name: str, k: int, shape: Shape, rank: int) -> float:
 
 def measured_seconds(name: str, shape: Shape, k: int, rank: int) -> float:
     """`server.step` of one module."""
-    row, generator = row_of(name), torch.Generator().manual_seed(2)
+    row, generator = METHODS[name], torch.Generator().manual_seed(2)
     state = server.init(first_adapter(shape, rank, 1), {}, row.name)
     updates = [ClientUpdate(f"{index:06d}", trained(state.adapter, row.trained(1), generator), 10) for index in range(k)]
     seconds: list[float] = []
@@ -214,17 +207,16 @@ def gained(k: int, shape: Shape, rank: int) -> float:
 def scaled(name: str, k: int, model: Model, cost: Cost, decode: float) -> dict[str, Any]:
     """One method, one number of clients, one flat server."""
     down, up = (over(model, lambda shape, way=way: travels(name, k, shape, model.rank)[way]) for way in (0, 1))
-    seconds = over(model, lambda shape: cost.seconds("fedex" if name == PER_CLIENT else name, k, shape, model.rank))
-    messages = k * seconds if name == PER_CLIENT else 0.0  # each client's message is an aggregation of all others
-    base = over(model, lambda shape: 4.0 * min(math.prod(shape), columns_of(row_of(name), k, shape, model.rank) * sum(shape)))
+    seconds = over(model, lambda shape: cost.seconds(name, k, shape, model.rank))
+    base = over(model, lambda shape: 4.0 * min(math.prod(shape), columns_of(METHODS[name], k, shape, model.rank) * sum(shape)))
     result = over(model, lambda shape: 4.0 * model.rank * sum(shape)) + base
     return {
         "clients": k,
         "down_bytes": down,
         "up_bytes": up,
         "decoding_seconds": k * up * decode,
-        "aggregation_seconds": seconds + messages,
-        "memory_bytes": k * (up + (down if name == PER_CLIENT else 0)) + result,  # a message for each client is there before it is sent
+        "aggregation_seconds": seconds,
+        "memory_bytes": k * up + result,
     }
 
 
@@ -267,8 +259,7 @@ def tree(k: int, fan_in: int, model: Model, cost: Cost, decode: float) -> dict[s
 
 
 def simulated(model: Model, names: Sequence[str], fan_in: int, decode: float) -> dict[str, Any]:
-    costs = {name: fitted(name, model) for name in names if name != PER_CLIENT}
-    costs |= {PER_CLIENT: costs["fedex"]} if PER_CLIENT in names else {}
+    costs = {name: fitted(name, model) for name in names}
     return {
         "fits": {name: vars(cost) for name, cost in costs.items()},
         "methods": {name: [scaled(name, k, model, costs[name], decode) for k in CLIENTS] for name in names},
@@ -281,13 +272,12 @@ def main() -> None:
     parser.add_argument("--fan-in", type=int, default=50)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    names = [NAMES[0], PER_CLIENT, *NAMES[1:]]
-    wire = {name: {str(k): counted(name, k) for k in (3, 10)} for name in names}
+    wire = {name: {str(k): counted(name, k) for k in (3, 10)} for name in NAMES}
     decode = decoding()
     report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "fan_in": options.fan_in}
     report |= {"wire": wire, "decoding_seconds_per_byte": decode, "models": {}}
     for title, model in MODELS.items():
-        report["models"][title] = simulated(model, names, options.fan_in, decode)
+        report["models"][title] = simulated(model, NAMES, options.fan_in, decode)
         for name, rows in report["models"][title]["methods"].items():
             cells = [f"{row['down_bytes'] / 1e6:9.3g} {row['decoding_seconds'] + row['aggregation_seconds']:8.2g}" for row in rows]
             print(

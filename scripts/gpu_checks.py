@@ -230,7 +230,7 @@ def difference(left: Path, right: Path) -> float:
 
 def resume(folder: Path) -> dict[str, Any]:
     """A run that is stopped in round 2 and goes on, against one that was left alone, again, and on the CPU."""
-    tree = small(local={"optimizer_state": "keep"}, messages={"per_client": True})
+    tree = small(local={"optimizer_state": "keep"})
     for name in ("run", "again"):
         quiet_run(tree, folder / name / "run")
     quiet_run(tree | {"training": {**tree["training"], "use_cpu": True}}, folder / "cpu" / "run")

@@ -30,10 +30,10 @@ def duration(seconds: float) -> str:
 
 def wire(report: dict[str, Any]) -> list[str]:
     lines = ["| messages | clients | to a client | from a client | headers of both | over the floor | over the paper's |", "|---" * 7 + "|"]
-    for name in ("fedex", "fedex, per client", "fedit"):
+    for name in ("fedex", "fedit"):
         for clients, row in report["wire"][name].items():
             k, unit = int(clients), row["up"]  # r N
-            floor = unit * {"fedex": k, "fedex, per client": k - 1, "fedit": 1}[name]
+            floor = unit * {"fedex": k, "fedit": 1}[name]
             cells = [f"{row['down']:,.0f}", f"{row['up']:,.0f}", f"{row['headers']:,.0f}", f"{row['down'] / floor:.3f}"]
             lines.append(f"| {name} | {k} | {' | '.join(cells)} | {row['down'] / (unit * (k + 1)):.3f} |")
     return lines

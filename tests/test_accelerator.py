@@ -59,7 +59,6 @@ METHODS = {  # all that keep something from round to round, and some that do not
     "reinit": {"method": "reinit"},
     "rolora": {"method": "rolora"},
     "optimizer_state": {"local": {"optimizer_state": "keep"}},
-    "per_client": {"messages": {"per_client": True}, "clients": {"count": 3}},
     "full-ft": {"method": "full-ft"},
 }
 SOURCES = ("folder", "hub", "random")  # random weights are nowhere but in memory
@@ -224,7 +223,7 @@ def test_what_is_made_of_a_run(kind, base, source, place, tmp_path):
 
 def test_parties_with_devices_of_their_own(tmp_path):
     """As over Flower: every message is answered by a new `Node` with a folder of its own; the server has a device, too."""
-    config = small(messages={"per_client": True}, local={"optimizer_state": "keep"})
+    config = small(local={"optimizer_state": "keep"})
     with accelerator():
         assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(request)) == []
     run(config, tmp_path / "together", ignore)

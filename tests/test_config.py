@@ -35,12 +35,24 @@ def test_round_trip():
         ({"training": {"save_steps": 3}}, "save_steps is set by fedex-lora"),
         ({"training": {"report_to": "wandb"}}, "report_to"),
         ({"weights": "majority"}, "weights = 'majority'"),
+        (
+            {"messages": {"per_client": True}},
+            r"^messages.per_client was removed: delete the line \(each client is sent the residual of the",
+        ),
+        ({"base": {"model": "m", "compact_rank": 3}}, r"^base.compact_rank was removed: delete the line \(a side path keeps the whole"),
+        ({"base": {"model": "m", "compact_tolerance": 0.1}}, r"^base.compact_tolerance was removed: delete the line"),
     ],
 )
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config({**MINIMAL, **changes})
     assert "\n" not in str(caught.value)
+
+
+def test_the_default_of_a_key_that_is_gone_says_nothing():
+    """Run folders of older versions have it in their configuration."""
+    old = parse_config({**MINIMAL, "messages": {"per_client": False, "catch_up": "log"}})
+    assert old == parse_config({**MINIMAL, "messages": {"catch_up": "log"}})
 
 
 def test_training_fields_are_those_of_transformers():

@@ -359,8 +359,8 @@ def alone(config, folder, answer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"messages": {"per_client": True}, "local": {"optimizer_state": "keep"}}, {"method": "fedsa"}, {"clients": {"holdout": 0.0}}],
-    ids=["fedex", "per client, moments kept", "fedsa", "no held-out rows"],
+    [{}, {"local": {"optimizer_state": "keep"}}, {"method": "fedsa"}, {"clients": {"holdout": 0.0}}],
+    ids=["fedex", "moments kept", "fedsa", "no held-out rows"],
 )
 def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes, tmp_path):
     """Every message is answered by a new `Node`, as by a new process: what it knows comes from its folder."""

@@ -402,7 +402,7 @@ def bothered(config, folder, answer, home):
 @pytest.mark.parametrize(
     ("method", "messages", "answers", "home"),
     [
-        ("fedex", {"per_client": True}, ["fails", "is too large"], Fake),
+        ("fedex", {}, ["fails", "is too large"], Fake),
         ("fedex", {"catch_up": "log"}, ["is lost", "is too large"], Fake),
         ("keep", {"catch_up": "log"}, list(ANSWERS), Fake),
         ("fedsa", {}, ["fails", "is refused"], Fake),
@@ -432,8 +432,7 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
             done = events_of(folder, "round_done")
             assert all(event["exactness_error"] < 1e-6 for event in done)
             assert home is Fake or all(event["realised_error"] < 3 * event["floor"] for event in done)
-    same = [equal(ends[0], end) for end in ends]
-    assert all(same) or "per_client" in messages, same
+    assert all(equal(ends[0], end) for end in ends)
 
 
 @pytest.mark.campaign

@@ -176,7 +176,7 @@ def test_a_late_answer_does_not_make_the_quorum(tmp_path):
         federate(tmp_path / "two", slow(late="next", quorum=1.0), {2: "held"})
 
 
-@pytest.mark.parametrize("changes", [{"messages": {"per_client": True}}, {"method": "reinit"}, {"method": "keep"}, {"method": "rolora"}])
+@pytest.mark.parametrize("changes", [{}, {"method": "reinit"}, {"method": "keep"}, {"method": "rolora"}])
 def test_a_round_below_the_quorum_may_be_skipped(changes, tmp_path):
     """The model stays as it was, the round's number is used up, and the run goes on and ends well."""
     federate(tmp_path / "run", slow(quorum=1.0, below_quorum="skip") | changes, {2: "lost"})
@@ -237,10 +237,10 @@ def test_below_the_quorum_clients_may_be_asked_again_until_they_answer(tmp_path,
 
 
 @pytest.mark.parametrize("policy", ["wait", "skip"])
-def test_a_client_that_failed_once_comes_back_under_per_client_messages(policy, tmp_path, monkeypatch):
-    """What it holds is not known, so its next message does not count on it."""
+def test_a_client_that_failed_once_comes_back(policy, tmp_path, monkeypatch):
+    """What it holds is not known, so its next message brings everything."""
     monkeypatch.setattr(rounds, "PAUSE", 0.0)
-    changes = slow(quorum=1.0, below_quorum=policy) | {"messages": {"per_client": True}, "rounds": 4}
+    changes = slow(quorum=1.0, below_quorum=policy) | {"rounds": 4}
     federate(tmp_path / "run", changes, {3: "lost"})
     done = events_of(tmp_path / "run", "round_done")
     assert [event["round"] for event in done if "skipped" in event] == ([3] if policy == "skip" else [])
@@ -318,7 +318,6 @@ def test_of_two_late_answers_the_first_counts(tmp_path):
         {"method": "rolora"},
         {"method": "fedsvd"},
         {"method": "ffa+orthonormal-a"},
-        {"messages": {"per_client": True}},
         {"method": "fedex-best", "ranks": [1, 2, 2, 4]},
     ],
 )

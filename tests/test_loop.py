@@ -47,7 +47,7 @@ EVENTS = {  # name -> (what the configuration says of it, round -> fault)
 FEW = ("skip", "wait")  # of the events, where gauges are many
 RANKS = {"one rank": None, "ranks": [1, 2, 4, 4]}
 FRACTIONS = {"all": 1.0, "some": 0.75}
-MESSAGES = {"smallest": {}, "log": {"catch_up": "log"}, "per client": {"per_client": True}}
+MESSAGES = {"smallest": {}, "log": {"catch_up": "log"}}
 
 
 def combinations(method, everything=False):
@@ -164,7 +164,7 @@ class Story:
 
     def same_bits(self, given, state):
         """The head, and the factors that it begins with, where those are the global ones."""
-        if self.row.own or self.config.messages.per_client:
+        if self.row.own:
             return torch.equal(given.other[HEAD], state.other[HEAD])
         pairs = [(given.start[name], self.first(given, pair)) for name, pair in state.adapter.items()]
         alike = all(torch.equal(ours.A, theirs.A) and torch.equal(ours.B, theirs.B) for ours, theirs in pairs)

@@ -16,16 +16,16 @@ from tests.test_runner import configuration, ignore
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, catch_up, server
 from fedex_lora.books import Books
-from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking, of_the_others, pruned, with_own
+from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking, pruned
 from fedex_lora.checkpoint import Checkpoint
 from fedex_lora.config import Base, Config, Lora, Messages
-from fedex_lora.errors import FedexLoraError, WireError
+from fedex_lora.errors import WireError
 from fedex_lora.peft_io import FrozenBase, add_lora, load_base, read_model, write_model
 from fedex_lora.rounds import Federation, _messages, log_to, run_rounds
-from fedex_lora.runner import InProcess, run
+from fedex_lora.runner import InProcess
 from fedex_lora.storage import read_events
 from fedex_lora.types import Dense, LowRank
-from fedex_lora.wire import Download, completed, decode_download, decode_update, encode_update
+from fedex_lora.wire import Download, decode_download, decode_update, encode_update
 
 HEADER = 3_000  # bytes of JSON in a message, at most, of the few modules here
 
@@ -37,12 +37,9 @@ class Party:
     name: str
     adapter: dict
     base: BaseCopy = field(default_factory=BaseCopy)
-    trained: tuple = (0, None)
 
     def receive(self, payload) -> Download:
         message = decode_download(payload, self.adapter)
-        round, own = self.trained
-        message = completed(message, own if round == message.round - 1 else None)
         self.base, self.adapter = caught_up(self.base, message.catch_up), message.adapter
         return message
 
@@ -106,7 +103,6 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
         for client in participants:
             message = parties[client].receive(payloads[client])
             own = train(message.adapter, client, number)
-            parties[client].trained = number, own
             update = ClientUpdate(client, own, 10 + ord(client) % 7)
             updates.append(decode_update(encode_update(update, "run", number, method), sent[client]))
         before, (state, result) = state, server.step(state, updates)
@@ -166,86 +162,6 @@ def test_a_late_joiner_and_an_absent_client_equal_the_participant(form, changes)
                 assert 0 < oracle.relative(oracle.numpy64(late.dense()), oracle.numpy64(always.dense())) < 1e-6
             else:
                 assert equal(late, always)
-
-
-@pytest.mark.parametrize("k", [2, 3, 5])
-@pytest.mark.parametrize("spread", [0.1, 1e-3, 1e-5])
-def test_the_per_client_download_gives_the_same_model(k, spread):
-    """However near the clients are to each other; over many rounds too; and it is what was sent."""
-    everyone = "abcde"[:k]
-
-    def train(start, client, round):
-        return moved(start, client, round, spread)
-
-    story = federate([everyone] * 8, train=train, per_client=True)
-    for client in everyone:
-        assert story.sent[-1][client].share is not None
-        assert story.worst(client) < 1e-6
-        assert not all(equal(story.delta(client, name), delta) for name, delta in story.state.base_delta.items())
-
-
-def test_the_per_client_download_is_less():
-    """(k-1) r of k r ranks, adapter and gain together."""
-    for k in (2, 3, 5):
-        everyone = "abcde"[:k]
-        whole, less = (
-            federate([everyone] * 3, per_client=per_client, first=adapters(((64, 96), (96, 64)))) for per_client in (False, True)
-        )
-        for number in (1, 2, 3):  # the first message brings the initial adapter to everyone
-            for client in everyone:
-                numbers = {name: 4 * 2 * 3 * (64 + 96) * ranks for name, ranks in (("whole", k), ("less", k - 1))}
-                assert 0 < whole.sizes[number][client] - numbers["whole"] < HEADER
-                assert 0 < less.sizes[number][client] - numbers["less"] < HEADER
-
-
-def test_per_client_with_absences_and_mixed_forms():
-    """A client of the last round counts on its own factors, another gets the ordinary message; all stay at the ideal."""
-    story = federate(["abc", "ab", "bcd", "ad", "abcd"], clients="abcde", per_client=True)
-    counted = [{client: message.share is not None for client, message in sent.items()} for sent in story.sent]
-    assert counted[1] == {"a": True, "b": True}
-    assert counted[2] == {"b": True, "c": False, "d": False}
-    assert counted[3] == {"a": False, "d": True}
-    assert counted[5] == {"a": True, "b": True, "c": True, "d": True, "e": False}
-    assert all(story.worst(client) < 1e-6 for client in "abcde")
-    assert all(equal(story.delta("e", name), delta) for name, delta in story.state.base_delta.items())
-
-
-def test_per_client_where_the_snapshot_is_smaller():
-    """Small modules, many clients: (k-2) r ranks are more than the matrix, and a module with a snapshot gains nothing twice."""
-    story = federate(["abcde"] * 3, first=adapters(((10, 8), (40, 60))), per_client=True)
-    sent = story.sent[-1]["a"]
-    assert (set(sent.catch_up.snapshot), set(sent.catch_up.gain)) == ({"m0"}, {"m1"})
-    assert all(story.worst(client) < 1e-6 for client in "abcde")
-    assert equal(story.delta("a", "m0"), story.state.base_delta["m0"])
-    assert story.parties["a"].base.lossy == {"m1"}
-
-
-def test_the_law_behind_the_per_client_download():
-    """In fp64 from the plain formulas: means and gain of all, from those of the others and one's own; scalings and weights that differ."""
-    scalings, examples = {"a": 2.0, "b": 2.0, "c": 0.5, "d": 2.0}, {"a": 0, "b": 5, "c": 7, "d": 30}
-    start = adapters()
-    updates = [
-        ClientUpdate(client, {n: replace(p, scaling=scalings[client]) for n, p in moved(start, client, 1).items()}, examples[client])
-        for client in scalings
-    ]
-    state, result = server.step(server.init(start, {}), updates)
-    p = oracle.shares(list(examples.values()))
-    for update in updates:
-        adapter, sent = of_the_others(update.client_id, updates, result.weights, state, Messages())
-        whole, message = with_own(adapter, sent, result.weights[update.client_id], update.adapter)
-        for name in start:
-            pairs = [other.adapter[name] for other in updates]
-            R = oracle.ideal(pairs, p) - oracle.product_of_means(pairs, p)
-            assert oracle.relative(oracle.product(whole[name]), oracle.product_of_means(pairs, p)) < 1e-6
-            assert oracle.relative(oracle.numpy64(message.gain[name].dense()), R) < 1e-6
-            assert message.gain[name].rank == 9
-
-
-def test_weights_that_leave_nobody_else():
-    """A client with all the weight, and one alone, get the ordinary message: there are no others to speak of."""
-    story = federate(["a", "a", "ab"], per_client=True)
-    assert [sent["a"].share is None for sent in story.sent] == [True, True, True, False]
-    assert all(story.worst(client) < 1e-6 for client in "ab")
 
 
 def test_forms_of_each_module_are_the_smallest():
@@ -360,14 +276,6 @@ def test_what_does_not_fit_is_one_clear_line(message, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_message_that_counts_on_factors_that_are_not_there():
-    story = federate(["ab", "ab"], per_client=True)
-    message = story.sent[1]["a"]
-    for own in (None, {}, adapters(rank=2)):
-        with pytest.raises(WireError, match="counts on what this client trained in round 1 in m0, and it has no such factors"):
-            completed(message, own)
-
-
 @pytest.fixture(scope="module")
 def model(gpt2):
     """A tiny GPT-2 with LoRA (Conv1D layers), and its base."""
@@ -392,7 +300,6 @@ def logits(model, party):
         ("log", {"catch_up": "log"}),
         ("snapshot", {"rank": 16}),
         ("gain", {"train": twins}),
-        ("per client", {"per_client": True}),
     ],
 )
 def test_the_logits_of_a_real_model(form, changes, model):
@@ -415,7 +322,7 @@ def test_the_logits_of_a_real_model(form, changes, model):
     story = federate(attending, first, "abcde", small, **changes)
     sent = story.sent[-1]["d"].catch_up
     assert (any(sent.log.values()), bool(sent.snapshot), bool(sent.gain)) == (
-        form in ("log", "per client"),
+        form == "log",
         form == "snapshot",
         form == "gain",
     )
@@ -424,7 +331,7 @@ def test_the_logits_of_a_real_model(form, changes, model):
     assert oracle.relative(oracle.numpy64(untouched), oracle.numpy64(server_s)) > 1e-2
     for client in "acd":
         got = logits(model, story.parties[client])
-        if form in ("log", "snapshot") or (client, form) in (("a", "gain"), ("d", "per client")):
+        if form in ("log", "snapshot") or client == "a":
             assert torch.equal(got, server_s)
         else:
             assert 0 < oracle.relative(oracle.numpy64(got), oracle.numpy64(server_s)) < 1e-6
@@ -450,7 +357,7 @@ def whole_run(out, **changes):
     return place, done, worst
 
 
-@pytest.mark.parametrize("messages", [{}, {"catch_up": "log"}, {"per_client": True}])
+@pytest.mark.parametrize("messages", [{}, {"catch_up": "log"}])
 def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
     clients = {"partition": "iid", "count": 5, "fraction": 0.4}
     place, _, worst = whole_run(tmp_path / "run", rounds=4, clients=clients, messages=messages, task={"train_rows": 50}, lora=FEW)
@@ -459,17 +366,7 @@ def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
     lossy = [client for client, memory in place.parties.memories.items() if memory.base.lossy]
     assert len(copies) == len(lossy) + (len(lossy) < 5)  # one object for all that have the server's bits
     assert bool(worst) == bool(lossy)
-    assert not lossy if "catch_up" in messages else lossy or not messages  # by default a residual may happen to be recompressed
-
-
-def test_a_whole_run_with_messages_per_client_has_two_thirds_of_the_bytes(tmp_path):
-    place, done, worst = whole_run(tmp_path / "run", rounds=3, messages={"per_client": True}, lora=FEW)
-    assert worst < 1e-6
-    shapes = [pair.shape for pair in place.host.place.first.values()]
-    for event in done:
-        ordinary = 4 * 3 * sum(METHODS["fedex"].messages([2] * 3, 0, shape, event["round"]).down for shape in shapes)
-        less = ordinary if event["round"] == 1 else ordinary * 2 // 3
-        assert 0 <= event["bytes_down"] - less < 3 * 10_000
+    assert not (lossy and messages)  # by default a residual may happen to be recompressed
 
 
 def test_the_base_delta_itself_travels_where_it_is_smaller(tmp_path):
@@ -481,11 +378,3 @@ def test_the_base_delta_itself_travels_where_it_is_smaller(tmp_path):
         promised = 4 * 3 * sum(METHODS["fedex"].messages([40] * 3, 0, shape, event["round"]).down for shape in shapes)
         assert 0 <= event["bytes_down"] - promised < 3 * 10_000
     assert all(80 * sum(shape) > shape[0] * shape[1] for shape in shapes)
-
-
-@pytest.mark.parametrize("method", ["fedit", "fedex-best", "fedex+balanced", "keep"])
-def test_per_client_messages_are_for_fedex(method, tmp_path):
-    with pytest.raises(FedexLoraError, match=r"messages.per_client .* remove it, or set method = 'fedex'") as caught:
-        run(configuration(method=method, messages={"per_client": True}), tmp_path / "run", ignore)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()

@@ -1,8 +1,5 @@
 """Bases of 16, 8 and 4 bits: the base delta beside the weights, against the base as it is stored, upcast, plus the ideal update in fp64."""
 
-import copy
-import math
-
 import pytest
 import torch
 from peft import PeftModel
@@ -12,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedex_lora import load_model
-from fedex_lora.config import Base, Lora, Truncation, base_folder
+from fedex_lora.config import Base, Lora, base_folder
 from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.export import export
 from fedex_lora.peft_io import FrozenBase, add_lora, in_float32, load_base, logits, open_model, plain_model, read_other, read_result
@@ -183,44 +180,6 @@ def test_what_is_trained_is_float32_on_a_base_of_16_bits(tmp_path):
         output.loss.backward()
         assert all(parameter.grad is not None for parameter in trained)
         assert read_other(model)
-
-
-def test_compaction_keeps_the_best_of_the_delta_and_says_what_it_lacks(tmp_path):
-    """Eckart-Young per module; the state keeps all of D, only the model lacks the tail."""
-    generator = torch.Generator().manual_seed(3)
-    loaded = load_base(Base(model=str(base_folder())), "causal-lm")
-    model = add_lora(loaded, Lora(r=2, target_modules=["q_proj", "down_proj"]), "causal-lm")
-    shapes = {name: pair.weight().shape for name, pair in lora_layers(model).items()}
-    delta = {
-        name: LowRank(U=torch.randn(out, 8, generator=generator), V=torch.randn(8, inner, generator=generator))
-        for name, (out, inner) in shapes.items()
-    }
-    tails = {name: torch.linalg.svdvals(gain.dense()) for name, gain in delta.items()}
-    base = FrozenBase(copy.deepcopy(model), "side", Truncation(rank=3))
-    base.set(delta)
-    lost = math.sqrt(sum(float((values[3:] ** 2).sum()) for values in tails.values()))
-    size = math.sqrt(sum(float((values**2).sum()) for values in tails.values()))
-    assert base.compaction_error == pytest.approx(lost / size, rel=1e-4)
-    for name, layer in base._layers.items():
-        held = layer.base.base_delta
-        assert held.first.shape[0] == 3
-        missing = torch.linalg.matrix_norm(held.last.double() @ held.first.double() - delta[name].dense())
-        assert float(missing) == pytest.approx(float((tails[name][3:] ** 2).sum().sqrt()), rel=1e-4)
-    base.set({})
-    assert base.compaction_error == 0
-    run(small("bfloat16", "none", method="reinit"), tmp_path / "all", ignore)
-    config = configuration(
-        base={"dtype": "bfloat16", "compact_tolerance": 0.2},
-        method="reinit",
-        rounds=2,
-        training={"learning_rate": 3e-2},
-        task={"train_rows": 60},
-    )
-    run(config, tmp_path / "some", ignore)
-    done = events_of(tmp_path / "some", "round_done")[-1]
-    assert 0.01 < done["compaction_error"] <= 0.2
-    assert done["exactness_error"] < 1e-6
-    assert "compaction_error" not in events_of(tmp_path / "all", "round_done")[-1]
 
 
 def test_a_quantised_base_is_told_from_the_plain_one(tmp_path):

@@ -10,6 +10,7 @@ from tests.test_runner import assert_same_bits, configuration, events_of, ignore
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
+from fedex_lora.config import read_config
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.run_folder import locked
 from fedex_lora.runner import InProcess, run
@@ -18,7 +19,6 @@ from fedex_lora.verify import verify
 
 CASES = {
     "fedex": {},
-    "per client": {"messages": {"per_client": True}},
     "keep, two of three": {"method": "keep", "clients": {"fraction": 0.6}},
     "fedsa": {"method": "fedsa"},
     "ranks": {"method": "fedex-best", "clients": {"ranks": [1, 2, 4]}},
@@ -68,8 +68,8 @@ STOPS = [("started", 1), ("client_done", 2), ("round_done", 1), ("evaluated", 1)
     ("case", "event", "count"),
     [
         *(("fedex", *stop) for stop in STOPS[1::3]),
-        *(("per client", *stop) for stop in STOPS),
-        *((case, "client_done", 5) for case in CASES if case not in ("fedex", "per client", "full-ft")),
+        *(("keep, two of three", *stop) for stop in STOPS),
+        *((case, "client_done", 5) for case in CASES if case not in ("fedex", "keep, two of three", "full-ft")),
         ("full-ft", "client_done", 2),
     ],
 )
@@ -94,6 +94,18 @@ def test_a_run_goes_on_to_the_same_bits(case, event, count, whole, tmp_path):
         assert not trained  # every round was whole
     if event == "client_done":
         assert len(trained) == sum(len(one["clients"]) for one in events_of(want, "round_started")) - count  # answers are kept
+
+
+def test_a_run_that_an_older_version_began_goes_on(whole, tmp_path):
+    """Its configuration says `messages.per_client = false`, a default of a key that is gone."""
+    config, want, home = whole("reinit")
+    with pytest.raises(StopError):
+        run(config, tmp_path / "run", stopping("client_done", 5), home=home)
+    mark = tmp_path / "run" / "config.toml"
+    mark.write_text(mark.read_text().replace("[messages]\n", "[messages]\nper_client = false\n"))
+    assert "per_client" in mark.read_text()
+    run(read_config(mark), tmp_path / "run", ignore, True, home)
+    assert_same_bits(tmp_path / "run", want)
 
 
 def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):

@@ -68,7 +68,7 @@ def plain(tmp_path_factory):
     return folder
 
 
-RUNS = [*METHODS, "fedit+balanced", "fedex-best+gl-aligned"]
+RUNS = [*METHODS, "fedit+balanced", "fedex-best+procrustes"]
 HEADER = 10_000  # bytes of JSON in a message, at most
 
 

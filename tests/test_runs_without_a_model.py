@@ -30,7 +30,7 @@ def numbers(payload):
     return sum(tensor.numel() for name, tensor in load(payload).items() if not name.startswith("other|"))
 
 
-@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.lora), "fedit+balanced", "fedex-best+gl-aligned"])
+@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.lora), "fedit+balanced", "fedex-best+procrustes"])
 def test_what_travels_is_what_the_method_s_row_says(method, tmp_path, monkeypatch):
     """Number by number, of every client, in every round and after the last one; and the bytes of events are those of the messages."""
     monkeypatch.setattr(fake, "SHAPES", {"wide": (60, 110), "tall": (90, 50)})

@@ -147,7 +147,7 @@ TAMPERED = {
     "rounds that the client has": (tampered({"since": 2}), "holds round 2, which is not between them"),
     "rounds of the future": (tampered({"since": 2, "round": 2}), "goes backwards"),
     "no version at all": (tampered({"round": 0, "since": 0, "log_rounds": []}), "has no place|goes backwards"),
-    "all the weight": (tampered({"share": 1.0}), "share"),
+    "counting on what the client trained, as older versions could": (tampered({"share": 0.25}), "header is wrong: share"),
     "a module without factors": (tampered({"scalings": {"m0": 2.0, "m1": 2.0, "m2": 2.0, "m3": 2.0}}), "m3[|]A' did not travel"),
     "factors that do not chain": (tampered(**{"adapter|m0|A": torch.ones(5, 20)}), "the message's adapter is wrong"),
     "another schema": (tampered({"schema_version": 2}), "this version speaks 1: use one version everywhere"),
@@ -166,14 +166,24 @@ def test_downloads_that_contradict_themselves_are_refused(case):
     decode_download(tampered())
 
 
+def test_headers_of_older_versions_are_read():
+    """They say `share: null`; the answers that clients kept in a run that goes on do, too."""
+    payload = encode_update(UPDATE, "run", 3, "fedex")
+    header = json.loads(read_table(payload, len(payload))[0])
+    assert "share" not in header
+    old = seal(save(load(payload), metadata={"header": json.dumps(header | {"share": None}, separators=(",", ":"))}))
+    assert decode_update(old, SENT).num_examples == UPDATE.num_examples
+    assert decode_download(tampered({"share": None})).round == SENT.round
+
+
 def test_every_form_round_trips():
     forms = CatchUp(
         since=0, version=2, log={1: {"m0": LowRank(U, V)}, 2: {}}, gain={"m1": LowRank(V.T, U.T)}, snapshot={"m2": Dense(torch.eye(16))}
     )
-    sent = replace(SENT, catch_up=forms, share=0.25)
+    sent = replace(SENT, catch_up=forms)
     for snapshot in (Dense(torch.eye(16)), LowRank(torch.ones(16, 2), torch.ones(2, 16))):
         got = decode_download(encode_download(replace(sent, catch_up=replace(forms, snapshot={"m2": snapshot}))))
-        assert (got.share, got.catch_up.since, got.catch_up.version, list(got.catch_up.log)) == (0.25, 0, 2, [1, 2])
+        assert (got.catch_up.since, got.catch_up.version, list(got.catch_up.log)) == (0, 2, [1, 2])
         assert type(got.catch_up.snapshot["m2"]) is type(snapshot)
         for delta, want in (
             (got.catch_up.snapshot["m2"], snapshot),

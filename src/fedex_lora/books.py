@@ -1,4 +1,4 @@
-"""What the server remembers of its clients from round to round: who has which base and adapter, and on what it may count."""
+"""What the server remembers of its clients from round to round: who has which base and adapter."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedex_lora.answers import Refusal
-from fedex_lora.catch_up import CatchUp, Log, lacking, of_the_others, pruned
+from fedex_lora.catch_up import CatchUp, Log, lacking, pruned
 from fedex_lora.config import Messages
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, ServerState
 
@@ -19,7 +19,6 @@ class Books:
         log: what the base gained in past rounds, as far as some client may need it.
         version: client -> the round after which it has base and adapter.
         changed: "A" and "B" -> the last round that changed those factors of the global adapter.
-        updates, weights: of the last round, where messages to its clients count on their own factors.
         lost: the clients that gave no valid answer when last asked: what they hold is not known.
         accepted: client -> the last round in which its update was part of the mean.
         told: client -> why its last update was refused, until it is told.
@@ -28,8 +27,6 @@ class Books:
     log: Log = field(default_factory=Log)
     version: Mapping[str, int] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=lambda: {"A": 0, "B": 0})
-    updates: Sequence[ClientUpdate] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
     accepted: Mapping[str, int] = field(default_factory=dict)
     told: Mapping[str, str] = field(default_factory=dict)
@@ -72,8 +69,6 @@ class Books:
             log=pruned(log, after.base_delta, oldest, messages),
             changed={part: after.round if _changed(part, before.adapter, after.adapter) else last for part, last in self.changed.items()},
             accepted={**self.accepted, **{update.client_id: after.round for update in updates}},
-            updates=updates if messages.per_client else (),
-            weights=result.weights if messages.per_client else {},
         )
 
     def known(self, client: str) -> str:
@@ -83,16 +78,6 @@ class Books:
     def lacking(self, since: int, state: ServerState, messages: Messages) -> CatchUp:
         """What a client with the base of version `since` lacks."""
         return lacking(self.log, state.base_delta, since, state.round, messages)
-
-    def of_the_others(self, client: str, state: ServerState, messages: Messages) -> tuple[Adapter, CatchUp, float] | None:
-        """What the client cannot work out from its own factors of the last round, and its weight there; None if it was not in it.
-
-        A client with all the weight has no others, and factors that did not change need not be worked out.
-        """
-        share = self.weights.get(client, 1.0)
-        if share >= 1 or client in self.lost or self.known(client):
-            return None
-        return *of_the_others(client, self.updates, self.weights, state, messages), share
 
 
 def _changed(part: str, before: Adapter, after: Adapter) -> bool:

@@ -6,21 +6,18 @@ fewest numbers:
 - log: the gains of rounds u+1 .. v, added one by one as the server did, so that D has the server's bits;
 - snapshot: the server's own `D_v`, which replaces the client's: the server's bits too;
 - gain: `D_v - D_u` recompressed to its numerical rank: within the tolerance.
-
-A client of the last round can do with less of it (`of_the_others`, `with_own`), because it knows its own factors.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from fedex_lora.aggregation import aggregate, on_scaling
 from fedex_lora.aggregation.lowrank import concatenate
-from fedex_lora.aggregation.truncation import truncate, without_blocks
+from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Messages, Truncation
 from fedex_lora.errors import LacksError, WireError
 from fedex_lora.server import advance
-from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, LowRank, ServerState
+from fedex_lora.types import Delta, LowRank
 
 COLUMNS = 256  # of a module's log, up to which recompression is tried: its time grows with their square, and it seldom pays
 
@@ -171,66 +168,3 @@ def require_whole(message: CatchUp) -> None:
     twice = (logged & message.gain.keys()) | (logged & message.snapshot.keys()) | (message.gain.keys() & message.snapshot.keys())
     if twice:
         raise WireError(f"module {min(twice)} comes in two forms, and its base can gain from one only: send log, gain or snapshot")
-
-
-def of_the_others(
-    client: str, updates: Sequence[ClientUpdate], weights: Mapping[str, float], state: ServerState, messages: Messages
-) -> tuple[Adapter, CatchUp]:
-    """What a client that took part in the last FedEx round lacks, given that it knows its own factors: (k-1) r ranks instead of k r.
-
-    With `q = 1 - p_i`, A' and B' the means of the others' factors with weights `p_j / q`, and their covariance
-    `R' = sum_{j != i} (p_j / q) (B_j - B')(A_j - A')` of rank (k-2) r, the message carries A', B', `s q R'` (as a gain) and p_i.
-
-    Args:
-        client: one of the participants, with a weight below one.
-        updates: of the last round.
-        weights: client id -> p_j.
-        state: after that round.
-        messages: whether a module's snapshot may be sent where it is smaller.
-    """
-    others = [update for update in updates if update.client_id != client]
-    shares = [weights[update.client_id] for update in others]
-    result, q = aggregate(others, "fedex", shares, state=state), math.fsum(shares)
-    gain = {module: without_blocks(LowRank(U=q * part.U, V=part.V)) for module, part in result.residual.items()}
-    snapshot = {
-        module: state.base_delta[module]
-        for module, part in gain.items()
-        if messages.catch_up == "smallest" and module in state.base_delta and state.base_delta[module].numel < part.numel
-    }
-    gain = {module: part for module, part in gain.items() if module not in snapshot}
-    return result.adapter, CatchUp(state.round - 1, state.round, {state.round: {}}, gain, snapshot)
-
-
-def with_own(adapter: Adapter, message: CatchUp, share: float, own: Adapter | None) -> tuple[dict[str, LoRAPair], CatchUp]:
-    """The global adapter and the whole gain, from what `of_the_others` sent and the client's own factors of the round.
-
-    `Abar = A' + p_i (A_i - A')`, `Bbar = B' + p_i (B_i - B')` and `R = q R' + q p_i (B_i - B')(A_i - A')`, because
-    `R = sum_j p_j B_j A_j - Bbar Abar = q (R' + B' A') + p_i B_i A_i - (q B' + p_i B_i)(q A' + p_i A_i)`, where
-    `q - q^2 = p_i - p_i^2 = q p_i` (the law of total covariance). That is an identity in A' and B', so rounding them moves the
-    client's model by no more than `q s B' A'` itself is rounded, however near the clients are to each other.
-
-    Args:
-        adapter: module path -> A', B', on the scaling s of the global adapter.
-        message: with `s q R'` as gain.
-        share: p_i.
-        own: what this client trained in the round; any scaling.
-
-    Raises:
-        LacksError: the client has no such factors, or they do not fit.
-    """
-    merged: dict[str, LoRAPair] = {}
-    gain = dict(message.gain)
-    for module, others in adapter.items():
-        mine = own.get(module) if own is not None else None
-        if mine is None or mine.shape != others.shape or mine.rank != others.rank:
-            raise LacksError(
-                f"the message counts on what this client trained in round {message.version} in {module}, and it has no such factors: "
-                "ask the server for the whole message"
-            )
-        mine = on_scaling(mine, others.scaling)
-        dA, dB = mine.A - others.A, mine.B - others.B
-        merged[module] = LoRAPair(A=others.A + share * dA, B=others.B + share * dB, scaling=others.scaling)
-        if module not in message.snapshot and dA.any() and dB.any():
-            part = LowRank(U=(others.scaling * share * (1 - share)) * dB, V=dA)
-            gain[module] = concatenate([gain[module], part]) if module in gain else part
-    return merged, replace(message, gain=gain)

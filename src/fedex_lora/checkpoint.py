@@ -64,7 +64,6 @@ def to_file(checkpoint: Checkpoint) -> Tensors:
         "lost": sorted(books.lost),
         "accepted": books.accepted,
         "told": books.told,
-        "counted_on": bool(books.updates),
         "held_out": [[number, metrics] for number, metrics in checkpoint.held_out.items()],
         "done": checkpoint.done,
         "skipped": list(checkpoint.skipped),
@@ -108,8 +107,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             lost=frozenset(about["lost"]),
             accepted=about["accepted"],
             told=about["told"],
-            updates=sorted(result.updates, key=lambda update: update.client_id) if about["counted_on"] else (),
-            weights=result.weights if about["counted_on"] else {},
         )
         return Checkpoint(
             state=state,

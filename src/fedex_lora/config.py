@@ -45,12 +45,6 @@ class Base(_Table):
         description="Where the base delta lives: folded into the weights (float32, not tied), beside them as a frozen low-rank path, or "
         "(auto) folded where that is exact.",
     )
-    compact_rank: int | None = Field(
-        None, ge=1, description="Side paths: keep the best approximation of this rank of every module's delta."
-    )
-    compact_tolerance: float | None = Field(
-        None, gt=0, lt=1, description="Side paths: keep the smallest rank that is off by at most this share of every module's |D|."
-    )
     random_weights: bool = Field(False, description="Only read the folder's config and start from random weights (tests, benchmarks).")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you trust its author.")
 
@@ -61,16 +55,7 @@ class Base(_Table):
             raise ValueError(f"base.delta = 'fold' would lose the base delta in {kind} weights: use 'auto' or 'side'")
         if self.quantization != "none" and self.random_weights:
             raise ValueError("base.quantization needs a checkpoint: remove base.random_weights")
-        if self.compact_rank is not None and self.compact_tolerance is not None:
-            raise ValueError("give one of base.compact_rank and base.compact_tolerance")
         return self
-
-    @property
-    def compaction(self) -> "Truncation | None":
-        """What side paths keep of their deltas; None: all."""
-        if self.compact_tolerance is not None:
-            return Truncation(energy=1 - self.compact_tolerance**2)
-        return None if self.compact_rank is None else Truncation(rank=self.compact_rank)
 
     @property
     def source(self) -> str:
@@ -279,9 +264,6 @@ class Messages(_Table):
         lt=1,
         description="Relative Frobenius error of a recompressed sum. Larger is lossy, and the exactness error does not show it.",
     )
-    per_client: bool = Field(
-        False, description="fedex: a client of the last round uses its own factors and is sent (k-1) r ranks instead of k r."
-    )
     max_examples: int = Field(10_000_000, ge=1, le=2**53, description="An update that claims more training rows than this is refused.")
     norm_bound: float | None = Field(
         10.0,
@@ -447,9 +429,17 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """A validated configuration from plain values, with `with_defaults`; errors in one line."""
     try:
-        return Config.model_validate(with_defaults(tree))
+        return Config.model_validate(with_defaults(_without_past_defaults(tree)))
     except ValidationError as error:
         raise ConfigError("; ".join(_one_line(detail) for detail in error.errors()[:3])) from None
+
+
+def _without_past_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what older versions wrote into every run folder: `messages.per_client = false`."""
+    messages = tree.get("messages")
+    if isinstance(messages, Mapping) and messages.get("per_client") is False:
+        return {**tree, "messages": {key: value for key, value in messages.items() if key != "per_client"}}
+    return dict(tree)
 
 
 def write_config(config: Config) -> str:
@@ -481,8 +471,17 @@ def _set(tree: dict[str, Any], override: str) -> None:
     tree[key] = value
 
 
+REMOVED = {
+    "messages.per_client": "delete the line (each client is sent the residual of the round)",
+    "base.compact_rank": "delete the line (a side path keeps the whole base delta)",
+    "base.compact_tolerance": "delete the line (a side path keeps the whole base delta)",
+}  # key -> how to mend a configuration that sets it
+
+
 def _one_line(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
+    if where in REMOVED:
+        return f"{where} was removed: {REMOVED[where]}"
     if detail["type"] == "extra_forbidden":
         *tables, key = (str(part) for part in detail["loc"])
         near = nearest(key, _fields(tables))

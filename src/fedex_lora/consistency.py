@@ -18,8 +18,6 @@ def require_consistent(config: Config, clients: int) -> None:
     _require_ranks(config, method, clients)
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
-    if not method.lora and config.base.compaction is not None:
-        raise ConfigError(f"{config.method} has no base delta to compact: remove base.compact_rank and base.compact_tolerance")
     _require_pace(config, method)
     if len(method.trains) > 1 and config.local.optimizer_state == "keep":
         raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
@@ -27,11 +25,6 @@ def require_consistent(config: Config, clients: int) -> None:
         raise ConfigError(
             f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
             "Adam's moments would belong to other coordinates; use 'reset'"
-        )
-    if config.messages.per_client and config.method != "fedex":
-        raise ConfigError(
-            f"messages.per_client counts on the mean factors of fedex, and the method is {config.method}: "
-            "remove it, or set method = 'fedex'"
         )
     asked = participants(config.clients.fraction, clients)
     if config.clients.min_clients > asked and not method.pooled:
@@ -70,10 +63,8 @@ def _require_late(config: Config, method: Method) -> None:
     if config.clients.late == "refuse":
         return
     other_coordinates = method.own or len(method.trains) > 1 or (method.trains != ("AB",) and method.refactors)
-    if other_coordinates or config.clients.ranks or config.messages.per_client:
-        what = (
-            "clients.ranks" if config.clients.ranks else "messages.per_client" if config.messages.per_client else f"method {config.method}"
-        )
+    if other_coordinates or config.clients.ranks:
+        what = "clients.ranks" if config.clients.ranks else f"method {config.method}"
         raise ConfigError(f"clients.late = 'next' does not go with {what}: use 'refuse'")
 
 

@@ -95,7 +95,6 @@ class Display:
             "exactness_error": "  exactness error {:.1e}",
             "layers": " ({})",
             "deviation": "  averaging alone is off by {:.1%}",
-            "compaction_error": "  compaction keeps all but {:.1%} of the base delta",
             "dropped": "  truncation dropped {:.1%}",
         }
         fields = {**fields, "layers": _layers(fields.get("realised_error"), fields.get("floor"))}

@@ -25,7 +25,7 @@ class ClientMemory:
     Attributes:
         base: its base delta.
         adapter: its copy of the global adapter; None: it was sent none yet.
-        trained: round -> what it trained in it, where the method has it keep factors or messages count on them.
+        trained: round -> what it trained in it, where the method has it keep factors.
         optimizer: Adam's moments, where they are kept.
         round: the round that it answered last.
         reply: its answer.

@@ -65,7 +65,7 @@ class Place:
             model = add_lora(loaded, config.lora, task.kind)
             set_trained(model, method.trained(1))
         self.model = model
-        self.base = FrozenBase(model, config.base.delta, config.base.compaction)
+        self.base = FrozenBase(model, config.base.delta)
         self.first = read_model(model)
 
 
@@ -129,11 +129,10 @@ class Host:
         return evaluate(self.load(state), self.eval, self.place.work)
 
     def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float, dict[str, float]]:
-        """The exactness of what the model's layers compute, its floor, and of side paths: their own error, and what compaction left out."""
+        """The exactness of what the model's layers compute, its floor, and of side paths their own error."""
         self.load(state)
         base = self.place.base
-        side = {"side_error": base.side_error, "compaction_error": base.compaction_error}
-        return *base.realised(ideal), {name: value for name, value in side.items() if value}
+        return *base.realised(ideal), {"side_error": error} if (error := base.side_error) else {}
 
     def _settings(self) -> dict[str, Any]:
         """What has a default that depends on the task, as it is."""

@@ -12,7 +12,7 @@ from fedex_lora.config import Config
 from fedex_lora.errors import WireError
 from fedex_lora.memory import ClientMemory
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LowRank
-from fedex_lora.wire import Download, completed, decode_download, encode_update
+from fedex_lora.wire import Download, decode_download, encode_update
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Begun:
     """A client that has taken in a message.
 
     Attributes:
-        message: whole: with what did not travel.
+        message: with the factors that did not travel.
         memory: what the client has now: base and global adapter of the message's version.
         start: the factors that it trains.
         held: module path -> what it alone holds frozen beside the common base.
@@ -43,10 +43,9 @@ class Begun:
 
     def remembered(self, update: ClientUpdate, reply: bytes, optimizer: Mapping[str, Any] | None, config: Config) -> ClientMemory:
         """The client's memory after it trained `update` and answered with `reply`."""
-        counts = method_named(self.message.method).own or config.messages.per_client
         return replace(
             self.memory,
-            trained={**self.memory.trained, self.message.round: update.adapter} if counts else {},
+            trained={**self.memory.trained, self.message.round: update.adapter} if method_named(self.message.method).own else {},
             optimizer=optimizer if config.local.optimizer_state == "keep" else None,
             round=self.message.round,
             reply=reply,
@@ -74,7 +73,6 @@ def begin(message: Download, memory: ClientMemory) -> Begun:
     Raises:
         WireError: the message does not fit what the client has; a `LacksError` where it can be sent everything instead.
     """
-    message = completed(message, memory.trained.get(message.round - 1))
     base = caught_up(BaseCopy() if message.anew else memory.base, message.catch_up)
     kept = _counted(memory, message.accepted) if method_named(message.method).own else {}
     start, held = server.start_of(message.method, message.adapter, message.rank, kept.get(message.accepted))

@@ -261,8 +261,7 @@ def _skipped(got: _Gathered, federation: Federation, emit: Emit) -> tuple[Checkp
     state = server.skip(got.here.state)
     emit("warning", round=state.round, message=f"the round is skipped: {got.short.partition(':')[0]}")
     done = {"round": state.round, "metrics": federation.evaluate(state), "skipped": got.short}
-    books = replace(got.here.books, updates=(), weights={})  # nobody was part of the last round's mean
-    return replace(got.here, state=state, books=books, done=done, skipped=[*got.here.skipped, state.round]), _Missed(got.open), {}
+    return replace(got.here, state=state, done=done, skipped=[*got.here.skipped, state.round]), _Missed(got.open), {}
 
 
 def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:
@@ -308,9 +307,6 @@ def _messages(
             accepted=books.accepted.get(client, 0),
             refused=books.told.get(client, ""),
         )
-        if others := books.of_the_others(client, state, config.messages):
-            adapter, catch_up, share = others
-            downloads[client] = replace(downloads[client], adapter=adapter, catch_up=catch_up, share=share)
     return Encoded({client: (download, "AB" if drawn else books.known(client)) for client, download in downloads.items()}), downloads
 
 

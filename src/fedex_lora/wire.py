@@ -1,13 +1,12 @@
 """Messages to bytes and back: safetensors (never pickle) with a small JSON header in its metadata.
 
-A download carries the global adapter, the other trained tensors and what the client's base lacks (`catch_up`); to a client of the last
-round it may carry only what the client cannot work out from its own factors (`completed`). An upload carries what the client trained.
-Whatever arrives is checked against what the round declared before anything is computed with it.
+A download carries the global adapter, the other trained tensors and what the client's base lacks (`catch_up`). An upload
+carries what the client trained. Whatever arrives is checked against what the round declared before anything is computed with it.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedex_lora.catch_up import CatchUp, require_whole, with_own
+from fedex_lora.catch_up import CatchUp, require_whole
 from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.framing import UNSEALED, Entry, read_table, require_same_names, require_sealed, seal, shown, strict_json
 from fedex_lora.server import fresh_adapter
@@ -48,7 +47,7 @@ class Header(BaseModel):
     metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
     since: int = Field(0, ge=0)
     log_rounds: list[int] = []
-    share: float | None = Field(None, ge=0, lt=1)
+    share: None = Field(None, exclude=True)  # older versions write it, also in the answers that their clients keep
     rank: int | None = Field(None, ge=1)
     fresh: int | None = Field(None, ge=0)
     anew: bool = False
@@ -74,7 +73,6 @@ class Download:
         catch_up: what the client's base lacks of the base delta after round - 1.
         rank: how many components of the adapter this client trains; None: all.
         fresh: the run's seed, where the client draws the adapter itself instead of receiving it.
-        share: p_i of this client in the last round, where adapter and gain are those of the others: `completed` adds its own.
         anew: the server does not know what the client holds: it forgets its base delta, and the message brings all of it.
         accepted: the last round in which the client's update was part of the mean; what it trained since did not count.
         refused: why its last update was refused, where it was.
@@ -90,7 +88,6 @@ class Download:
     catch_up: CatchUp
     rank: int | None = None
     fresh: int | None = None
-    share: float | None = None
     anew: bool = False
     accepted: int = 0
     refused: str = ""
@@ -111,7 +108,6 @@ def encode_download(message: Download, omit: str = "") -> bytes:
         log_rounds=list(message.catch_up.log),
         rank=message.rank,
         fresh=message.fresh,
-        share=message.share,
         anew=message.anew,
         accepted=message.accepted,
         refused=message.refused,
@@ -145,19 +141,10 @@ def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
         catch_up=_catch_up(header, tensors, adapter),
         rank=header.rank,
         fresh=header.fresh,
-        share=header.share,
         anew=header.anew,
         accepted=header.accepted,
         refused=header.refused,
     )
-
-
-def completed(message: Download, own: Adapter | None) -> Download:
-    """The whole message, from one that counts on the factors which the client trained in the last round (see `catch_up.with_own`)."""
-    if message.share is None:
-        return message
-    adapter, catch_up = with_own(message.adapter, message.catch_up, message.share, own)
-    return replace(message, adapter=adapter, catch_up=catch_up, share=None)
 
 
 def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit: str = "", base: int | None = None) -> bytes:

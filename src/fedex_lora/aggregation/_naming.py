@@ -8,6 +8,8 @@ from fedex_lora.aggregation.gauges import ALIGNED, GAUGES
 from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.errors import UsageError
 
+REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
+
 
 def method_named(name: str) -> Method:
     """The method called `name`, a key of `METHODS` or METHOD+GAUGE with a key of `GAUGES`.
@@ -24,6 +26,8 @@ def method_named(name: str) -> Method:
     row = METHODS[method]
     if not plus:
         return row
+    if gauge in REMOVED:
+        raise UsageError(f"method {name!r}: the gauge {gauge} was removed: {REMOVED[gauge]}")
     _require_known("gauge", gauge, GAUGES)
     if not row.lora or row.own == "B" or (row.draws and not row.own):
         reason = (

@@ -16,8 +16,6 @@ from fedex_lora.types import Adapter, LoRAPair
 Gauge: TypeAlias = Callable[[Factors, Factors, Tensor], Factors]
 """(the adapter: `g x r`, the averaged factors that it is aligned to, new A rows for components that are zero) -> the same products."""
 
-CONDITION = 10.0  # of G in `gl_aligned`: fp32 rounding of the product grows with it
-
 
 def as_is(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
     """As the method leaves them."""
@@ -53,28 +51,18 @@ def procrustes(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
     return Factors(A=(G @ adapter.A.double()).to(adapter.A), B=(G @ adapter.B.double()).to(adapter.B))
 
 
-def gl_aligned(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
-    """Any invertible G: least squares `G A = Abar`, its singular values raised to a tenth of the largest so that rounding stays small."""
-    G = reference.A.double() @ torch.linalg.pinv(adapter.A.double())
-    U, S, V = torch.linalg.svd(G)
-    S = torch.where(S[:, :1] > 0, S.clamp(min=S[:, :1] / CONDITION), torch.ones_like(S))
-    G, inverse_transpose = (U * S[:, None]) @ V, (U / S[:, None]) @ V
-    return Factors(A=(G @ adapter.A.double()).to(adapter.A), B=(inverse_transpose @ adapter.B.double()).to(adapter.B))
-
-
 def _completed(rows: Tensor) -> Tensor:
     """Orthonormal rows, `g x q x r`, completed to a basis, `g x r x r`."""
     basis, _ = torch.linalg.qr(rows.mT, mode="complete")
     return torch.cat([rows, basis.mT[:, rows.shape[1] :]], dim=1)
 
 
-ALIGNED = ("procrustes", "gl-aligned")  # gauges that need the averaged factors
+ALIGNED = ("procrustes",)  # gauges that need the averaged factors
 GAUGES: dict[str, Gauge] = {
     "as-is": as_is,
     "balanced": balanced,
     "orthonormal-a": orthonormal_a,
     "procrustes": procrustes,
-    "gl-aligned": gl_aligned,
 }
 
 

@@ -8,9 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedex_lora.aggregation.lowrank import factorise, frobenius, same_bits
-from fedex_lora.aggregation.truncation import truncate
-from fedex_lora.config import Truncation
+from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.errors import ModelError
 from fedex_lora.measure import Exactness, fp32_floor, relative, worst
 from fedex_lora.peft_io._fingerprint import fingerprint
@@ -34,14 +32,13 @@ class FrozenBase:
     Args:
         model: a PEFT model; changed in place.
         where: "auto" folds float32 weights of their own, and keeps the others' deltas beside them; "fold" and "side" say it for all.
-        compaction: keep only so much of every side path (rank or energy); what the model lacks then is `compaction_error`.
 
     Raises:
         ModelError: to be folded into a weight that is not float32, or is shared.
     """
 
-    def __init__(self, model: nn.Module, where: Where = "auto", compaction: Truncation | None = None) -> None:
-        self._model, self._compaction = model, compaction
+    def __init__(self, model: nn.Module, where: Where = "auto") -> None:
+        self._model = model
         self._layers = lora_layers(model)
         keep_unpacked(model)
         owners = _owners(model)
@@ -53,12 +50,7 @@ class FrozenBase:
                 raise ModelError(f"{name} {why_not}: set base.delta = 'auto' or 'side'")
             side = where == "side" or (where == "auto" and why_not is not None)
             self._homes[name] = _Side(layer) if side else _Fold(layer, checkpoint)
-        if compaction is not None and not self.homes["side"]:
-            raise ModelError(
-                "base.compact_rank and compact_tolerance are for side paths, and all deltas are folded: set base.delta = 'side'"
-            )
         self._now: dict[str, Delta] = {}
-        self._dropped: dict[str, tuple[float, float]] = {}
 
     @torch.no_grad()
     def set(self, base_delta: Mapping[str, Delta]) -> None:
@@ -73,25 +65,9 @@ class FrozenBase:
             if (shape := self._layers[name].shape) != delta.shape:
                 raise ModelError(f"the base delta of {name} is {delta.shape}, the model's weight {shape}: is it another base model?")
         for name, home in self._homes.items():
-            delta_now, wanted = self._now.get(name), base_delta.get(name)
-            if not same_bits(delta_now, wanted):
-                self._dropped.pop(name, None)
-                home.set(self._compacted(name, wanted) if isinstance(home, _Side) and wanted is not None else wanted)
+            if not same_bits(self._now.get(name), base_delta.get(name)):
+                home.set(base_delta.get(name))
         self._now = dict(base_delta)
-
-    def _compacted(self, name: str, delta: Delta) -> Delta:
-        if self._compaction is None:
-            return delta
-        whole = factorise(delta)
-        kept, dropped = truncate({name: whole}, self._compaction, whole.rank)
-        self._dropped[name] = dropped[name], frobenius(delta)
-        return kept.get(name, Dense(W=torch.zeros(delta.shape, dtype=torch.float32)))
-
-    @property
-    def compaction_error(self) -> float:
-        """`|D - what the side paths hold| / |D|` over all side modules, as last set."""
-        dropped, size = (sum(pair[index] ** 2 for pair in self._dropped.values()) ** 0.5 for index in (0, 1))
-        return dropped / size if size else 0.0
 
     @property
     def homes(self) -> dict[str, int]:
