@@ -44,6 +44,7 @@ EVENTS = {  # name -> (what the configuration says of it, round -> fault)
     "forgotten": ({}, {2: "wiped", 4: "wiped"}),
     "killed": ({}, {3: "killed"}),
 }
+PACES = {"at rest": {}, "momentum": {"momentum": 0.5}, "momentum and rate": {"momentum": 0.3, "learning_rate": 1.7, "momentum_on": "all"}}
 FEW = ("skip", "wait")  # of the events, where gauges are many
 RANKS = {"one rank": None, "ranks": [1, 2, 4, 4]}
 FRACTIONS = {"all": 1.0, "some": 0.75}
@@ -52,20 +53,21 @@ MESSAGES = {"smallest": {}, "log": {"catch_up": "log"}}
 
 def combinations(method, everything=False):
     """(its name, its configuration, its faults) of every combination that may be configured."""
-    for gauge, event, ranks, fraction, sent in itertools.product(GAUGES, EVENTS, RANKS, FRACTIONS, MESSAGES):
+    for gauge, event, ranks, fraction, sent, pace in itertools.product(GAUGES, EVENTS, RANKS, FRACTIONS, MESSAGES, PACES):
         few = (gauge == "as-is" or (event, fraction) == ("skip", "some")) and (sent != "log" or event in FEW)
         few &= event != "quiet" or METHODS[method].pooled  # others have quiet rounds too
+        few &= pace == "at rest" or (pace == "momentum") == (fraction == "some")
         if not few and not everything:
             continue
         changes, faults = EVENTS[event]
         clients = {"partition": "iid", "count": CLIENTS, "ranks": RANKS[ranks], "fraction": FRACTIONS[fraction], **changes}
         name = method if gauge == "as-is" else f"{method}+{gauge}"
         with contextlib.suppress(FedexLoraError):
-            row, config = method_named(name), setting(method=name, rounds=ROUNDS, clients=clients, messages=MESSAGES[sent])
+            row, config = method_named(name), setting(method=name, rounds=ROUNDS, clients=clients, messages=MESSAGES[sent], server=PACES[pace])
             require_consistent(config, 1 if row.pooled else CLIENTS)
-            alike = sent != "smallest" and (row.rest == "drop" or row.draws)  # nothing or all of it is sent
+            alike = sent != "smallest" and (row.rest == "drop" or row.draws) and not PACES[pace]  # nothing or all of it is sent
             if not (alike or (event == "forgotten" and row.own) or (row.pooled and faults)):
-                yield f"{name}, {event}, {ranks}, {fraction}, {sent}", config, faults
+                yield f"{name}, {event}, {ranks}, {fraction}, {sent}, {pace}", config, faults
 
 
 def off(got, want):
@@ -76,6 +78,11 @@ def off(got, want):
 def model(pair, delta):
     """`s B A + D` in fp64."""
     return oracle.product(pair) + (0 if delta is None else oracle.numpy64(delta.dense()))
+
+
+def effective(state, name):
+    """`W - W0` in fp64."""
+    return model(state.adapter[name], state.base_delta.get(name))
 
 
 class Story:
@@ -139,16 +146,24 @@ class Story:
             own |= {one.client: one.trained.adapter for one in counted}
             p = oracle.shares([one.trained.num_examples for one in counted])
             head = sum(share * oracle.numpy64(one.trained.other[HEAD]) for share, one in zip(p, counted, strict=True))
+            if self.config.server.momentum_on == "all":
+                head = self.moved(number, head, lambda state: oracle.numpy64(state.other[HEAD]))
             note("head", off(oracle.numpy64(state.other[HEAD]), head))
             if self.row.exactness != "personalised" and state.adapter:
                 E = {
                     name: sum(share * model(one.trained.adapter[name], one.delta.get(name)) for share, one in zip(p, counted, strict=True))
                     for name in state.adapter
                 }
-                error = max(off(model(pair, state.base_delta.get(name)), E[name]) for name, pair in state.adapter.items())
+                E = {name: self.moved(number, mean, lambda state, name=name: effective(state, name)) for name, mean in E.items()}
+                error = max(off(effective(state, name), E[name]) for name in state.adapter)
                 note("server", error)
                 note("said", abs(said[number] - error) / max(error, 1.0))
         return worst
+
+    def moved(self, number, mean, of):
+        """`x + h (mean - x) + b (x - y)`, of what the server had after the last round and the one before it."""
+        x, y = (of(self.trace.states[max(0, number - back)]) for back in (1, 2))
+        return x + self.config.server.learning_rate * (mean - x) + self.config.server.momentum * (x - y)
 
     def given_off(self, given, state, own):
         """How far the model that a client was given is from the one that it should have."""

@@ -7,7 +7,7 @@ import torch
 
 from fedex_lora.answers import Refusal
 from fedex_lora.catch_up import CatchUp, Log, lacking, pruned
-from fedex_lora.config import Messages
+from fedex_lora.config import Config
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, ServerState
 
 
@@ -52,7 +52,7 @@ class Books:
         result: Aggregate,
         updates: Sequence[ClientUpdate],
         clients: Collection[str],
-        messages: Messages,
+        config: Config,
     ) -> "Books":
         """After a round: what it changed, and who was part of its mean.
 
@@ -60,24 +60,36 @@ class Books:
             before, after, result: of the round.
             updates: that are part of the mean.
             clients: all of them.
-            messages: what may travel.
+            config: what may travel, and whether the server has momentum.
         """
-        oldest = min(self.version.get(client, 0) for client in clients)
-        log = replace(self.log, gains={**self.log.gains, after.round: result.residual})
+        log = replace(self.log, gains={**self.log.gains, after.round: result.residual}, adapters=self._adapters(before, config))
         return replace(
             self,
-            log=pruned(log, after.base_delta, oldest, messages),
+            log=pruned(log, after.base_delta, self._oldest(clients), config.messages),
             changed={part: after.round if _changed(part, before.adapter, after.adapter) else last for part, last in self.changed.items()},
             accepted={**self.accepted, **{update.client_id: after.round for update in updates}},
         )
+
+    def skipped(self, before: ServerState, after: ServerState, clients: Collection[str], config: Config) -> "Books":
+        """After a round without a mean, which ends what momentum there was."""
+        log = replace(self.log, halts=[*self.log.halts, after.round], adapters=self._adapters(before, config))
+        return replace(self, log=pruned(log, after.base_delta, self._oldest(clients), config.messages))
+
+    def _adapters(self, before: ServerState, config: Config) -> dict[int, Adapter]:
+        """Under momentum also the adapter that is the present one no more, where its product is not zero."""
+        now = {module: pair for module, pair in before.adapter.items() if bool(pair.B.any())}
+        return {**self.log.adapters, before.round: now} if config.server.through_base else {}
+
+    def _oldest(self, clients: Collection[str]) -> int:
+        return min(self.version.get(client, 0) for client in clients)
 
     def known(self, client: str) -> str:
         """The factors of the global adapter that a client has as they are."""
         return "".join(part for part, last in self.changed.items() if client in self.version and last <= self.version[client])
 
-    def lacking(self, since: int, state: ServerState, messages: Messages) -> CatchUp:
+    def lacking(self, since: int, state: ServerState, config: Config) -> CatchUp:
         """What a client with the base of version `since` lacks."""
-        return lacking(self.log, state.base_delta, since, state.round, messages)
+        return lacking(self.log, state.base_delta, since, state.round, config.messages, config.server.through_base)
 
 
 def _changed(part: str, before: Adapter, after: Adapter) -> bool:

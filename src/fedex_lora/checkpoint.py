@@ -16,9 +16,9 @@ from fedex_lora.books import Books
 from fedex_lora.catch_up import Log
 from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
-from fedex_lora.peft_io import read_result
-from fedex_lora.storage import Tensors, load_tensors, run_rounds_of
-from fedex_lora.types import LoRAPair, LowRank, ServerState, adapter_from, factors_of, scalings_of
+from fedex_lora.peft_io import DELTA, read_result
+from fedex_lora.storage import Tensors, deltas_of, load_delta, load_tensors, moving_tensors, run_rounds_of
+from fedex_lora.types import Delta, LoRAPair, LowRank, MovingDense, MovingLowRank, ServerState, adapter_from, factors_of, scalings_of
 
 FILE = "server.safetensors"
 
@@ -49,6 +49,10 @@ def to_file(checkpoint: Checkpoint) -> Tensors:
     for number, gains in log.gains.items():
         for module, gain in gains.items():
             tensors |= {f"log|{number}|{module}|U": gain.U, f"log|{number}|{module}|V": gain.V}
+    for number, past in log.adapters.items():
+        tensors |= {name: tensor.clone() for name, tensor in factors_of(f"past{number}", past).items()}  # rounds may share them
+    tensors |= {f"moving|{name}": tensor for name, tensor in moving_tensors(_moving(state.base_delta)).items()}
+    tensors |= {f"velocity|{name}": tensor for name, tensor in state.velocity.items()}
     for index, adapter in enumerate(state.personal.values()):
         tensors |= factors_of(f"personal{index}", adapter)
     about = {
@@ -59,6 +63,8 @@ def to_file(checkpoint: Checkpoint) -> Tensors:
         "personal": [[client, scalings_of(adapter)] for client, adapter in state.personal.items()],
         "log": {str(number): list(gains) for number, gains in log.gains.items()},
         "whole": log.whole,
+        "past": [[number, scalings_of(past)] for number, past in log.adapters.items()],
+        "halts": list(log.halts),
         "version": books.version,
         "changed": books.changed,
         "lost": sorted(books.lost),
@@ -95,13 +101,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             method=result.manifest["method"],
             round=int(result.manifest["round"]),
             adapter={module: adapter[module] for module in about["adapter"]},
-            base_delta={module: result.base_delta[module] for module in about["base_delta"]},
+            base_delta=_base_delta(result.base_delta, about["base_delta"], tensors, folder),
             other={name: result.other[name] for name in about["other"]},
             seed=about["seed"],
             personal=personal,
+            velocity={name.removeprefix("velocity|"): tensor for name, tensor in tensors.items() if name.startswith("velocity|")},
         )
         books = Books(
-            log=Log(gains=gains, whole=about["whole"]),
+            log=Log(
+                gains=gains,
+                whole=about["whole"],
+                adapters={number: adapter_from(f"past{number}", scalings, tensors) for number, scalings in about.get("past", ())},
+                halts=tuple(about.get("halts", ())),
+            ),
             version=about["version"],
             changed=about["changed"],
             lost=frozenset(about["lost"]),
@@ -119,6 +131,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise StorageError(
             f"{folder / FILE} is not what this version writes ({error!r}): resume with the version that began the run"
         ) from None
+
+
+def _moving(base_delta: Mapping[str, Delta]) -> dict[str, Delta]:
+    return {module: delta for module, delta in base_delta.items() if isinstance(delta, MovingLowRank | MovingDense)}
+
+
+def _base_delta(stored: Mapping[str, Delta], order: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Delta]:
+    """What the base gained, in the order of the modules, with the velocities that the result folder's own file has no place for."""
+    moving = deltas_of({name.removeprefix("moving|"): tensor for name, tensor in tensors.items() if name.startswith("moving|")}, folder)
+    return {module: moving.get(module, stored[module]) for module in order}
+
+
+def load_base(folder: Path) -> dict[str, Delta]:
+    """The server's base delta in a round's result folder, with its velocities.
+
+    Raises:
+        StorageError: something is missing or altered.
+    """
+    stored, (tensors, _) = load_delta(folder / DELTA), load_tensors(folder / FILE)
+    return _base_delta(stored, list(stored), tensors, folder)
 
 
 def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -142,7 +174,7 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     adapter = other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
 
     def base_delta(round: int) -> int:
-        columns = 0 if row.rest == "drop" else taking_part * round
+        columns = (taking_part if row.rest != "drop" else 0) * round + (2 * round if config.server.through_base else 0)
         return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in state.adapter.values())
 
     rounds = [adapter * (1 + taking_part) + 3 * base_delta(number) for number in range(1, config.rounds + 1)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedex_lora.catch_up import BaseCopy
 from fedex_lora.errors import StorageError
-from fedex_lora.storage import delta_tensors, deltas_of, load_tensors, write_tensors
+from fedex_lora.storage import deltas_of, load_tensors, moving_tensors, write_tensors
 from fedex_lora.types import Adapter, Delta, adapter_from, factors_of, scalings_of
 
 MEMORY = "memory.safetensors"
@@ -52,7 +52,7 @@ def save_memory(path: Path, memory: ClientMemory, whole: bool = False) -> None:
     moments = {f"{index}|{name}": value for index, values in optimizer.get("state", {}).items() for name, value in values.items()}
     tensors = {"reply": torch.frombuffer(bytearray(memory.reply), dtype=torch.uint8)}
     tensors |= {f"optimizer|{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
-    tensors |= {f"base|{name}": tensor for name, tensor in delta_tensors(memory.base.delta).items()} if whole else {}
+    tensors |= {f"base|{name}": tensor for name, tensor in moving_tensors(memory.base.delta).items()} if whole else {}
     for prefix, adapter in (("adapter", memory.adapter or {}), *((f"trained{number}", one) for number, one in memory.trained.items())):
         tensors |= factors_of(prefix, adapter)
     about = {

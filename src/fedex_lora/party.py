@@ -65,7 +65,7 @@ class Parties:
         message = read(payload, memory, self.learner.first)
         if message.kind == "train" and message.round == memory.round and (reply := self._reply(client, memory)):
             return reply
-        begun = begin(message, memory)
+        begun = begin(message, memory, self.learner.first, self.config.server)
         begun = replace(begun, memory=self._sharing(begun.memory))
         self.memories[client] = begun.memory
         self.learner.put(begun.start, begun.delta, begun.message.other)

@@ -8,7 +8,7 @@ from fedex_lora import server
 from fedex_lora.aggregation import method_named
 from fedex_lora.answers import stays
 from fedex_lora.catch_up import BaseCopy, caught_up
-from fedex_lora.config import Config
+from fedex_lora.config import Config, Server
 from fedex_lora.errors import WireError
 from fedex_lora.memory import ClientMemory
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LowRank
@@ -67,13 +67,20 @@ def read(payload: bytes, memory: ClientMemory, first: Adapter) -> Download:
     return decode_download(payload, memory.adapter or pristine)
 
 
-def begin(message: Download, memory: ClientMemory) -> Begun:
+def begin(message: Download, memory: ClientMemory, first: Adapter, pace: Server) -> Begun:
     """Bring base and adapter to the message's version, and say what is trained.
+
+    Args:
+        message: as `read`.
+        memory, first: see `read`.
+        pace: momentum and learning rate of the server.
 
     Raises:
         WireError: the message does not fit what the client has; a `LacksError` where it can be sent everything instead.
     """
-    base = caught_up(BaseCopy() if message.anew else memory.base, message.catch_up)
+    base = BaseCopy() if message.anew else memory.base
+    before = memory.adapter if base.version and memory.adapter is not None else first
+    base = caught_up(base, message.catch_up, before, message.adapter, pace)
     kept = _counted(memory, message.accepted) if method_named(message.method).own else {}
     start, held = server.start_of(message.method, message.adapter, message.rank, kept.get(message.accepted))
     return Begun(message, replace(memory, base=base, adapter=message.adapter, trained=kept), start, held)

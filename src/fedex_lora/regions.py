@@ -39,6 +39,7 @@ def merge_folders(
     names = distinct_names(folders)
     base_model = one_base(folders, [result.manifest.get("base_model") for result in results], base)
     _require_same_frozen(folders, results)
+    _require_at_rest(folders, results)
     totals = [_total(folder, result) for folder, result in zip(folders, results, strict=True)] if weights is None else list(weights)
     parts = [_part(name, result) for name, result in zip(names, results, strict=True)]
     adapters = _require_disjoint(folders, results)
@@ -109,6 +110,14 @@ def _require_disjoint(folders: Sequence[Path], results: Sequence[Result]) -> lis
                 raise AggregationError(f"{adapter} is in {seen[place]} and in {folder}: count every adapter once")
             seen[place] = folder
     return list(seen)
+
+
+def _require_at_rest(folders: Sequence[Path], results: Sequence[Result]) -> None:
+    """What momentum adds is no part of a mean."""
+    if odd := [folder for folder, result in zip(folders, results, strict=True) if result.motion is not None]:
+        raise AggregationError(
+            f"{odd[0]} is of a run with server.momentum or server.learning_rate, which is no mean: merge runs without them"
+        )
 
 
 def _require_same_frozen(folders: Sequence[Path], results: Sequence[Result]) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 
 from fedex_lora import __version__, measure, server
 from fedex_lora.aggregation import derive_seed, method_named
+from fedex_lora.aggregation.momentum import gained
 from fedex_lora.answers import Answers, Emit, Refusal, Reply, below_quorum, collect, refuse
 from fedex_lora.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.client import weighted_mean
-from fedex_lora.config import Config
+from fedex_lora.config import Config, Server
 from fedex_lora.consistency import participants as how_many
 from fedex_lora.consistency import quorum
 from fedex_lora.errors import StorageError, TrainingError
@@ -149,13 +150,14 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         got = _gather(participants, here, missed, federation, config, out.name, emit)
         if got.short and config.clients.below_quorum != "skip":
             raise TrainingError(f"{got.short}: mend that, or lower clients.quorum and clients.min_clients, or set clients.below_quorum")
-        here, missed, weights = _skipped(got, federation, emit) if got.short else _stepped(got, federation, config, emit)
+        here, missed, weights = _skipped(got, federation, config, emit) if got.short else _stepped(got, federation, config, emit)
         here = replace(here, done={"bytes_down": got.down, "bytes_up": got.up, **here.done, "seconds": time.perf_counter() - began})
         facts = {**federation.facts, "participants": participants, "refused": [vars(refusal) for refusal in got.refused]}
         facts |= {"late": sorted(got.late)} if got.late else {}
         facts |= {"skipped": got.short} if got.short else {}
         folder, updates, more = round_folder(out, number), [] if got.short else got.updates, {FILE: to_file(here)}
-        write_result(folder, here.state, updates, weights, federation.format, facts, before.base_delta, held=got.held, more=more)
+        motion = None if got.short else server.motion_of(before, config.server)
+        write_result(folder, here.state, updates, weights, federation.format, facts, before.base_delta, got.held, more, motion)
         emit("round_done", **here.done)
         _forget(out, here, config.keep_rounds)
         del got, updates  # or those of the next round come on top
@@ -239,9 +241,9 @@ def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit)
     here, before = got.here, got.here.state
     behind = {client: got.held[client] for client in got.late}
     held_out = _held_out_event(before.round, [update for update in got.updates if update.client_id not in got.late], emit)
-    state, result = server.step(before, got.updates, config.weights, config.truncation, behind)
-    books = here.books.stepped(before, state, result, got.updates, federation.clients, config.messages)
-    numbers = _measured(before, got.updates, result, state, got.held, federation)
+    state, result = server.step(before, got.updates, config.weights, config.truncation, behind, config.server)
+    books = here.books.stepped(before, state, result, got.updates, federation.clients, config)
+    numbers = _measured(before, got.updates, result, state, got.held, federation, config.server)
     if useless := measure.useless_truncation(result):
         emit("warning", round=state.round, message=useless, tail=measure.tail(result))
     if odd := numbers.get("not_finite"):
@@ -249,19 +251,17 @@ def _stepped(got: _Gathered, federation: Federation, config: Config, emit: Emit)
         emit("warning", round=state.round, message=words)
     accepted = [update.client_id for update in got.updates]
     done = {"round": state.round, "metrics": federation.evaluate(state), "accepted": accepted, **numbers}
-    return (
-        Checkpoint(state, books, {**here.held_out, before.round: held_out}, done, here.skipped),
-        _Missed(got.open, result.residual),
-        result.weights,
-    )
+    gain = gained(before.base_delta, state.base_delta) if config.server.through_base and got.open else result.residual
+    return Checkpoint(state, books, {**here.held_out, before.round: held_out}, done, here.skipped), _Missed(got.open, gain), result.weights
 
 
-def _skipped(got: _Gathered, federation: Federation, emit: Emit) -> tuple[Checkpoint, _Missed, Mapping[str, float]]:
+def _skipped(got: _Gathered, federation: Federation, config: Config, emit: Emit) -> tuple[Checkpoint, _Missed, Mapping[str, float]]:
     """The server after a round with too few updates: as before it, and its number is used up."""
-    state = server.skip(got.here.state)
+    before, state = got.here.state, server.skip(got.here.state)
+    books = got.here.books.skipped(before, state, federation.clients, config) if config.server.through_base else got.here.books
     emit("warning", round=state.round, message=f"the round is skipped: {got.short.partition(':')[0]}")
     done = {"round": state.round, "metrics": federation.evaluate(state), "skipped": got.short}
-    return replace(got.here, state=state, done=done, skipped=[*got.here.skipped, state.round]), _Missed(got.open), {}
+    return replace(got.here, state=state, books=books, done=done, skipped=[*got.here.skipped, state.round]), _Missed(got.open), {}
 
 
 def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:
@@ -288,7 +288,7 @@ def _messages(
     drawn = method.draws and state.round > 0
     downloads = dict[str, Download]()
     since = {client: books.version.get(client, 0) for client in participants}
-    lacking = {version: books.lacking(version, state, config.messages) for version in set(since.values())}
+    lacking = {version: books.lacking(version, state, config) for version in set(since.values())}
     for client in participants:
         rank = federation.ranks.get(client)
         whole = rank is None or method.frozen_side or drawn
@@ -340,14 +340,30 @@ def _final_held_out(config: Config, here: Checkpoint, federation: Federation, ru
 
 
 def _measured(
-    before: ServerState, updates: Sequence[ClientUpdate], result: Aggregate, after: ServerState, held: Held, federation: Federation
+    before: ServerState,
+    updates: Sequence[ClientUpdate],
+    result: Aggregate,
+    after: ServerState,
+    held: Held,
+    federation: Federation,
+    pace: Server,
 ) -> dict[str, Any]:
-    """The exactness that this round achieved, from the factors and from the model's own weights; nothing where there is no global model."""
+    """The exactness that this round achieved, from the factors and from the model's own weights; nothing where there is no global model.
+
+    Under momentum the ideal is what it makes of the mean of the participants' models; what is taken down of the change is checked as well.
+    """
     if not after.adapter or method_named(after.method).exactness == "personalised":
         return {}
     ideal = measure.ideal_update(before.base_delta, updates, result.weights, held)
+    more = dict[str, float]()
+    if motion := server.motion_of(before, pace):
+        ideal = measure.moved(ideal, before.base_delta, motion)
+    if motion and motion.momentum:
+        start, end = (measure.effective_update(state.adapter, state.base_delta) for state in (before, after))
+        more = {"change_error": measure.worst(measure.change_error(start, end, server.last_changes(after, pace)).values())}
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
-    realised, floor, more = federation.realised(after, ideal)
+    realised, floor, side = federation.realised(after, ideal)
+    more |= side
     cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
     deviation = measure.deviation(result, updates)
     errors = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedex_lora.aggregation import method_named
 from fedex_lora.answers import Emit, Reply
-from fedex_lora.checkpoint import last_checkpoint, require_space
+from fedex_lora.checkpoint import last_checkpoint, load_base, require_space
 from fedex_lora.client import ClientData, quiet, spare_devices
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.consistency import require_consistent
@@ -18,11 +18,10 @@ from fedex_lora.failures import failure_of
 from fedex_lora.learner import ModelLearner
 from fedex_lora.partition import Indices, partition
 from fedex_lora.party import Parties
-from fedex_lora.peft_io import DELTA
 from fedex_lora.place import Host, Place
 from fedex_lora.rounds import Federation, handed_on, log_to, run_rounds
 from fedex_lora.run_folder import barely_begun, locked, strays, swept
-from fedex_lora.storage import load_delta, read_events, round_folder, write_text, writing_failed
+from fedex_lora.storage import read_events, round_folder, write_text, writing_failed
 from fedex_lora.tasks import load_task, usable
 from fedex_lora.trackers import Trackers
 from fedex_lora.types import Delta, ServerState
@@ -75,8 +74,8 @@ class InProcess:
 
         def base_of(version: int) -> Mapping[str, Delta] | None:
             if version not in bases:
-                path = round_folder(out, version) / DELTA
-                bases[version] = load_delta(path) if path.exists() else None
+                folder = round_folder(out, version)
+                bases[version] = load_base(folder) if folder.exists() else None
             return bases[version]
 
         self.parties.remember_in(out / "clients", base_of)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
-from fedex_lora.aggregation.lowrank import add, finite, with_shares
-from fedex_lora.aggregation.momentum import halted, moved, moved_tensors
+from fedex_lora.aggregation.lowrank import add, concatenate, finite, with_shares
+from fedex_lora.aggregation.momentum import halted, last_change, moved, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Server, Truncation
 from fedex_lora.errors import AggregationError
+from fedex_lora.measure import Motion
 from fedex_lora.types import (
     Adapter,
     Aggregate,
@@ -112,6 +113,29 @@ def grown(
         AggregationError: see `advance`.
     """
     return moved(base_delta, residual, before, after, pace) if pace.through_base else advance(base_delta, residual)
+
+
+def motion_of(state: ServerState, pace: Server) -> Motion | None:
+    """What momentum and learning rate make the next round start from; None without them."""
+    if not pace.moves:
+        return None
+    everything = pace.momentum_on == "all"
+    other = {name: tensor for name, tensor in state.velocity.items() if name in state.other}
+    return Motion(pace.momentum, pace.learning_rate, state.adapter, last_changes(state, pace), state.other if everything else {}, other)
+
+
+def last_changes(state: ServerState, pace: Server) -> dict[str, Delta]:
+    """Module path -> `W_t - W_{t-1}`, the last change of the effective weights, as the server took it down."""
+    if pace.momentum_of == "products":
+        found = {module: last_change(delta) for module, delta in state.base_delta.items()}
+        return {module: change for module, change in found.items() if change is not None}
+    changes: dict[str, Delta] = {}
+    for module, pair in state.adapter.items() if state.velocity else ():
+        old = LoRAPair(
+            A=pair.A - state.velocity[f"factor|{module}|A"], B=pair.B - state.velocity[f"factor|{module}|B"], scaling=-pair.scaling
+        )
+        changes[module] = concatenate([pair.low_rank(), old.low_rank()])
+    return changes
 
 
 def skip(state: ServerState) -> ServerState:

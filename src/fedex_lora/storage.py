@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import finite
+from fedex_lora.aggregation.lowrank import finite, from_parts, parts
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
@@ -116,18 +116,21 @@ def load_delta(path: Path) -> dict[str, Delta]:
     return deltas_of(tensors, path)
 
 
+def moving_tensors(base_delta: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """`M.PART` for each module M: all that a delta is made of (`aggregation.lowrank.parts`), its velocity included."""
+    return {f"{module}.{name}": tensor for module, delta in base_delta.items() for name, tensor in parts(delta).items()}
+
+
 def deltas_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Delta]:
-    """The inverse of `delta_tensors`; `path` is named in errors."""
-    deltas: dict[str, Delta] = {}
+    """The inverse of `delta_tensors` and of `moving_tensors`; `path` is named in errors."""
+    found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        if part == "W":
-            deltas[module] = Dense(W=tensor)
-        elif part == "U" and f"{module}.V" in tensors:
-            deltas[module] = LowRank(U=tensor, V=tensors[f"{module}.V"])
-        elif part != "V" or f"{module}.U" not in tensors:
-            raise StorageError(f"{path} has a tensor {name} that is no part of a base delta (module.U with module.V, or module.W)")
-    return deltas
+        found.setdefault(module, {})[part] = tensor
+    try:
+        return {module: from_parts(parts) for module, parts in found.items()}
+    except ValueError as error:
+        raise StorageError(f"{path} is no base delta: it has tensors of {error}") from None
 
 
 def load_factors(path: Path) -> dict[str, LowRank]:

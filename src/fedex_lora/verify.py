@@ -207,10 +207,11 @@ def output_errors(result: Result, base: str) -> dict[str, Any]:
 
 
 def _ideal(result: Result) -> Mapping[str, Delta]:
-    """The mean of the participants' models; where none are there, what the folder's own factors say."""
+    """The mean of the participants' models, moved by the server's momentum; where none are there, what the folder's own factors say."""
     if not result.updates:
         return measure.effective_update(result.adapter, result.base_delta)
-    return measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
+    ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
+    return ideal if result.motion is None else measure.moved(ideal, result.previous_delta, result.motion)
 
 
 def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any]:
@@ -236,7 +237,8 @@ def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
     if result.standalone:
         whole = measure.exactness(ideal, result.standalone.adapter, {})
         per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
-    per_module |= {f"other {name}": error for name, error in measure.other_errors(result.other, result.updates, result.weights).items()}
+    others = measure.other_errors(result.other, result.updates, result.weights, result.motion)
+    per_module |= {f"other {name}": error for name, error in others.items()}
     folders = [result.format.frozen, *([result.standalone.format.frozen] if result.standalone else [])]
     for name in result.manifest.get("frozen", []):  # what all adapters brought of their base, untrained, is in both folders
         there = all(name in frozen and torch.equal(frozen[name], folders[0][name]) for frozen in folders)

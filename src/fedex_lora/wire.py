@@ -6,7 +6,7 @@ carries what the client trained. Whatever arrives is checked against what the ro
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedex_lora.aggregation.lowrank import from_parts, parts
 from fedex_lora.catch_up import CatchUp, require_whole
 from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.framing import UNSEALED, Entry, read_table, require_same_names, require_sealed, seal, shown, strict_json
 from fedex_lora.server import fresh_adapter
-from fedex_lora.types import Adapter, ClientUpdate, Delta, Dense, LoRAPair, LowRank
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, LowRank
 
 SCHEMA = 1
 EXAMPLES = 10_000_000  # of one client, at most, where the configuration says nothing
@@ -47,6 +48,7 @@ class Header(BaseModel):
     metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
     since: int = Field(0, ge=0)
     log_rounds: list[int] = []
+    halts: list[int] = []
     share: None = Field(None, exclude=True)  # older versions write it, also in the answers that their clients keep
     rank: int | None = Field(None, ge=1)
     fresh: int | None = Field(None, ge=0)
@@ -96,7 +98,7 @@ class Download:
 def encode_download(message: Download, omit: str = "") -> bytes:
     """The bytes of a download; `omit` names the factors ("A", "B", "AB") that the client has already, or draws itself."""
     tensors = _adapter_tensors(message.adapter, omit) | {f"other|{name}": tensor for name, tensor in message.other.items()}
-    tensors |= _catch_up_tensors(message.catch_up)
+    tensors |= _catch_up_tensors(message.catch_up) | _past_tensors(message.catch_up, message.adapter)
     header = Header(
         kind=message.kind,
         run=message.run,
@@ -106,6 +108,7 @@ def encode_download(message: Download, omit: str = "") -> bytes:
         scalings={module: pair.scaling for module, pair in message.adapter.items()},
         since=message.catch_up.since,
         log_rounds=list(message.catch_up.log),
+        halts=list(message.catch_up.halts),
         rank=message.rank,
         fresh=message.fresh,
         anew=message.anew,
@@ -240,14 +243,45 @@ def _adapter_tensors(adapter: Adapter, omit: str = "") -> dict[str, Tensor]:
 
 
 def _catch_up_tensors(message: CatchUp) -> dict[str, Tensor]:
-    """`log|ROUND|MODULE|U`, `gain|MODULE|U`, `snapshot|MODULE|U`, each with its V; or `snapshot|MODULE|W`."""
+    """`log|ROUND|MODULE|U`, `gain|MODULE|U`, each with its V; `snapshot|MODULE|PART` (see `aggregation.lowrank.parts`)."""
     forms: dict[str, Delta] = {f"log|{number}|{module}": gain for number, gains in message.log.items() for module, gain in gains.items()}
     forms |= {f"gain|{module}": gain for module, gain in message.gain.items()}
     forms |= {f"snapshot|{module}": delta for module, delta in message.snapshot.items()}
+    return {f"{name}|{part}": tensor for name, delta in forms.items() for part, tensor in parts(delta).items()}
+
+
+def _past_tensors(message: CatchUp, adapter: Adapter) -> dict[str, Tensor]:
+    """`past|ROUND|MODULE|B` of the adapters of past rounds, and A where it is not that of the present one."""
     tensors: dict[str, Tensor] = {}
-    for name, delta in forms.items():
-        tensors |= {f"{name}|W": delta.W} if isinstance(delta, Dense) else {f"{name}|U": delta.U, f"{name}|V": delta.V}
+    for number, past in message.adapters.items():
+        for module, pair in past.items():
+            tensors[f"past|{number}|{module}|B"] = pair.B.clone()  # after a skipped round it may be the present one
+            if not torch.equal(pair.A, adapter[module].A):
+                tensors[f"past|{number}|{module}|A"] = pair.A.clone()
     return tensors
+
+
+def _past(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[int, dict[str, LoRAPair]]:
+    """The adapters of past rounds, of the shapes of the present one.
+
+    Raises:
+        WireError: else, or a round that the log does not have.
+    """
+    past: dict[int, dict[str, LoRAPair]] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith("past|"):
+            continue
+        number, _, rest = name.removeprefix("past|").partition("|")
+        module, _, part = rest.rpartition("|")
+        now = getattr(adapter[module], part) if module in adapter and part in ("A", "B") else None
+        if not number.isdecimal() or int(number) not in header.log_rounds[:-1] or now is None or now.shape != tensor.shape:
+            raise WireError(
+                f"tensor {shown(name)} {list(tensor.shape)} is no factor of a past round's adapter: is the message of another run?"
+            )
+        found = past.setdefault(int(number), {})
+        pair = found.get(module, adapter[module])
+        found[module] = replace(pair, A=tensor) if part == "A" else replace(pair, B=tensor)
+    return past
 
 
 def _catch_up(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -> CatchUp:
@@ -275,29 +309,25 @@ def _catch_up(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -
         if module not in adapter or adapter[module].shape != delta.shape:
             ours = adapter[module].shape if module in adapter else "no such module"
             raise WireError(f"{place[:200]!r} is {delta.shape} and the adapter has {ours}: is the message of another model?")
-    message = CatchUp(since=header.since, version=header.round - 1, log=log, gain=gain, snapshot=snapshot)
+    past = _past(header, tensors, adapter)
+    message = CatchUp(header.since, header.round - 1, log, gain, snapshot, past, header.halts)
     require_whole(message)
     return message
 
 
 def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """FORM|...|MODULE -> the product of its U and V, or its W."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    """FORM|...|MODULE -> the delta that its parts make."""
+    found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if not name.startswith(("adapter|", "other|")):
+        if not name.startswith(("adapter|", "other|", "past|")):
             place, _, part = name.rpartition("|")
-            parts.setdefault(place, {})[part] = tensor
+            found.setdefault(place, {})[part] = tensor
     deltas: dict[str, Delta] = {}
-    for place, found in parts.items():
-        shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
-        if not all(tensor.ndim == 2 and tensor.is_floating_point() for tensor in found.values()):
-            raise WireError(f"{place[:200]!r} has {shapes}, which are no matrices of floating-point numbers")
-        if found.keys() == {"W"}:
-            deltas[place] = Dense(W=found["W"])
-        elif found.keys() == {"U", "V"} and shapes["U"][1] == shapes["V"][0]:
-            deltas[place] = LowRank(U=found["U"], V=found["V"])
-        else:
-            raise WireError(f"{place[:200]!r} has {shapes}: it must be U and V that chain, or W alone")
+    for place, made_of in found.items():
+        try:
+            deltas[place] = from_parts(made_of)
+        except ValueError as error:
+            raise WireError(f"{place[:200]!r} has {error}") from None
     return deltas
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.measure import Held
+from fedex_lora.measure import Held, Motion
 from fedex_lora.peft_io._folders import CONFIG, AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
 from fedex_lora.storage import (
     FINAL,
@@ -23,6 +23,7 @@ from fedex_lora.storage import (
     Tensors,
     atomic_folder,
     delta_tensors,
+    deltas_of,
     load_delta,
     load_tensors,
     load_update,
@@ -33,12 +34,13 @@ from fedex_lora.storage import (
     save_tensors,
     save_update,
 )
-from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, ServerState
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, ServerState, adapter_from, factors_of, scalings_of
 
-TRAINABLE, DELTA, PREVIOUS, UPDATES, HELD, STANDALONE, WHOLE = (
+TRAINABLE, DELTA, PREVIOUS, MOTION, UPDATES, HELD, STANDALONE, WHOLE = (
     "trainable",
     "base_delta.safetensors",
     "previous_delta.safetensors",
+    "motion.safetensors",
     "updates",
     "held",
     "adapter",
@@ -65,6 +67,7 @@ class Result:
         adapter, base_delta, other: the state after the round.
         previous_delta: the base delta that the participants started from.
         held: client -> what its base had beside that one.
+        motion: what the server's momentum made the round start from; None without momentum.
         updates: the participants' updates, where they were kept.
         weights: client id -> p_i.
         standalone: the whole update as one adapter, where it was written.
@@ -77,6 +80,7 @@ class Result:
     other: Mapping[str, Tensor]
     previous_delta: Mapping[str, Delta]
     held: Held
+    motion: Motion | None
     updates: Sequence[ClientUpdate]
     weights: Mapping[str, float]
     standalone: AdapterFolder | None
@@ -101,9 +105,10 @@ def write_result(
     format: Format,
     facts: Mapping[str, Any],
     previous_delta: Mapping[str, Delta] | None = None,
-    standalone: bool = False,
     held: Held | None = None,
     more: Mapping[str, Tensors] | None = None,
+    motion: Motion | None = None,
+    standalone: bool = False,
     kept: Sequence[ClientUpdate] | None = None,
 ) -> None:
     """Write a result folder in one step.
@@ -116,9 +121,10 @@ def write_result(
         format: how adapters are written.
         facts: for the manifest.
         previous_delta: the base delta before the round.
-        standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
         held: what single participants held beside the previous delta.
         more: file name -> what else the folder holds.
+        motion: what the server's momentum made the round start from.
+        standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
         kept: the updates that are written; None: all.
 
     Raises:
@@ -140,10 +146,44 @@ def write_result(
             save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
             if held and held.get(update.client_id):
                 save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
+        if motion is not None:
+            save_tensors(temporary / MOTION, *_motion_tensors(motion))
         for name, content in (more or {}).items():
             save_tensors(temporary / name, *content)
         if standalone:
             write_adapter_folder(temporary / STANDALONE, whole, state.other, format)
+
+
+def _motion_tensors(motion: Motion) -> Tensors:
+    tensors = factors_of("adapter", motion.adapter)
+    tensors |= {f"change|{name}": tensor for name, tensor in delta_tensors(motion.change).items()}
+    tensors |= {f"other|{name}": tensor for name, tensor in motion.other.items()}
+    tensors |= {f"other_change|{name}": tensor for name, tensor in motion.other_change.items()}
+    about = {"momentum": motion.momentum, "learning_rate": motion.learning_rate, "scalings": scalings_of(motion.adapter)}
+    return tensors, {"motion": json.dumps(about)}
+
+
+def _motion(path: Path) -> Motion | None:
+    """The inverse of `_motion_tensors`; None where there is no such file."""
+    if not path.is_file():
+        return None
+    tensors, metadata = load_tensors(path)
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}
+
+    try:
+        about = json.loads(metadata["motion"])
+        return Motion(
+            momentum=float(about["momentum"]),
+            learning_rate=float(about["learning_rate"]),
+            adapter=adapter_from("adapter", about["scalings"], tensors),
+            change=deltas_of(of("change"), path),
+            other=of("other"),
+            other_change=of("other_change"),
+        )
+    except (KeyError, ValueError, TypeError, AggregationError) as error:
+        raise StorageError(f"{path} does not say what the round started from ({error!r}): copy the folder again") from None
 
 
 def _require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
@@ -272,6 +312,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         other=other,
         previous_delta=load_delta(previous) if previous.exists() else {},
         held={client: load_delta(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
+        motion=_motion(folder / MOTION),
         updates=updates,
         weights=weights,
         standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,
@@ -285,6 +326,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
 def _require_finite(folder: Path, result: Result) -> None:
     parts = {TRAINABLE: _named(result.adapter, result.other), DELTA: delta_tensors(result.base_delta)}
     parts |= {PREVIOUS: delta_tensors(result.previous_delta)}
+    parts |= {MOTION: dict(_motion_tensors(result.motion)[0])} if result.motion else {}
     parts |= {STANDALONE: _named(result.standalone.adapter, result.standalone.other)} if result.standalone else {}
     parts |= {f"{UPDATES}, {update.client_id}": _named(update.adapter, update.other) for update in result.updates}
     parts |= {f"{HELD}, {client}": delta_tensors(held) for client, held in result.held.items()}
