@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 TINY = scale_out.Model({(24, 16): 3}, 2, (), ((24, 16), 1))  # N = 40, out x in = 384
 
 
-@pytest.mark.parametrize("name", [*scale_out.NAMES, scale_out.PER_CLIENT])
+@pytest.mark.parametrize("name", scale_out.NAMES)
 @pytest.mark.parametrize("k", [3, 12])
 def test_messages_have_the_bytes_of_the_formulas(name, k):
     """12 clients of rank 2 have more numbers than the matrix, so there the whole base delta travels."""
@@ -21,10 +21,9 @@ def test_messages_have_the_bytes_of_the_formulas(name, k):
 
 
 def test_the_floor_is_met():
-    """k r N for all alike, (k - 1) r N for who knows its own factors; the paper's is (k + 1) r N."""
+    """k r N; the paper's is (k + 1) r N."""
     unit = 4 * 4 * (768 + 768) * 2  # bytes, rank, N, modules
     assert scale_out.counted("fedex", 3)["down"] == 3 * unit
-    assert scale_out.counted(scale_out.PER_CLIENT, 3)["down"] == 2 * unit
 
 
 def test_operations_by_hand():
