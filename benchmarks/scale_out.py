@@ -104,7 +104,7 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
                 sums = {key: sums[key] + value for key, value in parts.items()}
         books, before = here.books.answered(state.round, clients, clients, []), state
         state, result = server.step(before, updates, truncation=config.truncation)
-        here = Checkpoint(state, books.stepped(before, state, result, updates, clients, config.messages))
+        here = Checkpoint(state, books.stepped(before, state, result, updates, clients, config))
     down, up = travels(name, k, shape, rank)
     return {key: value / (2 * k) for key, value in sums.items()} | {"down_formula": down * modules, "up_formula": up * modules}
 

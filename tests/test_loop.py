@@ -63,7 +63,10 @@ def combinations(method, everything=False):
         clients = {"partition": "iid", "count": CLIENTS, "ranks": RANKS[ranks], "fraction": FRACTIONS[fraction], **changes}
         name = method if gauge == "as-is" else f"{method}+{gauge}"
         with contextlib.suppress(FedexLoraError):
-            row, config = method_named(name), setting(method=name, rounds=ROUNDS, clients=clients, messages=MESSAGES[sent], server=PACES[pace])
+            row, config = (
+                method_named(name),
+                setting(method=name, rounds=ROUNDS, clients=clients, messages=MESSAGES[sent], server=PACES[pace]),
+            )
             require_consistent(config, 1 if row.pooled else CLIENTS)
             alike = sent != "smallest" and (row.rest == "drop" or row.draws) and not PACES[pace]  # nothing or all of it is sent
             if not (alike or (event == "forgotten" and row.own) or (row.pooled and faults)):

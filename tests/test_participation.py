@@ -18,7 +18,7 @@ from fedex_lora import METHODS, ClientUpdate, LoRAPair, catch_up, server
 from fedex_lora.books import Books
 from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking, pruned
 from fedex_lora.checkpoint import Checkpoint
-from fedex_lora.config import Base, Config, Lora, Messages
+from fedex_lora.config import Base, Config, Lora, Messages, Server
 from fedex_lora.errors import WireError
 from fedex_lora.peft_io import FrozenBase, add_lora, load_base, read_model, write_model
 from fedex_lora.rounds import Federation, _messages, log_to, run_rounds
@@ -38,9 +38,12 @@ class Party:
     adapter: dict
     base: BaseCopy = field(default_factory=BaseCopy)
 
+    pace: Server = field(default_factory=Server)
+
     def receive(self, payload) -> Download:
         message = decode_download(payload, self.adapter)
-        self.base, self.adapter = caught_up(self.base, message.catch_up), message.adapter
+        self.base = caught_up(self.base, message.catch_up, self.adapter, message.adapter, self.pace)
+        self.adapter = message.adapter
         return message
 
     def model(self, name):
@@ -87,14 +90,14 @@ def adapters(shapes=((80, 120), (120, 80)), rank=3):
     return {name: replace(pair, B=torch.zeros_like(pair.B)) for name, pair in pairs.items()}
 
 
-def federate(attending, first=None, clients=None, train=moved, method="fedex", **messages):
+def federate(attending, first=None, clients=None, train=moved, method="fedex", pace=None, **messages):
     """Rounds with these participants ("ab", "abc", ...), then the final message to every one of `clients`."""
     first = first or adapters()
     clients = sorted(clients or set("".join(attending)))
     federation = Federation(clients, None, None, None, {}, {})
-    config = Config.model_validate({**configuration().model_dump(), "method": method, "messages": messages})
+    config = Config.model_validate({**configuration().model_dump(), "method": method, "messages": messages, "server": pace or {}})
     state, books = server.init(first, {}, method), Books()
-    parties = {client: Party(client, first) for client in clients}
+    parties = {client: Party(client, first, pace=config.server) for client in clients}
     D = {name: np.zeros(pair.shape) for name, pair in first.items()}
     sizes, all_sent = [], []
     for number, participants in enumerate(attending, start=1):
@@ -105,9 +108,9 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", *
             own = train(message.adapter, client, number)
             update = ClientUpdate(client, own, 10 + ord(client) % 7)
             updates.append(decode_update(encode_update(update, "run", number, method), sent[client]))
-        before, (state, result) = state, server.step(state, updates)
+        before, (state, result) = state, server.step(state, updates, pace=config.server)
         books = books.answered(before.round, participants, participants, [])
-        books = books.stepped(before, state, result, updates, clients, config.messages)
+        books = books.stepped(before, state, result, updates, clients, config)
         p = oracle.shares([update.num_examples for update in updates])
         for name in D:
             pairs = [update.adapter[name] for update in updates]
