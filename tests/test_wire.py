@@ -125,8 +125,8 @@ TAMPERED = {
     "shapes that do not chain": (tampered(**{"log|2|m0|V": torch.ones(5, 20)}), "'log[|]2[|]m0' has .* it must be U and V that chain"),
     "no V": (tampered(**{"log|2|m0|V": None}), "it must be U and V that chain"),
     "no U": (tampered(**{"log|2|m0|U": None}), "it must be U and V that chain"),
-    "a vector": (tampered(**{"snapshot|m0|W": torch.ones(12)}), "no matrices of floating-point numbers"),
-    "integers": (tampered(**{"snapshot|m0|W": W.int()}), "no matrices of floating-point numbers"),
+    "a vector": (tampered(**{"snapshot|m0|W": torch.ones(12)}), "it must be U and V that chain|no floating-point numbers"),
+    "integers": (tampered(**{"snapshot|m0|W": W.int()}), "it must be U and V that chain|no floating-point numbers"),
     "a transposed gain": (
         tampered(**{"log|2|m0|U": V.T.contiguous(), "log|2|m0|V": U.T.contiguous()}),
         "is .20, 12. and the adapter has .12, 20",

@@ -44,7 +44,9 @@ def from_parts(found: Mapping[str, Tensor]) -> Delta:
         ValueError: these are the parts of no delta, or they do not chain.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    made = _from_parts(found, shapes) if all(tensor.is_floating_point() for tensor in found.values()) else None
+    if not all(tensor.is_floating_point() for tensor in found.values()):
+        raise ValueError(f"{shapes}, which are no floating-point numbers")
+    made = _from_parts(found, shapes)
     if made is None:
         raise ValueError(f"{shapes}: it must be U and V that chain, or W alone; or the same with its velocity")
     return made

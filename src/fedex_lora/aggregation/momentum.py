@@ -9,7 +9,7 @@ where `E_t - W_(t-1) = R_t + P_t - P_(t-1)`, R the residual. The adapter stays w
 server and its clients compute it alike, to the same bits, and nothing travels for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -88,14 +88,17 @@ def _moved(delta: Delta | None, gain: LowRank | None, before: LowRank | None, af
 
 def _moved_matrix(delta: Dense, gain: LowRank | None, before: LowRank | None, after: LowRank | None, pace: Server) -> Dense:
     b, h = pace.momentum, pace.learning_rate
-    change = b * delta.velocity.double() if isinstance(delta, MovingDense) else torch.zeros(delta.shape, dtype=torch.float64)
-    W = delta.dense(torch.float64)
-    for term, d, v in ((gain, 0.0, h), (after, -1.0, h), (before, 1.0, -h)):
-        if term is not None:
-            product = term.dense()
-            change.add_(product, alpha=v)
-            W = W.add(product, alpha=d)
-    return _matrix(W + change, change, delta.W.dtype, b)
+    step = _weighted([(h, gain), (h, after), (-h, before)])
+    last = delta.velocity.double() if isinstance(delta, MovingDense) else torch.zeros(delta.shape, dtype=torch.float64)
+    change = b * last + step
+    W = delta.dense() + change + _weighted([(-1.0, after), (1.0, before)])
+    return _matrix(W, change, delta.W.dtype, b)
+
+
+def _weighted(terms: Sequence[tuple[float, LowRank | None]]) -> Tensor | float:
+    """`sum_j c_j T_j` in fp64; zero of none."""
+    there = [LowRank(U=c * term.U.double(), V=term.V.double()) for c, term in terms if term is not None]
+    return concatenate(there).dense() if there else 0.0
 
 
 def _matrix(W: Tensor, change: Tensor, dtype: torch.dtype, b: float) -> Dense:
