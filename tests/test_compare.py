@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,22 @@ from scipy import stats
 from tests.test_runner import configuration
 
 from fedex_lora.analysis import sent
-from fedex_lora.compare import Curve, compare, controls, held_out_score, interval, rounds_to, summary, variants
-from fedex_lora.compare._plan import Variant, configured, grid_around
+from fedex_lora.compare import Curve, configured, controls, held_out_score, interval, parse_protocol, rounds_to, summary, variants
+from fedex_lora.compare import compare as compare_by
+from fedex_lora.compare._plan import RATE, Variant, grid_around, label
 from fedex_lora.compare._runs import Job, outcomes
 from fedex_lora.compare._statistics import curve
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.storage import plain_json, read_events
+
+
+def compare(config, methods, seeds, out, learning_rates=None, with_controls=True, jobs=1, tell=lambda line, done, total: None, **more):
+    """By a protocol of these."""
+    tree = {"methods": methods, "seeds": seeds, "controls": with_controls, **more}
+    tree |= {"grid": {RATE: learning_rates}} if learning_rates else {}
+    return compare_by(config, parse_protocol(tree), out, jobs, tell)
+
 
 CURVE = Curve([0.4, 0.5, 0.6, 0.7], {0: 0.1, 1: 0.9, 2: 0.5, 3: 0.7}, {0: 3.0, 1: 2.0, 2: 1.0, 3: 0.5}, 10.0, 5.0, 1e-8, 3.0, 100)
 
@@ -56,7 +66,7 @@ def test_names_that_mean_nothing(name, message):
 
 def test_a_variant_changes_method_rate_seed_and_rank_only():
     config = configuration(lora={"r": 2, "alpha": 6, "rank_pattern": {"q_proj": 3}})
-    made = configured(config, Variant.parse("ffa@2r"), 0.5, 7)
+    made = configured(config, Variant.parse("ffa@2r"), {RATE: 0.5}, 7)
     assert (made.method, made.seed, made.training["learning_rate"]) == ("ffa", 7, 0.5)
     assert (made.lora.r, made.lora.alpha, made.lora.rank_pattern) == (4, 12, {"q_proj": 6})  # alpha / r stays
     assert made.model_copy(update={key: getattr(config, key) for key in ("method", "seed", "lora", "training")}) == config
@@ -159,10 +169,10 @@ def test_a_whole_comparison(tmp_path):
     assert [row["name"] for row in result["methods"]] == ["fedit", "fedex", "fedsa", "fedit+balanced"]
     starts, finals = {}, {}
     for row in result["methods"]:
-        scores = {float(rate): score for rate, score in row["held_out_by_learning_rate"].items()}
-        assert row["learning_rate"] == max(scores, key=scores.get)
+        scores = {point["settings"][RATE]: point["score"] for point in row["tuning"]}
+        assert row["settings"] == {RATE: max(scores, key=scores.get)}
         for seed in (0, 1):
-            events = read_events(out / "runs" / row["name"] / f"lr-{row['learning_rate']:g}" / f"seed-{seed}" / "events.jsonl")
+            events = read_events(out / "runs" / row["name"] / label(row["settings"]) / f"seed-{seed}" / "events.jsonl")
             starts.setdefault(seed, []).append((events[0]["metrics"], events[0]["train_rows"]))
             if seed == 0:
                 assert (row["bytes_down"], row["bytes_up"]) == tuple(size / config.rounds for size in sent(events))
@@ -255,10 +265,10 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
     """A rate at which training fails is no candidate; a method that fails at every rate is an error that names it."""
     config = configuration(rounds=1)
     result = compare(config, ["fedit"], [0], tmp_path / "a", [5e-3, 1e30], with_controls=False)
-    assert result["methods"][0]["learning_rate"] == 5e-3
-    assert result["methods"][0]["held_out_by_learning_rate"]["1e+30"] is None
+    assert result["methods"][0]["settings"] == {RATE: 5e-3}
+    assert [point["score"] is None for point in result["methods"][0]["tuning"]] == [False, True]
     assert math.isfinite(result["methods"][0]["mean"])
-    with pytest.raises(TrainingError, match="fedit fails at every learning rate"):
+    with pytest.raises(TrainingError, match="fedit fails at every point of the grid"):
         compare(config, ["fedit"], [0], tmp_path / "b", [1e30], with_controls=False)
 
 
@@ -320,7 +330,8 @@ def test_more_jobs_continue_the_same_comparison(tmp_path):
     """The number of threads is that of the first call, so the bits are too."""
     config = configuration(rounds=1).model_copy(update={"torch_threads": None})
     before = compare(config, ["fedit"], [0], tmp_path / "out", [1e-3], with_controls=False, jobs=2)
-    after = compare(config, ["fedit"], [0, 1], tmp_path / "out", [1e-3], with_controls=False, jobs=1)
+    shutil.rmtree(tmp_path / "out" / "runs")
+    after = compare(config, ["fedit"], [0], tmp_path / "out", [1e-3], with_controls=False, jobs=1)
     assert before["methods"][0]["seeds"]["0"] == after["methods"][0]["seeds"]["0"]
 
 
