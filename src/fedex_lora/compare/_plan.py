@@ -22,9 +22,11 @@ RATE = "training.learning_rate"
 
 
 def grid_around(config: Config) -> list[float]:
-    """A third of the configured learning rate, it, and three times it."""
-    rate = float(config.training["learning_rate"])
-    return [float(f"{factor * rate:.3g}") for factor in (1 / 3, 1, 3)]
+    """The configured learning rate, a third of it, and three times it."""
+    middle = config.training.get("learning_rate", 5e-5)
+    if isinstance(middle, bool) or not isinstance(middle, int | float):
+        raise UsageError(f"training.learning_rate = {middle!r} is no number: mend it, or give --learning-rates")
+    return [float(f"{middle * factor:.3g}") for factor in (1 / 3, 1, 3)]
 
 
 def normal(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
