@@ -11,6 +11,7 @@ from typing import Any
 from fedex_lora.aggregation import method_named
 from fedex_lora.client import quiet
 from fedex_lora.compare._hypotheses import answers
+from fedex_lora.compare._picture import draw
 from fedex_lora.compare._plan import RATE, Plan, admissible, canonical, hashed, label, planned, settled
 from fedex_lora.compare._protocol import (
     Hypothesis,
@@ -69,7 +70,7 @@ __all__ = [
     "variants",
 ]
 
-RESULT, TABLE, PROTOCOL, CONFIG = "compare.json", "compare.md", "protocol.toml", "config.toml"
+RESULT, TABLE, PICTURE, PROTOCOL, CONFIG = "compare.json", "compare.md", "compare.png", "protocol.toml", "config.toml"
 Told = Callable[[str, int, int], None]
 """(a line, how many runs are done, how many there are)."""
 Key = tuple[str, str, int]
@@ -86,7 +87,8 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     Args:
         config: the run that is varied.
         protocol: what is compared.
-        out: gets `protocol.toml`, `compare.json`, `compare.md` and `runs/`; a comparison that was interrupted there continues.
+        out: gets `protocol.toml`, `compare.json`, `compare.md`, `compare.png` (with Matplotlib) and `runs/`; a comparison that was
+            interrupted there continues.
         jobs: runs at once, each in its own process.
         tell: told of every run that is done.
 
@@ -123,6 +125,10 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     result = _result(plan, choices, _curves(ran), _facts(ran), sha256)
     write_text(out / RESULT, plain_json(result) + "\n")
     write_text(out / TABLE, markdown(result))
+    try:
+        draw(result, out / PICTURE)
+    except ImportError:
+        tell(f"without {PICTURE}: it needs Matplotlib: pip install '.[report]'", 0, 0)
     return result
 
 

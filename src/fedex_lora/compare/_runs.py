@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -103,13 +103,25 @@ def _is_of(job: Job) -> bool:
 
 def _outcome(job: Job) -> Outcome | None:
     """What a finished run came to; None where it is not finished."""
-    events = job.folder / EVENTS
     if not _is_of(job):
         return None
-    recorded = read_events(events) if events.is_file() else []
-    if not recorded or recorded[-1]["event"] != "run_done":
+    recorded = _recorded(job)
+    if not recorded or recorded[-1]["event"] != "run_done" or not _without_gaps(recorded, job.config.rounds):
         return None
     return Outcome(job, curve(recorded))
+
+
+def _recorded(job: Job) -> list[dict[str, Any]]:
+    events = job.folder / EVENTS
+    return read_events(events) if events.is_file() else []
+
+
+def _without_gaps(events: Sequence[Mapping[str, Any]], rounds: int | None = None) -> bool:
+    """Do events say how a run began, and every round from the first to the last one there is, or to `rounds`?"""
+    numbers = {event["round"] for event in events if event["event"] == "round_done"}
+    return any(event["event"] == "started" for event in events) and numbers == set(
+        range(1, 1 + (len(numbers) if rounds is None else rounds))
+    )
 
 
 def _perform(job: Job) -> Outcome:
@@ -134,7 +146,7 @@ def _perform(job: Job) -> Outcome:
 
 def _goes_on(job: Job) -> bool:
     """Is the folder this very run's, as far as it came?"""
-    return barely_begun(job.folder) or (_is_of(job) and (job.folder / EVENTS).is_file() and (job.folder / ROUNDS).is_dir())
+    return barely_begun(job.folder) or (_is_of(job) and (job.folder / ROUNDS).is_dir() and _without_gaps(_recorded(job)))
 
 
 def _nobody(event: str, **fields: Any) -> None:
