@@ -33,6 +33,7 @@ from fedex_lora.compare._variants import Variant, configured, controls, variants
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.rounds import versions
+from fedex_lora.run_folder import locked
 from fedex_lora.runner import InProcess
 from fedex_lora.storage import plain_json, read_events, write_text
 
@@ -105,6 +106,19 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     plan = _admitted(planned(_with_threads(config, jobs, out), protocol, out), protocol.controls, tell)
     plan = settled(plan, protocol)
     sha256 = _claim(plan)
+    with locked(out):
+        result = _result(plan, *_ran(plan, jobs, tell), sha256)
+        write_text(out / RESULT, plain_json(result) + "\n")
+        write_text(out / TABLE, markdown(result))
+        try:
+            draw(result, out / PICTURE)
+        except ImportError:
+            tell(f"without {PICTURE}: it needs Matplotlib: pip install '.[report]'", 0, 0)
+    return result
+
+
+def _ran(plan: Plan, jobs: int, tell: Told) -> tuple[dict[str, Choice], dict[str, dict[int, Curve]], dict[str, Any]]:
+    """Run all: what was chosen for each variant, its curves by seed, and a run's facts."""
     told: dict[Path, Outcome] = {}
     tuning = {
         (variant.name, label(point), seed): plan.job(variant, point, seed)
@@ -113,23 +127,16 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
         if plan.tuned(variant)
         for point in plan.points(variant)
     }
-    ran = _run(tuning, jobs, tell, plan.runs, told)
-    sign = 1 if not tuning or _facts(ran)["greater_is_better"] else -1
-    choices = {variant.name: chosen(plan, variant, ran, sign) for variant in plan.variants}
+    tuned = _run(tuning, jobs, tell, plan.runs, told)
+    sign = 1 if not tuning or _facts(tuned)["greater_is_better"] else -1
+    choices = {variant.name: chosen(plan, variant, tuned, sign) for variant in plan.variants}
     final = {
         (variant.name, label(choices[variant.name].settings), seed): plan.job(variant, choices[variant.name].settings, seed)
         for seed in plan.seeds
         for variant in plan.variants
     }
     ran = _run(final, jobs, tell, plan.runs, told)
-    result = _result(plan, choices, _curves(ran), _facts(ran), sha256)
-    write_text(out / RESULT, plain_json(result) + "\n")
-    write_text(out / TABLE, markdown(result))
-    try:
-        draw(result, out / PICTURE)
-    except ImportError:
-        tell(f"without {PICTURE}: it needs Matplotlib: pip install '.[report]'", 0, 0)
-    return result
+    return choices, _curves(ran), _facts(ran)
 
 
 def _result(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 Alternative = Literal["two-sided", "greater", "less"]
 SAME = 1e-12  # differences of numbers about one that are equal but for their rounding
@@ -39,11 +39,11 @@ def paired(differences: Sequence[float], alternative: Alternative = "two-sided",
     if n < 2 or not np.isfinite(values).all():
         return Paired(n, mean, math.nan, math.nan, math.nan, math.nan)
     error = float(values.std(ddof=1)) / math.sqrt(n)
-    width = float(student.ppf(0.975, n - 1)) * error
+    width = float(stdtrit(n - 1, 0.975)) * error
     if float(np.ptp(values)) <= SAME * max(1.0, float(np.abs(values).max())):
         return Paired(n, mean, error, width, math.nan, math.nan)
     t = (mean - zero) / error
-    tails = {"two-sided": 2 * student.sf(abs(t), n - 1), "greater": student.sf(t, n - 1), "less": student.cdf(t, n - 1)}
+    tails = {"two-sided": 2 * stdtr(n - 1, -abs(t)), "greater": stdtr(n - 1, -t), "less": stdtr(n - 1, t)}
     return Paired(n, mean, error, width, t, float(tails[alternative]))
 
 
