@@ -218,9 +218,8 @@ def test_a_half_done_run_goes_on_to_the_same_numbers(half_done, broken, goes_on_
     shutil.copytree(half_done[0], tmp_path / "run")
     if broken:
         path = tmp_path / "run" / broken
-        path.write_bytes(
-            path.read_bytes().replace(b"seed = 0", b"seed = 1").replace(b'"started"', b'"startled"')[: -1 - path.stat().st_size % 7]
-        )
+        text = path.read_bytes().replace(b"seed = 0", b"seed = 1").replace(b'"started"', b'"startled"')
+        path.write_bytes(text[:-40] if "rounds/" in broken else text)
     (outcome,) = outcomes([Job(JOB, tmp_path / "run")], 1)
     assert [event["round"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "resumed"] == (
         [goes_on_with] if goes_on_with else []
