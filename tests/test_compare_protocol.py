@@ -205,7 +205,7 @@ def half_done(tmp_path_factory):
 
     with pytest.raises(KeyboardInterrupt):
         run(JOB, folder / "run", stop)
-    (whole,) = outcomes([Job(JOB, folder / "whole")], 1)
+    (whole,) = outcomes([Job(JOB, folder / "whole" / "run")], 1)  # messages have the name of the folder
     return folder / "run", whole.curve
 
 

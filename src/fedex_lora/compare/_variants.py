@@ -53,8 +53,8 @@ def variants(names: Sequence[str], tables: Mapping[str, Mapping[str, Any]] | Non
             raise UsageError(f"variant {name!r} has no method: give it one, such as method=fedex")
         if odd := {"seed"} & keys.keys():
             raise UsageError(f"variant {name!r} sets {', '.join(odd)}, which is the same for all variants: remove it")
-        if not re.fullmatch(r"\w[\w.+@ -]{0,99}", name):
-            raise UsageError(f"variant {name!r}: a name has letters, digits, and . + @ - _ or blanks, because its runs get a folder")
+        if not re.fullmatch(r"\w[\w.,+@ -]{0,99}", name):
+            raise UsageError(f"variant {name!r}: a name has letters, digits, and . , + @ - _ or blanks, because its runs get a folder")
         made.append(Variant.parse(method, name, keys))
     names = [variant.name for variant in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
