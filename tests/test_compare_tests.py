@@ -8,6 +8,7 @@ from benchmarks.power_of_comparisons import simulate
 from scipy import stats
 
 from fedex_lora.compare import Hypothesis, answers, holm, paired, parse_protocol, tost
+from fedex_lora.compare._picture import bands, spread
 from fedex_lora.compare._statistics import at_rounds
 from fedex_lora.errors import UsageError
 
@@ -104,6 +105,21 @@ def test_variants_side_by_side_at_rounds():
     assert other["p"] == pytest.approx(stats.ttest_1samp([-0.1, -0.2, -0.1], 0).pvalue)
     assert math.isnan(apart["mean"])
     assert apart["p"] is None
+
+
+def test_bands_are_intervals_of_the_mean_and_labels_keep_apart():
+    rows = [{"name": name, "seeds": {str(seed): metric for seed, metric in by_seed.items()}} for name, by_seed in METRICS.items()]
+    for row, band in zip(rows, bands({"methods": rows}).values(), strict=True):
+        for number, (mean, low, high) in enumerate(band):
+            values = [metric[number] for metric in row["seeds"].values()]
+            reference = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)) if np.ptp(values) else (values[0], values[0])
+            assert (low, high) == pytest.approx(reference, nan_ok=True)
+            assert mean == pytest.approx(np.mean(values), nan_ok=True)
+    ends = [0.8, 0.5, 0.81, 0.79, 0.3]
+    placed = spread(ends, 0.05)
+    assert np.argsort(placed).tolist() == np.argsort(ends).tolist()
+    assert np.diff(sorted(placed)).min() > 0.05 - 1e-12
+    assert (placed[1], placed[4]) == (0.5, 0.3)
 
 
 @pytest.mark.parametrize(

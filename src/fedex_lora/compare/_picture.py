@@ -62,9 +62,10 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
 
     from fedex_lora.report import PALETTE, STYLE
 
-    with rc_context({**STYLE, "font.family": "sans-serif"}):
+    style: Any = {**STYLE, "font.family": "sans-serif"}
+    with rc_context(style):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axis = figure.subplots()
+        axis: Any = figure.subplots()
         lines = bands(result)
         for index, (name, band) in enumerate(lines.items()):
             mean, low, high = zip(*band, strict=True)
