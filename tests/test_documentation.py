@@ -111,6 +111,10 @@ def test_examples_are_valid():
         read_config(path)
 
 
+def test_the_protocol_on_the_page_is_the_example():
+    assert (ROOT / "examples/protocols/exactness.toml").read_text() in [text for _, text in blocks("toml")]
+
+
 def test_the_table_of_keys_is_the_code_s():
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "configuration_table.py", "--check"], capture_output=True, text=True, check=False
