@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedex_lora import ClientUpdate, LoRAPair, server
+from fedex_lora import ClientUpdate, LoRAPair
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import frobenius, signed_sum
-from fedex_lora.catch_up import BaseCopy, CatchUp, Log, caught_up, lacking
 from fedex_lora.config import Messages
+from fedex_lora.protocol.delta_sync import BaseCopy, CatchUp, Log, caught_up, lacking
 from fedex_lora.types import Adapter, Delta
 
 

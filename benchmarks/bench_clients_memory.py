@@ -33,7 +33,7 @@ def measure(k: int, optimizer: str, layers: int) -> dict[str, Any]:
     from transformers import RobertaConfig
 
     from fedex_lora.config import parse_config
-    from fedex_lora.runner import run
+    from fedex_lora.runs.run import run
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedex_lora import ClientUpdate, LoRAPair, server
+from fedex_lora import ClientUpdate, LoRAPair
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import parts
-from fedex_lora.catch_up import CatchUp, Log, lacking
 from fedex_lora.config import Messages, Server
+from fedex_lora.protocol.delta_sync import CatchUp, Log, lacking
 from fedex_lora.types import Delta, Dense, ServerState
 
 PACES = {"at rest": Server(), "momentum": Server(momentum=0.5)}

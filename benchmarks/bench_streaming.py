@@ -33,9 +33,10 @@ from typing import Any
 
 import torch
 
-from fedex_lora.adapters import aggregate_folders
-from fedex_lora.peft_io import PREFIX, WEIGHTS
-from fedex_lora.tensor_files import TensorWriter
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.storage.adapter_folder import WEIGHTS
+from fedex_lora.storage.peft_rules import PREFIX
+from fedex_lora.storage.safetensors_io import TensorWriter
 
 LLAMA = {
     "self_attn.q_proj": (3072, 3072),

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
-from fedex_lora.client import quiet
+from fedex_lora.client.training import quiet
 from fedex_lora.config import Config, base_folder, parse_config
-from fedex_lora.runner import run
+from fedex_lora.runs.run import run
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
 

@@ -18,18 +18,20 @@ from pathlib import Path
 
 from safetensors.torch import load, save, save_file
 
-from fedex_lora.answers import stays
-from fedex_lora.checkpoint import FILE, Checkpoint, load_checkpoint, to_file
-from fedex_lora.client import quiet
+from fedex_lora.aggregation import method_named
+from fedex_lora.client.state import ClientMemory, save_memory
+from fedex_lora.client.training import quiet
 from fedex_lora.config import read_config
-from fedex_lora.framing import seal
-from fedex_lora.memory import ClientMemory, save_memory
-from fedex_lora.peft_io import Format, format_of, read_result, write_result
-from fedex_lora.rounds import run_rounds
-from fedex_lora.runner import InProcess
-from fedex_lora.screening import screened
-from fedex_lora.storage import load_tensors, round_folder
-from fedex_lora.wire import Download, Header, decode_download, decode_update
+from fedex_lora.models.lora import format_of
+from fedex_lora.protocol.frame import seal
+from fedex_lora.protocol.messages import Download, Header, decode_download, decode_update
+from fedex_lora.runs.round_loop import run_rounds
+from fedex_lora.runs.run import InProcess
+from fedex_lora.server.checkpoint import FILE, Checkpoint, load_checkpoint, to_file
+from fedex_lora.server.norm_filter import screened
+from fedex_lora.storage.adapter_folder import Format
+from fedex_lora.storage.files import load_tensors, round_folder
+from fedex_lora.storage.result import read_result, write_result
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ def safely(one: Round, out: Path) -> dict[str, float]:
     taken = {"checksums when sent": lap()}
     for payload in one.down.values():
         decode_download(payload, known)
-    updates = [decode_update(one.up[client], sent, stays(sent.method, sent.round)) for client, sent in one.sent.items()]
+    updates = [decode_update(one.up[client], sent, method_named(sent.method).stays(sent.round)) for client, sent in one.sent.items()]
     taken["checks of messages"] = lap()
     screened(updates, {client: sent.adapter for client, sent in one.sent.items()}, one.here.state.other, 10)
     taken["norms"] = lap()

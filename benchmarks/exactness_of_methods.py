@@ -30,10 +30,12 @@ from rich.table import Table
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, ServerState, server
+from fedex_lora import METHODS, ClientUpdate, LoRAPair, ServerState
 from fedex_lora.aggregation import method_named
-from fedex_lora.measure import worst as largest
-from fedex_lora.peft_io import FrozenBase, read_model, write_model
+from fedex_lora.aggregation import server_state as server
+from fedex_lora.exactness.measure import worst as largest
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.lora import read_model, write_model
 
 RANK, SCALING, ROUNDS = 4, 2.5, 3
 CLIENTS, MIXED = (1, 2, 3, 10), [2, 4, 8, 16, 16]

@@ -16,21 +16,21 @@ import threading
 import time
 from pathlib import Path
 
-from fedex_lora.checkpoint import Checkpoint
 from fedex_lora.config import write_config
-from fedex_lora.flower._node import Node
-from fedex_lora.flower._request import Request
-from fedex_lora.flower._trial import short_demo
-from fedex_lora.flower._worker import ask, serve
-from fedex_lora.rounds import _messages
-from fedex_lora.runner import InProcess
+from fedex_lora.engines.flower._node import Node
+from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._trial import short_demo
+from fedex_lora.engines.flower._worker import ask, serve
+from fedex_lora.runs.round_loop import _messages
+from fedex_lora.runs.run import InProcess
+from fedex_lora.server.checkpoint import Checkpoint
 
-FLOWER, APP = "import flwr.supernode.runtime.run_clientapp", "import fedex_lora.flower.client"
+FLOWER, APP = "import flwr.supernode.runtime.run_clientapp", "import fedex_lora.engines.flower.client"
 STEPS = {
     "python": "pass",
     "flower": FLOWER,
     "flower and the app": f"{FLOWER}; {APP}",
-    "flower, the app and the model's libraries": f"{FLOWER}; {APP}; import fedex_lora.flower._node",
+    "flower, the app and the model's libraries": f"{FLOWER}; {APP}; import fedex_lora.engines.flower._node",
 }
 
 

@@ -6,8 +6,8 @@
 Llama-3.2-3B, Mistral-7B and Gemma-2-9B are made from their configurations with random weights, in bfloat16, with LoRA on all linear layers;
 the tokens are random. Nothing is downloaded. For each of them:
 
-round        three clients in turn, each from the global adapter, `steps` steps by `fedex_lora.client.local_update`, which gives updates
-             on the CPU, `fedex_lora.server.step`, the base delta and the adapter back into the model. `plain` is PEFT with
+round        three clients in turn, each from the global adapter, `steps` steps by `local_update`, which gives updates
+             on the CPU, `server_state.step`, the base delta and the adapter back into the model. `plain` is PEFT with
              `transformers.Trainer` on all of the clients' rows with the same settings: as many steps. The two take turns; a ratio is the
              median of the ratios of the turns. The first turn is not counted. Messages as bytes are not part of it.
 aggregation  `fedex_lora.aggregate` against the paper's dense formula (eq. 11-12: one product a client), fp32, the same factors; on the CPU
@@ -46,12 +46,20 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from torch import nn  # noqa: E402
 
-from fedex_lora import aggregate, measure, server  # noqa: E402
-from fedex_lora.client import ClientData, Work, local_update, quiet, training_arguments  # noqa: E402
+from fedex_lora import aggregate  # noqa: E402
+from fedex_lora.aggregation import server_state as server  # noqa: E402
+from fedex_lora.client.training import ClientData, Work, local_update, quiet, training_arguments  # noqa: E402
 from fedex_lora.config import Config, parse_config  # noqa: E402
 from fedex_lora.errors import TrainingError  # noqa: E402
-from fedex_lora.peft_io import FrozenBase, add_lora, read_model, set_trained, write_model  # noqa: E402
-from fedex_lora.peft_io._model import Loaded  # noqa: E402
+from fedex_lora.exactness import measure  # noqa: E402
+from fedex_lora.models.base_weights import FrozenBase  # noqa: E402
+from fedex_lora.models.lora import (  # noqa: E402
+    Loaded,
+    add_lora,
+    read_model,
+    set_trained,
+    write_model,
+)
 from fedex_lora.tasks import Task, collator  # noqa: E402
 from fedex_lora.types import ClientUpdate, LoRAPair  # noqa: E402
 

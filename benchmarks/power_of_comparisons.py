@@ -1,6 +1,6 @@
 """How often the tests of `compare` are wrong, and how often they see what is there: synthetic curves of a known effect, no training.
 
-The curves go through the functions that a comparison's do (`fedex_lora.compare.answers`); what should come out is computed from the
+The curves go through the functions that a comparison's do (`experiments.compare.answers`); what should come out is computed from the
 noncentral t distribution, and for equivalence by integration over the chi distribution of the standard error.
 
     python benchmarks/power_of_comparisons.py
@@ -16,7 +16,7 @@ from scipy.integrate import quad
 from scipy.stats import chi, nct, norm
 from scipy.stats import t as student
 
-from fedex_lora.compare import Hypothesis, answers
+from fedex_lora.experiments.compare import Hypothesis, answers
 
 ROUNDS, LAST, ALPHA = 8, 3, 0.05  # the metric of a test is the mean of the last three rounds
 OF_SEED, OF_RUN, OF_ROUND = 0.08, 0.02, 0.01  # standard deviations: shared by the variants of a seed, of one run, of one evaluation

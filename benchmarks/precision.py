@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
-from fedex_lora import verify
-from fedex_lora.client import quiet
+from fedex_lora.client.training import quiet
 from fedex_lora.config import parse_config
-from fedex_lora.peft_io import in_float32, logits, open_model, read_result
-from fedex_lora.peft_io._layers import Layer
-from fedex_lora.peft_io._model import lora_layers
-from fedex_lora.runner import run
-from fedex_lora.storage import run_rounds_of
+from fedex_lora.models.build import open_model
+from fedex_lora.models.layers import Layer
+from fedex_lora.models.lora import lora_layers
+from fedex_lora.models.merge import in_float32, logits
+from fedex_lora.offline import verify
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import run_rounds_of
+from fedex_lora.storage.result import read_result
 
 ROWS = 256  # of 16 random tokens
 CASES = [  # method, dtype, quantization

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, server
+from fedex_lora import METHODS, ClientUpdate, LoRAPair
 from fedex_lora.aggregation import Method
-from fedex_lora.answers import stays
-from fedex_lora.checkpoint import Checkpoint
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.config import parse_config
-from fedex_lora.rounds import _messages
+from fedex_lora.protocol.messages import decode_update, encode_update
+from fedex_lora.runs.round_loop import _messages
+from fedex_lora.server.checkpoint import Checkpoint
 from fedex_lora.types import Adapter
-from fedex_lora.wire import decode_update, encode_update
 
 CLIENTS = (10, 100, 1_000, 10_000, 100_000)
 NAMES = [name for name, row in METHODS.items() if row.lora and not row.pooled]
@@ -91,7 +91,7 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
     here, own, sums = Checkpoint(state), dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
     for number in range(1, rounds + 1):
         sent, downloads = _messages("train", clients, here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
-        updates, left = [], stays(row.name, number)
+        updates, left = [], row.stays(number)
         for client in clients:
             start, _ = server.start_of(row.name, state.adapter, None, own.get(client))
             update = ClientUpdate(client, trained(start, row.trained(number), generator), 10)

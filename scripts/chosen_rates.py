@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedex_lora.reproduce import cells, find_record, read_recipe, score
+from fedex_lora.experiments.reproduce import cells, find_record, read_recipe, score
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "_glue_tuned.toml"

@@ -27,14 +27,14 @@ def on_gpu() -> bool:
 
 def quiet_run(tree: dict[str, Any], folder: Path, emit: Callable[..., None] | None = None, resume: bool = False) -> None:
     from fedex_lora.config import parse_config
-    from fedex_lora.runner import run
+    from fedex_lora.runs.run import run
 
     run(parse_config(tree), folder, emit or (lambda event, **fields: None), resume)
 
 
 def numbers(folder: Path, exact: bool = True) -> dict[str, Any]:
     """What a run's events say, checked: finite, exact where the method is, and what the layers compute within their floor."""
-    from fedex_lora.storage import read_events
+    from fedex_lora.storage.files import read_events
 
     events = read_events(folder / "events.jsonl")
     started, rounds = events[0], [event for event in events if event["event"] == "round_done"]
@@ -68,7 +68,7 @@ def require(name: str, value: float, below: float) -> None:
 
 def verified(folder: Path, base: str) -> dict[str, Any]:
     """`verify --base`."""
-    from fedex_lora.verify import verify
+    from fedex_lora.offline.verify import verify
 
     found = {name: value for name, value in verify(folder, base).items() if name not in ("rounds", "method")}
     require("max_relative_error", found["max_relative_error"], 1e-6)
@@ -93,8 +93,8 @@ def device(folder: Path) -> dict[str, Any]:
 
 def demo(folder: Path) -> dict[str, Any]:
     """Four methods on the embedded task; and the report, where its packages are."""
-    from fedex_lora.demo import METHODS, configuration, summary
-    from fedex_lora.runner import run
+    from fedex_lora.cli.demo import METHODS, configuration, summary
+    from fedex_lora.runs.run import run
 
     found: dict[str, Any] = {}
     for method in METHODS:
@@ -149,7 +149,7 @@ def glue(folder: Path) -> dict[str, Any]:
     """An encoder with a new head on rows to be classified: run, verify --base, export, evaluate."""
     from fedex_lora.config import parse_config
     from fedex_lora.evaluation import evaluate_source
-    from fedex_lora.export import export
+    from fedex_lora.models.export import export
 
     base, rows = encoder(folder), os.environ.get("FEDEX_LORA_DATA", "")
     train, rest = (3000, 400) if on_gpu() else (96, 32)
@@ -217,7 +217,7 @@ def stopping(event: str, **fields: Any) -> None:
 
 def difference(left: Path, right: Path) -> float:
     """Of all tensors of two final folders, relative to their norm."""
-    from fedex_lora.storage import load_tensors
+    from fedex_lora.storage.files import load_tensors
 
     apart = size = 0.0
     for path in sorted((left / "final").rglob("*.safetensors")):

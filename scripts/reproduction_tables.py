@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fedex_lora.reproduce import reproduce
+from fedex_lora.experiments.reproduce import reproduce
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "reproduction.md", ROOT / "docs" / "results"

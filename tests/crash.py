@@ -28,8 +28,8 @@ import torch
 import fedex_lora.storage as storage
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.runner import run
-from fedex_lora.storage import load_tensors, run_rounds_of
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import load_tensors, run_rounds_of
 
 FORK = multiprocessing.get_context("fork")
 OPERATIONS = [

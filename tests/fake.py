@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load, save
 from tests.test_runner import configuration
 
-from fedex_lora import LoRAPair, server
+from fedex_lora import LoRAPair
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.answers import Reply
-from fedex_lora.consistency import require_consistent
+from fedex_lora.aggregation import server_state as server
+from fedex_lora.client.node import Parties
 from fedex_lora.errors import LacksError, WireError
-from fedex_lora.framing import read_table, seal
-from fedex_lora.measure import Exactness
-from fedex_lora.party import Parties
-from fedex_lora.peft_io import Format
-from fedex_lora.rounds import Federation
-from fedex_lora.runner import POOLED, InProcess, ranks_of
+from fedex_lora.exactness.measure import Exactness
+from fedex_lora.protocol.frame import read_table, seal
+from fedex_lora.runs.round_loop import Federation
+from fedex_lora.runs.run import POOLED, InProcess, ranks_of
+from fedex_lora.server.checks import require_consistent
+from fedex_lora.server.replies import Reply
+from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.types import ClientUpdate
 
 SHAPES = {"wide": (10, 16), "tall": (18, 8)}  # out x in

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from tests.conftest import make_pair
 
-from fedex_lora.catch_up import CatchUp
 from fedex_lora.errors import WireError
-from fedex_lora.framing import seal
+from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.frame import seal
+from fedex_lora.protocol.messages import Download, decode_download, decode_update, encode_download, encode_update
 from fedex_lora.types import ClientUpdate, LowRank
-from fedex_lora.wire import Download, decode_download, decode_update, encode_download, encode_update
 
 SECONDS = 1.0
 SLACK = 2**14  # bytes, for Python's own small objects (an exception, a validator's message)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from fedex_lora.config import parse_config
-from fedex_lora.runner import run
+from fedex_lora.runs.run import run
 
 
 def small_run(folder, rounds=2, **settings):

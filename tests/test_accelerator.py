@@ -19,21 +19,27 @@ from tests.test_resume import StopError, stopping
 from tests.test_runner import configuration, events_of, ignore
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from fedex_lora import load_model, measure, server
-from fedex_lora.adapters import aggregate_folders
-from fedex_lora.client import training_arguments
+from fedex_lora import load_model
+from fedex_lora.aggregation import server_state as server
+from fedex_lora.client.training import training_arguments
 from fedex_lora.config import base_folder, parse_config
+from fedex_lora.engines.flower._node import Node
 from fedex_lora.evaluation import evaluate_source, generate
-from fedex_lora.export import FORMS, export
-from fedex_lora.flower._node import Node
-from fedex_lora.peft_io import FrozenBase, _base, _pristine, load_processor, logits, read_model, read_other, write_model
-from fedex_lora.peft_io._model import lora_layers
-from fedex_lora.place import Place
-from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import load_tensors
+from fedex_lora.exactness import measure
+from fedex_lora.models import base_weights as _base
+from fedex_lora.models import pristine as _pristine
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.export import FORMS, export
+from fedex_lora.models.lora import lora_layers, read_model, read_other, write_model
+from fedex_lora.models.merge import logits
+from fedex_lora.models.processor import load_processor
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.context import Place
+from fedex_lora.runs.run import InProcess, run
+from fedex_lora.storage.files import load_tensors
 from fedex_lora.tasks import load_task
 from fedex_lora.types import ClientUpdate
-from fedex_lora.verify import verify
 
 COMMIT = "0" * 40
 LABELS = ("low", "mid", "high")

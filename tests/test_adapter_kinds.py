@@ -31,10 +31,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fedex_lora.adapters import aggregate_folders
-from fedex_lora.export import export
-from fedex_lora.peft_io import load_model
-from fedex_lora.verify import verify
+from fedex_lora.models.build import load_model
+from fedex_lora.models.export import export
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
 
 HEAD = {"auto": AutoModelForSequenceClassification, "options": {"num_labels": 3}}
 TOKENS = torch.tensor([[5, 6, VOCABULARY, VOCABULARY + 1, 9, VOCABULARY + 2]])

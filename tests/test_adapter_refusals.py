@@ -13,10 +13,10 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from fedex_lora.adapters import aggregate_folders
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.peft_io import load_model
-from fedex_lora.verify import verify
+from fedex_lora.models.build import load_model
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
 
 # What is refused, by the line that says why
 
@@ -192,7 +192,7 @@ def test_a_second_round_without_its_state_or_with_a_stale_one_is_refused(bases, 
 
 def test_a_lost_frozen_tensor_is_found(bases, tmp_path):
     """`verify` looks for the embeddings that all parties brought, too."""
-    from fedex_lora.storage import sha256
+    from fedex_lora.storage.files import sha256
 
     out = tmp_path / "out"
     aggregate_folders(pair(bases, tmp_path, Kind(prepare=grow)), out, "fedex", None, None)

@@ -9,10 +9,11 @@ import torch
 from tests.conftest import make_updates
 from tests.runs import event, small_run, written
 
-from fedex_lora import analysis, measure
 from fedex_lora.aggregation import aggregate
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage import load_update, read_manifest
+from fedex_lora.exactness import measure
+from fedex_lora.report import analysis
+from fedex_lora.storage.files import load_update, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import ViTForImageClassification
 
 from fedex_lora.config import parse_config, write_config
+from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._worker import ask, serve
+from fedex_lora.engines.flower.client import client_app
+from fedex_lora.engines.flower.server import Deployment, narrate
 from fedex_lora.errors import DataError
-from fedex_lora.failures import WORDS, Failure, failure_of
-from fedex_lora.flower._request import Request
-from fedex_lora.flower._worker import ask, serve
-from fedex_lora.flower.client import client_app
-from fedex_lora.flower.server import Deployment, narrate
+from fedex_lora.protocol.failures import WORDS, Failure, failure_of
 from fedex_lora.report import write_report
-from fedex_lora.runner import run
-from fedex_lora.storage import read_events
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import read_events
 
 HEALTHY = "healthy"
 
@@ -178,7 +178,7 @@ def test_a_worker_outlives_code_that_leaves_and_lengths_that_are_none(tmp_path):
     request = Request(b"", "a", "r", "", "", {"worker": str(socket), "state": str(tmp_path)})
     with Client(str(socket), "AF_UNIX") as connection:
         os.write(connection.fileno(), struct.pack("!iQ", -1, 2**62))
-    with patch("fedex_lora.flower._node.parse_config", side_effect=SystemExit(SECRET)):
+    with patch("fedex_lora.engines.flower._node.parse_config", side_effect=SystemExit(SECRET)):
         assert ask(request) == Failure("unexpected")
     assert ask(request) == Failure("config")
 

@@ -4,9 +4,9 @@ import json
 
 from typer.testing import CliRunner
 
-from fedex_lora.check import check
 from fedex_lora.cli import app
 from fedex_lora.config import parse_config, write_config
+from fedex_lora.runs.check import check
 
 ROWS = """text,label,site
 printer is broken,Hardware ,north

@@ -4,10 +4,10 @@ import tracemalloc
 
 import torch
 
-from fedex_lora.catch_up import CatchUp
-from fedex_lora.rounds import Encoded
+from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.messages import Download, decode_download
+from fedex_lora.runs.round_loop import Encoded
 from fedex_lora.types import LoRAPair
-from fedex_lora.wire import Download, decode_download
 
 CLIENTS = [f"client-{index}" for index in range(20)]
 

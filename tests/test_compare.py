@@ -17,15 +17,25 @@ import pytest
 from scipy import stats
 from tests.test_runner import configuration
 
-from fedex_lora.analysis import sent
-from fedex_lora.compare import Curve, configured, controls, held_out_score, interval, parse_protocol, rounds_to, summary, variants
-from fedex_lora.compare import compare as compare_by
-from fedex_lora.compare._plan import RATE, Variant, grid_around, label
-from fedex_lora.compare._runs import Job, outcomes
-from fedex_lora.compare._statistics import curve
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
-from fedex_lora.storage import plain_json, read_events
+from fedex_lora.experiments.compare import (
+    Curve,
+    configured,
+    controls,
+    held_out_score,
+    interval,
+    parse_protocol,
+    rounds_to,
+    summary,
+    variants,
+)
+from fedex_lora.experiments.compare import compare as compare_by
+from fedex_lora.experiments.compare._plan import RATE, Variant, grid_around, label
+from fedex_lora.experiments.compare._runs import Job, outcomes
+from fedex_lora.experiments.compare._statistics import curve
+from fedex_lora.report.analysis import sent
+from fedex_lora.storage.files import plain_json, read_events
 
 
 def compare(config, methods, seeds, out, learning_rates=None, with_controls=True, jobs=1, tell=lambda line, done, total: None, **more):

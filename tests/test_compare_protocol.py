@@ -13,15 +13,15 @@ from tests.test_runner import configuration
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
-from fedex_lora.compare import compare, grid_option, parse_protocol, primary_option, variant_option
-from fedex_lora.compare._plan import RATE, canonical, label, planned, settled
-from fedex_lora.compare._runs import Job, Outcome, outcomes
-from fedex_lora.compare._tuning import chosen
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, UsageError
-from fedex_lora.run_folder import locked
-from fedex_lora.runner import run
-from fedex_lora.storage import read_events
+from fedex_lora.experiments.compare import compare, grid_option, parse_protocol, primary_option, variant_option
+from fedex_lora.experiments.compare._plan import RATE, canonical, label, planned, settled
+from fedex_lora.experiments.compare._runs import Job, Outcome, outcomes
+from fedex_lora.experiments.compare._tuning import chosen
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import read_events
+from fedex_lora.storage.run_folder import locked
 
 CONFIG = configuration(rounds=2)
 TREE = {

@@ -7,10 +7,10 @@ import pytest
 from benchmarks.power_of_comparisons import simulate
 from scipy import stats
 
-from fedex_lora.compare import Hypothesis, answers, holm, paired, parse_protocol, tost
-from fedex_lora.compare._picture import bands, spread
-from fedex_lora.compare._statistics import at_rounds
 from fedex_lora.errors import UsageError
+from fedex_lora.experiments.compare import Hypothesis, answers, holm, paired, parse_protocol, tost
+from fedex_lora.experiments.compare._picture import bands, spread
+from fedex_lora.experiments.compare._statistics import at_rounds
 
 
 @pytest.fixture(scope="module")

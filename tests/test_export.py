@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 
+import fedex_lora.export as exporting
 import numpy as np
 import pytest
 import torch
@@ -14,17 +15,17 @@ from tests.test_runner import configuration, ignore
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
-import fedex_lora.export as exporting
 from fedex_lora import load_model
-from fedex_lora.adapters import aggregate_folders
 from fedex_lora.cli import app
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ModelError
-from fedex_lora.export import export, logits
-from fedex_lora.peft_io import plain_model, read_adapter_folder
-from fedex_lora.runner import run
-from fedex_lora.storage import read_manifest
-from fedex_lora.verify import verify
+from fedex_lora.models.export import export, logits
+from fedex_lora.models.merge import plain_model
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.run import run
+from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.files import read_manifest
 
 CAUSAL = {"method": "fedex", "rounds": 2, "training": {"learning_rate": 2e-2, "num_train_epochs": 2}}
 

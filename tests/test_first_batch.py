@@ -7,10 +7,10 @@ from tests.test_rows import bytewise
 from tests.test_runner import ignore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedex_lora.client import evaluate
+from fedex_lora.client.training import evaluate
 from fedex_lora.config import parse_config
 from fedex_lora.errors import ConfigError, FedexLoraError, ModelError
-from fedex_lora.runner import InProcess, run
+from fedex_lora.runs.run import InProcess, run
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
 

@@ -29,25 +29,25 @@ from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
-from fedex_lora.answers import Reply  # noqa: E402
 from fedex_lora.cli import app  # noqa: E402
+from fedex_lora.cli.doctor import examine  # noqa: E402
 from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
-from fedex_lora.doctor import examine  # noqa: E402
+from fedex_lora.engines.flower import _exchange  # noqa: E402
+from fedex_lora.engines.flower._exchange import GridExchange, Roster  # noqa: E402
+from fedex_lora.engines.flower._keys import make_certificates, make_node_key  # noqa: E402
+from fedex_lora.engines.flower._messages import Packet, pack, unpack  # noqa: E402
+from fedex_lora.engines.flower._node import Node  # noqa: E402
+from fedex_lora.engines.flower._request import Request  # noqa: E402
+from fedex_lora.engines.flower._settings import node_settings, run_settings  # noqa: E402
+from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
+from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
+from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
-from fedex_lora.failures import Failure  # noqa: E402
-from fedex_lora.flower import _exchange  # noqa: E402
-from fedex_lora.flower._exchange import GridExchange, Roster  # noqa: E402
-from fedex_lora.flower._keys import make_certificates, make_node_key  # noqa: E402
-from fedex_lora.flower._messages import Packet, pack, unpack  # noqa: E402
-from fedex_lora.flower._node import Node  # noqa: E402
-from fedex_lora.flower._request import Request  # noqa: E402
-from fedex_lora.flower._settings import node_settings, run_settings  # noqa: E402
-from fedex_lora.flower._trial import differing, short_demo  # noqa: E402
-from fedex_lora.flower._worker import ask, serve  # noqa: E402
-from fedex_lora.flower.app_folder import write_app  # noqa: E402
-from fedex_lora.rounds import log_to, run_rounds  # noqa: E402
-from fedex_lora.runner import InProcess, run  # noqa: E402
-from fedex_lora.storage import read_events  # noqa: E402
+from fedex_lora.protocol.failures import Failure  # noqa: E402
+from fedex_lora.runs.round_loop import log_to, run_rounds  # noqa: E402
+from fedex_lora.runs.run import InProcess, run  # noqa: E402
+from fedex_lora.server.replies import Reply  # noqa: E402
+from fedex_lora.storage.files import read_events  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402
 
 

@@ -13,11 +13,13 @@ from tests.runs import small_run
 from tests.test_cli import call, one_line
 from transformers import AutoModelForCausalLM
 
-from fedex_lora import LowRank, load_model, server
+from fedex_lora import LowRank, load_model
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import base_folder
-from fedex_lora.peft_io import logits, read_result
-from fedex_lora.storage import read_manifest
+from fedex_lora.models.merge import logits
+from fedex_lora.storage.files import read_manifest
+from fedex_lora.storage.result import read_result
 
 NAMES = ("st-mary", "ward-seven", "dr-jones")
 SECRET = "Quagmire"

@@ -8,10 +8,10 @@ from transformers import AutoTokenizer
 from fedex_lora import config
 from fedex_lora.config import base_folder
 from fedex_lora.errors import DataError
-from fedex_lora.scoring import CHOICES, equivalent, extract_answer
 from fedex_lora.tasks import load_task
 from fedex_lora.tasks._task import IGNORED
 from fedex_lora.tasks.arithmetic import as_metamath, score_gsm8k, score_math
+from fedex_lora.tasks.scoring import CHOICES, equivalent, extract_answer
 
 
 def task(name, data, **changes):
@@ -36,7 +36,7 @@ def test_e2e_as_the_lora_paper_prompts_it(data_folder, stories):
 def test_references_as_texts_score_like_people(data_folder):
     """The first reference of each as prediction: BLEU 1, because it matches itself."""
     loaded = task("e2e", data_folder, eval_rows=40)
-    from fedex_lora.scoring import score_e2e
+    from fedex_lora.tasks.scoring import score_e2e
 
     rows = loaded.generation.rows
     assert len(rows) == 40

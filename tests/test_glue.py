@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from fedex_lora.config import Task
 from fedex_lora.errors import DataError
-from fedex_lora.reproduce import write_tiny_data
+from fedex_lora.experiments.reproduce import write_tiny_data
 from fedex_lora.tasks import load_task
 
 OFFICIAL = {

@@ -14,19 +14,19 @@ from tests.fuzz_wire import bounds, campaign, with_header
 from tests.test_runner import configuration, events_of, ignore
 
 from fedex_lora import LoRAPair
-from fedex_lora.analysis import participation
-from fedex_lora.answers import Reply
-from fedex_lora.catch_up import CatchUp
-from fedex_lora.checkpoint import last_checkpoint
 from fedex_lora.errors import ConfigError, TrainingError, WireError
-from fedex_lora.framing import read_table, seal
-from fedex_lora.measure import Exactness
-from fedex_lora.rounds import log_to, run_rounds
-from fedex_lora.runner import InProcess, run
-from fedex_lora.screening import screened
-from fedex_lora.storage import read_events, read_manifest
-from fedex_lora.verify import verify
-from fedex_lora.wire import Download, declared_bytes, round_of
+from fedex_lora.exactness.measure import Exactness
+from fedex_lora.offline.verify import verify
+from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.frame import read_table, seal
+from fedex_lora.protocol.messages import Download, declared_bytes, round_of
+from fedex_lora.report.analysis import participation
+from fedex_lora.runs.round_loop import log_to, run_rounds
+from fedex_lora.runs.run import InProcess, run
+from fedex_lora.server.checkpoint import last_checkpoint
+from fedex_lora.server.norm_filter import screened
+from fedex_lora.server.replies import Reply
+from fedex_lora.storage.files import read_events, read_manifest
 
 MALLORY = "client-1"
 NAN, INFINITY = float("nan"), float("inf")

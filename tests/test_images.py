@@ -22,18 +22,19 @@ from transformers import (
 )
 
 from fedex_lora import load_model
-from fedex_lora.adapters import aggregate_folders
 from fedex_lora.config import Base, Clients, base_folder, parse_config
 from fedex_lora.config import Task as Settings
 from fedex_lora.errors import AdapterError, ConfigError, DataError, ModelError, UsageError
-from fedex_lora.export import export, logits
-from fedex_lora.partition import partition
-from fedex_lora.peft_io import load_processor, read_result
-from fedex_lora.peft_io._model import heads_of
-from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import read_events
+from fedex_lora.models.export import export, logits
+from fedex_lora.models.lora import heads_of
+from fedex_lora.models.processor import load_processor
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.run import InProcess, run
+from fedex_lora.storage.files import read_events
+from fedex_lora.storage.result import read_result
 from fedex_lora.tasks import collator, load_task
-from fedex_lora.verify import verify
+from fedex_lora.tasks.partition import partition
 
 COLOURS = {"blue": (60, 90, 180), "green": (60, 160, 90), "red": (180, 80, 70)}
 SITES = ("north", "south", "west")

@@ -13,16 +13,17 @@ from tests.fake import HEAD, Fake, Network, Noise, setting
 from tests.test_hostile import bits, equal, header
 from tests.test_runner import events_of, ignore
 
-from fedex_lora import answers, rounds
-from fedex_lora.answers import Reply
-from fedex_lora.checkpoint import last_checkpoint
-from fedex_lora.consistency import require_consistent
 from fedex_lora.errors import ConfigError, StorageError, TrainingError
-from fedex_lora.peft_io import read_result
-from fedex_lora.rounds import log_to, run_rounds
-from fedex_lora.runner import run
-from fedex_lora.storage import read_manifest
-from fedex_lora.verify import verify
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs import round_loop as rounds
+from fedex_lora.runs.round_loop import log_to, run_rounds
+from fedex_lora.runs.run import run
+from fedex_lora.server import replies as answers
+from fedex_lora.server.checkpoint import last_checkpoint
+from fedex_lora.server.checks import require_consistent
+from fedex_lora.server.replies import Reply
+from fedex_lora.storage.files import read_manifest
+from fedex_lora.storage.result import read_result
 
 SLOW = "client-0"  # to whom the network's faults happen
 

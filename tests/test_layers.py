@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora import load_model, server
-from fedex_lora.adapters import aggregate_folders
+from fedex_lora import load_model
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import AdapterError, ModelError
-from fedex_lora.peft_io import FrozenBase, add_lora, read_model, read_other, write_model
-from fedex_lora.peft_io._layers import Layout
-from fedex_lora.peft_io._model import Loaded
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.lora import Loaded, add_lora, read_model, read_other, write_model
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.storage.layout import Layout
 from fedex_lora.types import ClientUpdate, LoRAPair
 
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -170,7 +171,7 @@ def test_the_factors_of_an_adapter_are_those_of_its_weight():
 def test_a_fresh_adapter_changes_nothing_and_trains_what_a_method_says():
     """PEFT starts embeddings with a zero lora_embedding_A: in our orientation it is B that is zero, as everywhere."""
     from fedex_lora.config import Lora
-    from fedex_lora.peft_io import set_trained
+    from fedex_lora.models.lora import set_trained
 
     model = add_lora(Loaded(gpt2(), []), Lora(r=2, target_modules=["wte", "c_attn"]), "causal-lm")
     assert all(not pair.B.any() and pair.A.any() for pair in read_model(model).values())
@@ -225,7 +226,7 @@ def test_an_adapter_that_peft_saved_with_its_embedding_is_read(tmp_path):
     """PEFT may put the frozen embedding into the file; it is no trained tensor, and is not averaged as one."""
     model = adapted(gpt2, {"target_modules": ["wte"]}, 0)
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    from fedex_lora.peft_io import read_adapter_folder
+    from fedex_lora.storage.adapter_folder import read_adapter_folder
 
     read = read_adapter_folder(tmp_path / "a")
     assert list(read.adapter) == ["transformer.wte"]

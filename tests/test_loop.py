@@ -22,15 +22,18 @@ from tests.fake import HEAD, Alone, Fake, Network, Trace, setting
 from tests.test_hostile import bits, equal
 from tests.test_runner import ignore
 
-from fedex_lora import METHODS, LoRAPair, party, rounds, storage
+from fedex_lora import METHODS, LoRAPair
 from fedex_lora.aggregation import GAUGES, method_named
-from fedex_lora.analysis import participation
-from fedex_lora.checkpoint import last_checkpoint
-from fedex_lora.consistency import require_consistent
+from fedex_lora.client import node as party
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.rounds import run_rounds
-from fedex_lora.storage import read_manifest
-from fedex_lora.wire import decode_download
+from fedex_lora.protocol.messages import decode_download
+from fedex_lora.report.analysis import participation
+from fedex_lora.runs import round_loop as rounds
+from fedex_lora.runs.round_loop import run_rounds
+from fedex_lora.server.checkpoint import last_checkpoint
+from fedex_lora.server.checks import require_consistent
+from fedex_lora.storage import files as storage
+from fedex_lora.storage.files import read_manifest
 
 ROUNDS, CLIENTS = 5, 4
 EVENTS = {  # name -> (what the configuration says of it, round -> fault)

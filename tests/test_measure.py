@@ -9,7 +9,8 @@ import torch
 from tests import oracle
 from tests.conftest import make_updates
 
-from fedex_lora import aggregate, measure
+from fedex_lora import aggregate
+from fedex_lora.exactness import measure
 from fedex_lora.types import Dense, LowRank
 
 SHAPES = [(30, 40, 3), (40, 30, 3), (12, 50, 11), (50, 12, 20), (8, 8, 30), (64, 48, 1)]

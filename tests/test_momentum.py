@@ -12,11 +12,11 @@ from tests.test_runner import ignore
 
 from fedex_lora import METHODS
 from fedex_lora.aggregation.lowrank import same_bits
-from fedex_lora.checkpoint import last_checkpoint
 from fedex_lora.errors import AggregationError, ConfigError
-from fedex_lora.regions import merge_folders
-from fedex_lora.rounds import run_rounds
-from fedex_lora.verify import verify
+from fedex_lora.offline.merge_results import merge_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.round_loop import run_rounds
+from fedex_lora.server.checkpoint import last_checkpoint
 
 MOVING = [name for name, row in METHODS.items() if row.momentum]
 HALF, RANK = {"momentum": 0.5}, 3

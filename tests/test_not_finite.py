@@ -14,17 +14,21 @@ from tests.test_cli import call, one_line
 from tests.test_runner import configuration, events_of, ignore
 from tests.test_streaming import write_adapter
 
-from fedex_lora import LoRAPair, aggregate, load_model, measure, server
+from fedex_lora import LoRAPair, aggregate, load_model
 from fedex_lora.aggregation import merge
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.config import Base, Lora, base_folder, write_config
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.measure import Exactness
-from fedex_lora.peft_io import FrozenBase, add_lora, load_base, read_result, write_result
+from fedex_lora.exactness import measure
+from fedex_lora.exactness.measure import Exactness
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.lora import add_lora, load_base
+from fedex_lora.offline.verify import complaint
 from fedex_lora.report import write_report
-from fedex_lora.runner import run
-from fedex_lora.storage import MANIFEST, load_tensors, sha256
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import MANIFEST, load_tensors, sha256
+from fedex_lora.storage.result import read_result, write_result
 from fedex_lora.types import Dense, LowRank
-from fedex_lora.verify import complaint
 
 ODD = [math.nan, math.inf]
 
@@ -275,7 +279,8 @@ def test_a_round_whose_errors_cannot_be_computed_says_so(tmp_path, monkeypatch):
 
 
 def test_the_demo_and_a_comparison_end_with_1_where_an_error_is_no_number(tmp_path, monkeypatch):
-    from fedex_lora import compare, demo
+    from fedex_lora.cli import demo
+    from fedex_lora.experiments import compare
 
     metrics = [{"event": name, "metrics": {"accuracy": 0.5}} for name in ("started", "round_done", "round_done")]
     numbers = {"deviation": 0.1, "exactness_error": 1e-8, "realised_error": 1e-6, "bytes_down": 1, "bytes_up": 1, "seconds": 1.0}

@@ -14,14 +14,16 @@ from tests.test_compare import outcomes
 from tests.test_runner import configuration, ignore
 from tests.test_streaming import write_adapter
 
-from fedex_lora import demo, runner, storage
-from fedex_lora.compare._runs import Job, done
+from fedex_lora.cli import demo
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, StorageError, UsageError
-from fedex_lora.run_folder import remove, strays, swept
-from fedex_lora.runner import run
-from fedex_lora.storage import TEMPORARY, atomic_folder, write_tensors, write_text
-from fedex_lora.verify import verify
+from fedex_lora.experiments.compare._runs import Job, done
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs import run as runner
+from fedex_lora.runs.run import run
+from fedex_lora.storage import files as storage
+from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_tensors, write_text
+from fedex_lora.storage.run_folder import remove, strays, swept
 
 THEIRS = {
     ".git/HEAD": "ref: refs/heads/main",
@@ -190,8 +192,8 @@ def test_a_comparison_does_not_run_over_what_it_did_not_write(tmp_path):
 
 def aggregating(folders, out, barrier, found):
     """One process: it waits for the other one when its own folder is whole and not yet in its place."""
-    from fedex_lora import storage
-    from fedex_lora.adapters import aggregate_folders
+    from fedex_lora.offline.aggregate_folders import aggregate_folders
+    from fedex_lora.storage import files as storage
 
     fsync, waited = storage._fsync, []
 

@@ -11,14 +11,16 @@ from tests import oracle
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora import aggregate, load_model, server
-from fedex_lora.adapters import aggregate_folders
+from fedex_lora import aggregate, load_model
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.config import base_folder
 from fedex_lora.errors import AdapterError, AggregationError, FedexLoraError, ModelError, StorageError, UsageError
-from fedex_lora.peft_io import FrozenBase, read_adapter_folder, read_model, read_other, write_model
-from fedex_lora.peft_io._model import lora_layers
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.lora import lora_layers, read_model, read_other, write_model
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.storage.adapter_folder import read_adapter_folder
 from fedex_lora.types import ClientUpdate
-from fedex_lora.verify import verify
 
 TARGETS = {"demo": "all-linear", "gpt2": ["c_attn", "c_proj", "c_fc"]}
 
@@ -111,7 +113,7 @@ def test_a_second_round_on_top_of_a_result(base, tmp_path):
     assert verify(tmp_path / "two")["max_relative_error"] < 1e-6
     adapters = [read_adapter_folder(folder).adapter for folder in second]
     model = AutoModelForCausalLM.from_pretrained(base[1]).double().eval()
-    from fedex_lora.peft_io import read_result
+    from fedex_lora.storage.result import read_result
 
     earlier = read_result(tmp_path / "one").base_delta
     for name, layer in model.named_modules():
@@ -289,7 +291,7 @@ def test_clients_whose_names_differ_in_odd_characters_only(tmp_path):
 
 
 def test_verify_checks_the_stand_alone_adapter(tmp_path):
-    from fedex_lora.storage import load_tensors, save_tensors, sha256
+    from fedex_lora.storage.files import load_tensors, save_tensors, sha256
 
     folders = [saved(tmp_path, "a"), saved(tmp_path, "b")]
     aggregate_folders(folders, tmp_path / "out", "fedex", None, None)

@@ -11,14 +11,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fedex_lora import load_model
 from fedex_lora.config import Base, Lora, base_folder
 from fedex_lora.errors import AdapterError, ModelError
-from fedex_lora.export import export
-from fedex_lora.peft_io import FrozenBase, add_lora, in_float32, load_base, logits, open_model, plain_model, read_other, read_result
-from fedex_lora.peft_io._base import SidePath
-from fedex_lora.peft_io._model import lora_layers
-from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import run_rounds_of
+from fedex_lora.models.base_weights import FrozenBase, SidePath
+from fedex_lora.models.build import open_model
+from fedex_lora.models.export import export
+from fedex_lora.models.lora import add_lora, load_base, lora_layers, read_other
+from fedex_lora.models.merge import in_float32, logits, plain_model
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.run import InProcess, run
+from fedex_lora.storage.files import run_rounds_of
+from fedex_lora.storage.result import read_result
 from fedex_lora.types import LowRank
-from fedex_lora.verify import verify
 
 BASES = [("bfloat16", "none"), ("float16", "none"), ("float32", "nf4"), ("bfloat16", "nf4"), ("float32", "fp4"), ("float32", "int8")]
 

@@ -12,9 +12,9 @@ import vl_convert
 from tests.runs import event, synthetic, written
 from typer.testing import CliRunner
 
-from fedex_lora.analysis import find_runs
 from fedex_lora.cli import app
 from fedex_lora.report import page, write_figure, write_report
+from fedex_lora.report.analysis import find_runs
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from fedex_lora.aggregation import METHODS
 from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.reproduce import Only, cells, find_record, read_recipe, reproduce, targets, write_tiny_data
-from fedex_lora.reproduce._recipe import merged
-from fedex_lora.reproduce._records import Place, make_record
-from fedex_lora.runner import run
-from fedex_lora.storage import read_events
+from fedex_lora.experiments.reproduce import Only, cells, find_record, read_recipe, reproduce, targets, write_tiny_data
+from fedex_lora.experiments.reproduce._recipe import merged
+from fedex_lora.experiments.reproduce._records import Place, make_record
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import read_events
 
 RECIPE = """
 title = "Two methods"

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.config import read_config
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.run_folder import locked
-from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import read_manifest, sha256
-from fedex_lora.verify import verify
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.run import InProcess, run
+from fedex_lora.storage.files import read_manifest, sha256
+from fedex_lora.storage.run_folder import locked
 
 CASES = {
     "fedex": {},

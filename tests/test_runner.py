@@ -10,16 +10,16 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from fedex_lora import METHODS, load_model
 from fedex_lora.aggregation import method_named
-from fedex_lora.client import evaluate
+from fedex_lora.client.training import evaluate
 from fedex_lora.config import Task, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError, StorageError, TrainingError, UsageError
-from fedex_lora.peft_io import read_result
-from fedex_lora.place import Host
-from fedex_lora.rounds import log_to, run_rounds
-from fedex_lora.runner import InProcess, run
-from fedex_lora.storage import load_tensors, read_events, run_rounds_of, save_tensors, sha256
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.context import Host
+from fedex_lora.runs.round_loop import log_to, run_rounds
+from fedex_lora.runs.run import InProcess, run
+from fedex_lora.storage.files import load_tensors, read_events, run_rounds_of, save_tensors, sha256
+from fedex_lora.storage.result import read_result
 from fedex_lora.tasks import load_task
-from fedex_lora.verify import verify
 
 
 def configuration(**changes):
@@ -297,7 +297,7 @@ def test_training_that_diverges_stops_with_one_line(tmp_path):
 
 def test_learning_needs_the_adapters(tmp_path):
     """Convergence: the frozen base is near chance, and centralised LoRA learns the rule."""
-    from fedex_lora.demo import configuration as demo
+    from fedex_lora.cli.demo import configuration as demo
 
     config = demo("centralised", rounds=3)
     run(config, tmp_path / "run", ignore)

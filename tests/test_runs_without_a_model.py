@@ -9,18 +9,20 @@ from tests import fake
 from tests.fake import HEAD, Fake, setting
 from tests.test_runner import events_of, ignore
 
-from fedex_lora import METHODS, load_model, measure
+from fedex_lora import METHODS, load_model
 from fedex_lora.aggregation import method_named
-from fedex_lora.analysis import sent
-from fedex_lora.answers import Reply
-from fedex_lora.books import Books
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ModelError, TrainingError
-from fedex_lora.peft_io import read_adapter_folder, read_result
-from fedex_lora.rounds import _learnt_nothing, log_to, run_rounds
-from fedex_lora.runner import run
-from fedex_lora.storage import read_events
-from fedex_lora.verify import verify
+from fedex_lora.exactness import measure
+from fedex_lora.offline.verify import verify
+from fedex_lora.report.analysis import sent
+from fedex_lora.runs.round_loop import _learnt_nothing, log_to, run_rounds
+from fedex_lora.runs.run import run
+from fedex_lora.server.registry import Books
+from fedex_lora.server.replies import Reply
+from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.files import read_events
+from fedex_lora.storage.result import read_result
 
 ROUNDS = 4
 
@@ -124,7 +126,7 @@ def test_a_fault_of_the_configuration_stops_a_run_that_would_wait_for_ever(many,
     """Only where so many clients say so that the quorum cannot be reached without them: one alone stops nobody."""
     config = setting(rounds=1, clients={"partition": "iid", "count": 4, "below_quorum": "wait", "quorum": 0.5})
     place, calls = Fake(config, ignore), []
-    monkeypatch.setattr("fedex_lora.rounds.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fedex_lora.runs.round_loop.time.sleep", lambda seconds: None)
 
     def exchange(messages, deadline):
         calls.append(list(messages))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedex_lora.cli import app
 from fedex_lora.errors import DataError, UsageError
-from fedex_lora.scoring import (
+from fedex_lora.tasks.scoring import (
     CHOICES,
     METRICS,
     equivalent,
@@ -23,7 +23,7 @@ from fedex_lora.scoring import (
     score_e2e,
     write_predictions,
 )
-from fedex_lora.scoring.mteval import bleu, nist, tokenize
+from fedex_lora.tasks.scoring.mteval import bleu, nist, tokenize
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -9,9 +9,11 @@ import torch
 from tests import oracle
 from tests.conftest import make_pair, make_updates
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, measure, server
+from fedex_lora import METHODS, ClientUpdate, LoRAPair
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import add, core, factorise, frobenius, signed_sum
 from fedex_lora.errors import AggregationError
+from fedex_lora.exactness import measure
 from fedex_lora.types import Dense, LowRank
 
 GLOBAL = [name for name, row in METHODS.items() if row.lora and not row.pooled and row.exactness != "personalised"]

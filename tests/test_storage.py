@@ -7,7 +7,7 @@ import torch
 from tests.conftest import make_updates
 
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage import (
+from fedex_lora.storage.files import (
     append_event,
     atomic_folder,
     load_delta,

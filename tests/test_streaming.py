@@ -13,17 +13,19 @@ from tests import oracle
 from tests.conftest import make_pair
 from typer.testing import CliRunner
 
-from fedex_lora import ClientUpdate, LoRAPair, aggregate, streaming
-from fedex_lora.adapters import aggregate_folders
+from fedex_lora import ClientUpdate, LoRAPair, aggregate
 from fedex_lora.aggregation import METHODS
 from fedex_lora.cli import app
 from fedex_lora.errors import AggregationError, StorageError, UsageError
-from fedex_lora.peft_io import Format, read_adapter_folder, read_result
-from fedex_lora.regions import merge_folders
-from fedex_lora.storage import sha256
-from fedex_lora.streaming import Round, audit_is_cheap
-from fedex_lora.tensor_files import TensorWriter, read_table, read_tensor
-from fedex_lora.verify import verify
+from fedex_lora.offline import streaming
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.merge_results import merge_folders
+from fedex_lora.offline.streaming import Round, audit_is_cheap
+from fedex_lora.offline.verify import verify
+from fedex_lora.storage.adapter_folder import Format, read_adapter_folder
+from fedex_lora.storage.files import sha256
+from fedex_lora.storage.result import read_result
+from fedex_lora.storage.safetensors_io import TensorWriter, read_table, read_tensor
 
 SHAPES = {
     f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in (("q", (48, 48)), ("up", (96, 48)), ("k", (32, 48)))

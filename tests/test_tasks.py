@@ -11,12 +11,12 @@ from transformers import AutoTokenizer, EvalPrediction
 from fedex_lora import config
 from fedex_lora.config import Clients, base_folder
 from fedex_lora.errors import DataError
-from fedex_lora.partition import partition
-from fedex_lora.scoring import CHOICES
 from fedex_lora.tasks import TASKS, load_task
 from fedex_lora.tasks._completions import IGNORED, completion_metrics, tokenize_completions
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.glue import glue_metrics
+from fedex_lora.tasks.partition import partition
+from fedex_lora.tasks.scoring import CHOICES
 
 
 def settings(**changes):

@@ -3,8 +3,8 @@
 import pytest
 from tests.runs import small_run
 
-from fedex_lora.peft_io import read_result
-from fedex_lora.storage import read_events
+from fedex_lora.storage.files import read_events
+from fedex_lora.storage.result import read_result
 
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "use_cpu": True}
 

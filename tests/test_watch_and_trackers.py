@@ -14,11 +14,11 @@ from tests.runs import event, small_run, synthetic, written
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
+from fedex_lora.cli.console import Display, table
 from fedex_lora.config import parse_config
-from fedex_lora.display import Display, table
 from fedex_lora.errors import UsageError
-from fedex_lora.storage import followed_events, read_events
-from fedex_lora.trackers import Trackers, scalars
+from fedex_lora.runs.trackers import Trackers, scalars
+from fedex_lora.storage.files import followed_events, read_events
 
 
 def test_watch_a_finished_run(tmp_path):

@@ -11,11 +11,11 @@ from safetensors.torch import load, save
 from tests.conftest import make_pair, make_updates
 
 from fedex_lora import LoRAPair, aggregate
-from fedex_lora.catch_up import BaseCopy, CatchUp, caught_up
 from fedex_lora.errors import WireError
-from fedex_lora.framing import read_table, seal
+from fedex_lora.protocol.delta_sync import BaseCopy, CatchUp, caught_up
+from fedex_lora.protocol.frame import read_table, seal
+from fedex_lora.protocol.messages import Download, decode_download, decode_update, encode_download, encode_update
 from fedex_lora.types import Dense, LowRank
-from fedex_lora.wire import Download, decode_download, decode_update, encode_download, encode_update
 
 UPDATE = make_updates(1)[0]
 LOG = CatchUp(since=1, version=2, log={2: aggregate(make_updates(3)).residual})

@@ -7,10 +7,10 @@ __all__ = ["METHODS", "Aggregate", "ClientUpdate", "LoRAPair", "LowRank", "Serve
 
 if TYPE_CHECKING:
     from fedex_lora.aggregation import METHODS, aggregate
-    from fedex_lora.peft_io import load_model
+    from fedex_lora.models.build import load_model
     from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
-_HOMES = {"METHODS": "aggregation", "aggregate": "aggregation", "load_model": "peft_io"}
+_HOMES = {"METHODS": "aggregation", "aggregate": "aggregation", "load_model": "models.build"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ class FedexLoraError(Exception):
 
     Args:
         message: for the user of this process: it may quote rows, columns and files.
-        code: of `fedex_lora.failures.WORDS`, all that a party tells others of it; by default its class's.
+        code: of `fedex_lora.protocol.failures.WORDS`, all that a party tells others of it; by default its class's.
         rows: how many rows are concerned, told beside the code; 0: it does not say.
     """
 

@@ -246,3 +246,22 @@ class ServerState:
     seed: int = 0
     personal: Mapping[str, Adapter] = field(default_factory=dict)
     velocity: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Motion:
+    """What the server adds to what a method makes of the clients' models (docs/momentum.md), as it was before the round.
+
+    Attributes:
+        momentum, learning_rate: b and h.
+        adapter: the global one before the round.
+        change: module path -> `W_{t-1} - W_{t-2}`, where that is not zero.
+        other, other_change: the same of the other tensors, where these move too.
+    """
+
+    momentum: float
+    learning_rate: float
+    adapter: Adapter
+    change: Mapping[str, Delta]
+    other: Mapping[str, Tensor] = field(default_factory=dict)
+    other_change: Mapping[str, Tensor] = field(default_factory=dict)

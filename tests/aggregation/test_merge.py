@@ -8,8 +8,9 @@ import torch
 from tests import oracle
 from tests.conftest import make_updates
 
-from fedex_lora import LoRAPair, aggregate, server
+from fedex_lora import LoRAPair, aggregate
 from fedex_lora.aggregation import merge
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import AggregationError, UsageError
 
 ROUNDING = 5e-7  # relative: a few times the 6e-8 of one fp32 operation; 2.7e-7 is the worst of 200 random trees

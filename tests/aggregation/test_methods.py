@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.conftest import make_pair, make_updates
 
-from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate, measure, server
+from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import AggregationError
+from fedex_lora.exactness import measure
 
 EXACT = 1e-6
 LORA = [name for name, method in METHODS.items() if method.lora and not method.pooled]

@@ -5,8 +5,9 @@ import pytest
 import torch
 from tests import oracle
 
-from fedex_lora import METHODS, LoRAPair, server
+from fedex_lora import METHODS, LoRAPair
 from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import from_parts, parts, same_bits
 from fedex_lora.aggregation.momentum import gained, halted, last_change
 from fedex_lora.config import Server

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from tests import oracle
 from tests.conftest import make_updates
 
-from fedex_lora import aggregate, measure
+from fedex_lora import aggregate
 from fedex_lora.config import Truncation
+from fedex_lora.exactness import measure
 
 UPDATES = make_updates(5)
 FULL = aggregate(UPDATES, "fedex")

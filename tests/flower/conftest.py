@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from fedex_lora.config import parse_config
-from fedex_lora.flower._local import local_deployment
-from fedex_lora.flower._trial import short_demo
-from fedex_lora.flower.app_folder import write_app
-from fedex_lora.runner import run
-from fedex_lora.storage import read_events
+from fedex_lora.engines.flower._local import local_deployment
+from fedex_lora.engines.flower._trial import short_demo
+from fedex_lora.engines.flower.app_folder import write_app
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import read_events
 
 PATIENCE = 300.0  # seconds, for machines with other things to do
 COLD, WARM = "bone", ("chest", "skin")

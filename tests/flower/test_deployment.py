@@ -8,12 +8,12 @@ import pytest
 import torch
 from tests.flower.conftest import CLIENTS, COLD, PATIENCE, configuration, events, wait_for
 
-from fedex_lora.flower._keys import make_certificates, make_node_key
-from fedex_lora.flower._local import local_simulation, simulated
-from fedex_lora.flower._trial import differing, traffic
-from fedex_lora.flower.app_folder import write_app
-from fedex_lora.storage import load_tensors
-from fedex_lora.verify import verify
+from fedex_lora.engines.flower._keys import make_certificates, make_node_key
+from fedex_lora.engines.flower._local import local_simulation, simulated
+from fedex_lora.engines.flower._trial import differing, traffic
+from fedex_lora.engines.flower.app_folder import write_app
+from fedex_lora.offline.verify import verify
+from fedex_lora.storage.files import load_tensors
 
 QUORUM = {"quorum": 0.6}
 LOG = {"catch_up": "log"}  # who was away adds the past gains one by one: the server's bits; a recompressed sum is within 1e-7 only

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tests.flower.conftest import configuration, events, wait_for
 
+from fedex_lora.engines.flower._local import CONNECTION, free_port
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.flower._local import CONNECTION, free_port
 
 CONF = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")

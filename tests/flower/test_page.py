@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tests.flower.conftest import PATIENCE
 
-from fedex_lora.flower import ENVIRONMENT
-from fedex_lora.flower._local import free_port
-from fedex_lora.storage import read_events
+from fedex_lora.engines.flower import ENVIRONMENT
+from fedex_lora.engines.flower._local import free_port
+from fedex_lora.storage.files import read_events
 
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 

@@ -102,6 +102,10 @@ class Method:
         """The factors that travel up in a round."""
         return "".join(part for part in self.trained(round) if part in self.uploads)
 
+    def stays(self, round: int) -> str:
+        """The factors that do not travel up in a round."""
+        return "".join(part for part in "AB" if part not in self.sent(round))
+
     def messages(self, ranks: Sequence[int], client: int, shape: tuple[int, int], round: int, truncated: int | None = None) -> Numbers:
         """What travels in a round in which the clients of the last one take part again (bytes: times four, plus a header).
 

@@ -42,7 +42,7 @@ def aggregate(
     debug: Debug = False,
 ) -> None:
     """Aggregate PEFT adapters from anywhere, exactly. No training, no server."""
-    from fedex_lora.adapters import aggregate_folders
+    from fedex_lora.offline.aggregate_folders import aggregate_folders
 
     if merge:
         other = method != "fedex" or state or truncate or not updates or audit != "auto"
@@ -71,7 +71,7 @@ def aggregate(
 def _merge(
     regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, base: str | None, other: object, as_json: bool
 ) -> None:
-    from fedex_lora.regions import merge_folders
+    from fedex_lora.offline.merge_results import merge_folders
 
     if other:
         raise UsageError("--merge takes everything but --weights and --base from the regions' results: leave the other options out")
@@ -90,8 +90,8 @@ def _merge(
 
 def _require_exact(result: dict[str, Any]) -> None:
     """An error that is no number is as wrong as a large one."""
-    from fedex_lora.measure import failed
-    from fedex_lora.verify import EXACT_BELOW
+    from fedex_lora.exactness.measure import failed
+    from fedex_lora.offline.verify import EXACT_BELOW
 
     error = result["max_relative_error"]
     if error is not None and (failed(error) or (result["exact_method"] and not error <= EXACT_BELOW)):
@@ -149,9 +149,9 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Recompute the ideal update, and print how far a result is off. In fp64, from the stored updates; per module and in total."""
-    from fedex_lora.client import quiet
-    from fedex_lora.verify import complaint, export_form
-    from fedex_lora.verify import verify as verify_here
+    from fedex_lora.client.training import quiet
+    from fedex_lora.offline.verify import complaint, export_form
+    from fedex_lora.offline.verify import verify as verify_here
 
     quiet()
     if (form := export_form(path)) is not None:
@@ -173,8 +173,8 @@ def verify(
 
 def _print_verified(console: Any, result: dict[str, Any], modules: bool, exact: bool) -> None:
     """What was compared, and at last the one number."""
-    from fedex_lora.display import table
-    from fedex_lora.verify import EXACT_BELOW
+    from fedex_lora.cli.console import table
+    from fedex_lora.offline.verify import EXACT_BELOW
 
     for row in result["rounds"]:
         title = f"{row['folder']} ({row['method']}, round {row['round']})"
@@ -242,8 +242,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the model for plain transformers, PEFT or vLLM. It is reloaded, and its logits compared with the run's."""
-    from fedex_lora.client import quiet
-    from fedex_lora.export import export as export_here
+    from fedex_lora.client.training import quiet
+    from fedex_lora.models.export import export as export_here
 
     quiet()
     result = export_here(source, form, out, base, rank)

@@ -9,7 +9,7 @@ from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, 
 @one_line_errors
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Say what would go wrong on this machine. Versions, devices, precision, telemetry."""
-    from fedex_lora.doctor import examine
+    from fedex_lora.cli.doctor import examine
 
     console = consoles(as_json)
     with console.status("looking") if console.is_terminal else nullcontext():

@@ -54,8 +54,8 @@ def evaluate(
         raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
     from accelerate import PartialState
 
-    from fedex_lora.client import quiet
-    from fedex_lora.display import table
+    from fedex_lora.cli.console import table
+    from fedex_lora.client.training import quiet
     from fedex_lora.evaluation import Options, evaluate_harness, evaluate_source, task_of
 
     quiet()

@@ -24,7 +24,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """See what exact aggregation is, offline, in about two minutes. Three hospitals, four methods."""
-    from fedex_lora.demo import run_demo
+    from fedex_lora.cli.demo import run_demo
 
     console = consoles(as_json)
     result = run_demo(out, rounds, console)
@@ -48,8 +48,8 @@ def run(
 
     out = out or Path("runs") / config.stem
     settings = read_config(config, set_ or [], begun=out if resume else None)
-    from fedex_lora.display import Display
-    from fedex_lora.runner import run as run_here
+    from fedex_lora.cli.console import Display
+    from fedex_lora.runs.run import run as run_here
 
     console = consoles(as_json)
     last: dict[str, Any] = {}
@@ -88,9 +88,9 @@ def check(
     debug: Debug = False,
 ) -> None:
     """List every problem of a run's rows. Labels, lengths, duplicates, classes, at each client; nothing is trained."""
-    from fedex_lora.check import check as check_here
-    from fedex_lora.client import quiet
+    from fedex_lora.client.training import quiet
     from fedex_lora.config import read_config
+    from fedex_lora.runs.check import check as check_here
 
     quiet()
     found = check_here(read_config(config, set_ or []))
@@ -149,9 +149,9 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare methods fairly. Paired seeds, settings for each chosen on held-out training rows, confidence intervals, tests."""
-    from fedex_lora import compare as comparing
+    from fedex_lora.cli.console import Runs
     from fedex_lora.config import read_config
-    from fedex_lora.display import Runs
+    from fedex_lora.experiments import compare as comparing
 
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: give one or more")
@@ -186,7 +186,7 @@ def compare(
 
 def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
     """The protocol that options say."""
-    from fedex_lora import compare as comparing
+    from fedex_lora.experiments import compare as comparing
 
     tree = {key: given[key] for key in ("reference", "target", "controls") if key in given}
     tree |= {key.replace("-", "_"): _whole(given[key], f"--{key}") for key in ("seeds", "tuning-seeds", "at") if key in given}
@@ -210,8 +210,8 @@ def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show(result: Mapping[str, Any], out: Path, console: "Console") -> None:
     """The tables of a comparison."""
-    from fedex_lora import compare as comparing
-    from fedex_lora.display import table
+    from fedex_lora.cli.console import table
+    from fedex_lora.experiments import compare as comparing
 
     columns, rows = comparing.table_rows(result)
     costs = columns.index(comparing.COSTS)

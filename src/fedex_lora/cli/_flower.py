@@ -32,7 +32,7 @@ def init(
 ) -> None:
     """Write a Flower app folder that `flwr run` takes. For a simulation or a deployment."""
     from fedex_lora.config import read_config
-    from fedex_lora.flower.app_folder import write_app
+    from fedex_lora.engines.flower.app_folder import write_app
 
     names = [name.strip() for name in (clients or "").split(",") if name.strip()]
     run = (out or folder.with_name(f"{folder.name}-run")).absolute()
@@ -56,7 +56,7 @@ def keys(
 ) -> None:
     """Make the server's certificate, and nodes' key pairs. The certificate is of a CA of its own."""
     _require_flower()
-    from fedex_lora.flower._keys import make_certificates, make_node_key
+    from fedex_lora.engines.flower._keys import make_certificates, make_node_key
 
     named, nodes = [host.strip() for host in hosts.split(",") if host.strip()], node or []
     plain = re.compile(r"\w[\w .-]*")
@@ -91,9 +91,9 @@ def try_(
 ) -> None:
     """Try a real deployment on this machine. With TLS and node keys: a job over it, compared with the run in process; then all stops."""
     _require_flower()
-    from fedex_lora.client import quiet
+    from fedex_lora.client.training import quiet
     from fedex_lora.config import read_config
-    from fedex_lora.flower._trial import short_demo, trial
+    from fedex_lora.engines.flower._trial import short_demo, trial
 
     quiet()
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whatever was started is stopped
@@ -112,7 +112,7 @@ def worker(
     debug: Debug = False,
 ) -> None:
     """Keep a party's base in memory between messages. Flower starts a process for every message."""
-    from fedex_lora.flower._worker import serve
+    from fedex_lora.engines.flower._worker import serve
 
     console = consoles(True)
     serve(socket, lambda line: console.print(line, highlight=False))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.filesize import decimal
 
 from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import counted
@@ -21,14 +22,15 @@ def report(
     debug: Debug = False,
 ) -> None:
     """One HTML page about one run, or several side by side. It is self-contained."""
-    from fedex_lora.display import size
     from fedex_lora.report import write_report
 
     made = write_report(runs, out or runs[0] / "report.html")
     if as_json:
         print_json(made)
     else:
-        line = f"{made['out']}: {counted(made['runs'], 'run')}, {counted(made['charts'], 'chart')}, {size(made['bytes'])}"
+        line = (
+            f"{made['out']}: {counted(made['runs'], 'run')}, {counted(made['charts'], 'chart')}, {decimal(int(made['bytes']), precision=2)}"
+        )
         consoles(False).print(line, highlight=False, markup=False)
 
 
@@ -67,7 +69,7 @@ def watch(
     debug: Debug = False,
 ) -> None:
     """Show a run that is going on elsewhere. Rounds, clients, metrics, bytes, time left."""
-    from fedex_lora.display import watch as show
+    from fedex_lora.cli.console import watch as show
 
     console = consoles(False)
     if not show(run, console, once):

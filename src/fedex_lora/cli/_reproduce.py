@@ -32,9 +32,9 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """Reproduce a table or figure of the paper. Its runs, then the table, with the paper's numbers beside ours."""
-    from fedex_lora.display import Runs, table
-    from fedex_lora.reproduce import Only, about, read_recipe, targets
-    from fedex_lora.reproduce import reproduce as reproduce_here
+    from fedex_lora.cli.console import Runs, table
+    from fedex_lora.experiments.reproduce import Only, about, read_recipe, targets
+    from fedex_lora.experiments.reproduce import reproduce as reproduce_here
 
     console = consoles(as_json)
     if target == "list":

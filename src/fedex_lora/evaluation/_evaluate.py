@@ -9,12 +9,12 @@ from typing import Any
 from accelerate import PartialState
 
 from fedex_lora import config
-from fedex_lora.client import Work, evaluate
+from fedex_lora.client.training import Work, evaluate
 from fedex_lora.errors import UsageError
 from fedex_lora.evaluation._generation import generate
 from fedex_lora.evaluation._model import open_source
-from fedex_lora.scoring import write_predictions
 from fedex_lora.tasks import load_task, usable
+from fedex_lora.tasks.scoring import write_predictions
 
 
 @dataclass(frozen=True)

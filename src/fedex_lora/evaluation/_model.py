@@ -10,8 +10,12 @@ from torch import nn
 from fedex_lora.aggregation import method_named
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
-from fedex_lora.peft_io import DELTA, MARK, kind_of, load_base, load_processor, open_model, read_result
-from fedex_lora.storage import MANIFEST, read_manifest
+from fedex_lora.models.build import kind_of, open_model
+from fedex_lora.models.lora import load_base
+from fedex_lora.models.processor import load_processor
+from fedex_lora.storage.files import MANIFEST, read_manifest
+from fedex_lora.storage.peft_rules import MARK
+from fedex_lora.storage.result import DELTA, read_result
 
 
 class Opened(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fedex_lora import analysis
 from fedex_lora.errors import UsageError
+from fedex_lora.report import analysis
 from fedex_lora.report._charts import PALETTE
 from fedex_lora.report._sections import Group, grouped
-from fedex_lora.storage import replacing
+from fedex_lora.storage.files import replacing
 
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
 FORMATS = (".pdf", ".svg", ".png")

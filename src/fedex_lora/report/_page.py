@@ -15,14 +15,14 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedex_lora import __version__
-from fedex_lora.analysis import Run, find_runs
-from fedex_lora.analysis._runs import CONFIG
 from fedex_lora.errors import UsageError
 from fedex_lora.report._charts import Chart
 from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, grouped, tiles
 from fedex_lora.report._tables import Table
-from fedex_lora.run_folder import is_report
-from fedex_lora.storage import write_text
+from fedex_lora.report.analysis import Run, find_runs
+from fedex_lora.report.analysis._runs import CONFIG
+from fedex_lora.storage.files import write_text
+from fedex_lora.storage.run_folder import is_report
 
 MOST = 12  # groups of runs in one report
 

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from fedex_lora import analysis
-from fedex_lora.analysis import Run
-from fedex_lora.analysis._frames import relative, travelled
-from fedex_lora.display import size
 from fedex_lora.errors import StorageError
+from fedex_lora.report import analysis
 from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
-from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, table
+from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, size, table
+from fedex_lora.report.analysis import Run
+from fedex_lora.report.analysis._frames import relative, travelled
 
 VALUES = {
     "relative": "relative to the ideal update",

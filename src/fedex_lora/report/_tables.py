@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from rich.filesize import decimal
 
 Format = Callable[[Any], str]
 NOT_FINITE = "not finite"
@@ -26,6 +27,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[tuple[str, float | None]]]
     numeric: Sequence[bool]
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    return decimal(int(count), precision=2)
 
 
 def table(caption: str, frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, names: Mapping[str, str] | None = None) -> Table:

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Value
 from torch import Tensor
 
 from fedex_lora.errors import DataError
-from fedex_lora.peft_io import ImageProcessor
+from fedex_lora.models.processor import ImageProcessor
 from fedex_lora.tasks._files import Rows
 from fedex_lora.tasks._rows import Problem, found
 

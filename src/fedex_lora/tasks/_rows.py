@@ -16,7 +16,7 @@ class Problem:
     """One kind of fault in some rows.
 
     Attributes:
-        code: of `fedex_lora.failures.WORDS`: what others may be told.
+        code: of `fedex_lora.protocol.failures.WORDS`: what others may be told.
         words: what is wrong with each of them, for whoever has the rows.
         rows: their labels in the frame's index: lines of the file.
     """

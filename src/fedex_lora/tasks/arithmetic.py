@@ -18,11 +18,11 @@ import pandas as pd
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.scoring import equivalent, extract_answer, extract_number, normal_form, require_math_verify
 from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, limit
+from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form, require_math_verify
 
 METAMATH, METAMATH_HUB = "MetaMathQA-395K.json", "meta-math/MetaMathQA"
 TESTS = {"gsm8k": 512, "math": 2048}  # tokens that MetaMath's evaluation lets the model write

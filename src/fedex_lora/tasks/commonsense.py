@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora import config
-from fedex_lora.scoring import CHOICES, extract_choice
 from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, label_indices, limit
+from fedex_lora.tasks.scoring import CHOICES, extract_choice
 
 TRAIN = "commonsense_170k.json"
 PUBLISHED = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"

@@ -27,7 +27,7 @@ from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.peft_io import require_pillow
+from fedex_lora.models.processor import require_pillow
 from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from fedex_lora import config
+from fedex_lora.config import DEMO, Config, parse_config
 from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._task import Task
 
@@ -29,6 +30,7 @@ WARDS = {
 }
 WEIGHTS = {finding: weight for ward in WARDS.values() for finding, weight in ward.items()}
 PATIENTS = ("woman", "man", "girl", "boy", "nurse", "driver", "teacher", "farmer")
+ROUNDS = 5
 THRESHOLDS = (4, 6)  # green below 4, yellow below 6, red from 6: 16, 24 and 16 of the 56 choices of findings
 
 
@@ -78,4 +80,25 @@ def load(settings: config.Task) -> Task:
         headline="accuracy",
         model_config={},
         classes=pd.factorize(train["completion"])[0],
+    )
+
+
+def configuration(method: str, rounds: int = ROUNDS) -> Config:
+    """The demo's run of one method: every hospital is a client."""
+    return parse_config(
+        {
+            "method": method,
+            "rounds": rounds,
+            "torch_threads": 1,  # the model is too small to share out
+            "base": {"model": DEMO},
+            "lora": {"r": 4, "alpha": 8, "target_modules": "all-linear"},
+            "task": {"name": "demo"},
+            "clients": {"partition": "column", "column": "hospital"},
+            "training": {
+                "learning_rate": 5e-3,
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 32,
+                "per_device_eval_batch_size": 200,
+            },
+        }
     )

@@ -8,7 +8,7 @@ A row::
 What the model reads is as in the LoRA paper's code (Hu et al. 2022): `name : Blue Spice | Type : coffee shop | area : city centre`, then
 the tokenizer's begin token (GPT-2's is its end token), then the text and the end token, with the loss on the text only. Rounds measure the
 loss on the dev set; generation describes each of the test set's 630 meaning representations, with that paper's beam search, and is scored
-by the challenge's five metrics (`fedex_lora.scoring`).
+by the challenge's five metrics (`fedex_lora.tasks.scoring`).
 """
 
 import re
@@ -18,11 +18,11 @@ import numpy as np
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.scoring import require_e2e, score_e2e
 from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, within
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, limit
+from fedex_lora.tasks.scoring import require_e2e, score_e2e
 
 HUB = "tuetschek/e2e_nlg"
 LAYOUT = "trainset.csv, devset.csv and testset_w_refs.csv of the E2E NLG challenge"

@@ -1,0 +1,101 @@
+"""`fedex-lora demo`: the embedded default, four methods side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from fedex_lora.cli.console import Display, table
+from fedex_lora.config import write_config
+from fedex_lora.errors import UsageError
+from fedex_lora.exactness.measure import number, worst
+from fedex_lora.report.analysis import sent
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import TEMPORARY, plain_json, read_events, write_text
+from fedex_lora.storage.run_folder import CONFIG, barely_begun, is_report, remove, strays
+from fedex_lora.tasks.demo import ROUNDS, configuration
+
+METHODS = ("fedex", "fedit", "ffa", "centralised")
+RESULT, REPORT = "demo.json", "report.html"
+
+
+def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
+    """Run all four methods into `out`, print the table, and return it.
+
+    Raises:
+        UsageError: `out` holds something that is not an earlier demo's.
+    """
+    if out.exists():
+        _clear(out)
+    write_text(out / RESULT, "{}\n")
+    console.print("three hospitals write triage notes, each about its own symptoms; none can learn the rule for all alone\n")
+    rows = {}
+    for method in METHODS:
+        with Display(console, f"{method:11}") as display:
+            run(configuration(method, rounds or ROUNDS), out / method, display)
+        rows[method] = summary(out / method)
+        console.print()
+    base = rows["fedex"]["base_accuracy"]
+    columns = ["method", "accuracy", "deviation of plain averaging", "exactness error", "sent down", "sent up"]
+    body = [[method, *_cells(row)] for method, row in rows.items()]
+    console.print(table(f"accuracy on the notes of all three hospitals (the base alone: {base:.3f}, chance: {1 / 3:.3f})", columns, body))
+    from fedex_lora.report import write_report  # the runs need none of its packages
+
+    page = write_report([out / method for method in METHODS], out / REPORT)
+    console.print(f"what happened, in charts: {page['out']} (open it in a browser)", highlight=False)
+    console.print(f"all files: {out}   check the exact one again: fedex-lora verify {out / 'fedex'}", highlight=False)
+    result = {"base_accuracy": base, "methods": rows}
+    write_text(out / RESULT, plain_json(result) + "\n")
+    return result
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo, whole or killed; a folder that holds anything else is left as it is."""
+    if not out.is_dir() or not (barely_begun(out) or (out / RESULT).is_file()):
+        raise UsageError(f"{out} exists and is no earlier demo: give another --out")
+    for path in out.iterdir():
+        ours = is_report(path) if path.name == REPORT else _is_demo(path) if path.name in METHODS else path.name == RESULT
+        if not ours and not path.name.startswith(TEMPORARY):
+            raise UsageError(f"{path} is no part of a demo, so the demo in {out} is not replaced: give another --out, or move that away")
+    for method in METHODS:
+        if (out / method).is_dir():
+            remove(out / method)
+
+
+def _is_demo(folder: Path) -> bool:
+    """Is it a demo's run of the method that it is named after, for any number of rounds, and nothing else?"""
+
+    def settled(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("rounds = ")]
+
+    if not folder.is_dir() or strays(folder):
+        return False
+    mark = folder / CONFIG
+    return not mark.exists() or settled(mark.read_text(encoding="utf-8")) == settled(write_config(configuration(folder.name)))
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['accuracy']:.3f}",
+        f"{row['deviation']:.1%}",
+        f"{row['exactness_error']:.1e}",
+        decimal(int(row["bytes_down"]), precision=2),
+        decimal(int(row["bytes_up"]), precision=2),
+    ]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The numbers of one run, from its events."""
+    events = read_events(folder / "events.jsonl")
+    rounds = [event for event in events if event["event"] == "round_done"]
+    return {
+        "base_accuracy": next(number(event["metrics"]["accuracy"]) for event in events if event["event"] == "started"),
+        "accuracy": number(rounds[-1]["metrics"]["accuracy"]),
+        "accuracies": [number(event["metrics"]["accuracy"]) for event in rounds],
+        "deviation": worst(event["deviation"] for event in rounds),
+        "exactness_error": worst(event["exactness_error"] for event in rounds),
+        "realised_error": worst(event["realised_error"] for event in rounds),
+        **dict(zip(("bytes_down", "bytes_up"), sent(events), strict=True)),
+        "seconds": sum(event["seconds"] for event in rounds),
+    }

@@ -1,0 +1,33 @@
+"""What trains: a model with the clients' rows in this process; or, in tests, whatever moves factors."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedex_lora.types import Adapter, ClientUpdate, Delta
+
+
+class Learner(Protocol):
+    """One model on which clients train in turn."""
+
+    @property
+    def first(self) -> Adapter:
+        """The initial adapter: the same for everyone who has the configuration and the base."""
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Client -> how many training rows it has, of the clients that are here."""
+
+    def put(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+        """Write into the model the factors to train, what the frozen base has gained, and the other trained tensors."""
+
+    def measure(self, client: str) -> dict[str, float]:
+        """The model as it stands on the client's held-out rows, as `held_out_NAME`; nothing where it has none."""
+
+    def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
+        """Train the model as it stands: the update, and the optimiser's state.
+
+        Raises:
+            TrainingError: see `client.local_update`.
+        """

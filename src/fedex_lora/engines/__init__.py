@@ -1,0 +1,1 @@
+"""Federations over an engine."""

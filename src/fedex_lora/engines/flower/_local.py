@@ -1,0 +1,248 @@
+"""A real deployment on this machine: a SuperLink with TLS, SuperNodes with registered keys, each in processes of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedex_lora.engines.flower import ENVIRONMENT
+from fedex_lora.engines.flower._keys import make_certificates, make_node_key
+from fedex_lora.errors import FedexLoraError, TrainingError
+from fedex_lora.storage.files import read_events
+
+CONNECTION = "local-deployment"  # in Flower's configuration file, which is in the deployment's folder
+ENDED = ("finished:completed", "finished:failed", "finished:stopped")
+
+
+def simulated(nodes: int) -> list[str]:
+    """The options of `flwr run` for a simulation of so many nodes, one core each."""
+    return ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class LocalDeployment:
+    """What runs, and where it logs: `folder/logs/NAME.log`. Used as `with local_deployment(...) as deployment`.
+
+    Attributes:
+        folder: of certificates, keys, logs, Flower's own files and clients' states.
+        clients: the parties.
+        node_config: client -> more of its node's settings.
+        port: of the SuperLink.
+        processes: name -> its process, which leads a group of its own.
+    """
+
+    folder: Path
+    clients: Sequence[str]
+    node_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process: Flower's own files in our folder, nothing told to anybody, our interpreter's commands first."""
+        bin = str(Path(sys.executable).parent)
+        more = {"FLWR_HOME": str(self.folder / "flwr"), "PATH": os.pathsep.join([bin, os.environ.get("PATH", "")])}
+        return {**os.environ, **ENVIRONMENT, **more, "PYTHONUNBUFFERED": "1"}
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a process that logs to `logs/NAME.log`."""
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self.processes[name] = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment, start_new_session=True
+            )
+
+    def stop(self, name: str, how: signal.Signals = signal.SIGTERM, patience: float = 10.0) -> None:
+        """Stop a process and all that it started, as a machine stops when `how` is SIGKILL."""
+        family = self.family(name)
+        process = self.processes.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        if how != signal.SIGKILL:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """All that a process has started and that runs; Flower puts some of it into groups of its own."""
+        with suppress(psutil.NoSuchProcess):
+            return list(psutil.Process(self.processes[name].pid).children(recursive=True))
+        return []
+
+    def log(self, name: str) -> str:
+        """What a process has said."""
+        path = self.folder / "logs" / f"{name}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def stop_all(self) -> None:
+        """Stop every process that was started here."""
+        for name in list(self.processes):
+            self.stop(name)
+
+    def connect(self, line: str) -> None:
+        """Tell the `flwr` command where the SuperLink is, and how it is trusted."""
+        home = self.folder / "flwr"
+        home.mkdir(parents=True, exist_ok=True)
+        text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\n{line}\n'
+        (home / "config.toml").write_text(text, encoding="utf-8")
+
+    @property
+    def place(self) -> list[str]:
+        """The SuperLink's options that are always the same."""
+        return ["--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"]
+
+    def start_superlink(self) -> None:
+        """The server's process; it is ready when this returns."""
+        keys = self.folder / "keys"
+        tls = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
+        options = [part for option, file in tls.items() for part in (f"--ssl-{option}", str(keys / file))]
+        self.start("superlink", ["flower-superlink", "--enable-supernode-auth", *options, *self.place])
+        self.wait_for(lambda: _listens(self.port), 90, "the SuperLink does not listen", "superlink")
+
+    def start_node(self, client: str, key: str | None = None, ca: Path | None = None, port: int | None = None) -> None:
+        """A party's process.
+
+        Args:
+            client: who it is.
+            key: the name of its key; by default its own.
+            ca: the certificate that it trusts; by default the federation's.
+            port: where it looks for the SuperLink (a proxy's, for instance).
+        """
+        given = {"client": client, "state": str(self.folder / "state" / client), **self.node_config.get(client, {})}
+        words = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{port or self.port}", "--port", str(free_port())]
+        command += ["--root-certificates", str(ca or self.folder / "keys" / "ca.crt"), "--node-config", words]
+        self.start(client, [*command, "--auth-supernode-private-key", str(self.folder / "keys" / (key or client))])
+
+    def flwr(self, *words: str) -> dict[str, Any]:
+        """What a `flwr` command says, as JSON.
+
+        Raises:
+            FedexLoraError: it fails.
+        """
+        command = ["flwr", *words, "--format", "json"]
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            raise FedexLoraError(f"flwr {words[0]} does not answer: is the SuperLink at work? See {self.folder / 'logs'}") from None
+        try:
+            result: dict[str, Any] = json.loads(done.stdout[done.stdout.find("{") :])
+        except ValueError:
+            result = {"success": False, "error-message": done.stderr or done.stdout}
+        if done.returncode or not result.get("success", True):
+            raise FedexLoraError(f"flwr {words[0]} failed: {' '.join(str(result.get('error-message')).split())[:300]}")
+        return result
+
+    def register(self, client: str) -> None:
+        """Make the client's key if it has none, and let the server know it by its name."""
+        key = self.folder / "keys" / client
+        if not key.exists():
+            make_node_key(key)
+        self.flwr("supernode", "register", f"{key}.pub", CONNECTION, "--name", client)
+
+    def submit(self, app: Path, *options: str) -> str:
+        """Start a run of an app folder, with more options of `flwr run`; its id."""
+        return str(self.flwr("run", str(app), CONNECTION, *options)["run-id"])
+
+    def run_status(self, run: str) -> dict[str, Any]:
+        """A run as `flwr ls` has it."""
+        found = self.flwr("ls", CONNECTION, "--run-id", run)["runs"]
+        return dict(found[0])
+
+    def finish(self, run: str, out: Path, seconds: float) -> dict[str, Any]:
+        """Wait for the end of a run into the folder `out`.
+
+        Raises:
+            TrainingError: it failed, or took too long.
+        """
+        end, looked, events = time.monotonic() + seconds, time.monotonic(), out / "events.jsonl"
+        while not (events.exists() and any(event["event"] == "run_done" for event in read_events(events))):
+            if time.monotonic() > end:
+                raise TrainingError(f"run {run} has not ended after {seconds:g} seconds: see {self.folder / 'logs'}")
+            if time.monotonic() - looked > 10:  # each look is a process
+                looked = time.monotonic()
+                if self.run_status(run)["status"] in ENDED:
+                    break
+            time.sleep(0.5)
+        while (status := self.run_status(run))["status"] not in ENDED and time.monotonic() < end:
+            time.sleep(1)
+        if status["status"] != ENDED[0]:
+            raise TrainingError(f"the run ended as {status['status']}: {status.get('status-details', '')}: see {self.folder / 'logs'}")
+        return status
+
+    def wait_for(self, ready: Any, seconds: float, failure: str, name: str) -> None:
+        """Until `ready()` is true.
+
+        Raises:
+            TrainingError: not in time, or the process `name` has ended.
+        """
+        end = time.monotonic() + seconds
+        while not ready():
+            ended = name in self.processes and self.processes[name].poll() is not None
+            if ended or time.monotonic() > end:
+                raise TrainingError(f"{failure} (see {self.folder / 'logs' / name}.log): {self.log(name).strip()[-300:]}")
+            time.sleep(0.2)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def local_deployment(folder: Path, clients: Sequence[str], node_config: Mapping[str, Mapping[str, Any]]) -> Iterator[LocalDeployment]:
+    """SuperLink with TLS and one registered SuperNode for each client; all of it is stopped at the end, whatever happened.
+
+    Args:
+        folder: see `LocalDeployment`.
+        clients: names.
+        node_config: client -> more of its node's settings.
+    """
+    deployment = LocalDeployment(folder, clients, node_config)
+    try:
+        make_certificates(folder / "keys", ["localhost", "127.0.0.1"])
+        deployment.connect(f'root-certificates = "{folder / "keys" / "ca.crt"}"')
+        deployment.start_superlink()
+        for client in clients:
+            deployment.register(client)
+            deployment.start_node(client)
+        yield deployment
+    finally:
+        deployment.stop_all()
+
+
+@contextmanager
+def local_simulation(folder: Path) -> Iterator[LocalDeployment]:
+    """A SuperLink that simulates nodes by Ray (`submit` with `simulated`); stopped at the end."""
+    simulation = LocalDeployment(folder, [])
+    try:
+        simulation.connect("insecure = true")
+        simulation.start("superlink", ["flower-superlink", "--simulation", "--insecure", *simulation.place])
+        simulation.wait_for(lambda: _listens(simulation.port), 90, "the SuperLink does not listen", "superlink")
+        yield simulation
+    finally:
+        simulation.stop_all()

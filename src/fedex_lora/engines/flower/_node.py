@@ -1,0 +1,162 @@
+"""One party on its machine: its rows, its model, its memory; from a request to an answer."""
+
+import logging
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from fedex_lora.client.node import Parties
+from fedex_lora.client.state import MEMORY
+from fedex_lora.client.training import ClientData, quiet, spare_devices
+from fedex_lora.config import parse_config
+from fedex_lora.engines.flower._log import failed, left, log_of
+from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._settings import NodeSettings, node_settings
+from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
+from fedex_lora.protocol.failures import Failure, failure_of
+from fedex_lora.runs.context import Place
+from fedex_lora.runs.learner import ModelLearner
+from fedex_lora.server.replies import Emit
+from fedex_lora.storage.result import safe_name
+from fedex_lora.storage.run_folder import locked
+from fedex_lora.tasks import Task, load_task, usable
+from fedex_lora.tasks.partition import held_out, partition
+
+
+class Node:
+    """A party, which keeps its base in memory from one answer to the next.
+
+    Args:
+        emit: told of training steps.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._made: tuple[object, Place, ClientData] | None = None
+
+    def reply(self, request: Request) -> bytes | Failure:
+        """The bytes of this party's update, or why there are none; whatever was raised, its text goes to this party's log only."""
+        log = log_of(request.node)
+        try:
+            payload = self.answer(request, node_settings(request.node))
+            left(log, payload, request.client)
+            return payload
+        except (KeyboardInterrupt, SystemExit):  # this process is told to end
+            raise
+        except BaseException as error:  # a panic of a library is no Exception
+            failure = failure_of(error)
+            failed(log, error, failure, request.client)
+            return failure
+
+    def answer(self, request: Request, settings: NodeSettings) -> bytes:
+        """The bytes of this party's update.
+
+        Raises:
+            FedexLoraError: the message is for somebody else, too large or wrong; the rows or the model are not there; training failed.
+        """
+        if settings.client and settings.client != request.client:
+            raise UsageError(
+                f"this node is client {settings.client!r}, and the message is for {request.client!r}: register it by its name", "client"
+            )
+        if len(request.payload) > settings.max_megabytes * 1e6:
+            raise UsageError(f"the message has {len(request.payload) / 1e6:.0f} MB, and this node takes {settings.max_megabytes:g}", "size")
+        folder = settings.folder / safe_name(request.run)
+        mine = folder / safe_name(request.client)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            mine.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"this node cannot keep its state in {settings.folder}: {error.strerror}: give another state=") from None
+        with _alone(mine):
+            place, data = self._ready(request, settings)
+            if request.base and request.base != place.base.fingerprint():
+                raise ModelError(
+                    f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
+                    "base",
+                )
+            parties = Parties(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
+            _remember(parties, folder, mine / MEMORY)
+            return parties.answer(request.client, request.payload)
+
+    def _ready(self, request: Request, settings: NodeSettings) -> tuple[Place, ClientData]:
+        """Model and rows: those of the last answer, if nothing else was asked for."""
+        key = (request.config, request.client, settings)
+        if self._made is None or self._made[0] != key:
+            self._made = None  # two bases would not fit
+            quiet()
+            given = parse_config(tomllib.loads(request.config))
+            config, dealt = settings.applied(given), settings.deals(given)
+            own_file = Path(settings.data) / str(config.task.train)
+            if config.task.name == "custom" and not (dealt or settings.train or own_file.is_file()):
+                raise UsageError(
+                    f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
+                )
+            task = load_task(config.task, config.seed)
+            place = Place(config, task)
+            log = log_of(request.node)
+            if spare := spare_devices(config):
+                log.warning("%s: %s", request.client, spare)
+            data = _rows(place, request.client, dealt, log)
+            log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
+            self._made = (key, place, data)
+        return self._made[1], self._made[2]
+
+
+def _held(data: ClientData, labels: Sequence[object], task: Task) -> str:
+    rows = f"{len(data.train)} rows to train on, {len(data.held_out)} held out"
+    if task.kind == "causal-lm":
+        return rows
+    names = dict(enumerate(labels)) or task.model_config.get("id2label", {})
+    classes = Counter(names.get(label, label) for label in data.train["labels"]) if task.model_config.get("num_labels", 1) > 1 else {}
+    return rows + "".join(f", {count} of class {name}" for name, count in sorted(classes.items(), key=str))
+
+
+@contextmanager
+def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
+    """`locked`, after waiting for an earlier process of this party to end: one that its node left behind, for instance."""
+    end = time.monotonic() + patience
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder))
+                break
+            except UsageError:
+                if time.monotonic() > end:
+                    raise TrainingError(
+                        f"another process of this party has been at work in {folder} for {patience:g} seconds", "busy"
+                    ) from None
+                time.sleep(1)
+        yield
+
+
+def _rows(place: Place, client: str, dealt: bool, log: logging.Logger) -> ClientData:
+    config, task = place.config, place.work.task
+    if dealt:
+        parts = partition(task, config.clients, config.seed)
+        if client not in parts:
+            raise UsageError(
+                f"the run's rows are dealt to {', '.join(parts)}, and none to {client!r}: give this node its own data", "dealt"
+            )
+        mine, held = parts[client]
+    else:
+        mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
+    rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
+    (train, notes), (measured, _) = (
+        usable(rows.select(np.arange(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
+    )
+    for note in [*task.notes, *notes]:
+        log.warning("%s: %s", client, note)
+    return ClientData(train=train, held_out=measured)
+
+
+def _remember(parties: Parties, folder: Path, memory: Path) -> None:
+    """Take up what this party remembers; what is broken is set aside, and asked for anew."""
+    try:
+        parties.remember_in(folder, lambda version: {})
+    except StorageError:
+        memory.replace(memory.with_name(f"{MEMORY}.broken"))

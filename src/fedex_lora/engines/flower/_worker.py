@@ -1,0 +1,110 @@
+"""A party's process that keeps the base in memory: Flower starts a process for every message, which asks this one over a local socket."""
+
+import json
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._settings import node_settings
+from fedex_lora.errors import UsageError
+from fedex_lora.protocol.failures import Failure, failure_of
+
+if TYPE_CHECKING:
+    from fedex_lora.engines.flower._node import Node
+
+ANSWER, FAILURE = b"+", b"-"
+MOST_BYTES = 2**36  # of a request: a length that is no length is not reserved
+
+
+def ask(request: Request) -> bytes | Failure:
+    """The answer of this machine's party: of its worker where the node config names one, else worked out in this process.
+
+    Raises:
+        UsageError: the worker is not there, or the node's settings are wrong.
+    """
+    worker = node_settings(request.node).worker
+    if not worker:
+        from fedex_lora.engines.flower._node import Node
+
+        return Node(lambda event, **fields: None).reply(request)
+    try:
+        with Client(worker, "AF_UNIX") as connection:
+            connection.send_bytes(request.to_bytes())
+            answer = connection.recv_bytes()
+    except (OSError, EOFError) as error:
+        raise UsageError(
+            f"the worker at {worker} does not answer ({error}): start it by fedex-lora flower worker {worker}", "worker"
+        ) from None
+    if answer[:1] == FAILURE:
+        return Failure.from_words(json.loads(answer[1:])) or Failure("worker")
+    return answer[1:]
+
+
+def serve(path: Path, tell: Callable[[str], None]) -> None:
+    """Answer requests at a socket until interrupted, one at a time.
+
+    Args:
+        path: of the socket; only this user can open it.
+        tell: told of each request, in words.
+
+    Raises:
+        UsageError: the socket cannot be made.
+    """
+    from fedex_lora.engines.flower._node import Node
+
+    node = Node(lambda event, **fields: None)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(f"cannot make {path.parent}: {error.strerror}: give another path") from None
+    _require_free(path)
+    mask = os.umask(0o177)  # nobody else may open the socket, from its first moment
+    try:
+        listener = Listener(str(path), "AF_UNIX")
+    except OSError as error:
+        raise UsageError(f"cannot listen at {path}: {error}: give another path (at most about 100 characters)") from None
+    finally:
+        os.umask(mask)
+    tell(f"listening at {path}")
+    try:
+        while True:
+            with listener.accept() as connection:
+                _answer_one(connection, node, tell)
+    finally:
+        listener.close()
+
+
+def _require_free(path: Path) -> None:
+    """Remove a socket that nobody listens at any more; nothing else."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise UsageError(f"{path} exists and is no socket: give another path")
+    try:
+        Client(str(path), "AF_UNIX").close()
+    except OSError:
+        path.unlink()
+    else:
+        raise UsageError(f"a worker listens at {path} already: give another path, or stop that one")
+
+
+def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable[[str], None]) -> None:
+    """One bad message must not end the service; what it was about is in the party's log, and not in what goes back."""
+    try:
+        message = connection.recv_bytes(MOST_BYTES)
+    except (OSError, EOFError, MemoryError):
+        return
+    try:
+        request = Request.from_bytes(message)
+        reply = node.reply(request)
+        tell(f"{request.client}: " + (f"failed: {reply}" if isinstance(reply, Failure) else f"answered with {len(reply) / 1e6:.2f} MB"))
+    except (Exception, SystemExit) as error:  # a tokenizer's code may leave so; this service stays
+        reply = failure_of(error)
+        tell(f"refused a request: {error}")
+    try:
+        connection.send_bytes(FAILURE + json.dumps(reply.to_words()).encode() if isinstance(reply, Failure) else ANSWER + reply)
+    except OSError as error:
+        tell(f"the answer was not wanted any more: {error}")

@@ -1,0 +1,45 @@
+"""Flower's ClientApp around one party. Flower starts a process for every message, so nothing heavy is imported before it is needed."""
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedex_lora.engines.flower._log import failed, log_of
+from fedex_lora.engines.flower._messages import Packet, pack, unpack
+from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._worker import ask
+from fedex_lora.errors import WireError
+from fedex_lora.protocol.failures import Failure, failure_of
+
+
+def client_app(config: Path) -> ClientApp:
+    """The ClientApp of a run. Whatever fails, a code leaves and no text: Flower itself would send the text of an exception.
+
+    Args:
+        config: the run's configuration, a file of the app folder.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            reply = _answer(config, message, context)
+        except (KeyboardInterrupt, SystemExit):  # Flower ends its process so
+            raise
+        except BaseException as error:
+            reply = failure_of(error)
+            failed(log_of(context.node_config), error, reply, "this node")
+        packet = Packet(b"", reply.to_words()) if isinstance(reply, Failure) else Packet(reply, {})
+        return Message(pack(packet), reply_to=message)
+
+    return app
+
+
+def _answer(config: Path, message: Message, context: Context) -> bytes | Failure:
+    packet = unpack(message)
+    if packet is None or not {"run", "base", "client"} <= packet.about.keys():
+        raise WireError("the server's message is not of this protocol: use one version of fedex-lora everywhere")
+    about = {key: packet.about[key] for key in ("run", "base", "client")}
+    node = dict(context.node_config)
+    return ask(Request(payload=packet.payload, config=config.read_text(encoding="utf-8"), node=node, **about))

@@ -1,0 +1,115 @@
+"""Flower's ServerApp around our round loop."""
+
+import uuid
+from collections.abc import Iterator, Mapping
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.config import Config, read_config
+from fedex_lora.engines.flower._exchange import GridExchange
+from fedex_lora.engines.flower._settings import run_settings
+from fedex_lora.errors import ConfigError
+from fedex_lora.runs.context import Host, Place
+from fedex_lora.runs.round_loop import Federation
+from fedex_lora.runs.run import ranks_of, run
+from fedex_lora.server.checks import require_consistent
+from fedex_lora.server.replies import Reply
+from fedex_lora.storage.files import write_text
+from fedex_lora.tasks import Task, load_task
+from fedex_lora.tasks.partition import partition
+from fedex_lora.types import ServerState
+
+RUN = "run-id"  # a file of the run folder: what clients know the run by
+
+
+def server_app(config: Path) -> ServerApp:
+    """The ServerApp of a run: it begins, or goes on with what its run folder holds.
+
+    Args:
+        config: the run's configuration, a file of the app folder.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        settings, given = run_settings(context.run_config), read_config(config)
+        out = Path(settings.out).expanduser().absolute()
+        log(INFO, "run folder: %s", out)
+        run(given, out, narrate, resume=True, home=lambda config, emit: Deployment(config, grid, settings.names))
+        log(INFO, "final model: %s   check it: fedex-lora verify %s", out / "final", out)
+
+    return app
+
+
+class Deployment:
+    """The server of a run whose clients are Flower's nodes.
+
+    Args:
+        config: the run.
+        grid: Flower's.
+        names: the clients, which hold rows of their own; none: those to whom the configuration deals its rows.
+
+    Raises:
+        FedexLoraError: whatever is wrong with the configuration, the evaluation rows or the model.
+    """
+
+    def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
+        if method_named(config.method).pooled:
+            raise ConfigError(f"method {config.method} pools all rows in one place: run it in process, by fedex-lora run")
+        task = load_task(config.task, config.seed)
+        self._rows = dict.fromkeys(names, 0) or _dealt(config, task)
+        require_consistent(config, len(self._rows))
+        self.host = Host(Place(config, task), ranks_of(config, self._rows))
+        self._grid, self._transport = grid, GridExchange(grid, list(self._rows), {})
+
+    def initial(self) -> ServerState:
+        """The state before round 1."""
+        return self.host.initial()
+
+    def facts(self) -> dict[str, Any]:
+        """See `Host.facts`; of clients with rows of their own, their number is not known."""
+        return self.host.facts(self._rows)
+
+    def federation(self) -> Federation:
+        """What the round loop needs of this place."""
+        return self.host.federation(self._rows, self._exchange)
+
+    def _exchange(self, messages: Mapping[str, bytes], deadline: float | None) -> Iterator[Reply | None]:
+        return self._transport(messages, deadline)
+
+    def remember_in(self, out: Path) -> None:
+        """Clients keep their own memory; they know this run, and no other under the same name, by a word in the run folder."""
+        if not (out / RUN).exists():
+            write_text(out / RUN, f"{out.name}-{uuid.uuid4().hex[:12]}\n")
+        about = {"run": (out / RUN).read_text(encoding="utf-8").strip(), "base": self.host.place.base.fingerprint()}
+        self._transport = GridExchange(self._grid, list(self._rows), about)
+
+
+def _dealt(config: Config, task: Task) -> dict[str, int]:
+    return {client: len(mine) for client, (mine, _) in partition(task, config.clients, config.seed).items()}
+
+
+def narrate(event: str, **fields: Any) -> None:
+    """Events as lines of Flower's log."""
+    if event in ("warning", "refused", "waiting"):
+        words = {"warning": "{message}", "refused": "client {client} is refused: {reason}", "waiting": "waiting for {clients}"}[event]
+        quiet = event == "waiting" and "reason" not in fields  # a round that takes its time is no trouble
+        log(INFO if quiet else WARNING, "%s", words.format(**fields))
+    elif event == "started":
+        log(INFO, "%s: %d rounds, clients %s", fields["method"], fields["rounds"], ", ".join(fields["clients"]))
+    elif event == "finished":
+        log(INFO, "all rounds are there: nothing is left to do")
+    elif event == "resumed":
+        log(INFO, "going on with round %d of %d", fields["round"], fields["rounds"])
+    elif event == "client_done":
+        log(INFO, "round %d: %s answered, %.2f MB", fields["round"], fields["client"], fields["bytes_up"] / 1e6)
+    elif event == "round_done":
+        numbers = {"exactness error": fields.get("exactness_error")} | dict(fields["metrics"])
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
+        log(INFO, "round %d done: %s; %.1f s", fields["round"], shown, fields["seconds"])

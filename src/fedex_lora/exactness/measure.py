@@ -1,0 +1,351 @@
+"""Numbers from types, no I/O: how exact a round was, how far plain averaging is off, and how large things are.
+
+Everything here is fp64 and uses the plain formulas (mean of products minus product of means), not the closed form that
+`aggregation` computes with, and linear algebra of its own: it checks that code and shares nothing with it but container types and the
+rows of `METHODS`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, Dense, LoRAPair, LowRank, Motion, ServerState
+
+
+def worst(values: Iterable[float | None]) -> float:
+    """The largest of some errors, 0 of none; NaN where one of them is NaN or None, as JSON has numbers that are not finite.
+
+    `max` would drop a NaN, and an error that cannot be computed is not a small one.
+
+    Example:
+        >>> worst([1e-8, math.nan, 2e-8]), worst([1e-8, 2e-8])
+        (nan, 2e-08)
+    """
+    found = [number(value) for value in values]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def number(value: float | None) -> float:
+    """A number as JSON has it: null is one that was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def failed(error: float, floor: float = 0.0) -> bool:
+    """Could an error not be computed? An infinite one beside an infinite floor is rounding, relative to an update of zero."""
+    return math.isnan(error) or (math.isinf(error) and not math.isinf(floor))
+
+
+def relative(error: float, size: float) -> float:
+    """`error / size`; 0 / 0 is no error, and NaN where one of them is not finite."""
+    if not (math.isfinite(error) and math.isfinite(size)):
+        return math.nan
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def summed(terms: Sequence[tuple[float, Delta]]) -> Delta:
+    """`sum_j c_j D_j` in fp64: the factors side by side, or one matrix where a term is a matrix."""
+    factors = [(c, term) for c, term in terms if isinstance(term, LowRank)]
+    if len(factors) == len(terms):
+        return LowRank(
+            U=torch.cat([c * term.U.double() for c, term in factors], dim=1), V=torch.cat([term.V.double() for _, term in factors])
+        )
+    total = torch.zeros(terms[0][1].shape, dtype=torch.float64)
+    for c, term in terms:  # in place: never two matrices
+        total = total.add_(term.W, alpha=c) if isinstance(term, Dense) else total.addmm_(term.U.double(), term.V.double(), alpha=c)
+    return Dense(W=total)
+
+
+def image(delta: Delta) -> Tensor:
+    """An fp64 matrix with the singular values of D: `U R^T`, `out x q`, with `V^T = Q R`, since Q turns nothing longer; or D where that
+    costs less.
+
+    Where the factors cancel, this is as accurate as the matrix; their Gram matrices would lose half of the digits.
+    """
+    if isinstance(delta, Dense) or 2 * delta.rank * sum(delta.shape) >= math.prod(delta.shape):
+        return delta.dense()
+    return delta.U.double() @ torch.linalg.qr(delta.V.double().T, mode="r").R.T
+
+
+def norm(delta: Delta) -> float:
+    """`|D|` (Frobenius)."""
+    return float(torch.linalg.matrix_norm(image(delta)))
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """|got - ideal| and |ideal| (Frobenius) per module, of updates relative to the pretrained weights.
+
+    Attributes:
+        error: module path -> |(W_eff - W0) - (E - W0)|.
+        ideal: module path -> |E - W0|.
+        effective_rank: module path -> `effective_rank` of got - ideal, where it was asked for.
+    """
+
+    error: Mapping[str, float]
+    ideal: Mapping[str, float]
+    effective_rank: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def per_module(self) -> dict[str, float]:
+        """Module path -> |got - ideal| / |ideal|."""
+        return {module: relative(self.error[module], self.ideal[module]) for module in self.error}
+
+    @property
+    def max_relative_error(self) -> float:
+        """The worst module's relative error; NaN where one is NaN."""
+        return worst(self.per_module.values())
+
+    @property
+    def total_relative_error(self) -> float:
+        """|got - ideal| / |ideal| over all modules together."""
+        return relative(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
+
+
+USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
+Held = Mapping[str, Mapping[str, Delta]]
+"""client -> module path -> what the client's base has beside the common one (see `server.start_of`)."""
+
+
+def ideal_update(
+    base_delta: Mapping[str, Delta], updates: Sequence[ClientUpdate], weights: Mapping[str, float], held: Held | None = None
+) -> Mapping[str, Delta]:
+    """`E - W0` per module: what the participants' models average to, `E = sum_i p_i (W0 + D + held_i + s_i B_i A_i)`, in fp64.
+
+    A module's is made when it is asked for: all of them would be twice the memory of the updates.
+
+    Args:
+        base_delta: D, what the base had gained when the participants started.
+        updates: the participants' updates.
+        weights: client id -> p_i.
+        held: what single clients held beside D.
+    """
+
+    def of(module: str) -> Delta:
+        terms: list[tuple[float, Delta]] = [(weights[update.client_id], _product(update.adapter[module])) for update in updates]
+        for update in updates:
+            if held and module in held.get(update.client_id, {}):
+                terms.append((weights[update.client_id], held[update.client_id][module]))
+        return summed(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+
+    return _Made(updates[0].adapter, of)
+
+
+def moved(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], motion: Motion) -> Mapping[str, Delta]:
+    """`W_t - W0 = X + h (E - W0 - X) + b (W_{t-1} - W_{t-2})` per module, with `X = W_{t-1} - W0 = D + s B A`, in fp64.
+
+    Args:
+        ideal: `E - W0`.
+        base_delta: D before the round.
+        motion: of the server.
+    """
+    here = effective_update(motion.adapter, base_delta)
+
+    def of(module: str) -> Delta:
+        terms: list[tuple[float, Delta]] = [(motion.learning_rate, ideal[module]), (1 - motion.learning_rate, here[module])]
+        return summed(terms + ([(motion.momentum, motion.change[module])] if module in motion.change else []))
+
+    return _Made(ideal, of)
+
+
+def change_error(before: Mapping[str, Delta], after: Mapping[str, Delta], recorded: Mapping[str, Delta]) -> dict[str, float]:
+    """Module path -> |(W_t - W_{t-1}) - what the server took down of it|, relative to |W_t - W0|.
+
+    Args:
+        before, after: `W - W0` (see `effective_update`).
+        recorded: the last change, which the next round repeats.
+    """
+    errors = {}
+    for module, now in after.items():
+        terms: list[tuple[float, Delta]] = [(1.0, now), (-1.0, before[module])]
+        terms += [(-1.0, recorded[module])] if module in recorded else []
+        errors[module] = relative(norm(summed(terms)), norm(now))
+    return errors
+
+
+def effective_update(adapter: Adapter, base_delta: Mapping[str, Delta]) -> Mapping[str, Delta]:
+    """`D + s B A` per module, in fp64: what a model with these factors has beside W0."""
+
+    def of(module: str) -> Delta:
+        terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module]))]
+        return summed(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+
+    return _Made(adapter, of)
+
+
+class _Made(Mapping[str, Delta]):
+    """Module path -> what a function makes of it, anew whenever it is asked for."""
+
+    def __init__(self, modules: Iterable[str], make: Callable[[str], Delta]) -> None:
+        self._modules, self._make = dict.fromkeys(modules), make
+
+    def __getitem__(self, module: str) -> Delta:
+        if module not in self._modules:
+            raise KeyError(module)
+        return self._make(module)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def exactness(ideal: Mapping[str, Delta], adapter: Adapter, base_delta: Mapping[str, Delta]) -> Exactness:
+    """The model `W0 + base_delta + s B A` against `W0 + ideal`, from the factors."""
+    error, size = dict[str, float](), dict[str, float]()
+    for module, delta in ideal.items():
+        terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module])), (-1.0, delta)]
+        error[module] = norm(summed(terms + ([(1.0, base_delta[module])] if module in base_delta else [])))
+        size[module] = norm(delta)
+    return Exactness(error=error, ideal=size)
+
+
+def audit(
+    before: ServerState, updates: Sequence[ClientUpdate], weights: Mapping[str, float], after: ServerState, held: Held | None = None
+) -> Exactness:
+    """One round's exactness: the state after it against the mean of the participants' models."""
+    return exactness(ideal_update(before.base_delta, updates, weights, held), after.adapter, after.base_delta)
+
+
+def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
+    """What averaging the factors alone would lose this round, `|s Bbar Abar - M| / |M|` (paper, section 6), whatever the method.
+
+    Factors of lower rank are padded with zeros.
+    """
+    ideal = ideal_update({}, updates, result.weights)
+    error, rank = dict[str, float](), dict[str, float]()
+    for module, lost in residual(result, updates).items():
+        small = image(lost)
+        error[module], rank[module] = float(torch.linalg.matrix_norm(small)), effective_rank(small)
+    return Exactness(error=error, ideal={module: norm(delta) for module, delta in ideal.items()}, effective_rank=rank)
+
+
+def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> Mapping[str, Delta]:
+    """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round. Made when it is asked for."""
+    ideal = ideal_update({}, updates, result.weights)
+    return _Made(result.adapter, lambda module: summed([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))]))
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """The participation ratio of the squared singular values, `(sum s^2)^2 / sum s^4`: how many directions hold the energy.
+
+    It is between 1 and the rank, needs no SVD, and is 0 for a zero matrix.
+
+    Example:
+        >>> round(effective_rank(torch.diag(torch.tensor([1.0, 1.0, 0.0]))), 6)
+        2.0
+    """
+    size = torch.linalg.matrix_norm(matrix)
+    if size == 0:
+        return 0.0
+    unit = matrix.double() / size
+    gram = unit @ unit.T if unit.shape[0] <= unit.shape[1] else unit.T @ unit
+    return float(1 / (gram * gram).sum())
+
+
+def per_module(deviation: Exactness, adapter: Adapter) -> dict[str, list[Any]]:
+    """A round's deviation as columns, a row a module, for its event.
+
+    Returns:
+        `module`; `deviation` |s Bbar Abar - M| and `ideal` |M| (Frobenius); `scaled`, the deviation divided by sqrt(out in), its root
+        mean square over the weight's entries; `effective_rank` of what is lost. Six significant digits.
+    """
+    names = sorted(deviation.error)
+    entries = {name: math.sqrt(math.prod(adapter[name].shape)) for name in names}
+    columns = {
+        "deviation": [deviation.error[name] for name in names],
+        "ideal": [deviation.ideal[name] for name in names],
+        "scaled": [deviation.error[name] / entries[name] for name in names],
+        "effective_rank": [deviation.effective_rank[name] for name in names],
+    }
+    return {"module": names} | {key: [float(f"{value:.6g}") for value in values] for key, values in columns.items()}
+
+
+def drift(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, float]:
+    """Client -> `|s_i B_i A_i - M| / |M|` over all modules: how far what it trained is from the participants' mean.
+
+    From the inner products of the clients' updates, so a drift below 1e-8 is rounding.
+    """
+    inner = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    owner = {
+        module: [index for index, update in enumerate(updates) for _ in range(update.adapter[module].rank)] for module in updates[0].adapter
+    }
+    for module, index in owner.items():
+        U = torch.cat([_product(update.adapter[module]).U for update in updates], dim=1)
+        V = torch.cat([update.adapter[module].A.double() for update in updates])
+        of = torch.nn.functional.one_hot(torch.tensor(index), len(updates)).double()
+        inner += of.T @ ((U.T @ U) * (V @ V.T)) @ of
+    p = torch.tensor([weights[update.client_id] for update in updates], dtype=torch.float64)
+    mean = p @ inner @ p
+    apart, size = (inner.diag() - 2 * inner @ p + mean).clamp(min=0).sqrt(), float(mean.clamp(min=0).sqrt())  # `clamp` keeps NaN
+    return {update.client_id: float(f"{relative(float(far), size):.6g}") for update, far in zip(updates, apart, strict=True)}
+
+
+def _mean_factors(module: str, result: Aggregate, updates: Sequence[ClientUpdate]) -> LoRAPair:
+    """`Abar`, `Bbar`, in the scaling that the aggregate keeps."""
+    scaling = result.adapter[module].scaling
+    weighted = [(result.weights[update.client_id], update.adapter[module]) for update in updates]
+    A = _sum([weight * pair.A.double() for weight, pair in weighted])
+    B = _sum([(weight * pair.scaling / scaling) * pair.B.double() for weight, pair in weighted])
+    return LoRAPair(A=A, B=B, scaling=scaling)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, or of matrices padded with zeros to the largest."""
+    if tensors[0].ndim == 2:
+        rows, columns = (max(tensor.shape[axis] for tensor in tensors) for axis in (0, 1))
+        tensors = [torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])) for tensor in tensors]
+    return torch.stack(list(tensors)).sum(0)
+
+
+def tail(result: Aggregate) -> float:
+    """What a truncation dropped, as a share of the whole residual: `|R - R'| / |R|` over all modules."""
+    dropped = math.hypot(*result.dropped.values())
+    kept = math.hypot(*(norm(gain) for gain in result.residual.values()))
+    return dropped / math.hypot(dropped, kept) if dropped else 0.0
+
+
+def useless_truncation(result: Aggregate) -> str | None:
+    """What to say when a truncation of the residual costs bytes and buys little; None otherwise."""
+    share = tail(result)
+    if share <= USELESS_TAIL or method_named(result.method).rest != "truncate":
+        return None
+    advice = "truncate less, or use fedex (all of it) or fedit (none of it)"
+    return f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"
+
+
+def other_errors(
+    other: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Mapping[str, float], motion: Motion | None = None
+) -> dict[str, float]:
+    """Name -> |x - sum p_i x_i| / sum p_i |x_i| of the other tensors (heads, modules trained whole), in fp64.
+
+    The clients' own size is the denominator: a bias of two numbers may well average to nearly nothing. Where the server moves these
+    tensors, too, the ideal is `x + h (sum p_i x_i - x) + b (x_{t-1} - x_{t-2})`.
+    """
+    errors = {}
+    for name, tensor in other.items():
+        mean = _sum([weights[update.client_id] * update.other[name].double() for update in updates])
+        if motion is not None and name in motion.other:
+            here = motion.other[name].double()
+            mean = here + motion.learning_rate * (mean - here)
+            mean = mean + motion.momentum * motion.other_change[name].double() if name in motion.other_change else mean
+        size = math.fsum(weights[update.client_id] * float(torch.linalg.vector_norm(update.other[name].double())) for update in updates)
+        errors[name] = relative(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
+    return errors
+
+
+def fp32_floor(weight_norm: float, update_norm: float, dtype: torch.dtype = torch.float32) -> float:
+    """The relative error that storing `W0 + D` in `dtype` costs by itself: `eps |W| / |update|`."""
+    return relative(torch.finfo(dtype).eps * weight_norm, update_norm)
+
+
+def _product(pair: LoRAPair) -> LowRank:
+    return LowRank(U=pair.scaling * pair.B.double(), V=pair.A.double())

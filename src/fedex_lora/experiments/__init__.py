@@ -1,0 +1,1 @@
+"""Methods compared, and the paper's tables reproduced."""

@@ -1,0 +1,277 @@
+"""`fedex-lora compare`: variants by seeds, paired, each at its own best settings."""
+
+import hashlib
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.client.training import quiet
+from fedex_lora.config import Config, write_config
+from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.experiments.compare._hypotheses import answers
+from fedex_lora.experiments.compare._picture import draw
+from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, label, planned, settled
+from fedex_lora.experiments.compare._protocol import (
+    Hypothesis,
+    Protocol,
+    equivalent_option,
+    flat,
+    grid_option,
+    parse_protocol,
+    primary_option,
+    read_protocol,
+    variant_option,
+)
+from fedex_lora.experiments.compare._runs import Job, Outcome, done, outcomes
+from fedex_lora.experiments.compare._statistics import Curve, at_rounds, held_out_score, interval, rounds_to, summary
+from fedex_lora.experiments.compare._tables import COSTS, at_rows, footnotes, markdown, table_rows, test_notes, test_rows, title
+from fedex_lora.experiments.compare._tests import holm, paired, tost
+from fedex_lora.experiments.compare._tuning import Choice, chosen
+from fedex_lora.experiments.compare._variants import Variant, configured, controls, variants, with_settings
+from fedex_lora.runs.round_loop import versions
+from fedex_lora.runs.run import InProcess
+from fedex_lora.storage.files import plain_json, read_events, write_text
+from fedex_lora.storage.run_folder import locked
+
+__all__ = [
+    "COSTS",
+    "RATE",
+    "Curve",
+    "Hypothesis",
+    "Protocol",
+    "Variant",
+    "answers",
+    "at_rows",
+    "compare",
+    "configured",
+    "controls",
+    "equivalent_option",
+    "footnotes",
+    "grid_option",
+    "held_out_score",
+    "holm",
+    "interval",
+    "markdown",
+    "paired",
+    "parse_protocol",
+    "primary_option",
+    "read_protocol",
+    "rounds_to",
+    "summary",
+    "table_rows",
+    "test_notes",
+    "test_rows",
+    "title",
+    "tost",
+    "variant_option",
+    "variants",
+]
+
+RESULT, TABLE, PICTURE, PROTOCOL, CONFIG = "compare.json", "compare.md", "compare.png", "protocol.toml", "config.toml"
+Told = Callable[[str, int, int], None]
+"""(a line, how many runs are done, how many there are)."""
+Key = tuple[str, str, int]
+"""(variant, label of its settings, seed)."""
+
+
+def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: Told = lambda line, done, total: None) -> dict[str, Any]:
+    """Run every variant with every seed, and say what can be said about their differences.
+
+    The settings of each variant are those of the grid that are best on the clients' own held-out rows (training rows that they keep
+    back) with the tuning seeds; the evaluation rows are not looked at. All variants with one seed share its partition, initial weights
+    and order of rows, so differences are paired by seed.
+
+    Args:
+        config: the run that is varied.
+        protocol: what is compared.
+        out: gets `protocol.toml`, `compare.json`, `compare.md`, `compare.png` (with Matplotlib) and `runs/`; a comparison that was
+            interrupted there continues.
+        jobs: runs at once, each in its own process.
+        tell: told of every run that is done.
+
+    Raises:
+        UsageError: what the protocol asks cannot be, or there is another comparison in `out`.
+        ConfigError: a variant or a setting that the configuration does not allow. Nothing has been written then.
+        TrainingError: a variant that diverges with a seed at the settings that were chosen, or at all of them.
+    """
+    config = with_settings(config, flat(protocol.set))
+    if protocol.config_sha256 not in (None, hashed(config)):
+        raise UsageError(
+            f"the protocol is for another configuration: its config_sha256 is {protocol.config_sha256}, this one's {hashed(config)}"
+        )
+    plan = _admitted(planned(_with_threads(config, jobs, out), protocol, out), protocol.controls, tell)
+    plan = settled(plan, protocol)
+    sha256 = _claim(plan)
+    with locked(out):
+        result = _result(plan, *_ran(plan, jobs, tell), sha256)
+        write_text(out / RESULT, plain_json(result) + "\n")
+        write_text(out / TABLE, markdown(result))
+        try:
+            draw(result, out / PICTURE)
+        except ImportError:
+            tell(f"without {PICTURE}: it needs Matplotlib: pip install '.[report]'", 0, 0)
+    return result
+
+
+def _ran(plan: Plan, jobs: int, tell: Told) -> tuple[dict[str, Choice], dict[str, dict[int, Curve]], dict[str, Any]]:
+    """Run all: what was chosen for each variant, its curves by seed, and a run's facts."""
+    told: dict[Path, Outcome] = {}
+    tuning = {
+        (variant.name, label(point), seed): plan.job(variant, point, seed)
+        for seed in plan.tuning_seeds
+        for variant in plan.variants
+        if plan.tuned(variant)
+        for point in plan.points(variant)
+    }
+    tuned = _run(tuning, jobs, tell, plan.runs, told)
+    sign = 1 if not tuning or _facts(tuned)["greater_is_better"] else -1
+    choices = {variant.name: chosen(plan, variant, tuned, sign) for variant in plan.variants}
+    final = {
+        (variant.name, label(choices[variant.name].settings), seed): plan.job(variant, choices[variant.name].settings, seed)
+        for seed in plan.seeds
+        for variant in plan.variants
+    }
+    ran = _run(final, jobs, tell, plan.runs, told)
+    return choices, _curves(ran), _facts(ran)
+
+
+def _result(
+    plan: Plan, choices: Mapping[str, Choice], curves: Mapping[str, Mapping[int, Curve]], facts: Mapping[str, Any], sha256: str
+) -> dict[str, Any]:
+    """All that `compare.json` says."""
+    sign = 1 if facts["greater_is_better"] else -1
+    metrics = {name: {seed: run.metric for seed, run in by_seed.items()} for name, by_seed in curves.items()}
+    goal, rows = summary(curves, plan.reference, plan.target, sign, plan.personal)
+    return {
+        **{key: facts[key] for key in ("task", "base_model", "headline", "greater_is_better")},
+        "protocol_sha256": sha256,
+        "reference": plan.reference,
+        "target": goal,
+        "seeds": list(plan.seeds),
+        "tuning_seeds": list(plan.tuning_seeds),
+        "tuning_apart": plan.apart,
+        "rounds": plan.config.rounds,
+        "grid": {key: list(values) for key, values in plan.grid.items()},
+        "methods": [row | _described(plan, variant, choices[variant.name]) for row, variant in zip(rows, plan.variants, strict=True)],
+        "tests": answers(metrics, plan.tests, sign, {name: choice.score for name, choice in choices.items()}),
+        "at": at_rounds(metrics, plan.reference, plan.at, plan.personal),
+        "config": plan.config.model_dump(mode="json", exclude_none=True),
+        "versions": versions(),
+    }
+
+
+def _described(plan: Plan, variant: Variant, choice: Choice) -> dict[str, Any]:
+    """What a row says beside its numbers."""
+    method = method_named(variant.method)
+    return {
+        "method": variant.method,
+        "rank_times": variant.times,
+        "overrides": dict(variant.overrides),
+        "exactness": method.exactness,
+        "measured_on": "clients' held-out rows" if method.exactness == "personalised" else "evaluation rows",
+        "settings": {key: {**choice.settings, **variant.overrides}[key] for key in plan.grid},
+        "at_edge": choice.at_edge,
+        "tuning": choice.tried,
+    }
+
+
+def _with_threads(config: Config, jobs: int, out: Path) -> Config:
+    """Several runs at once share the cores; a comparison that continues keeps its number of threads, because the last bits depend on it."""
+    if config.torch_threads is not None:
+        return config
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    mark = out / CONFIG
+    if mark.is_file():
+        threads = tomllib.loads(mark.read_text(encoding="utf-8")).get("torch_threads")
+    return config.model_copy(update={"torch_threads": threads})
+
+
+def _admitted(plan: Plan, with_controls: bool, tell: Told) -> Plan:
+    """The plan with its controls, after every variant's model, data and settings were tried out; controls that cannot be are left out.
+
+    Raises:
+        FedexLoraError: what is wrong with a variant that was asked for.
+    """
+    quiet()
+    tried: set[str] = set()
+    for variant in plan.variants:
+        _try_out(plan, variant, tried)
+    admitted = list(plan.variants)
+    for control in controls(plan.variants) if with_controls else ():
+        try:
+            admissible(plan, control)
+            _try_out(plan, control, tried)
+        except FedexLoraError as error:
+            tell(f"without the control {control.name}: {error}", 0, 0)
+        else:
+            admitted.append(control)
+    return replace(plan, variants=admitted)
+
+
+def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
+    """Build what a variant's runs need, once for all that differ in `[training]` only, unless the first one is done already."""
+    for point in plan.points(variant):
+        job = plan.job(variant, point, plan.tuning_seeds[0])
+        kind = write_config(job.config.model_copy(update={"training": {}}))
+        if kind not in tried and not done(job):
+            InProcess(job.config, lambda event, **fields: None)
+        tried.add(kind)
+
+
+def _claim(plan: Plan) -> str:
+    """The folder is new, or holds this comparison.
+
+    Returns:
+        The protocol's hash.
+    """
+    out, texts = plan.out, {CONFIG: write_config(plan.config), PROTOCOL: canonical(plan)}
+    found = {name: (out / name).read_text(encoding="utf-8") for name in texts if (out / name).is_file()}
+    if not found and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is no comparison: give another --out")
+    if PROTOCOL not in found and (out / "runs").exists():
+        raise UsageError(f"{out} holds a comparison without a protocol, of an earlier version: give another --out, or remove it")
+    for name, what in ((CONFIG, "of another configuration"), (PROTOCOL, f"with another protocol ({PROTOCOL} in it)")):
+        if found.get(name, texts[name]) != texts[name]:
+            raise UsageError(f"{out} holds a comparison {what}: give another --out, or remove it")
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return hashlib.sha256(texts[PROTOCOL].encode()).hexdigest()
+
+
+def _run(jobs: Mapping[Key, Job], at_once: int, tell: Told, total: int, told: dict[Path, Outcome]) -> dict[Key, Outcome]:
+    """Every job's outcome by its key; tells of those that are not in `told` yet."""
+    keys = {job.folder: key for key, job in jobs.items()}
+    found: dict[Key, Outcome] = {}
+    for outcome in outcomes(jobs.values(), at_once):
+        name, settings, seed = keys[outcome.job.folder]
+        found[name, settings, seed] = outcome
+        if outcome.job.folder in told:
+            continue
+        told[outcome.job.folder] = outcome
+        end = outcome.curve
+        came = f"{end.metric[-1]:.4f} in {end.seconds:.0f} s" if end else f"failed: {outcome.reason}"
+        tell(f"{name}  {settings}  seed {seed}: {came}", len(told), total)
+    return {key: found[key] for key in jobs}
+
+
+def _curves(ran: Mapping[Key, Outcome]) -> dict[str, dict[int, Curve]]:
+    """Variant -> seed -> curve."""
+    curves: dict[str, dict[int, Curve]] = {}
+    for (name, settings, seed), outcome in ran.items():
+        if outcome.curve is None:
+            raise TrainingError(f"{name} at {settings}, seed {seed}: {outcome.reason}; leave that out of the grid")
+        curves.setdefault(name, {})[seed] = outcome.curve
+    return curves
+
+
+def _facts(ran: Mapping[Key, Outcome]) -> dict[str, Any]:
+    """The first event of a run: task, model, headline."""
+    folders = [outcome.job.folder for outcome in ran.values() if outcome.curve]
+    if not folders:
+        (name, settings, _), outcome = next(iter(ran.items()))
+        raise TrainingError(f"{name} fails at every point of the grid, as does the rest: {settings}: {outcome.reason}")
+    return read_events(folders[0] / "events.jsonl")[0]

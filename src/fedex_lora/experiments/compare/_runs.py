@@ -1,0 +1,153 @@
+"""The runs of a comparison: each in its folder, done once, several at a time."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.client.training import quiet
+from fedex_lora.config import Config, write_config
+from fedex_lora.errors import StorageError, TrainingError
+from fedex_lora.experiments.compare._statistics import Curve, curve
+from fedex_lora.runs.run import run
+from fedex_lora.storage.files import ROUNDS, read_events
+from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, remove, strays
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its configuration and its folder."""
+
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to: a curve, or why training failed."""
+
+    job: Job
+    curve: Curve | None
+    reason: str = ""
+
+
+def done(job: Job) -> bool:
+    """Has this run been finished, with this configuration?"""
+    return _outcome(job) is not None
+
+
+def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
+    """Every job's outcome, as they come; those that are done already first.
+
+    A run counts as done when its folder has the same configuration and its last event. One that an interrupted comparison left half done
+    goes on; one that is broken, or has another configuration, is removed and run again.
+
+    Raises:
+        FedexLoraError: whatever stops a run but training itself; or the folder of a run holds what no run wrote.
+    """
+    waiting = []
+    for job in jobs:
+        finished = _outcome(job)
+        if finished:
+            _slim(job)
+            yield finished
+        else:
+            waiting.append(job)
+    if at_once == 1 or len(waiting) < 2:
+        yield from map(_perform, waiting)
+        return
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)) as pool:
+        try:
+            for future in as_completed([pool.submit(_perform, job) for job in waiting]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise TrainingError(
+                "a worker process died, killed or out of memory: what is done is kept, the same command goes on; --jobs 1 needs less memory"
+            ) from None
+        except (KeyboardInterrupt, GeneratorExit):  # nobody waits for the rest
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose comparison was killed must not go on writing where the next one writes, nor wait for ever for work."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _slim(job: Job) -> None:
+    """Of a finished run's files the configuration, the events and the final model stay."""
+    if (job.folder / ROUNDS).is_dir() and not strays(job.folder, ROUNDS):
+        remove(job.folder, ROUNDS)
+
+
+def _is_of(job: Job) -> bool:
+    """Has the folder the job's configuration?"""
+    config = job.folder / CONFIG
+    return config.is_file() and config.read_text(encoding="utf-8") == write_config(job.config)
+
+
+def _outcome(job: Job) -> Outcome | None:
+    """What a finished run came to; None where it is not finished."""
+    if not _is_of(job):
+        return None
+    recorded = _recorded(job)
+    if not recorded or recorded[-1]["event"] != "run_done" or not _without_gaps(recorded, job.config.rounds):
+        return None
+    return Outcome(job, curve(recorded))
+
+
+def _recorded(job: Job) -> list[dict[str, Any]]:
+    events = job.folder / EVENTS
+    return read_events(events) if events.is_file() else []
+
+
+def _without_gaps(events: Sequence[Mapping[str, Any]], rounds: int | None = None) -> bool:
+    """Do events say how a run began, and every round from the first to the last one there is, or to `rounds`?"""
+    numbers = {event["round"] for event in events if event["event"] == "round_done"}
+    return any(event["event"] == "started" for event in events) and numbers == set(
+        range(1, 1 + (len(numbers) if rounds is None else rounds))
+    )
+
+
+def _perform(job: Job) -> Outcome:
+    """Run a job, from where it was left."""
+    quiet()
+    if job.folder.exists() and not _goes_on(job):
+        remove(job.folder)
+    try:
+        try:
+            run(job.config, job.folder, _nobody, resume=True)
+        except StorageError:  # what was left cannot be read
+            remove(job.folder)
+            run(job.config, job.folder, _nobody)
+    except TrainingError as error:
+        return Outcome(job, None, str(error))
+    outcome = _outcome(job)
+    if outcome is None:
+        return Outcome(job, None, "its folder was changed while it ran")
+    _slim(job)
+    return outcome
+
+
+def _goes_on(job: Job) -> bool:
+    """Is the folder this very run's, as far as it came?"""
+    return barely_begun(job.folder) or (_is_of(job) and (job.folder / ROUNDS).is_dir() and _without_gaps(_recorded(job)))
+
+
+def _nobody(event: str, **fields: Any) -> None:
+    """Told of steps."""

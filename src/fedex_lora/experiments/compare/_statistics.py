@@ -1,0 +1,161 @@
+"""From events to a table: pure functions of numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from fedex_lora.exactness.measure import number, worst
+from fedex_lora.experiments.compare._hypotheses import Metrics
+from fedex_lora.experiments.compare._tests import paired
+from fedex_lora.report.analysis import sent
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run as a comparison sees it.
+
+    Attributes:
+        metric: the headline on the evaluation rows, for rounds 0..T (for a personalised method: on the clients' held-out rows); NaN where
+            it was not finite.
+        held_out: the headline on the clients' held-out rows, round -> value.
+        held_out_loss: likewise.
+        bytes_down, bytes_up: of all clients and messages (`analysis.sent`), divided by the rounds.
+        exactness: the worst round's relative error, NaN where one could not be computed; None where there is no global model.
+        seconds: of all rounds.
+        trainable: parameters that a client trains.
+    """
+
+    metric: list[float]
+    held_out: dict[int, float]
+    held_out_loss: dict[int, float]
+    bytes_down: float
+    bytes_up: float
+    exactness: float | None
+    seconds: float
+    trainable: int
+
+
+def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
+    """A run's events as one record; null is a number that was not finite. Of a round that was done twice, the last time counts."""
+    started = next(event for event in events if event["event"] == "started")
+    rounds = list({event["round"]: event for event in events if event["event"] == "round_done"}.values())
+    held = {event["round"]: event["metrics"] for event in events if event["event"] == "held_out"}
+    headline = started["headline"]
+    held_out = {round: number(metrics[headline]) for round, metrics in held.items() if headline in metrics}
+    if all(headline in event["metrics"] for event in rounds):
+        metric = [number(event["metrics"].get(headline)) for event in (started, *rounds)]
+    else:  # no global model: what the clients measure on their own rows
+        metric = [held_out.get(round, math.nan) for round in range(len(rounds) + 1)]
+    down, up = sent([*rounds, *(event for event in events if event["event"] == "evaluated")])
+    errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
+    return Curve(
+        metric=metric,
+        held_out=held_out,
+        held_out_loss={round: number(metrics["loss"]) for round, metrics in held.items() if "loss" in metrics},
+        bytes_down=down / len(rounds),
+        bytes_up=up / len(rounds),
+        exactness=worst(errors) if errors else None,
+        seconds=math.fsum(event["seconds"] for event in rounds),
+        trainable=started["trainable_parameters"],
+    )
+
+
+def held_out_score(run: Curve, sign: int) -> tuple[float, float]:
+    """What a learning rate is chosen by: the mean held-out headline over the later half of the rounds, then minus the loss there.
+
+    Larger is better. A mean, because a few hundred held-out rows after one round are too noisy to choose by. What is not finite is worst.
+    """
+    later = [round for round in run.held_out if round > (len(run.metric) - 1) // 2]
+    scores = [sign * run.held_out[round] for round in later]
+    losses = [-run.held_out_loss[round] for round in later if round in run.held_out_loss]
+    found = [float(np.mean(values)) if values else -math.inf for values in (scores, losses)]
+    return tuple(value if math.isfinite(value) else -math.inf for value in found)  # type: ignore[return-value]
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+    """The mean, and the half-width of Student's confidence interval for it; no width for one value.
+
+    Example:
+        >>> [round(number, 3) for number in interval([0.70, 0.72, 0.74])]
+        [0.72, 0.05]
+    """
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, None
+    return mean, float(student.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def rounds_to(metric: Sequence[float], target: float, sign: int) -> int | None:
+    """The first round after which the metric (of rounds 0..T) is at least as good as `target`; None if there is none."""
+    return next((number for number, value in enumerate(metric) if number and sign * value >= sign * target), None)
+
+
+def summary(
+    runs: Mapping[str, Mapping[int, Curve]], reference: str, target: float | None, sign: int, apart: Sequence[str] = ()
+) -> tuple[float, list[dict[str, Any]]]:
+    """One record a variant, paired by seed with the reference.
+
+    Args:
+        runs: variant -> seed -> run.
+        reference: the variant that the differences are from.
+        target: of "rounds to"; None: the reference's mean at the end.
+        sign: 1 where larger is better, -1 otherwise.
+        apart: variants that are measured on other rows, and have no difference.
+
+    Returns:
+        The target, and the records.
+    """
+    ends = {name: {seed: run.metric[-1] for seed, run in by_seed.items()} for name, by_seed in runs.items()}
+    goal = target if target is not None else float(np.mean(list(ends[reference].values())))
+    rows = []
+    for name, by_seed in runs.items():
+        mean, width = interval(list(ends[name].values()))
+        reached = [rounds_to(run.metric, goal, sign) for run in by_seed.values()]
+        first, errors = next(iter(by_seed.values())), [run.exactness for run in by_seed.values() if run.exactness is not None]
+        rows.append(
+            {
+                "name": name,
+                "mean": mean,
+                "half_width": width,
+                **_against(ends[name], ends[reference], name in (reference, *apart)),
+                "over_rounds": float(np.mean([np.mean(run.metric[1:]) for run in by_seed.values()])),
+                "rounds_to_target": reached,
+                "exactness_error": worst(errors) if errors else None,
+                "bytes_down": first.bytes_down,
+                "bytes_up": first.bytes_up,
+                "trainable_parameters": first.trainable,
+                "seeds": {str(seed): run.metric for seed, run in by_seed.items()},
+                "held_out": {str(seed): {str(number): value for number, value in run.held_out.items()} for seed, run in by_seed.items()},
+            }
+        )
+    return goal, rows
+
+
+def at_rounds(metrics: Metrics, reference: str, rounds: Sequence[int], apart: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every variant after each of some rounds, and its difference to the reference there.
+
+    Returns:
+        A record a round: `round`; `methods`: variant -> mean, half_width, difference, difference_half_width, p.
+    """
+    records = []
+    for round in rounds:
+        there = {name: {seed: metric[round] for seed, metric in by_seed.items()} for name, by_seed in metrics.items()}
+        methods = {}
+        for name, values in there.items():
+            mean, width = interval(list(values.values()))
+            methods[name] = {"mean": mean, "half_width": width, **_against(values, there[reference], name in (reference, *apart))}
+        records.append({"round": round, "methods": methods})
+    return records
+
+
+def _against(values: Mapping[int, float], others: Mapping[int, float], not_asked: bool) -> dict[str, float | None]:
+    """The mean difference, paired by seed, the half-width of its interval, and p of Student's paired test; None where there is none."""
+    if not_asked:
+        return dict.fromkeys(("difference", "difference_half_width", "p"))
+    differences = [value - others[seed] for seed, value in values.items()]
+    difference, width = interval(differences)
+    return {"difference": difference, "difference_half_width": width, "p": None if width is None else paired(differences).p}

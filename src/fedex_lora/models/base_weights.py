@@ -1,0 +1,246 @@
+"""The frozen base `W0 + D`: D folded into the weight where that is exact, or kept beside it where it is not."""
+
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fedex_lora.aggregation.lowrank import same_bits
+from fedex_lora.errors import ModelError
+from fedex_lora.exactness.measure import Exactness, fp32_floor, relative, worst
+from fedex_lora.models.fingerprint import fingerprint
+from fedex_lora.models.layers import Layer, keep_unpacked
+from fedex_lora.models.lora import lora_layers
+from fedex_lora.models.pristine import Checkpoint
+from fedex_lora.storage.peft_rules import PREFIX
+from fedex_lora.types import Delta, Dense
+
+Where: TypeAlias = Literal["auto", "fold", "side"]
+
+
+class FrozenBase:
+    """The weights under a PEFT model's adapters, and what they have gained.
+
+    A delta has two homes. *Folded* into the weight, `W = W0 + D`, always from the pristine W0, so that setting the same D twice is setting
+    it once: exact to rounding in float32, and free at run time. Or as a *side* path, `W0 x + U (V x)`, a frozen low-rank product whose
+    factors stay float32: for weights of 16 bits or quantised, where folding would lose most of D, and for weights that another module
+    shares (tied embeddings), where folding would change both.
+
+    Args:
+        model: a PEFT model; changed in place.
+        where: "auto" folds float32 weights of their own, and keeps the others' deltas beside them; "fold" and "side" say it for all.
+
+    Raises:
+        ModelError: to be folded into a weight that is not float32, or is shared.
+    """
+
+    def __init__(self, model: nn.Module, where: Where = "auto") -> None:
+        self._model = model
+        self._layers = lora_layers(model)
+        keep_unpacked(model)
+        owners = _owners(model)
+        checkpoint = Checkpoint(getattr(model, "config", None))
+        self._homes: dict[str, _Home] = {}
+        for name, layer in self._layers.items():
+            why_not = _why_not_fold(layer, owners)
+            if where == "fold" and why_not:
+                raise ModelError(f"{name} {why_not}: set base.delta = 'auto' or 'side'")
+            side = where == "side" or (where == "auto" and why_not is not None)
+            self._homes[name] = _Side(layer) if side else _Fold(layer, checkpoint)
+        self._now: dict[str, Delta] = {}
+
+    @torch.no_grad()
+    def set(self, base_delta: Mapping[str, Delta]) -> None:
+        """Make the base `W0 + base_delta`.
+
+        Raises:
+            ModelError: a module that the model does not have, or another shape.
+        """
+        for name, delta in base_delta.items():
+            if name not in self._homes:
+                raise ModelError(f"the base delta has a module {name} that this model has no adapter on: is it another base model?")
+            if (shape := self._layers[name].shape) != delta.shape:
+                raise ModelError(f"the base delta of {name} is {delta.shape}, the model's weight {shape}: is it another base model?")
+        for name, home in self._homes.items():
+            if not same_bits(self._now.get(name), base_delta.get(name)):
+                home.set(base_delta.get(name))
+        self._now = dict(base_delta)
+
+    @property
+    def homes(self) -> dict[str, int]:
+        """How many modules' deltas are folded, and how many stay beside."""
+        side = sum(isinstance(home, _Side) for home in self._homes.values())
+        return {"fold": len(self._homes) - side, "side": side}
+
+    def fingerprint(self) -> str:
+        """The base's name: see `fedex_lora.models.fingerprint`. Taken when it is first asked for."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._model, {name: home.w0 for name, home in self._homes.items()})
+
+    @property
+    def side_error(self) -> float:
+        """The worst module's `|what its side path adds - D x| / |D x|` on random inputs, D as last set; the path runs as in the model.
+
+        Rounding to the output's precision comes after it, so this shows in 16 bits, too, whether D is there. Zero without side paths.
+        """
+        errors = [home.added_error(self._now[name]) for name, home in self._homes.items() if isinstance(home, _Side) and name in self._now]
+        return worst(errors)
+
+    @torch.no_grad()
+    def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
+        """What the model's own layers compute, against `W0 + ideal` in fp64 (W0 as stored: dequantised, upcast).
+
+        Of a folded module the weight is read, `W + s B A`. A module with a side path is run, in its own precision, on random inputs.
+
+        Returns:
+            (the errors, and the floor `eps |W| / |ideal|` of the worst module, eps of the precision that it computes in).
+        """
+        error, size, floors = dict[str, float](), dict[str, float](), list[float]()
+        for name, delta in ideal.items():
+            error[name], size[name], floor = self._homes[name].realised(delta, getattr(self._model, "dtype", torch.float32))
+            floors.append(floor)
+        return Exactness(error=error, ideal=size), worst(floors)
+
+
+class _Home(Protocol):
+    """Where one module's delta lives."""
+
+    def set(self, delta: Delta | None) -> None: ...
+
+    def w0(self) -> Tensor:
+        """The pristine weight as a matrix, on the CPU."""
+        ...
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]: ...
+
+
+class _Fold:
+    """`W = W0 + D`, added on the CPU. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
+
+    def __init__(self, layer: Layer, checkpoint: Checkpoint) -> None:
+        self._layer, self._pristine = layer, checkpoint.source(layer.name, layer.base.weight)
+
+    def set(self, delta: Delta | None) -> None:
+        if delta is None:
+            self._layer.base.weight.copy_(self._pristine())
+        else:
+            self._layer.weight().copy_(self.w0() + delta.dense(torch.float32))
+
+    def w0(self) -> Tensor:
+        return self._layer.oriented(self._pristine())
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
+        target = self.w0().double() + ideal.dense()
+        got = self._layer.weight().cpu().double() + self._layer.pair().delta()
+        norm = torch.linalg.matrix_norm
+        size = float(norm(ideal.dense()))
+        return float(norm(got - target)), size, fp32_floor(float(norm(target)), size)
+
+
+class _Side:
+    """`W0 x + U (V x)`: a frozen product in float32 that the layer itself carries, outside its state dict."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        if not hasattr(layer.base, "base_delta"):
+            layer.base.base_delta = SidePath(layer)
+            layer.base.register_forward_hook(layer.base.base_delta.added)
+        layer.base.base_delta.hold(None)
+
+    def set(self, delta: Delta | None) -> None:
+        self._layer.base.base_delta.hold(delta)
+
+    def w0(self) -> Tensor:
+        return self._layer.weight().cpu()
+
+    def _probe(self, compute: torch.dtype) -> Tensor:
+        """An input, on the CPU."""
+        x = self._layer.probe(torch.Generator().manual_seed(0))
+        return x.to(compute) if x.is_floating_point() else x
+
+    @torch.no_grad()
+    def added_error(self, delta: Delta) -> float:
+        x = self._probe(torch.float32)
+        want = self._layer.apply(x.double() if x.is_floating_point() else x, [delta.dense()])
+        device = self._layer.base.weight.device
+        nothing = torch.zeros(want.shape, dtype=torch.float32, device=device)
+        got = self._layer.base.base_delta.added(self._layer.base, (x.to(device),), nothing).cpu()
+        return relative(float(torch.linalg.vector_norm(got - want)), float(torch.linalg.vector_norm(want)))
+
+    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
+        x = self._probe(compute)
+        training = self._layer.peft.training
+        got = self._layer.peft.eval()(x.to(self._layer.base.weight.device)).cpu().double()
+        self._layer.peft.train(training)
+        x, matrix = x.double() if x.is_floating_point() else x, ideal.dense()
+        change, target = (self._layer.apply(x, [W]) for W in (matrix, self.w0().double() + matrix))
+        if getattr(self._layer.base, "bias", None) is not None:
+            bias = self._layer.base.bias.detach().cpu().double()
+            target = target + bias.reshape(-1, *[1] * (target.ndim - 2)) if self._layer.layout.kernel else target + bias
+        norm = torch.linalg.vector_norm
+        floor = fp32_floor(float(norm(target)), float(norm(change)), compute)
+        eight_bits = type(self._layer.base.weight).__name__ == "Int8Params"  # its inputs are quantised too, by 1 / 127
+        return float(norm(got - target)), float(norm(change)), floor * (1 / 127 / torch.finfo(compute).eps if eight_bits else 1)
+
+
+class SidePath(nn.Module):
+    """What a layer's output gains from its base delta: computed and added in float32, then rounded to the output's precision.
+
+    It is in no state dict, so a model that is saved with `save_pretrained` lacks it, merged or not: that warns.
+    """
+
+    warned = False
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self._layer = layer
+        self.hold(None)
+
+    def hold(self, delta: Delta | None) -> None:
+        """Take factors, a matrix, or nothing."""
+        device = self._layer.base.weight.device
+        parts = (None, None) if delta is None else (None, delta.W) if isinstance(delta, Dense) else (delta.V, delta.U)
+        for name, part in zip(("first", "last"), parts, strict=True):
+            self.register_buffer(name, None if part is None else part.detach().float().to(device), persistent=False)
+
+    def added(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The forward hook: `output + D x`."""
+        matrices = [part for part in (self.first, self.last) if isinstance(part, Tensor)]
+        if not matrices:
+            return output
+        gained = self._layer.apply(args[0], matrices)
+        return (output.to(gained.dtype) + gained).to(output.dtype)
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._save_to_state_dict(*args, **options)
+        if self.last is not None and not SidePath.warned:
+            SidePath.warned = True
+            warnings.warn(
+                "the base delta beside this model's weights is not in its state dict, so what is saved lacks it: use fedex-lora export",
+                stacklevel=2,
+            )
+
+
+def _owners(model: nn.Module) -> dict[int, dict[int, str]]:
+    """Address of a weight -> the modules that use it, by identity, with their names."""
+    owners: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter.data_ptr(), {})[id(module)] = name.removeprefix(PREFIX)
+    return owners
+
+
+def _why_not_fold(layer: Layer, owners: Mapping[int, Mapping[int, str]]) -> str | None:
+    weight = layer.base.weight
+    if layer.quantised:
+        return f"is quantised ({type(weight).__name__}), and folding would lose the base delta"
+    if weight.dtype != torch.float32:
+        return f"is {weight.dtype}, and folding is exact in float32 only"
+    others = [name for module, name in owners[weight.data_ptr()].items() if module != id(layer.base)]
+    return f"shares its weight with {others[0]}, and folding would change both" if others else None

@@ -1,0 +1,142 @@
+"""The model that a result folder describes: the base, with what it gained, under the adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.config import IMAGES, Base
+from fedex_lora.errors import ModelError
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.lora import TASK_TYPES, Kind, has_modules, load_base, pad, takes_images, wrap, write_model
+from fedex_lora.models.resized import grown
+from fedex_lora.storage.adapter_folder import adapter_config
+from fedex_lora.storage.result import Result, read_result
+
+IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
+KINDS: dict[str | None, Kind] = {kind: name for name, kind in TASK_TYPES.items() if kind}
+KINDS |= {IMAGE_TASK: IMAGES, "FEATURE_EXTRACTION": "features"}
+
+
+@dataclass
+class Grounded(LoraConfig):
+    """PEFT's settings of an adapter that is right only on top of a base delta; `save_pretrained` writes them, the mark among them.
+
+    Attributes:
+        fedex_lora_base_delta: the mark (`Result.mark`); "" on the plain base.
+    """
+
+    fedex_lora_base_delta: str = ""
+
+
+def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Module:
+    """The model that a folder describes: the base with the base delta in it (folded, or beside it: see `FrozenBase`), and the adapter.
+
+    Args:
+        folder: a run folder, a round folder, `final/`, or the OUT of `fedex-lora aggregate`.
+        base: the pretrained model: its name or folder, loaded in the precision that `folder` says (float32 where it says none), or a
+            model object, in the precision of the run (any, for aggregated adapters), which is changed in place.
+
+    Returns:
+        A `PeftModel` in evaluation mode (for full fine-tuning, the model itself). An adapter that is saved from it says on which base
+        delta it stands, so that `aggregate` asks for the `--state` that fits. Where the base delta stays beside the weights (see
+        `FrozenBase`), `save_pretrained` lacks it, merged or not: use `fedex-lora export`.
+
+    Raises:
+        StorageError: the folder is broken.
+        ModelError: the base does not fit.
+
+    Example:
+        >>> model = load_model("runs/mrpc", "roberta-base")                              # doctest: +SKIP
+    """
+    folder = Path(folder)
+    result = read_result(folder / "final" if (folder / "final").is_dir() else folder)
+    if method_named(result.manifest["method"]).exactness == "personalised":
+        raise ModelError(
+            f"{folder} is of method {result.manifest['method']}, whose clients' models differ: load clients/CLIENT/adapter with PEFT"
+        )
+    model, _ = open_model(result, base)
+    return model
+
+
+def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
+    """As `load_model`, from a result in memory; also the frozen base, which knows the pristine weights."""
+    if isinstance(base, nn.Module) and (not isinstance(base, PreTrainedModel) or any(isinstance(one, LoraLayer) for one in base.modules())):
+        raise ModelError(
+            f"a {type(base).__name__} with adapters, or not of transformers, is no base: give its name or folder, or load it anew"
+        )
+    if isinstance(base, PreTrainedModel):
+        pad(base, Base(model=base.config._name_or_path or "a model"))
+        model: Any = grown(base, result.format.frozen, result.other)
+    else:
+        model = base_for(result, str(base))
+    if result.adapter:
+        config = adapter_config(result.adapter, result.config) | {"inference_mode": False}
+        known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+        try:
+            model = wrap(model, Grounded(**known, fedex_lora_base_delta=result.mark or ""))
+        except ValueError as error:
+            raise ModelError(
+                f"this base has not the modules of the adapter: {str(error).splitlines()[0][:200]}: is it another model?"
+            ) from None
+    frozen = FrozenBase(model)
+    fingerprint = result.manifest.get("base_fingerprint")
+    if fingerprint is not None and result.adapter and fingerprint != frozen.fingerprint():
+        name = base if isinstance(base, str | Path) else "the model given"
+        raise ModelError(
+            f"{name} is not the base of this result: its weights differ from those of {result.manifest.get('base_model')}; give that one"
+        )
+    frozen.set(result.base_delta)
+    write_model(model, result.adapter, result.other)
+    return model.eval(), frozen
+
+
+def kind_of(result: Result, name: str) -> Kind:
+    """The kind of model that the result was trained as; where it does not say, the kind of the base `name` that has its modules.
+
+    Raises:
+        ModelError: none of ours.
+    """
+    task_type = (result.config.get("task_type") if result.adapter else None) or result.manifest.get("task_type")
+    if task_type in KINDS:
+        return KINDS[task_type]
+    if task_type is not None:
+        raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to fedex_lora.load_model")
+    if _head_rows(result) and takes_images(Base(model=name)):
+        return IMAGES
+    candidates: tuple[Kind, ...] = ("features", "causal-lm", "classification")
+    return next((kind for kind in candidates if has_modules(Base(model=name), kind, result.adapter)), "features")
+
+
+def _head_rows(result: Result) -> list[int]:
+    heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+    return [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
+
+
+def base_for(result: Result, name: str) -> PreTrainedModel:
+    """The base with the head that the result was trained with."""
+    kind, options, rows = kind_of(result, name), dict[str, Any](), _head_rows(result)
+    if kind in ("classification", IMAGES, "token-classification", "question-answering"):
+        options = {"num_labels": rows[0]} if rows else {}
+    if labels := dict(enumerate(result.manifest.get("labels", []))):
+        options = {"num_labels": len(labels), "id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    precision = {key: result.manifest[f"base_{key}"] for key in ("dtype", "quantization") if f"base_{key}" in result.manifest}
+    seed = result.manifest.get("base_random_seed")
+    if seed is not None:
+        set_seed(seed)
+    model = load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
+    return grown(model, result.format.frozen, result.other)
+
+
+def new_tokens(result: Result, name: str) -> int | None:
+    """How many tokens the base has with the result's embeddings, where the base `name` has another number; else None."""
+    config = transformers.AutoConfig.from_pretrained(Base(model=name).source).get_text_config()
+    ends = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "lm_head.weight")
+    rows = {len(tensor) for key, tensor in {**result.other, **result.format.frozen}.items() if key.endswith(ends)}
+    return max(rows) if rows - {getattr(config, "vocab_size", None)} else None

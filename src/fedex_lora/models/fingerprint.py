@@ -1,0 +1,60 @@
+"""A name for a base model: what it is made of, in 64 digits."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedex_lora.storage.peft_rules import PREFIX
+
+CONFIG = (  # what may differ between models whose weights have the same shapes
+    "model_type",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
+OURS = (".lora_", ".modules_to_save.", ".original_module.", ".base_delta.")
+ADAPTED, REST = 256, 16  # values of each weight under an adapter, and of each other parameter
+
+
+def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) -> str:
+    """sha256 of what makes a base.
+
+    Of its config what shapes do not say (heads, activations, ..); of every frozen parameter its name, shape and a sample of its values,
+    at places that its size determines. What is trained whole is left out, for it changes.
+
+    Args:
+        model: the PEFT model.
+        pristine: module path -> what gives the weight under its adapter, as it was before it gained anything, dequantised. Only one such
+            weight at a time is in memory.
+    """
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256(json.dumps({key: getattr(config, key, None) for key in CONFIG}, sort_keys=True, default=str).encode())
+    for name in sorted(pristine):
+        _add(digest, name, pristine[name](), ADAPTED)
+    under = {f"{name}.weight" for name in pristine}
+    rest = {name.removeprefix(PREFIX).replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
+    frozen = {name: parameter for name, parameter in rest.items() if name not in under and not any(part in f".{name}" for part in OURS)}
+    for name in sorted(frozen):
+        _add(digest, name, frozen[name].detach(), REST)
+    return digest.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", name: str, values: Tensor, count: int) -> None:
+    places = torch.randint(max(1, values.numel()), (count,), generator=torch.Generator().manual_seed(values.numel()))
+    sample = values.reshape(-1)[places.to(values.device)] if values.is_contiguous() else values[tuple(_unravel(places, values.shape))]
+    digest.update(f"{name}{tuple(values.shape)}".encode() + sample.cpu().float().contiguous().numpy().tobytes())
+
+
+def _unravel(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    return torch.unravel_index(places, shape)

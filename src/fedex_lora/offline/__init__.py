@@ -1,0 +1,1 @@
+"""Adapters that are there already: aggregate folders, merge results, verify."""

@@ -1,0 +1,236 @@
+"""`verify`: recompute the ideal update in fp64 from the stored updates, and say how far the stored result is from it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.errors import StorageError
+from fedex_lora.exactness import measure
+from fedex_lora.models.build import base_for, open_model
+from fedex_lora.models.lora import write_model
+from fedex_lora.models.merge import in_float32, logits, plain_model
+from fedex_lora.storage.files import MANIFEST, read_manifest, unlisted
+from fedex_lora.storage.result import Result, differs, read_result, result_folders
+from fedex_lora.storage.run_folder import best_round
+from fedex_lora.types import Delta
+
+EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
+
+
+def verify(path: Path, base: str | None = None) -> dict[str, Any]:
+    """The exactness of every round in a run folder, or of one result folder.
+
+    A folder for parties names nobody whose update could be averaged again: of it every file's sum is compared, and, with `base`, the model
+    with the folder's own factors. A run's `final/` is compared with its last round, bit for bit.
+
+    Args:
+        path: a run folder, a round folder, or the OUT of `fedex-lora aggregate`.
+        base: the pretrained model; with it the weights of the model itself are compared too.
+
+    Returns:
+        `recomputed`: was the ideal there to compare with? `max_relative_error` = |trainable + base_delta - ideal| / |ideal| of the worst
+        module and round, from the factors (also of the stand-alone adapter, and of the other tensors against their mean), None where it was
+        not; with `base` also `realised_error` (from the model's own layers, same denominator) and its `floor`, and the `output_errors` of
+        the last round; `best_round` of a run, and `rounds`, with errors per module. What of it fails, `complaint` says.
+
+    Raises:
+        StorageError: nothing to verify, files that were altered, have no sum or are not finite, or a `final/` that is not the last round.
+    """
+    rows, (folders, final) = list[dict[str, Any]](), result_folders(path)
+    for folder in folders:
+        result = read_result(folder)
+        _require_sums(folder)
+        if result.manifest.get("skipped"):
+            continue
+        if method_named(result.manifest["method"]).exactness == "personalised":
+            raise StorageError(f"{folder} is of method {result.manifest['method']}, which has no global model: nothing to verify")
+        if "inputs" in result.manifest and not (result.updates and result.adapter):
+            raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
+        rows.append(_verify_one(folder, result, base))
+    if not rows:
+        raise StorageError(f"every round in {path} was skipped: nothing to verify")
+    if final is not None:
+        _require_same(final, folders[-1])
+        _require_sums(final)
+    recomputed = all(row["recomputed"] for row in rows)  # a folder without inputs stands alone
+    largest = {key: measure.worst(row[key] for row in rows) for key in ("max_relative_error", "total_relative_error")}
+    summary: dict[str, Any] = {
+        "method": rows[-1]["method"],
+        "exact_method": method_named(rows[-1]["method"]).exact,
+        "recomputed": recomputed,
+        **(largest if recomputed else dict.fromkeys(largest)),
+    }
+    if base:
+        summary |= {key: measure.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
+        last = read_result(Path(rows[-1]["folder"]))
+        summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
+    return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
+
+
+def export_form(path: Path) -> str | None:
+    """The form of an export, every file of which has its sum; None for another folder.
+
+    Raises:
+        StorageError: a file of the export is missing or altered.
+    """
+    if not (path / MANIFEST).is_file() or "format" not in read_manifest(path, check=False):
+        return None
+    return str(read_manifest(path)["format"])
+
+
+def complaint(result: Mapping[str, Any]) -> str | None:
+    """What is wrong with what `verify` found, in one line; None if nothing is. An error that is no number is as wrong as a large one."""
+    method, error = result["method"], result["max_relative_error"]
+    if result["recomputed"] and measure.failed(error):
+        return f"the error of the stored result is {error}: a number in it, or in its updates, is not finite or too large"
+    if result["recomputed"] and result["exact_method"] and not error <= EXACT_BELOW:
+        return f"method {method} is exact, and the stored result is off by {error:.1e}"
+    pairs = {
+        "the model's own layers": ("realised_error", "floor"),
+        f"the logits in {result.get('compute_dtype')}": ("output_error", "output_floor"),
+        "the logits in float32": ("output_error_float32", "output_floor_float32"),
+    }
+    for what, (one, floor) in pairs.items():
+        if one in result and measure.failed(result[one], result[floor]):
+            return f"the error of {what} is {result[one]}: the base overflows in its precision; give it another base.dtype"
+    return None
+
+
+def _require_same(final: Path, last: Path) -> None:
+    """Has `final/` the bits of the last round, its facts, and nothing else?"""
+    if odd := differs(final, last):
+        raise StorageError(f"{final / odd} is not what the last round left in {last}: go on with the run by --resume, which makes it anew")
+
+
+def _require_sums(folder: Path) -> None:
+    """Has every file below the folder a sum, beside those that have been compared?"""
+    if odd := unlisted(folder):
+        raise StorageError(f"{odd} has no sum in {folder / MANIFEST}, so it cannot be verified: move it away, or copy the folder again")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model answers with its base delta and without, beside the same of the ideal model in fp64.
+
+    Attributes:
+        got, got_without: of the model.
+        want, want_without: of the base as it is stored (dequantised, upcast), with the ideal update in its weights.
+    """
+
+    got: Tensor
+    got_without: Tensor
+    want: Tensor
+    want_without: Tensor
+
+    @property
+    def error(self) -> float:
+        """`|got - want| / |want - want_without|`: relative to the change that the base delta causes."""
+        return self._relative(self.got - self.want)
+
+    @property
+    def floor(self) -> float:
+        """`|got_without - want_without| / |want - want_without|`: what computing in this precision costs, wherever the delta is."""
+        return self._relative(self.got_without - self.want_without)
+
+    @property
+    def error_of_output(self) -> float:
+        """`|got - want| / |want|`: relative to all that the model answers."""
+        return measure.relative(*(float(torch.linalg.vector_norm(one)) for one in (self.got - self.want, self.want)))
+
+    @property
+    def floor_of_output(self) -> float:
+        """`|got_without - want_without| / |want_without|`."""
+        return measure.relative(
+            *(float(torch.linalg.vector_norm(one)) for one in (self.got_without - self.want_without, self.want_without))
+        )
+
+    @property
+    def share(self) -> float:
+        """How much of the base delta's effect the model shows: the least-squares factor between its change and the ideal change."""
+        change = self.want - self.want_without
+        return float(((self.got - self.got_without) * change).sum() / (change * change).sum())
+
+    def _relative(self, difference: Tensor) -> float:
+        change = self.want - self.want_without
+        return measure.relative(float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(change)))
+
+
+def ideal_answers(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
+    """The ideal model's logits in fp64, and the same without the base delta (without the whole update, where the base gained nothing)."""
+    ideal = _ideal(result)
+    gained = result.base_delta or ideal
+    rest = {name: measure.summed([(1.0, delta), (-1.0, gained[name])]) if name in gained else delta for name, delta in ideal.items()}
+    want, without = (logits(plain_model(base_for(result, base), update, result.other, torch.float64), rows) for update in (ideal, rest))
+    return want, without
+
+
+def model_answers(result: Result, base: str, float32: bool, rows: int = 4) -> tuple[Tensor, Tensor]:
+    """The logits of the model that a result describes, and of the same without the base delta; as it computes, or in float32."""
+    model, frozen = open_model(result, base)
+    got = logits(in_float32(model) if float32 else model, rows)
+    if result.base_delta:
+        frozen.set({})
+    else:
+        write_model(model, {name: replace(pair, B=torch.zeros_like(pair.B)) for name, pair in result.adapter.items()}, result.other)
+    return got, logits(model, rows)
+
+
+def output_errors(result: Result, base: str) -> dict[str, Any]:
+    """`Answers.error` and `floor` of a result's model, as it computes and in float32, and both as shares of the output."""
+    want = ideal_answers(result, base)
+    own, upcast = (Answers(*model_answers(result, base, float32), *want) for float32 in (False, True))
+    numbers: dict[str, Any] = {"compute_dtype": result.manifest.get("base_dtype", "float32")}
+    for suffix, answers in (("", own), ("_float32", upcast)):
+        numbers |= {f"output_error{suffix}": answers.error, f"output_floor{suffix}": answers.floor}
+        numbers |= {f"output_share{suffix}": answers.error_of_output, f"output_share_floor{suffix}": answers.floor_of_output}
+    return numbers
+
+
+def _ideal(result: Result) -> Mapping[str, Delta]:
+    """The mean of the participants' models, moved by the server's momentum; where none are there, what the folder's own factors say."""
+    if not result.updates:
+        return measure.effective_update(result.adapter, result.base_delta)
+    ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
+    return ideal if result.motion is None else measure.moved(ideal, result.previous_delta, result.motion)
+
+
+def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any]:
+    ideal, recomputed = _ideal(result), bool(result.updates)
+    row: dict[str, Any] = {
+        "folder": str(folder),
+        "method": result.manifest["method"],
+        "round": result.manifest["round"],
+        "recomputed": recomputed,
+        **(_errors(ideal, result) if recomputed else {"max_relative_error": None, "total_relative_error": None, "per_module": {}}),
+    }
+    if base:
+        _, folded = open_model(result, base)
+        realised, floor = folded.realised(ideal)
+        row |= {"realised_error": realised.max_relative_error, "floor": floor}
+    return row
+
+
+def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
+    """Of the factors, of the stand-alone adapter, and of the other tensors."""
+    factors = measure.exactness(ideal, result.adapter, result.base_delta)
+    per_module = factors.per_module
+    if result.standalone:
+        whole = measure.exactness(ideal, result.standalone.adapter, {})
+        per_module |= {f"adapter/ {module}": error for module, error in whole.per_module.items()}
+    others = measure.other_errors(result.other, result.updates, result.weights, result.motion)
+    per_module |= {f"other {name}": error for name, error in others.items()}
+    folders = [result.format.frozen, *([result.standalone.format.frozen] if result.standalone else [])]
+    for name in result.manifest.get("frozen", []):  # what all adapters brought of their base, untrained, is in both folders
+        there = all(name in frozen and torch.equal(frozen[name], folders[0][name]) for frozen in folders)
+        per_module[f"frozen {name}"] = 0.0 if there else math.inf
+    return {
+        "max_relative_error": measure.worst(per_module.values()),
+        "total_relative_error": factors.total_relative_error,
+        "per_module": per_module,
+    }

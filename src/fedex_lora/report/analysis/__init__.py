@@ -1,0 +1,33 @@
+"""What happened in a run, as data frames: from its events, and from its round folders where the events are not enough. No retraining.
+
+Example:
+    >>> from fedex_lora.report.analysis import rounds
+    >>> events = [{"event": "round_done", "round": 1, "metrics": {"accuracy": 0.5}, "bytes_down": 4, "bytes_up": 3}]
+    >>> rounds(events)[["round", "accuracy", "bytes_total"]].to_dict("records")
+    [{'round': 1, 'accuracy': 0.5, 'bytes_total': 7}]
+"""
+
+from fedex_lora.report.analysis._frames import clients, communication, messages, participation, refusals, rounds, sent
+from fedex_lora.report.analysis._modules import across_rounds, located, module_frame, modules, spectrum
+from fedex_lora.report.analysis._observations import observations
+from fedex_lora.report.analysis._runs import Run, find_runs, labels, read_run
+
+__all__ = [
+    "Run",
+    "across_rounds",
+    "clients",
+    "communication",
+    "find_runs",
+    "labels",
+    "located",
+    "messages",
+    "module_frame",
+    "modules",
+    "observations",
+    "participation",
+    "read_run",
+    "refusals",
+    "rounds",
+    "sent",
+    "spectrum",
+]

@@ -1,0 +1,1 @@
+"""Runs on this machine: a model, its clients in turn, the round loop, begun or resumed."""

@@ -1,0 +1,120 @@
+"""`fedex-lora check`: every problem of rows, labels, lengths, duplicates and classes, at each client, in one go; nothing is trained."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from fedex_lora.config import IMAGES, Config
+from fedex_lora.config import Task as Settings
+from fedex_lora.errors import DataError, FedexLoraError, counted
+from fedex_lora.models.processor import load_processor
+from fedex_lora.tasks import Task, custom, load_task, usable
+from fedex_lora.tasks._files import Rows
+from fedex_lora.tasks._rows import lines_of, told
+from fedex_lora.tasks._templates import text_of
+from fedex_lora.tasks.partition import Indices, partition
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check found.
+
+    Attributes:
+        words: what, in one line.
+        stops: would a run with this configuration refuse to begin?
+    """
+
+    words: str
+    stops: bool = False
+
+
+def check(config: Config) -> list[Finding]:
+    """All that is to be said of a configuration's rows; what stops a run first, then what it would do without a word.
+
+    Example:
+        >>> from fedex_lora.config import parse_config
+        >>> findings = check(parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}, "clients": {"count": 2}}))
+        >>> [finding.words for finding in findings if finding.words.startswith("client-0")]
+        ['client-0: 540 rows to train on, 60 held out']
+    """
+    found: list[Finding] = []
+    try:
+        found.extend(_everything(config))
+    except FedexLoraError as error:  # what is said so far stays
+        found.append(Finding(str(error), stops=True))
+    return sorted(found, key=lambda finding: not finding.stops)
+
+
+def _everything(config: Config) -> Iterator[Finding]:
+    if config.task.name == "custom":
+        yield from _rows(config.task)
+    task = load_task(config.task.model_copy(update={"on_bad_row": "drop"}), config.seed)
+    yield from (Finding(note) for note in task.notes if "are left out" not in note)
+    try:
+        parts = partition(task, config.clients, config.seed)
+    except DataError as error:
+        yield Finding(str(error), stops=True)
+        parts = {"all clients": (np.arange(len(task.train)), np.arange(0))}
+    yield from _clients(config, task, parts)
+
+
+def _rows(settings: Settings) -> Iterator[Finding]:
+    train, held = custom.tables(settings)
+    for table in (train, held) if held.source != train.source else (train,):
+        stops = settings.on_bad_row == "refuse"
+        yield from (Finding(f"{table.source}: {told(problem)}", stops) for problem in table.problems)
+    inputs = [column for column in custom.columns(settings) if column != settings.label or settings.kind == "causal-lm"]
+    yield from _repeated(train.rows, inputs, settings)
+    if held.source != train.source and settings.kind != IMAGES:
+        known = set(_keys(train.rows, inputs))
+        both = {key: line for line, key in zip(held.rows.index, _keys(held.rows, inputs), strict=True) if key in known}
+        if both:
+            count = counted(len(both), "input")
+            yield Finding(
+                f"{held.source}: {count} of {train.source}, too {lines_of(sorted(both.values()))}: what is measured on them was trained on"
+            )
+
+
+def _repeated(rows: Rows, inputs: Sequence[str], settings: Settings) -> Iterator[Finding]:
+    if settings.kind == IMAGES:
+        return
+    keys = _keys(rows, inputs)
+    again = [line for line, twice in zip(rows.index, pd.Series(keys, dtype=object).duplicated(), strict=True) if twice]
+    if again:
+        verb = "repeats" if len(again) == 1 else "repeat"
+        yield Finding(f"{settings.train}: {counted(len(again), 'row')} {verb} the input of another {lines_of(again)}")
+    if settings.kind != "causal-lm":
+        labels: dict[tuple[str, ...], dict[str, int]] = {}
+        for line, key, label in zip(rows.index, keys, rows[settings.label], strict=True):
+            labels.setdefault(key, {}).setdefault(text_of(label), line)
+        if torn := [lines for lines in labels.values() if len(lines) > 1]:
+            where = lines_of(sorted(line for lines in torn for line in lines.values()))
+            yield Finding(f"{settings.train}: {counted(len(torn), 'input')} with different labels {where}")
+
+
+def _keys(rows: Rows, inputs: Sequence[str]) -> list[tuple[str, ...]]:
+    return [tuple(text_of(cell) for cell in row) for row in rows[list(inputs)].itertuples(index=False)]
+
+
+def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> Iterator[Finding]:
+    names: Mapping[int, str] = task.model_config.get("id2label", {})
+    rows = task.tokenize(load_processor(config.base, task.kind), task.train)
+    settings = config.task.model_copy(update={"on_bad_row": "drop"})
+    for client, (train, held) in parts.items():
+        counts = Counter(names[int(label)] for label in task.classes[train]) if names else Counter[str]()
+        shown = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        yield Finding(f"{client}: {counted(len(train), 'row')} to train on, {len(held)} held out" + (f" ({shown})" if shown else ""))
+        if absent := [name for name in names.values() if name not in counts]:
+            yield Finding(
+                f"{client}: no row of class {', '.join(absent[:5])}" + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            )
+        batch = config.training.get("per_device_train_batch_size", 8)
+        if config.training.get("dataloader_drop_last") and len(train) < batch:
+            yield Finding(
+                f"{client}: {counted(len(train), 'row')}: fewer than a batch of {batch}, and training.dataloader_drop_last drops them", True
+            )
+        for note in usable(rows.select(train), settings, client)[1]:
+            yield Finding(note, config.task.on_bad_row == "refuse" and "nothing is left" in note)

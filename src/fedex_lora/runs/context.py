@@ -1,0 +1,169 @@
+"""Where a model lives: the pieces that server and clients both need, and what the server's side does with them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import set_seed
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import server_state as server
+from fedex_lora.client.training import Work, evaluate, probe, training_arguments
+from fedex_lora.config import IMAGES, Config
+from fedex_lora.exactness.measure import Exactness
+from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.build import IMAGE_TASK
+from fedex_lora.models.lora import (
+    add_lora,
+    format_of,
+    frozen_bytes,
+    load_base,
+    read_model,
+    read_other,
+    set_trained,
+    trainable_parameters,
+    write_model,
+)
+from fedex_lora.models.processor import load_processor
+from fedex_lora.runs.round_loop import Exchange, Federation, versions
+from fedex_lora.server.checkpoint import bytes_needed
+from fedex_lora.tasks import Task, limit, usable
+from fedex_lora.types import Delta, ServerState
+
+TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
+
+
+class Place:
+    """The model of a run in this process, before anybody trained it: the same bits for everyone who has the configuration and the base.
+
+    Args:
+        config: the run.
+        task: its task, loaded.
+
+    Raises:
+        FedexLoraError: settings or a model that do not work.
+    """
+
+    def __init__(self, config: Config, task: Task) -> None:
+        method = method_named(config.method)
+        training_arguments(config)
+        if config.torch_threads:
+            torch.set_num_threads(config.torch_threads)
+        self.config = config
+        self.work = Work(config=config, task=task, processor=load_processor(config.base, task.kind))
+        set_seed(config.seed)
+        loaded = load_base(config.base, task.kind, **task.model_config)
+        model: nn.Module = loaded.model
+        if (padding := getattr(self.work.processor, "pad_token_id", None)) is not None:
+            model.config.pad_token_id = padding  # type: ignore[union-attr]
+        if method.lora:
+            set_seed(config.seed)
+            model = add_lora(loaded, config.lora, task.kind)
+            set_trained(model, method.trained(1))
+        self.model = model
+        self.base = FrozenBase(model, config.base.delta)
+        self.first = read_model(model)
+
+
+class Host:
+    """The server's side of a run: the global model, and the rows that only measure.
+
+    Args:
+        place: the model.
+        ranks: client -> its rank, where they differ.
+
+    Attributes:
+        notes: what is to be said of the task's rows before anything is trained.
+
+    Raises:
+        ConfigError: the trainer refuses the settings.
+    """
+
+    def __init__(self, place: Place, ranks: Mapping[str, int]) -> None:
+        self.place, self.ranks = place, ranks
+        task = place.work.task
+        rows = task.tokenize(place.work.processor, task.eval)
+        self.eval: Dataset
+        self.eval, notes = usable(rows, place.config.task, "the rows to measure on")
+        self.notes = [*task.notes, *notes]
+        probe(place.model, self.eval, place.work)
+
+    def initial(self) -> ServerState:
+        """The state before round 1."""
+        place = self.place
+        return server.init(place.first, read_other(place.model), place.config.method, place.config.seed)
+
+    def federation(self, train_rows: Mapping[str, int], exchange: Exchange, **more: Any) -> Federation:
+        """What the round loop needs of this place.
+
+        Args:
+            train_rows: client -> its number of training rows, as far as the server knows it.
+            exchange: the transport.
+            more: other fields of `Federation`.
+        """
+        return Federation(
+            clients=sorted(train_rows),
+            exchange=exchange,
+            evaluate=self.evaluate,
+            realised=self.realised,
+            format=format_of(self.place.model),
+            facts=self.facts(train_rows),
+            ranks=self.ranks,
+            **more,
+        )
+
+    def load(self, state: ServerState) -> nn.Module:
+        """The global model of a state."""
+        self.place.base.set(state.base_delta)
+        write_model(self.place.model, state.adapter, state.other)
+        return self.place.model
+
+    def evaluate(self, state: ServerState) -> dict[str, float]:
+        """The global model on the task's evaluation rows; nothing once there is none."""
+        if state.round and method_named(state.method).exactness == "personalised":
+            return {}
+        return evaluate(self.load(state), self.eval, self.place.work)
+
+    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float, dict[str, float]]:
+        """The exactness of what the model's layers compute, its floor, and of side paths their own error."""
+        self.load(state)
+        base = self.place.base
+        return *base.realised(ideal), {"side_error": error} if (error := base.side_error) else {}
+
+    def _settings(self) -> dict[str, Any]:
+        """What has a default that depends on the task, as it is."""
+        config, place = self.place.config, self.place
+        lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if method_named(config.method).lora else {}
+        length = {} if place.work.task.kind == IMAGES else {"max_length": limit(config.task, place.work.processor)}
+        return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
+
+    def facts(self, train_rows: Mapping[str, int]) -> dict[str, Any]:
+        """For the manifest and the first event."""
+        place, config, task = self.place, self.place.config, self.place.work.task
+        trained, total = trainable_parameters(place.model)
+        return {
+            "base_model": os.path.abspath(model) if Path(model := config.base.model).is_dir() else model,
+            "base_fingerprint": place.base.fingerprint(),
+            "task": config.task.name,
+            "task_type": format_of(place.model).config.get("task_type") or TASK_TYPES[task.kind],
+            **({"labels": list(names.values())} if (names := task.model_config.get("id2label")) else {}),
+            "headline": task.headline,
+            "greater_is_better": task.greater_is_better,
+            "trainable_parameters": trained,
+            "total_parameters": total,
+            "base_bytes": frozen_bytes(place.model),
+            "device": str(training_arguments(config).device),
+            "settings": self._settings(),
+            "disk_bytes": bytes_needed(config, self.initial(), len(train_rows)),
+            "base_dtype": config.base.dtype,
+            "base_quantization": config.base.quantization,
+            **({"base_random_seed": config.seed} if config.base.random_weights else {}),
+            "base_delta": place.base.homes,
+            "train_rows": dict(train_rows),
+            "torch_threads": torch.get_num_threads(),
+            "versions": versions(),
+        }

@@ -1,0 +1,53 @@
+"""What trains: a model with the clients' rows in this process; or, in tests, whatever moves factors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fedex_lora.client.training import ClientData, evaluate, local_update
+from fedex_lora.models.lora import write_model
+from fedex_lora.runs.context import Place
+from fedex_lora.server.replies import Emit
+from fedex_lora.types import Adapter, ClientUpdate, Delta
+
+
+class ModelLearner:
+    """The `Learner` of a run: `transformers.Trainer` on the model of a place.
+
+    Args:
+        place: the model.
+        data: client -> its rows.
+        emit: told of training steps.
+    """
+
+    def __init__(self, place: Place, data: Mapping[str, ClientData], emit: Emit) -> None:
+        self.place, self.data, self._emit = place, data, emit
+
+    @property
+    def first(self) -> Adapter:
+        return self.place.first
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        return {client: len(data.train) for client, data in self.data.items()}
+
+    def put(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+        self.place.base.set(delta)
+        write_model(self.place.model, start, other)
+
+    def measure(self, client: str) -> dict[str, float]:
+        metrics = evaluate(self.place.model, self.data[client].held_out, self.place.work)
+        return {f"held_out_{name}": value for name, value in metrics.items()}
+
+    def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
+        tell = self._emit
+        return local_update(
+            self.place.model,
+            client,
+            round,
+            self.data[client],
+            self.place.work,
+            optimizer,
+            lambda step, steps: tell("step", round=round, client=client, step=step, steps=steps),
+        )

@@ -1,0 +1,222 @@
+"""The in-process runner: all clients on this machine, one base model in memory however many they are."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.client.node import Parties
+from fedex_lora.client.training import ClientData, quiet, spare_devices
+from fedex_lora.config import Config, read_config, write_config
+from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
+from fedex_lora.protocol.failures import failure_of
+from fedex_lora.runs.context import Host, Place
+from fedex_lora.runs.learner import ModelLearner
+from fedex_lora.runs.round_loop import Federation, handed_on, log_to, run_rounds
+from fedex_lora.runs.trackers import Trackers
+from fedex_lora.server.checkpoint import last_checkpoint, load_base, require_space
+from fedex_lora.server.checks import require_consistent
+from fedex_lora.server.replies import Emit, Reply
+from fedex_lora.storage.files import read_events, round_folder, write_text, writing_failed
+from fedex_lora.storage.run_folder import barely_begun, locked, strays, swept
+from fedex_lora.tasks import load_task, usable
+from fedex_lora.tasks.partition import Indices, partition
+from fedex_lora.types import Delta, ServerState
+
+POOLED = "all"  # the one client of a centralised run
+
+
+class InProcess:
+    """All parties of a federation in one process: the server's side, every client, and the `exchange` that lets each train in turn.
+
+    Args:
+        config: the run.
+        emit: told of steps.
+
+    Raises:
+        FedexLoraError: whatever is wrong with the configuration, the data or the model; nothing has been written then.
+    """
+
+    def __init__(self, config: Config, emit: Emit) -> None:
+        task = load_task(config.task, config.seed)
+        parts = partition(task, config.clients, config.seed)
+        require_consistent(config, len(parts))
+        place = Place(config, task)
+        rows, notes = _rows(place, parts)
+        self.parties, self._emit = Parties(config, ModelLearner(place, rows, emit)), emit
+        self.host = Host(place, ranks_of(config, parts))
+        for note in [*self.host.notes, *notes]:
+            emit("warning", message=note)  # for the console: events say nothing of rows
+
+    def initial(self) -> ServerState:
+        """The state before round 1."""
+        return self.host.initial()
+
+    def facts(self) -> dict[str, Any]:
+        """See `Host.facts`."""
+        return self.host.facts(self.parties.learner.rows)
+
+    def federation(self) -> Federation:
+        """What the round loop needs of this place."""
+        there = self.host.federation(self.parties.learner.rows, self.exchange)
+        return replace(there, finish=lambda state, out: self.parties.save_personal(state, out / "clients", there.ranks, there.format))
+
+    def remember_in(self, out: Path) -> None:
+        """Keep the clients' memories in `out/clients`, and take up those that are there.
+
+        Raises:
+            StorageError: one of them is broken.
+        """
+        bases: dict[int, Mapping[str, Delta] | None] = {0: {}}
+
+        def base_of(version: int) -> Mapping[str, Delta] | None:
+            if version not in bases:
+                folder = round_folder(out, version)
+                bases[version] = load_base(folder) if folder.exists() else None
+            return bases[version]
+
+        self.parties.remember_in(out / "clients", base_of)
+
+    def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
+        """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
+        for client, payload in messages.items():
+            try:
+                yield Reply(client, self.parties.answer(client, payload))
+            except FedexLoraError as error:
+                failure = failure_of(error)
+                self._emit("party_failed", client=client, message=str(error))  # for this console: in one process its user is every party
+                yield Reply(client, None, failure.words, lacks=failure.lacks, hopeless=failure.of_the_run)
+
+
+def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
+    """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
+    train, config = place.work.task.tokenize(place.work.processor, place.work.task.train), place.config
+    if method_named(place.config.method).pooled:
+        together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
+        parts = {POOLED: (together[0], together[1])}
+    data, notes = dict[str, ClientData](), list[str]()
+    for client, rows in parts.items():
+        (mine, said), (held, _) = (usable(train.select(indices), place.config.task, f"client {client}") for indices in rows)
+        batch = config.training.get("per_device_train_batch_size", 8)
+        if config.training.get("dataloader_drop_last") and len(mine) < batch:
+            raise ConfigError(
+                f"client {client} has {len(mine)} rows, and training.dataloader_drop_last drops batches of less than {batch}: lower it"
+            )
+        data[client] = ClientData(train=mine, held_out=held)
+        notes += said
+    return data, notes
+
+
+def ranks_of(config: Config, clients: Collection[str]) -> dict[str, int]:
+    """Client -> its rank, in the order of their names; nothing where all have one."""
+    return dict(zip(sorted(clients), config.clients.ranks or [], strict=False))
+
+
+class Home(Protocol):
+    """Where a run lives: `InProcess`, or the server of a deployment."""
+
+    def initial(self) -> ServerState: ...
+    def facts(self) -> dict[str, Any]: ...
+    def federation(self) -> Federation: ...
+    def remember_in(self, out: Path) -> None: ...
+
+
+def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Callable[[Config, Emit], Home] = InProcess) -> ServerState:
+    """One whole run into the run folder `out`; in this process, unless another home is given.
+
+    Args:
+        config: the run.
+        out: the run folder.
+        emit: told of everything.
+        resume: go on with what `out` holds, if anything: the last whole round, and the answers of clients that finished in the next one.
+        home: makes the place where the run lives.
+
+    Raises:
+        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on.
+        FedexLoraError: see `run_rounds`, and the home; or `out` cannot be written.
+        OSError: what is none of `out`'s: a connection, a file of the rows.
+    """
+    resolved = write_config(config)
+    found = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if found and not resume:
+        raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
+    if found:
+        _require_run(out, config)
+    quiet()
+    trackers = Trackers(config, out, emit)
+    place = home(config, emit)
+    require_space(out, place.facts()["disk_bytes"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out), trackers:
+            swept(out)
+            write_text(out / "config.toml", resolved)
+            return _go_on(config, place, out, log_to(out / "events.jsonl", emit, trackers))
+    except OSError as error:
+        if not writing_failed(error, out):
+            raise
+        raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
+
+
+def _require_run(out: Path, config: Config) -> None:
+    """`out` is the folder of a run with this configuration."""
+    if barely_begun(out):
+        return  # killed before anything was in its place
+    if not _is_run(out):
+        raise UsageError(f"{out} holds something that is no run: give another --out")
+    here, there = (_keys(_without_bounds(one)) for one in (config, read_config(out / "config.toml")))
+    if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
+        yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
+        raise UsageError(
+            f"{out} is a run with another configuration ({odd}: yours {yours}, the run's {theirs}): "
+            f"go on with {out / 'config.toml'}, or give another --out"
+        )
+
+
+def _keys(table: Any, name: str = "") -> dict[str, Any]:
+    """`table.key` -> value, of what is set."""
+    tree = table.model_dump(mode="json", exclude_none=True) if isinstance(table, Config) else table
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {key: found for inner, value in tree.items() for key, found in _keys(value, f"{name}.{inner}".lstrip(".")).items()}
+
+
+def _is_run(out: Path) -> bool:
+    """Has it the configuration and the events of a run? One that was killed in between left its configuration, as we write it, alone."""
+    mark = out / "config.toml"
+    if not mark.is_file() or (out / "events.jsonl").is_file():
+        return mark.is_file()
+    return not strays(out) and mark.read_text(encoding="utf-8") == write_config(read_config(mark))
+
+
+def _without_bounds(config: Config) -> Config:
+    """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
+    messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
+    clients = config.clients.model_copy(
+        update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
+    )
+    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
+
+
+def _go_on(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
+    """The rounds that are not there yet; all of them in a new folder."""
+    checkpoint, complaints = last_checkpoint(out)
+    for complaint in complaints:
+        emit("warning", message=f"a broken round was set aside: {complaint}")
+    if spare := spare_devices(config):
+        emit("warning", message=spare)
+    events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
+    if checkpoint is not None:
+        number = checkpoint.state.round
+        ended = any(event["event"] == "run_done" for event in events)
+        if ended and number == config.rounds and handed_on(out, number):
+            emit("finished", rounds=number)
+            return checkpoint.state
+        emit("resumed", round=number + 1, rounds=config.rounds)
+        if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
+            emit("round_done", **checkpoint.done)
+    place.remember_in(out)
+    return run_rounds(config, checkpoint or place.initial(), place.federation(), out, emit)

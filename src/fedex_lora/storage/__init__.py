@@ -1,0 +1,1 @@
+"""Files: result folders, adapter folders, safetensors, events. No training library."""

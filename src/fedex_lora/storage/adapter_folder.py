@@ -1,0 +1,248 @@
+"""PEFT adapter folders (`adapter_config.json`, `adapter_model.safetensors`) to our types and back, without a model."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedex_lora.aggregation.lowrank import concatenate, factorise
+from fedex_lora.errors import AdapterError, AggregationError, StorageError
+from fedex_lora.storage.files import load_tensors, save_tensors
+from fedex_lora.storage.layout import LINEAR, Layout
+from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
+from fedex_lora.storage.safetensors_io import Entry, Table, meta, read_table, stamp
+from fedex_lora.types import Adapter, Delta, LoRAPair
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """How an adapter is written.
+
+    Attributes:
+        config: its PEFT configuration, as plain JSON values.
+        layouts: of modules that are not linear.
+        frozen: what of the base is written with it, untrained: the embeddings of a vocabulary that was resized, say.
+    """
+
+    config: Mapping[str, Any]
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFolder:
+    """A PEFT LoRA adapter as read from its folder.
+
+    Attributes:
+        adapter: module path -> LoRA factors with their scaling.
+        other: what was trained whole (`modules_to_save`, heads among them), named as in the model.
+        format: how it was written: `adapter_config.json`, and tensors of the base that PEFT saved with it.
+    """
+
+    adapter: dict[str, LoRAPair]
+    other: dict[str, Tensor]
+    format: Format
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.format.config
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def mark(self) -> str | None:
+        """The base delta that it says it stands on."""
+        return self.config.get(MARK) or None
+
+
+def read_adapter_folder(folder: Path) -> AdapterFolder:
+    """Read a PEFT LoRA adapter.
+
+    Raises:
+        StorageError: a file is missing or broken.
+        AdapterError: it is not plain LoRA.
+    """
+    config = _read_config(folder)
+    _require_weights(folder, config)
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    return _parsed(folder, config, tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """A PEFT LoRA adapter in a file, its tensors unread.
+
+    Attributes:
+        path: of the file.
+        folder: as `read_adapter_folder` gives it, with tensors that have a shape and no numbers.
+        entries: where each tensor lies, by its name in the model.
+        stamp: of the file when it was described (`tensor_files.stamp`).
+    """
+
+    path: Path
+    folder: AdapterFolder
+    entries: Mapping[str, Entry]
+    stamp: tuple[int, ...] = ()
+
+    def factor(self, module: str, part: str) -> Entry:
+        """A or B of a linear layer."""
+        return self.entries[f"{module}.lora_{part}.weight"]
+
+
+def describe_adapter_folders(folders: Sequence[Path]) -> list[Description]:
+    """What `read_adapter_folder` would read, from headers alone; folders that look alike share one table.
+
+    Raises:
+        StorageError, AdapterError: as `read_adapter_folder`.
+    """
+    tables: dict[bytes, Table] = {}
+    alike: dict[tuple[str, bytes], Description] = {}
+    described = []
+    for folder in folders:
+        config = _read_config(folder)
+        _require_weights(folder, config)
+        found = stamp(folder / WEIGHTS)
+        table = read_table(folder / WEIGHTS, tables)
+        key = (json.dumps(config, sort_keys=True), table.raw)
+        if key not in alike:
+            parsed = _parsed(folder, config, {name: meta(entry) for name, entry in table.entries.items()})
+            alike[key] = Description(folder / WEIGHTS, parsed, named(table.entries))
+        described.append(replace(alike[key], path=folder / WEIGHTS, stamp=found))
+    return described
+
+
+def _require_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    require_plain_lora(config, str(folder))
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise StorageError(f"{folder} holds a pickled adapter_model.bin, which is never opened here: save it as safetensors with PEFT")
+
+
+def _parsed(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterFolder:
+    factors: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    found = named(tensors)
+    require_known(found, str(folder))
+    for name, tensor in found.items():
+        match = FACTOR.match(name)
+        if tensor.numel() == 0 or (match and tensor.ndim < 2):
+            raise AdapterError(
+                f"{folder}: {name} is empty: DeepSpeed ZeRO-3 or FSDP saved it before its parts were gathered; save it again after that "
+                "(zero3_save_16bit_model, or summon_full_params)"
+            )
+        if match is None:
+            rest[name] = tensor
+        else:
+            factors.setdefault(match["module"], {})[match["part"]] = tensor
+    adapter: dict[str, LoRAPair] = {}
+    layouts: dict[str, Layout] = {}
+    for module, parts in factors.items():
+        try:
+            layouts[module], A, B = Layout.read(parts)
+            adapter[module] = LoRAPair(A=A, B=B, scaling=scaling_of(config, module, A.shape[0]))
+        except (AdapterError, AggregationError) as error:
+            raise AdapterError(f"{folder}: module {module}: {error}") from None
+    if not adapter:
+        raise AdapterError(f"{folder} has no LoRA factors: is it an adapter of another kind?")
+    other = {name: tensor for name, tensor in rest.items() if trained_whole(name, config)}
+    frozen = {name: tensor for name, tensor in rest.items() if name not in other}
+    return AdapterFolder(adapter=adapter, other=other, format=Format(config=config, layouts=layouts, frozen=frozen))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{folder} is not a PEFT adapter: it has no {CONFIG}{_remedy(folder)}") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise StorageError(f"{folder / CONFIG} is not a JSON object")
+    return config
+
+
+def _remedy(folder: Path) -> str:
+    """Where the adapter is, if a trainer's or a hub's folder was given."""
+    inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if inner:
+        return f"; give one of the {len(inner)} folders in it that do: {inner[-1]}, say"
+    if not folder.exists() and len(folder.parts) == 2:
+        return f"; if it is a name on the hub, fetch it first: hf download {folder} --local-dir {folder.name}"
+    return "" if folder.exists() else ", and is not there at all: give a folder that PEFT's save_pretrained wrote"
+
+
+KEPT = (
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "lora_dropout",
+    "modules_to_save",
+    "task_type",
+)
+"""Of one adapter's configuration, what that of a mean has too; nothing else of it travels."""
+
+
+def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter_config.json` for these factors: ranks and alphas as the tensors and scalings say, everything else as in `like`."""
+    ranks = {module: pair.rank for module, pair in adapter.items()}
+    alphas = {module: pair.scaling * pair.rank for module, pair in adapter.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        **{key: like[key] for key in KEPT if key in like},
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {re.escape(module): value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted(adapter),  # all of them, so nothing is left to
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+    }
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return max(sorted(set(values.values())), key=list(values.values()).count)
+
+
+def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Tensor], like: Format) -> None:
+    """Write a folder that plain PEFT loads (into a folder that nobody reads yet)."""
+    tensors = {
+        f"{PREFIX}{module}.{part}": tensor
+        for module, pair in adapter.items()
+        for part, tensor in like.layouts.get(module, LINEAR).stored(pair).items()
+    }
+    whole = {f"{PREFIX}{name}": tensor for name, tensor in other.items()}
+    kept = {frozen_key(name, adapter): tensor for name, tensor in like.frozen.items()}
+    save_tensors(folder / WEIGHTS, tensors | whole | kept, {"format": "pt"})
+    write_config(folder, adapter, like)
+
+
+def frozen_key(name: str, adapter: Adapter) -> str:
+    """What PEFT calls a tensor of the base in its files."""
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if module in adapter else f"{PREFIX}{name}"
+
+
+def write_config(folder: Path, adapter: Adapter, like: Format) -> None:
+    """`adapter_config.json`; of the factors only ranks and scalings count."""
+    (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like.config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stacked(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:
+    """One stand-alone adapter, `s B A + D = [s B, U] [A; V]`: all of the update, with scaling one."""
+    total: dict[str, LoRAPair] = {}
+    for module, pair in adapter.items():
+        terms = [pair.low_rank()] + ([factorise(base_delta[module])] if module in base_delta else [])
+        whole = concatenate(terms)
+        total[module] = LoRAPair(A=whole.V, B=whole.U, scaling=1.0)
+    return total

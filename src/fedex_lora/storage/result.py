@@ -1,0 +1,349 @@
+"""Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedex_lora.aggregation import METHODS
+from fedex_lora.errors import AggregationError, StorageError
+from fedex_lora.exactness.measure import Held
+from fedex_lora.storage.adapter_folder import CONFIG, AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.storage.files import (
+    FINAL,
+    MANIFEST,
+    Tensors,
+    atomic_folder,
+    delta_tensors,
+    deltas_of,
+    load_delta,
+    load_tensors,
+    load_update,
+    not_finite,
+    read_manifest,
+    run_rounds_of,
+    save_delta,
+    save_tensors,
+    save_update,
+)
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, Motion, ServerState, adapter_from, factors_of, scalings_of
+
+TRAINABLE, DELTA, PREVIOUS, MOTION, UPDATES, HELD, STANDALONE, WHOLE = (
+    "trainable",
+    "base_delta.safetensors",
+    "previous_delta.safetensors",
+    "motion.safetensors",
+    "updates",
+    "held",
+    "adapter",
+    "model.safetensors",
+)
+SHARED = (
+    "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels frozen".split()
+)
+SHARED += ["headline", "greater_is_better", "versions"]
+"""What manifests say to everybody: nothing of single clients."""
+README = """# Only right on top of the base delta
+
+This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
+frozen base: `../{delta}`. Plain PEFT loads this folder without a word and gives another model.
+Load both with `fedex_lora.load_model(FOLDER, BASE)`, FOLDER being the one above this.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a result folder holds.
+
+    Attributes:
+        adapter, base_delta, other: the state after the round.
+        previous_delta: the base delta that the participants started from.
+        held: client -> what its base had beside that one.
+        motion: what the server's momentum made the round start from; None without momentum.
+        updates: the participants' updates, where they were kept.
+        weights: client id -> p_i.
+        standalone: the whole update as one adapter, where it was written.
+        manifest: method, round, inputs, versions, sha256 of every file.
+        format: how the adapter was written.
+    """
+
+    adapter: Mapping[str, LoRAPair]
+    base_delta: Mapping[str, Delta]
+    other: Mapping[str, Tensor]
+    previous_delta: Mapping[str, Delta]
+    held: Held
+    motion: Motion | None
+    updates: Sequence[ClientUpdate]
+    weights: Mapping[str, float]
+    standalone: AdapterFolder | None
+    manifest: Mapping[str, Any]
+    format: Format
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.format.config
+
+    @property
+    def mark(self) -> str | None:
+        """What adapters trained on top of it say in their `adapter_config.json`; None where the base gained nothing."""
+        return str(self.manifest["files"][DELTA]) if self.base_delta else None
+
+
+def write_result(
+    folder: Path,
+    state: ServerState,
+    updates: Sequence[ClientUpdate],
+    weights: Mapping[str, float],
+    format: Format,
+    facts: Mapping[str, Any],
+    previous_delta: Mapping[str, Delta] | None = None,
+    held: Held | None = None,
+    more: Mapping[str, Tensors] | None = None,
+    motion: Motion | None = None,
+    standalone: bool = False,
+    kept: Sequence[ClientUpdate] | None = None,
+) -> None:
+    """Write a result folder in one step.
+
+    Args:
+        folder: must not exist, or be empty.
+        state: after the round.
+        updates: the participants', so that `verify` can recompute the ideal.
+        weights: client id -> p_i.
+        format: how adapters are written.
+        facts: for the manifest.
+        previous_delta: the base delta before the round.
+        held: what single participants held beside the previous delta.
+        more: file name -> what else the folder holds.
+        motion: what the server's momentum made the round start from.
+        standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
+        kept: the updates that are written; None: all.
+
+    Raises:
+        AggregationError: a result that is not finite. Nothing is left behind then.
+    """
+    _require_no_overflow({**_named(state.adapter, state.other), **delta_tensors(state.base_delta)})
+    whole = stacked(state.adapter, state.base_delta) if standalone else {}
+    _require_no_overflow(_named(whole, {}))
+    with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
+        if state.adapter:
+            write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
+            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round)
+        else:
+            save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
+        save_delta(temporary / DELTA, state.base_delta)
+        if previous_delta:
+            save_delta(temporary / PREVIOUS, previous_delta)
+        for update in updates if kept is None else kept:
+            save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
+            if held and held.get(update.client_id):
+                save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
+        if motion is not None:
+            save_tensors(temporary / MOTION, *_motion_tensors(motion))
+        for name, content in (more or {}).items():
+            save_tensors(temporary / name, *content)
+        if standalone:
+            write_adapter_folder(temporary / STANDALONE, whole, state.other, format)
+
+
+def _motion_tensors(motion: Motion) -> Tensors:
+    tensors = factors_of("adapter", motion.adapter)
+    tensors |= {f"change|{name}": tensor for name, tensor in delta_tensors(motion.change).items()}
+    tensors |= {f"other|{name}": tensor for name, tensor in motion.other.items()}
+    tensors |= {f"other_change|{name}": tensor for name, tensor in motion.other_change.items()}
+    about = {"momentum": motion.momentum, "learning_rate": motion.learning_rate, "scalings": scalings_of(motion.adapter)}
+    return tensors, {"motion": json.dumps(about)}
+
+
+def _motion(path: Path) -> Motion | None:
+    """The inverse of `_motion_tensors`; None where there is no such file."""
+    if not path.is_file():
+        return None
+    tensors, metadata = load_tensors(path)
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}
+
+    try:
+        about = json.loads(metadata["motion"])
+        return Motion(
+            momentum=float(about["momentum"]),
+            learning_rate=float(about["learning_rate"]),
+            adapter=adapter_from("adapter", about["scalings"], tensors),
+            change=deltas_of(of("change"), path),
+            other=of("other"),
+            other_change=of("other_change"),
+        )
+    except (KeyError, ValueError, TypeError, AggregationError) as error:
+        raise StorageError(f"{path} does not say what the round started from ({error!r}): copy the folder again") from None
+
+
+def _require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
+    if odd := not_finite(tensors):
+        raise AggregationError(f"the result holds NaN or infinity in {odd}: some client's numbers overflow; leave it out")
+
+
+def _named(adapter: Adapter, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"} | dict(other)
+
+
+@contextmanager
+def for_parties(source: Path, target: Path | None, leaves: bool = True) -> Iterator[None]:
+    """Write, in one step and after the block, what a party needs to go on from the result folder `source`, which the block may write.
+
+    That is the adapter (or the whole model), the base delta, and a manifest of sums: it loads, verifies and is gone on from as `source`.
+    Whose updates were averaged, with which weights, and the updates themselves stay behind.
+
+    Args:
+        source: a result folder.
+        target: must not exist, or be empty; None: nothing is written.
+        leaves: it is meant for other machines, so a base that is a folder here is called by its own name, without a path.
+
+    Raises:
+        UsageError, StorageError: see `atomic_folder`.
+    """
+    if target is None:
+        yield
+        return
+    facts: dict[str, Any] = {}
+    with atomic_folder(target, facts) as temporary:
+        yield
+        manifest = read_manifest(source, check=False)
+        facts |= {key: manifest[key] for key in SHARED if key in manifest}
+        for name in (file for file in manifest["files"] if is_for_parties(file)):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, temporary / name)
+        if leaves and "base_model" in facts:
+            facts["base_model"] = _plain_name(facts["base_model"])
+        if leaves and (path := temporary / TRAINABLE / CONFIG).is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = _plain_name(config.get("base_model_name_or_path"))
+            path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _plain_name(base: Any) -> Any:
+    """A name of the hub as it is; of a folder on one machine its own name only."""
+    local = isinstance(base, str) and (base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1 or Path(base).is_dir())
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if local else base
+
+
+def is_for_parties(file: str) -> bool:
+    """Does a party need this file of a result folder to go on?"""
+    return file in (DELTA, WHOLE) or file.startswith(f"{TRAINABLE}/")
+
+
+def differs(parties: Path, source: Path) -> str | None:
+    """What in a folder for parties is not what `for_parties` makes of `source`: the name of a file or of a fact; None where all is.
+
+    Raises:
+        StorageError: a folder that lacks something, or was altered.
+    """
+    here, there = read_manifest(parties), read_manifest(source, check=False)
+    sums = {file: digest for file, digest in there["files"].items() if is_for_parties(file)}
+    odd = [file for file in [*here["files"], *sums] if here["files"].get(file) != sums.get(file)]
+    return next(iter([*odd, *(key for key in SHARED if here.get(key) != there.get(key))]), None)
+
+
+def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
+    """What every result folder's manifest says first."""
+    inputs = [
+        {
+            "client": update.client_id,
+            "weight": weights[update.client_id],
+            "num_examples": update.num_examples,
+            "scaling": sorted({pair.scaling for pair in update.adapter.values()}),
+        }
+        for update in updates
+    ]
+    return {"method": method, "round": round, "inputs": inputs}
+
+
+def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int) -> None:
+    """Beside an adapter that is only right on top of a base delta: that it is."""
+    rank = max(pair.rank for pair in adapter.values())
+    text = README.format(rank=rank, method=method, round=round, delta=DELTA)
+    (trainable / "README.md").write_text(text, encoding="utf-8")
+
+
+def safe_name(client_id: str) -> str:
+    """A client id as a file name; ids with odd characters get a hash, so that no two share a name."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".")[:100]
+    return plain if plain == client_id else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
+
+
+def read_result(folder: Path, check: bool = True) -> Result:
+    """Read a result folder, after comparing sha256 sums.
+
+    Raises:
+        StorageError: something is missing, altered or not finite.
+    """
+    manifest = read_manifest(folder, check)
+    inputs = manifest.get("inputs", [])  # none in a folder for parties
+    if (
+        str(manifest.get("method")).partition("+")[0] not in METHODS
+        or not isinstance(inputs, list)
+        or not all({"client", "weight"} <= entry.keys() for entry in inputs)
+    ):
+        raise StorageError(f"{folder} is not the result of an aggregation: give a round folder, final/ or the OUT of aggregate")
+    if (folder / TRAINABLE).is_dir():
+        trainable = read_adapter_folder(folder / TRAINABLE)
+        adapter, other, format = trainable.adapter, trainable.other, trainable.format
+    else:
+        adapter, format = {}, Format(config={})
+        other, _ = load_tensors(folder / WHOLE)
+    previous = folder / PREVIOUS
+    updates = [load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))]
+    weights = {entry["client"]: entry["weight"] for entry in inputs}
+    if updates and {update.client_id for update in updates} != weights.keys():
+        raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):
+        raise StorageError(f"{folder / MANIFEST} has a weight that is no number from zero up: copy the folder again")
+    result = Result(
+        adapter=adapter,
+        base_delta=load_delta(folder / DELTA),
+        other=other,
+        previous_delta=load_delta(previous) if previous.exists() else {},
+        held={client: load_delta(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
+        motion=_motion(folder / MOTION),
+        updates=updates,
+        weights=weights,
+        standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,
+        manifest=manifest,
+        format=format,
+    )
+    _require_finite(folder, result)
+    return result
+
+
+def _require_finite(folder: Path, result: Result) -> None:
+    parts = {TRAINABLE: _named(result.adapter, result.other), DELTA: delta_tensors(result.base_delta)}
+    parts |= {PREVIOUS: delta_tensors(result.previous_delta)}
+    parts |= {MOTION: dict(_motion_tensors(result.motion)[0])} if result.motion else {}
+    parts |= {STANDALONE: _named(result.standalone.adapter, result.standalone.other)} if result.standalone else {}
+    parts |= {f"{UPDATES}, {update.client_id}": _named(update.adapter, update.other) for update in result.updates}
+    parts |= {f"{HELD}, {client}": delta_tensors(held) for client, held in result.held.items()}
+    for part, tensors in parts.items():
+        if odd := not_finite(tensors):
+            raise StorageError(f"{folder / part} holds NaN or infinity in {odd}: no model is made of that; make the folder again")
+    adapters = {TRAINABLE: result.adapter, STANDALONE: result.standalone.adapter if result.standalone else {}}
+    adapters |= {f"{UPDATES}, {update.client_id}": update.adapter for update in result.updates}
+    for part, module, scaling in ((part, name, pair.scaling) for part, adapter in adapters.items() for name, pair in adapter.items()):
+        if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling) or scaling == 0:
+            raise StorageError(
+                f"{folder / part} scales {module} by {scaling}: a scaling is a finite number, and not zero; make the folder again"
+            )
+
+
+def result_folders(path: Path) -> tuple[list[Path], Path | None]:
+    """The result folders of the rounds below a run folder, and its `final/`, if they are there; else the folder itself."""
+    rounds = [folder for folder in reversed(run_rounds_of(path)) if (folder / MANIFEST).exists()]
+    final = path / FINAL
+    return (rounds, final if (final / MANIFEST).exists() else None) if rounds else ([final if (final / MANIFEST).exists() else path], None)

@@ -1,0 +1,106 @@
+"""What a run folder holds, and how it is locked, swept and removed: nothing in it is touched that no run wrote."""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedex_lora.errors import UsageError
+from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, read_events, write_text
+
+CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
+_PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
+_TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|model|server)\.safetensors"
+_RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
+_OURS = re.compile(
+    rf"{CONFIG}|{EVENTS}|run-id|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
+    rf"|{CLIENTS}(/[^/]+(/(memory\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
+)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time works on a run folder; the lock goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(f"another process is at work on {folder}: wait for it, or give another --out") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def barely_begun(out: Path) -> bool:
+    """Does a folder hold only what a run writes before it has anything in its place? An empty one does."""
+    return out.is_dir() and all(path.name.startswith(TEMPORARY) for path in out.iterdir())
+
+
+def swept(out: Path) -> None:
+    """A run folder without what a killed process left half-written: what has a temporary's name, where a run writes."""
+    for folder in (out, out / ROUNDS, *(out / CLIENTS).glob("*")):
+        for stray in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():
+            shutil.rmtree(stray) if stray.is_dir() and not stray.is_symlink() else stray.unlink()
+    events = out / EVENTS
+    if events.exists() and (text := events.read_bytes()) and not text.endswith(b"\n"):
+        write_text(events, text[: text.rfind(b"\n") + 1].decode("utf-8"))
+
+
+def strays(out: Path, part: str = "") -> list[Path]:
+    """What a run folder, or a part of it, holds that no run writes: files, links and empty folders."""
+    leaves = (path for path in sorted((out / part).rglob("*")) if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
+    return [path for path in leaves if not _is_ours(path, out)]
+
+
+def _is_ours(path: Path, out: Path) -> bool:
+    """Has a file below `out` the name of one that a run writes? Of trackers, a run that has some; and a report says that it is one."""
+    name = path.relative_to(out)
+    if name.parts[0] == TRACKERS:
+        return _has_trackers(out)
+    if name.as_posix() == REPORT:
+        return path.is_file() and not path.is_symlink() and is_report(path)
+    return bool(_OURS.fullmatch(name.as_posix()))
+
+
+def _has_trackers(out: Path) -> bool:
+    try:
+        return bool(tomllib.loads((out / CONFIG).read_text(encoding="utf-8")).get("trackers"))
+    except (OSError, ValueError):
+        return False
+
+
+def is_report(path: Path) -> bool:
+    """Does a file say of itself that it is a report?"""
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="fedex-lora ' in file.read(4096)
+
+
+def remove(out: Path, part: str = "") -> None:
+    """Remove a run folder, or a part of it, in one step as others see it: it gets a temporary's name first.
+
+    Raises:
+        UsageError: it holds something that no run writes; nothing is touched then.
+    """
+    folder = out / part
+    if odd := strays(out, part):
+        raise UsageError(f"{odd[0]} was not written by a run, so {folder} is not removed: move that away, or give another folder")
+    aside = tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent)
+    shutil.rmtree(folder.rename(aside))
+
+
+def best_round(path: Path) -> int | None:
+    """The round that did best on the clients' held-out rows, of a run that is done; None where there is none."""
+    events = path / "events.jsonl"
+    done = [event for event in read_events(events) if event["event"] == "run_done"] if events.exists() else []
+    return done[-1]["best_round"] if done else None

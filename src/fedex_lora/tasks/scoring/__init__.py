@@ -1,0 +1,21 @@
+"""Official metrics of generated texts, from texts alone: no model, no task."""
+
+from fedex_lora.tasks.scoring.choices import CHOICES, extract_choice
+from fedex_lora.tasks.scoring.e2e import METRICS, read_predictions, read_references, require_e2e, score_e2e, write_predictions
+from fedex_lora.tasks.scoring.mathematics import equivalent, extract_answer, extract_number, normal_form, require_math_verify
+
+__all__ = [
+    "CHOICES",
+    "METRICS",
+    "equivalent",
+    "extract_answer",
+    "extract_choice",
+    "extract_number",
+    "normal_form",
+    "read_predictions",
+    "read_references",
+    "require_e2e",
+    "require_math_verify",
+    "score_e2e",
+    "write_predictions",
+]
