@@ -1,0 +1,180 @@
+"""TOML to a validated configuration and back, overridden by `--set a.b=v`. An unknown key is an error that names the nearest."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from fedex_lora.config.run import Config
+from fedex_lora.config.tables import DEMO
+from fedex_lora.errors import ConfigError
+
+WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with what suits LoRA and the kind of task, where it says nothing: rank, alpha, learning rate."""
+    made, task, lora = dict(tree), tree.get("task", {}), tree.get("lora", {})
+    clients, training = tree.get("clients", {}), tree.get("training", {})
+    if not all(isinstance(table, Mapping) for table in (task, lora, clients, training)):
+        return made  # the models say what is wrong
+    read = task.get("kind", "classification") != "causal-lm" and str(task.get("name", "")).startswith(("custom", "glue/"))
+    ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
+    rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
+    made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
+    if tree.get("method") != "full-ft":
+        made["training"] = {"learning_rate": READ_RATE if read else WRITTEN_RATE, **training}
+    return made
+
+
+def read_config(path: Path, overrides: Sequence[str] = (), begun: Path | None = None) -> Config:
+    """The configuration in a TOML file, with `a.b=v` overrides (v as in TOML, or a bare string).
+
+    Paths in the file are relative to its folder, those of overrides to where the command runs; what is made of them is absolute.
+
+    Args:
+        path: the file.
+        overrides: `a.b=v`.
+        begun: a run folder that goes on: what the file does not say is as the run began, whatever today's defaults are.
+    """
+    tree = _tree(path)
+    if begun is not None and (begun / "config.toml").is_file():
+        tree = _over(_tree(begun / "config.toml"), tree)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    return _with_absolute_paths(parse_config(overridden(tree, overrides)), path.parent, given)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees as one; where both say something, `above` holds."""
+    both = {
+        key: _over(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return {**below, **above, **both}
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give the path of a TOML file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -> Config:
+    """Paths below `folder`, but for keys that were `given` on the command line; what is no folder or file is a name of the hub."""
+
+    def absolute(key: str, value: str | Path) -> Path:
+        return Path(os.path.abspath((Path() if key in given else folder) / value))
+
+    base, task = config.base, config.task
+    if base.model != DEMO and (there := absolute("base.model", base.model)).is_dir():
+        base = base.model_copy(update={"model": str(there)})
+    if task.data is not None:
+        task = task.model_copy(update={"data": absolute("task.data", task.data)})
+    else:
+        files = {name: absolute(f"task.{name}", value) for name in ("train", "eval") if (value := getattr(task, name))}
+        task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
+    return config.model_copy(update={"base": base, "task": task})
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """A validated configuration from plain values, with `with_defaults`; errors in one line."""
+    try:
+        return Config.model_validate(with_defaults(_without_past_defaults(tree)))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_one_line(detail) for detail in error.errors()[:3])) from None
+
+
+def _without_past_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what older versions wrote into every run folder: `messages.per_client = false`."""
+    messages = tree.get("messages")
+    if isinstance(messages, Mapping) and messages.get("per_client") is False:
+        return {**tree, "messages": {key: value for key, value in messages.items() if key != "per_client"}}
+    return dict(tree)
+
+
+def write_config(config: Config) -> str:
+    """The configuration as TOML, complete but for what is unset."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree of plain values with `a.b=v` overrides; the one that was given stays as it is."""
+    made = deepcopy(dict(tree))
+    for override in overrides:
+        _set(made, override)
+    return made
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {override!r}: write it as table.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, key = path.strip().split(".")
+    for name in tables:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override!r}: {name} is a value, not a table")
+    tree[key] = value
+
+
+REMOVED = {
+    "messages.per_client": "delete the line (each client is sent the residual of the round)",
+    "base.compact_rank": "delete the line (a side path keeps the whole base delta)",
+    "base.compact_tolerance": "delete the line (a side path keeps the whole base delta)",
+}  # key -> how to mend a configuration that sets it
+
+
+def _one_line(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if where in REMOVED:
+        return f"{where} was removed: {REMOVED[where]}"
+    if detail["type"] == "extra_forbidden":
+        *tables, key = (str(part) for part in detail["loc"])
+        near = nearest(key, _fields(tables))
+        return f"unknown key {where}" + (f": did you mean {'.'.join([*tables, near])}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{where} is missing: add it to the file, or --set {where}=..."
+    message = "give a whole number" if detail["type"].startswith("int_") else detail["msg"].removeprefix("Value error, ")
+    return f"{where} = {detail['input']!r}: {message[:1].lower()}{message[1:]}" if where and detail["type"] != "value_error" else message
+
+
+def _fields(tables: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in tables:
+        annotation: Any = model.model_fields[name].annotation
+        model = next(
+            (option for option in (annotation, *get_args(annotation)) if isinstance(option, type) and issubclass(option, BaseModel)), model
+        )
+    return list(model.model_fields)
+
+
+ALSO = {
+    "rank": "r",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "lora_alpha": "alpha",
+}
+
+
+def nearest(name: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is most like `name`, or is what others call so, if there is any."""
+    if ALSO.get(name) in known:
+        return ALSO[name]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)

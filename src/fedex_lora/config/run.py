@@ -1,0 +1,167 @@
+"""One run: its method, its server, its messages, and the tables of `config.tables`."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fedex_lora.config.tables import Base, Clients, Lora, Table, Task
+
+
+class Server(Table):
+    """How the server moves from one global model to the next (docs/momentum.md)."""
+
+    momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="b of W_t = W_(t-1) + h (E_t - W_(t-1)) + b (W_(t-1) - W_(t-2)): how much of its last change the model repeats. W is "
+        "the effective weight W0 + D + s B A, E_t what the method makes of the clients' models; the frozen base takes up the change, and "
+        "no message is larger for it.",
+    )
+    learning_rate: float = Field(1.0, gt=0, le=10, description="h of the same equation: 1 goes all the way to E_t.")
+    momentum_on: Literal["adapters", "all"] = Field(
+        "adapters",
+        description="What both act on: the adapted weights, or heads and other tensors too. Where clients lack classes, a head with "
+        "momentum may collapse.",
+    )
+    momentum_of: Literal["products", "factors"] = Field(
+        "products",
+        description="fedit: of the products B A through the base, as above, or of the factors A and B by themselves, which is plain "
+        "FedAvgM (Hsu et al. 2019): a control.",
+    )
+
+    @property
+    def moves(self) -> bool:
+        """Is the next global model another than what the method makes of the clients' models?"""
+        return self.momentum != 0 or self.learning_rate != 1
+
+    @property
+    def through_base(self) -> bool:
+        """Does the frozen base take up what it adds?"""
+        return self.moves and self.momentum_of == "products"
+
+
+class Local(Table):
+    """How local training continues from round to round."""
+
+    schedule: Literal["round", "run"] = Field("round", description="The learning-rate schedule spans one round, or the whole run.")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="Adam's moments start anew each round, or each client keeps its own."
+    )
+
+
+class Truncation(Table):
+    """How much of the residual the base gains under fedex-svd; nothing said: as many ranks as the adapter has."""
+
+    rank: int | None = Field(None, ge=1, description="fedex-svd: so many ranks of every module's residual.")
+    energy: float | None = Field(None, gt=0, le=1, description="fedex-svd: the smallest rank with this share of |R|^2, for each module.")
+    bytes: int | None = Field(None, ge=1, description="fedex-svd: bytes of residual that one client downloads a round, over all modules.")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Truncation":
+        if sum(value is not None for value in (self.rank, self.energy, self.bytes)) > 1:
+            raise ValueError("truncation: give one of rank, energy and bytes")
+        return self
+
+
+class Messages(Table):
+    """What travels to a client (docs/participation.md)."""
+
+    catch_up: Literal["smallest", "log"] = Field(
+        "smallest",
+        description="What a client lacks of the base delta, for each module: its past gains, their recompressed sum or a snapshot, "
+        "whichever is smallest; or always the past gains, which the server then keeps for as long as some client lacks them.",
+    )
+    tolerance: float = Field(
+        1e-7,
+        ge=1e-7,
+        lt=1,
+        description="Relative Frobenius error of a recompressed sum. Larger is lossy, and the exactness error does not show it.",
+    )
+    max_examples: int = Field(10_000_000, ge=1, le=2**53, description="An update that claims more training rows than this is refused.")
+    norm_bound: float | None = Field(
+        10.0,
+        ge=0,
+        description="An update whose change (of the weights, the factors, the other tensors) has a Frobenius norm above so many times the "
+        "round's median is refused. Only where at least three updates came: a median of two says nothing. 0: no bound.",
+    )
+
+
+OWNED = (
+    "seed",
+    "data_seed",
+    "output_dir",
+    "overwrite_output_dir",
+    "report_to",
+    "run_name",
+    "push_to_hub",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "eval_do_concat_batches",
+    "eval_on_start",
+    "batch_eval_metrics",
+    "prediction_loss_only",
+    "label_names",
+)
+OWNED_PREFIXES = (
+    "save_",
+    "hub_",
+    "resume_",
+    "load_best",
+    "logging_",
+    "eval_str",
+    "eval_st",
+    "eval_delay",
+    "metric_for",
+    "greater_is",
+    "disable_tqdm",
+)
+
+
+def is_ours(key: str) -> bool:
+    """Is a field of `TrainingArguments` set by fedex-lora itself?"""
+    return key in OWNED or key.startswith(OWNED_PREFIXES)
+
+
+class Config(Table):
+    """One run."""
+
+    method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
+    rounds: int = Field(5, ge=1, description="Aggregation rounds.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
+    keep_rounds: int | None = Field(
+        None, ge=2, description="Keep the folders of so many rounds (and of older ones whose base an absent client has); all by default."
+    )
+    weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
+    torch_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; recorded, because other numbers give other last bits.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that are told of every round (docs/reports.md); each must be installed."
+    )
+    base: Base
+    lora: Lora = Lora()
+    task: Task
+    clients: Clients = Clients()
+    server: Server = Server()
+    local: Local = Local()
+    truncation: Truncation = Truncation()
+    messages: Messages = Messages()
+    training: dict[str, Any] = Field(
+        {},
+        description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting. `learning_rate` is by "
+        "default 1e-3, for texts that are written 3e-4: what suits LoRA, ten times and more of what suits full fine-tuning.",
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _one_name(cls, value: str) -> str:
+        """FedAvg of LoRA factors is what the literature calls FedIT."""
+        return f"fedit{value.removeprefix('fedavg')}" if value.partition("+")[0] == "fedavg" else value
+
+    @field_validator("training")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if is_ours(key):
+                raise ValueError(f"{key} is set by fedex-lora itself: remove it (seeds derive from `seed`, files go to --out)")
+        return value
