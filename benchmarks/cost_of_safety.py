@@ -30,8 +30,9 @@ from fedex_lora.runs.run import InProcess
 from fedex_lora.server.checkpoint import FILE, Checkpoint, load_checkpoint, to_file
 from fedex_lora.server.norm_filter import screened
 from fedex_lora.storage.adapter_folder import Format
-from fedex_lora.storage.files import load_tensors, round_folder
 from fedex_lora.storage.result import read_result, write_result
+from fedex_lora.storage.run_folder import round_folder
+from fedex_lora.storage.tensors import load_tensors
 
 
 @dataclass(frozen=True, eq=False)

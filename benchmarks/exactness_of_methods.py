@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, ServerState
 from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.exactness.measure import worst as largest
+from fedex_lora.exactness.algebra import worst as largest
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.models.lora import read_model, write_model
 

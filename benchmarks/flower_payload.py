@@ -19,7 +19,7 @@ from fedex_lora.engines.flower._local import local_deployment
 from fedex_lora.engines.flower._trial import traffic
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.errors import TrainingError
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 SIDE, RANK = 1024, 256
 CLIENTS = ["bone", "chest", "skin"]

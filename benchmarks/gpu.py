@@ -48,18 +48,14 @@ from torch import nn  # noqa: E402
 
 from fedex_lora import aggregate  # noqa: E402
 from fedex_lora.aggregation import server_state as server  # noqa: E402
-from fedex_lora.client.training import ClientData, Work, local_update, quiet, training_arguments  # noqa: E402
+from fedex_lora.client.arguments import training_arguments  # noqa: E402
+from fedex_lora.client.training import ClientData, Work, local_update, quiet  # noqa: E402
 from fedex_lora.config import Config, parse_config  # noqa: E402
 from fedex_lora.errors import TrainingError  # noqa: E402
 from fedex_lora.exactness import measure  # noqa: E402
 from fedex_lora.models.base_weights import FrozenBase  # noqa: E402
-from fedex_lora.models.lora import (  # noqa: E402
-    Loaded,
-    add_lora,
-    read_model,
-    set_trained,
-    write_model,
-)
+from fedex_lora.models.loading import Loaded  # noqa: E402
+from fedex_lora.models.lora import add_lora, read_model, set_trained, write_model  # noqa: E402
 from fedex_lora.tasks import Task, collator  # noqa: E402
 from fedex_lora.types import ClientUpdate, LoRAPair  # noqa: E402
 

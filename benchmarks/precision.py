@@ -25,8 +25,8 @@ from fedex_lora.models.lora import lora_layers
 from fedex_lora.models.merge import in_float32, logits
 from fedex_lora.offline import verify
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import run_rounds_of
 from fedex_lora.storage.result import read_result
+from fedex_lora.storage.run_folder import run_rounds_of
 
 ROWS = 256  # of 16 random tokens
 CASES = [  # method, dtype, quantization

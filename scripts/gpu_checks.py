@@ -34,7 +34,7 @@ def quiet_run(tree: dict[str, Any], folder: Path, emit: Callable[..., None] | No
 
 def numbers(folder: Path, exact: bool = True) -> dict[str, Any]:
     """What a run's events say, checked: finite, exact where the method is, and what the layers compute within their floor."""
-    from fedex_lora.storage.files import read_events
+    from fedex_lora.storage.events import read_events
 
     events = read_events(folder / "events.jsonl")
     started, rounds = events[0], [event for event in events if event["event"] == "round_done"]
@@ -217,7 +217,7 @@ def stopping(event: str, **fields: Any) -> None:
 
 def difference(left: Path, right: Path) -> float:
     """Of all tensors of two final folders, relative to their norm."""
-    from fedex_lora.storage.files import load_tensors
+    from fedex_lora.storage.tensors import load_tensors
 
     apart = size = 0.0
     for path in sorted((left / "final").rglob("*.safetensors")):

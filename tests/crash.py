@@ -29,7 +29,8 @@ import fedex_lora.storage as storage
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import load_tensors, run_rounds_of
+from fedex_lora.storage.run_folder import run_rounds_of
+from fedex_lora.storage.tensors import load_tensors
 
 FORK = multiprocessing.get_context("fork")
 OPERATIONS = [

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 
 from fedex_lora import load_model
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.client.training import training_arguments
+from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import base_folder, parse_config
 from fedex_lora.engines.flower._node import Node
 from fedex_lora.evaluation import evaluate_source, generate
@@ -37,7 +37,7 @@ from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.context import Place
 from fedex_lora.runs.run import InProcess, run
-from fedex_lora.storage.files import load_tensors
+from fedex_lora.storage.tensors import load_tensors
 from fedex_lora.tasks import load_task
 from fedex_lora.types import ClientUpdate
 

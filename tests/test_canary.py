@@ -28,7 +28,7 @@ from fedex_lora.errors import DataError
 from fedex_lora.protocol.failures import WORDS, Failure, failure_of
 from fedex_lora.report import write_report
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 HEALTHY = "healthy"
 

@@ -12,7 +12,7 @@ from fedex_lora import __version__
 from fedex_lora.cli import app, main
 from fedex_lora.config import base_folder
 from fedex_lora.report.analysis import sent
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 CONFIG = f"""
 method = "fedex"
@@ -102,7 +102,8 @@ def test_aggregate_and_verify(adapters, tmp_path):
 
 def test_an_exact_result_that_is_not_exact_fails_verification(adapters, tmp_path):
     """A result that lost its base delta (with a manifest that agrees) is off, and verify says so with a non-zero exit."""
-    from fedex_lora.storage.files import MANIFEST, save_delta, sha256
+    from fedex_lora.storage.files import MANIFEST, sha256
+    from fedex_lora.storage.tensors import save_delta
 
     out = tmp_path / "out"
     call("aggregate", *adapters, "-o", out)

@@ -35,7 +35,7 @@ from fedex_lora.experiments.compare._plan import RATE, Variant, grid_around, lab
 from fedex_lora.experiments.compare._runs import Job, outcomes
 from fedex_lora.experiments.compare._statistics import curve
 from fedex_lora.report.analysis import sent
-from fedex_lora.storage.files import plain_json, read_events
+from fedex_lora.storage.events import plain_json, read_events
 
 
 def compare(config, methods, seeds, out, learning_rates=None, with_controls=True, jobs=1, tell=lambda line, done, total: None, **more):

@@ -20,7 +20,7 @@ from fedex_lora.experiments.compare._plan import RATE, canonical, label, planned
 from fedex_lora.experiments.compare._runs import Job, Outcome, outcomes
 from fedex_lora.experiments.compare._tuning import chosen
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 from fedex_lora.storage.run_folder import locked
 
 CONFIG = configuration(rounds=2)

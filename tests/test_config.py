@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedex_lora.client.training import training_arguments
+from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import parse_config, read_config, write_config
 from fedex_lora.errors import ConfigError
 

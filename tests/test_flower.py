@@ -47,7 +47,7 @@ from fedex_lora.protocol.failures import Failure  # noqa: E402
 from fedex_lora.runs.round_loop import log_to, run_rounds  # noqa: E402
 from fedex_lora.runs.run import InProcess, run  # noqa: E402
 from fedex_lora.server.replies import Reply  # noqa: E402
-from fedex_lora.storage.files import read_events  # noqa: E402
+from fedex_lora.storage.events import read_events  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402
 
 

@@ -7,7 +7,7 @@ import pytest
 from scripts import gpu_check, gpu_checks
 from tests.fake_accelerator import accelerator
 
-from fedex_lora.storage.files import append_event
+from fedex_lora.storage.events import append_event
 
 
 def test_a_check_runs_on_a_device():

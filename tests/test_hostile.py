@@ -26,7 +26,8 @@ from fedex_lora.runs.run import InProcess, run
 from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.server.norm_filter import screened
 from fedex_lora.server.replies import Reply
-from fedex_lora.storage.files import read_events, read_manifest
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.files import read_manifest
 
 MALLORY = "client-1"
 NAN, INFINITY = float("nan"), float("inf")

@@ -15,7 +15,8 @@ from fedex_lora import load_model
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.models.base_weights import FrozenBase
-from fedex_lora.models.lora import Loaded, add_lora, read_model, read_other, write_model
+from fedex_lora.models.loading import Loaded
+from fedex_lora.models.lora import add_lora, read_model, read_other, write_model
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.storage.layout import Layout
 from fedex_lora.types import ClientUpdate, LoRAPair

@@ -8,6 +8,7 @@ models that its participants trained: `E = sum_i p_i (W_i,start + s_i B_i A_i)`,
 
 import contextlib
 import itertools
+import os
 import sys
 import tempfile
 import time
@@ -32,7 +33,6 @@ from fedex_lora.runs import round_loop as rounds
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.storage import files as storage
 from fedex_lora.storage.files import read_manifest
 
 ROUNDS, CLIENTS = 5, 4
@@ -227,7 +227,7 @@ def stories(method, folder, everything=False):
 def quick(monkeypatch):
     """Nothing here is about what a disk keeps, or how long one waits."""
     monkeypatch.setattr(rounds, "PAUSE", 0.0)
-    monkeypatch.setattr(storage, "_fsync", lambda path: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -261,7 +261,7 @@ def test_clients_of_one_process_know_what_they_would_on_machines_of_their_own(me
 
 def main():
     torch.set_num_threads(1)
-    rounds.PAUSE, storage._fsync = 0.0, lambda path: None
+    rounds.PAUSE, os.fsync = 0.0, lambda descriptor: None
     began, count, bad, worst = time.perf_counter(), 0, 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         for method, row in METHODS.items():

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.conftest import make_updates
 
 from fedex_lora import aggregate
-from fedex_lora.exactness import measure
+from fedex_lora.exactness import algebra, measure
 from fedex_lora.types import Dense, LowRank
 
 SHAPES = [(30, 40, 3), (40, 30, 3), (12, 50, 11), (50, 12, 20), (8, 8, 30), (64, 48, 1)]
@@ -32,12 +32,12 @@ def test_sums_images_and_norms(out, inner, rank, dense):
     terms = [(c, factors(out, inner, rank, seed)) for seed, c in enumerate((1.0, -0.5, 0.25))]
     terms = [(c, Dense(term.dense(torch.float32)) if index in dense else term) for index, (c, term) in enumerate(terms)]
     want = sum(c * as_numpy(term) for c, term in terms)
-    got = measure.summed(terms)
+    got = algebra.summed(terms)
     assert isinstance(got, Dense) == bool(dense)
     assert oracle.relative(as_numpy(got), want) < 1e-14
-    assert measure.norm(got) == pytest.approx(np.linalg.norm(want), rel=1e-13)
+    assert algebra.norm(got) == pytest.approx(np.linalg.norm(want), rel=1e-13)
     singular = np.linalg.svd(want, compute_uv=False)
-    found = torch.linalg.svdvals(measure.image(got)).numpy()[: len(singular)]
+    found = torch.linalg.svdvals(algebra.image(got)).numpy()[: len(singular)]
     assert np.allclose(found, singular[: len(found)], rtol=1e-10, atol=1e-12 * singular[0])
     assert len(found) >= min(3 * rank, len(singular))
 
@@ -47,7 +47,7 @@ def test_a_difference_of_factors_that_nearly_cancel(size):
     """`|D - (D + size E)|`: as a Gram matrix would give it, nothing below 1e-8 of |D| could be seen."""
     D, E = factors(60, 80, 4), factors(60, 80, 4, seed=1)
     moved = LowRank(torch.cat([D.U.double(), size * E.U.double()], 1), torch.cat([D.V.double(), E.V.double()]))
-    got = measure.norm(measure.summed([(1.0, D), (-1.0, moved)]))
+    got = algebra.norm(algebra.summed([(1.0, D), (-1.0, moved)]))
     assert got == pytest.approx(size * np.linalg.norm(as_numpy(E)), rel=1e-3, abs=1e-14 * np.linalg.norm(as_numpy(D)))
 
 
@@ -55,8 +55,8 @@ def test_an_image_is_never_larger_than_what_it_is_of():
     """Memory: `out x q`, or the matrix where that is no larger than the factors are twice."""
     for out, inner, rank in SHAPES:
         delta = factors(out, inner, rank)
-        assert measure.image(delta).numel() <= max(delta.numel, 0) or 2 * rank * (out + inner) >= out * inner
-    assert measure.image(factors(200, 300, 2)).shape == (200, 2)
+        assert algebra.image(delta).numel() <= max(delta.numel, 0) or 2 * rank * (out + inner) >= out * inner
+    assert algebra.image(factors(200, 300, 2)).shape == (200, 2)
 
 
 def test_it_checks_with_nothing_of_what_it_checks():

@@ -19,15 +19,17 @@ from fedex_lora.aggregation import merge
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.config import Base, Lora, base_folder, write_config
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.exactness import measure
+from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.base_weights import FrozenBase
-from fedex_lora.models.lora import add_lora, load_base
+from fedex_lora.models.loading import load_base
+from fedex_lora.models.lora import add_lora
 from fedex_lora.offline.verify import complaint
 from fedex_lora.report import write_report
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import MANIFEST, load_tensors, sha256
+from fedex_lora.storage.files import MANIFEST, sha256
 from fedex_lora.storage.result import read_result, write_result
+from fedex_lora.storage.tensors import load_tensors
 from fedex_lora.types import Dense, LowRank
 
 ODD = [math.nan, math.inf]
@@ -205,8 +207,8 @@ def test_no_result_is_written_that_is_not_finite(part, finished, tmp_path):
 def test_the_worst_error_is_the_one_that_is_no_number():
     """Whatever its place: `max` keeps a NaN only if it comes first."""
     for errors in ([1e-8, math.nan, 1e-9], [math.nan, 1e-8], [1e-8, None]):
-        assert math.isnan(measure.worst(errors))
-    assert measure.worst([1e-8, 3e-8, 2e-8]) == 3e-8
+        assert math.isnan(algebra.worst(errors))
+    assert algebra.worst([1e-8, 3e-8, 2e-8]) == 3e-8
     found = Exactness(error={"a": 1e-9, "b": math.nan, "c": 1e-9}, ideal={"a": 1.0, "b": 1.0, "c": 1.0})
     assert math.isnan(found.max_relative_error)
     assert math.isnan(Exactness(error={"a": 1.0}, ideal={"a": math.inf}).max_relative_error)  # 1 / inf is no small error

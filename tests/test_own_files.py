@@ -22,8 +22,9 @@ from fedex_lora.offline.verify import verify
 from fedex_lora.runs import run as runner
 from fedex_lora.runs.run import run
 from fedex_lora.storage import files as storage
-from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_tensors, write_text
+from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_text
 from fedex_lora.storage.run_folder import remove, strays, swept
+from fedex_lora.storage.tensors import write_tensors
 
 THEIRS = {
     ".git/HEAD": "ref: refs/heads/main",
@@ -195,7 +196,7 @@ def aggregating(folders, out, barrier, found):
     from fedex_lora.offline.aggregate_folders import aggregate_folders
     from fedex_lora.storage import files as storage
 
-    fsync, waited = storage._fsync, []
+    fsync, waited = storage.fsync, []
 
     def together(path):
         if not waited and path.parent.name.startswith(TEMPORARY):
@@ -203,7 +204,7 @@ def aggregating(folders, out, barrier, found):
             barrier.wait(60)
         fsync(path)
 
-    storage._fsync = together
+    storage.fsync = together
     try:
         found.put(("done", aggregate_folders(folders, out, "fedex", None, None)["max_relative_error"]))
     except FedexLoraError as error:

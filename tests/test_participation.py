@@ -19,7 +19,8 @@ from fedex_lora.aggregation import server_state as server
 from fedex_lora.config import Base, Config, Lora, Messages, Server
 from fedex_lora.errors import WireError
 from fedex_lora.models.base_weights import FrozenBase
-from fedex_lora.models.lora import add_lora, load_base, read_model, write_model
+from fedex_lora.models.loading import load_base
+from fedex_lora.models.lora import add_lora, read_model, write_model
 from fedex_lora.protocol import delta_sync as catch_up
 from fedex_lora.protocol.delta_sync import BaseCopy, CatchUp, Log, caught_up, lacking, pruned
 from fedex_lora.protocol.messages import Download, decode_download, decode_update, encode_update
@@ -27,7 +28,7 @@ from fedex_lora.runs.round_loop import Federation, _messages, log_to, run_rounds
 from fedex_lora.runs.run import InProcess
 from fedex_lora.server.checkpoint import Checkpoint
 from fedex_lora.server.registry import Books
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 from fedex_lora.types import Dense, LowRank
 
 HEADER = 3_000  # bytes of JSON in a message, at most, of the few modules here

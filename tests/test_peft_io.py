@@ -291,7 +291,8 @@ def test_clients_whose_names_differ_in_odd_characters_only(tmp_path):
 
 
 def test_verify_checks_the_stand_alone_adapter(tmp_path):
-    from fedex_lora.storage.files import load_tensors, save_tensors, sha256
+    from fedex_lora.storage.files import sha256
+    from fedex_lora.storage.tensors import load_tensors, save_tensors
 
     folders = [saved(tmp_path, "a"), saved(tmp_path, "b")]
     aggregate_folders(folders, tmp_path / "out", "fedex", None, None)

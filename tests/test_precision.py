@@ -14,12 +14,13 @@ from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.models.base_weights import FrozenBase, SidePath
 from fedex_lora.models.build import open_model
 from fedex_lora.models.export import export
-from fedex_lora.models.lora import add_lora, load_base, lora_layers, read_other
+from fedex_lora.models.loading import load_base
+from fedex_lora.models.lora import add_lora, lora_layers, read_other
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import InProcess, run
-from fedex_lora.storage.files import run_rounds_of
 from fedex_lora.storage.result import read_result
+from fedex_lora.storage.run_folder import run_rounds_of
 from fedex_lora.types import LowRank
 
 BASES = [("bfloat16", "none"), ("float16", "none"), ("float32", "nf4"), ("bfloat16", "nf4"), ("float32", "fp4"), ("float32", "int8")]

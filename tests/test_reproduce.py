@@ -17,7 +17,7 @@ from fedex_lora.experiments.reproduce import Only, cells, find_record, read_reci
 from fedex_lora.experiments.reproduce._recipe import merged
 from fedex_lora.experiments.reproduce._records import Place, make_record
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 RECIPE = """
 title = "Two methods"

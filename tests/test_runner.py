@@ -17,8 +17,11 @@ from fedex_lora.offline.verify import verify
 from fedex_lora.runs.context import Host
 from fedex_lora.runs.round_loop import log_to, run_rounds
 from fedex_lora.runs.run import InProcess, run
-from fedex_lora.storage.files import load_tensors, read_events, run_rounds_of, save_tensors, sha256
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.files import sha256
 from fedex_lora.storage.result import read_result
+from fedex_lora.storage.run_folder import run_rounds_of
+from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.tasks import load_task
 
 

@@ -21,7 +21,7 @@ from fedex_lora.runs.run import run
 from fedex_lora.server.registry import Books
 from fedex_lora.server.replies import Reply
 from fedex_lora.storage.adapter_folder import read_adapter_folder
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 from fedex_lora.storage.result import read_result
 
 ROUNDS = 4

@@ -7,18 +7,9 @@ import torch
 from tests.conftest import make_updates
 
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.files import (
-    append_event,
-    atomic_folder,
-    load_delta,
-    load_tensors,
-    load_update,
-    read_events,
-    read_manifest,
-    save_delta,
-    save_tensors,
-    save_update,
-)
+from fedex_lora.storage.events import append_event, read_events
+from fedex_lora.storage.files import atomic_folder, read_manifest
+from fedex_lora.storage.tensors import load_delta, load_tensors, load_update, save_delta, save_tensors, save_update
 from fedex_lora.types import Dense, LowRank
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tests.runs import small_run
 
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 from fedex_lora.storage.result import read_result
 
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "use_cpu": True}

@@ -18,7 +18,7 @@ from fedex_lora.cli.console import Display, table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.trackers import Trackers, scalars
-from fedex_lora.storage.files import followed_events, read_events
+from fedex_lora.storage.events import followed_events, read_events
 
 
 def test_watch_a_finished_run(tmp_path):

@@ -15,7 +15,7 @@ from fedex_lora.engines.flower._local import local_deployment
 from fedex_lora.engines.flower._trial import short_demo
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 PATIENCE = 300.0  # seconds, for machines with other things to do
 COLD, WARM = "bone", ("chest", "skin")

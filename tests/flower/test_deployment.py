@@ -13,7 +13,7 @@ from fedex_lora.engines.flower._local import local_simulation, simulated
 from fedex_lora.engines.flower._trial import differing, traffic
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.offline.verify import verify
-from fedex_lora.storage.files import load_tensors
+from fedex_lora.storage.tensors import load_tensors
 
 QUORUM = {"quorum": 0.6}
 LOG = {"catch_up": "log"}  # who was away adds the past gains one by one: the server's bits; a recompressed sum is within 1e-7 only

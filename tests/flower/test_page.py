@@ -12,7 +12,7 @@ from tests.flower.conftest import PATIENCE
 
 from fedex_lora.engines.flower import ENVIRONMENT
 from fedex_lora.engines.flower._local import free_port
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 

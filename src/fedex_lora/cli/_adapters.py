@@ -90,7 +90,7 @@ def _merge(
 
 def _require_exact(result: dict[str, Any]) -> None:
     """An error that is no number is as wrong as a large one."""
-    from fedex_lora.exactness.measure import failed
+    from fedex_lora.exactness.algebra import failed
     from fedex_lora.offline.verify import EXACT_BELOW
 
     error = result["max_relative_error"]

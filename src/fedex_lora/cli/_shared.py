@@ -55,7 +55,7 @@ def fail(line: str, status: int) -> None:
 
 def fail_without_numbers(errors: Mapping[str, Iterable[float | None]]) -> None:
     """Leave with status 1 if an error of something that is named could not be computed; None is one that was not asked for."""
-    from fedex_lora.exactness.measure import failed
+    from fedex_lora.exactness.algebra import failed
 
     odd = [name for name, values in errors.items() if any(value is not None and failed(value) for value in values)]
     if odd:
@@ -71,7 +71,7 @@ def consoles(as_json: bool) -> "Console":
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
-    from fedex_lora.storage.files import plain_json
+    from fedex_lora.storage.events import plain_json
 
     print(plain_json(value))
 

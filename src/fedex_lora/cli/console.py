@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedex_lora.storage.files import followed_events
+from fedex_lora.storage.events import followed_events
 
 HIDDEN = ("rows", "runtime")
 

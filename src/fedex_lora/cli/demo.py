@@ -9,10 +9,11 @@ from rich.filesize import decimal
 from fedex_lora.cli.console import Display, table
 from fedex_lora.config import write_config
 from fedex_lora.errors import UsageError
-from fedex_lora.exactness.measure import number, worst
+from fedex_lora.exactness.algebra import number, worst
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import TEMPORARY, plain_json, read_events, write_text
+from fedex_lora.storage.events import plain_json, read_events
+from fedex_lora.storage.files import TEMPORARY, write_text
 from fedex_lora.storage.run_folder import CONFIG, barely_begun, is_report, remove, strays
 from fedex_lora.tasks.demo import ROUNDS, configuration
 

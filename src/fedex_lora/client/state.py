@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import BaseCopy
-from fedex_lora.storage.files import deltas_of, load_tensors, moving_tensors, write_tensors
+from fedex_lora.storage.tensors import deltas_of, load_tensors, moving_tensors, write_tensors
 from fedex_lora.types import Adapter, Delta, adapter_from, factors_of, scalings_of
 
 MEMORY = "memory.safetensors"

@@ -1,6 +1,5 @@
 """One client's work: go on from a download, train on rows that stay here, answer with an update."""
 
-import dataclasses
 import gc
 import math
 import os
@@ -17,13 +16,15 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, get_scheduler, logging, set_seed
 
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.config import IMAGES, Config, is_ours, nearest
-from fedex_lora.errors import ConfigError, ModelError, TrainingError
+from fedex_lora.client.arguments import training_arguments
+from fedex_lora.client.metrics import _argmax_and_loss, _first_output, _token_loss
+from fedex_lora.config import Config
+from fedex_lora.errors import TrainingError
 from fedex_lora.models.lora import read_model, read_other, set_trained
-from fedex_lora.tasks import IGNORED, Task, collator
+from fedex_lora.tasks import Task, collator
 from fedex_lora.types import ClientUpdate
 
 StepHook = Callable[[int, int], None]
@@ -45,129 +46,6 @@ class Work:
     config: Config
     task: Task
     processor: Any
-
-
-def training_arguments(config: Config, output: str = "unused", seed: int = 0) -> TrainingArguments:
-    """`transformers.TrainingArguments` from `[training]`, with what is ours set by us, for one device (see `spare_devices`).
-
-    Raises:
-        ConfigError: an unknown field (the nearest is named), or a value that transformers refuses.
-    """
-    fields = [field.name for field in dataclasses.fields(TrainingArguments)]
-    for key in config.training:
-        if key not in fields:
-            near = nearest(key, [field for field in fields if not is_ours(field)])
-            raise ConfigError(
-                f"unknown key training.{key}" + (f": did you mean training.{near}?" if near else ": see transformers.TrainingArguments")
-            )
-    for key, value in config.training.items():
-        _require_sensible(key, value)
-    ours: dict[str, Any] = {
-        "output_dir": output,
-        "seed": seed,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "logging_nan_inf_filter": False,  # or a NaN would not show in the loss
-        "eval_strategy": "no",
-        "disable_tqdm": True,
-    }
-    defaults = {"dataloader_pin_memory": torch.cuda.is_available()}
-    if config.task.kind == IMAGES:
-        ours["remove_unused_columns"] = False  # the model does not know the column `image`; the collator does
-    try:
-        arguments = TrainingArguments(**{**defaults, **config.training, **ours})
-    except (ValueError, TypeError, ImportError) as error:
-        hint = " (on a CPU also set training.use_cpu = true)" if "use_cpu" in str(error) else ""
-        raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}{hint}") from None
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # or Trainer would wrap the model in DataParallel, whose batches are so many times as large
-    return arguments
-
-
-def spare_devices(config: Config) -> str:
-    """What to say where this process sees GPUs that it does not use; "" where there is none."""
-    count = 0 if training_arguments(config).device.type == "cpu" else torch.cuda.device_count()
-    if count < 2:
-        return ""
-    return f"one of {count} GPUs is used, for a batch shared among them would be another batch: choose it by CUDA_VISIBLE_DEVICES"
-
-
-def _require_sensible(key: str, value: Any) -> None:
-    """The right kind of value, finite, and positive where it must be: transformers would say so in the middle of a round only."""
-    default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
-    number = isinstance(default, int | float) and not isinstance(default, bool)
-    if number and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
-        raise ConfigError(f"training.{key} = {value!r}: give a finite number")
-    positive = key in ("learning_rate", "num_train_epochs", "gradient_accumulation_steps") or "batch_size" in key
-    if number and positive and value <= 0:
-        raise ConfigError(f"training.{key} = {value!r}: it must be greater than zero")
-
-
-def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
-    """One batch through the model and back, before anything is written: what does not fit together is said now, in one line.
-
-    The batch has the longest row and the one with the largest token, so that it is the hardest that these rows have.
-
-    Raises:
-        ConfigError: settings that the trainer refuses, rows longer than the model has positions for.
-        ModelError: the model takes something else than the tokenizer or image processor gives, or its loss is not finite.
-    """
-    if work.task.kind != IMAGES:
-        require_fitting(model, rows, work)
-    with _trainer(model, work, 0, rows, None) as trainer:
-        try:
-            trainer.create_optimizer()
-            trainer.get_train_dataloader()
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
-        training, name = model.training, work.config.base.model
-        try:
-            batch = {key: value.to(trainer.args.device) for key, value in trainer.data_collator(_hardest(rows)).items()}  # type: ignore[misc]
-            with trainer.compute_loss_context_manager():
-                loss: Tensor = trainer.compute_loss(model.train(), batch)  # type: ignore[assignment]
-            loss.backward()  # type: ignore[no-untyped-call]
-        except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            part = "image processor" if work.task.kind == IMAGES else "tokenizer"
-            mend = "correct preprocessor_config.json" if work.task.kind == IMAGES else "are both of one model?"
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ModelError(f"{name}: its {part} and its model do not fit together: {reason}: {mend}") from None
-        finally:
-            model.zero_grad()
-            model.train(training)
-    if not math.isfinite(value := float(loss.detach())):
-        raise ModelError(f"{name}: the loss of the untrained model is {value}: is the checkpoint whole? Or set base.dtype = 'float32'")
-
-
-def require_fitting(model: nn.Module, rows: Dataset, work: Work) -> None:
-    """The model has embeddings and positions for every token of the rows, and there is a token to pad with.
-
-    Raises:
-        ConfigError, ModelError: else.
-    """
-    name, processor = work.config.base.model, work.processor
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    if processor.pad_token_id is None:
-        raise ModelError(f"{name} has no token to pad with and no end token: set tokenizer.pad_token, and save it with the model")
-    known, largest = len(table.weight), max(max(map(max, rows["input_ids"]), default=0), processor.pad_token_id)
-    if largest >= known:
-        raise ModelError(
-            f"{name}: its tokenizer gives token {largest} and the model has embeddings for {known}: enlarge them by "
-            "model.resize_token_embeddings(len(tokenizer)), and save both"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
-    if positions is not None and (longest := max(map(len, rows["input_ids"]))) > positions:
-        raise ConfigError(
-            f"rows have up to {longest} tokens and {name} has {positions} positions: set task.max_length = {positions} or less"
-        )
-
-
-def _hardest(rows: Dataset) -> list[dict[str, Any]]:
-    if "input_ids" not in rows.column_names:
-        return [rows[0]]
-    ids = rows["input_ids"]
-    picked = {max(range(len(ids)), key=lambda row: len(ids[row])), max(range(len(ids)), key=lambda row: max(ids[row]))}
-    return [rows[row] for row in sorted(picked)]
 
 
 def local_update(
@@ -240,16 +118,6 @@ def evaluate(model: nn.Module, rows: Dataset, work: Work) -> dict[str, float]:
     return {name: value for name, value in known.items() if name not in speed} | {"rows": float(len(rows))}
 
 
-def weighted_mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics over several clients, weighted by their rows; `rows` is the sum."""
-    measured = [one for one in metrics if one.get("rows")]
-    total = math.fsum(one["rows"] for one in measured)
-    names = set.intersection(*(set(one) for one in measured)) - {"rows"} if measured else set()
-    return {name: math.fsum(one[name] * one["rows"] for one in measured) / total for name in sorted(names)} | (
-        {"rows": total} if measured else {}
-    )
-
-
 @contextmanager
 def _trainer(model: nn.Module, work: Work, seed: int, rows: Dataset | None, on_step: StepHook | None) -> Iterator[Trainer]:
     """A Trainer for one call, in a temporary folder that stays empty."""
@@ -291,28 +159,6 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._hook(state.global_step, state.max_steps)
-
-
-def _first_output(prediction: EvalPrediction) -> EvalPrediction:
-    """Some models return more than logits; they come first."""
-    predictions = prediction.predictions
-    return EvalPrediction(predictions=predictions[0] if isinstance(predictions, tuple) else predictions, label_ids=prediction.label_ids)
-
-
-def _argmax_and_loss(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids instead of logits, a vocabulary's worth less memory; and of each row the sum of its tokens' losses, and their number."""
-    first: Tensor = logits[0] if isinstance(logits, tuple) else logits
-    ahead = labels[:, 1:].to(first.device)
-    losses = nn.functional.cross_entropy(first[:, :-1].float().transpose(1, 2), ahead, ignore_index=IGNORED, reduction="none")
-    return first.argmax(dim=-1), losses.sum(dim=1, keepdim=True), (ahead != IGNORED).sum(dim=1, keepdim=True)
-
-
-def _token_loss(prediction: EvalPrediction, kind: str) -> dict[str, float]:
-    """The mean over all tokens: the mean of batches' means, which Trainer takes, depends on the batches."""
-    if kind != "causal-lm":
-        return {}
-    _, losses, tokens = prediction.predictions  # type: ignore[misc]
-    return {"loss": float(np.sum(losses, dtype=np.float64) / np.sum(tokens))}
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:

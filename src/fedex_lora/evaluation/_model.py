@@ -11,7 +11,7 @@ from fedex_lora.aggregation import method_named
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.models.build import kind_of, open_model
-from fedex_lora.models.lora import load_base
+from fedex_lora.models.loading import load_base
 from fedex_lora.models.processor import load_processor
 from fedex_lora.storage.files import MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK

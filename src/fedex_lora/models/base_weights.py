@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.errors import ModelError
-from fedex_lora.exactness.measure import Exactness, fp32_floor, relative, worst
+from fedex_lora.exactness.algebra import fp32_floor, relative, worst
+from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.fingerprint import fingerprint
 from fedex_lora.models.layers import Layer, keep_unpacked
 from fedex_lora.models.lora import lora_layers

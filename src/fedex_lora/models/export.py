@@ -19,7 +19,8 @@ from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.models.build import base_for, kind_of, new_tokens, open_model
-from fedex_lora.models.lora import is_encoder, write_model
+from fedex_lora.models.loading import is_encoder
+from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.models.processor import load_processor, save_processor
 from fedex_lora.storage.adapter_folder import stacked, write_adapter_folder

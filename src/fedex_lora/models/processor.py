@@ -13,7 +13,8 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError, UsageError
-from fedex_lora.models.lora import Kind, _quiet, _why_not, load_tokenizer
+from fedex_lora.models.loading import _quiet, _why_not, load_tokenizer
+from fedex_lora.models.lora import Kind
 from fedex_lora.models.pristine import cached_folder
 
 TOKENIZER = "tokenizer_config.json"

@@ -18,7 +18,8 @@ from fedex_lora.exactness.streaming_audit import Audit, How
 from fedex_lora.offline.streaming import Round, audit_is_cheap, streamable, write_streamed
 from fedex_lora.offline.together import one_base, one_task, require_fits, require_marks, require_same_frozen, retold
 from fedex_lora.storage.adapter_folder import AdapterFolder, Description, Format, describe_adapter_folders, read_adapter_folder
-from fedex_lora.storage.result import Result, for_parties, read_result, write_result
+from fedex_lora.storage.handout import for_parties
+from fedex_lora.storage.result import Result, read_result, write_result
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
 

@@ -16,7 +16,8 @@ from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness import measure
 from fedex_lora.offline.aggregate_folders import distinct_names, require_apart, require_several
 from fedex_lora.offline.together import one_base
-from fedex_lora.storage.result import Result, for_parties, read_result, write_result
+from fedex_lora.storage.handout import for_parties
+from fedex_lora.storage.result import Result, read_result, write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank, ServerState
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fedex_lora.aggregation import method_named
 from fedex_lora.errors import StorageError
-from fedex_lora.exactness import measure
+from fedex_lora.exactness import algebra, measure
 from fedex_lora.models.build import base_for, open_model
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.storage.files import MANIFEST, read_manifest, unlisted
-from fedex_lora.storage.result import Result, differs, read_result, result_folders
+from fedex_lora.storage.handout import differs
+from fedex_lora.storage.result import Result, read_result, result_folders
 from fedex_lora.storage.run_folder import best_round
 from fedex_lora.types import Delta
 
@@ -59,7 +60,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         _require_same(final, folders[-1])
         _require_sums(final)
     recomputed = all(row["recomputed"] for row in rows)  # a folder without inputs stands alone
-    largest = {key: measure.worst(row[key] for row in rows) for key in ("max_relative_error", "total_relative_error")}
+    largest = {key: algebra.worst(row[key] for row in rows) for key in ("max_relative_error", "total_relative_error")}
     summary: dict[str, Any] = {
         "method": rows[-1]["method"],
         "exact_method": method_named(rows[-1]["method"]).exact,
@@ -67,7 +68,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         **(largest if recomputed else dict.fromkeys(largest)),
     }
     if base:
-        summary |= {key: measure.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
+        summary |= {key: algebra.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
         last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
     return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
@@ -87,7 +88,7 @@ def export_form(path: Path) -> str | None:
 def complaint(result: Mapping[str, Any]) -> str | None:
     """What is wrong with what `verify` found, in one line; None if nothing is. An error that is no number is as wrong as a large one."""
     method, error = result["method"], result["max_relative_error"]
-    if result["recomputed"] and measure.failed(error):
+    if result["recomputed"] and algebra.failed(error):
         return f"the error of the stored result is {error}: a number in it, or in its updates, is not finite or too large"
     if result["recomputed"] and result["exact_method"] and not error <= EXACT_BELOW:
         return f"method {method} is exact, and the stored result is off by {error:.1e}"
@@ -97,7 +98,7 @@ def complaint(result: Mapping[str, Any]) -> str | None:
         "the logits in float32": ("output_error_float32", "output_floor_float32"),
     }
     for what, (one, floor) in pairs.items():
-        if one in result and measure.failed(result[one], result[floor]):
+        if one in result and algebra.failed(result[one], result[floor]):
             return f"the error of {what} is {result[one]}: the base overflows in its precision; give it another base.dtype"
     return None
 
@@ -141,12 +142,12 @@ class Answers:
     @property
     def error_of_output(self) -> float:
         """`|got - want| / |want|`: relative to all that the model answers."""
-        return measure.relative(*(float(torch.linalg.vector_norm(one)) for one in (self.got - self.want, self.want)))
+        return algebra.relative(*(float(torch.linalg.vector_norm(one)) for one in (self.got - self.want, self.want)))
 
     @property
     def floor_of_output(self) -> float:
         """`|got_without - want_without| / |want_without|`."""
-        return measure.relative(
+        return algebra.relative(
             *(float(torch.linalg.vector_norm(one)) for one in (self.got_without - self.want_without, self.want_without))
         )
 
@@ -158,14 +159,14 @@ class Answers:
 
     def _relative(self, difference: Tensor) -> float:
         change = self.want - self.want_without
-        return measure.relative(float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(change)))
+        return algebra.relative(float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(change)))
 
 
 def ideal_answers(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The ideal model's logits in fp64, and the same without the base delta (without the whole update, where the base gained nothing)."""
     ideal = _ideal(result)
     gained = result.base_delta or ideal
-    rest = {name: measure.summed([(1.0, delta), (-1.0, gained[name])]) if name in gained else delta for name, delta in ideal.items()}
+    rest = {name: algebra.summed([(1.0, delta), (-1.0, gained[name])]) if name in gained else delta for name, delta in ideal.items()}
     want, without = (logits(plain_model(base_for(result, base), update, result.other, torch.float64), rows) for update in (ideal, rest))
     return want, without
 
@@ -230,7 +231,7 @@ def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
         there = all(name in frozen and torch.equal(frozen[name], folders[0][name]) for frozen in folders)
         per_module[f"frozen {name}"] = 0.0 if there else math.inf
     return {
-        "max_relative_error": measure.worst(per_module.values()),
+        "max_relative_error": algebra.worst(per_module.values()),
         "total_relative_error": factors.total_relative_error,
         "per_module": per_module,
     }

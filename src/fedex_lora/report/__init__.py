@@ -2,7 +2,7 @@
 
 from fedex_lora.report._charts import PALETTE
 from fedex_lora.report._figures import STYLE, draw, observed, write_figure
+from fedex_lora.report._groups import Group
 from fedex_lora.report._page import page, write_report
-from fedex_lora.report._sections import Group
 
 __all__ = ["PALETTE", "STYLE", "Group", "draw", "observed", "page", "write_figure", "write_report"]

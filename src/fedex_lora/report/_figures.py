@@ -10,7 +10,7 @@ import pandas as pd
 from fedex_lora.errors import UsageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import PALETTE
-from fedex_lora.report._sections import Group, grouped
+from fedex_lora.report._groups import Group, grouped
 from fedex_lora.storage.files import replacing
 
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)

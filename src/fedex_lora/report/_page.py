@@ -17,7 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedex_lora import __version__
 from fedex_lora.errors import UsageError
 from fedex_lora.report._charts import Chart
-from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, grouped, tiles
+from fedex_lora.report._groups import grouped
+from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, tiles
 from fedex_lora.report._tables import Table
 from fedex_lora.report.analysis import Run, find_runs
 from fedex_lora.report.analysis._runs import CONFIG

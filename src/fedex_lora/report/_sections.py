@@ -11,15 +11,11 @@ import pandas as pd
 from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
+from fedex_lora.report._groups import VALUES, Group, curve, final, group_sent, worst_error
 from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, size, table
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, travelled
 
-VALUES = {
-    "relative": "relative to the ideal update",
-    "scaled": "root mean square over the weight's entries",
-    "effective_rank": "effective rank of what is lost",
-}
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
     "residual": "Singular values of R after the last kept round.",
     "base delta": "Singular values of all that the frozen base has gained by then.",
@@ -36,64 +32,6 @@ class Part:
     items: Sequence[Chart | Table] = ()
     folded: bool = False
     inner: Sequence["Part"] = field(default_factory=tuple)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Runs that differ in their seed only (`seeds` of them), with `analysis.rounds` and `analysis.modules` of each."""
-
-    label: str
-    runs: Sequence[Run]
-    rounds: Sequence[pd.DataFrame]
-    modules: Sequence[pd.DataFrame]
-
-    @property
-    def first(self) -> Run:
-        return self.runs[0]
-
-    @property
-    def last_round(self) -> int:
-        return max((int(frame["round"].max()) for frame in self.rounds if len(frame)), default=0)
-
-    def over(self, word: str) -> str:
-        """What a number of all seeds is; nothing where there is one."""
-        return f", {word} of {len(self.runs)} seeds" if len(self.runs) > 1 else ""
-
-
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs by label, in their order."""
-    names = analysis.labels(runs)
-    groups = []
-    for label in dict.fromkeys(names):
-        members = [run for run, name in zip(runs, names, strict=True) if name == label]
-        frames = [analysis.rounds(run.events) for run in members]
-        groups.append(Group(label, members, frames, [analysis.modules(run) for run in members]))
-    return groups
-
-
-def curve(groups: Sequence[Group], column: str) -> pd.DataFrame:
-    """A column over the rounds: `round`, `label`, and over the seeds the mean `value`, `low` and `high`."""
-    parts = []
-    for group in groups:
-        seeds = [frame.set_index("round")[column] for frame in group.rounds if column in frame]
-        if seeds:
-            together = pd.concat(seeds, axis=1).astype(float)
-            means = {"value": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)}
-            parts.append(pd.DataFrame(means).assign(label=group.label).rename_axis("round").reset_index())
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["round", "label", "value", "low", "high"])
-
-
-def final(group: Group, column: str) -> list[float]:
-    """A column's last value in every run of a group."""
-    ends = [frame[column].dropna() for frame in group.rounds if column in frame]
-    return [float(end.iloc[-1]) for end in ends if len(end)]
-
-
-def worst_error(frame: pd.DataFrame, column: str) -> float:
-    """The largest of a column; infinity where one could not be computed."""
-    if "not_finite" in frame and frame["not_finite"].fillna("").str.split(", ").map(lambda names: column in names).any():
-        return math.inf
-    return float(frame[column].max()) if column in frame else math.nan
 
 
 def tiles(group: Group) -> list[tuple[str, str, str]]:
@@ -123,12 +61,6 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
         note = f"{duration(frame['seconds'].mean())} a round{group.over('mean')}"
         found.append(("time", duration(frame["seconds"].sum() / len(group.runs)), note))
     return found
-
-
-def group_sent(group: Group) -> tuple[float, float]:
-    """Bytes down and up of a run, the mean over the seeds."""
-    down, up = zip(*(analysis.sent(run.events) for run in group.runs), strict=True)
-    return sum(down) / len(down), sum(up) / len(up)
 
 
 def comparison(groups: Sequence[Group]) -> Table:

@@ -12,22 +12,14 @@ from transformers import set_seed
 
 from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.client.training import Work, evaluate, probe, training_arguments
+from fedex_lora.client.arguments import probe, training_arguments
+from fedex_lora.client.training import Work, evaluate
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.models.build import IMAGE_TASK
-from fedex_lora.models.lora import (
-    add_lora,
-    format_of,
-    frozen_bytes,
-    load_base,
-    read_model,
-    read_other,
-    set_trained,
-    trainable_parameters,
-    write_model,
-)
+from fedex_lora.models.loading import load_base
+from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters, write_model
 from fedex_lora.models.processor import load_processor
 from fedex_lora.runs.round_loop import Exchange, Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed

@@ -15,10 +15,10 @@ from fedex_lora.aggregation import derive_seed, method_named
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.momentum import gained
 from fedex_lora.aggregation.server_state import start_of
-from fedex_lora.client.training import weighted_mean
+from fedex_lora.client.metrics import weighted_mean
 from fedex_lora.config import Config, Server
 from fedex_lora.errors import StorageError, TrainingError
-from fedex_lora.exactness import measure
+from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness, Held
 from fedex_lora.protocol.messages import Download, encode_download
 from fedex_lora.server.checkpoint import FILE, Checkpoint, to_file
@@ -27,9 +27,11 @@ from fedex_lora.server.checks import quorum
 from fedex_lora.server.norm_filter import screened
 from fedex_lora.server.replies import Answers, Emit, Refusal, Reply, below_quorum, collect, refuse
 from fedex_lora.storage.adapter_folder import Format
-from fedex_lora.storage.files import FINAL, ROUNDS, append_event, round_folder, run_rounds_of
-from fedex_lora.storage.result import differs, for_parties, write_result
-from fedex_lora.storage.run_folder import remove, strays
+from fedex_lora.storage.events import append_event
+from fedex_lora.storage.files import FINAL, ROUNDS
+from fedex_lora.storage.handout import differs, for_parties
+from fedex_lora.storage.result import write_result
+from fedex_lora.storage.run_folder import remove, round_folder, run_rounds_of, strays
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, LowRank, ServerState
 
 Exchange = Callable[[Mapping[str, bytes], float | None], Iterable[Reply | None]]
@@ -363,7 +365,7 @@ def _measured(
         ideal = measure.moved(ideal, before.base_delta, motion)
     if motion and motion.momentum:
         start, end = (measure.effective_update(state.adapter, state.base_delta) for state in (before, after))
-        more = {"change_error": measure.worst(measure.change_error(start, end, server.last_changes(after, pace)).values())}
+        more = {"change_error": algebra.worst(measure.change_error(start, end, server.last_changes(after, pace)).values())}
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
     realised, floor, side = federation.realised(after, ideal)
     more |= side
@@ -374,7 +376,7 @@ def _measured(
         "exactness_error_total": factors.total_relative_error,
         "realised_error": realised.max_relative_error,
     }
-    odd = [name for name, value in {**errors, **more}.items() if measure.failed(value, floor if name == "realised_error" else 0.0)]
+    odd = [name for name, value in {**errors, **more}.items() if algebra.failed(value, floor if name == "realised_error" else 0.0)]
     dropped = {"dropped": math.hypot(*result.dropped.values()) / math.hypot(*factors.ideal.values())} if cuts else {}
     return (
         dropped

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedex_lora.aggregation import method_named
+from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.node import Parties
-from fedex_lora.client.training import ClientData, quiet, spare_devices
+from fedex_lora.client.training import ClientData, quiet
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
 from fedex_lora.protocol.failures import failure_of
@@ -20,8 +21,9 @@ from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base, require_space
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.server.replies import Emit, Reply
-from fedex_lora.storage.files import read_events, round_folder, write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, strays, swept
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.files import write_text, writing_failed
+from fedex_lora.storage.run_folder import barely_begun, locked, round_folder, strays, swept
 from fedex_lora.tasks import load_task, usable
 from fedex_lora.tasks.partition import Indices, partition
 from fedex_lora.types import Delta, ServerState

@@ -16,8 +16,9 @@ from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import Log
 from fedex_lora.server.registry import Books
-from fedex_lora.storage.files import Tensors, deltas_of, load_delta, load_tensors, moving_tensors, run_rounds_of
 from fedex_lora.storage.result import DELTA, read_result
+from fedex_lora.storage.run_folder import run_rounds_of
+from fedex_lora.storage.tensors import Tensors, deltas_of, load_delta, load_tensors, moving_tensors
 from fedex_lora.types import Delta, LoRAPair, LowRank, MovingDense, MovingLowRank, ServerState, adapter_from, factors_of, scalings_of
 
 FILE = "server.safetensors"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.exactness.measure import worst
+from fedex_lora.exactness.algebra import worst
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
 VOTERS = 3  # fewer updates have no median that says who is odd

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
-from fedex_lora.storage.files import load_tensors, save_tensors
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
 from fedex_lora.storage.safetensors_io import Entry, Table, meta, read_table, stamp
+from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

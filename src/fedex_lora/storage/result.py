@@ -1,12 +1,9 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
 
 import hashlib
-import json
 import math
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +13,22 @@ from torch import Tensor
 from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.measure import Held
-from fedex_lora.storage.adapter_folder import CONFIG, AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
-from fedex_lora.storage.files import (
-    FINAL,
-    MANIFEST,
+from fedex_lora.storage.adapter_folder import AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
+from fedex_lora.storage.motion import motion_tensors, read_motion
+from fedex_lora.storage.run_folder import run_rounds_of
+from fedex_lora.storage.tensors import (
     Tensors,
-    atomic_folder,
     delta_tensors,
-    deltas_of,
     load_delta,
     load_tensors,
     load_update,
     not_finite,
-    read_manifest,
-    run_rounds_of,
     save_delta,
     save_tensors,
     save_update,
 )
-from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, Motion, ServerState, adapter_from, factors_of, scalings_of
+from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, Motion, ServerState
 
 TRAINABLE, DELTA, PREVIOUS, MOTION, UPDATES, HELD, STANDALONE, WHOLE = (
     "trainable",
@@ -46,11 +40,6 @@ TRAINABLE, DELTA, PREVIOUS, MOTION, UPDATES, HELD, STANDALONE, WHOLE = (
     "adapter",
     "model.safetensors",
 )
-SHARED = (
-    "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels frozen".split()
-)
-SHARED += ["headline", "greater_is_better", "versions"]
-"""What manifests say to everybody: nothing of single clients."""
 README = """# Only right on top of the base delta
 
 This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
@@ -147,43 +136,11 @@ def write_result(
             if held and held.get(update.client_id):
                 save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
         if motion is not None:
-            save_tensors(temporary / MOTION, *_motion_tensors(motion))
+            save_tensors(temporary / MOTION, *motion_tensors(motion))
         for name, content in (more or {}).items():
             save_tensors(temporary / name, *content)
         if standalone:
             write_adapter_folder(temporary / STANDALONE, whole, state.other, format)
-
-
-def _motion_tensors(motion: Motion) -> Tensors:
-    tensors = factors_of("adapter", motion.adapter)
-    tensors |= {f"change|{name}": tensor for name, tensor in delta_tensors(motion.change).items()}
-    tensors |= {f"other|{name}": tensor for name, tensor in motion.other.items()}
-    tensors |= {f"other_change|{name}": tensor for name, tensor in motion.other_change.items()}
-    about = {"momentum": motion.momentum, "learning_rate": motion.learning_rate, "scalings": scalings_of(motion.adapter)}
-    return tensors, {"motion": json.dumps(about)}
-
-
-def _motion(path: Path) -> Motion | None:
-    """The inverse of `_motion_tensors`; None where there is no such file."""
-    if not path.is_file():
-        return None
-    tensors, metadata = load_tensors(path)
-
-    def of(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}
-
-    try:
-        about = json.loads(metadata["motion"])
-        return Motion(
-            momentum=float(about["momentum"]),
-            learning_rate=float(about["learning_rate"]),
-            adapter=adapter_from("adapter", about["scalings"], tensors),
-            change=deltas_of(of("change"), path),
-            other=of("other"),
-            other_change=of("other_change"),
-        )
-    except (KeyError, ValueError, TypeError, AggregationError) as error:
-        raise StorageError(f"{path} does not say what the round started from ({error!r}): copy the folder again") from None
 
 
 def _require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
@@ -193,63 +150,6 @@ def _require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
 
 def _named(adapter: Adapter, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{module}.{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"} | dict(other)
-
-
-@contextmanager
-def for_parties(source: Path, target: Path | None, leaves: bool = True) -> Iterator[None]:
-    """Write, in one step and after the block, what a party needs to go on from the result folder `source`, which the block may write.
-
-    That is the adapter (or the whole model), the base delta, and a manifest of sums: it loads, verifies and is gone on from as `source`.
-    Whose updates were averaged, with which weights, and the updates themselves stay behind.
-
-    Args:
-        source: a result folder.
-        target: must not exist, or be empty; None: nothing is written.
-        leaves: it is meant for other machines, so a base that is a folder here is called by its own name, without a path.
-
-    Raises:
-        UsageError, StorageError: see `atomic_folder`.
-    """
-    if target is None:
-        yield
-        return
-    facts: dict[str, Any] = {}
-    with atomic_folder(target, facts) as temporary:
-        yield
-        manifest = read_manifest(source, check=False)
-        facts |= {key: manifest[key] for key in SHARED if key in manifest}
-        for name in (file for file in manifest["files"] if is_for_parties(file)):
-            (temporary / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, temporary / name)
-        if leaves and "base_model" in facts:
-            facts["base_model"] = _plain_name(facts["base_model"])
-        if leaves and (path := temporary / TRAINABLE / CONFIG).is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config["base_model_name_or_path"] = _plain_name(config.get("base_model_name_or_path"))
-            path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _plain_name(base: Any) -> Any:
-    """A name of the hub as it is; of a folder on one machine its own name only."""
-    local = isinstance(base, str) and (base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1 or Path(base).is_dir())
-    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if local else base
-
-
-def is_for_parties(file: str) -> bool:
-    """Does a party need this file of a result folder to go on?"""
-    return file in (DELTA, WHOLE) or file.startswith(f"{TRAINABLE}/")
-
-
-def differs(parties: Path, source: Path) -> str | None:
-    """What in a folder for parties is not what `for_parties` makes of `source`: the name of a file or of a fact; None where all is.
-
-    Raises:
-        StorageError: a folder that lacks something, or was altered.
-    """
-    here, there = read_manifest(parties), read_manifest(source, check=False)
-    sums = {file: digest for file, digest in there["files"].items() if is_for_parties(file)}
-    odd = [file for file in [*here["files"], *sums] if here["files"].get(file) != sums.get(file)]
-    return next(iter([*odd, *(key for key in SHARED if here.get(key) != there.get(key))]), None)
 
 
 def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -312,7 +212,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         other=other,
         previous_delta=load_delta(previous) if previous.exists() else {},
         held={client: load_delta(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
-        motion=_motion(folder / MOTION),
+        motion=read_motion(folder / MOTION),
         updates=updates,
         weights=weights,
         standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,
@@ -326,7 +226,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
 def _require_finite(folder: Path, result: Result) -> None:
     parts = {TRAINABLE: _named(result.adapter, result.other), DELTA: delta_tensors(result.base_delta)}
     parts |= {PREVIOUS: delta_tensors(result.previous_delta)}
-    parts |= {MOTION: dict(_motion_tensors(result.motion)[0])} if result.motion else {}
+    parts |= {MOTION: dict(motion_tensors(result.motion)[0])} if result.motion else {}
     parts |= {STANDALONE: _named(result.standalone.adapter, result.standalone.other)} if result.standalone else {}
     parts |= {f"{UPDATES}, {update.client_id}": _named(update.adapter, update.other) for update in result.updates}
     parts |= {f"{HELD}, {client}": delta_tensors(held) for client, held in result.held.items()}

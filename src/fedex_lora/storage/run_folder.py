@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedex_lora.errors import UsageError
-from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, read_events, write_text
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, write_text
 
 CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
 _PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
@@ -104,3 +105,13 @@ def best_round(path: Path) -> int | None:
     events = path / "events.jsonl"
     done = [event for event in read_events(events) if event["event"] == "run_done"] if events.exists() else []
     return done[-1]["best_round"] if done else None
+
+
+def run_rounds_of(out: Path) -> list[Path]:
+    """The round folders of a run, the newest first."""
+    return sorted((folder for folder in (out / ROUNDS).glob("*") if folder.name.isdigit()), reverse=True)
+
+
+def round_folder(out: Path, number: int) -> Path:
+    """Where a round's result is."""
+    return out / ROUNDS / f"{number:04d}"

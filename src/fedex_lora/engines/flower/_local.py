@@ -18,7 +18,7 @@ import psutil
 from fedex_lora.engines.flower import ENVIRONMENT
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
 from fedex_lora.errors import FedexLoraError, TrainingError
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 CONNECTION = "local-deployment"  # in Flower's configuration file, which is in the deployment's folder
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")

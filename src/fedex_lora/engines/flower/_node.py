@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.node import Parties
 from fedex_lora.client.state import MEMORY
-from fedex_lora.client.training import ClientData, quiet, spare_devices
+from fedex_lora.client.training import ClientData, quiet
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import failed, left, log_of
 from fedex_lora.engines.flower._request import Request

@@ -14,7 +14,9 @@ from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import FINAL, load_tensors, read_events
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.files import FINAL
+from fedex_lora.storage.tensors import load_tensors
 from fedex_lora.tasks import load_task
 from fedex_lora.tasks.demo import configuration
 from fedex_lora.tasks.partition import partition

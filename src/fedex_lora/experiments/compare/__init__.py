@@ -34,7 +34,8 @@ from fedex_lora.experiments.compare._tuning import Choice, chosen
 from fedex_lora.experiments.compare._variants import Variant, configured, controls, variants, with_settings
 from fedex_lora.runs.round_loop import versions
 from fedex_lora.runs.run import InProcess
-from fedex_lora.storage.files import plain_json, read_events, write_text
+from fedex_lora.storage.events import plain_json, read_events
+from fedex_lora.storage.files import write_text
 from fedex_lora.storage.run_folder import locked
 
 __all__ = [

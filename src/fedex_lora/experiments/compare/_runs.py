@@ -16,7 +16,8 @@ from fedex_lora.config import Config, write_config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.experiments.compare._statistics import Curve, curve
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import ROUNDS, read_events
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.files import ROUNDS
 from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, remove, strays
 
 

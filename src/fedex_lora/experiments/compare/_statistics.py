@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from fedex_lora.exactness.measure import number, worst
+from fedex_lora.exactness.algebra import number, worst
 from fedex_lora.experiments.compare._hypotheses import Metrics
 from fedex_lora.experiments.compare._tests import paired
 from fedex_lora.report.analysis import sent

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.exactness.measure import number
+from fedex_lora.exactness.algebra import number
 from fedex_lora.experiments.reproduce._deviations import by_layer, by_round, pictures
 from fedex_lora.experiments.reproduce._filled import Filled, score
 from fedex_lora.experiments.reproduce._grids import Grid
@@ -15,7 +15,8 @@ from fedex_lora.experiments.reproduce._records import Place, find_record, make_r
 from fedex_lora.experiments.reproduce._scores import scores
 from fedex_lora.experiments.reproduce._tiny import write_tiny_data
 from fedex_lora.experiments.reproduce._traffic import traffic
-from fedex_lora.storage.files import plain_json, write_text
+from fedex_lora.storage.events import plain_json
+from fedex_lora.storage.files import write_text
 
 __all__ = ["Grid", "Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
 

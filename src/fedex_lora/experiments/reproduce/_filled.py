@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedex_lora.exactness.measure import number
+from fedex_lora.exactness.algebra import number
 from fedex_lora.experiments.reproduce._recipe import CellPlace, Column, Panel, Recipe, Row, chosen
 
 Record = Mapping[str, Any]

@@ -17,9 +17,10 @@ from fedex_lora.evaluation import Options, evaluate_source
 from fedex_lora.exactness import measure
 from fedex_lora.experiments.reproduce._recipe import Cell, identity
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import plain_json, read_events, run_rounds_of, write_text
+from fedex_lora.storage.events import plain_json, read_events
+from fedex_lora.storage.files import write_text
 from fedex_lora.storage.result import read_result
-from fedex_lora.storage.run_folder import remove, strays
+from fedex_lora.storage.run_folder import remove, run_rounds_of, strays
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.types import Aggregate
 

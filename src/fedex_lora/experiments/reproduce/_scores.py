@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedex_lora.exactness.measure import worst
+from fedex_lora.exactness.algebra import worst
 from fedex_lora.experiments.compare import interval
 from fedex_lora.experiments.reproduce._filled import Filled
 from fedex_lora.experiments.reproduce._grids import NOT_RUN, Grid, plus_minus

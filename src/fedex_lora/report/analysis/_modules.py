@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 
 from fedex_lora.errors import StorageError
-from fedex_lora.exactness import measure
+from fedex_lora.exactness import algebra, measure
 from fedex_lora.report.analysis._runs import Run
-from fedex_lora.storage.files import load_delta, load_update, read_manifest, round_folder, run_rounds_of
+from fedex_lora.storage.files import read_manifest
+from fedex_lora.storage.run_folder import round_folder, run_rounds_of
+from fedex_lora.storage.tensors import load_delta, load_update
 from fedex_lora.types import Aggregate, ClientUpdate, Delta
 
 DELTA, UPDATES = "base_delta.safetensors", "updates"
@@ -67,7 +69,7 @@ def modules(run: Run) -> pd.DataFrame:
 
     Columns: `round`, `module`, `layer`, `projection`; `deviation` |s Bbar Abar - M| (Frobenius), `ideal` |M|, `relative` their ratio;
     `scaled`, the deviation divided by sqrt(out in): the root mean square over the weight's entries, so that modules of different sizes
-    compare (the paper says "scaled" and its text does not say by what); `effective_rank` of what is lost, `measure.effective_rank`.
+    compare (the paper says "scaled" and its text does not say by what); `effective_rank` of what is lost, `algebra.effective_rank`.
 
     From the events; for runs whose events lack it, from the clients' updates in the round folders that are still there.
     """
@@ -163,11 +165,11 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual", l
     places = located(deltas)
     for module in _spread(places, limit):
         delta = deltas[module]
-        small = measure.image(delta)
+        small = algebra.image(delta)
         values = torch.linalg.svdvals(small)
         values = values[values > values[0] * 1e-12] if len(values) else values
         shares = (values**2).cumsum(0) / (values**2).sum()
-        rank = measure.effective_rank(small)
+        rank = algebra.effective_rank(small)
         for index, (value, share) in enumerate(zip(values.tolist(), shares.tolist(), strict=True), 1):
             rows.append((module, *places[module], index, value, share, rank))
     return pd.DataFrame(rows, columns=["module", "layer", "projection", "index", "value", "energy", "effective_rank"])
@@ -189,4 +191,4 @@ def _residuals(folder: Path) -> dict[str, Delta]:
     result, updates = _stored(folder)
     if result is None:
         raise StorageError(f"{folder} holds no clients' LoRA updates: the residual's spectrum needs them (see keep_rounds)")
-    return {module: delta for module, delta in measure.residual(result, updates).items() if measure.norm(delta) > 0}
+    return {module: delta for module, delta in measure.residual(result, updates).items() if algebra.norm(delta) > 0}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.files import read_events
+from fedex_lora.storage.events import read_events
 
 EVENTS, CONFIG = "events.jsonl", "config.toml"
 QUIET = ("seed", "keep_rounds", "torch_threads", "trackers")  # settings that do not make two runs different ones

@@ -1,0 +1,177 @@
+"""Base models and tokenizers as Transformers loads them."""
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from fedex_lora.config import IMAGES, Base
+from fedex_lora.errors import ModelError
+from fedex_lora.models.layers import keep_unpacked
+from fedex_lora.models.lora import Kind, heads_of
+
+AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    IMAGES: "AutoModelForImageClassification",
+    "features": "AutoModel",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+
+
+class Loaded(NamedTuple):
+    """A base model, and the modules in it that its checkpoint does not hold: they are random, so they must be trained and travel."""
+
+    model: PreTrainedModel
+    fresh: list[str]
+
+
+def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
+    """The pretrained model with a head for `kind`; a new head is random, so set the seed first.
+
+    Args:
+        base: name or folder, precision.
+        kind: which head.
+        config: more for the model's config (`num_labels`, `problem_type`).
+
+    Raises:
+        ModelError: it is not there, is not readable, or has no such head.
+    """
+    auto = getattr(transformers, AUTO[kind])
+    options = {"trust_remote_code": base.trust_remote_code, **config}
+    try:
+        with _quiet():
+            if base.random_weights:
+                shape = transformers.AutoConfig.from_pretrained(base.source, **options)
+                fresh = auto.from_config(shape).to(getattr(torch, base.dtype))
+                pad(fresh, base)
+                return Loaded(_averageable(fresh, base.model), [])
+            if getattr(transformers.AutoConfig.from_pretrained(base.source, **options), "quantization_config", None) is not None:
+                raise ModelError(f"{base.model} is quantised already: give the plain checkpoint, and set base.quantization")
+            options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
+            if kind == IMAGES:
+                options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
+            if base.quantization != "none":
+                options["quantization_config"] = _quantization(base, auto, options["dtype"], config)
+            model, info = auto.from_pretrained(base.source, **options)
+            keep_unpacked(model)
+            misfit = {key for key, *_ in info["mismatched_keys"]}
+            if odd := sorted(key for key in misfit if key.partition(".")[0] not in heads_of(model)):
+                raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
+            pad(model, base)
+            return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
+        raise ModelError(_why_not(base.model, error)) from error
+
+
+def pad(model: Any, base: Base) -> None:
+    """Give a text model without a padding token that of its tokenizer, or its end token: wherever it is loaded, alike."""
+    config = model.config.get_text_config()
+    if model.main_input_name != "input_ids" or getattr(config, "pad_token_id", None) is not None:
+        return
+    end = getattr(config, "eos_token_id", None)
+    padding = end[0] if isinstance(end, list) else end
+    with contextlib.suppress(ModelError):  # a base without a tokenizer
+        padding = load_tokenizer(base).pad_token_id
+    model.config.pad_token_id = config.pad_token_id = padding
+
+
+def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:
+    """bitsandbytes' settings: linear layers only, without heads, tied and output embeddings, and poolers (which may be new)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("base.quantization needs bitsandbytes: pip install '.[quantized]'", "package")
+    options = {"trust_remote_code": base.trust_remote_code}
+    with torch.device("meta"):
+        shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
+    poolers = [name for name, _ in shape.named_modules() if name.rpartition(".")[2] == "pooler"]  # whole paths, or their insides are packed
+    kept = [*get_keys_to_not_convert(shape), *heads_of(shape), *poolers]
+    if base.quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=base.quantization, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+    )
+
+
+def _averageable(model: Any, name: str) -> Any:
+    """The model, if all that training changes in it are parameters, which travel; running statistics do not."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()):
+        raise ModelError(f"{name} has batch normalisation, whose running statistics are not averaged: use a base with layer normalisation")
+    return model
+
+
+def has_modules(base: Base, kind: Kind, names: Iterable[str]) -> bool:
+    """Does a model of this kind, of the base's config, have modules of these paths? (Nothing is loaded.)"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+        with torch.device("meta"):
+            model = getattr(transformers, AUTO[kind]).from_config(config, trust_remote_code=base.trust_remote_code)
+    except Exception:  # no such head; whoever loads it says why
+        return False
+    return set(names) <= {name for name, _ in model.named_modules()}
+
+
+def takes_images(base: Base) -> bool:
+    """Can transformers classify images with it?"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+    except Exception:  # whoever loads it says why
+        return False
+    return type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+
+def is_encoder(base: Base) -> bool:
+    """Does it fill in masked words, and write no texts, whatever head transformers could give it?"""
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+    except Exception:  # whoever loads it says why
+        return False
+    writes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not writes
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The tokenizer that belongs to the base; the end token pads where there is no padding token."""
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code).get_text_config()
+    except Exception as error:
+        raise ModelError(_why_not(base.model, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{base.model} has no tokenizer: save it in the same folder, with tokenizer.save_pretrained")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:  # many tokenizers do not say what their model takes
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+def _why_not(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if Path(name).exists():
+        return f"{name} is a folder, but no model could be loaded from it: {reason}"
+    return f"model {name!r} is neither a local folder nor to be had from the hub: give a folder, or check the name and go online ({reason})"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report and progress bars; errors still rise."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,48 @@
+"""What a round under server momentum started from, as a file of its result folder."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from fedex_lora.errors import AggregationError, StorageError
+from fedex_lora.storage.tensors import (
+    Tensors,
+    delta_tensors,
+    deltas_of,
+    load_tensors,
+)
+from fedex_lora.types import Motion, adapter_from, factors_of, scalings_of
+
+
+def motion_tensors(motion: Motion) -> Tensors:
+    """The file of what a round started from."""
+    tensors = factors_of("adapter", motion.adapter)
+    tensors |= {f"change|{name}": tensor for name, tensor in delta_tensors(motion.change).items()}
+    tensors |= {f"other|{name}": tensor for name, tensor in motion.other.items()}
+    tensors |= {f"other_change|{name}": tensor for name, tensor in motion.other_change.items()}
+    about = {"momentum": motion.momentum, "learning_rate": motion.learning_rate, "scalings": scalings_of(motion.adapter)}
+    return tensors, {"motion": json.dumps(about)}
+
+
+def read_motion(path: Path) -> Motion | None:
+    """The inverse of `motion_tensors`; None where there is no such file."""
+    if not path.is_file():
+        return None
+    tensors, metadata = load_tensors(path)
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}
+
+    try:
+        about = json.loads(metadata["motion"])
+        return Motion(
+            momentum=float(about["momentum"]),
+            learning_rate=float(about["learning_rate"]),
+            adapter=adapter_from("adapter", about["scalings"], tensors),
+            change=deltas_of(of("change"), path),
+            other=of("other"),
+            other_change=of("other_change"),
+        )
+    except (KeyError, ValueError, TypeError, AggregationError) as error:
+        raise StorageError(f"{path} does not say what the round started from ({error!r}): copy the folder again") from None

@@ -1,0 +1,125 @@
+"""Tensors, base deltas and client updates as safetensors files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedex_lora.aggregation.lowrank import finite, from_parts, parts
+from fedex_lora.errors import StorageError
+from fedex_lora.storage.files import cannot_write, fsync, replacing
+from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first name of a tensor that holds NaN or infinity; None where there is none."""
+    return next((name for name, tensor in tensors.items() if not finite(tensor)), None)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file (in a folder that nobody reads yet: see `atomic_folder`)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in one step: beside, synced, then renamed over."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_tensors(temporary, tensors, metadata)
+            fsync(temporary)
+        fsync(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file.
+
+    Raises:
+        StorageError: missing, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is missing: copy the folder again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+
+
+def save_delta(path: Path, base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> None:
+    """`base_delta.safetensors`: `M.U` (`out x q`) and `M.V` (`q x in`) for each module M, or `M.W` (`out x in`) where that is smaller."""
+    save_tensors(path, delta_tensors(base_delta), {"format": "pt"})
+
+
+def delta_tensors(base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors of `save_delta`."""
+    tensors: dict[str, Tensor] = {}
+    for module, delta in base_delta.items():
+        tensors |= {f"{module}.W": delta.W} if isinstance(delta, Dense) else {f"{module}.U": delta.U, f"{module}.V": delta.V}
+    return tensors
+
+
+def load_delta(path: Path) -> dict[str, Delta]:
+    """The inverse of `save_delta`."""
+    tensors, _ = load_tensors(path)
+    return deltas_of(tensors, path)
+
+
+def moving_tensors(base_delta: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """`M.PART` for each module M: all that a delta is made of (`aggregation.lowrank.parts`), its velocity included."""
+    return {f"{module}.{name}": tensor for module, delta in base_delta.items() for name, tensor in parts(delta).items()}
+
+
+def deltas_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Delta]:
+    """The inverse of `delta_tensors` and of `moving_tensors`; `path` is named in errors."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        found.setdefault(module, {})[part] = tensor
+    try:
+        return {module: from_parts(parts) for module, parts in found.items()}
+    except ValueError as error:
+        raise StorageError(f"{path} is no base delta: it has tensors of {error}") from None
+
+
+def save_update(path: Path, update: ClientUpdate) -> None:
+    """A client's update: `M.A`, `M.B`, `other|NAME`, and the rest as metadata."""
+    tensors = {f"{module}.{part}": tensor for module, pair in update.adapter.items() for part, tensor in (("A", pair.A), ("B", pair.B))}
+    about = {
+        "client_id": update.client_id,
+        "num_examples": update.num_examples,
+        "scalings": {module: pair.scaling for module, pair in update.adapter.items()},
+    }
+    save_tensors(path, tensors | {f"other|{name}": tensor for name, tensor in update.other.items()}, {"update": json.dumps(about)})
+
+
+def load_update(path: Path) -> ClientUpdate:
+    """The inverse of `save_update`."""
+    tensors, metadata = load_tensors(path)
+    try:
+        about = json.loads(metadata["update"])
+        return ClientUpdate(
+            client_id=about["client_id"],
+            adapter={
+                module: LoRAPair(A=tensors[f"{module}.A"], B=tensors[f"{module}.B"], scaling=scaling)
+                for module, scaling in about["scalings"].items()
+            },
+            num_examples=about["num_examples"],
+            other={name.removeprefix("other|"): tensor for name, tensor in tensors.items() if name.startswith("other|")},
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"{path} is not a client's update: {error!r}") from None
+
+
+Tensors: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""What a safetensors file holds: tensors and metadata."""
