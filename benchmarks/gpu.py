@@ -48,8 +48,8 @@ from torch import nn  # noqa: E402
 
 from fedex_lora import aggregate  # noqa: E402
 from fedex_lora.aggregation import server_state as server  # noqa: E402
-from fedex_lora.client.arguments import training_arguments  # noqa: E402
-from fedex_lora.client.training import ClientData, Work, local_update, quiet  # noqa: E402
+from fedex_lora.client.arguments import Work, training_arguments  # noqa: E402
+from fedex_lora.client.training import ClientData, local_update, quiet  # noqa: E402
 from fedex_lora.config import Config, parse_config  # noqa: E402
 from fedex_lora.errors import TrainingError  # noqa: E402
 from fedex_lora.exactness import measure  # noqa: E402

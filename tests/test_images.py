@@ -26,7 +26,7 @@ from fedex_lora.config import Base, Clients, base_folder, parse_config
 from fedex_lora.config import Task as Settings
 from fedex_lora.errors import AdapterError, ConfigError, DataError, ModelError, UsageError
 from fedex_lora.models.export import export, logits
-from fedex_lora.models.lora import heads_of
+from fedex_lora.models.loading import heads_of
 from fedex_lora.models.processor import load_processor
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify

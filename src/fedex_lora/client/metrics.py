@@ -20,13 +20,13 @@ def weighted_mean(metrics: list[dict[str, float]]) -> dict[str, float]:
     )
 
 
-def _first_output(prediction: EvalPrediction) -> EvalPrediction:
+def first_output(prediction: EvalPrediction) -> EvalPrediction:
     """Some models return more than logits; they come first."""
     predictions = prediction.predictions
     return EvalPrediction(predictions=predictions[0] if isinstance(predictions, tuple) else predictions, label_ids=prediction.label_ids)
 
 
-def _argmax_and_loss(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def argmax_and_loss(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids instead of logits, a vocabulary's worth less memory; and of each row the sum of its tokens' losses, and their number."""
     first: Tensor = logits[0] if isinstance(logits, tuple) else logits
     ahead = labels[:, 1:].to(first.device)
@@ -34,7 +34,7 @@ def _argmax_and_loss(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
     return first.argmax(dim=-1), losses.sum(dim=1, keepdim=True), (ahead != IGNORED).sum(dim=1, keepdim=True)
 
 
-def _token_loss(prediction: EvalPrediction, kind: str) -> dict[str, float]:
+def token_loss(prediction: EvalPrediction, kind: str) -> dict[str, float]:
     """The mean over all tokens: the mean of batches' means, which Trainer takes, depends on the batches."""
     if kind != "causal-lm":
         return {}

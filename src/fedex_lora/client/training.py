@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, get_scheduler, logging, set_seed
 
 from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.client.arguments import training_arguments
-from fedex_lora.client.metrics import _argmax_and_loss, _first_output, _token_loss
-from fedex_lora.config import Config
+from fedex_lora.client.arguments import Work, training_arguments
+from fedex_lora.client.metrics import argmax_and_loss, first_output, token_loss
 from fedex_lora.errors import TrainingError
 from fedex_lora.models.lora import read_model, read_other, set_trained
-from fedex_lora.tasks import Task, collator
+from fedex_lora.tasks import collator
 from fedex_lora.types import ClientUpdate
 
 StepHook = Callable[[int, int], None]
@@ -37,15 +36,6 @@ class ClientData:
 
     train: Dataset
     held_out: Dataset
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What every client of a run shares: settings, task, tokenizer or image processor."""
-
-    config: Config
-    task: Task
-    processor: Any
 
 
 def local_update(
@@ -128,8 +118,8 @@ def _trainer(model: nn.Module, work: Work, seed: int, rows: Dataset | None, on_s
             args=training_arguments(work.config, folder, seed),
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=collator(work.task.kind, work.processor),
-            compute_metrics=lambda prediction: {**work.task.metrics(_first_output(prediction)), **_token_loss(prediction, work.task.kind)},
-            preprocess_logits_for_metrics=_argmax_and_loss if work.task.kind == "causal-lm" else None,  # type: ignore[arg-type]
+            compute_metrics=lambda prediction: {**work.task.metrics(first_output(prediction)), **token_loss(prediction, work.task.kind)},
+            preprocess_logits_for_metrics=argmax_and_loss if work.task.kind == "causal-lm" else None,  # type: ignore[arg-type]
             callbacks=[_Steps(on_step)] if on_step else None,
         )
         trainer.remove_callback(PrinterCallback)

@@ -9,7 +9,8 @@ from typing import Any
 from accelerate import PartialState
 
 from fedex_lora import config
-from fedex_lora.client.training import Work, evaluate
+from fedex_lora.client.arguments import Work
+from fedex_lora.client.training import evaluate
 from fedex_lora.errors import UsageError
 from fedex_lora.evaluation._generation import generate
 from fedex_lora.evaluation._model import open_source

@@ -14,8 +14,8 @@ from fedex_lora.aggregation import method_named
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError
 from fedex_lora.models.base_weights import FrozenBase
-from fedex_lora.models.loading import has_modules, load_base, pad, takes_images
-from fedex_lora.models.lora import TASK_TYPES, Kind, wrap, write_model
+from fedex_lora.models.loading import Kind, has_modules, load_base, pad, takes_images
+from fedex_lora.models.lora import TASK_TYPES, wrap, write_model
 from fedex_lora.models.resized import grown
 from fedex_lora.storage.adapter_folder import adapter_config
 from fedex_lora.storage.result import Result, read_result

@@ -5,7 +5,7 @@ import importlib.util
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import transformers
@@ -16,8 +16,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError
 from fedex_lora.models.layers import keep_unpacked
-from fedex_lora.models.lora import Kind, heads_of
 
+Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features", "token-classification", "question-answering"]
+HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
 AUTO = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
@@ -49,7 +50,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
     auto = getattr(transformers, AUTO[kind])
     options = {"trust_remote_code": base.trust_remote_code, **config}
     try:
-        with _quiet():
+        with quiet_loading():
             if base.random_weights:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
                 fresh = auto.from_config(shape).to(getattr(torch, base.dtype))
@@ -72,7 +73,7 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
-        raise ModelError(_why_not(base.model, error)) from error
+        raise ModelError(why_not_loaded(base.model, error)) from error
 
 
 def pad(model: Any, base: Base) -> None:
@@ -143,11 +144,11 @@ def is_encoder(base: Base) -> bool:
 def load_tokenizer(base: Base) -> Any:
     """The tokenizer that belongs to the base; the end token pads where there is no padding token."""
     try:
-        with _quiet():
+        with quiet_loading():
             tokenizer = transformers.AutoTokenizer.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
             config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code).get_text_config()
     except Exception as error:
-        raise ModelError(_why_not(base.model, error)) from error
+        raise ModelError(why_not_loaded(base.model, error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{base.model} has no tokenizer: save it in the same folder, with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
@@ -157,7 +158,8 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
-def _why_not(name: str, error: Exception) -> str:
+def why_not_loaded(name: str, error: Exception) -> str:
+    """What to say where Transformers could not load something."""
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if Path(name).exists():
         return f"{name} is a folder, but no model could be loaded from it: {reason}"
@@ -165,7 +167,7 @@ def _why_not(name: str, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without transformers' load report and progress bars; errors still rise."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -175,3 +177,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def heads_of(model: PreTrainedModel) -> set[str]:
+    """The modules of an image classifier beside its encoder, which is the model's own prefix, or else its largest part."""
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_children()}
+    body = model.base_model_prefix if model.base_model_prefix in sizes else max(sizes, key=lambda name: sizes[name])
+    return {name for name, size in sizes.items() if size and name != body}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from fedex_lora.config import IMAGES, Lora
 from fedex_lora.errors import AdapterError
 from fedex_lora.models.layers import ADAPTER, Layer, copied, is_quantised, layer_of
-from fedex_lora.models.loading import Loaded
+from fedex_lora.models.loading import HEADS, Kind, Loaded, heads_of
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.peft_rules import PREFIX, require_plain_lora
 from fedex_lora.types import Adapter, LoRAPair
 
-Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features", "token-classification", "question-answering"]
 TASK_TYPES: dict[Kind, str | None] = {
     "classification": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
@@ -28,16 +27,6 @@ TASK_TYPES: dict[Kind, str | None] = {
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
 }
-
-
-HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
-
-
-def heads_of(model: PreTrainedModel) -> set[str]:
-    """The modules of an image classifier beside its encoder, which is the model's own prefix, or else its largest part."""
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_children()}
-    body = model.base_model_prefix if model.base_model_prefix in sizes else max(sizes, key=lambda name: sizes[name])
-    return {name for name, size in sizes.items() if size and name != body}
 
 
 def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:

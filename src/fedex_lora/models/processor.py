@@ -13,8 +13,7 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError, UsageError
-from fedex_lora.models.loading import _quiet, _why_not, load_tokenizer
-from fedex_lora.models.lora import Kind
+from fedex_lora.models.loading import Kind, load_tokenizer, quiet_loading, why_not_loaded
 from fedex_lora.models.pristine import cached_folder
 
 TOKENIZER = "tokenizer_config.json"
@@ -56,7 +55,7 @@ def load_processor(base: Base, kind: Kind) -> Any:
     require_pillow()
     options = {"trust_remote_code": base.trust_remote_code}
     try:
-        with _quiet():
+        with quiet_loading():
             config = transformers.AutoConfig.from_pretrained(base.source, **options)
             channels, height, width = image_shape(config)
             if get_image_processor_config(base.source):
@@ -66,7 +65,7 @@ def load_processor(base: Base, kind: Kind) -> Any:
                 size = {"height": height, "width": width}
                 processor = transformers.ViTImageProcessorPil(size=size, image_mean=halves, image_std=halves)
     except Exception as error:  # transformers, huggingface_hub and the file system each raise their own
-        raise ModelError(_why_not(base.model, error)) from error
+        raise ModelError(why_not_loaded(base.model, error)) from error
     if channels not in MODES:
         raise ModelError(f"{base.model} takes images of {channels} channels, and image files have 1, 3 or 4: use another base")
     return ImageProcessor(processor, MODES[channels])

@@ -12,8 +12,9 @@ from transformers import set_seed
 
 from fedex_lora.aggregation import method_named
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.client.arguments import probe, training_arguments
-from fedex_lora.client.training import Work, evaluate
+from fedex_lora.client.arguments import Work, training_arguments
+from fedex_lora.client.probe import probe
+from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.base_weights import FrozenBase
