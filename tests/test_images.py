@@ -1,5 +1,6 @@
 """Vision Transformers on image columns: exact, the oracle's logits, learnt, reproducible, exported; and what is said of bad images."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -321,7 +322,8 @@ def test_bases_that_do_not_fit(data, shape, tmp_path, monkeypatch):
     ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path / "resnet")
     with pytest.raises(ModelError, match="resnet has batch normalisation, whose running statistics are not averaged"):
         InProcess(configuration(data, tmp_path / "resnet", random=True, method="centralised"), ignore)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "PIL" else real(name))
     with pytest.raises(UsageError, match=r"pip install '\.\[images\]'"):
         load_task(settings(data), 0)
 

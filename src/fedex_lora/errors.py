@@ -13,6 +13,8 @@ FedexLoraError              exit 1: the work failed
    `- ConfigError           a configuration that says something impossible
 """
 
+import importlib.util
+
 
 class FedexLoraError(Exception):
     """Base of all errors that this package raises on purpose.
@@ -102,3 +104,13 @@ def counted(count: int, name: str) -> str:
     ('1 row', '2 rows')
     """
     return f"{count} {name}{'' if count == 1 else 's'}"
+
+
+def require_extra(module: str, extra: str, what: str) -> None:
+    """A package that only an extra of this project brings is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f"{what} need {module}, which is not installed: pip install '.[{extra}]'", "package")

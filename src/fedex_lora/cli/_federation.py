@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, fail_without_numbers, numbers, one_line_errors, print_json
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,6 +151,8 @@ def compare(
     """Compare methods fairly. Paired seeds, settings for each chosen on held-out training rows, confidence intervals, tests."""
     from fedex_lora.cli.console import Runs
     from fedex_lora.config import read_config
+
+    require_extra("scipy", "experiments", "comparisons")
     from fedex_lora.experiments import compare as comparing
 
     if jobs < 1:

@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, one_line_errors, print_json
+from fedex_lora.errors import require_extra
 
 
 @app.command()
@@ -33,6 +34,8 @@ def reproduce(
 ) -> None:
     """Reproduce a table or figure of the paper. Its runs, then the table, with the paper's numbers beside ours."""
     from fedex_lora.cli.console import Runs, table
+
+    require_extra("scipy", "experiments", "the paper's tables")
     from fedex_lora.experiments.reproduce import Only, about, read_recipe, targets
     from fedex_lora.experiments.reproduce import reproduce as reproduce_here
 

@@ -1,6 +1,5 @@
 """What makes rows into a model's input: the tokenizer or the image processor that belongs to a base."""
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from fedex_lora.config import IMAGES, Base
-from fedex_lora.errors import ModelError, UsageError
+from fedex_lora.errors import ModelError, require_extra
 from fedex_lora.models.loading import Kind, load_tokenizer, quiet_loading, why_not_loaded
 from fedex_lora.models.pristine import cached_folder
 
@@ -101,5 +100,4 @@ def require_pillow() -> None:
     Raises:
         UsageError: it is not installed.
     """
-    if importlib.util.find_spec("PIL") is None:
-        raise UsageError("images are read with Pillow, which is not installed: pip install '.[images]'", "package")
+    require_extra("PIL", "images", "images")

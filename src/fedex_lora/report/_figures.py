@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import PALETTE
 from fedex_lora.report._groups import Group, grouped
@@ -178,10 +178,9 @@ def _end(module: str, length: int = 34) -> str:
 
 
 def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("figures need Matplotlib: pip install '.[report]'") from None
+    require_extra("matplotlib", "report", "figures")
+    import matplotlib
+
     return matplotlib
 
 

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import vl_convert
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedex_lora import __version__
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report._charts import Chart
 from fedex_lora.report._groups import grouped
 from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, tiles
@@ -46,6 +44,8 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         raise UsageError(f"{out} is a folder: give the name of a file, such as {out / 'report.html'}")
     if out.exists() and not is_report(out):
         raise UsageError(f"{out} exists and is no report of fedex-lora: give another name after -o")
+    for module in ("jinja2", "vl_convert"):
+        require_extra(module, "report", "reports")
     runs = find_runs(paths)
     text, counts = page(runs)
     try:
@@ -93,7 +93,9 @@ def _items(parts: Sequence[Part]) -> Iterator[Chart | Table]:
         yield from _items(part.inner)
 
 
-def _environment() -> Environment:
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     made = Environment(
         loader=PackageLoader("fedex_lora.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -105,6 +107,8 @@ def _environment() -> Environment:
 @cache
 def vl_library() -> str:
     """Vega, Vega-Lite and vega-embed as one JavaScript module, from vl-convert (which carries them; nothing is downloaded)."""
+    import vl_convert
+
     script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 

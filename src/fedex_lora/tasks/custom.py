@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 from transformers import EvalPrediction
 
 from fedex_lora import config
@@ -217,6 +215,8 @@ def _alike(classes: Sequence[str]) -> list[str]:
 
 
 def _class_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score
+
     values, labels = np.asarray(prediction.predictions).argmax(axis=-1), prediction.label_ids
     return {
         "accuracy": float(accuracy_score(labels, values)),
@@ -226,6 +226,9 @@ def _class_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def score_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Of a regression: the mean squared error, and how scores go together; of constant ones, which do not, zero."""
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import mean_squared_error
+
     labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
     values = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
     constant = len(labels) < 2 or np.ptp(values) == 0 or np.ptp(labels) == 0

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
 
 from fedex_lora import config
@@ -116,6 +114,9 @@ def _read(path: Path, glue: Glue) -> Rows:
 
 def glue_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
     """The named metrics of logits (`rows x classes`, or `rows` for regression) against labels."""
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     values = scores.reshape(len(labels)).astype(np.float64) if names[0] == "pearson" else scores.argmax(axis=-1)
     formulas = {

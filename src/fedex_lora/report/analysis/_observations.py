@@ -1,7 +1,6 @@
 """The paper's observations on the deviation (section 6), as numbers of a run."""
 
 import pandas as pd
-from scipy.stats import spearmanr
 
 from fedex_lora.report.analysis._modules import across_rounds, is_query, is_value
 
@@ -21,6 +20,8 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
         A row for each that this run can answer: `observation`, `holds` (does the number point that way, however little), `number` and what
         that is `of`. The first three are of the first round that has an update. None where averaging loses nothing but rounding errors.
     """
+    from scipy.stats import spearmanr
+
     if frame.empty or frame["relative"].max() < NOTHING:
         return pd.DataFrame(columns=COLUMNS)
     first = _first(frame)
