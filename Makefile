@@ -50,7 +50,7 @@ docs: $(VENV)/.installed-docs   ## the documentation as a site; a warning is an 
 
 browser: $(VENV)/.installed-browser   ## the report in headless Chromium: drawn, silent, sortable, accessible (installs chromium, as root)
 	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
-	$(BIN)/python -m pytest tests/test_report.py
+	$(BIN)/python -m pytest tests/report/test_report.py
 
 metrics: $(VENV)/.installed-dev   ## E2E metrics of four real systems beside the official ones: make metrics DATA=FOLDER
 	$(BIN)/python -m tests.official_scores $(DATA)
@@ -63,7 +63,7 @@ fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was
 	$(BIN)/python -m tests.fuzz_wire 100000
 
 flower-test: $(VENV)/.installed-flower   ## a real deployment on this machine (TLS, node keys), and what happens when parts of it die
-	$(BIN)/python -m pytest tests/flower -vv --durations 20 $(HOW)
+	$(BIN)/python -m pytest tests/engines/flower -vv --durations 20 $(HOW)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

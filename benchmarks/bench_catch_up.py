@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fedex_lora import ClientUpdate, LoRAPair
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.aggregation.lowrank import frobenius, signed_sum
+from fedex_lora.aggregation.lowrank import frobenius, linear_combination
 from fedex_lora.config import Messages
 from fedex_lora.protocol.delta_sync import BaseCopy, CatchUp, Log, caught_up, lacking
 from fedex_lora.types import Adapter, Delta
@@ -37,7 +37,7 @@ def trained(adapter: Adapter, generator: torch.Generator) -> Adapter:
 
 
 def distance(got: Delta, want: Delta) -> float:
-    return frobenius(signed_sum([(1.0, got), (-1.0, want)])) / frobenius(want)
+    return frobenius(linear_combination([(1.0, got), (-1.0, want)])) / frobenius(want)
 
 
 def numbers(message: CatchUp) -> int:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
-from fedex_lora.client.training import quiet
+from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.runs.run import run
 
@@ -135,7 +135,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         turns = measure(Path(folder), options)
     ratios = {

@@ -18,15 +18,15 @@ from pathlib import Path
 
 from safetensors.torch import load, save, save_file
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.client.state import ClientMemory, save_memory
-from fedex_lora.client.training import quiet
+from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import read_config
 from fedex_lora.models.lora import format_of
 from fedex_lora.protocol.frame import seal
 from fedex_lora.protocol.messages import Download, Header, decode_download, decode_update
 from fedex_lora.runs.round_loop import run_rounds
-from fedex_lora.runs.run import InProcess
+from fedex_lora.runs.run import LocalSimulation
 from fedex_lora.server.checkpoint import FILE, Checkpoint, load_checkpoint, to_file
 from fedex_lora.server.norm_filter import screened
 from fedex_lora.storage.adapter_folder import Format
@@ -49,7 +49,7 @@ class Round:
 
 
 def last_round(config, out: Path) -> Round:
-    place, down, up = InProcess(config, lambda event, **fields: None), {}, {}
+    place, down, up = LocalSimulation(config, lambda event, **fields: None), {}, {}
 
     def exchange(messages, deadline=None):
         for reply in place.exchange(messages, deadline):
@@ -79,7 +79,7 @@ def safely(one: Round, out: Path) -> dict[str, float]:
     taken = {"checksums when sent": lap()}
     for payload in one.down.values():
         decode_download(payload, known)
-    updates = [decode_update(one.up[client], sent, method_named(sent.method).stays(sent.round)) for client, sent in one.sent.items()]
+    updates = [decode_update(one.up[client], sent, get_method(sent.method).stays(sent.round)) for client, sent in one.sent.items()]
     taken["checks of messages"] = lap()
     screened(updates, {client: sent.adapter for client, sent in one.sent.items()}, one.here.state.other, 10)
     taken["norms"] = lap()
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    quiet()
+    silence_libraries()
     with tempfile.TemporaryDirectory(prefix="fedex-lora-", dir=Path.cwd()) as folder:  # on the disk, not in memory
         one = last_round(read_config(args.config, args.overrides), Path(folder) / "run")
         parts, without = [], []

@@ -31,7 +31,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, ServerState
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.exactness.algebra import worst as largest
 from fedex_lora.models.base_weights import FrozenBase
@@ -83,7 +83,7 @@ def model(rank: int) -> nn.Module:
 
 def trained(method: str, round: int, start: Any, scaling: float, generator: torch.Generator) -> dict[str, LoRAPair]:
     """A client's factors after training: moved away from where they started, only those that the method trains, on the client's scaling."""
-    parts, moved = method_named(method).trained(round), {}
+    parts, moved = get_method(method).trained(round), {}
     for module, pair in start.items():
         A, B = pair.A.clone(), pair.B * (pair.scaling / scaling)
         if "A" in parts:
@@ -101,7 +101,7 @@ def tail(matrix: np.ndarray, rank: int) -> float:
 
 def theory(method: str, pairs: list[LoRAPair], p: np.ndarray, s: float) -> float:
     """How far the method must be from M, by the plain formulas."""
-    row = method_named(method)
+    row = get_method(method)
     if row.exactness == "exact":
         return 0.0
     A = [pair.A.double().numpy() for pair in pairs]
@@ -125,7 +125,7 @@ class Federation:
     """One case: a server's state under test, the clients' own factors, and the ideal tracked beside them."""
 
     def __init__(self, method: str, ranks: list[int], seed: int) -> None:
-        self.method, self.ranks, self.row = method, ranks, method_named(method)
+        self.method, self.ranks, self.row = method, ranks, get_method(method)
         self.generator, self.net = torch.Generator().manual_seed(seed), model(max(ranks))
         self.base, first = FrozenBase(self.net), read_model(self.net)
         self.w0 = {name: effective(self.net, name) for name in first}
@@ -202,7 +202,7 @@ def note_personalised(state: ServerState, updates: list[ClientUpdate], own: list
 
 def measure(method: str, clients: tuple[int, ...] = CLIENTS) -> Worst:
     """The worst of all cases of one method."""
-    worst, row = Worst(), method_named(method)
+    worst, row = Worst(), get_method(method)
     ranks = [[RANK] * k for k in clients] + ([MIXED] if row.per_client_ranks and row.exact else [])
     for one in ranks:
         for duplicates in (False, True) if len(one) > 1 and len(set(one)) == 1 else (False,):
@@ -225,7 +225,7 @@ def main() -> None:
     table = Table("method", "declared", "1 round", "3 rounds", "outputs", "theory", "gap", title="error against the fp64 ideal")
     for method in arguments.methods.split(","):
         worst = measure(method)
-        declared = method_named(method).exactness
+        declared = get_method(method).exactness
         results[method] = {"exactness": declared, **worst.__dict__}
         after = [worst.by_rounds.get(number, worst.factors) for number in (1, 3)]
         cells = [f"{value:.1e}" for value in (*after, worst.outputs, worst.theory, worst.gap)]

@@ -22,7 +22,7 @@ from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._trial import short_demo
 from fedex_lora.engines.flower._worker import ask, serve
 from fedex_lora.runs.round_loop import _messages
-from fedex_lora.runs.run import InProcess
+from fedex_lora.runs.run import LocalSimulation
 from fedex_lora.server.checkpoint import Checkpoint
 
 FLOWER, APP = "import flwr.supernode.runtime.run_clientapp", "import fedex_lora.engines.flower.client"
@@ -57,7 +57,7 @@ def main():
     repeats = range(parser.parse_args().repeats)
     result = {f"{name}, import": min(cpu(code) for _ in repeats) for name, code in STEPS.items()}
     config = short_demo()
-    place = InProcess(config, ignore)
+    place = LocalSimulation(config, ignore)
     sent, _ = _messages("train", ["bone"], Checkpoint(place.initial()), place.federation(), config, "run")
     with tempfile.TemporaryDirectory() as folder:
 

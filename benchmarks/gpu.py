@@ -48,8 +48,8 @@ from torch import nn  # noqa: E402
 
 from fedex_lora import aggregate  # noqa: E402
 from fedex_lora.aggregation import server_state as server  # noqa: E402
-from fedex_lora.client.arguments import Work, training_arguments  # noqa: E402
-from fedex_lora.client.training import ClientData, local_update, quiet  # noqa: E402
+from fedex_lora.client.arguments import TrainingContext, training_arguments  # noqa: E402
+from fedex_lora.client.training import ClientData, local_update, silence_libraries  # noqa: E402
 from fedex_lora.config import Config, parse_config  # noqa: E402
 from fedex_lora.errors import TrainingError  # noqa: E402
 from fedex_lora.exactness import measure  # noqa: E402
@@ -191,7 +191,7 @@ class Bench:
         self.options, self.clock, config = options, Clock(options.device), settings(options)
         self.model = make_model(name, config, options)
         self.base = FrozenBase(self.model)
-        self.work = Work(config, task(), padder())
+        self.work = TrainingContext(config, task(), padder())
         mine = options.steps * options.batch
         self.rows = random_rows(options.clients * mine, options.length, self.model.config.vocab_size)
         self.mine = [self.rows.select(range(start, start + mine)) for start in range(0, len(self.rows), mine)]
@@ -385,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("no CUDA GPU is to be seen: give --device cpu --scale tiny")
     if options.tf32:
         torch.set_float32_matmul_precision("high")
-    quiet()
+    silence_libraries()
     report = {"facts": facts(options), "rows": []}
     print(json.dumps(report["facts"]))
     for name in options.models:

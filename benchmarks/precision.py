@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from fedex_lora.client.training import quiet
+from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import parse_config
-from fedex_lora.models.build import open_model
+from fedex_lora.models.build import build_model
 from fedex_lora.models.layers import Layer
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.models.merge import in_float32, logits
@@ -92,10 +92,10 @@ def fold(layer: Layer, update: torch.Tensor) -> None:
 
 @torch.no_grad()
 def folded_answers(result: Any, base: str, float32: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `verify.model_answers`, of a base with the delta in its stored weights (folded first, then upcast)."""
+    """As `verify.model_logits`, of a base with the delta in its stored weights (folded first, then upcast)."""
     answers = []
     for with_delta in (True, False):
-        model, frozen = open_model(result, base)
+        model, frozen = build_model(result, base)
         frozen.set({})
         for name, layer in lora_layers(model).items() if with_delta else ():
             fold(layer, result.base_delta[name].dense())
@@ -105,7 +105,7 @@ def folded_answers(result: Any, base: str, float32: bool) -> tuple[torch.Tensor,
 
 def relative_size(result: Any, base: str) -> float:
     """|D| / |W0| over all modules."""
-    model, _ = open_model(result, base)
+    model, _ = build_model(result, base)
     layers, norm = lora_layers(model), torch.linalg.matrix_norm
     delta = torch.stack([norm(gain.dense()) for gain in result.base_delta.values()]).norm()
     return float(delta / torch.stack([norm(layers[name].weight().double()) for name in result.base_delta]).norm())
@@ -117,8 +117,8 @@ def measured(which: str, args: argparse.Namespace, method: str, dtype: str, quan
         out, last = Path(folder) / "run", {}
         run(config, out, lambda event, **fields: last.update(fields) if event == "round_done" else None)
         result, base = read_result(run_rounds_of(out)[0]), config.base.model
-        want, numbers = verify.ideal_answers(result, base, ROWS), {}
-        for home, answers in (("side", partial(verify.model_answers, rows=ROWS)), ("fold", folded_answers)):
+        want, numbers = verify.ideal_logits(result, base, ROWS), {}
+        for home, answers in (("side", partial(verify.model_logits, rows=ROWS)), ("fold", folded_answers)):
             for precision, float32 in (("", False), ("_float32", True)):
                 got = verify.Answers(*answers(result, base, float32), *want)
                 numbers |= {f"{home}{precision}": got.error, f"{home}{precision}_missing": abs(1 - got.share)}
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rows", type=int, default=300)
     args = parser.parse_args()
-    quiet()
+    silence_libraries()
     rows = []
     for which in args.models:
         for method, dtype, quantization in CASES:

@@ -1,6 +1,7 @@
 """Federations without a model: the real loop, books, wire, memories and folders; a client "trains" by adding noise to its factors.
 
-`Fake` is an `InProcess` whose learner is `Noise` and whose server side measures the head alone. `Network` stands between clients and loop.
+`Fake` is a `LocalSimulation` whose learner is `Noise` and whose server side measures the head alone. `Network` stands between clients and
+loop.
 """
 
 import copy
@@ -10,17 +11,17 @@ from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import load, save
-from tests.test_runner import configuration
+from tests.runs.test_run import configuration
 
 from fedex_lora import LoRAPair
-from fedex_lora.aggregation import derive_seed, method_named
+from fedex_lora.aggregation import derive_seed, get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.client.node import Parties
 from fedex_lora.errors import LacksError, WireError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.protocol.frame import read_table, seal
 from fedex_lora.runs.round_loop import Federation
-from fedex_lora.runs.run import POOLED, InProcess, ranks_of
+from fedex_lora.runs.run import CENTRAL_CLIENT, LocalSimulation, ranks_of
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.server.replies import Reply
 from fedex_lora.storage.adapter_folder import Format
@@ -60,8 +61,8 @@ class Noise:
     """A `Learner`: training adds noise of (client, round) to the factors that the method trains, and to the head."""
 
     def __init__(self, config, trace, emit):
-        self.config, self.trace, self.emit, self.method = config, trace, emit, method_named(config.method)
-        names = [POOLED] if self.method.pooled else [f"client-{index}" for index in range(config.clients.count)]
+        self.config, self.trace, self.emit, self.method = config, trace, emit, get_method(config.method)
+        names = [CENTRAL_CLIENT] if self.method.pooled else [f"client-{index}" for index in range(config.clients.count)]
         self.rows = {name: 10 + 7 * index for index, name in enumerate(names)}
         generator, rank = torch.Generator().manual_seed(config.seed), config.lora.r
         first = {
@@ -120,8 +121,8 @@ class FakeHost:
         return {"loss": float(state.other[HEAD].norm())}
 
 
-class Fake(InProcess):
-    """All parties of a federation, as `InProcess`, without model and rows."""
+class Fake(LocalSimulation):
+    """All parties of a federation, as `LocalSimulation`, without model and rows."""
 
     def __init__(self, config, emit, trace=None):
         self.trace = Trace() if trace is None else trace

@@ -9,7 +9,7 @@ from tests import oracle
 from tests.conftest import make_pair, make_updates
 
 from fedex_lora import ClientUpdate, LoRAPair, aggregate
-from fedex_lora.aggregation import GAUGES, METHODS, method_named
+from fedex_lora.aggregation import GAUGES, METHODS, get_method
 from fedex_lora.aggregation.gauges import ALIGNED
 from fedex_lora.errors import UsageError
 
@@ -108,4 +108,4 @@ def test_components_that_are_zero_can_still_be_trained(method):
 )
 def test_names_that_mean_nothing(name, message):
     with pytest.raises(UsageError, match=message):
-        method_named(name)
+        get_method(name)

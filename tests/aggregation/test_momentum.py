@@ -6,7 +6,7 @@ import torch
 from tests import oracle
 
 from fedex_lora import METHODS, LoRAPair
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import from_parts, parts, same_bits
 from fedex_lora.aggregation.momentum import gained, halted, last_change
@@ -21,7 +21,7 @@ PACES = {"b": Server(momentum=0.5), "h": Server(learning_rate=2.0), "b and h": S
 
 def trained(state, round):
     """Three clients, who go on from the global adapter."""
-    part = method_named(state.method).trained(round)
+    part = get_method(state.method).trained(round)
     generator = torch.Generator().manual_seed(round)
     for index, rows in enumerate((10, 30, 15)):
         adapter = {}
@@ -51,7 +51,7 @@ def what_the_method_makes(state, updates, module):
     p = oracle.shares([update.num_examples for update in updates])
     base = effective(state, module) - oracle.product(state.adapter[module])
     pairs = [update.adapter[module] for update in updates]
-    if not method_named(state.method).exact:
+    if not get_method(state.method).exact:
         A, B = (sum(w * oracle.numpy64(getattr(pair, part)) for w, pair in zip(p, pairs, strict=True)) for part in "AB")
         return base + SCALING * B @ A
     return base + sum(w * oracle.product(pair) for w, pair in zip(p, pairs, strict=True))

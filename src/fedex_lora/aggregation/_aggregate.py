@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation._engine import splits
-from fedex_lora.aggregation._naming import method_named
+from fedex_lora.aggregation._naming import get_method
 from fedex_lora.aggregation._stacking import batches
 from fedex_lora.aggregation.factors import Factors
 from fedex_lora.aggregation.lowrank import finite
@@ -52,7 +52,7 @@ def aggregate(
         >>> result.residual["q"].rank, dict(result.weights)
         (4, {'a': 0.25, 'b': 0.75})
     """
-    row = method_named(method)
+    row = get_method(method)
     updates, p = in_order(updates, normalised_weights(updates, weights))
     require_same_structure(updates, row)
     adapter: dict[str, LoRAPair] = {}

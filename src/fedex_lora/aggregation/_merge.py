@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from fedex_lora.aggregation._aggregate import aggregate, normalised_weights
-from fedex_lora.aggregation._naming import method_named
-from fedex_lora.aggregation.lowrank import finite, with_shares
+from fedex_lora.aggregation._naming import get_method
+from fedex_lora.aggregation.lowrank import add_weighted, finite
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.types import Aggregate, ClientUpdate
@@ -40,7 +40,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
     methods = sorted({part.method for part in parts})
     if len(methods) > 1:
         raise AggregationError(f"aggregates of different methods ({', '.join(methods)}) have no common mean: use one")
-    row = method_named(methods[0])
+    row = get_method(methods[0])
     require_mergeable(row)
     clients = [client for part in parts for client in part.weights]
     if len(set(clients)) < len(clients):
@@ -54,7 +54,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
     w = normalised_weights(regions, weights)
     return Aggregate(
         adapter=between.adapter,
-        residual=with_shares(between.residual, [(share, part.residual) for share, part in zip(w, parts, strict=True)]),
+        residual=add_weighted(between.residual, [(share, part.residual) for share, part in zip(w, parts, strict=True)]),
         other=between.other,
         weights={client: share * p for share, part in zip(w, parts, strict=True) for client, p in part.weights.items()},
         method=row.name,

@@ -11,14 +11,14 @@ from fedex_lora.errors import UsageError
 REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
 
 
-def method_named(name: str) -> Method:
+def get_method(name: str) -> Method:
     """The method called `name`, a key of `METHODS` or METHOD+GAUGE with a key of `GAUGES`.
 
     Raises:
         UsageError: unknown (the nearest is named), or a gauge where there are no common factors to re-write.
 
     Example:
-        >>> method_named("fedit+balanced").gauge
+        >>> get_method("fedit+balanced").gauge
         'balanced'
     """
     method, plus, gauge = name.partition("+")

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     scaling: float
 
 
-def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
+def rescaled(pair: LoRAPair, scaling: float) -> LoRAPair:
     """The same product on another scaling: `B <- (s_i / s) B`, in fp64 and back in a dtype of at least fp32."""
     if pair.scaling == scaling:
         return pair
@@ -39,7 +39,7 @@ def on_scaling(pair: LoRAPair, scaling: float) -> LoRAPair:
     return LoRAPair(A=pair.A, B=(pair.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling)
 
 
-def portions(updates: Sequence[ClientUpdate], state: ServerState | None = None) -> Iterator[list[str]]:
+def shape_batches(updates: Sequence[ClientUpdate], state: ServerState | None = None) -> Iterator[list[str]]:
     """The modules, those of one shape, ranks and scaling together, in portions of `BATCH_BYTES`."""
     alike: dict[tuple[object, ...], list[str]] = {}
     for module, pair in updates[0].adapter.items():
@@ -55,7 +55,7 @@ def portions(updates: Sequence[ClientUpdate], state: ServerState | None = None) 
 def batches(updates: Sequence[ClientUpdate], p: Sequence[float], row: Method, state: ServerState | None) -> Iterator[Batch]:
     """All modules of updates in memory; a batch is valid until the next one is asked for."""
     space: Space = {}
-    for modules in portions(updates, state):
+    for modules in shape_batches(updates, state):
         yield _batch(updates, p, modules, row, state, space)
 
 
@@ -104,7 +104,7 @@ def _zeros_like(adapter: Adapter) -> Adapter:
 
 def _stacked(adapters: Sequence[Adapter], modules: Sequence[str], rank: int, scaling: float, space: Space) -> Factors:
     """The modules' factors of all clients in one dtype of at least fp32, on one scaling, zeros up to `rank`: a copy, in `space`."""
-    pairs = [_padded(on_scaling(adapter[module], scaling), rank) for module in modules for adapter in adapters]
+    pairs = [_padded(rescaled(adapter[module], scaling), rank) for module in modules for adapter in adapters]
     A = _stack(_one_dtype([pair.A for pair in pairs]), space, "A")
     B = _stack(_one_dtype([pair.B for pair in pairs]), space, "B")
     dtype, shape = torch.promote_types(A.dtype, B.dtype), (len(modules), len(adapters))

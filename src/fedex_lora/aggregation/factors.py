@@ -88,7 +88,7 @@ def derive_seed(seed: int, round: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{round}/{purpose}".encode()).digest()[:4], "big") >> 1
 
 
-def fresh_a(module: str, rank: int, inner: int, seed: int) -> Tensor:
+def init_lora_a(module: str, rank: int, inner: int, seed: int) -> Tensor:
     """A new A factor, `rank x in`, uniform in `+-1/sqrt(in)` as PEFT's (Kaiming, a = sqrt 5); a function of its arguments, in fp32."""
     digest = hashlib.sha256(f"{seed}/{module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd
+from fedex_lora.aggregation.factors import Factors, components, init_lora_a, svd
 from fedex_lora.types import Adapter, LoRAPair
 
 Gauge: TypeAlias = Callable[[Factors, Factors, Tensor], Factors]
@@ -79,7 +79,7 @@ def regauged(adapter: Adapter, gauge: str) -> Adapter:
     turned = {}
     for module, pair in adapter.items():
         factors = Factors(A=pair.A[None], B=pair.B.mT[None])
-        fresh = fresh_a(module, pair.rank, pair.shape[1], seed=0)[None].to(pair.A)
+        fresh = init_lora_a(module, pair.rank, pair.shape[1], seed=0)[None].to(pair.A)
         A, B = GAUGES[gauge](factors, factors, fresh)
         turned[module] = LoRAPair(A=A[0], B=B[0].mT.contiguous(), scaling=pair.scaling)
     return turned

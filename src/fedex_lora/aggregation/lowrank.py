@@ -19,7 +19,7 @@ def concatenate(terms: Sequence[LowRank]) -> LowRank:
     return LowRank(U=torch.cat([term.U for term in terms], dim=1), V=torch.cat([term.V for term in terms], dim=0))
 
 
-def with_shares(gains: Mapping[str, LowRank], others: Sequence[tuple[float, Mapping[str, LowRank]]]) -> dict[str, LowRank]:
+def add_weighted(gains: Mapping[str, LowRank], others: Sequence[tuple[float, Mapping[str, LowRank]]]) -> dict[str, LowRank]:
     """`gains + sum_j w_j others_j` per module, as concatenated factors."""
     terms = {module: [gain] for module, gain in gains.items()}
     for weight, other in others:
@@ -117,7 +117,7 @@ def frobenius(delta: Delta) -> float:
     return float(torch.linalg.matrix_norm(core(delta)))
 
 
-def signed_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
+def linear_combination(terms: Sequence[tuple[float, Delta]]) -> Delta:
     """`sum_j c_j D_j` in fp64: as factors when every term has factors, else as a matrix."""
     factors = [LowRank(U=c * term.U.double(), V=term.V.double()) for c, term in terms if isinstance(term, LowRank)]
     if len(factors) == len(terms):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.factors import Factors, components, svd
-from fedex_lora.aggregation.lowrank import concatenate, factorise, finite, signed_sum
+from fedex_lora.aggregation.lowrank import concatenate, factorise, finite, linear_combination
 from fedex_lora.config import Server
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import Adapter, Delta, Dense, LoRAPair, LowRank, MovingDense, MovingLowRank
@@ -157,7 +157,7 @@ def gained(before: Mapping[str, Delta], after: Mapping[str, Delta]) -> dict[str,
     made = {}
     for module, delta in after.items():
         terms = [(1.0, delta), *([(-1.0, before[module])] if module in before else [])]
-        change = signed_sum(terms)
+        change = linear_combination(terms)
         if isinstance(change, LowRank):
             factors = components(svd(Factors(A=change.V[None], B=change.U.mT[None])), 0, None)
             made[module] = LowRank(U=factors.B[0].mT, V=factors.A[0])

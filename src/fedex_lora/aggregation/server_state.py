@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, fresh_a, method_named, on_scaling, regauged
-from fedex_lora.aggregation.lowrank import add, concatenate, finite, with_shares
+from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, get_method, init_lora_a, regauged, rescaled
+from fedex_lora.aggregation.lowrank import add, add_weighted, concatenate, finite
 from fedex_lora.aggregation.momentum import halted, last_change, moved, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Server, Truncation
@@ -32,7 +32,7 @@ PLAIN = Server()
 
 def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex", seed: int = 0) -> ServerState:
     """The state before the first round: the initial adapter, and a base that has gained nothing."""
-    method_named(method)
+    get_method(method)
     return ServerState(method=method, round=0, adapter=dict(adapter), base_delta={}, other=dict(other), seed=seed)
 
 
@@ -72,11 +72,11 @@ def step(
         >>> state.round, state.base_delta["q"].rank
         (1, 2)
     """
-    row = method_named(state.method)
+    row = get_method(state.method)
     updates = [_continuing(state, update) for update in updates]
     result = aggregate(updates, state.method, weights, truncation, state)
     shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
-    residual = {module: without_blocks(gain) for module, gain in with_shares(result.residual, shares).items()}  # it travels
+    residual = {module: without_blocks(gain) for module, gain in add_weighted(result.residual, shares).items()}  # it travels
     result = replace(result, residual=residual)
     shared = "A" in row.uploads and "B" in row.uploads
     personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
@@ -141,7 +141,7 @@ def last_changes(state: ServerState, pace: Server) -> dict[str, Delta]:
 def skip(state: ServerState) -> ServerState:
     """The state after a round without a mean: the same model, one round further, and no change to repeat."""
     number = state.round + 1
-    adapter = fresh_adapter(state.adapter, state.seed, number) if method_named(state.method).draws else state.adapter
+    adapter = fresh_adapter(state.adapter, state.seed, number) if get_method(state.method).draws else state.adapter
     return replace(state, round=number, adapter=adapter, base_delta=halted(state.base_delta), velocity={})
 
 
@@ -150,7 +150,7 @@ def fresh_adapter(like: Adapter, seed: int, round: int) -> dict[str, LoRAPair]:
     drawn = derive_seed(seed, round, "fresh")
     return {
         module: LoRAPair(
-            A=fresh_a(module, pair.rank, pair.shape[1], drawn).to(pair.A.dtype), B=torch.zeros_like(pair.B), scaling=pair.scaling
+            A=init_lora_a(module, pair.rank, pair.shape[1], drawn).to(pair.A.dtype), B=torch.zeros_like(pair.B), scaling=pair.scaling
         )
         for module, pair in like.items()
     }
@@ -186,7 +186,7 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
     Returns:
         (the factors to train, module path -> what is held frozen; nothing for most methods).
     """
-    row = method_named(method)
+    row = get_method(method)
     if own is not None and row.own == "AB":
         own = regauged(own, row.gauge)
         return own, {module: LowRank(U=-pair.scaling * pair.B, V=pair.A) for module, pair in own.items()}
@@ -205,7 +205,7 @@ def _with_own(pair: LoRAPair, own: LoRAPair, part: str) -> LoRAPair:
 
 def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
     """The update on the scalings of the global adapter, if it continues that adapter."""
-    row = method_named(state.method)
+    row = get_method(state.method)
     frozen = [part for part in "AB" if part not in row.trained(state.round + 1)]
     kept: dict[str, LoRAPair] = {}
     for module, pair in state.adapter.items():
@@ -215,7 +215,7 @@ def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
             raise AggregationError(
                 f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
             )
-        kept[module] = on_scaling(sent, pair.scaling)
+        kept[module] = rescaled(sent, pair.scaling)
         for part in frozen:
             ours, theirs = getattr(pair, part), getattr(kept[module], part)
             if not (

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.factors import Factors, components, fresh_a, svd, without_zeros
+from fedex_lora.aggregation.factors import Factors, components, init_lora_a, svd, without_zeros
 
 FEW = 16  # clients
 LONG = 16  # ranks from which rows of B are moved as they are
@@ -47,7 +47,7 @@ class Clients:
     @property
     def fresh(self) -> Tensor:
         """New A factors, `g x r x in`."""
-        return torch.stack([fresh_a(module, self.A.shape[2], self.A.shape[3], self.seed).to(self.A) for module in self.modules])
+        return torch.stack([init_lora_a(module, self.A.shape[2], self.A.shape[3], self.seed).to(self.A) for module in self.modules])
 
 
 Split: TypeAlias = tuple[Factors, Factors | None]

@@ -149,11 +149,11 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Recompute the ideal update, and print how far a result is off. In fp64, from the stored updates; per module and in total."""
-    from fedex_lora.client.training import quiet
+    from fedex_lora.client.training import silence_libraries
     from fedex_lora.offline.verify import complaint, export_form
     from fedex_lora.offline.verify import verify as verify_here
 
-    quiet()
+    silence_libraries()
     if (form := export_form(path)) is not None:
         said = f"{path} is an export ({form}): its sums are right; export compared its logits when it was made"
         if as_json:
@@ -242,10 +242,10 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the model for plain transformers, PEFT or vLLM. It is reloaded, and its logits compared with the run's."""
-    from fedex_lora.client.training import quiet
+    from fedex_lora.client.training import silence_libraries
     from fedex_lora.models.export import export as export_here
 
-    quiet()
+    silence_libraries()
     result = export_here(source, form, out, base, rank)
     if as_json:
         print_json(result)

@@ -55,10 +55,10 @@ def evaluate(
     from accelerate import PartialState
 
     from fedex_lora.cli.console import table
-    from fedex_lora.client.training import quiet
+    from fedex_lora.client.training import silence_libraries
     from fedex_lora.evaluation import Options, evaluate_harness, evaluate_source, task_of
 
-    quiet()
+    silence_libraries()
     console = consoles(as_json)
     with console.status("measuring") as status:
         if lm_eval:

@@ -88,11 +88,11 @@ def check(
     debug: Debug = False,
 ) -> None:
     """List every problem of a run's rows. Labels, lengths, duplicates, classes, at each client; nothing is trained."""
-    from fedex_lora.client.training import quiet
+    from fedex_lora.client.training import silence_libraries
     from fedex_lora.config import read_config
     from fedex_lora.runs.check import check as check_here
 
-    quiet()
+    silence_libraries()
     found = check_here(read_config(config, set_ or []))
     stops = sum(finding.stops for finding in found)
     if as_json:

@@ -91,11 +91,11 @@ def try_(
 ) -> None:
     """Try a real deployment on this machine. With TLS and node keys: a job over it, compared with the run in process; then all stops."""
     _require_flower()
-    from fedex_lora.client.training import quiet
+    from fedex_lora.client.training import silence_libraries
     from fedex_lora.config import read_config
     from fedex_lora.engines.flower._trial import short_demo, trial
 
-    quiet()
+    silence_libraries()
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whatever was started is stopped
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     console = consoles(as_json)

@@ -71,9 +71,9 @@ def consoles(as_json: bool) -> "Console":
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
-    from fedex_lora.storage.events import plain_json
+    from fedex_lora.storage.events import finite_json
 
-    print(plain_json(value))
+    print(finite_json(value))
 
 
 def numbers(text: str | None, option: str, example: str) -> list[float] | None:

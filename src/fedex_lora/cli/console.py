@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedex_lora.storage.events import followed_events
+from fedex_lora.storage.events import tail_events
 
 HIDDEN = ("rows", "runtime")
 
@@ -176,7 +176,7 @@ def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0
     """
     now, done = [0.0], False
     with Display(console, clock=lambda: now[0]) as display:
-        for event in followed_events(folder / "events.jsonl", None if once else every):
+        for event in tail_events(folder / "events.jsonl", None if once else every):
             now[0] = (event or {}).get("time") or time.time()
             if event:
                 try:

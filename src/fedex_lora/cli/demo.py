@@ -12,7 +12,7 @@ from fedex_lora.errors import UsageError
 from fedex_lora.exactness.algebra import number, worst
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import plain_json, read_events
+from fedex_lora.storage.events import finite_json, read_events
 from fedex_lora.storage.files import TEMPORARY, write_text
 from fedex_lora.storage.run_folder import CONFIG, barely_begun, is_report, remove, strays
 from fedex_lora.tasks.demo import ROUNDS, configuration
@@ -47,7 +47,7 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     console.print(f"what happened, in charts: {page['out']} (open it in a browser)", highlight=False)
     console.print(f"all files: {out}   check the exact one again: fedex-lora verify {out / 'fedex'}", highlight=False)
     result = {"base_accuracy": base, "methods": rows}
-    write_text(out / RESULT, plain_json(result) + "\n")
+    write_text(out / RESULT, finite_json(result) + "\n")
     return result
 
 

@@ -71,7 +71,7 @@ def _require_sensible(key: str, value: Any) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class TrainingContext:
     """What every client of a run shares: settings, task, tokenizer or image processor."""
 
     config: Config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.client.learner import Learner
@@ -112,7 +112,7 @@ class Parties:
 
     def save_personal(self, state: ServerState, folder: Path, ranks: Mapping[str, int], format: Format) -> None:
         """Under a personalised method each client's model is its own: its adapter, as a PEFT folder, in `CLIENT/adapter`."""
-        if method_named(state.method).exactness != "personalised":
+        if get_method(state.method).exactness != "personalised":
             return
         for client in self.learner.rows:
             kept = self.memories.get(client, ClientMemory()).trained

@@ -6,13 +6,13 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor, nn
 
-from fedex_lora.client.arguments import Work
+from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import _trainer
 from fedex_lora.config import IMAGES
 from fedex_lora.errors import ConfigError, ModelError
 
 
-def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
+def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:
     """One batch through the model and back, before anything is written: what does not fit together is said now, in one line.
 
     The batch has the longest row and the one with the largest token, so that it is the hardest that these rows have.
@@ -47,7 +47,7 @@ def probe(model: nn.Module, rows: Dataset, work: Work) -> None:
         raise ModelError(f"{name}: the loss of the untrained model is {value}: is the checkpoint whole? Or set base.dtype = 'float32'")
 
 
-def require_fitting(model: nn.Module, rows: Dataset, work: Work) -> None:
+def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:
     """The model has embeddings and positions for every token of the rows, and there is a token to pad with.
 
     Raises:

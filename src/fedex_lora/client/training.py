@@ -18,8 +18,8 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, get_scheduler, logging, set_seed
 
-from fedex_lora.aggregation import derive_seed, method_named
-from fedex_lora.client.arguments import Work, training_arguments
+from fedex_lora.aggregation import derive_seed, get_method
+from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.metrics import argmax_and_loss, first_output, token_loss
 from fedex_lora.errors import TrainingError
 from fedex_lora.models.lora import read_model, read_other, set_trained
@@ -43,7 +43,7 @@ def local_update(
     client_id: str,
     round: int,
     data: ClientData,
-    work: Work,
+    work: TrainingContext,
     optimizer_state: Mapping[str, Any] | None = None,
     on_step: StepHook | None = None,
 ) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
@@ -64,7 +64,7 @@ def local_update(
         TrainingError: the loss is not finite, or memory ran out.
     """
     seed, started = derive_seed(work.config.seed, round, client_id), time.perf_counter()
-    set_trained(model, method_named(work.config.method).trained(round))
+    set_trained(model, get_method(work.config.method).trained(round))
     with _trainer(model, work, seed, data.train, on_step) as trainer:
         optimizer = trainer.create_optimizer()
         if optimizer_state is not None:
@@ -96,7 +96,7 @@ def local_update(
     return update, state
 
 
-def evaluate(model: nn.Module, rows: Dataset, work: Work) -> dict[str, float]:
+def evaluate(model: nn.Module, rows: Dataset, work: TrainingContext) -> dict[str, float]:
     """The task's metrics and the loss of the model on tokenised rows, with `rows` their number; nothing for no rows."""
     if not len(rows):
         return {}
@@ -109,7 +109,7 @@ def evaluate(model: nn.Module, rows: Dataset, work: Work) -> dict[str, float]:
 
 
 @contextmanager
-def _trainer(model: nn.Module, work: Work, seed: int, rows: Dataset | None, on_step: StepHook | None) -> Iterator[Trainer]:
+def _trainer(model: nn.Module, work: TrainingContext, seed: int, rows: Dataset | None, on_step: StepHook | None) -> Iterator[Trainer]:
     """A Trainer for one call, in a temporary folder that stays empty."""
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") as folder, warnings.catch_warnings(), _old_objects_left_alone():
         warnings.simplefilter("ignore")
@@ -184,7 +184,7 @@ def _run_schedule(trainer: Trainer, optimizer: torch.optim.Optimizer, round: int
     return scheduler
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """No progress bars, telemetry or tokenizer threads of the libraries: ours are enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from fedex_lora import config
-from fedex_lora.client.arguments import Work
+from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import evaluate
 from fedex_lora.errors import UsageError
 from fedex_lora.evaluation._generation import generate
@@ -69,7 +69,7 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
     opened = open_source(source, task.kind, options.base, **task.model_config)
     if asked is None:
         training = {"per_device_eval_batch_size": options.batch_size}
-        work = Work(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
+        work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
         rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
         return evaluate(opened.model, rows, work)
     prompts = asked.prompts(opened.processor, asked.rows)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import nn
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
-from fedex_lora.models.build import kind_of, open_model
+from fedex_lora.models.build import build_model, model_kind
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.processor import load_processor
 from fedex_lora.storage.files import MANIFEST, read_manifest
@@ -62,13 +62,13 @@ def open_source(source: str, kind: Any, base: str | None = None, **config: Any) 
 
 def _result(folder: Path, kind: Any, base: str | None) -> Opened:
     result = read_result(folder)
-    if method_named(result.manifest["method"]).exactness == "personalised":
+    if get_method(result.manifest["method"]).exactness == "personalised":
         raise ModelError(f"{folder} is of method {result.manifest['method']}, which has no global model: give clients/CLIENT/adapter")
     name = base or str(result.manifest.get("base_model"))
-    found = kind_of(result, name)
+    found = model_kind(result, name)
     if found != kind:
         raise ModelError(f"{folder} is a model for {found}, and the task needs {kind}: give a task of the model's kind")
-    return Opened(open_model(result, name)[0], load_processor(Base(model=name), kind), name)
+    return Opened(build_model(result, name)[0], load_processor(Base(model=name), kind), name)
 
 
 def _export(folder: Path, manifest: Any, kind: Any, base: str | None, config: dict[str, Any]) -> Opened:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.exactness.algebra import effective_rank, image, norm, relative, summed, worst
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, Motion, ServerState
 
@@ -241,7 +241,7 @@ def tail(result: Aggregate) -> float:
 def useless_truncation(result: Aggregate) -> str | None:
     """What to say when a truncation of the residual costs bytes and buys little; None otherwise."""
     share = tail(result)
-    if share <= USELESS_TAIL or method_named(result.method).rest != "truncate":
+    if share <= USELESS_TAIL or get_method(result.method).rest != "truncate":
         return None
     advice = "truncate less, or use fedex (all of it) or fedit (none of it)"
     return f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"

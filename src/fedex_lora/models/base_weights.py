@@ -13,7 +13,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.exactness.algebra import fp32_floor, relative, worst
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.fingerprint import fingerprint
-from fedex_lora.models.layers import Layer, keep_unpacked
+from fedex_lora.models.layers import Layer, disable_cpu_repacking
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.models.pristine import Checkpoint
 from fedex_lora.storage.peft_rules import PREFIX
@@ -41,16 +41,16 @@ class FrozenBase:
     def __init__(self, model: nn.Module, where: Where = "auto") -> None:
         self._model = model
         self._layers = lora_layers(model)
-        keep_unpacked(model)
+        disable_cpu_repacking(model)
         owners = _owners(model)
         checkpoint = Checkpoint(getattr(model, "config", None))
-        self._homes: dict[str, _Home] = {}
+        self._homes: dict[str, _DeltaPlacement] = {}
         for name, layer in self._layers.items():
             why_not = _why_not_fold(layer, owners)
             if where == "fold" and why_not:
                 raise ModelError(f"{name} {why_not}: set base.delta = 'auto' or 'side'")
             side = where == "side" or (where == "auto" and why_not is not None)
-            self._homes[name] = _Side(layer) if side else _Fold(layer, checkpoint)
+            self._homes[name] = _SideDelta(layer) if side else _MergedDelta(layer, checkpoint)
         self._now: dict[str, Delta] = {}
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class FrozenBase:
     @property
     def homes(self) -> dict[str, int]:
         """How many modules' deltas are folded, and how many stay beside."""
-        side = sum(isinstance(home, _Side) for home in self._homes.values())
+        side = sum(isinstance(home, _SideDelta) for home in self._homes.values())
         return {"fold": len(self._homes) - side, "side": side}
 
     def fingerprint(self) -> str:
@@ -90,7 +90,9 @@ class FrozenBase:
 
         Rounding to the output's precision comes after it, so this shows in 16 bits, too, whether D is there. Zero without side paths.
         """
-        errors = [home.added_error(self._now[name]) for name, home in self._homes.items() if isinstance(home, _Side) and name in self._now]
+        errors = [
+            home.added_error(self._now[name]) for name, home in self._homes.items() if isinstance(home, _SideDelta) and name in self._now
+        ]
         return worst(errors)
 
     @torch.no_grad()
@@ -109,7 +111,7 @@ class FrozenBase:
         return Exactness(error=error, ideal=size), worst(floors)
 
 
-class _Home(Protocol):
+class _DeltaPlacement(Protocol):
     """Where one module's delta lives."""
 
     def set(self, delta: Delta | None) -> None: ...
@@ -121,7 +123,7 @@ class _Home(Protocol):
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]: ...
 
 
-class _Fold:
+class _MergedDelta:
     """`W = W0 + D`, added on the CPU. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
 
     def __init__(self, layer: Layer, checkpoint: Checkpoint) -> None:
@@ -144,7 +146,7 @@ class _Fold:
         return float(norm(got - target)), size, fp32_floor(float(norm(target)), size)
 
 
-class _Side:
+class _SideDelta:
     """`W0 x + U (V x)`: a frozen product in float32 that the layer itself carries, outside its state dict."""
 
     def __init__(self, layer: Layer) -> None:

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError
 from fedex_lora.models.base_weights import FrozenBase
@@ -58,15 +58,15 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
     """
     folder = Path(folder)
     result = read_result(folder / "final" if (folder / "final").is_dir() else folder)
-    if method_named(result.manifest["method"]).exactness == "personalised":
+    if get_method(result.manifest["method"]).exactness == "personalised":
         raise ModelError(
             f"{folder} is of method {result.manifest['method']}, whose clients' models differ: load clients/CLIENT/adapter with PEFT"
         )
-    model, _ = open_model(result, base)
+    model, _ = build_model(result, base)
     return model
 
 
-def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
+def build_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
     """As `load_model`, from a result in memory; also the frozen base, which knows the pristine weights."""
     if isinstance(base, nn.Module) and (not isinstance(base, PreTrainedModel) or any(isinstance(one, LoraLayer) for one in base.modules())):
         raise ModelError(
@@ -98,7 +98,7 @@ def open_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.M
     return model.eval(), frozen
 
 
-def kind_of(result: Result, name: str) -> Kind:
+def model_kind(result: Result, name: str) -> Kind:
     """The kind of model that the result was trained as; where it does not say, the kind of the base `name` that has its modules.
 
     Raises:
@@ -122,7 +122,7 @@ def _head_rows(result: Result) -> list[int]:
 
 def base_for(result: Result, name: str) -> PreTrainedModel:
     """The base with the head that the result was trained with."""
-    kind, options, rows = kind_of(result, name), dict[str, Any](), _head_rows(result)
+    kind, options, rows = model_kind(result, name), dict[str, Any](), _head_rows(result)
     if kind in ("classification", IMAGES, "token-classification", "question-answering"):
         options = {"num_labels": rows[0]} if rows else {}
     if labels := dict(enumerate(result.manifest.get("labels", []))):

@@ -13,17 +13,17 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation.lowrank import frobenius
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
-from fedex_lora.models.build import base_for, kind_of, new_tokens, open_model
+from fedex_lora.models.build import base_for, build_model, model_kind, new_tokens
 from fedex_lora.models.loading import is_encoder
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.models.processor import load_processor, save_processor
-from fedex_lora.storage.adapter_folder import stacked, write_adapter_folder
+from fedex_lora.storage.adapter_folder import concat_adapter, write_adapter_folder
 from fedex_lora.storage.files import atomic_folder, write_text
 from fedex_lora.storage.layout import LINEAR
 from fedex_lora.storage.result import Result, read_result
@@ -61,7 +61,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
     """
     result = _exportable(source, form, rank)
     name = base or str(result.manifest.get("base_model"))
-    whole = stacked(result.adapter, result.base_delta)
+    whole = concat_adapter(result.adapter, result.base_delta)
     adapter, update_error = (whole, 0.0) if rank is None else _cut(whole, rank)
     facts = {
         "format": form,
@@ -94,7 +94,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
 
 def _logits_with_and_without(result: Result, name: str) -> tuple[Tensor, Tensor]:
     """The run's logits, and those of its base with the same heads, both computed in float32."""
-    model, frozen = open_model(result, name)
+    model, frozen = build_model(result, name)
     want = logits(in_float32(model))
     if not result.adapter:
         return want, logits(base_for(result, name))
@@ -110,7 +110,7 @@ def _exportable(source: Path, form: str, rank: int | None) -> Result:
     if rank is not None and form != "adapter":
         raise UsageError(f"--rank cuts the stand-alone adapter, and the form is {form}: use --as adapter")
     result = read_result(source / "final" if (source / "final").is_dir() else source)
-    if method_named(result.manifest["method"]).exactness == "personalised":
+    if get_method(result.manifest["method"]).exactness == "personalised":
         raise UsageError(f"{source} is of method {result.manifest['method']}: clients/CLIENT/adapter are plain PEFT adapters already")
     if not result.adapter and form != "merged":
         raise UsageError(f"{source} holds a whole model, no adapter: use --as merged")
@@ -130,7 +130,7 @@ def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
     with contextlib.suppress(ModelError):  # a base without a tokenizer is exported without
-        save_processor(load_processor(Base(model=name), kind_of(result, name)), Base(model=name), where)
+        save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)
@@ -156,7 +156,7 @@ def _rank(adapter: Adapter) -> int:
 
 def _vllm(form: str, rank: int, result: Result, name: str, out: Path) -> str:
     """How vLLM serves it, or why not (vLLM: causal LMs, ranks of MaxLoRARanks, linear layers of the body, no modules_to_save)."""
-    if kind_of(result, name) not in ("causal-lm", "features") or is_encoder(Base(model=name)):
+    if model_kind(result, name) not in ("causal-lm", "features") or is_encoder(Base(model=name)):
         return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
     if form == "merged":
         return (

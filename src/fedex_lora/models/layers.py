@@ -209,7 +209,7 @@ def is_quantised(layer: nn.Module) -> bool:
     return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
-def keep_unpacked(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes from packing 4-bit weights anew when it infers on a CPU: they cannot be trained on then, and are 0.8 % off."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -15,7 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from fedex_lora.config import IMAGES, Base
 from fedex_lora.errors import ModelError
-from fedex_lora.models.layers import keep_unpacked
+from fedex_lora.models.layers import disable_cpu_repacking
 
 Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features", "token-classification", "question-answering"]
 HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
@@ -64,9 +64,9 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
             if base.quantization != "none":
                 options["quantization_config"] = _quantization(base, auto, options["dtype"], config)
             model, info = auto.from_pretrained(base.source, **options)
-            keep_unpacked(model)
+            disable_cpu_repacking(model)
             misfit = {key for key, *_ in info["mismatched_keys"]}
-            if odd := sorted(key for key in misfit if key.partition(".")[0] not in heads_of(model)):
+            if odd := sorted(key for key in misfit if key.partition(".")[0] not in head_modules(model)):
                 raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
             pad(model, base)
             return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
@@ -96,7 +96,7 @@ def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str
     with torch.device("meta"):
         shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
     poolers = [name for name, _ in shape.named_modules() if name.rpartition(".")[2] == "pooler"]  # whole paths, or their insides are packed
-    kept = [*get_keys_to_not_convert(shape), *heads_of(shape), *poolers]
+    kept = [*get_keys_to_not_convert(shape), *head_modules(shape), *poolers]
     if base.quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return transformers.BitsAndBytesConfig(
@@ -179,7 +179,7 @@ def quiet_loading() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def heads_of(model: PreTrainedModel) -> set[str]:
+def head_modules(model: PreTrainedModel) -> set[str]:
     """The modules of an image classifier beside its encoder, which is the model's own prefix, or else its largest part."""
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in model.named_children()}
     body = model.base_model_prefix if model.base_model_prefix in sizes else max(sizes, key=lambda name: sizes[name])

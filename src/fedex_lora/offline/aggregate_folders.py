@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import Method, aggregate, in_order, method_named, normalised_weights, require_same_structure
+from fedex_lora.aggregation import Method, aggregate, get_method, in_order, normalised_weights, require_same_structure
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Truncation
@@ -17,7 +17,7 @@ from fedex_lora.exactness import measure
 from fedex_lora.exactness.streaming_audit import Audit, How
 from fedex_lora.offline.streaming import Round, audit_is_cheap, streamable, write_streamed
 from fedex_lora.offline.together import one_base, one_task, require_fits, require_marks, require_same_frozen, retold
-from fedex_lora.storage.adapter_folder import AdapterFolder, Description, Format, describe_adapter_folders, read_adapter_folder
+from fedex_lora.storage.adapter_folder import AdapterFolder, AdapterHeader, Format, describe_adapter_folders, read_adapter_folder
 from fedex_lora.storage.handout import for_parties
 from fedex_lora.storage.result import Result, read_result, write_result
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
@@ -60,7 +60,7 @@ def aggregate_folders(
     Raises:
         FedexLoraError: an adapter that is broken or does not fit the others; nothing is written then.
     """
-    row = method_named(method)
+    row = get_method(method)
     _require_global_model(row, truncation)
     require_apart(folders, out, parties)
     if parties is not None:
@@ -134,7 +134,7 @@ def _within(inner: Path, outer: Path) -> bool:
 
 def _streamed(
     row: Method,
-    described: Sequence[Description],
+    described: Sequence[AdapterHeader],
     names: Sequence[str],
     out: Path,
     weights: Sequence[float] | None,
@@ -249,7 +249,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
 
 
-def _read(folder: Path, described: Description) -> AdapterFolder:
+def _read(folder: Path, described: AdapterHeader) -> AdapterFolder:
     """A described adapter with its numbers."""
     read = read_adapter_folder(folder)
     rest = {**read.other, **read.format.frozen}
@@ -272,7 +272,7 @@ def _state(previous: Result | None, method: str, updates: Sequence[ClientUpdate]
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:
     """What a client of lower rank held frozen while it trained: the other components of the global adapter."""
-    if not method_named(before.method).frozen_side:
+    if not get_method(before.method).frozen_side:
         return {}
     live = before.adapter
     return {module: live[module].after(pair.rank) for module, pair in update.adapter.items() if pair.rank < live[module].rank}

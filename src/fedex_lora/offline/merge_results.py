@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import merge, method_named, normalised_weights
+from fedex_lora.aggregation import get_method, merge, normalised_weights
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.aggregation.lowrank import signed_sum, smallest
+from fedex_lora.aggregation.lowrank import linear_combination, smallest
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness import measure
@@ -57,7 +57,7 @@ def merge_folders(
         terms: list[tuple[float, Delta]] = [(1.0, merged.residual[module])] if module in merged.residual else []
         terms += [(w, result.base_delta[module]) for w, result in zip(p, results, strict=True) if module in result.base_delta]
         if terms:
-            gained = _float32(signed_sum(terms))
+            gained = _float32(linear_combination(terms))
             base_delta[module] = smallest(without_blocks(gained) if parties and isinstance(gained, LowRank) else gained)
     round = max(int(result.manifest["round"]) for result in results)
     after = ServerState(method=merged.method, round=round, adapter=merged.adapter, base_delta=base_delta, other=merged.other)
@@ -77,8 +77,8 @@ def merge_folders(
         write_result(out, after, updates, shares, results[0].format, facts, standalone=standalone, held=held)
     return {
         "method": merged.method,
-        "exact_method": method_named(merged.method).exact,
-        "error_against": "the mean of the clients" if method_named(merged.method).exact else "the mean of the regions",
+        "exact_method": get_method(merged.method).exact,
+        "error_against": "the mean of the clients" if get_method(merged.method).exact else "the mean of the regions",
         "weights": shares,
         "clients": dict(merged.weights),
         "modules": len(after.adapter),

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, portions, splits
+from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, shape_batches, splits
 from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.streaming_audit import Audit, exact_flops
-from fedex_lora.storage.adapter_folder import WEIGHTS, Description, Format, frozen_key, write_config
+from fedex_lora.storage.adapter_folder import WEIGHTS, AdapterHeader, Format, frozen_key, write_config
 from fedex_lora.storage.files import atomic_folder
 from fedex_lora.storage.layout import LINEAR
 from fedex_lora.storage.peft_rules import PREFIX
 from fedex_lora.storage.result import DELTA, STANDALONE, TRAINABLE, UPDATES, manifest_of, safe_name, write_readme
-from fedex_lora.storage.safetensors_io import Shapes, TensorWriter, opened, read_into, read_tensor, stamp
+from fedex_lora.storage.safetensors_io import Shapes, TensorWriter, file_identity, opened, read_into, read_tensor
 from fedex_lora.types import ClientUpdate, LoRAPair, LowRank
 
 PIECE = 2**21  # numbers that are transposed, or multiplied, and written at a time
@@ -47,7 +47,7 @@ class Round:
     """
 
     row: Method
-    files: Sequence[Description]
+    files: Sequence[AdapterHeader]
     updates: Sequence[ClientUpdate]
     p: Sequence[float]
     format: Format
@@ -78,7 +78,7 @@ class Round:
             }
 
 
-def streamable(row: Method, files: Sequence[Description]) -> bool:
+def streamable(row: Method, files: Sequence[AdapterHeader]) -> bool:
     """Is this the plain case: a method of mean factors, on linear layers, in 32 or 16 bits? Others are aggregated in memory."""
     layouts = {layout for file in files for layout in file.folder.format.layouts.values()}
     dtypes = {tensor.dtype for file in files for pair in file.folder.adapter.values() for tensor in (pair.A, pair.B)}
@@ -121,7 +121,7 @@ def write_streamed(
     weights = {update.client_id: weight for update, weight in zip(round.updates, p, strict=True)}
     sums: dict[str, str] = {}
     with atomic_folder(folder, manifest_of(method, 1, round.updates, weights) | dict(facts), sums) as temporary:
-        order = list(portions(round.updates))
+        order = list(shape_batches(round.updates))
         whole = {name: (torch.promote_types(tensor.dtype, torch.float32), tensor.shape) for name, tensor in first.other.items()}
         other = {f"{PREFIX}{name}": about for name, about in whole.items()}
         frozen = {frozen_key(name, first.adapter): name for name in round.format.frozen}
@@ -158,9 +158,9 @@ def write_streamed(
         _require_unchanged(round.files)
 
 
-def _require_unchanged(files: Sequence[Description]) -> None:
+def _require_unchanged(files: Sequence[AdapterHeader]) -> None:
     for file in files:
-        if stamp(file.path) != file.stamp:
+        if file_identity(file.path) != file.stamp:
             raise StorageError(f"{file.path} has changed while it was read: aggregate again when nobody writes to it")
 
 
@@ -270,7 +270,7 @@ def _delta_shapes(modules: Sequence[str], round: Round) -> Shapes:
     return shapes
 
 
-def _copy_update(file: Description, update: ClientUpdate, path: Path) -> str:
+def _copy_update(file: AdapterHeader, update: ClientUpdate, path: Path) -> str:
     """A client's update as `storage.save_update` writes it, tensor by tensor; its sha256."""
     names = {f"{module}.{part}": file.factor(module, part) for module in update.adapter for part in "AB"}
     names |= {f"other|{name}": file.entries[name] for name in update.other}

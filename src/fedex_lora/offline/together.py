@@ -13,7 +13,7 @@ from torch import Tensor
 from fedex_lora.errors import AggregationError
 from fedex_lora.models.fingerprint import CONFIG
 from fedex_lora.models.pristine import cached_folder
-from fedex_lora.storage.adapter_folder import Description, Format
+from fedex_lora.storage.adapter_folder import AdapterHeader, Format
 from fedex_lora.storage.layout import LINEAR
 from fedex_lora.storage.peft_rules import trained_whole
 from fedex_lora.storage.safetensors_io import read_tensor
@@ -85,7 +85,7 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def require_fits(folders: Sequence[Path], described: Sequence[Description], base: str) -> None:
+def require_fits(folders: Sequence[Path], described: Sequence[AdapterHeader], base: str) -> None:
     """Adapters are as large as the layers of the base that they are said to be of, as far as it is on this machine and unpacked.
 
     Raises:
@@ -151,7 +151,7 @@ def one_task(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> i
     return first
 
 
-def retold(one: Description, config: Mapping[str, Any]) -> Description:
+def retold(one: AdapterHeader, config: Mapping[str, Any]) -> AdapterHeader:
     """An adapter as its tensors read with the task type of the others: the heads of the type are trained, though it names none."""
     folder = one.folder
     told = {**folder.config, "task_type": config.get("task_type")}
@@ -162,7 +162,7 @@ def retold(one: Description, config: Mapping[str, Any]) -> Description:
     return replace(one, folder=replace(folder, other=folder.other | heads, format=Format(told, folder.format.layouts, frozen)))
 
 
-def require_same_frozen(folders: Sequence[Path], described: Sequence[Description]) -> None:
+def require_same_frozen(folders: Sequence[Path], described: Sequence[AdapterHeader]) -> None:
     """What adapters hold and do not train is the same in all of them.
 
     Raises:
@@ -179,7 +179,7 @@ def require_same_frozen(folders: Sequence[Path], described: Sequence[Description
             )
 
 
-def _same(name: str, one: Description, other: Description) -> bool:
+def _same(name: str, one: AdapterHeader, other: AdapterHeader) -> bool:
     return one.path == other.path or torch.equal(*(read_tensor(file.path, file.entries[name]) for file in (one, other)))
 
 

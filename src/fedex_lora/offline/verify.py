@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.errors import StorageError
 from fedex_lora.exactness import algebra, measure
-from fedex_lora.models.build import base_for, open_model
+from fedex_lora.models.build import base_for, build_model
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.storage.files import MANIFEST, read_manifest, unlisted
@@ -49,7 +49,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         _require_sums(folder)
         if result.manifest.get("skipped"):
             continue
-        if method_named(result.manifest["method"]).exactness == "personalised":
+        if get_method(result.manifest["method"]).exactness == "personalised":
             raise StorageError(f"{folder} is of method {result.manifest['method']}, which has no global model: nothing to verify")
         if "inputs" in result.manifest and not (result.updates and result.adapter):
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
@@ -63,7 +63,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     largest = {key: algebra.worst(row[key] for row in rows) for key in ("max_relative_error", "total_relative_error")}
     summary: dict[str, Any] = {
         "method": rows[-1]["method"],
-        "exact_method": method_named(rows[-1]["method"]).exact,
+        "exact_method": get_method(rows[-1]["method"]).exact,
         "recomputed": recomputed,
         **(largest if recomputed else dict.fromkeys(largest)),
     }
@@ -162,7 +162,7 @@ class Answers:
         return algebra.relative(float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(change)))
 
 
-def ideal_answers(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
+def ideal_logits(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The ideal model's logits in fp64, and the same without the base delta (without the whole update, where the base gained nothing)."""
     ideal = _ideal(result)
     gained = result.base_delta or ideal
@@ -171,9 +171,9 @@ def ideal_answers(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Ten
     return want, without
 
 
-def model_answers(result: Result, base: str, float32: bool, rows: int = 4) -> tuple[Tensor, Tensor]:
+def model_logits(result: Result, base: str, float32: bool, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The logits of the model that a result describes, and of the same without the base delta; as it computes, or in float32."""
-    model, frozen = open_model(result, base)
+    model, frozen = build_model(result, base)
     got = logits(in_float32(model) if float32 else model, rows)
     if result.base_delta:
         frozen.set({})
@@ -184,8 +184,8 @@ def model_answers(result: Result, base: str, float32: bool, rows: int = 4) -> tu
 
 def output_errors(result: Result, base: str) -> dict[str, Any]:
     """`Answers.error` and `floor` of a result's model, as it computes and in float32, and both as shares of the output."""
-    want = ideal_answers(result, base)
-    own, upcast = (Answers(*model_answers(result, base, float32), *want) for float32 in (False, True))
+    want = ideal_logits(result, base)
+    own, upcast = (Answers(*model_logits(result, base, float32), *want) for float32 in (False, True))
     numbers: dict[str, Any] = {"compute_dtype": result.manifest.get("base_dtype", "float32")}
     for suffix, answers in (("", own), ("_float32", upcast)):
         numbers |= {f"output_error{suffix}": answers.error, f"output_floor{suffix}": answers.floor}
@@ -211,7 +211,7 @@ def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any
         **(_errors(ideal, result) if recomputed else {"max_relative_error": None, "total_relative_error": None, "per_module": {}}),
     }
     if base:
-        _, folded = open_model(result, base)
+        _, folded = build_model(result, base)
         realised, floor = folded.realised(ideal)
         row |= {"realised_error": realised.max_relative_error, "floor": floor}
     return row

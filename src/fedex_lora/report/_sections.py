@@ -14,7 +14,7 @@ from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
 from fedex_lora.report._groups import VALUES, Group, curve, final, group_sent, worst_error
 from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, size, table
 from fedex_lora.report.analysis import Run
-from fedex_lora.report.analysis._frames import relative, travelled
+from fedex_lora.report.analysis._frames import relative, traffic
 
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
     "residual": "Singular values of R after the last kept round.",
@@ -188,7 +188,7 @@ def communication(groups: Sequence[Group]) -> Part:
     total = lines("Bytes so far", "All clients together, after each round.", curve(groups, "bytes_total"), "bytes", format=".3~s")
     means = []
     for group in groups:
-        seeds = pd.DataFrame([travelled(run.events) for run in group.runs])
+        seeds = pd.DataFrame([traffic(run.events) for run in group.runs])
         means.append({"run": group.label, **seeds.iloc[0], **seeds.drop(columns="method").mean()})
     frame = relative(pd.DataFrame(means))
     formats = {name: size for name in ("bytes_down", "bytes_up", "bytes_total", "base_bytes")}

@@ -10,10 +10,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import set_seed
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.client.arguments import Work, training_arguments
-from fedex_lora.client.probe import probe
+from fedex_lora.client.arguments import TrainingContext, training_arguments
+from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.exactness.measure import Exactness
@@ -30,7 +30,7 @@ from fedex_lora.types import Delta, ServerState
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
 
 
-class Place:
+class ModelContext:
     """The model of a run in this process, before anybody trained it: the same bits for everyone who has the configuration and the base.
 
     Args:
@@ -42,12 +42,12 @@ class Place:
     """
 
     def __init__(self, config: Config, task: Task) -> None:
-        method = method_named(config.method)
+        method = get_method(config.method)
         training_arguments(config)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         self.config = config
-        self.work = Work(config=config, task=task, processor=load_processor(config.base, task.kind))
+        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind))
         set_seed(config.seed)
         loaded = load_base(config.base, task.kind, **task.model_config)
         model: nn.Module = loaded.model
@@ -62,7 +62,7 @@ class Place:
         self.first = read_model(model)
 
 
-class Host:
+class GlobalModel:
     """The server's side of a run: the global model, and the rows that only measure.
 
     Args:
@@ -76,14 +76,14 @@ class Host:
         ConfigError: the trainer refuses the settings.
     """
 
-    def __init__(self, place: Place, ranks: Mapping[str, int]) -> None:
+    def __init__(self, place: ModelContext, ranks: Mapping[str, int]) -> None:
         self.place, self.ranks = place, ranks
         task = place.work.task
         rows = task.tokenize(place.work.processor, task.eval)
         self.eval: Dataset
         self.eval, notes = usable(rows, place.config.task, "the rows to measure on")
         self.notes = [*task.notes, *notes]
-        probe(place.model, self.eval, place.work)
+        check_trainer(place.model, self.eval, place.work)
 
     def initial(self) -> ServerState:
         """The state before round 1."""
@@ -117,7 +117,7 @@ class Host:
 
     def evaluate(self, state: ServerState) -> dict[str, float]:
         """The global model on the task's evaluation rows; nothing once there is none."""
-        if state.round and method_named(state.method).exactness == "personalised":
+        if state.round and get_method(state.method).exactness == "personalised":
             return {}
         return evaluate(self.load(state), self.eval, self.place.work)
 
@@ -130,7 +130,7 @@ class Host:
     def _settings(self) -> dict[str, Any]:
         """What has a default that depends on the task, as it is."""
         config, place = self.place.config, self.place
-        lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if method_named(config.method).lora else {}
+        lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if get_method(config.method).lora else {}
         length = {} if place.work.task.kind == IMAGES else {"max_length": limit(config.task, place.work.processor)}
         return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
 

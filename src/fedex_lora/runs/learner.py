@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedex_lora.client.training import ClientData, evaluate, local_update
 from fedex_lora.models.lora import write_model
-from fedex_lora.runs.context import Place
+from fedex_lora.runs.context import ModelContext
 from fedex_lora.server.replies import Emit
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
@@ -21,7 +21,7 @@ class ModelLearner:
         emit: told of training steps.
     """
 
-    def __init__(self, place: Place, data: Mapping[str, ClientData], emit: Emit) -> None:
+    def __init__(self, place: ModelContext, data: Mapping[str, ClientData], emit: Emit) -> None:
         self.place, self.data, self._emit = place, data, emit
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import derive_seed, method_named
+from fedex_lora.aggregation import derive_seed, get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.momentum import gained
 from fedex_lora.aggregation.server_state import start_of
@@ -289,7 +289,7 @@ def _messages(
     kind: Any, participants: Sequence[str], here: Checkpoint, federation: Federation, config: Config, run: str
 ) -> tuple[Encoded, dict[str, Download]]:
     """The participants' messages as bytes, and as values: each gets what it lacks."""
-    state, books, method = here.state, here.books, method_named(here.state.method)
+    state, books, method = here.state, here.books, get_method(here.state.method)
     drawn = method.draws and state.round > 0
     downloads = dict[str, Download]()
     since = {client: books.version.get(client, 0) for client in participants}
@@ -357,7 +357,7 @@ def _measured(
 
     Under momentum the ideal is what it makes of the mean of the participants' models; what is taken down of the change is checked as well.
     """
-    if not after.adapter or method_named(after.method).exactness == "personalised":
+    if not after.adapter or get_method(after.method).exactness == "personalised":
         return {}
     ideal = measure.ideal_update(before.base_delta, updates, result.weights, held)
     more = dict[str, float]()
@@ -369,7 +369,7 @@ def _measured(
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
     realised, floor, side = federation.realised(after, ideal)
     more |= side
-    cuts = method_named(after.method).exactness in ("to the reported tail", "best rank r")
+    cuts = get_method(after.method).exactness in ("to the reported tail", "best rank r")
     deviation = measure.deviation(result, updates)
     errors = {
         "exactness_error": factors.max_relative_error,

@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.node import Parties
-from fedex_lora.client.training import ClientData, quiet
+from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
 from fedex_lora.protocol.failures import failure_of
-from fedex_lora.runs.context import Host, Place
+from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.round_loop import Federation, handed_on, log_to, run_rounds
 from fedex_lora.runs.trackers import Trackers
@@ -23,15 +23,15 @@ from fedex_lora.server.checks import require_consistent
 from fedex_lora.server.replies import Emit, Reply
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.files import write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, round_folder, strays, swept
+from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, strays
 from fedex_lora.tasks import load_task, usable
 from fedex_lora.tasks.partition import Indices, partition
 from fedex_lora.types import Delta, ServerState
 
-POOLED = "all"  # the one client of a centralised run
+CENTRAL_CLIENT = "all"  # the one client of a centralised run
 
 
-class InProcess:
+class LocalSimulation:
     """All parties of a federation in one process: the server's side, every client, and the `exchange` that lets each train in turn.
 
     Args:
@@ -46,10 +46,10 @@ class InProcess:
         task = load_task(config.task, config.seed)
         parts = partition(task, config.clients, config.seed)
         require_consistent(config, len(parts))
-        place = Place(config, task)
+        place = ModelContext(config, task)
         rows, notes = _rows(place, parts)
         self.parties, self._emit = Parties(config, ModelLearner(place, rows, emit)), emit
-        self.host = Host(place, ranks_of(config, parts))
+        self.host = GlobalModel(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
             emit("warning", message=note)  # for the console: events say nothing of rows
 
@@ -58,7 +58,7 @@ class InProcess:
         return self.host.initial()
 
     def facts(self) -> dict[str, Any]:
-        """See `Host.facts`."""
+        """See `GlobalModel.facts`."""
         return self.host.facts(self.parties.learner.rows)
 
     def federation(self) -> Federation:
@@ -93,12 +93,12 @@ class InProcess:
                 yield Reply(client, None, failure.words, lacks=failure.lacks, hopeless=failure.of_the_run)
 
 
-def _rows(place: Place, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
+def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
     """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
     train, config = place.work.task.tokenize(place.work.processor, place.work.task.train), place.config
-    if method_named(place.config.method).pooled:
+    if get_method(place.config.method).pooled:
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
-        parts = {POOLED: (together[0], together[1])}
+        parts = {CENTRAL_CLIENT: (together[0], together[1])}
     data, notes = dict[str, ClientData](), list[str]()
     for client, rows in parts.items():
         (mine, said), (held, _) = (usable(train.select(indices), place.config.task, f"client {client}") for indices in rows)
@@ -118,7 +118,7 @@ def ranks_of(config: Config, clients: Collection[str]) -> dict[str, int]:
 
 
 class Home(Protocol):
-    """Where a run lives: `InProcess`, or the server of a deployment."""
+    """Where a run lives: `LocalSimulation`, or the server of a deployment."""
 
     def initial(self) -> ServerState: ...
     def facts(self) -> dict[str, Any]: ...
@@ -126,7 +126,7 @@ class Home(Protocol):
     def remember_in(self, out: Path) -> None: ...
 
 
-def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Callable[[Config, Emit], Home] = InProcess) -> ServerState:
+def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Callable[[Config, Emit], Home] = LocalSimulation) -> ServerState:
     """One whole run into the run folder `out`; in this process, unless another home is given.
 
     Args:
@@ -147,16 +147,16 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
     if found:
         _require_run(out, config)
-    quiet()
+    silence_libraries()
     trackers = Trackers(config, out, emit)
     place = home(config, emit)
     require_space(out, place.facts()["disk_bytes"])
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out), trackers:
-            swept(out)
+            remove_temporaries(out)
             write_text(out / "config.toml", resolved)
-            return _go_on(config, place, out, log_to(out / "events.jsonl", emit, trackers))
+            return _resume_or_start(config, place, out, log_to(out / "events.jsonl", emit, trackers))
     except OSError as error:
         if not writing_failed(error, out):
             raise
@@ -169,7 +169,7 @@ def _require_run(out: Path, config: Config) -> None:
         return  # killed before anything was in its place
     if not _is_run(out):
         raise UsageError(f"{out} holds something that is no run: give another --out")
-    here, there = (_keys(_without_bounds(one)) for one in (config, read_config(out / "config.toml")))
+    here, there = (_keys(_resume_identity(one)) for one in (config, read_config(out / "config.toml")))
     if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
         raise UsageError(
@@ -194,7 +194,7 @@ def _is_run(out: Path) -> bool:
     return not strays(out) and mark.read_text(encoding="utf-8") == write_config(read_config(mark))
 
 
-def _without_bounds(config: Config) -> Config:
+def _resume_identity(config: Config) -> Config:
     """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
     messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
     clients = config.clients.model_copy(
@@ -203,7 +203,7 @@ def _without_bounds(config: Config) -> Config:
     return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
 
 
-def _go_on(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
+def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
     """The rounds that are not there yet; all of them in a new folder."""
     checkpoint, complaints = last_checkpoint(out)
     for complaint in complaints:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import Log
@@ -169,7 +169,7 @@ def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     """About what a run folder holds in the end, from above: rounds with their updates, base deltas and log; `final`; clients' memories."""
-    row = method_named(config.method)
+    row = get_method(config.method)
     taking_part = max(1, math.ceil(config.clients.fraction * clients - 1e-9))
     other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
     adapter = other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())

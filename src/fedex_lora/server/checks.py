@@ -2,7 +2,7 @@
 
 import math
 
-from fedex_lora.aggregation import ALIGNED, METHODS, Method, method_named
+from fedex_lora.aggregation import ALIGNED, METHODS, Method, get_method
 from fedex_lora.config import Config, Server, Truncation
 from fedex_lora.errors import ConfigError
 
@@ -14,7 +14,7 @@ def require_consistent(config: Config, clients: int) -> None:
         UsageError: unknown method or gauge.
         ConfigError: they do not.
     """
-    method = method_named(config.method)
+    method = get_method(config.method)
     _require_ranks(config, method, clients)
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")

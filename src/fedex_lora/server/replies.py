@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.frame import shown
@@ -187,7 +187,7 @@ def _judged(
     missed = earlier.get(reply.client)
     if missed is not None and reply.payload is not None:
         try:
-            update = decode_update(reply.payload, missed, method_named(missed.method).stays(missed.round), config.messages.max_examples)
+            update = decode_update(reply.payload, missed, get_method(missed.method).stays(missed.round), config.messages.max_examples)
             if reply.client in late:
                 return _Judged(missed.round, reason=TWICE, again=True)
             if config.clients.late == "next":
@@ -204,7 +204,7 @@ def _judged(
     if reply.payload is None:
         return _Judged(round, reason=f"it failed: {reply.error}")
     try:
-        return _Judged(round, decode_update(reply.payload, sent, method_named(sent.method).stays(sent.round), config.messages.max_examples))
+        return _Judged(round, decode_update(reply.payload, sent, get_method(sent.method).stays(sent.round), config.messages.max_examples))
     except WireError as error:
         return _Judged(round, reason=str(error), again=0 < sent.accepted == round_of(reply.payload, sent))
 

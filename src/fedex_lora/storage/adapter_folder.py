@@ -13,7 +13,7 @@ from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
-from fedex_lora.storage.safetensors_io import Entry, Table, meta, read_table, stamp
+from fedex_lora.storage.safetensors_io import Entry, Table, file_identity, meta, read_table
 from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
@@ -77,7 +77,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
 
 
 @dataclass(frozen=True, eq=False)
-class Description:
+class AdapterHeader:
     """A PEFT LoRA adapter in a file, its tensors unread.
 
     Attributes:
@@ -97,24 +97,24 @@ class Description:
         return self.entries[f"{module}.lora_{part}.weight"]
 
 
-def describe_adapter_folders(folders: Sequence[Path]) -> list[Description]:
+def describe_adapter_folders(folders: Sequence[Path]) -> list[AdapterHeader]:
     """What `read_adapter_folder` would read, from headers alone; folders that look alike share one table.
 
     Raises:
         StorageError, AdapterError: as `read_adapter_folder`.
     """
     tables: dict[bytes, Table] = {}
-    alike: dict[tuple[str, bytes], Description] = {}
+    alike: dict[tuple[str, bytes], AdapterHeader] = {}
     described = []
     for folder in folders:
         config = _read_config(folder)
         _require_weights(folder, config)
-        found = stamp(folder / WEIGHTS)
+        found = file_identity(folder / WEIGHTS)
         table = read_table(folder / WEIGHTS, tables)
         key = (json.dumps(config, sort_keys=True), table.raw)
         if key not in alike:
             parsed = _parsed(folder, config, {name: meta(entry) for name, entry in table.entries.items()})
-            alike[key] = Description(folder / WEIGHTS, parsed, named(table.entries))
+            alike[key] = AdapterHeader(folder / WEIGHTS, parsed, named(table.entries))
         described.append(replace(alike[key], path=folder / WEIGHTS, stamp=found))
     return described
 
@@ -238,7 +238,7 @@ def write_config(folder: Path, adapter: Adapter, like: Format) -> None:
     (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like.config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def stacked(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:
+def concat_adapter(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:
     """One stand-alone adapter, `s B A + D = [s B, U] [A; V]`: all of the update, with scaling one."""
     total: dict[str, LoRAPair] = {}
     for module, pair in adapter.items():

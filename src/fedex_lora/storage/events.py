@@ -15,12 +15,12 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
     """One JSON object as one line at the end of `events.jsonl`."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(plain_json({"event": event, "time": time.time(), **fields}) + "\n")
+            file.write(finite_json({"event": event, "time": time.time(), **fields}) + "\n")
     except OSError as error:
         raise cannot_write(path, error) from None
 
 
-def plain_json(value: Any) -> str:
+def finite_json(value: Any) -> str:
     """JSON as the standard has it: numbers that are not finite become null."""
     return json.dumps(_finite(value), allow_nan=False)
 
@@ -44,7 +44,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def followed_events(path: Path, every: float | None) -> Iterator[dict[str, Any] | None]:
+def tail_events(path: Path, every: float | None) -> Iterator[dict[str, Any] | None]:
     """The events of a run as they are written, until its last one; None each time that there is nothing new.
 
     Args:

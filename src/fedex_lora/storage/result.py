@@ -13,7 +13,7 @@ from torch import Tensor
 from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.measure import Held
-from fedex_lora.storage.adapter_folder import AdapterFolder, Format, read_adapter_folder, stacked, write_adapter_folder
+from fedex_lora.storage.adapter_folder import AdapterFolder, Format, concat_adapter, read_adapter_folder, write_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
 from fedex_lora.storage.motion import motion_tensors, read_motion
 from fedex_lora.storage.run_folder import run_rounds_of
@@ -120,7 +120,7 @@ def write_result(
         AggregationError: a result that is not finite. Nothing is left behind then.
     """
     _require_no_overflow({**_named(state.adapter, state.other), **delta_tensors(state.base_delta)})
-    whole = stacked(state.adapter, state.base_delta) if standalone else {}
+    whole = concat_adapter(state.adapter, state.base_delta) if standalone else {}
     _require_no_overflow(_named(whole, {}))
     with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
         if state.adapter:

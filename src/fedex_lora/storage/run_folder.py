@@ -48,7 +48,7 @@ def barely_begun(out: Path) -> bool:
     return out.is_dir() and all(path.name.startswith(TEMPORARY) for path in out.iterdir())
 
 
-def swept(out: Path) -> None:
+def remove_temporaries(out: Path) -> None:
     """A run folder without what a killed process left half-written: what has a temporary's name, where a run writes."""
     for folder in (out, out / ROUNDS, *(out / CLIENTS).glob("*")):
         for stray in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():

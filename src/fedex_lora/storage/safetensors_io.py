@@ -83,7 +83,7 @@ def _data_bytes(table: Table) -> int:
     return max((entry.stop for entry in table.entries.values()), default=8 + len(table.raw)) - 8 - len(table.raw)
 
 
-def stamp(path: Path) -> tuple[int, ...]:
+def file_identity(path: Path) -> tuple[int, ...]:
     """What changes when somebody writes to a file, or puts another in its place.
 
     Raises:

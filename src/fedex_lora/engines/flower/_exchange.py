@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedex_lora.engines.flower._messages import Packet, pack, unpack
+from fedex_lora.engines.flower._messages import Envelope, pack, unpack
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.frame import read_table
@@ -26,7 +26,7 @@ GONE = {
 }
 
 
-class Roster:
+class NodeDirectory:
     """Which node is which client: by the name that it was registered under; nodes without any name (in simulations) take the clients left.
 
     A node of another name has no part in the run; a name that two nodes have is nobody's, until one of them is unregistered.
@@ -41,7 +41,7 @@ class Roster:
         self._unnamed = dict[int, str]()
         self.doubled = set[str]()
 
-    def present(self) -> dict[str, "Seat"]:
+    def present(self) -> dict[str, "NodeRef"]:
         """Client -> its node, of those that are there."""
         nodes = {node.node_id: node for node in self._grid.get_nodes()}
         count = Counter(node.name for node in nodes.values())
@@ -56,11 +56,11 @@ class Roster:
                     continue
                 self._unnamed[node] = free[0]
             here[self._unnamed[node]] = node
-        return {client: Seat(node, nodes[node].last_activated_at) for client, node in here.items()}
+        return {client: NodeRef(node, nodes[node].last_activated_at) for client, node in here.items()}
 
 
 @dataclass(frozen=True)
-class Seat:
+class NodeRef:
     """A node that is there, and since when."""
 
     node: int
@@ -68,12 +68,12 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _PendingRequest:
     """A message that is out; nobody is asked `again` what an earlier call asked."""
 
     client: str
     round: int
-    seat: Seat
+    seat: NodeRef
     again: bool = True
 
 
@@ -88,8 +88,8 @@ class GridExchange:
 
     def __init__(self, grid: Grid, clients: Sequence[str], about: Mapping[str, str]) -> None:
         self._grid, self._about = grid, about
-        self._roster = Roster(grid, clients)
-        self._asked = dict[str, _Asked]()  # by the message's id
+        self._roster = NodeDirectory(grid, clients)
+        self._asked = dict[str, _PendingRequest]()  # by the message's id
         self._seen = set[str]()
 
     def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
@@ -128,17 +128,17 @@ class GridExchange:
                 )
                 yield Reply(client, None, f"{why} (waited {patience:g} seconds)")
 
-    def _send(self, client: str, seat: Seat, messages: Mapping[str, bytes]) -> int | None:
+    def _send(self, client: str, seat: NodeRef, messages: Mapping[str, bytes]) -> int | None:
         """The message's round, if Flower took it. Its bytes are held no longer than this takes."""
         payload = messages[client]
         round = _round_of(payload)
-        content = pack(Packet(payload, {**self._about, "client": client}))
+        content = pack(Envelope(payload, {**self._about, "client": client}))
         message = Message(content=content, dst_node_id=seat.node, message_type="train", group_id=str(round))
         taken = [identity for identity in self._grid.push_messages([message]) if identity]
-        self._asked |= {identity: _Asked(client, round, seat) for identity in taken}
+        self._asked |= {identity: _PendingRequest(client, round, seat) for identity in taken}
         return round if taken else None
 
-    def _send_again(self, here: Mapping[str, Seat], messages: Mapping[str, bytes]) -> None:
+    def _send_again(self, here: Mapping[str, NodeRef], messages: Mapping[str, bytes]) -> None:
         """A node that was started anew has lost what it was asked, and nobody would ever say so."""
         for identity, asked in list(self._asked.items()):
             seat = here.get(asked.client)

@@ -9,7 +9,7 @@ PAYLOAD, ABOUT = "fedex-lora", "about"
 
 
 @dataclass(frozen=True)
-class Packet:
+class Envelope:
     """What travels one way.
 
     Attributes:
@@ -21,15 +21,15 @@ class Packet:
     about: Mapping[str, str]
 
 
-def pack(packet: Packet) -> RecordDict:
+def pack(packet: Envelope) -> RecordDict:
     """A Flower record with our bytes."""
     array = Array(dtype="uint8", shape=(len(packet.payload),), stype=PAYLOAD, data=packet.payload)
     return RecordDict({PAYLOAD: ArrayRecord({PAYLOAD: array}), ABOUT: ConfigRecord(dict(packet.about))})
 
 
-def unpack(message: Message) -> Packet | None:
+def unpack(message: Message) -> Envelope | None:
     """What is in a Flower message; None if it is not ours."""
     arrays, about = message.content.array_records.get(PAYLOAD), message.content.config_records.get(ABOUT)
     if arrays is None or about is None or PAYLOAD not in arrays or not all(isinstance(value, str) for value in about.values()):
         return None
-    return Packet(arrays[PAYLOAD].data, {key: str(value) for key, value in about.items()})
+    return Envelope(arrays[PAYLOAD].data, {key: str(value) for key, value in about.items()})

@@ -13,14 +13,14 @@ import numpy as np
 from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.node import Parties
 from fedex_lora.client.state import MEMORY
-from fedex_lora.client.training import ClientData, quiet
+from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import failed, left, log_of
 from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.protocol.failures import Failure, failure_of
-from fedex_lora.runs.context import Place
+from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.server.replies import Emit
 from fedex_lora.storage.result import safe_name
@@ -38,7 +38,7 @@ class Node:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._made: tuple[object, Place, ClientData] | None = None
+        self._made: tuple[object, ModelContext, ClientData] | None = None
 
     def reply(self, request: Request) -> bytes | Failure:
         """The bytes of this party's update, or why there are none; whatever was raised, its text goes to this party's log only."""
@@ -84,12 +84,12 @@ class Node:
             _remember(parties, folder, mine / MEMORY)
             return parties.answer(request.client, request.payload)
 
-    def _ready(self, request: Request, settings: NodeSettings) -> tuple[Place, ClientData]:
+    def _ready(self, request: Request, settings: NodeSettings) -> tuple[ModelContext, ClientData]:
         """Model and rows: those of the last answer, if nothing else was asked for."""
         key = (request.config, request.client, settings)
         if self._made is None or self._made[0] != key:
             self._made = None  # two bases would not fit
-            quiet()
+            silence_libraries()
             given = parse_config(tomllib.loads(request.config))
             config, dealt = settings.applied(given), settings.deals(given)
             own_file = Path(settings.data) / str(config.task.train)
@@ -98,7 +98,7 @@ class Node:
                     f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
                 )
             task = load_task(config.task, config.seed)
-            place = Place(config, task)
+            place = ModelContext(config, task)
             log = log_of(request.node)
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
@@ -135,7 +135,7 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _rows(place: Place, client: str, dealt: bool, log: logging.Logger) -> ClientData:
+def _rows(place: ModelContext, client: str, dealt: bool, log: logging.Logger) -> ClientData:
     config, task = place.config, place.work.task
     if dealt:
         parts = partition(task, config.clients, config.seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 import tomli_w
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import UsageError
 from fedex_lora.storage.files import write_text
@@ -36,7 +36,7 @@ def write_app(folder: Path, config: Config, out: str, clients: list[str]) -> Non
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty: give another folder, or remove it")
-    if method_named(config.method).pooled:
+    if get_method(config.method).pooled:
         raise UsageError(f"method {config.method} pools all rows in one place, so it has no federation: run it by fedex-lora run")
     if len(set(clients)) < len(clients) or any('"' in client for client in clients):
         raise UsageError(f"clients {', '.join(clients)}: give each name once, without double quotes")

@@ -6,7 +6,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedex_lora.engines.flower._log import failed, log_of
-from fedex_lora.engines.flower._messages import Packet, pack, unpack
+from fedex_lora.engines.flower._messages import Envelope, pack, unpack
 from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
@@ -30,7 +30,7 @@ def client_app(config: Path) -> ClientApp:
         except BaseException as error:
             reply = failure_of(error)
             failed(log_of(context.node_config), error, reply, "this node")
-        packet = Packet(b"", reply.to_words()) if isinstance(reply, Failure) else Packet(reply, {})
+        packet = Envelope(b"", reply.to_words()) if isinstance(reply, Failure) else Envelope(reply, {})
         return Message(pack(packet), reply_to=message)
 
     return app

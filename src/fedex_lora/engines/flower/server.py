@@ -10,12 +10,12 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, read_config
 from fedex_lora.engines.flower._exchange import GridExchange
 from fedex_lora.engines.flower._settings import run_settings
 from fedex_lora.errors import ConfigError
-from fedex_lora.runs.context import Host, Place
+from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import ranks_of, run
 from fedex_lora.server.checks import require_consistent
@@ -60,12 +60,12 @@ class Deployment:
     """
 
     def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
-        if method_named(config.method).pooled:
+        if get_method(config.method).pooled:
             raise ConfigError(f"method {config.method} pools all rows in one place: run it in process, by fedex-lora run")
         task = load_task(config.task, config.seed)
         self._rows = dict.fromkeys(names, 0) or _dealt(config, task)
         require_consistent(config, len(self._rows))
-        self.host = Host(Place(config, task), ranks_of(config, self._rows))
+        self.host = GlobalModel(ModelContext(config, task), ranks_of(config, self._rows))
         self._grid, self._transport = grid, GridExchange(grid, list(self._rows), {})
 
     def initial(self) -> ServerState:
@@ -73,7 +73,7 @@ class Deployment:
         return self.host.initial()
 
     def facts(self) -> dict[str, Any]:
-        """See `Host.facts`; of clients with rows of their own, their number is not known."""
+        """See `GlobalModel.facts`; of clients with rows of their own, their number is not known."""
         return self.host.facts(self._rows)
 
     def federation(self) -> Federation:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.aggregation import method_named
-from fedex_lora.client.training import quiet
+from fedex_lora.aggregation import get_method
+from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.experiments.compare._hypotheses import answers
@@ -33,8 +33,8 @@ from fedex_lora.experiments.compare._tests import holm, paired, tost
 from fedex_lora.experiments.compare._tuning import Choice, chosen
 from fedex_lora.experiments.compare._variants import Variant, configured, controls, variants, with_settings
 from fedex_lora.runs.round_loop import versions
-from fedex_lora.runs.run import InProcess
-from fedex_lora.storage.events import plain_json, read_events
+from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.storage.events import finite_json, read_events
 from fedex_lora.storage.files import write_text
 from fedex_lora.storage.run_folder import locked
 
@@ -109,7 +109,7 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     sha256 = _claim(plan)
     with locked(out):
         result = _result(plan, *_ran(plan, jobs, tell), sha256)
-        write_text(out / RESULT, plain_json(result) + "\n")
+        write_text(out / RESULT, finite_json(result) + "\n")
         write_text(out / TABLE, markdown(result))
         try:
             draw(result, out / PICTURE)
@@ -167,7 +167,7 @@ def _result(
 
 def _described(plan: Plan, variant: Variant, choice: Choice) -> dict[str, Any]:
     """What a row says beside its numbers."""
-    method = method_named(variant.method)
+    method = get_method(variant.method)
     return {
         "method": variant.method,
         "rank_times": variant.times,
@@ -197,7 +197,7 @@ def _admitted(plan: Plan, with_controls: bool, tell: Told) -> Plan:
     Raises:
         FedexLoraError: what is wrong with a variant that was asked for.
     """
-    quiet()
+    silence_libraries()
     tried: set[str] = set()
     for variant in plan.variants:
         _try_out(plan, variant, tried)
@@ -219,7 +219,7 @@ def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
         job = plan.job(variant, point, plan.tuning_seeds[0])
         kind = write_config(job.config.model_copy(update={"training": {}}))
         if kind not in tried and not done(job):
-            InProcess(job.config, lambda event, **fields: None)
+            LocalSimulation(job.config, lambda event, **fields: None)
         tried.add(kind)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import tomli_w
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import UsageError
 from fedex_lora.experiments.compare._protocol import Hypothesis, Protocol, flat
@@ -114,7 +114,7 @@ class Plan:
     @property
     def personal(self) -> list[str]:
         """The variants without a global model, which are measured on other rows."""
-        return [variant.name for variant in self.variants if method_named(variant.method).exactness == "personalised"]
+        return [variant.name for variant in self.variants if get_method(variant.method).exactness == "personalised"]
 
 
 def planned(config: Config, protocol: Protocol, out: Path) -> Plan:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.client.training import quiet
+from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.experiments.compare._statistics import Curve, curve
@@ -127,7 +127,7 @@ def _without_gaps(events: Sequence[Mapping[str, Any]], rounds: int | None = None
 
 def _perform(job: Job) -> Outcome:
     """Run a job, from where it was left."""
-    quiet()
+    silence_libraries()
     if job.folder.exists() and not _goes_on(job):
         remove(job.folder)
     try:

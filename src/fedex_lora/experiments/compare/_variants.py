@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedex_lora.aggregation import method_named
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.experiments.compare._protocol import flat
@@ -36,7 +36,7 @@ class Variant:
         match = re.fullmatch(r"([1-9]\d?)r", factor)
         if at and not match:
             raise UsageError(f"{text!r}: write METHOD, METHOD+GAUGE, or METHOD@2r for twice the rank")
-        method_named(method)
+        get_method(method)
         return cls(name or text.strip(), method, int(match[1]) if match else 1, overrides or {})
 
 
@@ -69,7 +69,7 @@ def controls(chosen: Sequence[Variant]) -> list[Variant]:
     `ffa` trains half of the numbers, so it also runs at twice the rank.
     """
     there = [(variant.method, variant.times) for variant in chosen]
-    wanted = [CONTROL] if any(method_named(variant.method).lora for variant in chosen) else []
+    wanted = [CONTROL] if any(get_method(variant.method).lora for variant in chosen) else []
     wanted += [TWICE] if ("ffa", 1) in there else []
     return [one for name in wanted if ((one := Variant.parse(name)).method, one.times) not in there]
 
@@ -83,7 +83,7 @@ def configured(config: Config, variant: Variant, settings: Settings, seed: int) 
         ConfigError: a key that there is not, a value that cannot be, a seed out of range.
     """
     tree, times = config.model_dump(mode="json", exclude_none=True), variant.times
-    if method_named(variant.method).rest != "truncate":
+    if get_method(variant.method).rest != "truncate":
         tree["truncation"] = {}
     for key, value in {**settings, **variant.overrides}.items():
         _put(tree, key, value)

@@ -11,11 +11,11 @@ from fedex_lora.experiments.reproduce._deviations import by_layer, by_round, pic
 from fedex_lora.experiments.reproduce._filled import Filled, score
 from fedex_lora.experiments.reproduce._grids import Grid
 from fedex_lora.experiments.reproduce._recipe import Cell, CellPlace, Only, Recipe, Scale, cells, read_recipe, targets
-from fedex_lora.experiments.reproduce._records import Place, find_record, make_record
+from fedex_lora.experiments.reproduce._records import ModelContext, find_record, make_record
 from fedex_lora.experiments.reproduce._scores import scores
 from fedex_lora.experiments.reproduce._tiny import write_tiny_data
 from fedex_lora.experiments.reproduce._traffic import traffic
-from fedex_lora.storage.events import plain_json
+from fedex_lora.storage.events import finite_json
 from fedex_lora.storage.files import write_text
 
 __all__ = ["Grid", "Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
@@ -69,7 +69,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
         if folder is not None:
             write_tiny_data(Path(folder))
-        records = _records(wanted, asked, Place(out, Path(folder) if folder else data, model), recipe.scaled(scale), tell)
+        records = _records(wanted, asked, ModelContext(out, Path(folder) if folder else data, model), recipe.scaled(scale), tell)
     filled = Filled.of(recipe, scale, records)
     numbers, grids = LAYOUTS[recipe.layout](filled)
     result = {
@@ -88,7 +88,7 @@ def reproduce(
     text = about(result) + "\n\n" + "\n".join(grid.markdown() for grid in grids)
     write_text(out / scale / f"{recipe.target}.md", text)
     write_text(out / scale / f"{recipe.target}.tex", "\n".join(grid.latex() for grid in grids))
-    write_text(out / scale / f"{recipe.target}.json", plain_json(result) + "\n")
+    write_text(out / scale / f"{recipe.target}.json", finite_json(result) + "\n")
     return result, grids
 
 
@@ -104,7 +104,9 @@ def about(result: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _records(wanted: Sequence[Cell], asked: Sequence[Cell], place: Place, scale: Scale, tell: Told) -> dict[CellPlace, dict[str, Any]]:
+def _records(
+    wanted: Sequence[Cell], asked: Sequence[Cell], place: ModelContext, scale: Scale, tell: Told
+) -> dict[CellPlace, dict[str, Any]]:
     """The record of every cell that has one; cells may share a run. What is asked for and missing is run first."""
     known = {cell.key: record for cell in wanted if (record := find_record(place.out, cell)) is not None}
     missing: dict[str, Cell] = {}

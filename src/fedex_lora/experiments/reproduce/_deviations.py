@@ -13,7 +13,7 @@ from fedex_lora.experiments.reproduce._grids import NOT_RUN, Grid
 from fedex_lora.experiments.reproduce._recipe import UNKNOWN, Column
 from fedex_lora.experiments.reproduce._scores import mean_and_deviation
 from fedex_lora.report import Group, draw, observed
-from fedex_lora.report.analysis import Run, across_rounds, located, module_frame
+from fedex_lora.report.analysis import Run, across_rounds, module_frame, parse_module_paths
 
 Measure = Literal["relative", "scaled"]
 MEASURES: dict[Measure, tuple[float, str]] = {
@@ -128,5 +128,8 @@ def layers(frame: pd.DataFrame, measure: Measure) -> dict[str, dict[int, float]]
 def rounds(frame: pd.DataFrame, measure: Measure) -> dict[str, dict[int, float]]:
     """The first layer's query (or what it has for one), and the mean over all adapted modules -> round -> deviation."""
     found = across_rounds(frame, measure)
-    names = {"first": f"{located(frame['module'].unique())[found.attrs['first']][1]} of the first layer", "mean": "mean over all modules"}
+    names = {
+        "first": f"{parse_module_paths(frame['module'].unique())[found.attrs['first']][1]} of the first layer",
+        "mean": "mean over all modules",
+    }
     return {name: dict(zip(found["round"], found[column], strict=True)) for column, name in names.items()}

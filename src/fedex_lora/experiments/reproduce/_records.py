@@ -17,7 +17,7 @@ from fedex_lora.evaluation import Options, evaluate_source
 from fedex_lora.exactness import measure
 from fedex_lora.experiments.reproduce._recipe import Cell, identity
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import plain_json, read_events
+from fedex_lora.storage.events import finite_json, read_events
 from fedex_lora.storage.files import write_text
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import remove, run_rounds_of, strays
@@ -42,7 +42,7 @@ ROUND = ("round", "metrics", "exactness_error", "realised_error", "floor", "devi
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelContext:
     """Where things are on this machine.
 
     Attributes:
@@ -147,7 +147,7 @@ def _is_record(found: Any, config: Config) -> bool:
     )
 
 
-def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def make_record(place: ModelContext, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Run a cell, or go on with it, and write its record. Training that fails is a result too.
 
     Args:
@@ -174,7 +174,7 @@ def make_record(place: Place, cell: Cell, tests: Sequence[str] = (), generation:
         options = Options(base=config.base.source, batch_size=config.training.get("per_device_eval_batch_size", 8), generation=generation)
         written = {test: _short(evaluate_source(str(folder), settings, options, cell.seed)) for test, settings in asked.items()}
         record = {"config": identity(cell.config), **recorded(read_events(folder / "events.jsonl"), folder), "tests": written}
-    write_text(place.out / RUNS / f"{cell.name}.json", plain_json(record) + "\n")
+    write_text(place.out / RUNS / f"{cell.name}.json", finite_json(record) + "\n")
     if folder.is_dir() and not strays(folder):
         remove(folder)
     folder.with_name(f"{folder.name}.rows").unlink(missing_ok=True)

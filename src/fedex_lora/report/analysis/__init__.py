@@ -8,7 +8,7 @@ Example:
 """
 
 from fedex_lora.report.analysis._frames import clients, communication, messages, participation, refusals, rounds, sent
-from fedex_lora.report.analysis._modules import across_rounds, located, module_frame, modules, spectrum
+from fedex_lora.report.analysis._modules import across_rounds, module_frame, modules, parse_module_paths, spectrum
 from fedex_lora.report.analysis._observations import observations
 from fedex_lora.report.analysis._runs import Run, find_runs, labels, read_run
 
@@ -19,11 +19,11 @@ __all__ = [
     "communication",
     "find_runs",
     "labels",
-    "located",
     "messages",
     "module_frame",
     "modules",
     "observations",
+    "parse_module_paths",
     "participation",
     "read_run",
     "refusals",

@@ -139,7 +139,7 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
         `relative` (of the messages), `relative_with_base` (with the one-time download of the base, which is how the paper
         seems to count).
     """
-    return relative(pd.DataFrame([{"run": name, **travelled(events)} for name, events in runs.items()]), reference)
+    return relative(pd.DataFrame([{"run": name, **traffic(events)} for name, events in runs.items()]), reference)
 
 
 def sent(events: Events) -> tuple[int, int]:
@@ -148,7 +148,7 @@ def sent(events: Events) -> tuple[int, int]:
     return sum(event["bytes_down"] for event in counted), sum(event["bytes_up"] for event in counted)
 
 
-def travelled(events: Events) -> dict[str, Any]:
+def traffic(events: Events) -> dict[str, Any]:
     """A run's row of `communication`, in absolute numbers."""
     started, (down, up) = _of(events, "started")[0], sent(events)
     return {

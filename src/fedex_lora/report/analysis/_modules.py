@@ -20,17 +20,17 @@ DELTA, UPDATES = "base_delta.safetensors", "updates"
 COLUMNS = ["round", "module", "layer", "projection", "deviation", "ideal", "relative", "scaled", "effective_rank"]
 
 
-def located(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
+def parse_module_paths(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Module path -> (layer, projection): its number in the stack (-1 outside of one), and the shortest name that tells it apart.
 
     Nested stacks (stages of blocks) are counted through. Where two stacks have modules of the same names (an encoder and a decoder), the
     projection begins with the stack's.
 
     Example:
-        >>> found = located(["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.out.dense", "bert.layer.1.mlp.dense", "head"])
+        >>> found = parse_module_paths(["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.mlp.dense", "head"])
         >>> list(found.values())
         [(0, 'query'), (1, 'query'), (1, 'out.dense'), (1, 'mlp.dense'), (-1, 'head')]
-        >>> list(located(["model.encoder.layers.0.q_proj", "model.decoder.layers.0.q_proj"]).values())
+        >>> list(parse_module_paths(["model.encoder.layers.0.q_proj", "model.decoder.layers.0.q_proj"]).values())
         [(0, 'encoder.q_proj'), (0, 'decoder.q_proj')]
     """
     places: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
@@ -85,7 +85,7 @@ def module_frame(rounds: Mapping[int, Mapping[str, Sequence[Any]] | None]) -> pd
     measured = ["deviation", "ideal", "scaled", "effective_rank"]
     frame = pd.concat(parts, ignore_index=True).reindex(columns=["round", "module", *measured])
     frame[measured] = frame[measured].astype(float).replace([np.inf, -np.inf], np.nan)
-    places = located(frame["module"].unique())
+    places = parse_module_paths(frame["module"].unique())
     return frame.assign(
         layer=frame["module"].map({name: layer for name, (layer, _) in places.items()}),
         projection=frame["module"].map({name: projection for name, (_, projection) in places.items()}),
@@ -162,7 +162,7 @@ def spectrum(folder: Path, of: Literal["residual", "base delta"] = "residual", l
         folder = found[0]
     rows = []
     deltas = _residuals(folder) if of == "residual" else load_delta(folder / DELTA)
-    places = located(deltas)
+    places = parse_module_paths(deltas)
     for module in _spread(places, limit):
         delta = deltas[module]
         small = algebra.image(delta)

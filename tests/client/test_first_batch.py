@@ -1,0 +1,92 @@
+"""What does not fit together is one line before a run folder is written, and the same command with the mistake mended works."""
+
+import json
+
+import pytest
+from tests.runs.test_run import ignore
+from tests.tasks.test_rows import bytewise
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedex_lora.client.training import evaluate
+from fedex_lora.config import parse_config
+from fedex_lora.errors import ConfigError, FedexLoraError, ModelError
+from fedex_lora.runs.run import LocalSimulation, run
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    made = [{"prompt": f"say {number}", "completion": " word" * (number % 5 + 1)} for number in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return folder
+
+
+def base(folder, tokenizer, vocabulary=259):
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, pad_token_id=None, **SHAPE)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def setting(model, rows, training=None, **task):
+    settings = {"name": "custom", "kind": "causal-lm", "data": str(rows), "train": "rows.jsonl", "eval": "rows.jsonl", **task}
+    tree = {"rounds": 1, "torch_threads": 1, "base": {"model": model}, "task": settings, "clients": {"count": 2, "holdout": 0.0}}
+    training = {"per_device_train_batch_size": 4, **(training or {})}
+    return parse_config(tree | {"lora": {"r": 2, "target_modules": ["q_proj"]}, "training": training})
+
+
+def larger():
+    tokenizer = bytewise()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+def endless():
+    tokenizer = bytewise()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "task", "training", "message"),
+    [
+        (larger, {}, {}, "tokenizer gives token 259 and the model has embeddings for 259"),
+        (
+            bytewise,
+            {"max_length": 100, "prompt": "{prompt}" * 12},
+            {},
+            "rows have up to [0-9]+ tokens .* has 64 positions: set task.max_length = 64",
+        ),
+        (endless, {}, {}, "no token to pad with and no end token"),
+        (bytewise, {}, {"per_device_train_batch_size": 16, "dataloader_drop_last": True}, "has 12 rows, and training.dataloader_drop_last"),
+    ],
+    ids=["larger tokenizer", "too few positions", "no pad, no end", "fewer rows than a batch"],
+)
+def test_one_line_before_anything_is_written(tokenizer, task, training, message, rows, tmp_path):
+    config = setting(base(tmp_path / "base", tokenizer()), rows, training, **task)
+    with pytest.raises((ConfigError, ModelError), match=message) as caught:
+        run(config, tmp_path / "run", ignore)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    mended = setting(base(tmp_path / "mended", bytewise()), rows)
+    run(mended, tmp_path / "run", ignore)
+
+
+def test_weights_that_give_no_number_are_found(rows, tmp_path):
+    folder = base(tmp_path / "base", bytewise())
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[5] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(FedexLoraError, match="the loss of the untrained model is nan"):
+        run(setting(folder, rows), tmp_path / "run", ignore)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_loss_of_texts_does_not_depend_on_the_batches(rows, tmp_path):
+    folder = base(tmp_path / "base", bytewise())
+    losses = []
+    for size in (1, 5, 24):
+        host = LocalSimulation(setting(folder, rows, {"per_device_eval_batch_size": size}), ignore).host
+        losses.append(evaluate(host.place.model, host.eval, host.place.work)["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)

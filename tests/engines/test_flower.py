@@ -1,0 +1,491 @@
+"""Flower without a deployment: settings, the app folder, keys, the transport over nodes that come and go, a party and its worker."""
+
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import threading
+import zipfile
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+flwr = pytest.importorskip("flwr", reason="the extra flower is not installed")
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey  # noqa: E402
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key  # noqa: E402
+from flwr.app import Message, RecordDict  # noqa: E402
+from flwr.app.error import Error  # noqa: E402
+from flwr.cli.build import build_fab_from_disk  # noqa: E402
+from flwr.common.constant import ErrorCode  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from safetensors.torch import save  # noqa: E402
+
+from fedex_lora.cli import app  # noqa: E402
+from fedex_lora.cli.doctor import examine  # noqa: E402
+from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
+from fedex_lora.engines.flower import _exchange  # noqa: E402
+from fedex_lora.engines.flower._exchange import GridExchange, NodeDirectory  # noqa: E402
+from fedex_lora.engines.flower._keys import make_certificates, make_node_key  # noqa: E402
+from fedex_lora.engines.flower._messages import Envelope, pack, unpack  # noqa: E402
+from fedex_lora.engines.flower._node import Node  # noqa: E402
+from fedex_lora.engines.flower._request import Request  # noqa: E402
+from fedex_lora.engines.flower._settings import node_settings, run_settings  # noqa: E402
+from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
+from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
+from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
+from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
+from fedex_lora.protocol.failures import Failure  # noqa: E402
+from fedex_lora.runs.round_loop import log_to, run_rounds  # noqa: E402
+from fedex_lora.runs.run import LocalSimulation, run  # noqa: E402
+from fedex_lora.server.replies import Reply  # noqa: E402
+from fedex_lora.storage.events import read_events  # noqa: E402
+from fedex_lora.tasks import load_task  # noqa: E402
+
+
+def ignore(event, **fields):
+    pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def inside_a_task():
+    """Flower's messages may only be made by a process that works on a task of it."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def test_settings_of_a_node():
+    assert node_settings({"client": "a", "data": "/srv", "max-rows": 5, "max-megabytes": 7}).max_megabytes == 7.0
+    assert node_settings({"partition-id": 0, "num-partitions": 3}).rows == "dealt"
+    for wrong, words in (({"clinet": "a"}, "did you mean client"), ({"threads": "2"}, "of kind int"), ({"rows": "all"}, "own")):
+        with pytest.raises(ConfigError, match=words):
+            node_settings(wrong)
+    assert run_settings({"out": "x", "clients": "b, a"}).names == ["a", "b"]
+
+
+def custom(tmp_path):
+    rows = "text,label\n" + "".join(f"row {n},{'yes' if n % 2 else 'no'}\n" for n in range(20))
+    (tmp_path / "rows.csv").write_text(rows)
+    task = {"name": "custom", "train": str(tmp_path / "rows.csv"), "eval": str(tmp_path / "rows.csv"), "labels": ["no", "yes"]}
+    return parse_config({"base": {"model": "somewhere", "trust_remote_code": True}, "task": task})
+
+
+def test_paths_and_code_are_the_party_s_own(tmp_path):
+    config = custom(tmp_path)
+    with pytest.raises(ConfigError, match="where its rows are"):
+        node_settings({"client": "a"}).applied(config)
+    mine = node_settings({"client": "a", "data": "/srv/a", "train": "mine.csv", "model": "/models/m", "threads": 2}).applied(config)
+    with pytest.raises(ConfigError, match="another head"):
+        node_settings({"data": "/srv/a"}).applied(config.model_copy(update={"task": config.task.model_copy(update={"labels": None})}))
+    (tmp_path / "mine.csv").write_text("text,label\nonly one class,no\n")
+    assert load_task(node_settings({"data": str(tmp_path), "train": "mine.csv"}).applied(config).task, 0).model_config["num_labels"] == 2
+    assert (str(mine.task.data), mine.task.train, mine.task.eval) == ("/srv/a", "mine.csv", "mine.csv")
+    assert (mine.base.model, mine.base.trust_remote_code, mine.torch_threads) == ("/models/m", False, 2)
+    assert node_settings({"data": "/srv/a", "trust-remote-code": True}).applied(config).base.trust_remote_code
+    assert node_settings({"data": "/srv/a"}).applied(config).task.train == "rows.csv"  # never the server's path
+
+
+def test_the_app_folder_is_one_that_flower_bundles(tmp_path):
+    done = CliRunner().invoke(
+        app, ["flower", "init", str(tmp_path / "My App"), "--config", "examples/quickstart.toml", "--clients", "b,a", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["clients"] == ["b", "a"]
+    bundle = zipfile.ZipFile(BytesIO(build_fab_from_disk(tmp_path / "My App")))
+    assert {"federation/server_app.py", "federation/client_app.py", "federation/config.toml"} <= set(bundle.namelist())
+    (tmp_path / "config.toml").write_bytes(bundle.read("federation/config.toml"))
+    assert read_config(tmp_path / "config.toml").method == "fedex"
+    again = CliRunner().invoke(app, ["flower", "init", str(tmp_path / "My App"), "--config", "examples/quickstart.toml"])
+    assert again.exit_code == 2
+    assert "is not empty" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_paths_in_the_app_folder_do_not_depend_on_where_it_is_started(tmp_path, monkeypatch):
+    config = custom(tmp_path)
+    (tmp_path / "c.toml").write_text(
+        write_config(config.model_copy(update={"task": config.task.model_copy(update={"train": "rows.csv", "eval": "rows.csv"})}))
+    )
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["flower", "init", "app", "--config", "c.toml"]).exit_code == 0
+    assert read_config(tmp_path / "app" / "federation" / "config.toml").task.train == str(tmp_path / "rows.csv")
+
+
+def test_classes_that_every_node_would_ask_for_are_asked_for_at_once(tmp_path):
+    config = custom(tmp_path)
+    without = config.model_copy(update={"task": config.task.model_copy(update={"labels": None})})
+    with pytest.raises(UsageError, match=r"task\.labels is not set"):
+        write_app(tmp_path / "app", without, "out", ["a", "b"])
+    assert not (tmp_path / "app").exists()
+    write_app(
+        tmp_path / "scores", without.model_copy(update={"task": without.task.model_copy(update={"kind": "regression"})}), "out", ["a"]
+    )
+
+
+def test_certificates_and_keys_are_good_and_private(tmp_path):
+    make_certificates(tmp_path, ["localhost", "127.0.0.1"])
+    make_node_key(tmp_path / "node")
+    for name in ("ca.key", "server.key", "node"):
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=tmp_path / "ca.crt")
+    server.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    assert handshake(server, client, "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(server, client, "elsewhere.org")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(server, ssl.create_default_context(), "localhost")
+    assert isinstance(load_ssh_public_key((tmp_path / "node.pub").read_bytes()), EllipticCurvePublicKey)
+    done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path), "--node", "node"])
+    assert done.exit_code == 2
+    assert "not overwritten" in done.stderr
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words, told in (
+        (["--node", "ca.crt"], "none of ca.crt"),
+        (["--node", "../evil"], "without slashes"),
+        (["--node", "x", "--node", "x"], "once"),
+        (["--node", "node.pub"], "not overwritten"),
+        (["--hosts", "é b..org"], "not overwritten"),
+    ):
+        done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path), *words])
+        assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path / "new"), "--hosts", "a..b"])
+    assert "no name of a host" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def handshake(server, client, name):
+    """TLS in memory, no socket."""
+    pipes = [ssl.MemoryBIO() for _ in range(4)]
+    left = client.wrap_bio(pipes[0], pipes[1], server_hostname=name)
+    right = server.wrap_bio(pipes[2], pipes[3], server_side=True)
+    done = {"left": False, "right": False}
+    for _ in range(10):
+        for side, one in (("left", left), ("right", right)):
+            try:
+                one.do_handshake()
+                done[side] = True
+            except ssl.SSLWantReadError:
+                pass
+            pipes[2].write(pipes[1].read())
+            pipes[0].write(pipes[3].read())
+    return all(done.values())
+
+
+class Nodes:
+    """A Grid whose nodes answer when the test says so."""
+
+    def __init__(self, *nodes):
+        self.nodes = {number: SimpleNamespace(node_id=number, name=name, last_activated_at="1") for number, name in enumerate(nodes, 10)}
+        self.out, self.back, self.sent = {}, {}, []
+
+    def get_nodes(self):
+        return list(self.nodes.values())
+
+    def push_messages(self, messages):
+        for message in messages:
+            identity = f"message {len(self.sent)}"
+            self.out[identity] = message
+            self.sent.append(message)
+            yield identity
+
+    def pull_messages(self, identities):
+        return [self.back.pop(identity) for identity in identities if identity in self.back]
+
+    def answer(self, number, content=b"answer"):
+        identity = f"message {number}"
+        message = self.out[identity]
+        message.metadata.__dict__["_message_id"] = identity
+        self.back[identity] = Message(pack(Envelope(content, {})) if isinstance(content, bytes) else content, reply_to=message)
+
+
+def told(replies):
+    return [None if reply is None else (reply.client, reply.payload, reply.error) for reply in replies]
+
+
+def test_who_sits_where():
+    nodes = Nodes("b", "", "")
+    roster = NodeDirectory(nodes, ["a", "b", "c"])
+    assert {client: seat.node for client, seat in roster.present().items()} == {"b": 10, "a": 11, "c": 12}
+    gone = nodes.nodes.pop(11)
+    assert {client: seat.node for client, seat in roster.present().items()} == {"b": 10, "c": 12}
+    nodes.nodes[13] = SimpleNamespace(node_id=13, name="", last_activated_at="1")  # a node without a key has a new id when it returns
+    assert {client: seat.node for client, seat in roster.present().items()} == {"b": 10, "c": 12, "a": 13}
+    nodes.nodes[11] = gone
+    assert {client: seat.node for client, seat in roster.present().items()} == {"b": 10, "c": 12, "a": 13}
+
+
+def test_an_absent_node_is_waited_for_and_a_dead_one_is_named():
+    nodes = Nodes("a")
+    replies = GridExchange(nodes, ["a", "b"], {"run": "r"})({"a": b"to a", "b": b"to b"}, None)
+    assert next(replies) is None
+    assert unpack(nodes.sent[0]) == Envelope(b"to a", {"run": "r", "client": "a"})
+    nodes.nodes[20] = SimpleNamespace(node_id=20, name="b", last_activated_at="1")
+    nodes.answer(0)
+    assert told([next(replies)]) == [("a", b"answer", "")]
+    assert next(replies) is None
+    nodes.answer(1, Error(ErrorCode.NODE_UNAVAILABLE, "node 1 is gone"))
+    assert told(replies) == [("b", None, "its node went away before it answered")]
+
+
+def test_a_node_started_anew_is_asked_again_at_once():
+    nodes = Nodes("a")
+    replies = GridExchange(nodes, ["a"], {})({"a": b"to a"}, None)
+    assert next(replies) is None
+    nodes.nodes[10].last_activated_at = "2"
+    assert next(replies) is None
+    assert [unpack(message).payload for message in nodes.sent] == [b"to a", b"to a"]
+    nodes.answer(1)
+    assert told(replies) == [("a", b"answer", "")]
+
+
+def of_round(number):
+    """A message that says which round it is of."""
+    return save({"A": torch.zeros(1)}, metadata={"header": json.dumps({"round": number})})
+
+
+def test_a_node_of_another_name_takes_nobody_s_place_and_a_name_that_two_have_is_nobody_s():
+    nodes = Nodes("bone", "bone", "radiology", "chest")
+    roster = NodeDirectory(nodes, ["bone", "chest", "skin"])
+    assert {client: seat.node for client, seat in roster.present().items()} == {"chest": 13}
+    assert roster.doubled == {"bone"}
+    del nodes.nodes[11]
+    assert {client: seat.node for client, seat in roster.present().items()} == {"bone": 10, "chest": 13}
+
+
+def test_who_is_not_there_for_long_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(_exchange, "JOIN", 0.2)
+    nodes = Nodes("a", "c", "c")
+    exchange = GridExchange(nodes, ["a", "b", "c"], {})
+    replies = exchange({"a": of_round(1), "b": of_round(1), "c": of_round(1)}, None)
+    assert next(replies) is None
+    nodes.answer(0)
+    words = [(reply.client, reply.error) for reply in replies if reply]
+    assert words[0] == ("a", "")
+    assert dict(words[1:]) == {
+        "b": "its node is not there (waited 0.2 seconds)",
+        "c": "two nodes are registered under its name: unregister one (waited 0.2 seconds)",
+    }
+
+
+def test_a_late_answer_of_an_earlier_round_does_not_end_the_wait_for_this_one_s():
+    nodes = Nodes("a", "b")
+    exchange = GridExchange(nodes, ["a", "b"], {})
+    assert [reply for reply in exchange({"a": of_round(1), "b": of_round(1)}, 0.01) if reply] == []
+    replies = exchange({"a": of_round(2), "b": of_round(2)}, None)
+    assert next(replies) is None
+    nodes.answer(1, b"late")
+    nodes.answer(2)
+    assert [(reply.client, reply.round) for reply in (next(replies), next(replies))] == [("b", 1), ("a", 2)]
+    assert next(replies) is None  # b's answer of this round is still waited for
+    nodes.answer(3)
+    assert [(reply.client, reply.round) for reply in replies if reply] == [("b", 2)]
+    nodes.nodes[11].last_activated_at = "2"
+    again = exchange({"a": of_round(3), "b": of_round(3)}, 0.01)
+    assert [reply for reply in again if reply] == []
+    assert len(nodes.sent) == 6  # what was asked in round 1 is not asked again
+
+
+def test_a_message_that_is_not_taken_is_sent_again():
+    nodes = Nodes("a")
+    push, tries = nodes.push_messages, []
+
+    def refuse_once(messages):
+        tries.append(1)
+        return [""] if len(tries) == 1 else push(messages)
+
+    nodes.push_messages = refuse_once
+    replies = GridExchange(nodes, ["a"], {})({"a": b"1"}, None)
+    assert next(replies) is None
+    assert next(replies) is None
+    nodes.answer(0)
+    assert told(replies) == [("a", b"answer", "")]
+
+
+def test_what_comes_after_the_deadline_is_handed_out_later():
+    nodes = Nodes("a", "b")
+    exchange = GridExchange(nodes, ["a", "b"], {})
+    assert told(exchange({"a": b"1", "b": b"1"}, 0.01)) == [None]
+    nodes.answer(0, b"late")
+    second = exchange({"b": b"2"}, None)
+    assert told([next(second)]) == [("a", b"late", "")]
+    nodes.answer(2)
+    assert [reply for reply in told(second) if reply] == [("b", b"answer", "")]
+
+
+def test_answers_that_are_not_ours():
+    nodes = Nodes("a", "b")
+    replies = GridExchange(nodes, ["a", "b"], {})({"a": b"1", "b": b"1"}, None)
+    assert next(replies) is None
+    nodes.answer(0, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "<class 'ZeroDivisionError'>"))
+    nodes.answer(1, RecordDict())
+    errors = [error for _, _, error in told(replies)]
+    assert errors[0] == "its app failed outside of fedex-lora: see that node's own log"  # what it raised may quote its rows
+    assert "not of this protocol" in errors[1]
+
+
+def small(**changes):
+    tree = short_demo().model_dump(mode="json", exclude_none=True) | {"rounds": 2}
+    tree["task"] |= {"train_rows": 30, "eval_rows": 9}
+    tree["lora"] |= {"r": 2, "target_modules": ["q_proj"]}
+    for table, values in changes.items():
+        tree[table] = {**tree[table], **values} if isinstance(values, dict) else values
+    return parse_config(tree)
+
+
+def alone(config, folder, answer):
+    """A federation in which every client is a party of its own with its own folder, and answers by `answer(request)`."""
+    place = LocalSimulation(config, ignore)
+
+    def exchange(messages, deadline):
+        for client, payload in messages.items():
+            node = {"client": client, "state": str(folder / "state"), "rows": "dealt"}
+            request = Request(payload, client, "this-run", place.host.place.base.fingerprint(), write_config(config), node)
+            reply = answer(request)
+            yield Reply(client, None, str(reply)) if isinstance(reply, Failure) else Reply(client, reply)
+
+    there = replace(place.federation(), exchange=exchange)
+    folder.mkdir(exist_ok=True)
+    run_rounds(config, place.initial(), there, folder / "run", log_to(folder / "events.jsonl"))
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] == "refused"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"local": {"optimizer_state": "keep"}}, {"method": "fedsa"}, {"clients": {"holdout": 0.0}}],
+    ids=["fedex", "moments kept", "fedsa", "no held-out rows"],
+)
+def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes, tmp_path):
+    """Every message is answered by a new `Node`, as by a new process: what it knows comes from its folder."""
+    config = small(rounds=3, **changes)
+    assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(Request.from_bytes(request.to_bytes()))) == []
+    run(config, tmp_path / "together", ignore)
+    assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+
+
+def test_a_lost_or_broken_memory_is_asked_for_anew(tmp_path):
+    config, seen = small(rounds=4, clients={"below_quorum": "wait"}), []
+
+    def answer(request):
+        path = Path(request.node["state"]) / "this-run" / "skin" / "memory.safetensors"
+        if request.client == "skin":
+            seen.append(request)
+            if len(seen) == 3:
+                path.unlink()
+            if len(seen) == 5:
+                whole = path.read_bytes()
+                path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        return Node(ignore).reply(request)
+
+    refused = alone(config, tmp_path / "alone", answer)
+    assert [event["round"] for event in refused] == [3, 4]
+    run(small(rounds=4), tmp_path / "together", ignore)
+    assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+
+
+def test_a_worker_takes_no_file_s_place(tmp_path):
+    (tmp_path / "rows.csv").write_text("precious")
+    with pytest.raises(UsageError, match="no socket"):
+        serve(tmp_path / "rows.csv", ignore)
+    assert (tmp_path / "rows.csv").read_text() == "precious"
+
+
+def test_a_worker_answers_as_the_party_itself_would(tmp_path):
+    config, socket = small(), tmp_path / "w.sock"
+    lines, ready = [], threading.Event()
+
+    def tell(line):
+        lines.append(line)
+        ready.set()
+
+    threading.Thread(target=serve, args=(socket, tell), daemon=True).start()
+    assert ready.wait(10)
+    assert socket.stat().st_mode & 0o077 == 0
+    node = {"worker": str(socket)}
+    assert alone(config, tmp_path / "alone", lambda request: ask(Request(**{**vars(request), "node": {**request.node, **node}}))) == []
+    run(config, tmp_path / "together", ignore)
+    assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+    request = Request(b"garbage", "bone", "x", "", write_config(config), {**node, "rows": "dealt", "state": str(tmp_path / "s")})
+    assert ask(request) == Failure("message")
+    assert "too short" in (tmp_path / "s" / "party.log").read_text()
+    with pytest.raises(UsageError, match="does not answer"):
+        ask(Request(**{**vars(request), "node": {"worker": str(tmp_path / "nobody.sock")}}))
+
+
+def test_a_message_for_somebody_else_from_another_base_or_too_large_is_refused(tmp_path):
+    config = small()
+    request = Request(b"x" * 2000, "bone", "r", "", write_config(config), {"state": str(tmp_path), "rows": "dealt"})
+
+    def refusal(**changes):
+        asked = Request(**{**vars(request), **changes})
+        with pytest.raises(FedexLoraError) as caught:
+            Node(ignore).answer(asked, node_settings(asked.node))
+        return str(caught.value)
+
+    assert "is client 'skin'" in refusal(node={**request.node, "client": "skin"})
+    assert "takes 0.001" in refusal(node={**request.node, "max-megabytes": 0.001})
+    assert "not the server's" in refusal(base="another")
+    assert "none to 'ward'" in refusal(client="ward")
+
+
+def test_own_rows(tmp_path):
+    """A party with rows of its own trains on those, and the server's file is not looked for."""
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"prompt": "bed 4 :", "completion": " red"}) + "\n" for _ in range(10)))
+    task = {"name": "custom", "kind": "causal-lm", "train": "nowhere.jsonl", "eval": "nowhere.jsonl"}
+    config = small().model_copy(update={"task": parse_config({"base": {"model": "demo"}, "task": task}).task})
+    settings = node_settings({"client": "a", "data": str(tmp_path), "train": "mine.jsonl"})
+    node, request = Node(ignore), Request(b"", "a", "r", "", write_config(config), {})
+    _, data = node._ready(request, settings)
+    assert (len(data.train), len(data.held_out)) == (9, 1)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(UsageError, match=r"no file nowhere\.jsonl"):  # and nothing is looked for elsewhere, on the hub for instance
+        Node(ignore)._ready(request, node_settings({"client": "a", "data": str(tmp_path)}))
+    with pytest.raises(StorageError, match="cannot keep its state"):
+        node.answer(request, node_settings({"client": "a", "data": str(tmp_path), "state": str(tmp_path / "mine.jsonl")}))
+    with pytest.raises(ConfigError, match="from zero up"):
+        node_settings({"max-rows": -5})
+    with pytest.raises(ConfigError, match="from zero up"):
+        node_settings({"max-megabytes": float("nan")})
+
+
+def test_doctor_warns_of_a_superlink_that_everybody_can_reach(tmp_path):
+    """Of a process with that name and those options, whatever it does."""
+    command = ["sh", "-c", "sleep 60", "--host", "0.0.0.0"]
+    link = tmp_path / "flower-superlink"
+    link.symlink_to(shutil.which("sh"))
+    with subprocess.Popen([link, *command[1:]], start_new_session=True) as process:
+        try:
+            problems = examine()[1]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert any("listens on 0.0.0.0" in problem and "docs/deployment.md" in problem for problem in problems)
+    assert any("takes any node" in problem for problem in problems)
+    assert not [problem for problem in examine()[1] if "listens on 0.0.0.0" in problem]
+
+
+def test_files_for_containers_name_only_what_is_there():
+    root = Path(__file__).parents[2]
+    for line in (root / "deploy" / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            assert all((root / source).exists() for source in line.split()[1:-1]), line
+    for name in ("compose.yaml", "compose.node.yaml"):
+        services = yaml.safe_load((root / "deploy" / name).read_text())["services"]
+        for service in services.values():
+            if "build" in service:
+                context = root / "deploy" / service["build"]["context"]
+                assert (context / service["build"]["dockerfile"]).is_file()
+    nginx = (root / "deploy" / "compose.yaml").read_text()
+    assert "./nginx.conf:" in nginx
+
+
+def test_write_app_refuses_a_folder_with_something_in_it(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(UsageError, match="not empty"):
+        write_app(tmp_path, small(), "out", [])

@@ -1,0 +1,229 @@
+"""What a comparison is asked: by options or a file, the same; and what cannot be asked."""
+
+import hashlib
+import json
+import shutil
+import tomllib
+from dataclasses import replace
+
+import pytest
+import tomli_w
+from tests.experiments.test_compare import CURVE
+from tests.runs.test_run import configuration
+from typer.testing import CliRunner
+
+from fedex_lora.cli import app
+from fedex_lora.config import write_config
+from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.experiments.compare import compare, grid_option, parse_protocol, primary_option, variant_option
+from fedex_lora.experiments.compare._plan import RATE, canonical, label, planned, settled
+from fedex_lora.experiments.compare._runs import Job, Outcome, outcomes
+from fedex_lora.experiments.compare._tuning import chosen
+from fedex_lora.runs.run import run
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.run_folder import locked
+
+CONFIG = configuration(rounds=2)
+TREE = {
+    "methods": ["fedit"],
+    "variants": {"kept": {"method": "fedex+balanced@2r", "local": {"schedule": "run"}, "training.weight_decay": 0.1}},
+    "seeds": [0, 1],
+    "tuning_seeds": [100, 101],
+    "grid": {"training": {"learning_rate": [1e-2, 5e-3]}, "training.weight_decay": [0, 0.5]},
+    "controls": False,
+    "at": [1],
+    "tests": [{"better": "kept", "than": "fedit", "primary": True}],
+}
+
+
+def plan(config=CONFIG, out=None, **changes):
+    protocol = parse_protocol({**TREE, **changes})
+    return settled(planned(config, protocol, out), protocol)
+
+
+def test_options_and_files_say_the_same():
+    assert grid_option(["a.b=1e-3,3e-3 a.c=x,y", "d=[[1, 2], [3]]".replace(" ", "")]) == {
+        "a.b": [1e-3, 3e-3],
+        "a.c": ["x", "y"],
+        "d": [[[1, 2], [3]]],
+    }
+    assert variant_option('kept: method=fedex@2r local.schedule=run x="a"') == (
+        "kept",
+        {"method": "fedex@2r", "local.schedule": "run", "x": "a"},
+    )
+    assert primary_option("fedex+balanced@4 > ffa@2r@8")["round_than"] == 8
+    assert primary_option("a>ffa@2r") == {"better": "a", "than": "ffa@2r", "primary": True}
+
+
+def test_a_variant_s_own_keys_are_not_varied(tmp_path):
+    made = plan(out=tmp_path)
+    fedit, kept = made.variants
+    assert made.grid == {RATE: [5e-3, 1e-2], "training.weight_decay": [0.0, 0.5]}
+    assert len(made.points(fedit)) == 4
+    assert made.points(kept) == [{RATE: 5e-3}, {RATE: 1e-2}]
+    job = made.job(kept, {RATE: 1e-2}, 101)
+    assert (job.config.seed, job.config.training[RATE.split(".")[1]], job.config.training["weight_decay"]) == (101, 1e-2, 0.1)
+    assert (job.config.local.schedule, job.config.lora.r, job.config.method) == ("run", 2 * CONFIG.lora.r, "fedex+balanced")
+    assert job.folder == tmp_path / "runs/kept" / "training.learning_rate=0.01" / "seed-101"
+    assert made.runs == (4 + 2) * 2 + 2 * 2
+
+
+def test_the_canonical_protocol_is_a_fixed_point(tmp_path):
+    """Options and files that ask the same have one text; it reads as itself, and names the configuration."""
+    text = canonical(plan(out=tmp_path))
+    again = parse_protocol(tomllib.loads(text))
+    assert canonical(settled(planned(CONFIG, again, tmp_path), again)) == text
+    for other in ({"seeds": [0, 2]}, {"at": []}, {"tests": []}, {"reference": "kept"}, {"config": configuration(rounds=3)}):
+        assert canonical(plan(out=tmp_path, **other)) != text
+    assert canonical(plan(configuration(rounds=2, torch_threads=3), tmp_path)) == text  # threads are no part of the question
+    with pytest.raises(UsageError, match="the protocol is for another configuration"):
+        compare(configuration(rounds=3), again, tmp_path / "out")
+
+
+def test_settings_are_chosen_by_the_mean_over_the_tuning_seeds(tmp_path):
+    """Better with one seed and worse with the other; a point where one seed fails is none; edges are told key by key."""
+    made = plan(out=tmp_path, grid={RATE: [1e-3, 2e-3, 4e-3], "training.weight_decay": [0.1]}, methods=["fedit"], variants={}, tests=[])
+    held = {1e-3: (0.5, 0.5), 2e-3: (0.9, 0.3), 4e-3: (1.0, None)}
+    ran = {
+        ("fedit", label({RATE: rate, "training.weight_decay": 0.1}), seed): Outcome(
+            None, None if value is None else replace(CURVE, held_out=dict.fromkeys((2, 3), value)), "diverged"
+        )
+        for rate, values in held.items()
+        for seed, value in zip((100, 101), values, strict=True)
+    }
+    choice = chosen(made, made.variants[0], ran, 1)
+    assert choice.settings == {RATE: 2e-3, "training.weight_decay": 0.1}
+    assert choice.at_edge == []
+    assert [point["score"] for point in choice.tried] == [pytest.approx(0.5), pytest.approx(0.6), None]
+    assert choice.tried[2]["seeds"] == {"100": 1.0, "101": None}
+    assert chosen(made, made.variants[0], ran, -1).at_edge == [RATE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning_seeds": [100, 1]}, "seed 1 is among the seeds and the tuning seeds"),
+        ({"tuning_seeds": [5, 5]}, "tuning seeds .*each once"),
+        ({"tuning_seeds": []}, "tuning_seeds"),
+        ({"grid": {"training.lerning_rate": [1e-3]}}, "unknown key training.lerning_rate: did you mean training.learning_rate"),
+        ({"grid": {"lora.q": [1]}}, "unknown key lora.q"),
+        ({"grid": {"lora.r": [2, 500]}}, "rank 500 is above the size of module"),
+        ({"grid": {RATE: 1e-3}}, "give a list of values"),
+        ({"grid": {"seed": [1, 2]}}, "seed cannot be varied by a grid"),
+        ({"grid": {"lora.dropout": [0.0, float("nan")]}}, "give finite numbers"),
+        ({"methods": ["kept"]}, "unknown method"),
+        ({"methods": ["fedit"], "variants": {"fedit": {"method": "fedex"}}}, "two variants are named 'fedit'"),
+        ({"variants": {"x": {"local.schedule": "run"}}}, "variant 'x' has no method"),
+        ({"variants": {"../x": {"method": "fedit"}}}, "its runs get a folder"),
+        ({"variants": {"kept": {"method": "fedex", "seed": 3}}}, "variant 'kept' sets seed"),
+        ({"variants": {"kept": {"method": "fedex", "rounds": 3}}}, "variant 'kept' sets rounds"),
+        ({"variants": {"kept": {"method": "fedex", "local.shedule": "run"}}}, "did you mean local.schedule"),
+        ({"methods": [], "variants": {}}, "nothing to compare"),
+        ({"tests": [{"better": "kept", "than": "fedex"}]}, "'fedex' is not among the variants compared: fedit, kept"),
+        ({"tests": [{"better": "kept", "than": "kept"}]}, "on both sides"),
+        ({"tests": [{"better": "kept", "than": "fedit", "round": 3}]}, "round 3 .* out of range"),
+        ({"tests": [{"better": "kept", "than": "fedit", "mean_of": 3}]}, "mean of 3.* out of range"),
+        ({"tests": [{"better": "kept", "than": "fedit"}] * 2}, "two tests are named"),
+        ({"methods": ["fedit", "fedsa"], "tests": [{"better": "fedsa", "than": "fedit"}]}, "no global model"),
+        ({"seeds": [0]}, "a test needs two seeds"),
+        ({"at": [3]}, "round 3 is out of range"),
+        ({"sedes": [0]}, "unknown key sedes: did you mean seeds"),
+        ({"set": {"lora.rr": 1}}, "unknown key lora.rr"),
+    ],
+)
+def test_protocols_that_cannot_be(changes, message, tmp_path):
+    with pytest.raises(FedexLoraError, match=message) as caught:
+        compare(CONFIG, parse_protocol({**TREE, **changes}), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison by a file, from the command line."""
+    folder = tmp_path_factory.mktemp("protocol")
+    (folder / "run.toml").write_text(write_config(configuration(rounds=3)))
+    tree = {**TREE, "set": {"rounds": 2}, "grid": {RATE: [5e-3, 1e-2]}, "variants": {"kept": {"method": "fedex", "local.schedule": "run"}}}
+    tree["tests"] = [{"better": "kept", "than": "fedit", "primary": True, "mean_of": 2}, {"equivalent": ["kept", "fedit"], "bound": 0.5}]
+    (folder / "ask.toml").write_text(tomli_w.dumps(tree))
+    done = CliRunner().invoke(
+        app, ["compare", f"{folder}/run.toml", "--protocol", f"{folder}/ask.toml", "--out", f"{folder}/out", "--json"]
+    )
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+def test_a_result_names_its_protocol(compared):
+    out = compared / "out"
+    result, table = json.loads((out / "compare.json").read_text()), (out / "compare.md").read_text()
+    assert result["protocol_sha256"] == hashlib.sha256((out / "protocol.toml").read_bytes()).hexdigest()
+    assert f"protocol sha256 {result['protocol_sha256']}" in table
+    assert (result["rounds"], result["tuning_seeds"], result["tuning_apart"]) == (2, [100, 101], True)
+    assert "Settings were chosen on seeds 100, 101." in table
+    fedit, kept = result["methods"]
+    assert kept["overrides"] == {"local.schedule": "run"}
+    assert [list(point["seeds"]) for point in fedit["tuning"]] == [["100", "101"]] * 2
+    ends = {row["name"]: [sum(metric[-2:]) / 2 for metric in row["seeds"].values()] for row in (fedit, kept)}
+    primary, equal = result["tests"]
+    assert primary["differences"] == pytest.approx([a - b for a, b in zip(ends["kept"], ends["fedit"], strict=True)])
+    assert primary["p_holm"] == primary["p"]
+    assert equal["bound"] == 0.5
+    assert [record["round"] for record in result["at"]] == [1]
+    assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    seeds = {path.name for path in (out / "runs").glob("*/*/*")}
+    assert seeds == {"seed-0", "seed-1", "seed-100", "seed-101"}
+
+
+def test_its_own_protocol_asks_the_same_again(compared):
+    """Nothing is run: the written protocol and configuration are this comparison. Another protocol is refused; so is a second process."""
+    out = compared / "out"
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    command = ["compare", str(out / "config.toml"), "--out", str(out)]
+    again = CliRunner().invoke(app, [*command, "--protocol", str(out / "protocol.toml")])
+    assert again.exit_code == 0, again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    other = CliRunner().invoke(app, [*command, "--methods", "fedit,fedex", "--seeds", "0,1"])
+    assert "with another protocol" in other.stderr
+    both = CliRunner().invoke(app, [*command, "--protocol", str(out / "protocol.toml"), "--seeds", "0,1"])
+    assert "--seeds beside --protocol" in both.stderr
+    with locked(out):
+        busy = CliRunner().invoke(app, [*command, "--protocol", str(out / "protocol.toml")])
+    assert "another process is at work" in busy.stderr
+
+
+JOB = configuration(rounds=3)
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    """A run that was stopped after its second round, and the curve of one that was not."""
+    folder = tmp_path_factory.mktemp("half")
+
+    def stop(event, **fields):
+        if event == "round_done" and fields["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(JOB, folder / "run", stop)
+    (whole,) = outcomes([Job(JOB, folder / "whole" / "run")], 1)  # messages have the name of the folder
+    return folder / "run", whole.curve
+
+
+@pytest.mark.parametrize(
+    ("broken", "goes_on_with"),
+    [("", 3), ("config.toml", None), ("events.jsonl", None), ("rounds/0002/server.safetensors", 2), ("rounds/0002/manifest.json", 2)],
+)
+def test_a_half_done_run_goes_on_to_the_same_numbers(half_done, broken, goes_on_with, tmp_path):
+    """From the last whole round; what is another run's or lacks its beginning is run again."""
+    shutil.copytree(half_done[0], tmp_path / "run")
+    if broken:
+        path = tmp_path / "run" / broken
+        text = path.read_bytes().replace(b"seed = 0", b"seed = 1").replace(b'"started"', b'"startled"')
+        path.write_bytes(text[:-40] if "rounds/" in broken else text)
+    (outcome,) = outcomes([Job(JOB, tmp_path / "run")], 1)
+    assert [event["round"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "resumed"] == (
+        [goes_on_with] if goes_on_with else []
+    )
+    whole = half_done[1]
+    assert (outcome.curve.metric, outcome.curve.held_out) == (whole.metric, whole.held_out)
+    assert outcome.curve.bytes_down == whole.bytes_down

@@ -1,0 +1,138 @@
+"""Server momentum as a federation sees it: bytes, who was absent, what a run says of itself, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from tests import oracle
+from tests.fake import Fake, setting
+from tests.protocol.test_delta_sync import adapters, federate
+from tests.protocol.test_hostile import bits, equal
+from tests.runs.test_round_loop import quick  # noqa: F401 (a fixture)
+from tests.runs.test_run import ignore
+
+from fedex_lora import METHODS
+from fedex_lora.aggregation.lowrank import same_bits
+from fedex_lora.errors import AggregationError, ConfigError
+from fedex_lora.offline.merge_results import merge_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.round_loop import run_rounds
+from fedex_lora.server.checkpoint import last_checkpoint
+
+MOVING = [name for name, row in METHODS.items() if row.momentum]
+HALF, RANK = {"momentum": 0.5}, 3
+ROUNDS = 8
+
+
+@pytest.mark.parametrize("method", ["fedex", "fedit"])
+def test_nothing_more_travels_to_who_is_always_there(method):
+    """And who missed rounds 4 and 5 of 8 gets the adapters of those rounds beside what it is sent anyway."""
+    first, attending = adapters(), ["abc"] * 3 + ["ab"] * 2 + ["abc"] * 3
+    plain, moving = (federate(attending, first, method=method, pace=pace, catch_up="log") for pace in (None, HALF))
+    for number, (ours, theirs) in enumerate(zip(moving.sizes, plain.sizes, strict=True), start=1):
+        for client in ours:
+            catching_up = number == 6 and client == "c"
+            pair = 4 * RANK * sum(sum(one.shape) for one in first.values())  # bytes of A and B
+            more = 2 * pair if catching_up else 0  # its own base is of round 2: it lacks the adapters after rounds 3 and 4
+            names = 2 * 2 * 2 * 100 if catching_up else 0  # of two rounds, modules, factors: their entries in the table
+            assert 0 <= ours[client] - theirs[client] - more <= names, (number, client)
+    for name in first:
+        for client in "abc":
+            assert same_bits(moving.delta(client, name), moving.state.base_delta[name])
+
+
+def test_a_snapshot_brings_the_velocity():
+    shapes = ((20, 24), (24, 20))
+    story = federate(["ab"] * 6 + ["abc"] + ["abc"], adapters(shapes), "abc", pace=HALF)
+    sent = story.sent[6]["c"].catch_up
+    assert sent.snapshot.keys() == {"m0", "m1"}
+    assert not sent.gain
+    for name in ("m0", "m1"):
+        assert same_bits(story.delta("c", name), story.state.base_delta[name])
+
+
+def test_no_sum_is_sent_in_place_of_what_was_missed():
+    """A recompressed sum would leave the client without the velocity: what it is sent has the server's bits."""
+    story = federate(["ab"] * 3 + ["abc"] * 2, adapters(((200, 300),)), "abc", pace=HALF)
+    assert all(not message.catch_up.gain for sent in story.sent for message in sent.values())
+    assert same_bits(story.delta("c", "m0"), story.state.base_delta["m0"])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("pace", [HALF, {"learning_rate": 2.0}, {"momentum": 0.3, "learning_rate": 1.5, "momentum_on": "all"}], ids=str)
+@pytest.mark.parametrize("method", MOVING)
+def test_a_run_says_its_error_resumes_to_the_bit_and_verifies(method, pace, tmp_path):
+    config, events = setting(method=method, rounds=ROUNDS, server=pace, keep_rounds=ROUNDS), []
+    whole = Fake(config, ignore)
+    whole.remember_in(tmp_path / "whole")
+    final = run_rounds(
+        config, whole.initial(), whole.federation(), tmp_path / "whole", lambda event, **fields: events.append((event, fields))
+    )
+    errors = [fields["exactness_error"] for event, fields in events if event == "round_done"]
+    assert len(errors) == ROUNDS
+    assert all(error < 1e-6 for error in errors) == METHODS[method].exact
+    if "momentum" in pace:
+        assert all(fields["change_error"] < 1e-6 for event, fields in events if event == "round_done")
+    found = verify(tmp_path / "whole")
+    assert (found["max_relative_error"] < 1e-6) == METHODS[method].exact
+
+    part = config.model_copy(update={"rounds": 5})
+    place = Fake(part, ignore)
+    place.remember_in(tmp_path / "part")
+    run_rounds(part, place.initial(), place.federation(), tmp_path / "part", ignore)
+    place = Fake(config, ignore)
+    place.remember_in(tmp_path / "part")
+    resumed = run_rounds(config, last_checkpoint(tmp_path / "part")[0], place.federation(), tmp_path / "part", ignore)
+    assert equal(bits(resumed), bits(final))
+    assert all(same_bits(resumed.base_delta[name], delta) for name, delta in final.base_delta.items())
+
+
+@pytest.mark.usefixtures("quick")
+def test_momentum_of_the_factors_is_plain_fedavgm(tmp_path):
+    config = setting(method="fedit", rounds=4, server={**HALF, "momentum_of": "factors"})
+    place = Fake(config, ignore)
+    place.remember_in(tmp_path / "run")
+    final = run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
+    assert not final.base_delta
+    states, given = place.trace.states, [one for one in place.trace.given if one.trained]
+    p = oracle.shares([one.trained.num_examples for one in given if one.round == 4])
+    for name, pair in final.adapter.items():
+        for part in "AB":
+            x, y = (oracle.numpy64(getattr(states[number].adapter[name], part)) for number in (3, 2))
+            trained = [oracle.numpy64(getattr(one.trained.adapter[name], part)) for one in given if one.round == 4]
+            mean = sum(w * tensor for w, tensor in zip(p, trained, strict=True))
+            assert np.allclose(oracle.numpy64(getattr(pair, part)), mean + 0.5 * (x - y), atol=1e-6)
+    verify(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_that_lost_its_motion_does_not_verify(tmp_path):
+    config = setting(rounds=3, server=HALF)
+    place = Fake(config, ignore)
+    run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
+    with pytest.raises(AggregationError, match=r"server\.momentum"):
+        merge_folders([tmp_path / "run" / "rounds" / "0002", tmp_path / "run" / "rounds" / "0003"], tmp_path / "out", None)
+    (tmp_path / "run" / "rounds" / "0003" / "motion.safetensors").unlink()
+    with pytest.raises(Exception, match="missing"):
+        verify(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.momentum])
+def test_methods_without_one_global_model_are_refused_by_name(method):
+    with pytest.raises(ConfigError, match=f"do not go with {method}"):
+        Fake(setting(method=method, server=HALF), ignore)
+
+
+def test_what_says_nothing_is_refused():
+    with pytest.raises(ConfigError, match="momentum_of = 'factors' is a control for fedit"):
+        Fake(setting(server={**HALF, "momentum_of": "factors"}), ignore)
+    with pytest.raises(ConfigError, match="say nothing without"):
+        Fake(setting(server={"momentum_on": "all"}), ignore)
+
+
+def test_the_head_is_as_the_mean_where_adapters_alone_move(tmp_path):
+    plain, moving = (Fake(setting(rounds=3, server=pace), ignore) for pace in ({}, HALF))
+    heads = [
+        run_rounds(one.parties.config, one.initial(), one.federation(), tmp_path / str(index), ignore).other
+        for index, one in enumerate((plain, moving))
+    ]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])

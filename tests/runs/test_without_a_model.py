@@ -1,0 +1,164 @@
+"""Whole runs of which only messages, folders and events matter (`tests/fake.py`)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load
+from tests import fake
+from tests.fake import HEAD, Fake, setting
+from tests.runs.test_run import events_of, ignore
+
+from fedex_lora import METHODS, load_model
+from fedex_lora.aggregation import get_method
+from fedex_lora.config import base_folder
+from fedex_lora.errors import ModelError, TrainingError
+from fedex_lora.exactness import measure
+from fedex_lora.offline.verify import verify
+from fedex_lora.report.analysis import sent
+from fedex_lora.runs.round_loop import _learnt_nothing, log_to, run_rounds
+from fedex_lora.runs.run import run
+from fedex_lora.server.registry import Books
+from fedex_lora.server.replies import Reply
+from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.events import read_events
+from fedex_lora.storage.result import read_result
+
+ROUNDS = 4
+
+
+def numbers(payload):
+    """How many of them travel, without the head."""
+    return sum(tensor.numel() for name, tensor in load(payload).items() if not name.startswith("other|"))
+
+
+@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.lora), "fedit+balanced", "fedex-best+procrustes"])
+def test_what_travels_is_what_the_method_s_row_says(method, tmp_path, monkeypatch):
+    """Number by number, of every client, in every round and after the last one; and the bytes of events are those of the messages."""
+    monkeypatch.setattr(fake, "SHAPES", {"wide": (60, 110), "tall": (90, 50)})
+    row, config = get_method(method), setting(method=method, rounds=ROUNDS, clients={"partition": "iid", "count": 3})
+    place, came, went = Fake(config, ignore), {}, {}
+    federation, clients = place.federation(), len(place.parties.learner.rows)
+
+    def exchange(messages, deadline):
+        number = len(came) + 1
+        came[number], went[number] = {}, {}
+        for client, payload in messages.items():
+            came[number][client] = payload
+            went[number][client] = place.parties.answer(client, payload)
+            yield Reply(client, went[number][client])
+
+    tmp_path.joinpath("run").mkdir()
+    emit = log_to(tmp_path / "run" / "events.jsonl")
+    run_rounds(config, place.initial(), replace(federation, exchange=exchange), tmp_path / "run", emit)
+    ranks, truncated = [config.lora.r] * clients, config.lora.r if row.rest == "truncate" else None
+    for number in range(1, ROUNDS + 2):
+        promised = [row.messages(ranks, 0, shape, number, truncated=truncated) for shape in fake.SHAPES.values()]
+        up = sum(one.up for one in promised) if number <= ROUNDS else 0
+        assert {numbers(payload) for payload in came[number].values()} == {sum(one.down for one in promised)}, number
+        assert {numbers(payload) for payload in went[number].values()} == {up}, number
+    everything = [sum(len(payload) for of_round in way.values() for payload in of_round.values()) for way in (came, went)]
+    assert list(sent(read_events(tmp_path / "run" / "events.jsonl"))) == everything
+
+
+def test_a_flat_spectrum_is_warned_of(tmp_path, monkeypatch):
+    """The event comes when the tail is above the bound, and only then."""
+    config = setting(method="fedex-svd", rounds=2, truncation={"rank": 1})
+    for name, bound in (("kept", 0.999), ("flat", 1e-3)):
+        monkeypatch.setattr(measure, "USELESS_TAIL", bound)
+        run(config, tmp_path / name, ignore, home=Fake)
+    kept, told = ([event for event in events_of(tmp_path / name, "warning") if "tail" in event] for name in ("kept", "flat"))
+    assert not kept
+    assert {event["round"] for event in told} <= {1, 2}
+    assert all(event["tail"] > 1e-3 and "truncation is useless" in event["message"] for event in told)
+    assert told
+
+
+def test_personal_factors_stay_with_their_clients(tmp_path):
+    """fedsa: no B in what is stored of an upload but the initial zeros, and each client's own model in clients/."""
+    run(setting(method="fedsa", rounds=2), tmp_path / "run", ignore, home=Fake)
+    result = read_result(tmp_path / "run" / "rounds" / "0002")
+    assert result.updates
+    assert not any(pair.B.any() for update in result.updates for pair in update.adapter.values())
+    own = {folder.name: read_adapter_folder(folder / "adapter") for folder in (tmp_path / "run" / "clients").iterdir()}
+    assert len(own) == 4
+    for one in own.values():
+        assert torch.equal(one.other[HEAD], result.other[HEAD])
+        for name, pair in one.adapter.items():
+            assert torch.equal(pair.A, result.adapter[name].A)
+            assert pair.B.any()
+    with pytest.raises(ModelError, match="load clients/CLIENT/adapter"):
+        load_model(tmp_path / "run", base_folder())
+
+
+def test_a_client_that_is_not_sent_all_it_lacks_is_noticed(tmp_path, monkeypatch):
+    lacking = Books.lacking
+
+    def last_only(self, since, state, messages):
+        whole = lacking(self, since, state, messages)
+        return replace(whole, since=max(since, state.round - 1), log=dict(list(whole.log.items())[-1:]))
+
+    monkeypatch.setattr(Books, "lacking", last_only)
+    said = []
+    config = setting(rounds=5, clients={"partition": "iid", "count": 4, "fraction": 0.3})
+    with pytest.raises(TrainingError, match="failed: it lacks what the message counts on"):
+        run(config, tmp_path / "run", lambda *one, **more: said.append(str(more.get("message"))), home=Fake)
+    assert any(line.startswith("the base is at version") for line in said)
+
+
+def test_no_round_is_best_when_different_clients_measured(tmp_path):
+    run(setting(rounds=2, clients={"partition": "iid", "count": 4, "fraction": 0.5}), tmp_path / "run", ignore, home=Fake)
+    assert events_of(tmp_path / "run", "run_done")[0]["best_round"] is None
+
+
+def test_a_fraction_of_the_clients(tmp_path):
+    """Absent clients catch up: the factor log brings every participant to the round's base, and every round stays exact."""
+    config = setting(rounds=4, clients={"partition": "iid", "count": 5, "fraction": 0.4})
+    run(config, tmp_path / "run", ignore, home=Fake)
+    took_part = [event["clients"] for event in events_of(tmp_path / "run", "round_started")]
+    assert all(len(clients) == 2 for clients in took_part)
+    assert len({tuple(clients) for clients in took_part}) > 1
+    assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
+
+
+@pytest.mark.parametrize(("many", "hopeless", "asked"), [(4, True, 1), (4, False, 3), (1, True, 3)])
+def test_a_fault_of_the_configuration_stops_a_run_that_would_wait_for_ever(many, hopeless, asked, tmp_path, monkeypatch):
+    """Only where so many clients say so that the quorum cannot be reached without them: one alone stops nobody."""
+    config = setting(rounds=1, clients={"partition": "iid", "count": 4, "below_quorum": "wait", "quorum": 0.5})
+    place, calls = Fake(config, ignore), []
+    monkeypatch.setattr("fedex_lora.runs.round_loop.time.sleep", lambda seconds: None)
+
+    def exchange(messages, deadline):
+        calls.append(list(messages))
+        for number, (client, payload) in enumerate(messages.items()):
+            fails = number < many if len(calls) < 3 else False
+            fails = fails or (many == 1 and len(calls) < 3)  # the others fail for other reasons
+            said = hopeless and number < many
+            yield Reply(client, None, "oh", hopeless=said) if fails else Reply(client, place.parties.answer(client, payload))
+
+    federation = replace(place.federation(), exchange=exchange)
+    if asked == 1:
+        with pytest.raises(TrainingError, match="mend the run's configuration"):
+            run_rounds(config, place.initial(), federation, tmp_path / "run", ignore)
+    else:
+        run_rounds(config, place.initial(), federation, tmp_path / "run", ignore)
+    assert len([one for one in calls[:3] if len(one) == 4]) == asked
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.999}, "raise training.learning_rate or rounds"),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.9}, None),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.6, "loss": 1.0}, None),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.4, "loss": float("nan")}, "diverged, or the rate is too high (loss 1, then nan"),
+        ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "loss": 1.6}, "lower training.learning_rate"),
+        ({}, {"accuracy": 0.4, "loss": 2.0}, None),
+    ],
+)
+def test_a_run_that_learns_nothing_says_so(before, after, said):
+    facts = {"headline": "accuracy", "greater_is_better": True}
+    rows = {"rows": 10.0}
+    words = _learnt_nothing({0: {**before, **rows} if before else {}, 3: {**after, **rows}}, facts)
+    assert bool(words) == bool(said)
+    assert not said or (said in words and "0.5 on the clients' own rows before" in words)
