@@ -27,7 +27,8 @@ def parse_module_paths(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
     projection begins with the stack's.
 
     Example:
-        >>> found = parse_module_paths(["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.mlp.dense", "head"])
+        >>> modules = ["bert.layer.0.query", "bert.layer.1.query", "bert.layer.1.out.dense", "bert.layer.1.mlp.dense", "head"]
+        >>> found = parse_module_paths(modules)
         >>> list(found.values())
         [(0, 'query'), (1, 'query'), (1, 'out.dense'), (1, 'mlp.dense'), (-1, 'head')]
         >>> list(parse_module_paths(["model.encoder.layers.0.q_proj", "model.decoder.layers.0.q_proj"]).values())

@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fedex_lora.aggregation.decompositions import Clients
 from fedex_lora.aggregation.factors import Factors, derive_seed
 from fedex_lora.aggregation.methods import Method
-from fedex_lora.aggregation.splits import Clients
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, ServerState
 
 BATCH_BYTES = 2 * 2**20  # of clients' factors that one call of a method works on: hides call overhead, stays in the cache

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedex_lora.aggregation._aggregate import aggregate, normalised_weights
-from fedex_lora.aggregation._naming import get_method
+from fedex_lora.aggregation.engine import aggregate, normalised_weights
 from fedex_lora.aggregation.lowrank import add_weighted, finite
-from fedex_lora.aggregation.methods import Method
+from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.types import Aggregate, ClientUpdate
 
