@@ -1,5 +1,7 @@
 """Server momentum as a federation sees it: bytes, who was absent, what a run says of itself, what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,17 @@ from tests.runs.test_run import ignore
 
 from fedex_lora import METHODS
 from fedex_lora.aggregation.lowrank import same_bits
-from fedex_lora.errors import AggregationError, ConfigError
+from fedex_lora.config import parse_config
+from fedex_lora.errors import AggregationError, ConfigError, StorageError, WireError
 from fedex_lora.offline.merge_results import merge_folders
-from fedex_lora.offline.verify import verify
+from fedex_lora.offline.verify import require_continued, verify
+from fedex_lora.protocol.delta_sync import CatchUp, require_whole
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.server.checkpoint import last_checkpoint
+from fedex_lora.storage.motion import read_motion
+from fedex_lora.storage.result import read_result
+from fedex_lora.storage.run_folder import strays
+from fedex_lora.types import LowRank
 
 MOVING = [name for name, row in METHODS.items() if row.momentum]
 HALF, RANK = {"momentum": 0.5}, 3
@@ -84,6 +92,60 @@ def test_a_run_says_its_error_resumes_to_the_bit_and_verifies(method, pace, tmp_
     resumed = run_rounds(config, last_checkpoint(tmp_path / "part")[0], place.federation(), tmp_path / "part", ignore)
     assert equal(bits(resumed), bits(final))
     assert all(same_bits(resumed.base_delta[name], delta) for name, delta in final.base_delta.items())
+
+
+@pytest.mark.usefixtures("quick")
+def test_old_rounds_go(tmp_path):
+    config = setting(rounds=5, server=HALF, keep_rounds=2)
+    place = Fake(config, ignore)
+    place.remember_in(tmp_path / "run")
+    run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
+    assert sorted(folder.name for folder in (tmp_path / "run" / "rounds").iterdir()) == ["0004", "0005"]
+    assert not strays(tmp_path / "run", "rounds")
+    assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
+
+
+def test_who_never_comes_does_not_make_the_log_grow():
+    """What would be larger than a snapshot is dropped: adapters of past rounds, too."""
+    first = adapters(((40, 40), (40, 40)))
+    log = federate(["ab"] * 60, first, "abc", method="fedit", pace=HALF).log
+    kept = sum(pair.A.numel() + pair.B.numel() for past in log.adapters.values() for pair in past.values())
+    assert kept <= 2 * 2 * 40 * 40 + 2 * RANK * 80  # two matrices a module, and the round that made it too many
+
+
+@pytest.mark.usefixtures("quick")
+def test_verify_compares_rounds_with_those_before(tmp_path):
+    """A round whose change was left out, and all its numbers made anew without it, is exact in itself, and not the run's."""
+    config = setting(rounds=4, server=HALF)
+    place = Fake(config, ignore)
+    run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
+    results = [read_result(tmp_path / "run" / "rounds" / f"000{number}") for number in (2, 3, 4)]
+    require_continued(tmp_path, results[2], results[:2])
+    for motion, words in (
+        (replace(results[2].motion, change={}), "off by"),
+        (replace(results[2].motion, momentum=0.4), "another momentum"),
+        (replace(results[2].motion, adapter=results[2].adapter), "did not start from"),
+        (None, "does not say"),
+    ):
+        with pytest.raises(StorageError, match=words):
+            require_continued(tmp_path, replace(results[2], motion=motion), results[:2])
+    with pytest.raises(StorageError, match="did not start from"):
+        require_continued(tmp_path, replace(results[2], previous_delta={}), results[:2])
+    state = replace(place.trace.states[4], adapter={"wide": place.trace.states[4].adapter["wide"]})
+    with pytest.raises(StorageError, match="does not fit the folder's adapter"):
+        read_motion(tmp_path / "run" / "rounds" / "0004" / "motion.safetensors", state.adapter)
+
+
+def test_a_round_that_is_called_skipped_has_no_gains():
+    gains = {1: {"m": LowRank(torch.ones(3, 1), torch.ones(1, 2))}}
+    with pytest.raises(WireError, match="which it calls skipped"):
+        require_whole(CatchUp(0, 1, gains, halts=[1]))
+
+
+def test_a_small_learning_rate_is_refused():
+    """What the base takes up is (h - 1) P: the error is that of fp32 over h."""
+    with pytest.raises(ConfigError, match=r"server\.learning_rate"):
+        parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}, "server": {"learning_rate": 0.02}})
 
 
 @pytest.mark.usefixtures("quick")

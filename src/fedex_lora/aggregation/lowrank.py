@@ -57,7 +57,8 @@ def _from_parts(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     if names == {"U", "V"} and _chain(shapes["U"], shapes["V"]):
         return LowRank(U=found["U"], V=found["V"])
     if names == {"left", "right", "coefficients", "velocity"} and _chain(shapes["left"], shapes["right"]):
-        fits = shapes["coefficients"] == q == shapes["right"][:1]
+        plain = all(found[name].dtype == torch.float64 for name in ("coefficients", "velocity"))
+        fits = shapes["coefficients"] == q == shapes["right"][:1] and plain
         return MovingLowRank.of(found["left"], found["right"], found["coefficients"], found["velocity"]) if fits else None
     if names == {"W"} and len(shapes["W"]) == 2:
         return Dense(W=found["W"])

@@ -51,7 +51,7 @@ def moved(
     result = dict(base_delta)
     for module in dict.fromkeys([*base_delta, *residual, *before, *after]):
         new = _moved(base_delta.get(module), residual.get(module), _product(before.get(module)), _product(after.get(module)), pace)
-        if isinstance(new, Dense) and not finite(new.W):
+        if new is not None and not finite(*((new.W,) if isinstance(new, Dense) else (new.U, new.V))):
             raise AggregationError(f"the base delta of {module} overflows: lower server.momentum or server.learning_rate")
         if new is not None:
             result[module] = new
@@ -109,6 +109,8 @@ def _matrix(W: Tensor, change: Tensor, dtype: torch.dtype, b: float) -> Dense:
 def _split(delta: LowRank | None, product: LowRank | None) -> tuple[list[_Terms], list[_Terms]]:
     """The terms of D without those of the present adapter's product, and those."""
     last = 0 if product is None else product.rank
+    if isinstance(delta, MovingLowRank) and len(delta.velocity) < last:
+        raise AggregationError("a base delta lacks the product of its adapter among its terms: ask for a snapshot")
     if isinstance(delta, MovingLowRank):
         whole = _Terms(LowRank(U=delta.left, V=delta.right), delta.coefficients, delta.velocity)
         return [_columns(whole, slice(delta.right.shape[0] - last))], [_columns(whole, slice(delta.right.shape[0] - last, None))]

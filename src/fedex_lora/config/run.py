@@ -18,7 +18,12 @@ class Server(Table):
         "the effective weight W0 + D + s B A, E_t what the method makes of the clients' models; the frozen base takes up the change, and "
         "no message is larger for it.",
     )
-    learning_rate: float = Field(1.0, gt=0, le=10, description="h of the same equation: 1 goes all the way to E_t.")
+    learning_rate: float = Field(
+        1.0,
+        ge=0.1,
+        le=10,
+        description="h of the same equation: 1 goes all the way to E_t. Below 0.1 the rounding of what the base takes up would show.",
+    )
     momentum_on: Literal["adapters", "all"] = Field(
         "adapters",
         description="What both act on: the adapted weights, or heads and other tensors too. Where clients lack classes, a head with "

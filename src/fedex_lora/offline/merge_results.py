@@ -118,7 +118,7 @@ def _require_disjoint(folders: Sequence[Path], results: Sequence[Result]) -> lis
 
 def _require_at_rest(folders: Sequence[Path], results: Sequence[Result]) -> None:
     """What momentum adds is no part of a mean."""
-    if odd := [folder for folder, result in zip(folders, results, strict=True) if result.motion is not None]:
+    if odd := [folder for folder, result in zip(folders, results, strict=True) if result.manifest.get("momentum")]:
         raise AggregationError(
             f"{odd[0]} is of a run with server.momentum or server.learning_rate, which is no mean: merge runs without them"
         )

@@ -1,7 +1,7 @@
 """`verify`: recompute the ideal update in fp64 from the stored updates, and say how far the stored result is from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.errors import StorageError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.models.build import base_for, build_model
@@ -44,9 +45,12 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         StorageError: nothing to verify, files that were altered, have no sum or are not finite, or a `final/` that is not the last round.
     """
     rows, (folders, final) = list[dict[str, Any]](), result_folders(path)
+    before: list[Result] = []
     for folder in folders:
         result = read_result(folder)
         _require_sums(folder)
+        require_continued(folder, result, before)
+        before = [*before[-1:], result]
         if result.manifest.get("skipped"):
             continue
         if get_method(result.manifest["method"]).exactness == "personalised":
@@ -101,6 +105,47 @@ def complaint(result: Mapping[str, Any]) -> str | None:
         if one in result and algebra.failed(result[one], result[floor]):
             return f"the error of {what} is {result[one]}: the base overflows in its precision; give it another base.dtype"
     return None
+
+
+def require_continued(folder: Path, result: Result, before: Sequence[Result]) -> None:
+    """Under server momentum: did the round start from what the rounds before it left, as far as these are there?
+
+    Args:
+        folder: of the round; named in errors.
+        result: of the round.
+        before: of up to two rounds before it, the last one last; rounds that do not follow each other say nothing.
+
+    Raises:
+        StorageError: it did not.
+    """
+    said, motion, round = result.manifest.get("momentum"), result.motion, int(result.manifest["round"])
+    if motion is None or said is None:
+        if said is not None and not result.manifest.get("skipped"):
+            raise StorageError(f"{folder} is of a run with momentum, and does not say what it started from: copy the folder again")
+        return
+    if (motion.momentum, motion.learning_rate) != (said["momentum"], said["learning_rate"]):
+        raise StorageError(f"{folder} was computed with another momentum than its manifest says: copy the folder again")
+    rounds = {int(one.manifest["round"]): one for one in before}
+    last, older = rounds.get(round - 1), rounds.get(round - 2)
+    if (round == 1 or (last is not None and last.manifest.get("skipped"))) and motion.change:
+        raise StorageError(f"{folder} repeats a change, and there was none before it: copy the folder again")
+    if last is None:
+        return
+    alike = all(
+        torch.equal(pair.A, last.adapter[name].A) and torch.equal(pair.B, last.adapter[name].B) for name, pair in motion.adapter.items()
+    )
+    if not alike or not _same_deltas(result.previous_delta, last.base_delta):
+        raise StorageError(f"{folder} did not start from what round {round - 1} left: copy the folder again")
+    if older is None or last.manifest.get("skipped"):
+        return
+    here, there = (measure.effective_update(one.adapter, one.base_delta) for one in (last, older))
+    for name, error in measure.change_error(there, here, motion.change).items():
+        if not error <= EXACT_BELOW:
+            raise StorageError(f"{folder} repeats a change of {name} that is off by {error:.1e} from the one of round {round - 1}")
+
+
+def _same_deltas(left: Mapping[str, Delta], right: Mapping[str, Delta]) -> bool:
+    return left.keys() == right.keys() and all(same_bits(delta, right[name]) for name, delta in left.items())
 
 
 def _require_same(final: Path, last: Path) -> None:

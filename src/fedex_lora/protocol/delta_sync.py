@@ -92,10 +92,11 @@ class Log:
         return [adapter[module] for number, adapter in self.adapters.items() if number > version and module in adapter]
 
 
-def pruned(log: Log, base_delta: Mapping[str, Delta], oldest: int, messages: Messages) -> Log:
+def pruned(log: Log, base_delta: Mapping[str, Delta], oldest: int, messages: Messages, moving: bool = False) -> Log:
     """The log without what can no longer be the smallest form for any client, so that it does not grow for ever with those who never come.
 
-    A module's log serves as it is while it has no more numbers than the snapshot, and to be recompressed up to `COLUMNS`.
+    A module's log serves as it is while it has no more numbers than the snapshot, and to be recompressed up to `COLUMNS`; never under
+    momentum (`moving`), where the adapters of its rounds count as well.
 
     Args:
         log: up to the version of `base_delta`.
@@ -105,10 +106,12 @@ def pruned(log: Log, base_delta: Mapping[str, Delta], oldest: int, messages: Mes
     """
     whole = {module: max(oldest, log.whole.get(module, 0)) for module in base_delta}
     for module, delta in base_delta.items() if messages.catch_up == "smallest" else ():
-        columns = 0
-        for number in sorted(log.gains, reverse=True):
-            columns += log.gains[number][module].rank if module in log.gains[number] else 0
-            if columns > COLUMNS and columns * sum(delta.shape) > delta.numel:
+        numbers, columns = 0, 0
+        for number in sorted({*log.gains, *log.adapters}, reverse=True):
+            gain, past = log.gains.get(number, {}).get(module), log.adapters.get(number, {}).get(module)
+            columns += gain.rank if gain else 0
+            numbers += (gain.numel if gain else 0) + (past.A.numel() + past.B.numel() if past else 0)
+            if numbers > delta.numel and (moving or columns > COLUMNS):
                 whole[module] = max(whole[module], number)
                 break
 
@@ -210,6 +213,8 @@ def require_whole(message: CatchUp) -> None:
         raise WireError(f"{span} has a hole: round {missing} is missing; ask the server for rounds {message.since + 1} on")
     if odd := sorted(number for number in [*message.adapters, *message.halts] if number not in message.log):
         raise WireError(f"{span} has an adapter, or a skipped round, of round {odd[0]}, which is not in it: ask the server for all of it")
+    if odd := [number for number in message.halts if message.log[number]]:
+        raise WireError(f"{span} has gains of round {odd[0]}, which it calls skipped: ask the server for all of it")
     logged = {module for gains in message.log.values() for module in gains}
     twice = (logged & message.gain.keys()) | (logged & message.snapshot.keys()) | (message.gain.keys() & message.snapshot.keys())
     if twice:

@@ -274,7 +274,8 @@ def _past(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -> di
         number, _, rest = name.removeprefix("past|").partition("|")
         module, _, part = rest.rpartition("|")
         now = getattr(adapter[module], part) if module in adapter and part in ("A", "B") else None
-        if not number.isdecimal() or int(number) not in header.log_rounds[:-1] or now is None or now.shape != tensor.shape:
+        known = now is not None and now.shape == tensor.shape and now.dtype == tensor.dtype
+        if number not in map(str, header.log_rounds[:-1]) or not known:
             raise WireError(
                 f"tensor {shown(name)} {list(tensor.shape)} is no factor of a past round's adapter: is the message of another run?"
             )

@@ -162,6 +162,7 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         facts |= {"skipped": got.short} if got.short else {}
         folder, updates, more = round_folder(out, number), [] if got.short else got.updates, {FILE: to_file(here)}
         motion = None if got.short else server.motion_of(before, config.server)
+        facts |= {"momentum": config.server.model_dump(mode="json")} if config.server.moves else {}
         write_result(folder, here.state, updates, weights, federation.format, facts, before.base_delta, got.held, more, motion)
         emit("round_done", **here.done)
         _forget(out, here, config.keep_rounds)

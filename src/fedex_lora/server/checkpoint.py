@@ -141,7 +141,7 @@ def _moving(base_delta: Mapping[str, Delta]) -> dict[str, Delta]:
 def _base_delta(stored: Mapping[str, Delta], order: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Delta]:
     """What the base gained, in the order of the modules, with the velocities that the result folder's own file has no place for."""
     moving = deltas_of({name.removeprefix("moving|"): tensor for name, tensor in tensors.items() if name.startswith("moving|")}, folder)
-    return {module: moving.get(module, stored[module]) for module in order}
+    return {module: moving[module] if module in moving else stored[module] for module in order}
 
 
 def load_base(folder: Path) -> dict[str, Delta]:
@@ -150,8 +150,11 @@ def load_base(folder: Path) -> dict[str, Delta]:
     Raises:
         StorageError: something is missing or altered.
     """
-    stored, (tensors, _) = load_delta(folder / DELTA), load_tensors(folder / FILE)
-    return _base_delta(stored, list(stored), tensors, folder)
+    stored, (tensors, metadata) = load_delta(folder / DELTA), load_tensors(folder / FILE)
+    try:
+        return _base_delta(stored, json.loads(metadata["server"])["base_delta"], tensors, folder)
+    except (KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"{folder / FILE} is not what this version writes ({error!r}): begin a new run") from None
 
 
 def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -65,7 +65,7 @@ class Books:
         log = replace(self.log, gains={**self.log.gains, after.round: result.residual}, adapters=self._adapters(before, config))
         return replace(
             self,
-            log=pruned(log, after.base_delta, self._oldest(clients), config.messages),
+            log=pruned(log, after.base_delta, self._oldest(clients), config.messages, config.server.through_base),
             changed={part: after.round if _changed(part, before.adapter, after.adapter) else last for part, last in self.changed.items()},
             accepted={**self.accepted, **{update.client_id: after.round for update in updates}},
         )
@@ -73,7 +73,7 @@ class Books:
     def skipped(self, before: ServerState, after: ServerState, clients: Collection[str], config: Config) -> "Books":
         """After a round without a mean, which ends what momentum there was."""
         log = replace(self.log, halts=[*self.log.halts, after.round], adapters=self._adapters(before, config))
-        return replace(self, log=pruned(log, after.base_delta, self._oldest(clients), config.messages))
+        return replace(self, log=pruned(log, after.base_delta, self._oldest(clients), config.messages, config.server.through_base))
 
     def _adapters(self, before: ServerState, config: Config) -> dict[int, Adapter]:
         """Under momentum also the adapter that is the present one no more, where its product is not zero."""

@@ -12,7 +12,7 @@ from fedex_lora.storage.tensors import (
     deltas_of,
     load_tensors,
 )
-from fedex_lora.types import Motion, adapter_from, factors_of, scalings_of
+from fedex_lora.types import Adapter, Motion, adapter_from, factors_of, scalings_of
 
 
 def motion_tensors(motion: Motion) -> Tensors:
@@ -25,8 +25,12 @@ def motion_tensors(motion: Motion) -> Tensors:
     return tensors, {"motion": json.dumps(about)}
 
 
-def read_motion(path: Path) -> Motion | None:
-    """The inverse of `motion_tensors`; None where there is no such file."""
+def read_motion(path: Path, like: Adapter) -> Motion | None:
+    """The inverse of `motion_tensors`; None where there is no such file.
+
+    Raises:
+        StorageError: it is not of an adapter with the modules and shapes of `like`.
+    """
     if not path.is_file():
         return None
     tensors, metadata = load_tensors(path)
@@ -36,7 +40,7 @@ def read_motion(path: Path) -> Motion | None:
 
     try:
         about = json.loads(metadata["motion"])
-        return Motion(
+        made = Motion(
             momentum=float(about["momentum"]),
             learning_rate=float(about["learning_rate"]),
             adapter=adapter_from("adapter", about["scalings"], tensors),
@@ -44,5 +48,24 @@ def read_motion(path: Path) -> Motion | None:
             other=of("other"),
             other_change=of("other_change"),
         )
-    except (KeyError, ValueError, TypeError, AggregationError) as error:
+    except (KeyError, ValueError, TypeError, AggregationError, RuntimeError) as error:
         raise StorageError(f"{path} does not say what the round started from ({error!r}): copy the folder again") from None
+    if odd := _misfit(made, like):
+        raise StorageError(f"{path} does not fit the folder's adapter in {odd}: copy the folder again")
+    return made
+
+
+def _misfit(motion: Motion, like: Adapter) -> str | None:
+    """What is not of the adapter's modules and shapes, or no number; None where all is."""
+    for name, pair in motion.adapter.items():
+        there = like.get(name)
+        if (
+            there is None
+            or pair.shape != there.shape
+            or pair.rank != there.rank
+            or not pair.A.is_floating_point()
+            or not pair.B.is_floating_point()
+        ):
+            return name
+    odd = [name for name, change in motion.change.items() if name not in like or change.shape != like[name].shape]
+    return next(iter([*odd, *(name for name in like if name not in motion.adapter)]), None)

@@ -212,7 +212,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         other=other,
         previous_delta=load_delta(previous) if previous.exists() else {},
         held={client: load_delta(path) for client in weights if (path := folder / HELD / f"{safe_name(client)}.safetensors").exists()},
-        motion=read_motion(folder / MOTION),
+        motion=read_motion(folder / MOTION, adapter),
         updates=updates,
         weights=weights,
         standalone=read_adapter_folder(folder / STANDALONE) if (folder / STANDALONE).is_dir() else None,

@@ -16,7 +16,7 @@ from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, write_text
 
 CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
 _PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
-_TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|model|server)\.safetensors"
+_TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|motion|model|server)\.safetensors"
 _RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
 _OURS = re.compile(
     rf"{CONFIG}|{EVENTS}|run-id|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"

@@ -62,9 +62,11 @@ def save_delta(path: Path, base_delta: Mapping[str, Delta] | Mapping[str, LowRan
 
 
 def delta_tensors(base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """The tensors of `save_delta`."""
+    """The tensors of `save_delta`; none of modules that gained nothing."""
     tensors: dict[str, Tensor] = {}
     for module, delta in base_delta.items():
+        if isinstance(delta, LowRank) and not delta.rank:
+            continue
         tensors |= {f"{module}.W": delta.W} if isinstance(delta, Dense) else {f"{module}.U": delta.U, f"{module}.V": delta.V}
     return tensors
 

@@ -16,7 +16,7 @@ from fedex_lora.config import Config, write_config
 from fedex_lora.errors import UsageError
 from fedex_lora.experiments.compare._protocol import Hypothesis, Protocol, flat
 from fedex_lora.experiments.compare._runs import Job
-from fedex_lora.experiments.compare._variants import Settings, Variant, configured, variants
+from fedex_lora.experiments.compare._variants import Settings, Variant, configured, is_common, variants
 
 RATE = "training.learning_rate"
 
@@ -37,7 +37,7 @@ def normal(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
     """
     made: dict[str, list[Any]] = {}
     for key, values in grid.items():
-        if key in ("seed", "method", "rounds", "clients.holdout"):
+        if key in ("method", "rounds") or is_common(key):
             raise UsageError(f"{key} cannot be varied by a grid: " + ("see the seeds" if key == "seed" else "make variants"))
         if not isinstance(values, list) or not values:
             raise UsageError(f"grid {key}: give a list of values")
@@ -49,6 +49,8 @@ def normal(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
             made[key] = sorted({value if whole else float(f"{value:.12g}") for value in values})
         else:
             made[key] = [value for index, value in enumerate(values) if value not in values[:index]]
+        if len({label({key: value}) for value in made[key]}) < len(made[key]):
+            raise UsageError(f"grid {key}: two of {values} would have one folder: give each value once")
     return made
 
 

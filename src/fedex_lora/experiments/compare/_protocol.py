@@ -159,7 +159,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     for key, value in tree.items():
-        made |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if twice := made.keys() & found.keys():
+            raise UsageError(f"{min(twice)} is there twice, as a table and dotted: write it once")
+        made |= found
     return made
 
 

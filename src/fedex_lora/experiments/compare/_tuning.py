@@ -75,5 +75,6 @@ def _mean(scores: list[tuple[float, float] | None]) -> tuple[float, float] | Non
 
 
 def edges(grid: Mapping[str, Any], settings: Settings) -> list[str]:
-    """The keys of a grid whose value is the least or largest of several numbers."""
-    return [key for key, value in settings.items() if len(grid[key]) > 1 and numeric(grid[key]) and value in (grid[key][0], grid[key][-1])]
+    """The keys of a grid whose value is the least or largest of several numbers; zero is no edge, because nothing is below it."""
+    numbers = {key: grid[key] for key in settings if len(grid[key]) > 1 and numeric(grid[key])}
+    return [key for key, values in numbers.items() if settings[key] in (values[0], values[-1]) and settings[key] != 0]

@@ -40,6 +40,11 @@ class Variant:
         return cls(name or text.strip(), method, int(match[1]) if match else 1, overrides or {})
 
 
+def is_common(key: str) -> bool:
+    """Is a key the same for all variants? Else they would not be compared on the same rows."""
+    return key in ("seed", "clients.holdout", "task.eval", "task.eval_rows", "task.data", "task.name")
+
+
 def variants(names: Sequence[str], tables: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
     """The variants named, each once; and those that are spelt out.
 
@@ -51,10 +56,12 @@ def variants(names: Sequence[str], tables: Mapping[str, Mapping[str, Any]] | Non
         keys = flat(table)
         if not isinstance(method := keys.pop("method", None), str):
             raise UsageError(f"variant {name!r} has no method: give it one, such as method=fedex")
-        if odd := {"seed"} & keys.keys():
+        if odd := [key for key in keys if is_common(key)]:
             raise UsageError(f"variant {name!r} sets {', '.join(odd)}, which is the same for all variants: remove it")
         if not re.fullmatch(r"\w[\w.,+@ -]{0,99}", name):
             raise UsageError(f"variant {name!r}: a name has letters, digits, and . , + @ - _ or blanks, because its runs get a folder")
+        if re.search(r"@\d+$", name):
+            raise UsageError(f"variant {name!r}: @ and a number at the end of a name mean a round: call it otherwise")
         made.append(Variant.parse(method, name, keys))
     names = [variant.name for variant in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -109,6 +116,8 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def with_settings(config: Config, settings: Settings) -> Config:
     """The configuration with keys that every run has."""
+    if odd := [key for key in settings if key in ("seed", "method")]:
+        raise UsageError(f"[set] has {odd[0]}, which every run sets by itself: give seeds, and methods or variants")
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in settings.items():
         _put(tree, key, value)
