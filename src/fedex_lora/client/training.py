@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -68,7 +69,8 @@ def local_update(
     with _trainer(model, work, seed, data.train, on_step) as trainer:
         optimizer = trainer.create_optimizer()
         if optimizer_state is not None:
-            optimizer.load_state_dict({**optimizer_state, "param_groups": _current_rates(optimizer_state, optimizer)})
+            kept = deepcopy(dict(optimizer_state))  # Adam changes moments in place, and training may fail half-way
+            optimizer.load_state_dict({**kept, "param_groups": _current_rates(kept, optimizer)})
         if work.config.local.schedule == "run":
             trainer.lr_scheduler = _run_schedule(trainer, optimizer, round, work.config.rounds)
         set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
