@@ -251,8 +251,8 @@ def test_what_does_not_merge_is_refused(tmp_path):
 MEASURE = """
 import json, sys
 from pathlib import Path
-from fedex_lora.adapters import aggregate_folders
 from fedex_lora.cli import app
+from fedex_lora.offline.aggregate_folders import aggregate_folders
 from tests.offline.test_streaming import status
 folders = sorted(Path(sys.argv[1]).glob("client-*"))
 aggregate_folders(folders[:1], Path(sys.argv[1]) / "warm", "fedex", None, None)

@@ -117,12 +117,12 @@ def test_effective_rank_counts_directions():
 )
 def test_layer_and_projection(module, layer, projection):
     everything = [f"base.encoder.layer.{n}.{part}.dense" for n in (0, 11) for part in ("attention.output", "intermediate", "output")]
-    assert analysis.located([*everything, module])[module] == (layer, projection)
+    assert analysis.parse_module_paths([*everything, module])[module] == (layer, projection)
 
 
 def test_nested_stacks_are_counted_through():
     names = [f"stages.{stage}.blocks.{block}.qkv" for stage in (0, 1) for block in (0, 1, 10)]
-    assert [analysis.located(names)[name][0] for name in names] == [0, 1, 2, 3, 4, 5]
+    assert [analysis.parse_module_paths(names)[name][0] for name in names] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_nested_stacks_are_counted_through():
     ],
 )
 def test_stacks_with_the_same_names_are_told_apart(first, second, names):
-    found = analysis.located([first, second, "classifier"])
+    found = analysis.parse_module_paths([first, second, "classifier"])
     assert (found[first], found[second], found["classifier"]) == ((3, names[0]), (3, names[1]), (-1, "classifier"))
 
 

@@ -123,7 +123,7 @@ def test_numbers_of_seeds_are_of_all_seeds(tmp_path):
     for said in (
         "3.0e-07 worst round and module, from the factors, worst of 3 seeds",
         "30.0 % of the whole model's update it would lose: most in one round, worst of 3 seeds; 20.0 % in the last",
-        "4.00 kB 4.00 kB down, 0 B up, all clients and rounds, mean of 3 seeds",
+        "4.00 kB 4.00 kB down, 0 bytes up, all clients and rounds, mean of 3 seeds",
         "answers refused 1 of",
         "1 site-000 only in the last seed round 2",
     ):

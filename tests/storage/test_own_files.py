@@ -269,7 +269,7 @@ def test_only_errors_of_writing_are_said_to_be(error, tmp_path, monkeypatch):
         with atomic_folder(tmp_path / "out", {}):
             raise error
 
-    monkeypatch.setattr(runner, "_go_on", raising)
+    monkeypatch.setattr(runner, "_resume_or_start", raising)
     (tmp_path / "run.toml").write_text(write_config(configuration(rounds=1)))
     line = one_line(call("run", tmp_path / "run.toml", "--out", tmp_path / "run"), 1)
     with pytest.raises(StorageError if error in DISK else type(error)) as caught:
@@ -285,7 +285,7 @@ def test_a_file_of_the_run_that_cannot_be_written_names_the_run(tmp_path, monkey
     def raising(config, place, out, emit):
         raise PermissionError(errno.EACCES, "Permission denied", str(out / "rounds" / "x"))
 
-    monkeypatch.setattr(runner, "_go_on", raising)
+    monkeypatch.setattr(runner, "_resume_or_start", raising)
     with pytest.raises(FedexLoraError, match=r"cannot write to .*run: Permission denied"):
         run(configuration(rounds=1), tmp_path / "run", ignore)
 

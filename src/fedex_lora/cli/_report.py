@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.filesize import decimal
 
 from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import counted
@@ -22,6 +21,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """One HTML page about one run, or several side by side. It is self-contained."""
+    from rich.filesize import decimal
+
     from fedex_lora.report import write_report
 
     made = write_report(runs, out or runs[0] / "report.html")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.errors import StorageError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.models.build import base_for, build_model
@@ -145,7 +144,7 @@ def require_continued(folder: Path, result: Result, before: Sequence[Result]) ->
 
 
 def _same_deltas(left: Mapping[str, Delta], right: Mapping[str, Delta]) -> bool:
-    return left.keys() == right.keys() and all(same_bits(delta, right[name]) for name, delta in left.items())
+    return left.keys() == right.keys() and all(torch.equal(delta.dense(), right[name].dense()) for name, delta in left.items())
 
 
 def _require_same(final: Path, last: Path) -> None:
