@@ -46,7 +46,7 @@ def recipe(results: Path) -> str:
 def main() -> None:
     """Write them, or check that they are what is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     wanted = recipe(options.results)

@@ -1,12 +1,11 @@
-"""Write the tables in docs/reproduction.md from the records in docs/results/runs, and the tables of each target beside them.
+"""Write the tables and figures in results/SCALE from the records in results/runs.
 
 python scripts/reproduction_tables.py [--check]
 
-Nothing is run. A table stands between `<!-- TARGET SCALE -->` and `<!-- / -->`.
+Nothing is run. A target is written at every scale for which `results/SCALE/TARGET.md` is there already.
 """
 
 import argparse
-import re
 import shutil
 import sys
 import tempfile
@@ -14,33 +13,37 @@ from pathlib import Path
 
 from fedex_lora.experiments.reproduce import reproduce
 
-ROOT = Path(__file__).parent.parent
-PAGE, RESULTS = ROOT / "docs" / "reproduction.md", ROOT / "docs" / "results"
-MARKED = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- / -->)", flags=re.S)
+RESULTS = Path(__file__).parent.parent / "results"
 
 
-def filled(page: str, results: Path) -> str:
-    """The page with its tables made from the records in `results`."""
+def targets() -> list[tuple[str, str]]:
+    """(target, scale) of every table that is kept."""
+    return [(path.stem, path.parent.name) for path in sorted(RESULTS.glob("*/*.md"))]
 
-    def table(match: re.Match[str]) -> str:
-        reproduce(match[2], match[3], results, run=False)
-        return f"{match[1]}\n{(results / match[3] / f'{match[2]}.md').read_text(encoding='utf-8')}\n{match[4]}"
 
-    return MARKED.sub(table, page)
+def stale(copy: Path) -> list[str]:
+    """Tables that are not what the records say; `copy` is an empty folder to make them in."""
+    shutil.copytree(RESULTS / "runs", copy / "runs")
+    found = []
+    for target, scale in targets():
+        reproduce(target, scale, copy, run=False)
+        for name in (f"{scale}/{target}.md", f"{scale}/{target}.tex"):
+            if (copy / name).read_text(encoding="utf-8") != (RESULTS / name).read_text(encoding="utf-8"):
+                found.append(name)
+    return found
 
 
 def main() -> None:
-    """Write the page, or check that it is what the records say."""
+    """Write the tables, or check that they are what the records say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    page = PAGE.read_text(encoding="utf-8")
     if not parser.parse_args().check:
-        PAGE.write_text(filled(page, RESULTS), encoding="utf-8")
+        for target, scale in targets():
+            reproduce(target, scale, RESULTS, run=False)
         return
     with tempfile.TemporaryDirectory() as copy:
-        shutil.copytree(RESULTS / "runs", Path(copy) / "runs")
-        if filled(page, Path(copy)) != page:
-            sys.exit("docs/reproduction.md does not fit the records: run python scripts/reproduction_tables.py")
+        if names := stale(Path(copy)):
+            sys.exit(f"results/{names[0]} does not fit the records: run python scripts/reproduction_tables.py")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of bytes, server time and memory into docs/benchmarks.md, from benchmarks/results/scale_out.json.
+"""Write the tables of bytes, server time and memory into docs/scale-out.md, from benchmarks/results/scale_out.json.
 
 python scripts/scale_out_table.py [--check]
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE, MEASURED = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results" / "scale_out.json"
+PAGE, MEASURED = ROOT / "docs" / "scale-out.md", ROOT / "benchmarks" / "results" / "scale_out.json"
 UNITS = {"years": 365 * 86400, "days": 86400, "h": 3600, "min": 60}
 
 
@@ -78,7 +78,7 @@ def written(page: str) -> str:
             f"({mark}\n).*?({mark})", lambda match, lines=lines: "\n".join([match[1] + lines[0], *lines[1:], match[2]]), page, flags=re.S
         )
         if count != 1:
-            sys.exit(f"docs/benchmarks.md has no place {mark} (twice, with the table between)")
+            sys.exit(f"docs/scale-out.md has no place {mark} (twice, with the table between)")
     return page
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     if not check:
         PAGE.write_text(wanted, encoding="utf-8")
     elif page != wanted:
-        sys.exit("docs/benchmarks.md does not fit benchmarks/results/scale_out.json: run python scripts/scale_out_table.py")
+        sys.exit("docs/scale-out.md does not fit benchmarks/results/scale_out.json: run python scripts/scale_out_table.py")
 
 
 if __name__ == "__main__":

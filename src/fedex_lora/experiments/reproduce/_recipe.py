@@ -207,7 +207,7 @@ def identity(config: Config) -> dict[str, Any]:
 def folder_of_recipes() -> Path:
     """In an installed package beside the code, in a checkout at the top."""
     installed = Path(str(files("fedex_lora"))) / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parents[3] / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[4] / "recipes"
 
 
 def targets() -> list[str]:
