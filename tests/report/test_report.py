@@ -128,7 +128,7 @@ def test_numbers_of_seeds_are_of_all_seeds(tmp_path):
         "1 site-000 only in the last seed round 2",
     ):
         assert said in text, said
-    assert "4.00 kB 0 B 4.00 kB" in text  # of the table of what travelled
+    assert "4.00 kB 0 bytes 4.00 kB" in text  # of the table of what travelled
 
 
 def test_a_skipped_round_and_numbers_that_are_none(tmp_path):

@@ -135,7 +135,7 @@ def require_continued(folder: Path, result: Result, before: Sequence[Result]) ->
     )
     if not alike or not _same_deltas(result.previous_delta, last.base_delta):
         raise StorageError(f"{folder} did not start from what round {round - 1} left: copy the folder again")
-    if older is None or last.manifest.get("skipped"):
+    if older is None or last.manifest.get("skipped") or not motion.momentum:
         return
     here, there = (measure.effective_update(one.adapter, one.base_delta) for one in (last, older))
     for name, error in measure.change_error(there, here, motion.change).items():
