@@ -1,9 +1,9 @@
 """Comparisons: paired, tuned on held-out training rows only, continued after an interruption."""
 
-import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +18,22 @@ from scipy import stats
 from tests.test_runner import configuration
 
 from fedex_lora.analysis import sent
-from fedex_lora.compare import Curve, compare, controls, held_out_score, interval, rounds_to, summary, variants
-from fedex_lora.compare._plan import Variant, configured, grid_around
+from fedex_lora.compare import Curve, configured, controls, held_out_score, interval, parse_protocol, rounds_to, summary, variants
+from fedex_lora.compare import compare as compare_by
+from fedex_lora.compare._plan import RATE, Variant, grid_around, label
 from fedex_lora.compare._runs import Job, outcomes
 from fedex_lora.compare._statistics import curve
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.storage import plain_json, read_events
+
+
+def compare(config, methods, seeds, out, learning_rates=None, with_controls=True, jobs=1, tell=lambda line, done, total: None, **more):
+    """By a protocol of these."""
+    tree = {"methods": methods, "seeds": seeds, "controls": with_controls, **more}
+    tree |= {"grid": {RATE: learning_rates}} if learning_rates else {}
+    return compare_by(config, parse_protocol(tree), out, jobs, tell)
+
 
 CURVE = Curve([0.4, 0.5, 0.6, 0.7], {0: 0.1, 1: 0.9, 2: 0.5, 3: 0.7}, {0: 3.0, 1: 2.0, 2: 1.0, 3: 0.5}, 10.0, 5.0, 1e-8, 3.0, 100)
 
@@ -56,7 +65,7 @@ def test_names_that_mean_nothing(name, message):
 
 def test_a_variant_changes_method_rate_seed_and_rank_only():
     config = configuration(lora={"r": 2, "alpha": 6, "rank_pattern": {"q_proj": 3}})
-    made = configured(config, Variant.parse("ffa@2r"), 0.5, 7)
+    made = configured(config, Variant.parse("ffa@2r"), {RATE: 0.5}, 7)
     assert (made.method, made.seed, made.training["learning_rate"]) == ("ffa", 7, 0.5)
     assert (made.lora.r, made.lora.alpha, made.lora.rank_pattern) == (4, 12, {"q_proj": 6})  # alpha / r stays
     assert made.model_copy(update={key: getattr(config, key) for key in ("method", "seed", "lora", "training")}) == config
@@ -89,7 +98,7 @@ def test_differences_are_paired_by_seed():
     runs = {"a": {s: ending(v) for s, v in noise.items()}, "b": {s: ending(v + 0.01 + 0.001 * s) for s, v in noise.items()}}
     target, (a, b) = summary(runs, "a", None, 1)
     assert target == pytest.approx(np.mean(list(noise.values())))
-    assert a["difference"] == 0
+    assert a["difference"] is None
     assert b["difference"] == pytest.approx(0.011)
     assert b["difference_half_width"] == pytest.approx(interval([0.01, 0.011, 0.012])[1])
     assert b["half_width"] > 100 * b["difference_half_width"]
@@ -155,14 +164,14 @@ def test_a_whole_comparison(tmp_path):
 
     out = tmp_path / "out"
     result = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2, tell=tell)
-    assert json.loads((out / "compare.json").read_text()) == result
+    assert (out / "compare.json").read_text() == plain_json(result) + "\n"
     assert [row["name"] for row in result["methods"]] == ["fedit", "fedex", "fedsa", "fedit+balanced"]
     starts, finals = {}, {}
     for row in result["methods"]:
-        scores = {float(rate): score for rate, score in row["held_out_by_learning_rate"].items()}
-        assert row["learning_rate"] == max(scores, key=scores.get)
+        scores = {point["settings"][RATE]: point["score"] for point in row["tuning"]}
+        assert row["settings"] == {RATE: max(scores, key=scores.get)}
         for seed in (0, 1):
-            events = read_events(out / "runs" / row["name"] / f"lr-{row['learning_rate']:g}" / f"seed-{seed}" / "events.jsonl")
+            events = read_events(out / "runs" / row["name"] / label(row["settings"]) / f"seed-{seed}" / "events.jsonl")
             starts.setdefault(seed, []).append((events[0]["metrics"], events[0]["train_rows"]))
             if seed == 0:
                 assert (row["bytes_down"], row["bytes_up"]) == tuple(size / config.rounds for size in sent(events))
@@ -179,7 +188,7 @@ def test_a_whole_comparison(tmp_path):
     assert result["methods"][1]["exactness_error"] < 1e-6
     files = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
     again = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2)
-    assert again == result
+    assert plain_json(again) == plain_json(result)
     assert files == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
     assert not list(out.rglob("rounds"))
     with pytest.raises(UsageError, match="another configuration"):
@@ -255,10 +264,10 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
     """A rate at which training fails is no candidate; a method that fails at every rate is an error that names it."""
     config = configuration(rounds=1)
     result = compare(config, ["fedit"], [0], tmp_path / "a", [5e-3, 1e30], with_controls=False)
-    assert result["methods"][0]["learning_rate"] == 5e-3
-    assert result["methods"][0]["held_out_by_learning_rate"]["1e+30"] is None
+    assert result["methods"][0]["settings"] == {RATE: 5e-3}
+    assert [point["score"] is None for point in result["methods"][0]["tuning"]] == [False, True]
     assert math.isfinite(result["methods"][0]["mean"])
-    with pytest.raises(TrainingError, match="fedit fails at every learning rate"):
+    with pytest.raises(TrainingError, match="fedit fails at every point of the grid"):
         compare(config, ["fedit"], [0], tmp_path / "b", [1e30], with_controls=False)
 
 
@@ -320,7 +329,8 @@ def test_more_jobs_continue_the_same_comparison(tmp_path):
     """The number of threads is that of the first call, so the bits are too."""
     config = configuration(rounds=1).model_copy(update={"torch_threads": None})
     before = compare(config, ["fedit"], [0], tmp_path / "out", [1e-3], with_controls=False, jobs=2)
-    after = compare(config, ["fedit"], [0, 1], tmp_path / "out", [1e-3], with_controls=False, jobs=1)
+    shutil.rmtree(tmp_path / "out" / "runs")
+    after = compare(config, ["fedit"], [0], tmp_path / "out", [1e-3], with_controls=False, jobs=1)
     assert before["methods"][0]["seeds"]["0"] == after["methods"][0]["seeds"]["0"]
 
 

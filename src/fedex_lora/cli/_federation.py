@@ -1,12 +1,16 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, fail_without_numbers, numbers, one_line_errors, print_json
 from fedex_lora.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @app.command()
@@ -100,55 +104,130 @@ def check(
         fail(f"{stops} of {len(found)} finding{'' if len(found) == 1 else 's'} would stop a run (marked !)", 1)
 
 
+Text = Optional[str]  # noqa: UP045 (typer)
+Texts = Optional[list[str]]  # noqa: UP045
+
+
 @app.command()
 @one_line_errors
 def compare(
-    config: Annotated[Path, typer.Argument(help="A TOML file; its method, seed and learning rate are varied.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; its method, its seed and the grid's keys are varied.")],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated METHOD, METHOD+GAUGE, or METHOD@2r for twice the rank.")
-    ] = "fedex,fedit,ffa",
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+        Text,
+        typer.Option(help="Comma-separated METHOD, METHOD+GAUGE, or METHOD@2r for twice the rank; by default fedex,fedit,ffa."),
+    ] = None,
+    variant: Annotated[
+        Texts, typer.Option(metavar='"NAME: method=M KEY=V"', help="A variant with keys of its own; the grid does not vary those.")
+    ] = None,
+    seeds: Annotated[Text, typer.Option(help="Comma-separated; by default 0,1,2.")] = None,
+    tuning_seeds: Annotated[
+        Text, typer.Option(help="Seeds to choose settings on, others than --seeds; by default the first of those.")
+    ] = None,
+    grid: Annotated[Texts, typer.Option(metavar="KEY=V,V", help="Values to choose from, of any keys; all combinations are tried.")] = None,
     learning_rates: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Comma-separated grid; by default a third of the file's, it, and three times it."),
+        Text,
+        typer.Option(help="Short for --grid training.learning_rate=...; without a grid a third of the file's, it, and three times it."),
     ] = None,
-    reference: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The method that differences are from; by default fedit, or the first."),
+    primary: Annotated[
+        Texts, typer.Option(metavar='"A > B"', help='A primary test of two variants; "A@4 > B@8" for their rounds. Corrected by Holm.')
     ] = None,
+    equivalent: Annotated[
+        Texts, typer.Option(metavar='"A = B: 0.01"', help="A test of equivalence within a bound, by two one-sided tests.")
+    ] = None,
+    at: Annotated[Text, typer.Option(help="Comma-separated rounds after which all variants are set side by side.")] = None,
+    reference: Annotated[Text, typer.Option(help="The variant that differences are from; by default fedit, or the first.")] = None,
     target: Annotated[Optional[float], typer.Option(help="Count rounds to this value; by default the reference's end.")] = None,  # noqa: UP045
-    controls: Annotated[bool, typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is.")] = True,
+    controls: Annotated[Optional[bool], typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is; by default on.")] = None,  # noqa: UP045
+    protocol: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A TOML file that says all of this, instead of the options above."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
     set_: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="Where runs and tables go; an interrupted comparison continues.")] = None,  # noqa: UP045
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods fairly. Paired seeds, a learning rate for each chosen on held-out training rows, confidence intervals."""
-    from fedex_lora.compare import compare as compare_here
-    from fedex_lora.compare import footnotes, table_rows, title
+    """Compare methods fairly. Paired seeds, settings for each chosen on held-out training rows, confidence intervals, tests."""
+    from fedex_lora import compare as comparing
     from fedex_lora.config import read_config
-    from fedex_lora.display import Runs, table
+    from fedex_lora.display import Runs
 
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: give one or more")
+    given = {
+        "methods": methods,
+        "variant": variant,
+        "seeds": seeds,
+        "tuning-seeds": tuning_seeds,
+        "grid": grid,
+        "learning-rates": learning_rates,
+        "primary": primary,
+        "equivalent": equivalent,
+        "at": at,
+        "reference": reference,
+        "target": target,
+        "controls": controls,
+    }
+    given = {option: value for option, value in given.items() if value is not None and value != []}
+    plan = comparing.read_protocol(protocol) if protocol else comparing.parse_protocol(_protocol(given))
+    if protocol and given:
+        raise UsageError(f"--{next(iter(given))} beside --protocol: {protocol} says all of that; change it there")
     settings, console = read_config(config, set_ or []), consoles(as_json)
     out = out or Path("compare") / config.stem
-    names, rates = methods.split(","), numbers(learning_rates, "--learning-rates", "1e-3,3e-3")
     with Runs(console) as tell:
-        result = compare_here(settings, names, _seeds(seeds), out, rates, reference, target, controls, jobs, tell)
+        result = comparing.compare(settings, plan, out, jobs, tell)
     if as_json:
         print_json(result)
     else:
-        columns, rows = table_rows(result)
-        for heading, start, stop in ((title(result), 1, 5), ("costs", 5, None)):
-            console.print(table(heading, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
-        console.print(f"{footnotes(result)} {out / 'compare.json'}", highlight=False)
+        _show(result, out, console)
     fail_without_numbers({row["name"]: [row["exactness_error"]] for row in result["methods"]})
 
 
-def _seeds(text: str) -> list[int]:
+def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol that options say."""
+    from fedex_lora import compare as comparing
+
+    tree = {key: given[key] for key in ("reference", "target", "controls") if key in given}
+    tree |= {key.replace("-", "_"): _whole(given[key], f"--{key}") for key in ("seeds", "tuning-seeds", "at") if key in given}
+    if "methods" in given or "variant" not in given:
+        tree["methods"] = given.get("methods", "fedex,fedit,ffa").split(",")
+    named = [comparing.variant_option(text) for text in given.get("variant", ())]
+    if len(dict(named)) < len(named):
+        raise UsageError(
+            f"--variant: two are named {next(name for name, _ in named if [n for n, _ in named].count(name) > 1)!r}: rename one"
+        )
+    tree["variants"] = dict(named)
+    cells = comparing.grid_option(given.get("grid", ()))
+    if rates := numbers(given.get("learning-rates"), "--learning-rates", "1e-3,3e-3"):
+        if comparing.RATE in cells:
+            raise UsageError(f"--learning-rates is short for --grid {comparing.RATE}=...: give one of them")
+        cells = {comparing.RATE: rates, **cells}
+    tree |= {"grid": cells} if cells else {}
+    tests = [comparing.primary_option(text) for text in given.get("primary", ())]
+    return tree | {"tests": [*tests, *(comparing.equivalent_option(text) for text in given.get("equivalent", ()))]}
+
+
+def _show(result: Mapping[str, Any], out: Path, console: "Console") -> None:
+    """The tables of a comparison."""
+    from fedex_lora import compare as comparing
+    from fedex_lora.display import table
+
+    columns, rows = comparing.table_rows(result)
+    costs = columns.index(comparing.COSTS)
+    for heading, start, stop in ((comparing.title(result), 1, costs), ("costs", costs, None)):
+        console.print(table(heading, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
+    for record in result["at"]:
+        console.print(table(f"after round {record['round']}", *comparing.at_rows(result, record)))
+    if result["tests"]:
+        console.print(table("tests", *comparing.test_rows(result)))
+        console.print(comparing.test_notes(result), highlight=False)
+    console.print(f"{comparing.footnotes(result)} {out / 'compare.json'}", highlight=False)
+    console.print(f"protocol sha256 {result['protocol_sha256']}", highlight=False)
+
+
+def _whole(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--seeds {text!r}: give comma-separated whole numbers, such as 0,1,2") from None
+        raise UsageError(f"{option} {text!r}: give comma-separated whole numbers, such as 0,1,2") from None

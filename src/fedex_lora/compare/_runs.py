@@ -4,17 +4,18 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedex_lora.client import quiet
 from fedex_lora.compare._statistics import Curve, curve
 from fedex_lora.config import Config, write_config
-from fedex_lora.errors import TrainingError
-from fedex_lora.run_folder import remove, strays
+from fedex_lora.errors import StorageError, TrainingError
+from fedex_lora.run_folder import CONFIG, EVENTS, barely_begun, remove, strays
 from fedex_lora.runner import run
 from fedex_lora.storage import ROUNDS, read_events
 
@@ -44,8 +45,8 @@ def done(job: Job) -> bool:
 def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
     """Every job's outcome, as they come; those that are done already first.
 
-    A run counts as done when its folder has the same configuration and its last event. Anything else in that folder is what an
-    interrupted comparison left, and is run again.
+    A run counts as done when its folder has the same configuration and its last event. One that an interrupted comparison left half done
+    goes on; one that is broken, or has another configuration, is removed and run again.
 
     Raises:
         FedexLoraError: whatever stops a run but training itself; or the folder of a run holds what no run wrote.
@@ -94,24 +95,46 @@ def _slim(job: Job) -> None:
         remove(job.folder, ROUNDS)
 
 
+def _is_of(job: Job) -> bool:
+    """Has the folder the job's configuration?"""
+    config = job.folder / CONFIG
+    return config.is_file() and config.read_text(encoding="utf-8") == write_config(job.config)
+
+
 def _outcome(job: Job) -> Outcome | None:
     """What a finished run came to; None where it is not finished."""
-    config, events = job.folder / "config.toml", job.folder / "events.jsonl"
-    if not config.is_file() or config.read_text(encoding="utf-8") != write_config(job.config):
+    if not _is_of(job):
         return None
-    recorded = read_events(events) if events.is_file() else []
-    if not recorded or recorded[-1]["event"] != "run_done":
+    recorded = _recorded(job)
+    if not recorded or recorded[-1]["event"] != "run_done" or not _without_gaps(recorded, job.config.rounds):
         return None
     return Outcome(job, curve(recorded))
 
 
+def _recorded(job: Job) -> list[dict[str, Any]]:
+    events = job.folder / EVENTS
+    return read_events(events) if events.is_file() else []
+
+
+def _without_gaps(events: Sequence[Mapping[str, Any]], rounds: int | None = None) -> bool:
+    """Do events say how a run began, and every round from the first to the last one there is, or to `rounds`?"""
+    numbers = {event["round"] for event in events if event["event"] == "round_done"}
+    return any(event["event"] == "started" for event in events) and numbers == set(
+        range(1, 1 + (len(numbers) if rounds is None else rounds))
+    )
+
+
 def _perform(job: Job) -> Outcome:
-    """Run a job."""
+    """Run a job, from where it was left."""
     quiet()
-    if job.folder.exists():
+    if job.folder.exists() and not _goes_on(job):
         remove(job.folder)
     try:
-        run(job.config, job.folder, lambda event, **fields: None)
+        try:
+            run(job.config, job.folder, _nobody, resume=True)
+        except StorageError:  # what was left cannot be read
+            remove(job.folder)
+            run(job.config, job.folder, _nobody)
     except TrainingError as error:
         return Outcome(job, None, str(error))
     outcome = _outcome(job)
@@ -119,3 +142,12 @@ def _perform(job: Job) -> Outcome:
         return Outcome(job, None, "its folder was changed while it ran")
     _slim(job)
     return outcome
+
+
+def _goes_on(job: Job) -> bool:
+    """Is the folder this very run's, as far as it came?"""
+    return barely_begun(job.folder) or (_is_of(job) and (job.folder / ROUNDS).is_dir() and _without_gaps(_recorded(job)))
+
+
+def _nobody(event: str, **fields: Any) -> None:
+    """Told of steps."""

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from fedex_lora.analysis import sent
+from fedex_lora.compare._hypotheses import Metrics
+from fedex_lora.compare._tests import paired
 from fedex_lora.measure import number, worst
 
 
@@ -38,9 +40,9 @@ class Curve:
 
 
 def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
-    """A run's events as one record; null is a number that was not finite."""
+    """A run's events as one record; null is a number that was not finite. Of a round that was done twice, the last time counts."""
     started = next(event for event in events if event["event"] == "started")
-    rounds = [event for event in events if event["event"] == "round_done"]
+    rounds = list({event["round"]: event for event in events if event["event"] == "round_done"}.values())
     held = {event["round"]: event["metrics"] for event in events if event["event"] == "held_out"}
     headline = started["headline"]
     held_out = {round: number(metrics[headline]) for round, metrics in held.items() if headline in metrics}
@@ -48,7 +50,7 @@ def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
         metric = [number(event["metrics"].get(headline)) for event in (started, *rounds)]
     else:  # no global model: what the clients measure on their own rows
         metric = [held_out.get(round, math.nan) for round in range(len(rounds) + 1)]
-    down, up = sent(events)
+    down, up = sent([*rounds, *(event for event in events if event["event"] == "evaluated")])
     errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
     return Curve(
         metric=metric,
@@ -112,8 +114,6 @@ def summary(
     rows = []
     for name, by_seed in runs.items():
         mean, width = interval(list(ends[name].values()))
-        differences = [value - ends[reference][seed] for seed, value in ends[name].items()]
-        difference, paired = (None, None) if name in apart else interval(differences)
         reached = [rounds_to(run.metric, goal, sign) for run in by_seed.values()]
         first, errors = next(iter(by_seed.values())), [run.exactness for run in by_seed.values() if run.exactness is not None]
         rows.append(
@@ -121,8 +121,7 @@ def summary(
                 "name": name,
                 "mean": mean,
                 "half_width": width,
-                "difference": difference,
-                "difference_half_width": paired,
+                **_against(ends[name], ends[reference], name in (reference, *apart)),
                 "over_rounds": float(np.mean([np.mean(run.metric[1:]) for run in by_seed.values()])),
                 "rounds_to_target": reached,
                 "exactness_error": worst(errors) if errors else None,
@@ -134,3 +133,29 @@ def summary(
             }
         )
     return goal, rows
+
+
+def at_rounds(metrics: Metrics, reference: str, rounds: Sequence[int], apart: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every variant after each of some rounds, and its difference to the reference there.
+
+    Returns:
+        A record a round: `round`; `methods`: variant -> mean, half_width, difference, difference_half_width, p.
+    """
+    records = []
+    for round in rounds:
+        there = {name: {seed: metric[round] for seed, metric in by_seed.items()} for name, by_seed in metrics.items()}
+        methods = {}
+        for name, values in there.items():
+            mean, width = interval(list(values.values()))
+            methods[name] = {"mean": mean, "half_width": width, **_against(values, there[reference], name in (reference, *apart))}
+        records.append({"round": round, "methods": methods})
+    return records
+
+
+def _against(values: Mapping[int, float], others: Mapping[int, float], not_asked: bool) -> dict[str, float | None]:
+    """The mean difference, paired by seed, the half-width of its interval, and p of Student's paired test; None where there is none."""
+    if not_asked:
+        return dict.fromkeys(("difference", "difference_half_width", "p"))
+    differences = [value - others[seed] for seed, value in values.items()]
+    difference, width = interval(differences)
+    return {"difference": difference, "difference_half_width": width, "p": None if width is None else paired(differences).p}

@@ -1,31 +1,33 @@
 """A comparison as tables: for the terminal, and in Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EDGE, OWN = "*", "†"
+COSTS = "mean over rounds"
+Rows = tuple[list[str], list[list[str]]]
+"""Column names and cells."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table for documents: one line a variant, then the curves."""
-    headline = result["headline"]
-    columns, rows = table_rows(result)
-    lines = [f"{title(result)}.", ""]
-    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += [
-        "",
-        footnotes(result),
-        "",
-        f"Mean {headline} after each round:",
-        "",
-        f"| round | {' | '.join(map(str, range(result['rounds'] + 1)))} |",
+    """The tables for documents: one line a variant, the tests, the variants at some rounds, then the curves."""
+    parts = [f"{title(result)}.", _piped(*table_rows(result)), footnotes(result)]
+    if result["tests"]:
+        parts += ["Tests:", _piped(*test_rows(result)), test_notes(result)]
+    for record in result["at"]:
+        parts += [f"After round {record['round']}:", _piped(*at_rows(result, record))]
+    means = [
+        [row["name"], *(f"{sum(values) / len(values):.3f}" for values in zip(*row["seeds"].values(), strict=True))]
+        for row in result["methods"]
     ]
-    lines += ["|" + "---|" * (result["rounds"] + 2)]
-    for row in result["methods"]:
-        means = [sum(values) / len(values) for values in zip(*row["seeds"].values(), strict=True)]
-        lines.append(f"| {row['name']} | {' | '.join(f'{value:.3f}' for value in means)} |")
-    return "\n".join(lines) + "\n"
+    columns = ["round", *map(str, range(result["rounds"] + 1))]
+    parts += [f"Mean {result['headline']} after each round:", _piped(columns, means), f"protocol sha256 {result['protocol_sha256']}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _piped(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -35,25 +37,23 @@ def title(result: Mapping[str, Any]) -> str:
     return f"{result['headline']} on {result['task']} after {after}"
 
 
-def table_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column names and cells, for the terminal and for Markdown."""
-    reference, target = result["reference"], result["target"]
-    columns = ["method", "lr", result["headline"], f"minus {reference}", f"rounds to {target:.3f}"]
-    columns += ["mean over rounds", "exactness", "down, all", "up, all"]
+def table_rows(result: Mapping[str, Any]) -> Rows:
+    """One row a variant; the columns from `COSTS` on are what it costs."""
+    reference, target, several = result["reference"], result["target"], len(result["seeds"]) > 1
+    keys = list(result["grid"])
+    columns = ["method", *_short(keys), result["headline"], f"minus {reference}", *["p"] * several, f"rounds to {target:.3f}"]
+    columns += [COSTS, "exactness", "down, all", "up, all"]
     rows = []
     for row in result["methods"]:
-        mark = EDGE if row["learning_rate_at_edge"] else ""
         reached = " ".join("-" if number is None else str(number) for number in row["rounds_to_target"])
         error = row["exactness_error"]
-        own = OWN if row["exactness"] == "personalised" else ""
         rows.append(
             [
-                f"{row['name']}{own}",
-                f"{row['learning_rate']:g}{mark}",
+                f"{row['name']}{OWN if row['exactness'] == 'personalised' else ''}",
+                *(f"{_value(row['settings'][key])}{EDGE if key in row['at_edge'] else ''}" for key in keys),
                 _plus_minus(row["mean"], row["half_width"]),
-                ""
-                if row["name"] == reference or row["difference"] is None
-                else _plus_minus(row["difference"], row["difference_half_width"], "+"),
+                _plus_minus(row["difference"], row["difference_half_width"], "+"),
+                *[_p(row["p"])] * several,
                 reached,
                 f"{row['over_rounds']:.3f}",
                 "" if error is None else f"{error:.1e}",
@@ -64,8 +64,65 @@ def table_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _plus_minus(value: float, width: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.3f}" + ("" if width is None else f" ± {width:.3f}")
+def test_rows(result: Mapping[str, Any]) -> Rows:
+    """One row a test."""
+    rows = []
+    for test in result["tests"]:
+        one, other = test["variants"]
+        first, second = test["rounds"]
+        shown = f"{one} minus {other}" if first == second == result["rounds"] else f"{one} after {first} minus {other} after {second}"
+        shown += f", mean of {test['mean_of']} rounds" if test["mean_of"] > 1 else ""
+        kind = f"within {test['bound']:g}" if test["kind"] == "equivalence" else test["alternative"]
+        t = "" if test["kind"] == "equivalence" else f"{test['t']:.2f}"
+        holm = _p(test["p_holm"]) if test["primary"] else ""
+        rows.append([test["name"], shown, kind, str(test["n"]), _plus_minus(test["mean"], test["half_width"], "+"), t, _p(test["p"]), holm])
+    return ["test", "difference", "kind", "n", "mean", "t", "p", "p, Holm"], rows
+
+
+def test_notes(result: Mapping[str, Any]) -> str:
+    """How the tests are computed."""
+    primary, kinds = sum(test["primary"] for test in result["tests"]), {test["kind"] for test in result["tests"]}
+    notes = [
+        "p is of Student's paired test over the seeds" + (", of equivalence the larger of two one-sided ones." if len(kinds) > 1 else ".")
+    ]
+    if kinds == {"equivalence"}:
+        notes = ["p is the larger of two one-sided paired t-tests over the seeds."]
+    if primary:
+        notes.append(f"Holm's correction is for the {primary} primary test{'s' * (primary > 1)} together; the others have none.")
+    if not all(test["computable"] for test in result["tests"]):
+        notes.append(
+            'A test with p "none" cannot be computed (numbers that are not finite, or differences that are all the same): it failed.'
+        )
+    return " ".join(notes)
+
+
+def at_rows(result: Mapping[str, Any], record: Mapping[str, Any]) -> Rows:
+    """All variants after one round."""
+    columns = ["method", result["headline"], f"minus {result['reference']}", "p"]
+    return columns, [
+        [name, _plus_minus(row["mean"], row["half_width"]), _plus_minus(row["difference"], row["difference_half_width"], "+"), _p(row["p"])]
+        for name, row in record["methods"].items()
+    ]
+
+
+def _short(keys: Sequence[str]) -> list[str]:
+    """The last words of keys, where they tell them apart."""
+    last = ["lr" if key == "training.learning_rate" else key.rpartition(".")[2] for key in keys]
+    return [word if last.count(word) == 1 else key for word, key in zip(last, keys, strict=True)]
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "none" if value != value else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _plus_minus(value: float | None, width: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.3f}" + ("" if width is None else f" ± {width:.3f}")
 
 
 def footnotes(result: Mapping[str, Any]) -> str:
@@ -73,9 +130,12 @@ def footnotes(result: Mapping[str, Any]) -> str:
     bytes_are = "Bytes are of all clients together, the final model to all of them included, divided by the rounds"
     notes = [f"{bytes_are}; differences are paired by seed."]
     if len(result["seeds"]) > 1:
-        notes.append("± is a 95 % confidence interval of the mean over seeds.")
-    if any(row["learning_rate_at_edge"] for row in result["methods"]):
-        notes.append(f"{EDGE} the best learning rate is at the edge of the grid: a wider one may do better.")
+        notes.append("± is a 95 % confidence interval of the mean over seeds, p of Student's paired test, not corrected.")
+    seeds = ", ".join(map(str, result["tuning_seeds"]))
+    where = f"seed{'s' * (len(result['tuning_seeds']) > 1)} {seeds}" + ("" if result["tuning_apart"] else ", one of those shown here")
+    notes.append(f"Settings were chosen on {where}.")
+    if any(row["at_edge"] for row in result["methods"]):
+        notes.append(f"{EDGE} the best value is at the edge of the grid: a wider one may do better.")
     if any(row["exactness"] == "personalised" for row in result["methods"]):
         notes.append(f"{OWN} no global model: measured on the clients' own held-out rows, so not comparable with the others.")
     return " ".join(notes)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedex_lora.compare import Variant, configured
+from fedex_lora.compare import RATE, Variant, configured
 from fedex_lora.config import Config, nearest, overridden, parse_config
 from fedex_lora.errors import ConfigError, UsageError
 
@@ -277,7 +277,7 @@ def cells(recipe: Recipe, scale_name: str, overrides: Sequence[str] = ()) -> Ite
                     tree = merged(recipe.config, panel.set, column.set, scale.config, own, row.set)
                     config = parse_config(overridden(tree, overrides))
                     rate = scale.learning_rates.get(row.method, config.training.get("learning_rate", 1e-3))
-                    config = configured(config, Variant.parse(row.method), rate, seed)
+                    config = configured(config, Variant.parse(row.method), {RATE: rate}, seed)
                     yield Cell(panel.label, row.label, column.label, seed, config, column.folder, column.test)
 
 

@@ -1,0 +1,79 @@
+"""Which settings each variant gets: those that are best on the clients' held-out rows, over the tuning seeds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedex_lora.compare._plan import Plan, label, numeric
+from fedex_lora.compare._runs import Outcome
+from fedex_lora.compare._statistics import held_out_score
+from fedex_lora.compare._variants import Settings, Variant
+from fedex_lora.errors import TrainingError
+
+Ran = Mapping[tuple[str, str, int], Outcome]
+"""(variant, label of its settings, seed) -> outcome."""
+WORST = (-math.inf, -math.inf)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a variant runs with.
+
+    Attributes:
+        settings: key -> value.
+        score: see `chosen`; the worst where nothing was tried.
+        at_edge: the keys whose best value is the first or last of its numbers.
+        tried: every point of the grid, for the record.
+    """
+
+    settings: Settings
+    score: tuple[float, float]
+    at_edge: list[str]
+    tried: list[dict[str, Any]]
+
+
+def chosen(plan: Plan, variant: Variant, ran: Ran, sign: int) -> Choice:
+    """The best point of the grid: by the mean over the tuning seeds of `held_out_score`; the first of equal ones.
+
+    A point at which training fails with one of the seeds is no candidate.
+
+    Raises:
+        TrainingError: it fails at every point.
+    """
+    points = plan.points(variant)
+    if not plan.tuned(variant):
+        return Choice(points[0], WORST, [], [])
+    runs = [[ran[variant.name, label(point), seed] for seed in plan.tuning_seeds] for point in points]
+    scores = [_mean([held_out_score(run.curve, sign) if run.curve else None for run in at]) for at in runs]
+    candidates = [index for index, score in enumerate(scores) if score is not None]
+    if not candidates:
+        reason = next(run.reason for run in runs[0] if run.curve is None)
+        raise TrainingError(f"{variant.name} fails at every point of the grid: {label(points[0])}: {reason}")
+    best = max(candidates, key=lambda index: scores[index] or WORST)
+    tried = [
+        {
+            "settings": dict(point),
+            "score": None if score is None else sign * score[0],
+            "loss": None if score is None else -score[1],
+            "seeds": {
+                str(seed): sign * held_out_score(run.curve, sign)[0] if run.curve else None
+                for seed, run in zip(plan.tuning_seeds, at, strict=True)
+            },
+        }
+        for point, score, at in zip(points, scores, runs, strict=True)
+    ]
+    return Choice(points[best], scores[best] or WORST, edges(plan.grid, points[best]), tried)
+
+
+def _mean(scores: list[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Of each part; None where one is missing."""
+    there = [score for score in scores if score is not None]
+    if len(there) < len(scores):
+        return None
+    return sum(score[0] for score in there) / len(there), sum(score[1] for score in there) / len(there)
+
+
+def edges(grid: Mapping[str, Any], settings: Settings) -> list[str]:
+    """The keys of a grid whose value is the least or largest of several numbers."""
+    return [key for key, value in settings.items() if len(grid[key]) > 1 and numeric(grid[key]) and value in (grid[key][0], grid[key][-1])]

@@ -1,0 +1,115 @@
+"""Variants of one configuration: a method, the factor of its rank, and keys of its own."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedex_lora.aggregation import method_named
+from fedex_lora.compare._protocol import flat
+from fedex_lora.config import Config, parse_config
+from fedex_lora.errors import UsageError
+
+CONTROL, TWICE = "fedit+balanced", "ffa@2r"
+Settings = Mapping[str, Any]
+"""Dotted keys of the configuration -> values."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, what its rank is multiplied by, and keys of the configuration that are its own.
+
+    Example:
+        >>> Variant.parse("ffa@2r")
+        Variant(name='ffa@2r', method='ffa', times=2, overrides={})
+    """
+
+    name: str
+    method: str
+    times: int = 1
+    overrides: Settings = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, name: str = "", overrides: Settings | None = None) -> "Variant":
+        """METHOD[+GAUGE][@Nr]."""
+        method, at, factor = text.strip().partition("@")
+        match = re.fullmatch(r"([1-9]\d?)r", factor)
+        if at and not match:
+            raise UsageError(f"{text!r}: write METHOD, METHOD+GAUGE, or METHOD@2r for twice the rank")
+        method_named(method)
+        return cls(name or text.strip(), method, int(match[1]) if match else 1, overrides or {})
+
+
+def variants(names: Sequence[str], tables: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
+    """The variants named, each once; and those that are spelt out.
+
+    Raises:
+        UsageError: a method that there is not, a name twice, or one that cannot be a folder's.
+    """
+    made = [Variant.parse(name) for name in dict.fromkeys(name.strip() for name in names)]
+    for name, table in (tables or {}).items():
+        keys = flat(table)
+        if not isinstance(method := keys.pop("method", None), str):
+            raise UsageError(f"variant {name!r} has no method: give it one, such as method=fedex")
+        if odd := {"seed"} & keys.keys():
+            raise UsageError(f"variant {name!r} sets {', '.join(odd)}, which is the same for all variants: remove it")
+        if not re.fullmatch(r"\w[\w.+@ -]{0,99}", name):
+            raise UsageError(f"variant {name!r}: a name has letters, digits, and . + @ - _ or blanks, because its runs get a folder")
+        made.append(Variant.parse(method, name, keys))
+    names = [variant.name for variant in made]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two variants are named {twice!r}: rename one")
+    return made
+
+
+def controls(chosen: Sequence[Variant]) -> list[Variant]:
+    """What should stand beside them.
+
+    A gauge alone can change training more than exactness does, so `fedit+balanced` stands in every comparison of LoRA methods; and
+    `ffa` trains half of the numbers, so it also runs at twice the rank.
+    """
+    there = [(variant.method, variant.times) for variant in chosen]
+    wanted = [CONTROL] if any(method_named(variant.method).lora for variant in chosen) else []
+    wanted += [TWICE] if ("ffa", 1) in there else []
+    return [one for name in wanted if ((one := Variant.parse(name)).method, one.times) not in there]
+
+
+def configured(config: Config, variant: Variant, settings: Settings, seed: int) -> Config:
+    """The run of one variant: method, settings, its own keys, seed, and the rank (alpha in proportion, so the scaling stays).
+
+    `[truncation]` is for the variants that truncate.
+
+    Raises:
+        ConfigError: a key that there is not, a value that cannot be, a seed out of range.
+    """
+    tree, times = config.model_dump(mode="json", exclude_none=True), variant.times
+    if method_named(variant.method).rest != "truncate":
+        tree["truncation"] = {}
+    for key, value in {**settings, **variant.overrides}.items():
+        _put(tree, key, value)
+    if times > 1:
+        lora, clients = tree["lora"], tree["clients"]
+        for key in ("r", "alpha"):
+            lora[key] *= times
+        for key in ("rank_pattern", "alpha_pattern"):
+            lora[key] = {pattern: value * times for pattern, value in lora[key].items()}
+        if "ranks" in clients:
+            clients["ranks"] = [rank * times for rank in clients["ranks"]]
+    return parse_config(tree | {"method": variant.method, "seed": seed})
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for name in tables:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"{key}: {name} is a value, not a table")
+    tree[last] = value
+
+
+def with_settings(config: Config, settings: Settings) -> Config:
+    """The configuration with keys that every run has."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for key, value in settings.items():
+        _put(tree, key, value)
+    return parse_config(tree)
