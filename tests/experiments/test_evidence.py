@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from scripts import evidence_rows, smollm2
 
-from fedex_lora.compare import read_protocol
-from fedex_lora.compare._plan import planned, settled
 from fedex_lora.config import read_config
+from fedex_lora.experiments.compare import read_protocol
+from fedex_lora.experiments.compare._plan import planned, settled
 
-SETTINGS = sorted(path.parent for path in (Path(__file__).parent.parent / "evidence").glob("*/protocol.toml"))
+SETTINGS = sorted(path.parent for path in (Path(__file__).parents[2] / "evidence").glob("*/protocol.toml"))
 
 
 @pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
