@@ -121,8 +121,8 @@ from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedex_lora.flower._messages import Envelope, pack
-from fedex_lora.flower.client import client_app
+from fedex_lora.engines.flower._messages import Envelope, pack
+from fedex_lora.engines.flower.client import client_app
 
 honest = client_app(Path(__file__).with_name("config.toml"))
 app = ClientApp()
