@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-import fedex_lora.storage.files as storage
+import fedex_lora.storage.tensors as storage
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError
 from fedex_lora.runs.run import run
