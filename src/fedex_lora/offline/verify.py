@@ -119,7 +119,7 @@ def require_continued(folder: Path, result: Result, before: Sequence[Result]) ->
     """
     said, motion, round = result.manifest.get("momentum"), result.motion, int(result.manifest["round"])
     if motion is None or said is None:
-        if said is not None and not result.manifest.get("skipped"):
+        if (motion is None) != (said is None) and not result.manifest.get("skipped"):
             raise StorageError(f"{folder} is of a run with momentum, and does not say what it started from: copy the folder again")
         return
     if (motion.momentum, motion.learning_rate) != (said["momentum"], said["learning_rate"]):
