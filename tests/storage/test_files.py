@@ -1,6 +1,7 @@
 """Files: whole or not there, and altered ones are recognised."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tests.conftest import make_updates
 
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.storage.events import append_event, read_events
-from fedex_lora.storage.files import atomic_folder, read_manifest
+from fedex_lora.storage.files import TEMPORARY, atomic_folder, read_manifest, replacing
 from fedex_lora.storage.tensors import load_delta, load_tensors, load_update, save_delta, save_tensors, save_update
 from fedex_lora.types import Dense, LowRank
 
@@ -82,3 +83,23 @@ def test_events_survive_a_torn_line(tmp_path):
     append_event(path, "two", round=2)
     path.write_text(path.read_text() + json.dumps({"event": "three"})[:7])
     assert [event["event"] for event in read_events(path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("writes", [replacing, lambda path: atomic_folder(path, {})])
+def test_who_is_interrupted_as_the_temporary_appears_leaves_nothing(tmp_path, monkeypatch, writes):
+    interrupts = iter([KeyboardInterrupt])
+
+    def then_interrupted(real):
+        def call(path, *args, **options):
+            made = real(path, *args, **options)
+            if TEMPORARY in str(path) and (interrupt := next(interrupts, None)):
+                raise interrupt
+            return made
+
+        return call
+
+    monkeypatch.setattr(os, "open", then_interrupted(os.open))
+    monkeypatch.setattr(os, "mkdir", then_interrupted(os.mkdir))
+    with pytest.raises(KeyboardInterrupt), writes(tmp_path / "out"):
+        raise AssertionError("it was interrupted before")
+    assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,7 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,39 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextmanager
+def _temporary(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """What `make` makes beside `path`, under a name that is nobody's; it is gone afterwards, also if an interrupt comes as it is made."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(8)}")
+    theirs = os.path.lexists(temporary)
+    try:
+        make(temporary)
+        yield temporary
+    finally:
+        if not theirs:
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def _new_file(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+
+
+def _new_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise StorageError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A new, empty file beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
     Its name is nobody's and cannot be foretold: what stands beside `path`, a link somewhere else too, is left as it is.
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(8)}")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
-    try:
+    with _temporary(path, _new_file) as temporary:
         yield temporary
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def writing_failed(error: OSError, folder: Path) -> bool:
@@ -66,29 +86,23 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
     path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists and is not empty: choose another output folder, or remove it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise StorageError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
-    try:
-        yield temporary
-        names = {str(file.relative_to(temporary)): file for file in sorted(temporary.rglob("*")) if file.is_file()}
-        files = {name: (sums or {}).get(name) or sha256(file) for name, file in names.items()}
-        write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            fsync(file)
-        temporary.rename(path)  # onto nothing, or onto an empty folder: the system refuses anything else
-        fsync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and str(error.filename2) == str(path):
-            raise UsageError(f"{path} was written by another process meanwhile, and is left as it is: choose another folder") from None
-        if not writing_failed(error, temporary) and not writing_failed(error, path):
-            raise
-        raise StorageError(f"cannot write {path}: {error.strerror or error}: is the disk full or read-only?") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary(path, _new_folder) as temporary:
+        try:
+            yield temporary
+            names = {str(file.relative_to(temporary)): file for file in sorted(temporary.rglob("*")) if file.is_file()}
+            files = {name: (sums or {}).get(name) or sha256(file) for name, file in names.items()}
+            write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                fsync(file)
+            temporary.rename(path)  # onto nothing, or onto an empty folder: the system refuses anything else
+            fsync(path.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and str(error.filename2) == str(path):
+                raise UsageError(f"{path} was written by another process meanwhile, and is left as it is: choose another folder") from None
+            if not writing_failed(error, temporary) and not writing_failed(error, path):
+                raise
+            raise StorageError(f"cannot write {path}: {error.strerror or error}: is the disk full or read-only?") from None
 
 
 def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
