@@ -21,7 +21,7 @@ from fedex_lora import ClientUpdate, LoRAPair
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import frobenius, linear_combination
 from fedex_lora.config import Messages
-from fedex_lora.protocol.delta_sync import BaseCopy, CatchUp, Log, caught_up, lacking
+from fedex_lora.protocol.delta_sync import CatchUp, Log, ModelCopy, caught_up, lacking
 from fedex_lora.types import Adapter, Delta
 
 
@@ -58,12 +58,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(options.rank, options.size, generator=generator) / options.size**0.5
     state = server.init({"m": LoRAPair(A, torch.zeros(options.size, options.rank), 2.0)}, {})
-    log, copies = Log(), {0: BaseCopy()}
+    log, copies = Log(), {0: ModelCopy()}
     for number in range(1, options.rounds + 1):
         updates = [ClientUpdate(f"c{i:03d}", trained(state.adapter, generator), 10 + i) for i in range(options.clients)]
         state, result = server.step(state, updates)
         log = Log(gains={**log.gains, number: result.residual})
-        copies[number] = caught_up(copies[number - 1], lacking(log, state.base_delta, number - 1, number, Messages(catch_up="log")))
+        copies[number] = caught_up(copies[number - 1], lacking(log, state.base_delta, number - 1, number, Messages(catch_up="log")), {})
     rows: list[dict[str, Any]] = []
     for missed in (m for m in (1, 2, 5, 10, 20, 30, 40, options.rounds) if m <= options.rounds):
         since = options.rounds - missed
@@ -71,7 +71,7 @@ def main() -> None:
         sent = lacking(log, state.base_delta, since, state.round, Messages())
         seconds = time.perf_counter() - began
         whole = lacking(log, state.base_delta, since, state.round, Messages(catch_up="log"))
-        error = distance(caught_up(copies[since], sent).delta["m"], state.base_delta["m"])
+        error = distance(caught_up(copies[since], sent, {}).delta["m"], state.base_delta["m"])
         row = {"missed": missed, "log": numbers(whole), "snapshot": state.base_delta["m"].numel, "sent": numbers(sent), "form": form(sent)}
         rows.append(row | {"seconds": seconds, "error": error})
     table = Table(*rows[0], title=f"rounds missed: {options.size} x {options.size}, {options.clients} clients, r = {options.rank}")

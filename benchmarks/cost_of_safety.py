@@ -19,17 +19,21 @@ from pathlib import Path
 from safetensors.torch import load, save, save_file
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.client.state import ClientMemory, save_memory
+from fedex_lora.client.state import ClientState, dumped
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import read_config
 from fedex_lora.models.lora import format_of
-from fedex_lora.protocol.frame import seal
-from fedex_lora.protocol.messages import Download, Header, decode_download, decode_update
+from fedex_lora.protocol.delta_sync import ModelCopy
+from fedex_lora.protocol.dumps import pack
+from fedex_lora.protocol.frame import digest, split
+from fedex_lora.protocol.messages import Download, decode_body, decode_update, envelope_of
+from fedex_lora.protocol.records import Request
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import LocalSimulation
 from fedex_lora.server.checkpoint import FILE, Checkpoint, load_checkpoint, to_file
-from fedex_lora.server.norm_filter import screened
+from fedex_lora.server.norm_filter import norm_rejected, size_of
 from fedex_lora.storage.adapter_folder import Format
+from fedex_lora.storage.files import write_bytes
 from fedex_lora.storage.result import read_result, write_result
 from fedex_lora.storage.run_folder import round_folder
 from fedex_lora.storage.tensors import load_tensors
@@ -60,8 +64,14 @@ def last_round(config, out: Path) -> Round:
     federation = replace(place.federation(), exchange=exchange)
     run_rounds(config, place.initial(), federation, out, lambda event, **fields: None)
     here, known = load_checkpoint(round_folder(out, config.rounds)), place.initial().adapter
-    sent = {client: decode_download(payload, known) for client, payload in down.items()}
+    sent = {client: received(payload, known) for client, payload in down.items()}
     return Round(down, up, sent, here, round_folder(out, config.rounds), format_of(place.host.place.model), here.done["seconds"])
+
+
+def received(payload: bytes, known) -> Download:
+    """A message as a client reads it."""
+    request, body = envelope_of(payload, Request, 2**20)
+    return Download(request, decode_body(body, request.body, known))
 
 
 def safely(one: Round, out: Path) -> dict[str, float]:
@@ -72,20 +82,20 @@ def safely(one: Round, out: Path) -> dict[str, float]:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    known = next(iter(one.sent.values())).adapter
-    for payload in (*one.down.values(), *one.up.values()):
-        found = load(payload)
-        seal(save(found, metadata={"header": Header(kind="train", run="r", round=1, client="c", method="fedex").model_dump_json()}))
+    known = next(iter(one.sent.values())).body.adapter
+    for payload in (next(iter(one.down.values())), *one.up.values()):  # one body serves all clients of a version
+        digest(split(payload, len(payload))[1])
     taken = {"checksums when sent": lap()}
     for payload in one.down.values():
-        decode_download(payload, known)
-    updates = [decode_update(one.up[client], sent, get_method(sent.method).stays(sent.round)) for client, sent in one.sent.items()]
+        received(payload, known)
+    stays = get_method(one.here.state.method).stays(one.here.state.round)
+    updates = [decode_update(one.up[client], sent, stays) for client, sent in one.sent.items()]
     taken["checks of messages"] = lap()
-    screened(updates, {client: sent.adapter for client, sent in one.sent.items()}, one.here.state.other, 10)
+    norm_rejected({update.client_id: size_of(update, known, one.here.state.other) for update in updates}, 10)
     taken["norms"] = lap()
     for client, reply in one.up.items():
-        (out / client).mkdir(parents=True, exist_ok=True)
-        save_memory(out / client / "memory.safetensors", ClientMemory(reply=reply, round=one.here.state.round))
+        state = ClientState(ModelCopy(adapter=known), round=one.here.state.round, reply=reply)
+        write_bytes(out / client / "memory.safetensors", pack("client", *dumped(state, whole=False)))
     taken["clients' memories"] = lap()
     weights = {update.client_id: 1 / len(updates) for update in updates}
     more, before = {FILE: to_file(one.here)}, read_result(one.folder, check=False).previous_delta
@@ -101,8 +111,9 @@ def plainly(one: Round, out: Path) -> float:
     files = {name: tensors for name, tensors in files.items() if name.name != FILE}
     began = time.perf_counter()
     for payload in (*one.down.values(), *one.up.values()):
-        save(load(payload))  # what is sent
-        load(payload)  # what is received
+        body = bytes(split(payload, len(payload))[1])
+        save(load(body))  # what is sent
+        load(body)  # what is received
     for name, tensors in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / name)

@@ -21,9 +21,8 @@ from fedex_lora.engines.flower._node import Node
 from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._trial import short_demo
 from fedex_lora.engines.flower._worker import ask, serve
-from fedex_lora.runs.round_loop import _messages
 from fedex_lora.runs.run import LocalSimulation
-from fedex_lora.server.checkpoint import Checkpoint
+from fedex_lora.server.server import Server
 
 FLOWER, APP = "import flwr.supernode.runtime.run_clientapp", "import fedex_lora.engines.flower.client"
 STEPS = {
@@ -58,7 +57,7 @@ def main():
     result = {f"{name}, import": min(cpu(code) for _ in repeats) for name, code in STEPS.items()}
     config = short_demo()
     place = LocalSimulation(config, ignore)
-    sent, _ = _messages("train", ["bone"], Checkpoint(place.initial()), place.federation(), config, "run")
+    sent = Server(config, place.initial(), place.federation().clients).open_round(["bone"]).messages
     with tempfile.TemporaryDirectory() as folder:
 
         def request(number, **node):

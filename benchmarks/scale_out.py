@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,12 @@ from scipy.optimize import nnls
 from fedex_lora import METHODS, ClientUpdate, LoRAPair
 from fedex_lora.aggregation import Method
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.config import parse_config
-from fedex_lora.protocol.messages import decode_update, encode_update
-from fedex_lora.runs.round_loop import _messages
-from fedex_lora.server.checkpoint import Checkpoint
+from fedex_lora.config import Rules
+from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.frame import split
+from fedex_lora.protocol.messages import Body, Download, decode_update, encode_update
+from fedex_lora.protocol.records import Request
+from fedex_lora.server.server import Server
 from fedex_lora.types import Adapter
 
 CLIENTS = (10, 100, 1_000, 10_000, 100_000)
@@ -77,34 +78,31 @@ def trained(adapter: Adapter, part: str, generator: torch.Generator) -> Adapter:
 
 
 def tensor_bytes(payload: bytes) -> int:
-    """Of a safetensors file, without its header."""
-    return len(payload) - 8 - int.from_bytes(payload[:8], "little")
+    """Of a message's body, without its header."""
+    _, body = split(payload, len(payload))
+    return len(body) - 8 - int.from_bytes(body[:8], "little")
 
 
 def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: int = 2, rounds: int = 4) -> dict[str, float]:
     """Bytes of one client's messages in a later round (the mean of the last two), as they were sent, and what the formulas say."""
     row, clients, generator = METHODS[name], [f"client-{index:03d}" for index in range(k)], torch.Generator().manual_seed(1)
-    config = parse_config(
-        {"method": row.name, "base": {"model": "x"}, "lora": {"r": rank}, "task": {"name": "demo"}, "clients": {"count": k}}
-    )
-    state = server.init(first_adapter(shape, rank, modules), {}, row.name)
-    here, own, sums = Checkpoint(state), dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
+    rules = Rules(method=row.name)
+    central = Server(rules, server.init(first_adapter(shape, rank, modules), {}, row.name), clients)
+    own, sums = dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
     for number in range(1, rounds + 1):
-        sent, downloads = _messages("train", clients, here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
-        updates, left = [], row.stays(number)
+        round, updates, left = central.open_round(clients), [], row.stays(number)
         for client in clients:
-            start, _ = server.start_of(row.name, state.adapter, None, own.get(client))
+            start, _ = server.start_of(row.name, central.state.adapter, None, own.get(client))
             update = ClientUpdate(client, trained(start, row.trained(number), generator), 10)
             own |= {client: update.adapter} if row.own else {}
-            payload = encode_update(update, "run", number, row.name, left)
-            updates.append(decode_update(payload, downloads[client], left))
+            request = Request(kind="train", run=central.run, round=number, client=client)
+            payload, sent = encode_update(update, request, row.name, number - 1, left), round.messages[client]
+            updates.append(central.receive(client, payload).update)
             if number > rounds - 2:
-                parts = {"down": tensor_bytes(sent[client]), "up": tensor_bytes(payload)}
-                parts["headers"] = len(sent[client]) + len(payload) - sum(parts.values())
+                parts = {"down": tensor_bytes(sent), "up": tensor_bytes(payload)}
+                parts["headers"] = len(sent) + len(payload) - sum(parts.values())
                 sums = {key: sums[key] + value for key, value in parts.items()}
-        books, before = here.books.answered(state.round, clients, clients, []), state
-        state, result = server.step(before, updates, truncation=config.truncation)
-        here = Checkpoint(state, books.stepped(before, state, result, updates, clients, config))
+        round.close(updates)
     down, up = travels(name, k, shape, rank)
     return {key: value / (2 * k) for key, value in sums.items()} | {"down_formula": down * modules, "up_formula": up * modules}
 
@@ -182,14 +180,13 @@ def decoding() -> float:
     """Seconds a byte: an update's checksum, table and tensors, and the check that all is finite."""
     shape, modules, rank = TALL, 4, 32
     adapter = trained(first_adapter(shape, rank, modules), "AB", torch.Generator().manual_seed(3))
-    payload = encode_update(ClientUpdate("client", adapter, 10), "run", 1, "fedex")
-    config = parse_config({"base": {"model": "x"}, "lora": {"r": rank}, "task": {"name": "demo"}, "clients": {"count": 1}})
-    here = Checkpoint(server.init(first_adapter(shape, rank, modules), {}))
-    _, downloads = _messages("train", ["client"], here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
+    request, first = Request(kind="train", run="run", round=1, client="client"), first_adapter(shape, rank, modules)
+    payload = encode_update(ClientUpdate("client", adapter, 10), request, "fedex", 0)
+    sent = Download(request, Body("fedex", first, {}, CatchUp(0, 0)))
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
-        decode_update(payload, downloads["client"])
+        decode_update(payload, sent)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:]) / len(payload)
 

@@ -176,7 +176,9 @@ CLASSES = {
     "an error that cannot be said": raised("unexpected", TRAIN, UnspeakableError()),
     "a key that is missing": raised("unexpected", TRAIN, KeyError(SECRET)),
     "a package that is missing": raised("package", TRAIN, ImportError(f"No module named {SECRET}")),
-    "a full disk": raised("disk", "fedex_lora.client.node.save_memory", OSError(errno.ENOSPC, "No space left on device", f"/srv/{SECRET}")),
+    "a full disk": raised(
+        "disk", "fedex_lora.runs.clients.write_bytes", OSError(errno.ENOSPC, "No space left on device", f"/srv/{SECRET}")
+    ),
     "an error in a metric": raised("unexpected", "sklearn.metrics.accuracy_score", ValueError(f"{SECRET} is no class")),
     "an error in a batch": raised("unexpected", "transformers.DataCollatorWithPadding.__call__", ValueError(f"cannot pad {SECRET}")),
 }

@@ -1,29 +1,29 @@
-"""Federations without a model: the real loop, books, wire, memories and folders; a client "trains" by adding noise to its factors.
+"""Federations without a model: the real loop, protocol objects, messages and folders; a client "trains" by adding noise to its factors.
 
 `Fake` is a `LocalSimulation` whose learner is `Noise` and whose server side measures the head alone. `Network` stands between clients and
 loop.
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import load, save
+from tests.messages import told, with_tensors
 from tests.runs.test_run import configuration
 
 from fedex_lora import LoRAPair
 from fedex_lora.aggregation import derive_seed, get_method
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.client.node import Parties
-from fedex_lora.errors import LacksError, WireError
+from fedex_lora.errors import WireError
 from fedex_lora.exactness.measure import Exactness
-from fedex_lora.protocol.frame import read_table, seal
+from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.messages import answer_of
+from fedex_lora.runs.clients import ClientPool
+from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import CENTRAL_CLIENT, LocalSimulation, ranks_of
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.server.replies import Reply
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.types import ClientUpdate
 
@@ -78,7 +78,7 @@ class Noise:
         alone.rows = {client: self.rows[client]}
         return alone
 
-    def put(self, start, delta, other):
+    def load(self, start, delta, other):
         self._put = start, delta, other
 
     def measure(self, client):
@@ -128,7 +128,7 @@ class Fake(LocalSimulation):
         self.trace = Trace() if trace is None else trace
         learner = Noise(config, self.trace, emit)
         require_consistent(config, len(learner.rows))
-        self.parties, self.host, self._emit = Parties(config, learner), FakeHost(config, learner, self.trace), emit
+        self.pool, self.host, self._emit = ClientPool(config, learner), FakeHost(config, learner, self.trace), emit
         self.trace.states.setdefault(0, self.initial())
 
 
@@ -137,26 +137,21 @@ class Alone(Fake):
 
     def exchange(self, messages, deadline=None):
         for client, payload in messages.items():
-            parties = Parties(self.parties.config, self.parties.learner.only(client), alone=True)
-            parties.remember_in(self.folder, lambda version: {})
+            learner = self.pool.learner.only(client)
+            pool = ClientPool(learner.config, learner, alone=True)
+            pool.remember_in(self.folder, lambda version: {})
             try:
-                yield Reply(client, parties.answer(client, payload))
+                yield Reply(client, pool.answer(client, payload))
             except WireError as error:
-                yield Reply(client, None, str(error), lacks=isinstance(error, LacksError))
+                yield Reply(client, answer_of(payload, client, failure_of(error)))
 
     def remember_in(self, out):
         self.folder = out / "clients"
 
 
-def told(payload):
-    """What a message says of itself."""
-    return json.loads(read_table(payload, len(payload))[0])
-
-
 def enlarged(payload):
     """The update with factors and head a million times as large."""
-    header = read_table(payload, len(payload))[0]
-    return seal(save({name: tensor * 1e6 for name, tensor in load(payload).items()}, metadata={"header": header}))
+    return with_tensors(payload, lambda tensors: {name: tensor * 1e6 for name, tensor in tensors.items()})
 
 
 class Network:
@@ -186,7 +181,7 @@ class Network:
         if fault:
             self.victims[round] = victim
         if fault == "wiped":
-            self.place.parties.memories.pop(victim, None)
+            self.place.pool.forget(victim)
         if fault == "down":
             messages = {client: payload for client, payload in messages.items() if client != victim}
             yield Reply(victim, None, "it never got the message")

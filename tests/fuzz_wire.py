@@ -19,11 +19,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from tests.conftest import make_pair
+from tests.messages import bounds, parts, sealed, split_roughly, with_table
 
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.delta_sync import CatchUp
-from fedex_lora.protocol.frame import seal
-from fedex_lora.protocol.messages import Download, decode_download, decode_update, encode_download, encode_update
+from fedex_lora.protocol.frame import PREFIX, digest, join
+from fedex_lora.protocol.messages import Body, Download, decode_body, decode_update, encode_body, encode_update, envelope_of, message
+from fedex_lora.protocol.records import Request
 from fedex_lora.types import ClientUpdate, LowRank
 
 SECONDS = 1.0
@@ -53,28 +55,44 @@ def subjects():
     head = {"head.weight": torch.randn(4, 128, generator=torch.Generator().manual_seed(1))}
     gain = {name: LowRank(pair.B, pair.A) for name, pair in adapters(50).items()}
     log = CatchUp(since=1, version=2, log={2: {"layer.0.q": gain["layer.0.q"]}}, gain={"layer.1.q": gain["layer.1.q"]})
-    sent = Download("train", "run", 3, "a", "fedex", adapters(0), head, log)
+    request, body = Request(kind="train", run="run", round=3, client="a"), Body("fedex", adapters(0), head, log)
+    sent = Download(request, body)
     update = ClientUpdate("a", adapters(9), 120, head, {"train_loss": 0.5, "held_out_rows": 7.0})
-    up = encode_update(update, "run", 3, "fedex")
-    ups = (encode_update(update, "run", 2, "fedex"), encode_update(replace(update, client_id="b", adapter=adapters(30)), "run", 3, "fedex"))
-    down = encode_download(sent)
-    downs = (encode_download(replace(sent, adapter=adapters(70))), up)
+    up = encode_update(update, request, "fedex", 2)
+    earlier, another = request.model_copy(update={"round": 2}), replace(update, client_id="b", adapter=adapters(30))
+    ups = (encode_update(update, earlier, "fedex", 1), encode_update(another, request, "fedex", 2))
+    down = message(request, encode_body(body))
+    downs = (message(request, encode_body(replace(body, adapter=adapters(70)))), up)
     return {
         "update": Subject(up, ups, (up,), lambda payload: decode_update(payload, sent)),
         "download": Subject(down, downs, (down, downs[0]), decode_download),
     }
 
 
-def bounds(payload):
-    """Where the header begins and ends, as far as the message has one."""
-    size = struct.unpack("<Q", payload[:8])[0] if len(payload) >= 8 else 0
-    return 8, min(len(payload), 8 + size)
+def decode_download(payload):
+    """As a client reads it."""
+    request, body = envelope_of(payload, Request, 2**20)
+    return Download(request, decode_body(body, request.body))
 
 
 def with_header(payload, text):
-    """The message with another header text, its length set right."""
-    _, end = bounds(payload)
-    return struct.pack("<Q", len(text)) + text + payload[end:]
+    """The message with another text as its body's table, and right lengths."""
+    prefix, envelope, body = split_roughly(payload)
+    return prefix + envelope + with_table(body, text)
+
+
+def table_of(payload):
+    """The text of the body's table."""
+    body = split_roughly(payload)[2]
+    begin, end = bounds(body)
+    return body[begin:end]
+
+
+def resealed(payload):
+    """The message with right checksums, as far as it has an envelope."""
+    _, envelope, body = split_roughly(payload)
+    found = json.loads(envelope)
+    return join(json.dumps({**found, "body": digest(body)}) if isinstance(found, dict) else envelope.decode(), body)
 
 
 def flip(rng, payload, other):
@@ -83,7 +101,8 @@ def flip(rng, payload, other):
 
 
 def flip_header(rng, payload, other):
-    place = rng.randrange(*bounds(payload))
+    _, envelope, body = split_roughly(payload)
+    place = rng.choice((rng.randrange(PREFIX, PREFIX + len(envelope)), len(payload) - len(body) + rng.randrange(*bounds(body))))
     return payload[:place] + bytes([rng.choice(b'0129{}[]",:\\ \x00\xffaN-')]) + payload[place + 1 :]
 
 
@@ -98,19 +117,22 @@ def insert(rng, payload, other):
 
 
 def lie(rng, payload, other):
-    """Another length of the header."""
-    return struct.pack("<Q", rng.choice((0, 1, rng.randrange(5000), len(payload), 2**31, 2**40, 2**64 - 1))) + payload[8:]
+    """Another length of the envelope, or of the body's table."""
+    length = rng.choice((0, 1, rng.randrange(5000), len(payload), 2**31, 2**32 - 1))
+    if rng.random() < 0.5:
+        return payload[:4] + struct.pack("<I", length) + payload[8:]
+    prefix, envelope, body = split_roughly(payload)
+    return prefix + envelope + struct.pack("<Q", rng.choice((length, 2**40, 2**64 - 1))) + body[8:]
 
 
 def splice(rng, payload, other):
-    place = rng.choice((8, bounds(payload)[1], rng.randrange(len(payload))))
+    place = rng.choice((8, PREFIX + len(split_roughly(payload)[1]), rng.randrange(len(payload))))
     return rng.choice((payload[:place] + other[place:], other[:place] + payload[place:]))
 
 
 def retype(rng, payload, other):
     """Edit the table of tensors as JSON: offsets, shapes, dtypes, names; swapped between two tensors, or made up."""
-    begin, end = bounds(payload)
-    table = json.loads(payload[begin:end])
+    table = json.loads(table_of(payload))
     names = [name for name in table if name != "__metadata__"]
     one, two = rng.choice(names), rng.choice(names)
     field = rng.choice(("dtype", "shape", "data_offsets"))
@@ -131,10 +153,13 @@ def retype(rng, payload, other):
 
 def retell(rng, payload, other):
     """Edit what the message says of itself."""
-    begin, end = bounds(payload)
-    table = json.loads(payload[begin:end])
+    envelope, body = parts(payload)
+    table = json.loads(table_of(payload))
     header = json.loads(table["__metadata__"]["header"])
     odd = (-1, 0, 10**7 + 1, 10**30, 1e308, 0.5, "x", None, [], {}, True, "a\nb", {"event": 1.0}, {"rows": -1e308}, {"m": "x"}, [10**15])
+    if rng.random() < 0.5:
+        envelope[rng.choice((*envelope, "extra"))] = rng.choice(odd)
+        return sealed(envelope, body)
     header[rng.choice((*header, "extra"))] = rng.choice(odd)
     table["__metadata__"]["header"] = json.dumps(header, separators=(",", ":"))
     return with_header(payload, json.dumps(table, separators=(",", ":")).encode())
@@ -142,8 +167,7 @@ def retell(rng, payload, other):
 
 def repeat(rng, payload, other):
     """A key twice, or deep nesting, or many small values, or spaces, in the header."""
-    begin, end = bounds(payload)
-    text = payload[begin:end].rstrip()
+    text = table_of(payload).rstrip()
     more = rng.choice((b',"a":' + b"[" * 3000, b',"a":[' + b"{}," * 2000 + b"{}]", b" " * 9000, b',"a":[' + b"9," * 4000 + b"9]"))
     again = text[text.rindex(b',"') :].rstrip(b"}") + b"}"
     return with_header(payload, rng.choice((text[:-1] + more + b"}", text[:-1] + again + b"}", text + b" " * 8)))
@@ -162,30 +186,32 @@ def mutant(rng, subject):
             names.append(mutate.__name__)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             continue  # there is no JSON left to edit
-    sealed = rng.random() < 0.5
-    if sealed:
+    right = rng.random() < 0.5
+    if right:
         try:
-            payload = seal(payload)
-        except WireError:
-            sealed = False
-    return payload, names, sealed
+            payload = resealed(payload)
+        except (ValueError, RecursionError, struct.error):
+            right = False
+    return payload, names, right or "retell" in names  # which seals what it says
 
 
 def plain(payload):
     """Name -> dtype, shape, bytes: an independent reader."""
-    begin, end = bounds(payload)
-    table = json.loads(payload[begin:end])
+    _, _, body = split_roughly(payload)
+    begin, end = bounds(body)
+    table = json.loads(body[begin:end])
     table.pop("__metadata__")
     return {
-        name: (e["dtype"], tuple(e["shape"]), payload[end + e["data_offsets"][0] : end + e["data_offsets"][1]]) for name, e in table.items()
+        name: (e["dtype"], tuple(e["shape"]), body[end + e["data_offsets"][0] : end + e["data_offsets"][1]]) for name, e in table.items()
     }
 
 
 def require_same(got, payload, valid):
     """Every tensor that the server uses is the one that a plain reader finds, of the declared name, shape and dtype, and finite."""
     read, declared = plain(payload), plain(valid)
-    tensors = {f"adapter|{name}|{part}": getattr(pair, part) for name, pair in got.adapter.items() for part in "AB"}
-    tensors |= {f"other|{name}": tensor for name, tensor in got.other.items()}
+    body = got if isinstance(got, ClientUpdate) else got.body
+    tensors = {f"adapter|{name}|{part}": getattr(pair, part) for name, pair in body.adapter.items() for part in "AB"}
+    tensors |= {f"other|{name}": tensor for name, tensor in body.other.items()}
     for name, tensor in tensors.items():
         dtype, shape, data = read[name]
         assert dtype == "F32"

@@ -3,14 +3,39 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Aggregate", "ClientUpdate", "LoRAPair", "LowRank", "ServerState", "aggregate", "load_model"]
+__all__ = [
+    "METHODS",
+    "AdaptedModel",
+    "Aggregate",
+    "Client",
+    "ClientUpdate",
+    "LoRAPair",
+    "LowRank",
+    "Rules",
+    "Server",
+    "ServerState",
+    "aggregate",
+    "load_model",
+]
 
 if TYPE_CHECKING:
     from fedex_lora.aggregation import METHODS, aggregate
+    from fedex_lora.client.client import Client
+    from fedex_lora.config import Rules
+    from fedex_lora.models.adapted import AdaptedModel
     from fedex_lora.models.build import load_model
+    from fedex_lora.server.server import Server
     from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
-_HOMES = {"METHODS": "aggregation", "aggregate": "aggregation", "load_model": "models.build"}
+_HOMES = {
+    "METHODS": "aggregation",
+    "AdaptedModel": "models.adapted",
+    "Client": "client.client",
+    "Rules": "config",
+    "Server": "server.server",
+    "aggregate": "aggregation",
+    "load_model": "models.build",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,6 @@ from flwr.app.error import Error  # noqa: E402
 from flwr.cli.build import build_fab_from_disk  # noqa: E402
 from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
-from safetensors.torch import save  # noqa: E402
 
 from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.cli.doctor import examine  # noqa: E402
@@ -43,10 +42,14 @@ from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
 from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
-from fedex_lora.protocol.failures import Failure  # noqa: E402
-from fedex_lora.runs.round_loop import log_to, run_rounds  # noqa: E402
+from fedex_lora.protocol.messages import envelope_of  # noqa: E402
+from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
+from fedex_lora.protocol.records import Apology  # noqa: E402
+from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
+from fedex_lora.runs.emit import log_to  # noqa: E402
+from fedex_lora.runs.listening import Reply  # noqa: E402
+from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
 from fedex_lora.runs.run import LocalSimulation, run  # noqa: E402
-from fedex_lora.server.replies import Reply  # noqa: E402
 from fedex_lora.storage.events import read_events  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402
 
@@ -206,6 +209,11 @@ class Nodes:
         self.back[identity] = Message(pack(Envelope(content, {})) if isinstance(content, bytes) else content, reply_to=message)
 
 
+def of_round(number):
+    """A message of that round."""
+    return message_bytes(ToClient(kind="train", run="r", round=number, client="a"))
+
+
 def told(replies):
     return [None if reply is None else (reply.client, reply.payload, reply.error) for reply in replies]
 
@@ -224,9 +232,9 @@ def test_who_sits_where():
 
 def test_an_absent_node_is_waited_for_and_a_dead_one_is_named():
     nodes = Nodes("a")
-    replies = GridExchange(nodes, ["a", "b"], {"run": "r"})({"a": b"to a", "b": b"to b"}, None)
+    replies = GridExchange(nodes, ["a", "b"], {"run": "r"})({"a": of_round(1), "b": of_round(1)}, None)
     assert next(replies) is None
-    assert unpack(nodes.sent[0]) == Envelope(b"to a", {"run": "r", "client": "a"})
+    assert unpack(nodes.sent[0]) == Envelope(of_round(1), {"run": "r", "client": "a"})
     nodes.nodes[20] = SimpleNamespace(node_id=20, name="b", last_activated_at="1")
     nodes.answer(0)
     assert told([next(replies)]) == [("a", b"answer", "")]
@@ -237,18 +245,13 @@ def test_an_absent_node_is_waited_for_and_a_dead_one_is_named():
 
 def test_a_node_started_anew_is_asked_again_at_once():
     nodes = Nodes("a")
-    replies = GridExchange(nodes, ["a"], {})({"a": b"to a"}, None)
+    replies = GridExchange(nodes, ["a"], {})({"a": of_round(1)}, None)
     assert next(replies) is None
     nodes.nodes[10].last_activated_at = "2"
     assert next(replies) is None
-    assert [unpack(message).payload for message in nodes.sent] == [b"to a", b"to a"]
+    assert [unpack(message).payload for message in nodes.sent] == [of_round(1)] * 2
     nodes.answer(1)
     assert told(replies) == [("a", b"answer", "")]
-
-
-def of_round(number):
-    """A message that says which round it is of."""
-    return save({"A": torch.zeros(1)}, metadata={"header": json.dumps({"round": number})})
 
 
 def test_a_node_of_another_name_takes_nobody_s_place_and_a_name_that_two_have_is_nobody_s():
@@ -302,7 +305,7 @@ def test_a_message_that_is_not_taken_is_sent_again():
         return [""] if len(tries) == 1 else push(messages)
 
     nodes.push_messages = refuse_once
-    replies = GridExchange(nodes, ["a"], {})({"a": b"1"}, None)
+    replies = GridExchange(nodes, ["a"], {})({"a": of_round(1)}, None)
     assert next(replies) is None
     assert next(replies) is None
     nodes.answer(0)
@@ -312,9 +315,9 @@ def test_a_message_that_is_not_taken_is_sent_again():
 def test_what_comes_after_the_deadline_is_handed_out_later():
     nodes = Nodes("a", "b")
     exchange = GridExchange(nodes, ["a", "b"], {})
-    assert told(exchange({"a": b"1", "b": b"1"}, 0.01)) == [None]
+    assert told(exchange({"a": of_round(1), "b": of_round(1)}, 0.01)) == [None]
     nodes.answer(0, b"late")
-    second = exchange({"b": b"2"}, None)
+    second = exchange({"b": of_round(2)}, None)
     assert told([next(second)]) == [("a", b"late", "")]
     nodes.answer(2)
     assert [reply for reply in told(second) if reply] == [("b", b"answer", "")]
@@ -322,7 +325,7 @@ def test_what_comes_after_the_deadline_is_handed_out_later():
 
 def test_answers_that_are_not_ours():
     nodes = Nodes("a", "b")
-    replies = GridExchange(nodes, ["a", "b"], {})({"a": b"1", "b": b"1"}, None)
+    replies = GridExchange(nodes, ["a", "b"], {})({"a": of_round(1), "b": of_round(1)}, None)
     assert next(replies) is None
     nodes.answer(0, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "<class 'ZeroDivisionError'>"))
     nodes.answer(1, RecordDict())
@@ -348,13 +351,12 @@ def alone(config, folder, answer):
         for client, payload in messages.items():
             node = {"client": client, "state": str(folder / "state"), "rows": "dealt"}
             request = Request(payload, client, "this-run", place.host.place.base.fingerprint(), write_config(config), node)
-            reply = answer(request)
-            yield Reply(client, None, str(reply)) if isinstance(reply, Failure) else Reply(client, reply)
+            yield Reply(client, answer(request))
 
     there = replace(place.federation(), exchange=exchange)
     folder.mkdir(exist_ok=True)
     run_rounds(config, place.initial(), there, folder / "run", log_to(folder / "events.jsonl"))
-    return [event for event in read_events(folder / "events.jsonl") if event["event"] == "refused"]
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] in ("refused", "warning") and "client" in event]
 
 
 @pytest.mark.parametrize(
@@ -384,8 +386,9 @@ def test_a_lost_or_broken_memory_is_asked_for_anew(tmp_path):
                 path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         return Node(ignore).reply(request)
 
-    refused = alone(config, tmp_path / "alone", answer)
-    assert [event["round"] for event in refused] == [3, 4]
+    told = alone(config, tmp_path / "alone", answer)
+    assert [(event["event"], event["round"]) for event in told] == [("warning", 3), ("warning", 4)]
+    assert all(event["message"].startswith("skin is sent everything, because: it lacks what") for event in told)
     run(small(rounds=4), tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
 
@@ -413,7 +416,7 @@ def test_a_worker_answers_as_the_party_itself_would(tmp_path):
     run(config, tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
     request = Request(b"garbage", "bone", "x", "", write_config(config), {**node, "rows": "dealt", "state": str(tmp_path / "s")})
-    assert ask(request) == Failure("message")
+    assert envelope_of(ask(request), Apology)[0].code == "message"
     assert "too short" in (tmp_path / "s" / "party.log").read_text()
     with pytest.raises(UsageError, match="does not answer"):
         ask(Request(**{**vars(request), "node": {"worker": str(tmp_path / "nobody.sock")}}))

@@ -5,7 +5,7 @@ in fp64 numpy by the plain formulas (`oracle`).
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,62 +16,46 @@ from tests.runs.test_run import configuration, ignore
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.config import Base, Config, Lora, Messages, Server
+from fedex_lora.client.client import Client
+from fedex_lora.config import Base, Lora, Messages, Rules
 from fedex_lora.errors import WireError
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, read_model, write_model
 from fedex_lora.protocol import delta_sync as catch_up
-from fedex_lora.protocol.delta_sync import BaseCopy, CatchUp, Log, caught_up, lacking, pruned
-from fedex_lora.protocol.messages import Download, decode_download, decode_update, encode_update
-from fedex_lora.runs.round_loop import Federation, _messages, log_to, run_rounds
+from fedex_lora.protocol.delta_sync import CatchUp, Log, ModelCopy, caught_up, lacking, pruned
+from fedex_lora.runs.emit import log_to
+from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import LocalSimulation
-from fedex_lora.server.checkpoint import Checkpoint
-from fedex_lora.server.registry import Books
+from fedex_lora.server.server import Server
 from fedex_lora.storage.events import read_events
 from fedex_lora.types import Dense, LowRank
 
 HEADER = 3_000  # bytes of JSON in a message, at most, of the few modules here
 
 
-@dataclass
-class Party:
-    """A client alone on its machine."""
-
-    name: str
-    adapter: dict
-    base: BaseCopy = field(default_factory=BaseCopy)
-
-    pace: Server = field(default_factory=Server)
-
-    def receive(self, payload) -> Download:
-        message = decode_download(payload, self.adapter)
-        self.base = caught_up(self.base, message.catch_up, self.adapter, message.adapter, self.pace)
-        self.adapter = message.adapter
-        return message
-
-    def model(self, name):
-        """W - W0, in fp64."""
-        delta = self.base.delta.get(name)
-        return (0 if delta is None else oracle.numpy64(delta.dense())) + oracle.product(self.adapter[name])
+def model_of(copy, name):
+    """W - W0 of a client's copy of the global model, in fp64."""
+    delta = copy.delta.get(name)
+    return (0 if delta is None else oracle.numpy64(delta.dense())) + oracle.product(copy.adapter[name])
 
 
 @dataclass
 class Story:
-    """What came of a federation: every party, the ideal model, and each round's download of each client in bytes and as sent."""
+    """What came of a federation: every client's copy, the ideal model, and each round's download of each client in bytes and as sent."""
 
     state: server.ServerState
-    parties: dict
+    copies: dict
     ideal: dict
     log: Log
     sizes: list
     sent: list
 
     def delta(self, client, name):
-        return self.parties[client].base.delta.get(name)
+        return self.copies[client].delta.get(name)
 
     def worst(self, client):
-        return max(oracle.relative(self.parties[client].model(name), want) for name, want in self.ideal.items())
+        return max(oracle.relative(model_of(self.copies[client], name), want) for name, want in self.ideal.items())
 
 
 def moved(start, client, round, spread=0.1):
@@ -98,35 +82,37 @@ def federate(attending, first=None, clients=None, train=moved, method="fedex", p
     """Rounds with these participants ("ab", "abc", ...), then the final message to every one of `clients`."""
     first = first or adapters()
     clients = sorted(clients or set("".join(attending)))
-    federation = Federation(clients, None, None, None, {}, {})
-    config = Config.model_validate({**configuration().model_dump(), "method": method, "messages": messages, "server": pace or {}})
-    state, books = server.init(first, {}, method), Books()
-    parties = {client: Party(client, first, pace=config.server) for client in clients}
+    tree = {"method": method, "messages": {"norm_bound": 0, **messages}, "server": pace or {}, "weights": "num_examples"}
+    rules = Rules.model_validate(tree)
+    central = Server(rules, server.init(first, {}, method), clients)
+    parties = {client: Client(rules, client, first) for client in clients}
     D = {name: np.zeros(pair.shape) for name, pair in first.items()}
-    sizes, all_sent = [], []
+    sizes, sent = [], []
+
+    def note(round):
+        sizes.append({client: len(payload) for client, payload in round.messages.items()})
+        sent.append({client: round._requests.download(client) for client in round.participants})
+
     for number, participants in enumerate(attending, start=1):
-        payloads, sent = _messages("train", participants, Checkpoint(state, books), federation, config, "run")
-        updates = []
-        for client in participants:
-            message = parties[client].receive(payloads[client])
-            own = train(message.adapter, client, number)
-            update = ClientUpdate(client, own, 10 + ord(client) % 7)
-            updates.append(decode_update(encode_update(update, "run", number, method), sent[client]))
-        before, (state, result) = state, server.step(state, updates, pace=config.server)
-        books = books.answered(before.round, participants, participants, [])
-        books = books.stepped(before, state, result, updates, clients, config)
+        round, updates = central.open_round(list(participants)), []
+        note(round)
+        for client, payload in round.messages.items():
+            work = parties[client].receive(payload)
+            update = ClientUpdate(client, train(work.start, client, number), 10 + ord(client) % 7)
+            verdict = central.receive(client, parties[client].reply(update.num_examples, {}, update=update))
+            updates.append(verdict.update)
+        round.close(updates)
         p = oracle.shares([update.num_examples for update in updates])
         for name in D:
             pairs = [update.adapter[name] for update in updates]
             D[name] = D[name] + oracle.ideal(pairs, p) - oracle.product_of_means(pairs, p)
-        sizes.append({client: len(payload) for client, payload in payloads.items()})
-        all_sent.append(sent)
     ideal = {name: D[name] + oracle.product_of_means([update.adapter[name] for update in updates], p) for name in D}
-    payloads, sent = _messages("evaluate", clients, Checkpoint(state, books), federation, config, "run")
-    for client in clients:
-        parties[client].receive(payloads[client])
-    sizes.append({client: len(payload) for client, payload in payloads.items()})
-    return Story(state, parties, ideal, books.log, sizes, [*all_sent, sent])
+    round = central.open_round(clients, "evaluate")
+    note(round)
+    for client, payload in round.messages.items():
+        parties[client].receive(payload)
+    copies = {client: party.state.copy for client, party in parties.items()}
+    return Story(central.state, copies, ideal, central.registry.log, sizes, sent)
 
 
 def equal(left, right):
@@ -156,16 +142,16 @@ def test_a_late_joiner_and_an_absent_client_equal_the_participant(form, changes)
     for client, rounds in (("c", (3, 5)), ("d", (5,))):
         for number in rounds:
             if client in story.sent[number]:
-                sent = story.sent[number][client].catch_up
+                sent = story.sent[number][client].body.catch_up
                 assert all(bool(getattr(sent, kind)) == (kind == form) for kind in ("gain", "snapshot"))
                 assert any(sent.log.values()) == (form == "log")
         assert story.worst(client) < 1e-6
         for name in story.ideal:
             always, late = story.delta("a", name), story.delta(client, name)
             assert equal(always, story.state.base_delta[name])
-            assert torch.equal(story.parties[client].adapter[name].A, story.parties["a"].adapter[name].A)
+            assert torch.equal(story.copies[client].adapter[name].A, story.copies["a"].adapter[name].A)
             if form == "gain":
-                assert story.parties[client].base.lossy
+                assert story.copies[client].lossy
                 assert 0 < oracle.relative(oracle.numpy64(late.dense()), oracle.numpy64(always.dense())) < 1e-6
             else:
                 assert equal(late, always)
@@ -190,7 +176,7 @@ def test_forms_of_each_module_are_the_smallest():
         {"log"},
     )
     assert sent.gain["gain"].rank == 2
-    caught = caught_up(BaseCopy(), sent)
+    caught = caught_up(ModelCopy(), sent, {})
     assert caught.lossy == {"gain"}
     for name, parts in made.items():
         want = sum(oracle.numpy64(part.U) @ oracle.numpy64(part.V) for part in parts)
@@ -227,7 +213,7 @@ def test_the_log_does_not_grow_for_ever(monkeypatch):
         assert 0 < sum(gain.rank for gain in kept) <= 12
     assert equal(story.delta("z", "m0"), story.state.base_delta["m0"])
     assert story.worst("z") < 1e-6
-    assert story.parties["z"].base.lossy == frozenset()
+    assert story.copies["z"].lossy == frozenset()
     whole = federate(["ab"] * 40, clients="abz", first=adapters(((12, 20), (20, 12))), catch_up="log")
     assert len(whole.log.gains) == 40
     assert equal(whole.delta("z", "m0"), story.delta("z", "m0"))
@@ -253,7 +239,7 @@ def test_pruning_drops_only_what_cannot_be_the_smallest(monkeypatch):
 def test_nothing_lacks_nothing():
     story = federate(["ab"], train=lambda start, client, round: start)  # nobody moved: no residual at all
     assert story.state.base_delta == {}
-    assert story.parties["a"].base.version == 1
+    assert story.copies["a"].version == 1
 
 
 PAIR = LowRank(U=torch.ones(80, 2), V=torch.ones(2, 120))
@@ -279,7 +265,7 @@ PAIR = LowRank(U=torch.ones(80, 2), V=torch.ones(2, 120))
 )
 def test_what_does_not_fit_is_one_clear_line(message, said):
     with pytest.raises(WireError, match=said) as caught:
-        caught_up(BaseCopy(version=1), message)
+        caught_up(ModelCopy(version=1), message, {})
     assert "\n" not in str(caught.value)
 
 
@@ -291,11 +277,11 @@ def model(gpt2):
     return peft, FrozenBase(peft)
 
 
-def logits(model, party):
-    """Of the party's model in fp64: its weights as they are in fp32, and no more rounding."""
+def logits(model, mine):
+    """Of a client's copy of the model in fp64: its weights as they are in fp32, and no more rounding."""
     peft, base = model
-    base.set(party.base.delta)
-    write_model(peft, party.adapter, {})
+    base.set(mine.delta)
+    write_model(peft, mine.adapter, {})
     ids = torch.arange(24).reshape(2, 12) % 7 + 3
     with torch.no_grad():
         return copy.deepcopy(peft).double()(input_ids=ids).logits
@@ -327,17 +313,17 @@ def test_the_logits_of_a_real_model(form, changes, model):
 
     attending = ["abce", "abe", "abe", "abce"]
     story = federate(attending, first, "abcde", small, **changes)
-    sent = story.sent[-1]["d"].catch_up
+    sent = story.sent[-1]["d"].body.catch_up
     assert (any(sent.log.values()), bool(sent.snapshot), bool(sent.gain)) == (
         form == "log",
         form == "snapshot",
         form == "gain",
     )
-    server_s = logits(model, Party("server", story.state.adapter, BaseCopy(4, story.state.base_delta)))
-    untouched = logits(model, Party("nobody", first))
+    server_s = logits(model, ModelCopy(4, story.state.base_delta, story.state.adapter))
+    untouched = logits(model, ModelCopy(adapter=first))
     assert oracle.relative(oracle.numpy64(untouched), oracle.numpy64(server_s)) > 1e-2
     for client in "acd":
-        got = logits(model, story.parties[client])
+        got = logits(model, story.copies[client])
         if form in ("log", "snapshot") or client == "a":
             assert torch.equal(got, server_s)
         else:
@@ -356,11 +342,10 @@ def whole_run(out, **changes):
     assert len(done) == config.rounds
     assert all(event["exactness_error"] < 1e-6 and event["realised_error"] < 3 * event["floor"] for event in done)
     worst = 0.0
-    for client, memory in place.parties.memories.items():
-        party = Party(client, memory.adapter, memory.base)
+    for client in place.pool.clients.values():
         for name, delta in state.base_delta.items():
             want = oracle.numpy64(delta.dense()) + oracle.product(state.adapter[name])
-            worst = max(worst, oracle.relative(party.model(name), want))
+            worst = max(worst, oracle.relative(model_of(client.state.copy, name), want))
     return place, done, worst
 
 
@@ -369,8 +354,8 @@ def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
     clients = {"partition": "iid", "count": 5, "fraction": 0.4}
     place, _, worst = whole_run(tmp_path / "run", rounds=4, clients=clients, messages=messages, task={"train_rows": 50}, lora=FEW)
     assert worst < 1e-6
-    copies = {id(memory.base.delta) for memory in place.parties.memories.values()}
-    lossy = [client for client, memory in place.parties.memories.items() if memory.base.lossy]
+    held = [client.state.copy for client in place.pool.clients.values()]
+    copies, lossy = {id(copy.delta) for copy in held}, [copy for copy in held if copy.lossy]
     assert len(copies) == len(lossy) + (len(lossy) < 5)  # one object for all that have the server's bits
     assert bool(worst) == bool(lossy)
     assert not (lossy and messages)  # by default a residual may happen to be recompressed

@@ -7,25 +7,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from tests.conftest import make_pair, make_updates
 from tests.fake import Fake
-from tests.fuzz_wire import bounds, campaign, with_header
+from tests.fuzz_wire import campaign
+from tests.messages import bounds, parts, retold, sealed, told, with_table, with_tensors
 from tests.runs.test_run import configuration, events_of, ignore
 
 from fedex_lora import LoRAPair
-from fedex_lora.errors import ConfigError, TrainingError, WireError
+from fedex_lora.errors import ConfigError, TrainingError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.offline.verify import verify
-from fedex_lora.protocol.delta_sync import CatchUp
-from fedex_lora.protocol.frame import read_table, seal
-from fedex_lora.protocol.messages import Download, declared_bytes, round_of
+from fedex_lora.protocol.frame import join
+from fedex_lora.protocol.messages import declared_bytes
 from fedex_lora.report.analysis import participation
-from fedex_lora.runs.round_loop import log_to, run_rounds
+from fedex_lora.runs.emit import log_to
+from fedex_lora.runs.listening import Reply
+from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.server.checkpoint import last_checkpoint
-from fedex_lora.server.norm_filter import screened
-from fedex_lora.server.replies import Reply
+from fedex_lora.server.norm_filter import norm_rejected, size_of
+from fedex_lora.server.round import _round_of
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.files import read_manifest
 
@@ -94,50 +96,56 @@ def without(federation, tmp_path_factory):
 def tensors(**changes):
     """The honest answer with one tensor changed by a function; None leaves it out."""
 
-    def made(payload):
-        found = load(payload)
+    def changed(found):
         for name, change in changes.items():
             key = next(key for key in found if key.endswith(name))
             tensor = found.pop(key)
             if change is not None:
                 new = change(tensor)
-                found |= new if isinstance(new, dict) else {key: new.contiguous()}
-        return seal(save(found, metadata={"header": read_table(payload, len(payload))[0]}))
+                found |= new if isinstance(new, dict) else {key: new}
+        return found
 
-    return made
+    return lambda payload: with_tensors(payload, changed)
 
 
 def header(**changes):
     """The honest answer that says other things of itself."""
-
-    def made(payload):
-        told = json.loads(read_table(payload, len(payload))[0]) | changes
-        return seal(save(load(payload), metadata={"header": json.dumps(told, separators=(",", ":"))}))
-
-    return made
+    return lambda payload: retold(payload, **changes)
 
 
 def unsealed(payload):
-    told = json.loads(read_table(payload, len(payload))[0])
-    del told["sha256"]
-    return save(load(payload), metadata={"header": json.dumps(told)})
+    envelope, body = parts(payload)
+    del envelope["body"]
+    return join(json.dumps(envelope), body)
 
 
 def swollen(payload):
     """A header above its bound in a message that is no larger than declared."""
-    begin, end = bounds(payload)
-    limit, whole = declared_bytes(load(payload))
-    made = with_header(payload[:end], payload[begin:end].ljust(limit + 1))
+    envelope, body = parts(payload)
+    begin, end = bounds(body)
+    limit, whole = declared_bytes(load(body))
+    made = sealed(envelope, with_table(body[:end], body[begin:end].ljust(limit + 1)))
     assert len(made) <= whole
-    return seal(made)
+    return made
 
 
 def text(change):
     """The honest answer with the text of its table changed."""
 
     def made(payload):
-        begin, end = bounds(payload)
-        return seal(with_header(payload, change(payload[begin:end].rstrip())))
+        envelope, body = parts(payload)
+        begin, end = bounds(body)
+        return sealed(envelope, with_table(body, change(body[begin:end].rstrip())))
+
+    return made
+
+
+def body(change):
+    """The honest answer with other bytes as its body."""
+
+    def made(payload):
+        envelope, there = parts(payload)
+        return sealed(envelope, change(there))
 
     return made
 
@@ -174,11 +182,16 @@ HOSTILE = {
     "an absurd metric": (header(metrics={"held_out_loss": 1e308}), "is no metric"),
     "too many metrics": (header(metrics={f"m{i}": 1.0 for i in range(65)}), "metrics: Dictionary should have at most 64 items"),
     "stale base version": (header(base_version=0), "base version is 0, this round declared 1"),
-    "no base version": (header(base_version=None), "base version is None, this round declared 1"),
+    "no base version": (header(base_version=None), "base_version: Input should be a valid integer"),
     "another run": (header(run="other"), "run is 'other', this round declared 'run'"),
     "another client": (header(client="client-0"), "client is 'client-0', this round declared 'client-1'"),
     "another scaling": (header(scalings={"m": 1e6}), "scalings is"),
-    "zip bomb header": (lambda payload: struct.pack("<Q", 2**40) + payload[8:], "truncated, or its header is a lie"),
+    "zip bomb header": (body(lambda there: struct.pack("<Q", 2**40) + there[8:]), "truncated: its header is longer than its body"),
+    "zip bomb envelope": (lambda payload: payload[:4] + struct.pack("<I", 2**32 - 1) + payload[8:], "envelope is longer than the message"),
+    "swollen envelope": (header(client="x" * 20_000), "envelope has .* bytes where at most .* were expected|at most .* were declared"),
+    "an altered envelope": (lambda payload: payload[:50] + b"!" + payload[51:], "checksum of the message's envelope is wrong"),
+    "another version": (header(schema_version=1), "schema 1, this version speaks 2"),
+    "a request": (header(kind="train"), "expected answer, got train|the message's envelope is wrong"),
     "header of spaces": (text(lambda text: text + b" " * 50_000), "bytes arrived where at most .* were declared"),
     "header in place of tensors": (swollen, "header has .* bytes where at most .* were expected"),
     "deep nesting": (text(lambda text: text[:-1] + b',"a":' + b"[" * 2000 + b"}"), "more brackets than its .* tensors need"),
@@ -186,10 +199,10 @@ HOSTILE = {
     "a key twice": (text(lambda text: text[:-1] + text[text.rindex(b',"adapter') :]), "has the key 'adapter.*' twice"),
     "overlapping offsets": (text(offsets), "a gap, or two that overlap"),
     "offsets out of range": (text(lambda text: text.replace(b'offsets":[0,', b'offsets":[1000000,')), "shape and offsets disagree"),
-    "bytes to spare": (lambda payload: seal(payload + b"\0" * 8), "bytes to spare"),
+    "bytes to spare": (body(lambda there: there + b"\0" * 8), "bytes to spare"),
     "one bit flipped": (lambda payload: payload[:-5] + bytes([payload[-5] ^ 1]) + payload[-4:], "checksum is wrong"),
-    "no checksum": (unsealed, "no checksum"),
-    "a pickle": (lambda payload: b"\x80\x04\x95" + payload, "truncated, or its header is a lie"),
+    "no checksum": (unsealed, "checksum is wrong"),
+    "a pickle": (lambda payload: b"\x80\x04\x95" + payload, "no message of this version"),
     "1e12 norm": (tensors(B=lambda B: B * 0 + 1e12), r"norm .*, the round's median is .*: above messages.norm_bound = 10 times"),
     "1e12 in a factor without product": (tensors(A=lambda A: A + 1e12), r"norm .*, the round's median"),
     "twenty times too far": (tensors(B=lambda B: B + 20 * B.norm()), "above messages.norm_bound"),
@@ -230,7 +243,7 @@ def test_replays_and_second_answers(federation, without, tmp_path):
     ]
     assert read_manifest(tmp_path / "both" / "run" / "rounds" / "0002")["refused"] == []
     checkpoint, _ = last_checkpoint(tmp_path / "both" / "run")
-    assert checkpoint.books.told == {}
+    assert checkpoint.registry.pending_rejection == {}
     events = [event for event in read_events(tmp_path / "both" / "events.jsonl") if event["event"] != "started"]
     frame = participation([{"event": "started", "clients": [MALLORY]}, *events])
     assert frame["outcome"].tolist() == ["accepted", "accepted"]
@@ -241,18 +254,10 @@ def test_replays_and_second_answers(federation, without, tmp_path):
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_the_round_of_a_message_is_read_within_the_declared_header(case, federation):
-    """Or nothing of it: no header is parsed that an answer could not have."""
-    state, _, sent = federation
-    asked = Download("train", "run", 2, MALLORY, state.method, state.adapter, state.other, CatchUp(0, 1))
-    payload = HOSTILE[case][0](sent[MALLORY][1])
-    try:
-        header, _ = read_table(payload, declared_bytes(load(sent[MALLORY][1]))[0])
-        want = json.loads(header)["round"]
-    except (WireError, ValueError):
-        want = None
-    assert round_of(payload, asked) in (want, None)
-    assert round_of(sent[MALLORY][1], asked) == 2
+def test_the_round_of_a_message_is_read_from_its_envelope_or_not_at_all(case, federation):
+    honest = federation[2][MALLORY][1]
+    assert _round_of(HOSTILE[case][0](honest)) in (2, None)
+    assert _round_of(honest) == 2
 
 
 def test_who_was_not_asked_is_not_heard(federation, without, tmp_path):
@@ -273,6 +278,13 @@ def test_who_was_not_asked_is_not_heard(federation, without, tmp_path):
     assert first["client"].isprintable()
     assert len(first["client"]) < 200
     assert equal(bits(final), without)
+
+
+def screened(updates, starts, other, factor):
+    """The updates that may be averaged, in the order of client ids, and client -> why its update may not."""
+    sizes = {update.client_id: size_of(update, starts[update.client_id], other) for update in updates}
+    rejected = norm_rejected(sizes, factor)
+    return [update for update in sorted(updates, key=lambda one: one.client_id) if update.client_id not in rejected], rejected
 
 
 def test_without_a_bound_or_with_two_updates_size_is_not_looked_at(federation, without, tmp_path):
@@ -382,12 +394,12 @@ ANSWERS = {"fails": None, "is lost": None, "is refused": HOSTILE["NaN"][0], "is 
 
 def bothered(config, folder, answer, home):
     """A run in which Mallory gives no good answer in round 2; the place, the final state, and what Mallory's downloads said."""
-    place, rounds, told = home(config, ignore), iter(range(1, 9)), {}
+    place, rounds, said = home(config, ignore), iter(range(1, 9)), {}
     there = replace(place.federation(), evaluate=lambda state: {})
 
     def exchange(sent, deadline=None):
         number = next(rounds)
-        told[number] = json.loads(read_table(sent[MALLORY], len(sent[MALLORY]))[0])
+        said[number] = told(sent[MALLORY])
         reached = {client: payload for client, payload in sent.items() if (number, client, answer) != (2, MALLORY, "fails")}
         for client in sent.keys() - reached.keys():
             yield Reply(client, None, "it never got the message")
@@ -397,7 +409,7 @@ def bothered(config, folder, answer, home):
 
     folder.mkdir()
     emit = log_to(folder / "events.jsonl")
-    return place, run_rounds(config, place.initial(), replace(there, exchange=exchange), folder / "run", emit), told
+    return place, run_rounds(config, place.initial(), replace(there, exchange=exchange), folder / "run", emit), said
 
 
 @pytest.mark.parametrize(
@@ -418,14 +430,14 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
     ends = []
     for answer in answers:
         folder = tmp_path / answer
-        place, state, told = bothered(setting(method=method, messages=messages, rounds=3), folder, answer, home)
+        place, state, said = bothered(setting(method=method, messages=messages, rounds=3), folder, answer, home)
         ends.append(bits(state))
         refused = events_of(folder, "refused")
         assert [(event["round"], event["client"]) for event in refused] == [(2, MALLORY)]
-        assert (told[2]["refused"], told[3]["refused"], told[4]["refused"]) == ("", refused[0]["reason"], "")
-        assert [told[number]["anew"] for number in (1, 2, 3, 4)] == [False, False, answer != "is too large", False]
-        assert [told[number]["accepted"] for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
-        copies = [place.parties.memories[client].base for client in ("client-0", MALLORY)]
+        assert (said[2]["rejected"], said[3]["rejected"], said[4]["rejected"]) == ("", refused[0]["reason"], "")
+        assert [said[number]["full"] for number in (1, 2, 3, 4)] == [False, False, answer != "is too large", False]
+        assert [said[number]["accepted"] for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
+        copies = [place.pool.clients[client].state.copy for client in ("client-0", MALLORY)]
         assert [copy.version for copy in copies] == [3, 3]
         assert all(float((copies[0].delta[n].dense() - delta.dense()).norm()) < 1e-6 for n, delta in copies[1].delta.items())
         if method != "fedsa":

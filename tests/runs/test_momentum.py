@@ -51,7 +51,7 @@ def test_nothing_more_travels_to_who_is_always_there(method):
 def test_a_snapshot_brings_the_velocity():
     shapes = ((20, 24), (24, 20))
     story = federate(["ab"] * 6 + ["abc"] + ["abc"], adapters(shapes), "abc", pace=HALF)
-    sent = story.sent[6]["c"].catch_up
+    sent = story.sent[6]["c"].body.catch_up
     assert sent.snapshot.keys() == {"m0", "m1"}
     assert not sent.gain
     for name in ("m0", "m1"):
@@ -61,7 +61,7 @@ def test_a_snapshot_brings_the_velocity():
 def test_no_sum_is_sent_in_place_of_what_was_missed():
     """A recompressed sum would leave the client without the velocity: what it is sent has the server's bits."""
     story = federate(["ab"] * 3 + ["abc"] * 2, adapters(((200, 300),)), "abc", pace=HALF)
-    assert all(not message.catch_up.gain for sent in story.sent for message in sent.values())
+    assert all(not message.body.catch_up.gain for sent in story.sent for message in sent.values())
     assert same_bits(story.delta("c", "m0"), story.state.base_delta["m0"])
 
 
@@ -194,7 +194,7 @@ def test_what_says_nothing_is_refused():
 def test_the_head_is_as_the_mean_where_adapters_alone_move(tmp_path):
     plain, moving = (Fake(setting(rounds=3, server=pace), ignore) for pace in ({}, HALF))
     heads = [
-        run_rounds(one.parties.config, one.initial(), one.federation(), tmp_path / str(index), ignore).other
+        run_rounds(one.pool._rules, one.initial(), one.federation(), tmp_path / str(index), ignore).other
         for index, one in enumerate((plain, moving))
     ]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])

@@ -25,9 +25,9 @@ from tests.runs.test_run import ignore
 
 from fedex_lora import METHODS, LoRAPair
 from fedex_lora.aggregation import GAUGES, get_method
-from fedex_lora.client import node as party
+from fedex_lora.client import client as protocol_client
 from fedex_lora.errors import FedexLoraError
-from fedex_lora.protocol.messages import decode_download
+from fedex_lora.protocol.messages import decode_body
 from fedex_lora.report.analysis import participation
 from fedex_lora.runs import round_loop as rounds
 from fedex_lora.runs.round_loop import run_rounds
@@ -107,7 +107,7 @@ class Story:
             place.remember_in(folder)
             self.final = run_rounds(config, last_checkpoint(folder)[0], self._federation(place), folder, self._emit)
         self.manifests = {number: read_manifest(folder / "rounds" / f"{number:04d}", check=False) for number in range(1, ROUNDS + 1)}
-        self.rank = dict(zip(sorted(place.parties.learner.rows), config.clients.ranks or [], strict=False))
+        self.rank = dict(zip(sorted(place.pool.learner.rows), config.clients.ranks or [], strict=False))
 
     def _federation(self, place):
         self.network.place = place
@@ -206,7 +206,7 @@ class Story:
             asked = set(manifest["participants"])
             if inputs != {client for client, _ in expected[number]} or (inputs and refused != asked - inputs):
                 found.append(f"round {number} took {sorted(inputs)} and refused {sorted(refused)}")
-        frame = participation([{"event": "started", "clients": sorted(self.network.place.parties.learner.rows)}, *self.events])
+        frame = participation([{"event": "started", "clients": sorted(self.network.place.pool.learner.rows)}, *self.events])
         for number, rows in frame.groupby("round"):
             taken, asked = set(rows.loc[rows["outcome"] == "accepted", "client"]), set(self.manifests[number]["participants"])
             if taken != {client for client, _ in expected[number]} & asked:
@@ -239,7 +239,13 @@ def test_whatever_happens_everyone_has_the_mean_of_the_models(method, tmp_path):
 
 def test_the_check_can_fail(tmp_path, monkeypatch):
     """A client that takes what did not travel from the initial adapter trains another model, and the loop cannot know."""
-    monkeypatch.setattr(party, "read", lambda payload, memory, first: decode_download(payload, first))
+    initial = []
+
+    def forgetful(body, declared, known):
+        initial.append(known)
+        return decode_body(body, declared, initial[0])
+
+    monkeypatch.setattr(protocol_client, "decode_body", forgetful)
     name, config, faults = next(one for one in combinations("fedex-best") if "skip, ranks, some" in one[0])
     wrong, errors = Story(config, faults, tmp_path / "run").wrong()
     assert min(errors["given"], errors["server"], errors["said"]) > 1e-2, name

@@ -15,7 +15,8 @@ from fedex_lora.config import Task, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError, StorageError, TrainingError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.context import GlobalModel
-from fedex_lora.runs.round_loop import log_to, run_rounds
+from fedex_lora.runs.emit import log_to
+from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.files import sha256
@@ -180,7 +181,7 @@ def test_the_order_in_which_clients_train_does_not_matter(plain, tmp_path, monke
 def test_one_base_in_memory_however_many_clients(tmp_path):
     few, many = (LocalSimulation(configuration(clients={"partition": "iid", "count": count}), ignore) for count in (2, 12))
     assert sum(p.numel() for p in few.host.place.model.parameters()) == sum(p.numel() for p in many.host.place.model.parameters())
-    assert len(many.parties.learner.rows) == 12
+    assert len(many.pool.learner.rows) == 12
 
 
 @pytest.mark.parametrize("schedule", ["round", "run"])

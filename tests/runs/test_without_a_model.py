@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load
 from tests import fake
 from tests.fake import HEAD, Fake, setting
+from tests.messages import tensors_of
 from tests.runs.test_run import events_of, ignore
 
 from fedex_lora import METHODS, load_model
@@ -15,11 +15,15 @@ from fedex_lora.config import base_folder
 from fedex_lora.errors import ModelError, TrainingError
 from fedex_lora.exactness import measure
 from fedex_lora.offline.verify import verify
+from fedex_lora.protocol.failures import Failure
+from fedex_lora.protocol.messages import answer_of
 from fedex_lora.report.analysis import sent
-from fedex_lora.runs.round_loop import _learnt_nothing, log_to, run_rounds
+from fedex_lora.runs.emit import log_to
+from fedex_lora.runs.listening import Reply
+from fedex_lora.runs.measuring import learnt_nothing
+from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import run
-from fedex_lora.server.registry import Books
-from fedex_lora.server.replies import Reply
+from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.storage.adapter_folder import read_adapter_folder
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.result import read_result
@@ -29,7 +33,7 @@ ROUNDS = 4
 
 def numbers(payload):
     """How many of them travel, without the head."""
-    return sum(tensor.numel() for name, tensor in load(payload).items() if not name.startswith("other|"))
+    return sum(tensor.numel() for name, tensor in tensors_of(payload).items() if not name.startswith("other|"))
 
 
 @pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.lora), "fedit+balanced", "fedex-best+procrustes"])
@@ -38,14 +42,14 @@ def test_what_travels_is_what_the_method_s_row_says(method, tmp_path, monkeypatc
     monkeypatch.setattr(fake, "SHAPES", {"wide": (60, 110), "tall": (90, 50)})
     row, config = get_method(method), setting(method=method, rounds=ROUNDS, clients={"partition": "iid", "count": 3})
     place, came, went = Fake(config, ignore), {}, {}
-    federation, clients = place.federation(), len(place.parties.learner.rows)
+    federation, clients = place.federation(), len(place.pool.learner.rows)
 
     def exchange(messages, deadline):
         number = len(came) + 1
         came[number], went[number] = {}, {}
         for client, payload in messages.items():
             came[number][client] = payload
-            went[number][client] = place.parties.answer(client, payload)
+            went[number][client] = place.pool.answer(client, payload)
             yield Reply(client, went[number][client])
 
     tmp_path.joinpath("run").mkdir()
@@ -92,13 +96,13 @@ def test_personal_factors_stay_with_their_clients(tmp_path):
 
 
 def test_a_client_that_is_not_sent_all_it_lacks_is_noticed(tmp_path, monkeypatch):
-    lacking = Books.lacking
+    lacking = ClientRegistry.sync_for
 
     def last_only(self, since, state, messages):
         whole = lacking(self, since, state, messages)
         return replace(whole, since=max(since, state.round - 1), log=dict(list(whole.log.items())[-1:]))
 
-    monkeypatch.setattr(Books, "lacking", last_only)
+    monkeypatch.setattr(ClientRegistry, "sync_for", last_only)
     said = []
     config = setting(rounds=5, clients={"partition": "iid", "count": 4, "fraction": 0.3})
     with pytest.raises(TrainingError, match="failed: it lacks what the message counts on"):
@@ -134,7 +138,8 @@ def test_a_fault_of_the_configuration_stops_a_run_that_would_wait_for_ever(many,
             fails = number < many if len(calls) < 3 else False
             fails = fails or (many == 1 and len(calls) < 3)  # the others fail for other reasons
             said = hopeless and number < many
-            yield Reply(client, None, "oh", hopeless=said) if fails else Reply(client, place.parties.answer(client, payload))
+            failed = answer_of(payload, client, Failure("config" if said else "memory"))
+            yield Reply(client, failed if fails else place.pool.answer(client, payload))
 
     federation = replace(place.federation(), exchange=exchange)
     if asked == 1:
@@ -159,6 +164,6 @@ def test_a_fault_of_the_configuration_stops_a_run_that_would_wait_for_ever(many,
 def test_a_run_that_learns_nothing_says_so(before, after, said):
     facts = {"headline": "accuracy", "greater_is_better": True}
     rows = {"rows": 10.0}
-    words = _learnt_nothing({0: {**before, **rows} if before else {}, 3: {**after, **rows}}, facts)
+    words = learnt_nothing({0: {**before, **rows} if before else {}, 3: {**after, **rows}}, facts)
     assert bool(words) == bool(said)
     assert not said or (said in words and "0.5 on the clients' own rows before" in words)

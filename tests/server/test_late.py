@@ -7,21 +7,22 @@ import time
 from dataclasses import replace
 
 import pytest
-from safetensors.torch import load
 from tests import oracle
 from tests.fake import HEAD, Fake, Network, Noise, setting
+from tests.messages import tensors_of
 from tests.protocol.test_hostile import bits, equal, header
 from tests.runs.test_run import events_of, ignore
 
 from fedex_lora.errors import ConfigError, StorageError, TrainingError
 from fedex_lora.offline.verify import verify
+from fedex_lora.runs import listening
 from fedex_lora.runs import round_loop as rounds
-from fedex_lora.runs.round_loop import log_to, run_rounds
+from fedex_lora.runs.emit import log_to
+from fedex_lora.runs.listening import Reply
+from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import run
-from fedex_lora.server import replies as answers
 from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.server.replies import Reply
 from fedex_lora.storage.files import read_manifest
 from fedex_lora.storage.result import read_result
 
@@ -69,7 +70,7 @@ def test_at_the_deadline_the_round_goes_on_without_those_who_did_not_answer(tmp_
 
 
 def test_without_a_deadline_everyone_is_waited_for_and_it_is_said_who(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "WAITING", 0.05)
+    monkeypatch.setattr(listening, "WAITING", 0.05)
     config = setting(rounds=1, clients={"partition": "iid", "count": 4})
     net, _ = network(config)
 
@@ -156,7 +157,7 @@ def _delta(folder):
 
 def _pairs(net, key, final):
     """The factors in an answer as they travelled; those that did not are frozen, and the final adapter has them (ffa)."""
-    found = load(net.came[key])
+    found = tensors_of(net.came[key])
     return {
         module: replace(pair, **{part: found.get(f"adapter|{module}|{part}", getattr(pair, part)) for part in "AB"})
         for module, pair in final.adapter.items()
@@ -256,7 +257,7 @@ def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_
 
     def forgetful(messages, deadline=None):
         if net.calls == 2:
-            net.place.parties.memories.pop(SLOW)
+            net.place.pool.forget(SLOW)
         yield from net.exchange(messages, deadline)
 
     (tmp_path / "run").mkdir()
@@ -285,7 +286,7 @@ def test_noise_does_not_keep_a_round_open_nor_fill_the_record(tmp_path):
     run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", log_to(tmp_path / "run" / "events.jsonl"))
     reasons = [event["client"] for event in events_of(tmp_path / "run", "refused")]
     assert SLOW in reasons
-    assert len(reasons) <= answers.NOISE + 10
+    assert len(reasons) <= listening.MAX_EXTRA_REJECTIONS + 10
 
 
 def test_of_two_late_answers_the_first_counts(tmp_path):

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+from fedex_lora.client.client import Model
+from fedex_lora.types import Adapter, ClientUpdate
 
-from fedex_lora.types import Adapter, ClientUpdate, Delta
 
-
-class Learner(Protocol):
+class Learner(Model, Protocol):
     """One model on which clients train in turn."""
 
     @property
@@ -18,9 +17,6 @@ class Learner(Protocol):
     @property
     def rows(self) -> Mapping[str, int]:
         """Client -> how many training rows it has, of the clients that are here."""
-
-    def put(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
-        """Write into the model the factors to train, what the frozen base has gained, and the other trained tensors."""
 
     def measure(self, client: str) -> dict[str, float]:
         """The model as it stands on the client's held-out rows, as `held_out_NAME`; nothing where it has none."""

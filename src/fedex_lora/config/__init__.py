@@ -1,7 +1,7 @@
 """The configuration: pydantic models read from TOML."""
 
 from fedex_lora.config.reading import nearest, overridden, parse_config, read_config, write_config
-from fedex_lora.config.run import Config, Local, Messages, Server, Truncation, is_ours
+from fedex_lora.config.run import Config, Local, Messages, Rules, Server, Truncation, is_ours
 from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, Task, base_folder
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Local",
     "Lora",
     "Messages",
+    "Rules",
     "Server",
     "Task",
     "Truncation",

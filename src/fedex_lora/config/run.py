@@ -129,16 +129,32 @@ def is_ours(key: str) -> bool:
     return key in OWNED or key.startswith(OWNED_PREFIXES)
 
 
-class Config(Table):
-    """One run."""
+class Rules(Table):
+    """What server and clients of a run agree on: all but the model, the rows and how they are trained on."""
 
     method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
-    rounds: int = Field(5, ge=1, description="Aggregation rounds.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
+    weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
+    clients: Clients = Clients()
+    server: Server = Server()
+    local: Local = Local()
+    truncation: Truncation = Truncation()
+    messages: Messages = Messages()
+
+    @field_validator("method")
+    @classmethod
+    def _one_name(cls, value: str) -> str:
+        """FedAvg of LoRA factors is what the literature calls FedIT."""
+        return f"fedit{value.removeprefix('fedavg')}" if value.partition("+")[0] == "fedavg" else value
+
+
+class Config(Rules):
+    """One run."""
+
+    rounds: int = Field(5, ge=1, description="Aggregation rounds.")
     keep_rounds: int | None = Field(
         None, ge=2, description="Keep the folders of so many rounds (and of older ones whose base an absent client has); all by default."
     )
-    weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
     torch_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; recorded, because other numbers give other last bits.")
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         [], description="Experiment trackers that are told of every round (docs/reports.md); each must be installed."
@@ -146,22 +162,11 @@ class Config(Table):
     base: Base
     lora: Lora = Lora()
     task: Task
-    clients: Clients = Clients()
-    server: Server = Server()
-    local: Local = Local()
-    truncation: Truncation = Truncation()
-    messages: Messages = Messages()
     training: dict[str, Any] = Field(
         {},
         description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting. `learning_rate` is by "
         "default 1e-3, for texts that are written 3e-4: what suits LoRA, ten times and more of what suits full fine-tuning.",
     )
-
-    @field_validator("method")
-    @classmethod
-    def _one_name(cls, value: str) -> str:
-        """FedAvg of LoRA factors is what the literature calls FedIT."""
-        return f"fedit{value.removeprefix('fedavg')}" if value.partition("+")[0] == "fedavg" else value
 
     @field_validator("training")
     @classmethod

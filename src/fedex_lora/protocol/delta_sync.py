@@ -51,17 +51,19 @@ class CatchUp:
 
 
 @dataclass(frozen=True, eq=False)
-class BaseCopy:
-    """A client's base delta.
+class ModelCopy:
+    """A client's copy of the global model.
 
     Attributes:
         version: rounds completed.
         delta: module path -> D.
+        adapter: the global adapter; at version 0 the initial one.
         lossy: the modules whose D is the server's within rounding or the tolerance only, not bit for bit.
     """
 
     version: int = 0
     delta: Mapping[str, Delta] = field(default_factory=dict)
+    adapter: Adapter = field(default_factory=dict)
     lossy: frozenset[str] = frozenset()
 
 
@@ -160,40 +162,47 @@ def _numel(parts: Sequence[LowRank], past: Sequence[LoRAPair]) -> int:
     return sum(part.numel for part in parts) + sum(pair.A.numel() + pair.B.numel() for pair in past)
 
 
-def caught_up(
-    base: BaseCopy, message: CatchUp, before: Adapter | None = None, now: Adapter | None = None, pace: Server = PLAIN
-) -> BaseCopy:
-    """The client's base after a message.
+def require_next(copy: ModelCopy, message: CatchUp) -> None:
+    """The message begins where the client's copy is.
+
+    Raises:
+        LacksError: else.
+    """
+    if message.since != copy.version:
+        raise LacksError(
+            f"the base is at version {copy.version}, and the message counts from version {message.since}: "
+            f"ask the server for what came after round {copy.version}"
+        )
+
+
+def caught_up(copy: ModelCopy, message: CatchUp, adapter: Adapter, pace: Server = PLAIN) -> ModelCopy:
+    """The client's copy after a message.
 
     Args:
-        base: what the client has.
+        copy: what the client has.
         message: what it lacks.
-        before, now: the global adapter of the base's version and of the message's; they matter under momentum.
+        adapter: the global adapter of the message's version.
         pace: momentum and learning rate of the server.
 
     Raises:
         LacksError: the message does not begin at the client's version.
         WireError: its log has a hole.
     """
-    if message.since != base.version:
-        raise LacksError(
-            f"the base is at version {base.version}, and the message counts from version {message.since}: "
-            f"ask the server for what came after round {base.version}"
-        )
+    require_next(copy, message)
     require_whole(message)
 
     def logged(parts: Mapping[str, Kept]) -> dict[str, Kept]:
         return {module: part for module, part in parts.items() if module not in message.snapshot}
 
-    delta, adapter, last = logged(base.delta), logged(before or {}), logged(now or {})
+    delta, before, last = logged(copy.delta), logged(copy.adapter), logged(adapter)
     for number in sorted(message.log):
         if number in message.halts:
             delta = halted(delta)
             continue
         after = last if number == message.version else dict(message.adapters.get(number, {}))
-        delta, adapter = grown(delta, message.log[number], adapter, after, pace), after
+        delta, before = grown(delta, message.log[number], before, after, pace), after
     delta = {**advance(delta, message.gain), **message.snapshot}
-    return BaseCopy(version=message.version, delta=delta, lossy=(base.lossy | message.gain.keys()) - message.snapshot.keys())
+    return ModelCopy(message.version, delta, adapter, (copy.lossy | message.gain.keys()) - message.snapshot.keys())
 
 
 def require_whole(message: CatchUp) -> None:

@@ -90,19 +90,6 @@ class Failure:
         """Could it not even begin, for want of what the message counts on?"""
         return self.code == "lacks"
 
-    def to_words(self) -> dict[str, str]:
-        """For a message."""
-        return {"failure": self.code, "rows": str(self.rows)}
-
-    @classmethod
-    def from_words(cls, about: Mapping[str, str]) -> "Failure | None":
-        """The inverse of `to_words`, of words that anybody may have written; None where no failure is told."""
-        if "failure" not in about:
-            return None
-        code, rows = about["failure"], about.get("rows", "")
-        known = rows.isascii() and rows.isdigit() and len(rows) < 10
-        return cls(code, min(int(rows), MOST_ROWS) if known else 0)
-
 
 def failure_of(error: BaseException) -> Failure:
     """What may be told of an error, whoever raised it: nothing of its text, and of foreign ones not even the name of their class."""

@@ -1,26 +1,31 @@
-"""A safetensors message read with distrust: bounds first, then the table of tensors, then the checksum; only then is a tensor made.
+"""A message as bytes: a checksummed envelope of small JSON, then a body of tensors; read with distrust.
 
-Everything is refused that a plain reader could take in two ways: keys that come twice, gaps, overlaps, bytes that belong to nothing.
-What these checks allocate is bounded by the size of the header, which is bounded before its JSON is parsed.
+    "FXL2" | envelope's length, 4 bytes | its blake3, 32 bytes | envelope | body
+
+The envelope is one client's and names the body's digest. The body is safetensors, so the same bytes serve every client of one version.
+Reading goes from what is cheap to what is not: bounds first, then the envelope, then the body's table of tensors, then its digest; only
+then is a tensor made. Everything is refused that a plain reader could take in two ways: keys that come twice, gaps, overlaps, bytes that
+belong to nothing. What these checks allocate is bounded by the size of a header, which is bounded before its JSON is parsed.
 """
 
-import hashlib
 import json
 import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from blake3 import blake3
+
 from fedex_lora.errors import WireError
 
+MAGIC = b"FXL2"
+PREFIX = 40  # bytes before the envelope
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-UNSEALED = "0" * 64  # what stands in place of the checksum while it is computed
-MARK = rb"\"sha256\":\""  # before the checksum, in the header's JSON inside the JSON of safetensors
 NAME = 1000  # characters of a tensor's name
 
 
 class Entry(NamedTuple):
-    """What a message says of one tensor."""
+    """What a body says of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,43 +39,93 @@ def shown(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def read_table(payload: bytes, header_limit: int) -> tuple[str, dict[str, Entry]]:
-    """The text of the message's own header, and name -> `Entry`, after every check that needs no tensor.
+def digest(body: bytes | memoryview) -> str:
+    """`blake3:HEX` of a body."""
+    return f"blake3:{blake3(body).hexdigest()}"
+
+
+def join(envelope: str, body: bytes = b"") -> bytes:
+    """One message from its envelope and its body."""
+    text = envelope.encode()
+    return b"".join([MAGIC, struct.pack("<I", len(text)), blake3(text).digest(), text, body])
+
+
+def split(payload: bytes, envelope_limit: int) -> tuple[str, memoryview]:
+    """The inverse of `join`: the text of the envelope, as it was sent, and the bytes of the body, which are not looked at.
 
     Args:
         payload: the whole message.
+        envelope_limit: bytes of JSON, at most.
+
+    Raises:
+        WireError: it is no message of this version, truncated, or its envelope was altered.
+    """
+    if len(payload) < PREFIX:
+        raise WireError(f"a message of {len(payload)} bytes is too short")
+    if payload[:4] != MAGIC:
+        raise WireError("it is no message of this version: use one version of fedex-lora everywhere")
+    (size,) = struct.unpack("<I", payload[4:8])
+    if size > len(payload) - PREFIX:
+        raise WireError("the message is truncated: its envelope is longer than the message")
+    if size > envelope_limit:
+        raise WireError(f"the message's envelope has {size} bytes where at most {envelope_limit} were expected")
+    text = payload[PREFIX : PREFIX + size]
+    if blake3(text).digest() != payload[8:PREFIX]:
+        raise WireError("the checksum of the message's envelope is wrong: it was altered on the way; send it again")
+    try:
+        return text.decode(), memoryview(payload)[PREFIX + size :]
+    except UnicodeDecodeError:
+        raise WireError("the message's envelope is not UTF-8") from None
+
+
+def require_digest(body: memoryview, declared: str) -> None:
+    """The body is the one that the envelope names. (Against accidents: who alters a message on purpose can name the new digest.)
+
+    Raises:
+        WireError: else.
+    """
+    if digest(body) != declared:
+        raise WireError("the message's checksum is wrong: it was altered on the way; send it again")
+
+
+def read_table(body: memoryview, header_limit: int) -> tuple[str, dict[str, Entry]]:
+    """The text of the body's own header, and name -> `Entry`, after every check that needs no tensor.
+
+    Args:
+        body: all of it.
         header_limit: bytes of JSON, at most.
 
     Raises:
         WireError: with the first thing that is wrong, in one line.
     """
-    table = _parsed(payload, _header_size(payload, header_limit))
+    size = _header_size(body, header_limit)
+    table = _parsed(bytes(body[8 : 8 + size]))
     about = table.pop("__metadata__", None)
     if not isinstance(about, dict) or about.keys() != {"header"} or not isinstance(about["header"], str):
         raise WireError("the message has no header of this protocol")
     entries = {_safe(name): _entry(name, entry) for name, entry in table.items()}
-    _require_covered(entries, len(payload) - 8 - _header_size(payload, header_limit))
+    _require_covered(entries, len(body) - 8 - size)
     return about["header"], entries
 
 
-def _header_size(payload: bytes, limit: int) -> int:
-    if len(payload) < 8:
-        raise WireError(f"a message of {len(payload)} bytes is too short")
-    (size,) = struct.unpack("<Q", payload[:8])
-    if size > len(payload) - 8:
-        raise WireError("the message is truncated, or its header is a lie")
+def _header_size(body: memoryview, limit: int) -> int:
+    if len(body) < 8:
+        raise WireError(f"a message whose body has {len(body)} bytes is too short")
+    (size,) = struct.unpack("<Q", body[:8])
+    if size > len(body) - 8:
+        raise WireError("the message is truncated: its header is longer than its body")
     if size > limit:
         raise WireError(f"the message's header has {size} bytes where at most {limit} were expected")
     return int(size)
 
 
-def _parsed(payload: bytes, size: int) -> dict[str, Any]:
+def _parsed(header: bytes) -> dict[str, Any]:
     """The JSON, if it has no more brackets than its tensors need: so many small values cannot hide in it, nor deep nesting."""
-    tensors = payload.count(b'"data_offsets"', 8, 8 + size)
-    if payload.count(b"{", 8, 8 + size) > tensors + 8 or payload.count(b"[", 8, 8 + size) > 2 * tensors + 8:
+    tensors = header.count(b'"data_offsets"')
+    if header.count(b"{") > tensors + 8 or header.count(b"[") > 2 * tensors + 8:
         raise WireError(f"the message's header has more brackets than its {tensors} tensors need")
     try:
-        table = strict_json(payload[8 : 8 + size])
+        table = strict_json(header)
     except (ValueError, RecursionError):
         raise WireError("the message has no readable header") from None
     if not isinstance(table, dict):
@@ -119,7 +174,7 @@ def _entry(name: str, entry: Any) -> Entry:
 
 
 def _require_covered(entries: dict[str, Entry], size: int) -> None:
-    """The tensors lie one after the other and fill the message."""
+    """The tensors lie one after the other and fill the body."""
     place = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != place:
@@ -127,38 +182,6 @@ def _require_covered(entries: dict[str, Entry], size: int) -> None:
         place = entry.end
     if place != size:
         raise WireError(f"{size} bytes of tensors arrived and {place} are described: the message is truncated, or has bytes to spare")
-
-
-def seal(payload: bytes) -> bytes:
-    """The message with its checksum in place: sha256 of all its bytes, with zeros where the checksum stands."""
-    place = _place(payload)
-    return b"".join([payload[:place], _sum(payload, place).encode(), payload[place + len(UNSEALED) :]])
-
-
-def require_sealed(payload: bytes) -> None:
-    """What arrived is what was sent. (Against accidents: who alters a message on purpose can seal it again.)
-
-    Raises:
-        WireError: else.
-    """
-    place = _place(payload)
-    if payload[place : place + len(UNSEALED)] != _sum(payload, place).encode():
-        raise WireError("the message's checksum is wrong: it was altered on the way; send it again")
-
-
-def _place(payload: bytes) -> int:
-    place = payload.find(MARK, 8, 8 + _header_size(payload, len(payload)))
-    if place < 0:
-        raise WireError("the message has no checksum")
-    return place + len(MARK)
-
-
-def _sum(payload: bytes, place: int) -> str:
-    view = memoryview(payload)
-    digest = hashlib.sha256(view[:place])
-    digest.update(UNSEALED.encode())
-    digest.update(view[place + len(UNSEALED) :])
-    return digest.hexdigest()
 
 
 def require_same_names(here: Sequence[str], there: Sequence[str]) -> None:

@@ -1,177 +1,172 @@
-"""Messages to bytes and back: safetensors (never pickle) with a small JSON header in its metadata.
+"""Messages to bytes and back: an envelope of one client and a body of tensors, safetensors and never pickle.
 
-A download carries the global adapter, the other trained tensors and what the client's base lacks (`catch_up`). An upload
-carries what the client trained. Whatever arrives is checked against what the round declared before anything is computed with it.
+A request's body carries the global adapter, the other trained tensors and what the client's base lacks (`catch_up`): the same bytes for
+every client of one version. An answer's body carries what the client trained. Whatever arrives is checked against what the round
+declared before anything is computed with it.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import from_parts, parts
+from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of, under, unflatten_adapter
+from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.server_state import fresh_adapter
 from fedex_lora.errors import AggregationError, LacksError, WireError
-from fedex_lora.protocol.delta_sync import CatchUp, require_whole
-from fedex_lora.protocol.frame import UNSEALED, Entry, read_table, require_same_names, require_sealed, seal, shown, strict_json
-from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, LowRank
+from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.failures import Failure
+from fedex_lora.protocol.frame import Entry, digest, join, read_table, require_digest, require_same_names, shown, split
+from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header
+from fedex_lora.protocol.sync_tensors import catch_up_of, catch_up_tensors
+from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
-SCHEMA = 1
 EXAMPLES = 10_000_000  # of one client, at most, where the configuration says nothing
-METRICS, METRIC = 64, re.compile(r"[A-Za-z0-9_.@/ +-]{1,64}")
-TAKEN = {"event", "time", "path", "self", "round", "client", "num_examples", "bytes_up"}  # names of an event's own fields
-LARGEST = 1e100  # of a metric: sums of such numbers stay finite
 HEADER = 8192  # bytes of JSON, beside what the declared tensors need
-
-
-class Header(BaseModel):
-    """What a message says of itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    schema_version: int = SCHEMA
-    sha256: str = UNSEALED
-    kind: Literal["train", "evaluate", "update"]
-    run: str
-    round: int = Field(ge=0, lt=2**53)
-    base_version: int | None = Field(None, ge=0)
-    client: str
-    method: str
-    scalings: dict[str, FiniteFloat] = {}
-    num_examples: int = Field(0, ge=0)
-    metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
-    since: int = Field(0, ge=0)
-    log_rounds: list[int] = []
-    halts: list[int] = []
-    share: None = Field(None, exclude=True)  # older versions write it, also in the answers that their clients keep
-    rank: int | None = Field(None, ge=1)
-    fresh: int | None = Field(None, ge=0)
-    anew: bool = False
-    accepted: int = Field(0, ge=0)
-    refused: str = ""
-
-    @field_validator("metrics")
-    @classmethod
-    def _are_plain(cls, metrics: dict[str, float]) -> dict[str, float]:
-        for name, value in metrics.items():
-            if not METRIC.fullmatch(name) or name in TAKEN or abs(value) > LARGEST:
-                raise ValueError(f"{shown(name)} = {value:g} is no metric: its name is odd or taken, or its value absurd")
-        return metrics
+ENVELOPE = 16384  # bytes, at most, of an answer's; a request's may have more
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+Kind = TypeVar("Kind", Request, Answer, Apology)
 
 
 @dataclass(frozen=True, eq=False)
-class Download:
-    """Server to client: go on from here.
+class Body:
+    """What the clients of one version are sent.
 
     Attributes:
-        kind: "train" (evaluate what arrives, then train), or "evaluate" (only that).
-        round: the round that is going on, from 1; the adapter is the global one after round - 1.
-        catch_up: what the client's base lacks of the base delta after round - 1.
-        rank: how many components of the adapter this client trains; None: all.
-        fresh: the run's seed, where the client draws the adapter itself instead of receiving it.
-        anew: the server does not know what the client holds: it forgets its base delta, and the message brings all of it.
-        accepted: the last round in which the client's update was part of the mean; what it trained since did not count.
-        refused: why its last update was refused, where it was.
+        method: the run's.
+        adapter: the global one after the last round; of a body as it arrived, the factors that travelled are in it.
+        other: the other trained tensors.
+        catch_up: what the clients' base lacks of the base delta after that round.
+        reinit_seed: the run's seed, where clients draw the adapter themselves instead of receiving it.
     """
 
-    kind: Literal["train", "evaluate"]
-    run: str
-    round: int
-    client: str
     method: str
     adapter: Adapter
     other: Mapping[str, Tensor]
     catch_up: CatchUp
-    rank: int | None = None
-    fresh: int | None = None
-    anew: bool = False
-    accepted: int = 0
-    refused: str = ""
+    reinit_seed: int | None = None
 
 
-def encode_download(message: Download, omit: str = "") -> bytes:
-    """The bytes of a download; `omit` names the factors ("A", "B", "AB") that the client has already, or draws itself."""
-    tensors = _adapter_tensors(message.adapter, omit) | {f"other|{name}": tensor for name, tensor in message.other.items()}
-    tensors |= _catch_up_tensors(message.catch_up) | _past_tensors(message.catch_up, message.adapter)
-    header = Header(
-        kind=message.kind,
-        run=message.run,
-        round=message.round,
-        client=message.client,
-        method=message.method,
-        scalings={module: pair.scaling for module, pair in message.adapter.items()},
-        since=message.catch_up.since,
-        log_rounds=list(message.catch_up.log),
-        halts=list(message.catch_up.halts),
-        rank=message.rank,
-        fresh=message.fresh,
-        anew=message.anew,
-        accepted=message.accepted,
-        refused=message.refused,
+@dataclass(frozen=True, eq=False)
+class Download:
+    """What one client is asked: the envelope and the body of one message."""
+
+    request: Request
+    body: Body
+
+
+class Encoded(NamedTuple):
+    """A body as bytes, and their digest."""
+
+    payload: bytes
+    digest: str
+
+
+NOTHING = Encoded(b"", "")
+
+
+def message(envelope: Envelope, body: Encoded = NOTHING) -> bytes:
+    """The bytes of a message."""
+    return join(envelope.model_copy(update={"body": body.digest}).model_dump_json(), body.payload)
+
+
+def envelope_of(payload: bytes, kind: type[Kind], limit: int = ENVELOPE) -> tuple[Kind, memoryview]:
+    """The envelope of a message, and the bytes of its body, which are not looked at.
+
+    Raises:
+        WireError: see `split`; or it is a message of another kind.
+    """
+    text, body = split(payload, limit)
+    envelope = parse_envelope(text)
+    if not isinstance(envelope, kind):
+        raise WireError(f"expected {kind.__name__.lower()}, got {envelope.kind}: is this message going the wrong way?")
+    return envelope, body
+
+
+def encode_body(body: Body, omit: str = "") -> Encoded:
+    """The bytes of a request's body; `omit` names the factors ("A", "B", "AB") that the clients have already, or draw themselves."""
+    factors = "".join(part for part in "AB" if part not in omit)
+    tensors = flatten_adapter("adapter", body.adapter, factors) | {f"other|{name}": tensor for name, tensor in body.other.items()}
+    tensors |= catch_up_tensors(body.catch_up, body.adapter)
+    header = BodyHeader(
+        method=body.method,
+        scalings=scalings_of(body.adapter),
+        since=body.catch_up.since,
+        version=body.catch_up.version,
+        log_rounds=list(body.catch_up.log),
+        halts=list(body.catch_up.halts),
+        reinit_seed=body.reinit_seed,
     )
     return _encode(header, tensors)
 
 
-def decode_download(payload: bytes, known: Adapter | None = None) -> Download:
-    """A download from its bytes; factors that did not travel are taken from `known`, or drawn in its shapes where the server says so.
-
-    Raises:
-        WireError: truncated or altered, or it contradicts itself: see `read_table`, `_catch_up` and `require_whole`.
-    """
-    header, _ = _table(payload, 2**20 + len(payload) // 2)
-    tensors = _tensors(payload)
-    if header.kind == "update":
-        raise WireError("expected a download, got an update: is this message going the wrong way?")
-    known = known or {}
-    if header.fresh is not None:
-        known = fresh_adapter(known, header.fresh, header.round - 1)
-    _require_finite(tensors)
-    adapter = _adapter(header, _adapter_tensors(known) | tensors)
-    return Download(
-        kind=header.kind,
-        run=header.run,
-        round=header.round,
-        client=header.client,
-        method=header.method,
-        adapter=adapter,
-        other=_other(tensors),
-        catch_up=_catch_up(header, tensors, adapter),
-        rank=header.rank,
-        fresh=header.fresh,
-        anew=header.anew,
-        accepted=header.accepted,
-        refused=header.refused,
-    )
-
-
-def encode_update(update: ClientUpdate, run: str, round: int, method: str, omit: str = "", base: int | None = None) -> bytes:
-    """The bytes of a client's upload.
+def decode_body(body: memoryview, declared: str, known: Adapter | None = None) -> Body:
+    """A request's body from its bytes; factors that did not travel are taken from `known`, or drawn in its shapes where it says so.
 
     Args:
-        update: what it trained.
-        run, round, method: as in the download.
-        omit: the factors that stay: frozen in this round (the server knows them), or private.
-        base: the version of the base that it trained on; None: that of the round.
+        body: the bytes.
+        declared: their digest, as the envelope has it.
+        known: the client's own copy of the global adapter.
+
+    Raises:
+        WireError: truncated or altered, or it contradicts itself: see `read_table` and `catch_up_of`.
     """
-    tensors = _adapter_tensors(update.adapter, omit) | {f"other|{name}": tensor for name, tensor in update.other.items()}
-    header = Header(
-        kind="update",
-        run=run,
-        round=round,
-        base_version=round - 1 if base is None else base,
+    text, entries = read_table(body, 2**20 + len(body) // 2)
+    header = parse_header(text)
+    tensors = _tensors(body, entries, declared)
+    known = known or {}
+    if header.reinit_seed is not None:
+        known = fresh_adapter(known, header.reinit_seed, header.version)
+    adapter = _adapter(header.scalings, flatten_adapter("adapter", known) | tensors)
+    catch_up = catch_up_of(header.since, header.version, header.log_rounds, header.halts, tensors, adapter)
+    return Body(header.method, adapter, under("other", tensors), catch_up, header.reinit_seed)
+
+
+def encode_update(update: ClientUpdate, sent: Request, method: str, base_version: int, omit: str = "") -> bytes:
+    """The bytes of a client's update.
+
+    Args:
+        update: what it trained; of an evaluation, numbers only.
+        sent: the request that it answers.
+        method: the run's.
+        base_version: of the base that it trained on.
+        omit: the factors that stay: frozen in this round (the server knows them), or private.
+    """
+    factors = "".join(part for part in "AB" if part not in omit)
+    tensors = flatten_adapter("adapter", update.adapter, factors) | {f"other|{name}": tensor for name, tensor in update.other.items()}
+    answer = Answer(
+        run=sent.run,
+        round=sent.round,
         client=update.client_id,
-        method=method,
-        scalings={module: pair.scaling for module, pair in update.adapter.items()},
+        base_version=base_version,
         num_examples=update.num_examples,
         metrics={name: float(value) for name, value in update.metrics.items() if abs(value) <= LARGEST},
     )
-    return _encode(header, tensors)
+    return message(answer, _encode(BodyHeader(method=method, scalings=scalings_of(update.adapter)), tensors))
+
+
+def encode_failure(failure: Failure, client: str, sent: Request | None = None) -> bytes:
+    """The bytes of a failure: nothing of an error's text is in them.
+
+    Args:
+        failure: what may be told.
+        client: who failed.
+        sent: the request that it answers; None: it could not be read.
+    """
+    run, round = (sent.run, sent.round) if sent else ("", 0)
+    return message(Apology(run=run, round=round, client=client, code=failure.code, rows=failure.rows))
+
+
+def answer_of(payload: bytes, client: str, failure: Failure) -> bytes:
+    """The bytes of a failure to answer a request, which may itself be unreadable."""
+    try:
+        return encode_failure(failure, client, envelope_of(payload, Request, 2**20)[0])
+    except WireError:
+        return encode_failure(failure, client)
 
 
 def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: int = EXAMPLES) -> ClientUpdate:
@@ -179,225 +174,63 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
 
     Args:
         payload: the bytes that arrived.
-        sent: the download that they answer.
+        sent: what they answer.
         omit: the factors that did not travel; they are taken from `sent`.
         max_examples: of one client.
 
     Raises:
         WireError: with the first thing that is wrong. No tensor is made before size, names, shapes and dtypes are right.
     """
-    adapter, other = (sent.adapter, sent.other) if sent.kind == "train" else ({}, {})  # an evaluation answers with numbers only
-    if sent.rank is not None:
-        adapter = {module: pair.first(sent.rank) for module, pair in adapter.items()}
-    expected = _adapter_tensors(adapter, omit) | {f"other|{name}": tensor for name, tensor in other.items()}
-    header = _require_declared(payload, expected)
+    request, body = sent.request, sent.body
+    adapter, other = (body.adapter, body.other) if request.kind == "train" else ({}, {})  # an evaluation answers with numbers only
+    if request.rank is not None:
+        adapter = {module: pair.first(request.rank) for module, pair in adapter.items()}
+    factors = "".join(part for part in "AB" if part not in omit)
+    expected = flatten_adapter("adapter", adapter, factors) | {f"other|{name}": tensor for name, tensor in other.items()}
+    header_limit, most = declared_bytes(expected)
+    if len(payload) > most:
+        raise WireError(f"{len(payload)} bytes arrived where at most {most} were declared")
+    answer, bytes_of = envelope_of(payload, Answer)
+    text, entries = read_table(bytes_of, header_limit)
+    header = parse_header(text)
+    _require_declared(entries, expected)
     for name, here, there in (
-        ("kind", header.kind, "update"),
-        ("run", header.run, sent.run),
-        ("round", header.round, sent.round),
-        ("base version", header.base_version, sent.catch_up.version),
-        ("client", header.client, sent.client),
-        ("method", header.method, sent.method),
-        ("scalings", header.scalings, {module: pair.scaling for module, pair in adapter.items()}),
+        ("run", answer.run, request.run),
+        ("round", answer.round, request.round),
+        ("base version", answer.base_version, body.catch_up.version),
+        ("client", answer.client, request.client),
+        ("method", header.method, body.method),
+        ("scalings", header.scalings, scalings_of(adapter)),
     ):
         if here != there:
             raise WireError(f"the update's {name} is {shown(here)}, this round declared {shown(there)}")
-    _require_countable(header, sent.kind, max_examples)
-    tensors = _tensors(payload)
-    _require_finite(tensors)
-    tensors = _adapter_tensors(adapter) | tensors
+    _require_countable(answer, request.kind, max_examples)
+    tensors = _tensors(bytes_of, entries, answer.body)
     return ClientUpdate(
-        client_id=header.client,
-        adapter=_adapter(header, tensors),
-        num_examples=header.num_examples,
-        other=_other(tensors),
-        metrics=header.metrics,
+        client_id=answer.client,
+        adapter=_adapter(header.scalings, flatten_adapter("adapter", adapter) | tensors),
+        num_examples=answer.num_examples,
+        other=under("other", tensors),
+        metrics=answer.metrics,
     )
 
 
-def round_of(payload: bytes, sent: Download) -> int | None:
-    """The round that an update says it is of; None where it says nothing that can be read, or more than an answer to `sent` could."""
-    declared = _adapter_tensors(sent.adapter) | {f"other|{name}": tensor for name, tensor in sent.other.items()}
-    try:
-        return _table(payload, declared_bytes(declared)[0])[0].round
-    except WireError:
-        return None
-
-
 def declared_bytes(expected: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The most bytes that the header, and the whole, of a message with these tensors may have."""
+    """The most bytes that the header of the body, and the whole, of an answer with these tensors may have."""
     header = HEADER + sum(256 + 4 * len(name) for name in expected)
-    return header, 8 + header + sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    return header, 64 + ENVELOPE + header + sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
 
 
-def _require_countable(header: Header, kind: str, most: int) -> None:
-    if not (kind == "evaluate" or header.num_examples) or header.num_examples > most:
-        raise WireError(f"num_examples is {header.num_examples}: it must be from 1 to messages.max_examples = {most}")
-    rows = header.metrics.get("held_out_rows", 0)
+def _require_countable(answer: Answer, kind: str, most: int) -> None:
+    if not (kind == "evaluate" or answer.num_examples) or answer.num_examples > most:
+        raise WireError(f"num_examples is {answer.num_examples}: it must be from 1 to messages.max_examples = {most}")
+    rows = answer.metrics.get("held_out_rows", 0)
     if not 0 <= rows <= most:
         raise WireError(f"held_out_rows is {rows:g}: it must be from 0 to messages.max_examples = {most}")
 
 
-def _adapter_tensors(adapter: Adapter, omit: str = "") -> dict[str, Tensor]:
-    return {f"adapter|{module}|{part}": getattr(pair, part) for part in "AB" if part not in omit for module, pair in adapter.items()}
-
-
-def _catch_up_tensors(message: CatchUp) -> dict[str, Tensor]:
-    """`log|ROUND|MODULE|U`, `gain|MODULE|U`, each with its V; `snapshot|MODULE|PART` (see `aggregation.lowrank.parts`)."""
-    forms: dict[str, Delta] = {f"log|{number}|{module}": gain for number, gains in message.log.items() for module, gain in gains.items()}
-    forms |= {f"gain|{module}": gain for module, gain in message.gain.items()}
-    forms |= {f"snapshot|{module}": delta for module, delta in message.snapshot.items()}
-    return {f"{name}|{part}": tensor for name, delta in forms.items() for part, tensor in parts(delta).items()}
-
-
-def _past_tensors(message: CatchUp, adapter: Adapter) -> dict[str, Tensor]:
-    """`past|ROUND|MODULE|B` of the adapters of past rounds, and A where it is not that of the present one."""
-    tensors: dict[str, Tensor] = {}
-    for number, past in message.adapters.items():
-        for module, pair in past.items():
-            tensors[f"past|{number}|{module}|B"] = pair.B.clone()  # after a skipped round it may be the present one
-            if not torch.equal(pair.A, adapter[module].A):
-                tensors[f"past|{number}|{module}|A"] = pair.A.clone()
-    return tensors
-
-
-def _past(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[int, dict[str, LoRAPair]]:
-    """The adapters of past rounds, of the shapes of the present one.
-
-    Raises:
-        WireError: else, or a round that the log does not have.
-    """
-    past: dict[int, dict[str, LoRAPair]] = {}
-    for name, tensor in tensors.items():
-        if not name.startswith("past|"):
-            continue
-        number, _, rest = name.removeprefix("past|").partition("|")
-        module, _, part = rest.rpartition("|")
-        now = getattr(adapter[module], part) if module in adapter and part in ("A", "B") else None
-        known = now is not None and now.shape == tensor.shape and now.dtype == tensor.dtype
-        if number not in map(str, header.log_rounds[:-1]) or not known:
-            raise WireError(
-                f"tensor {shown(name)} {list(tensor.shape)} is no factor of a past round's adapter: is the message of another run?"
-            )
-        found = past.setdefault(int(number), {})
-        pair = found.get(module, adapter[module])
-        found[module] = replace(pair, A=tensor) if part == "A" else replace(pair, B=tensor)
-    return past
-
-
-def _catch_up(header: Header, tensors: Mapping[str, Tensor], adapter: Adapter) -> CatchUp:
-    """What the base lacks, with modules and shapes those of the adapter.
-
-    Raises:
-        WireError: else; or half of a product, a tensor of no form, or what `require_whole` refuses.
-    """
-    log: dict[int, dict[str, LowRank]] = {number: {} for number in header.log_rounds}
-    gain: dict[str, LowRank] = {}
-    snapshot: dict[str, Delta] = {}
-    for place, delta in _deltas(tensors).items():
-        form, _, module = place.partition("|")
-        number, _, logged = module.partition("|")
-        rounds = {str(number): gains for number, gains in log.items()}
-        if form == "log" and number in rounds and isinstance(delta, LowRank):
-            module = logged
-            rounds[number][module] = delta
-        elif form == "gain" and isinstance(delta, LowRank):
-            gain[module] = delta
-        elif form == "snapshot":
-            snapshot[module] = delta
-        else:
-            raise WireError(f"tensor {place[:200]!r} has no place in a download with the log of rounds {header.log_rounds[:20]}")
-        if module not in adapter or adapter[module].shape != delta.shape:
-            ours = adapter[module].shape if module in adapter else "no such module"
-            raise WireError(f"{place[:200]!r} is {delta.shape} and the adapter has {ours}: is the message of another model?")
-    past = _past(header, tensors, adapter)
-    message = CatchUp(header.since, header.round - 1, log, gain, snapshot, past, header.halts)
-    require_whole(message)
-    return message
-
-
-def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """FORM|...|MODULE -> the delta that its parts make."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(("adapter|", "other|", "past|")):
-            place, _, part = name.rpartition("|")
-            found.setdefault(place, {})[part] = tensor
-    deltas: dict[str, Delta] = {}
-    for place, made_of in found.items():
-        try:
-            deltas[place] = from_parts(made_of)
-        except ValueError as error:
-            raise WireError(f"{place[:200]!r} has {error}") from None
-    return deltas
-
-
-def _other(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("other|"): tensor for name, tensor in tensors.items() if name.startswith("other|")}
-
-
-def _adapter(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
-    """The pairs that the header names.
-
-    Raises:
-        WireError: a factor is missing, or the two of a module do not chain.
-    """
-    try:
-        return {
-            module: LoRAPair(A=tensors[f"adapter|{module}|A"], B=tensors[f"adapter|{module}|B"], scaling=scaling)
-            for module, scaling in header.scalings.items()
-        }
-    except KeyError as error:
-        raise LacksError(f"{shown(error.args[0])} did not travel and is not known here: send the whole adapter") from None
-    except AggregationError as error:
-        raise WireError(f"the message's adapter is wrong: {error}") from None
-
-
-def _encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    return seal(save(plain, metadata={"header": header.model_dump_json()}))
-
-
-def _table(payload: bytes, header_limit: int) -> tuple[Header, dict[str, Entry]]:
-    """What the message says of itself and of its tensors, before one is made of it."""
-    text, entries = read_table(payload, header_limit)
-    try:
-        strict_json(text)
-        header = Header.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "header"
-        raise WireError(f"the message's header is wrong: {shown(where)[1:-1]}: {first['msg']}") from None
-    except (ValueError, RecursionError):
-        raise WireError("the message's header is wrong: it is not JSON") from None
-    if header.schema_version != SCHEMA:
-        raise WireError(f"the message has schema {header.schema_version}, this version speaks {SCHEMA}: use one version everywhere")
-    return header, entries
-
-
-def _tensors(payload: bytes) -> dict[str, Tensor]:
-    require_sealed(payload)
-    try:
-        return load(payload)
-    except SafetensorError as error:
-        raise WireError(f"the message is not valid safetensors: {shown(str(error))}") from None
-
-
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise WireError(f"tensor {shown(name)} holds NaN or infinity")
-
-
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def _require_declared(payload: bytes, expected: Mapping[str, Tensor]) -> Header:
-    """Size, names, shapes and dtypes as declared, before a tensor is made of the message."""
-    header_limit, limit = declared_bytes(expected)
-    if len(payload) > limit:
-        raise WireError(f"{len(payload)} bytes arrived where at most {limit} were declared")
-    header, entries = _table(payload, header_limit)
+def _require_declared(entries: Mapping[str, Entry], expected: Mapping[str, Tensor]) -> None:
+    """Names, shapes and dtypes as declared, before a tensor is made of the message."""
     require_same_names(list(entries), list(expected))
     for name, tensor in expected.items():
         entry = entries[name]
@@ -405,4 +238,42 @@ def _require_declared(payload: bytes, expected: Mapping[str, Tensor]) -> Header:
             raise WireError(f"tensor {shown(name)} has shape {list(entry.shape)}, declared was {list(tensor.shape)}")
         if entry.dtype != DTYPES[tensor.dtype]:
             raise WireError(f"tensor {shown(name)} has dtype {entry.dtype}, declared was {DTYPES[tensor.dtype]}")
-    return header
+
+
+def _adapter(scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
+    """The pairs that the header names.
+
+    Raises:
+        WireError: a factor is missing, or the two of a module do not chain.
+    """
+    try:
+        return unflatten_adapter("adapter", scalings, tensors)
+    except KeyError as error:
+        raise LacksError(f"{shown(error.args[0])} did not travel and is not known here: send the whole adapter") from None
+    except AggregationError as error:
+        raise WireError(f"the message's adapter is wrong: {error}") from None
+
+
+def _encode(header: BodyHeader, tensors: Mapping[str, Tensor]) -> Encoded:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    payload = save(plain, metadata={"header": header.model_dump_json()})
+    return Encoded(payload, digest(payload))
+
+
+def _tensors(body: memoryview, entries: Mapping[str, Entry], declared: str) -> dict[str, Tensor]:
+    """The tensors of a body, each with memory of its own: safetensors' `load`, from a table that was checked, and with one copy less.
+
+    Raises:
+        WireError: the body is not the one that was declared, a dtype is not one of factors, or a number is not finite.
+    """
+    require_digest(body, declared)
+    data, tensors = body[len(body) - max((entry.end for entry in entries.values()), default=0) :], dict[str, Tensor]()
+    for name, entry in entries.items():
+        if entry.dtype not in _TORCH:
+            raise WireError(f"tensor {shown(name)} has dtype {entry.dtype}, which no message has")
+        dtype = _TORCH[entry.dtype]
+        part = bytearray(data[entry.begin : entry.end])
+        tensors[name] = torch.frombuffer(part, dtype=dtype).reshape(entry.shape) if part else torch.empty(entry.shape, dtype=dtype)
+        if not finite(tensors[name]):
+            raise WireError(f"tensor {shown(name)} holds NaN or infinity")
+    return tensors

@@ -17,12 +17,13 @@ from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.exactness.measure import Exactness
-from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import IMAGE_TASK
 from fedex_lora.models.loading import load_base
-from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters, write_model
+from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
-from fedex_lora.runs.round_loop import Exchange, Federation, versions
+from fedex_lora.runs.listening import Exchange
+from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
 from fedex_lora.tasks import Task, limit, usable
 from fedex_lora.types import Delta, ServerState
@@ -57,8 +58,8 @@ class ModelContext:
             set_seed(config.seed)
             model = add_lora(loaded, config.lora, task.kind)
             set_trained(model, method.trained(1))
-        self.model = model
-        self.base = FrozenBase(model, config.base.delta)
+        self.adapted = AdaptedModel(model, config.base.delta)
+        self.model, self.base = model, self.adapted.base
         self.first = read_model(model)
 
 
@@ -111,8 +112,7 @@ class GlobalModel:
 
     def load(self, state: ServerState) -> nn.Module:
         """The global model of a state."""
-        self.place.base.set(state.base_delta)
-        write_model(self.place.model, state.adapter, state.other)
+        self.place.adapted.load(state.adapter, state.base_delta, state.other)
         return self.place.model
 
     def evaluate(self, state: ServerState) -> dict[str, float]:

@@ -6,9 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from fedex_lora.client.training import ClientData, evaluate, local_update
-from fedex_lora.models.lora import write_model
 from fedex_lora.runs.context import ModelContext
-from fedex_lora.server.replies import Emit
+from fedex_lora.runs.emit import Emit
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 
@@ -32,9 +31,11 @@ class ModelLearner:
     def rows(self) -> Mapping[str, int]:
         return {client: len(data.train) for client, data in self.data.items()}
 
-    def put(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
-        self.place.base.set(delta)
-        write_model(self.place.model, start, other)
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+        self.place.adapted.load(start, delta, other)
+
+    def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
+        return self.place.adapted.read()
 
     def measure(self, client: str) -> dict[str, float]:
         metrics = evaluate(self.place.model, self.data[client].held_out, self.place.work)

@@ -9,18 +9,20 @@ import numpy as np
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
-from fedex_lora.client.node import Parties
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
 from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.messages import answer_of
+from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.context import GlobalModel, ModelContext
+from fedex_lora.runs.emit import Emit, log_to
 from fedex_lora.runs.learner import ModelLearner
-from fedex_lora.runs.round_loop import Federation, handed_on, log_to, run_rounds
+from fedex_lora.runs.listening import Reply
+from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base, require_space
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.server.replies import Emit, Reply
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.files import write_text, writing_failed
 from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, strays
@@ -48,7 +50,7 @@ class LocalSimulation:
         require_consistent(config, len(parts))
         place = ModelContext(config, task)
         rows, notes = _rows(place, parts)
-        self.parties, self._emit = Parties(config, ModelLearner(place, rows, emit)), emit
+        self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit)), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
             emit("warning", message=note)  # for the console: events say nothing of rows
@@ -59,12 +61,12 @@ class LocalSimulation:
 
     def facts(self) -> dict[str, Any]:
         """See `GlobalModel.facts`."""
-        return self.host.facts(self.parties.learner.rows)
+        return self.host.facts(self.pool.learner.rows)
 
     def federation(self) -> Federation:
         """What the round loop needs of this place."""
-        there = self.host.federation(self.parties.learner.rows, self.exchange)
-        return replace(there, finish=lambda state, out: self.parties.save_personal(state, out / "clients", there.ranks, there.format))
+        there = self.host.federation(self.pool.learner.rows, self.exchange)
+        return replace(there, finish=lambda state, out: self.pool.save_personal(state, out / "clients", there.ranks, there.format))
 
     def remember_in(self, out: Path) -> None:
         """Keep the clients' memories in `out/clients`, and take up those that are there.
@@ -80,17 +82,16 @@ class LocalSimulation:
                 bases[version] = load_base(folder) if folder.exists() else None
             return bases[version]
 
-        self.parties.remember_in(out / "clients", base_of)
+        self.pool.remember_in(out / "clients", base_of)
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
         """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
         for client, payload in messages.items():
             try:
-                yield Reply(client, self.parties.answer(client, payload))
+                yield Reply(client, self.pool.answer(client, payload))
             except FedexLoraError as error:
-                failure = failure_of(error)
                 self._emit("party_failed", client=client, message=str(error))  # for this console: in one process its user is every party
-                yield Reply(client, None, failure.words, lacks=failure.lacks, hopeless=failure.of_the_run)
+                yield Reply(client, answer_of(payload, client, failure_of(error)))
 
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedex_lora.config import Config
 from fedex_lora.errors import UsageError
-from fedex_lora.server.replies import Emit
+from fedex_lora.runs.emit import Emit
 from fedex_lora.storage.run_folder import TRACKERS
 
 PROJECT, FOLDER = "fedex-lora", TRACKERS

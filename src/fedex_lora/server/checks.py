@@ -1,9 +1,12 @@
 """What single keys of a configuration cannot say: whether they go together."""
 
 import math
+from collections.abc import Collection, Sequence
 
-from fedex_lora.aggregation import ALIGNED, METHODS, Method, get_method
-from fedex_lora.config import Config, Server, Truncation
+import numpy as np
+
+from fedex_lora.aggregation import ALIGNED, METHODS, Method, derive_seed, get_method
+from fedex_lora.config import Config, Rules, Server, Truncation
 from fedex_lora.errors import ConfigError
 
 
@@ -53,9 +56,9 @@ def participants(fraction: float, clients: int) -> int:
     return max(1, math.ceil(fraction * clients - 1e-9))
 
 
-def quorum(config: Config, asked: int) -> int:
+def quorum(rules: Rules, asked: int) -> int:
     """How many of the clients that were asked must have an update accepted (a pooled method asks one only)."""
-    return min(asked, max(config.clients.min_clients, math.ceil(config.clients.quorum * asked - 1e-9)))
+    return min(asked, max(rules.clients.min_clients, math.ceil(rules.clients.quorum * asked - 1e-9)))
 
 
 def _require_late(config: Config, method: Method) -> None:
@@ -81,3 +84,20 @@ def _require_ranks(config: Config, method: Method, clients: int) -> None:
         raise ConfigError(f"the largest of clients.ranks is {max(ranks)} and lora.r is {config.lora.r}: make them equal")
     if method.gauge in ALIGNED:
         raise ConfigError(f"clients.ranks needs components in falling order, and {method.gauge} turns them: use balanced or orthonormal-a")
+
+
+def below_quorum(round: int, updates: int, asked: int, rejected: Sequence[tuple[str, str]], rules: Rules) -> str:
+    """Why a round has too few updates, with who is missing and why; "" when there are enough."""
+    needed = quorum(rules, asked)
+    if updates >= needed:
+        return ""
+    who = "; ".join(f"client {client}: {reason}" for client, reason in rejected[:5]) or "the others did not answer"
+    more = f" (and {len(rejected) - 5} more)" if len(rejected) > 5 else ""
+    return f"round {round} has {updates} updates of {asked} clients and needs {needed}: {who}{more}"
+
+
+def sample(clients: Collection[str], fraction: float, seed: int, round: int) -> list[str]:
+    """This round's participants: `ceil(fraction * k)` of the clients, sorted."""
+    wanted = participants(fraction, len(clients))
+    rng = np.random.default_rng(derive_seed(seed, round, "sampling"))
+    return sorted(str(client) for client in rng.choice(sorted(clients), wanted, replace=False))

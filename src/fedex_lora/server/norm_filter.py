@@ -4,7 +4,7 @@ This bounds what one party can do to the model; it does not find poison of ordin
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
@@ -64,48 +64,32 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return float(torch.linalg.vector_norm(left.double() - right.double()))
 
 
-def screened(
-    updates: Sequence[ClientUpdate],
-    starts: Mapping[str, Adapter],
-    other: Mapping[str, Tensor],
-    factor: float | None,
-    earlier: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> tuple[list[ClientUpdate], dict[str, str]]:
-    """The updates that may be averaged, in the order of client ids, and client -> why its update may not.
+def norm_rejected(sizes: Mapping[str, Size], factor: float | None) -> dict[str, str]:
+    """Client -> why its update may not be averaged, by its size alone.
 
-    An update is refused when a norm is so large that the mean could overflow; and of the others when one of its sizes is above `factor`
+    An update is rejected when a norm is so large that the mean could overflow; and of the others when one of its sizes is above `factor`
     times their median of that size, where there are at least `VOTERS` of them and the median is not zero.
     The result does not depend on the order of the updates.
 
     Args:
-        updates: valid by themselves.
-        starts: client -> module path -> the factors that it started from.
-        other: the other tensors that all started from.
+        sizes: client -> the size of its update, which is valid by itself.
         factor: times the median; None or 0: no bound.
-        earlier: client -> the other tensors, of those that started from those of an earlier round.
 
     Example:
-        >>> pair = lambda size: LoRAPair(A=torch.ones(1, 2), B=torch.full((2, 1), size))
-        >>> updates = [ClientUpdate(name, {"q": pair(size)}, 1) for name, size in (("a", 1.0), ("b", 1.1), ("c", 50.0))]
-        >>> accepted, refused = screened(updates, {name: {"q": pair(0.0)} for name in "abc"}, {}, 10)
-        >>> [update.client_id for update in accepted], list(refused)
-        (['a', 'b'], ['c'])
+        >>> list(norm_rejected({"a": Size(1.0, 1.0, 0.0), "b": Size(1.1, 1.0, 0.0), "c": Size(50.0, 1.0, 0.0)}, 10))
+        ['c']
     """
-    ordered = sorted(updates, key=lambda update: update.client_id)
-    sizes = {
-        update.client_id: size_of(update, starts[update.client_id], (earlier or {}).get(update.client_id, other)) for update in ordered
-    }
-    refused = {
+    rejected = {
         client: "its numbers are too large to be averaged: lower its training.learning_rate"
         for client, size in sizes.items()
         if not worst(size[1:]) <= LARGEST
     }
-    sizes = {client: size for client, size in sizes.items() if client not in refused}
-    if factor and len(sizes) >= VOTERS:
+    sound = {client: size for client, size in sizes.items() if client not in rejected}
+    if factor and len(sound) >= VOTERS:
         for kind, name in enumerate(NAMES):
-            middle = median(size[kind] for size in sizes.values())
-            for client, size in sizes.items():
+            middle = median(size[kind] for size in sound.values())
+            for client, size in sound.items():
                 if middle > 0 and size[kind] > factor * middle:
                     reason = f"its change of {name} has norm {size[kind]:.3g}, the round's median is {middle:.3g}"
-                    refused.setdefault(client, f"{reason}: above messages.norm_bound = {factor:g} times")
-    return [update for update in ordered if update.client_id not in refused], refused
+                    rejected.setdefault(client, f"{reason}: above messages.norm_bound = {factor:g} times")
+    return rejected

@@ -1,6 +1,5 @@
 """The transport: messages to Flower's nodes, and their replies, for the round loop."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,10 +10,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedex_lora.engines.flower._messages import Envelope, pack, unpack
-from fedex_lora.errors import WireError
-from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.frame import read_table
-from fedex_lora.server.replies import Reply
+from fedex_lora.protocol.messages import envelope_of
+from fedex_lora.protocol.records import Request
+from fedex_lora.runs.listening import Reply
 
 PAUSE = 0.5  # seconds between two looks for replies
 JOIN, RETURN = 900.0, 120.0  # seconds that a node may be away: before it was ever there, and after
@@ -93,7 +91,7 @@ class GridExchange:
         self._seen = set[str]()
 
     def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
-        """See `rounds.Exchange`."""
+        """See `listening.Exchange`."""
         began, unsent, open = time.monotonic(), set(messages), dict[str, int]()
         since = dict.fromkeys(messages, began)  # when a client that has not been asked yet was last there
         self._asked = {identity: replace(asked, again=False) for identity, asked in self._asked.items()}
@@ -131,7 +129,7 @@ class GridExchange:
     def _send(self, client: str, seat: NodeRef, messages: Mapping[str, bytes]) -> int | None:
         """The message's round, if Flower took it. Its bytes are held no longer than this takes."""
         payload = messages[client]
-        round = _round_of(payload)
+        round = envelope_of(payload, Request, len(payload))[0].round
         content = pack(Envelope(payload, {**self._about, "client": client}))
         message = Message(content=content, dst_node_id=seat.node, message_type="train", group_id=str(round))
         taken = [identity for identity in self._grid.push_messages([message]) if identity]
@@ -161,14 +159,4 @@ def _reply(client: str, round: int, message: Message) -> Reply:
     packet = unpack(message)
     if packet is None:
         return Reply(client, None, "its answer is not of this protocol: is fedex-lora there the same version?", round)
-    if failure := Failure.from_words(packet.about):
-        return Reply(client, None, str(failure), round, failure.lacks, failure.of_the_run)
     return Reply(client, packet.payload, round=round)
-
-
-def _round_of(payload: bytes) -> int:
-    try:
-        header, _ = read_table(payload, 2**20 + len(payload) // 2)
-        return int(json.loads(header)["round"])
-    except (WireError, ValueError, KeyError):
-        return 0

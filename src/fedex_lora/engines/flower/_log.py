@@ -1,7 +1,7 @@
 """A party's own log: all of its failures, what it holds, and a line for each message that left. A file that only its user can read."""
 
-import json
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Mapping
@@ -11,6 +11,8 @@ from typing import Any
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ConfigError
 from fedex_lora.protocol.failures import Failure
+from fedex_lora.protocol.frame import read_table, split
+from fedex_lora.protocol.records import Answer, parse_envelope
 
 FILE = "party.log"
 
@@ -56,19 +58,12 @@ def failed(log: logging.Logger, error: BaseException, failure: Failure, who: str
 
 def left(log: logging.Logger, payload: bytes, who: str) -> None:
     """The line of an answer: kind, bytes, tensors, numbers, and each number that it says beside its tensors."""
-    size = int.from_bytes(payload[:8], "little")
-    table = json.loads(payload[8 : 8 + size])
-    header = json.loads(table.pop("__metadata__")["header"])
-    numbers = sum(_count(entry) for entry in table.values())
-    said = ", ".join(f"{name} {value:.6g}" for name, value in {"rows": header["num_examples"], **header["metrics"]}.items())
+    text, body = split(payload, len(payload))
+    envelope, table = parse_envelope(text), read_table(body, len(body))[1] if body else {}
+    numbers = sum(math.prod(entry.shape) for entry in table.values())
+    beside = {"rows": envelope.num_examples, **envelope.metrics} if isinstance(envelope, Answer) else {}
+    said = ", ".join(f"{name} {value:.6g}" for name, value in beside.items())
     log.info(
         "%s: sent a message of kind %s, round %d: %d bytes, %d tensors, %d numbers in them; beside them: %s",
-        who, header["kind"], header["round"], len(payload), len(table), numbers, said,
+        who, envelope.kind, envelope.round, len(payload), len(table), numbers, said,
     )  # fmt: skip
-
-
-def _count(entry: Mapping[str, list[int]]) -> int:
-    count = 1
-    for extent in entry["shape"]:
-        count *= extent
-    return count

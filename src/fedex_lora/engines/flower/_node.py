@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora.client.arguments import spare_devices
-from fedex_lora.client.node import Parties
-from fedex_lora.client.state import MEMORY
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import failed, left, log_of
 from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
-from fedex_lora.protocol.failures import Failure, failure_of
+from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.messages import answer_of
+from fedex_lora.runs.clients import FILE, ClientPool
 from fedex_lora.runs.context import ModelContext
+from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
-from fedex_lora.server.replies import Emit
 from fedex_lora.storage.result import safe_name
 from fedex_lora.storage.run_folder import locked
 from fedex_lora.tasks import Task, load_task, usable
@@ -40,8 +40,8 @@ class Node:
         self._emit = emit
         self._made: tuple[object, ModelContext, ClientData] | None = None
 
-    def reply(self, request: Request) -> bytes | Failure:
-        """The bytes of this party's update, or why there are none; whatever was raised, its text goes to this party's log only."""
+    def reply(self, request: Request) -> bytes:
+        """The bytes of this party's answer: its update, or that it failed; whatever was raised, its text goes to this party's log only."""
         log = log_of(request.node)
         try:
             payload = self.answer(request, node_settings(request.node))
@@ -52,7 +52,7 @@ class Node:
         except BaseException as error:  # a panic of a library is no Exception
             failure = failure_of(error)
             failed(log, error, failure, request.client)
-            return failure
+            return answer_of(request.payload, request.client, failure)
 
     def answer(self, request: Request, settings: NodeSettings) -> bytes:
         """The bytes of this party's update.
@@ -80,9 +80,9 @@ class Node:
                     f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
                     "base",
                 )
-            parties = Parties(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
-            _remember(parties, folder, mine / MEMORY)
-            return parties.answer(request.client, request.payload)
+            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
+            _remember(pool, folder, mine / FILE)
+            return pool.answer(request.client, request.payload)
 
     def _ready(self, request: Request, settings: NodeSettings) -> tuple[ModelContext, ClientData]:
         """Model and rows: those of the last answer, if nothing else was asked for."""
@@ -155,9 +155,9 @@ def _rows(place: ModelContext, client: str, dealt: bool, log: logging.Logger) ->
     return ClientData(train=train, held_out=measured)
 
 
-def _remember(parties: Parties, folder: Path, memory: Path) -> None:
+def _remember(pool: ClientPool, folder: Path, memory: Path) -> None:
     """Take up what this party remembers; what is broken is set aside, and asked for anew."""
     try:
-        parties.remember_in(folder, lambda version: {})
+        pool.remember_in(folder, lambda version: {})
     except StorageError:
-        memory.replace(memory.with_name(f"{MEMORY}.broken"))
+        memory.replace(memory.with_name(f"{FILE}.broken"))

@@ -1,6 +1,5 @@
 """A party's process that keeps the base in memory: Flower starts a process for every message, which asks this one over a local socket."""
 
-import json
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
@@ -10,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._settings import node_settings
 from fedex_lora.errors import UsageError
-from fedex_lora.protocol.failures import Failure, failure_of
+from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.messages import answer_of
 
 if TYPE_CHECKING:
     from fedex_lora.engines.flower._node import Node
 
-ANSWER, FAILURE = b"+", b"-"
 MOST_BYTES = 2**36  # of a request: a length that is no length is not reserved
 
 
-def ask(request: Request) -> bytes | Failure:
+def ask(request: Request) -> bytes:
     """The answer of this machine's party: of its worker where the node config names one, else worked out in this process.
 
     Raises:
@@ -33,14 +32,11 @@ def ask(request: Request) -> bytes | Failure:
     try:
         with Client(worker, "AF_UNIX") as connection:
             connection.send_bytes(request.to_bytes())
-            answer = connection.recv_bytes()
+            return connection.recv_bytes()
     except (OSError, EOFError) as error:
         raise UsageError(
             f"the worker at {worker} does not answer ({error}): start it by fedex-lora flower worker {worker}", "worker"
         ) from None
-    if answer[:1] == FAILURE:
-        return Failure.from_words(json.loads(answer[1:])) or Failure("worker")
-    return answer[1:]
 
 
 def serve(path: Path, tell: Callable[[str], None]) -> None:
@@ -97,14 +93,16 @@ def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable
         message = connection.recv_bytes(MOST_BYTES)
     except (OSError, EOFError, MemoryError):
         return
+    client, payload = "", b""
     try:
         request = Request.from_bytes(message)
+        client, payload = request.client, request.payload
         reply = node.reply(request)
-        tell(f"{request.client}: " + (f"failed: {reply}" if isinstance(reply, Failure) else f"answered with {len(reply) / 1e6:.2f} MB"))
+        tell(f"{client}: answered with {len(reply) / 1e6:.2f} MB")
     except (Exception, SystemExit) as error:  # a tokenizer's code may leave so; this service stays
-        reply = failure_of(error)
+        reply = answer_of(payload, client, failure_of(error))
         tell(f"refused a request: {error}")
     try:
-        connection.send_bytes(FAILURE + json.dumps(reply.to_words()).encode() if isinstance(reply, Failure) else ANSWER + reply)
+        connection.send_bytes(reply)
     except OSError as error:
         tell(f"the answer was not wanted any more: {error}")

@@ -10,7 +10,8 @@ from fedex_lora.engines.flower._messages import Envelope, pack, unpack
 from fedex_lora.engines.flower._request import Request
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
-from fedex_lora.protocol.failures import Failure, failure_of
+from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.messages import answer_of, encode_failure
 
 
 def client_app(config: Path) -> ClientApp:
@@ -28,15 +29,15 @@ def client_app(config: Path) -> ClientApp:
         except (KeyboardInterrupt, SystemExit):  # Flower ends its process so
             raise
         except BaseException as error:
-            reply = failure_of(error)
-            failed(log_of(context.node_config), error, reply, "this node")
-        packet = Envelope(b"", reply.to_words()) if isinstance(reply, Failure) else Envelope(reply, {})
-        return Message(pack(packet), reply_to=message)
+            failure, asked = failure_of(error), unpack(message)
+            failed(log_of(context.node_config), error, failure, "this node")
+            reply = answer_of(asked.payload, asked.about.get("client", ""), failure) if asked else encode_failure(failure, "")
+        return Message(pack(Envelope(reply, {})), reply_to=message)
 
     return app
 
 
-def _answer(config: Path, message: Message, context: Context) -> bytes | Failure:
+def _answer(config: Path, message: Message, context: Context) -> bytes:
     packet = unpack(message)
     if packet is None or not {"run", "base", "client"} <= packet.about.keys():
         raise WireError("the server's message is not of this protocol: use one version of fedex-lora everywhere")

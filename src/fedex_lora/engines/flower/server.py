@@ -16,10 +16,10 @@ from fedex_lora.engines.flower._exchange import GridExchange
 from fedex_lora.engines.flower._settings import run_settings
 from fedex_lora.errors import ConfigError
 from fedex_lora.runs.context import GlobalModel, ModelContext
+from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import ranks_of, run
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.server.replies import Reply
 from fedex_lora.storage.files import write_text
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.tasks.partition import partition

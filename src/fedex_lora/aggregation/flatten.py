@@ -1,0 +1,67 @@
+"""Adapters and deltas as flat tables of tensors, `PREFIX|MODULE|PART`, and back: the one codec of messages, dumps and files."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedex_lora.aggregation.lowrank import from_parts, parts
+from fedex_lora.types import Adapter, Delta, LoRAPair
+
+
+def scalings_of(adapter: Adapter) -> dict[str, float]:
+    """Module path -> scaling, in the adapter's order."""
+    return {module: pair.scaling for module, pair in adapter.items()}
+
+
+def flatten_adapter(prefix: str, adapter: Adapter, factors: str = "AB") -> dict[str, Tensor]:
+    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B`, of `factors` only.
+
+    Example:
+        >>> import torch
+        >>> pair = LoRAPair(A=torch.ones(1, 3), B=torch.zeros(2, 1))
+        >>> sorted(flatten_adapter("adapter", {"q": pair})), list(flatten_adapter("adapter", {"q": pair}, "B"))
+        (['adapter|q|A', 'adapter|q|B'], ['adapter|q|B'])
+    """
+    return {f"{prefix}|{module}|{part}": getattr(pair, part) for part in "AB" if part in factors for module, pair in adapter.items()}
+
+
+def unflatten_adapter(prefix: str, scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
+    """The inverse of `flatten_adapter` and `scalings_of`.
+
+    Raises:
+        KeyError: a factor is missing.
+        AggregationError: the two of a module do not chain.
+    """
+    return {
+        module: LoRAPair(A=tensors[f"{prefix}|{module}|A"], B=tensors[f"{prefix}|{module}|B"], scaling=scaling)
+        for module, scaling in scalings.items()
+    }
+
+
+def flatten_deltas(prefix: str, deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """Each delta's tensors as `PREFIX|MODULE|PART` (see `aggregation.lowrank.parts`), velocities included."""
+    return {f"{prefix}|{module}|{part}": tensor for module, delta in deltas.items() for part, tensor in parts(delta).items()}
+
+
+def unflatten_deltas(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    """The inverse of `flatten_deltas`; tensors of other prefixes are left alone.
+
+    Raises:
+        ValueError: tensors that are no delta; the message names the module.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in under(prefix, tensors).items():
+        module, _, part = name.rpartition("|")
+        found.setdefault(module, {})[part] = tensor
+    deltas: dict[str, Delta] = {}
+    for module, made_of in found.items():
+        try:
+            deltas[module] = from_parts(made_of)
+        except ValueError as error:
+            raise ValueError(f"{prefix}|{module} has {error}") from None
+    return deltas
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `PREFIX|`, without that."""
+    return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}

@@ -1,0 +1,263 @@
+"""A client of a federation as a protocol object: it gets bytes and gives bytes, and never reads, writes, waits or trains."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation import server_state as states
+from fedex_lora.client.state import ClientState, dumped, restored
+from fedex_lora.config import Rules
+from fedex_lora.errors import LacksError, UsageError, WireError
+from fedex_lora.protocol.delta_sync import ModelCopy, caught_up, require_next
+from fedex_lora.protocol.dumps import pack, unpack
+from fedex_lora.protocol.failures import Failure
+from fedex_lora.protocol.messages import Body, decode_body, encode_failure, encode_update, envelope_of
+from fedex_lora.protocol.records import Request
+from fedex_lora.types import Adapter, ClientUpdate, Delta
+
+ENVELOPE = 2**20  # bytes, at most, of a request's
+
+
+class Model(Protocol):
+    """What a client trains: `fedex_lora.models.AdaptedModel`, or anything that has these two."""
+
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+        """Take over the factors to train, what the frozen base has gained, and the other trained tensors."""
+
+    def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
+        """The factors and the other trained tensors as they are now."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What a message asks for.
+
+    Attributes:
+        round: that is going on.
+        start: the factors that the model starts with.
+        delta: module path -> what its frozen base has gained: the common delta, and what this client alone holds beside it.
+        other: the other trained tensors.
+        moments: Adam's of the client's last round, where they are kept.
+        request: the message's envelope.
+        method: the run's.
+    """
+
+    round: int
+    start: Adapter
+    delta: Mapping[str, Delta]
+    other: Mapping[str, Tensor]
+    moments: Mapping[str, Any] | None
+    request: Request
+    method: str
+
+
+@dataclass(frozen=True, eq=False)
+class Train(_Work):
+    """Measure the model on the client's own rows, then train it, then `Client.reply`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluate(_Work):
+    """Measure the model on the client's own rows, then `Client.reply` with the metrics."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAnswer:
+    """The round was answered already: send the same bytes again (none where the driver keeps them)."""
+
+    reply: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class NeedsFull:
+    """The message counts on something that this client does not have: send `reply`, and the server sends everything."""
+
+    reply: bytes
+    reason: str
+
+
+Received: TypeAlias = Train | Evaluate | StoredAnswer | NeedsFull
+
+
+class Shared:
+    """What clients of one process need not have twice: copies of the global model with the server's bits, and the last body decoded."""
+
+    def __init__(self) -> None:
+        self.copies: WeakValueDictionary[tuple[int, int | None], ModelCopy] = WeakValueDictionary()
+        self.body: tuple[tuple[str, int, int | None], Body] | None = None
+
+
+class Client:
+    """One client.
+
+    Args:
+        rules: what server and clients agree on.
+        name: under which the server knows it.
+        first: the initial adapter: the same for everyone who has the configuration and the base.
+        shared: of the clients in this process.
+
+    Attributes:
+        state: what it remembers from round to round.
+
+    Example: see `fedex_lora.server.server.Server`.
+    """
+
+    def __init__(self, rules: Rules, name: str, first: Adapter, shared: Shared | None = None) -> None:
+        self.rules, self.name, self.first = rules, name, first
+        self.state = ClientState(ModelCopy(adapter=first))
+        self._shared = shared or Shared()
+        self._request: Request | None = None
+        self._work: _Work | None = None
+        self._model: Model | None = None
+
+    def receive(self, payload: bytes) -> Received:
+        """What a message asks of this client, which then has the message's version of the global model.
+
+        Raises:
+            WireError: the message is not for it, altered, or contradicts itself or what the client has: answer with `fail("message")`.
+        """
+        self._request = self._work = None
+        request, body = envelope_of(payload, Request, ENVELOPE)
+        if request.client != self.name:
+            raise WireError(f"this is client {self.name!r}, and the message is for {request.client!r}")
+        self._request = request
+        if request.kind == "train" and request.round == self.state.round:
+            return StoredAnswer(self.state.reply)
+        try:
+            self._work = self._begun(request, body)
+        except LacksError as error:
+            return NeedsFull(self.fail(error.code), str(error))
+        return self._work
+
+    def _begun(self, request: Request, payload: memoryview) -> Train | Evaluate:
+        """Bring the copy of the global model to the message's version, and say what is trained."""
+        copy = ModelCopy(adapter=self.first) if request.full else self.state.copy
+        key = request.body, copy.version, request.rank  # the factors that did not travel are those of the copy
+        if self._shared.body is None or self._shared.body[0] != key:
+            self._shared.body = key, decode_body(payload, request.body, copy.adapter)
+        body = self._shared.body[1]
+        if body.catch_up.version != request.round - 1:
+            raise WireError(f"the message of round {request.round} brings version {body.catch_up.version}")
+        copy = self._synced(copy, body, request.rank)
+        own = get_method(body.method).own
+        kept = self._last_accepted_factors(request.accepted) if own else {}
+        start, held = states.start_of(body.method, copy.adapter, request.rank, kept.get(request.accepted))
+        moments = self.state.moments
+        self.state = replace(self.state, copy=copy, trained=kept)
+        kind = Train if request.kind == "train" else Evaluate
+        return kind(request.round, start, states.advance(copy.delta, held), body.other, moments, request, body.method)
+
+    def _synced(self, copy: ModelCopy, body: Body, rank: int | None) -> ModelCopy:
+        """The copy after a message; of what has the server's bits there is one in this process."""
+        if copy.lossy or body.catch_up.gain:
+            return caught_up(copy, body.catch_up, body.adapter, self.rules.server)
+        require_next(copy, body.catch_up)
+        key = body.catch_up.version, rank
+        if (found := self._shared.copies.get(key)) is None:
+            found = caught_up(copy, body.catch_up, body.adapter, self.rules.server)
+            twin = next((other for (version, _), other in self._shared.copies.items() if version == found.version), None)
+            found = replace(found, delta=twin.delta) if twin else found
+            self._shared.copies[key] = found
+        return found
+
+    def _last_accepted_factors(self, accepted: int) -> dict[int, Adapter]:
+        """The client's own factors of the last round in which its update counted; what it trained since is forgotten.
+
+        Raises:
+            WireError: it has none of that round.
+        """
+        kept = {round: own for round, own in self.state.trained.items() if round == accepted}
+        if accepted and not kept:
+            raise WireError(f"the server counts on this client's own factors of round {accepted}, and it has none: start the run anew")
+        return kept
+
+    def load(self, model: Model) -> None:
+        """Write what is to be trained, or measured, into a model, which many clients may share.
+
+        Raises:
+            UsageError: nothing was asked.
+        """
+        work = self._asked()
+        model.load(work.start, work.delta, work.other)
+        self._model = model
+
+    def reply(
+        self,
+        num_examples: int,
+        metrics: Mapping[str, float],
+        moments: Mapping[str, Any] | None = None,
+        update: ClientUpdate | None = None,
+    ) -> bytes:
+        """The answer to the last message.
+
+        Args:
+            num_examples: the client's training rows.
+            metrics: what it measured, numbers only; names that begin with `held_out_` are of its own held-out rows.
+            moments: the optimiser's `state_dict`, to be kept until the next round where the rules say so.
+            update: what it trained; None: what the model that was loaded holds.
+
+        Raises:
+            UsageError: nothing was asked, or no model was loaded.
+        """
+        work, state = self._asked(), self.state
+        if isinstance(work, Evaluate):
+            update = ClientUpdate(self.name, {}, num_examples, metrics=metrics)
+        elif update is None:
+            if self._model is None:
+                raise UsageError("load a model before the reply, or give the update")
+            adapter, other = self._model.read()
+            update = ClientUpdate(self.name, adapter, num_examples, other, metrics)
+        update = replace(update, num_examples=num_examples, metrics=metrics)
+        method = get_method(work.method)
+        reply = encode_update(update, work.request, work.method, state.copy.version, method.stays(work.round))
+        if isinstance(work, Train):
+            trained = {**state.trained, work.round: update.adapter} if method.own else {}
+            kept = moments if self.rules.local.optimizer_state == "keep" else None
+            self.state = ClientState(state.copy, trained, kept, work.round, reply)
+        self._work = self._model = None
+        return reply
+
+    def _asked(self) -> _Work:
+        if self._work is None:
+            raise UsageError("receive a message before")
+        return self._work
+
+    def fail(self, code: str, rows: int = 0) -> bytes:
+        """The answer of a client that has no update; see `fedex_lora.protocol.failures.WORDS`. An error's text stays here."""
+        return encode_failure(Failure(code, rows), self.name, self._request)
+
+    def dump(self, whole: bool = True) -> bytes:
+        """Everything that the client knows between two messages.
+
+        Args:
+            whole: with the base also where it has the server's bits; else `restore` is told where that is.
+        """
+        return pack("client", *dumped(self.state, whole))
+
+    @classmethod
+    def restore(
+        cls,
+        payload: bytes,
+        rules: Rules,
+        name: str,
+        first: Adapter,
+        shared: Shared | None = None,
+        base_of: Callable[[int], Mapping[str, Delta] | None] = lambda version: None,
+    ) -> "Client":
+        """The inverse of `dump`.
+
+        Args:
+            payload: what `dump` gave.
+            rules, name, first, shared: see the class.
+            base_of: gives the server's base delta of a version, for dumps that are not whole; None: it is gone, and asked for anew.
+
+        Raises:
+            StorageError: it is no such dump.
+        """
+        client = cls(rules, name, first, shared)
+        client.state = restored(*unpack("client", payload), first, base_of)
+        return client

@@ -1,0 +1,37 @@
+"""A PEFT model whose base can take up a base delta: what a client trains, whoever runs the training loop."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fedex_lora.models.base_weights import FrozenBase, Where
+from fedex_lora.models.lora import read_model, read_other, write_model
+from fedex_lora.types import Adapter, Delta
+
+
+class AdaptedModel:
+    """A PEFT model with LoRA, and the frozen base under it.
+
+    Args:
+        model: as `peft.get_peft_model` gives it; changed in place by `load`.
+        where: see `FrozenBase`.
+
+    Raises:
+        AdapterError, ModelError: an adapter or a base that the algebra does not cover.
+    """
+
+    def __init__(self, model: nn.Module, where: Where = "auto") -> None:
+        self.model, self.base = model, FrozenBase(model, where)
+
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+        """Write in the factors to train, what the frozen base has gained, and the other trained tensors.
+
+        Raises:
+            ModelError, AdapterError: they do not fit the model.
+        """
+        self.base.set(delta)
+        write_model(self.model, start, other)
+
+    def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
+        """Copies of the factors and of the other trained tensors, on the CPU."""
+        return read_model(self.model), read_other(self.model)

@@ -1,0 +1,56 @@
+"""What a server or a client knows, as the bytes of one safetensors file with a checksum, and back."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedex_lora.errors import StorageError
+
+
+def pack(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    """One file's bytes: the tensors, and what is said of them as JSON.
+
+    Example:
+        >>> unpack("client", pack("client", {"x": torch.ones(2)}, {"round": 3}))
+        ({'x': tensor([1., 1.])}, {'round': 3})
+    """
+    plain, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        there = tensor.detach().cpu().contiguous()
+        plain[name] = there.clone() if there.data_ptr() in seen else there  # one file has every tensor once
+        seen.add(there.data_ptr())
+    text = json.dumps(about)
+    return save(plain, metadata={kind: text, "blake3": _digest(plain, blake3(text.encode()))})
+
+
+def unpack(kind: str, payload: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `pack`.
+
+    Raises:
+        StorageError: it is no dump of that kind, or has changed since it was written.
+    """
+    try:
+        tensors, header = load(payload), json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        metadata = header["__metadata__"]
+        text = metadata[kind]
+        about = json.loads(text)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"it is no dump of a {kind} ({type(error).__name__}): give what dump() returned") from None
+    old = metadata.get("sha256")  # of older versions: of the tensors alone
+    if metadata.get("blake3") != _digest(tensors, blake3(text.encode())) if old is None else old != _digest(tensors, hashlib.sha256()):
+        raise StorageError("it has changed since it was written: remove it, and what it held is asked for anew")
+    return tensors, about
+
+
+def _digest(tensors: Mapping[str, Tensor], digest: Any) -> str:
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())

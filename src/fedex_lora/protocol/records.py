@@ -1,0 +1,144 @@
+"""What messages say of themselves, beside their tensors: strict records of plain JSON."""
+
+import re
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, field_validator
+
+from fedex_lora.errors import WireError
+from fedex_lora.protocol.frame import shown, strict_json
+
+SCHEMA = 2
+METRICS, METRIC = 64, re.compile(r"[A-Za-z0-9_.@/ +-]{1,64}")
+RESERVED_METRICS = {"event", "time", "path", "self", "round", "client", "num_examples", "bytes_up"}  # names of an event's own fields
+LARGEST = 1e100  # of a metric: sums of such numbers stay finite
+
+
+T = TypeVar("T")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Envelope(_Record):
+    """What every envelope says.
+
+    Attributes:
+        run: one word; who takes part in two runs cannot mix them up.
+        round: that is going on, from 1.
+        client: to whom the message goes, or who sent it.
+        body: the digest of the body; "" without one.
+    """
+
+    schema_version: int = SCHEMA
+    run: str
+    round: int = Field(ge=0, lt=2**53)
+    client: str
+    body: str = ""
+
+
+class Request(_Envelope):
+    """Server to client.
+
+    Attributes:
+        kind: "train" (evaluate what arrives, then train), or "evaluate" (only that).
+        rank: how many components of the adapter this client trains; None: all.
+        full: the server does not know what the client holds: it forgets its base delta, and the body brings all of it.
+        accepted: the last round in which the client's update was part of the mean; what it trained since did not count.
+        rejected: why its last update was rejected, where it was.
+    """
+
+    kind: Literal["train", "evaluate"]
+    rank: int | None = Field(None, ge=1)
+    full: bool = False
+    accepted: int = Field(0, ge=0)
+    rejected: str = ""
+
+
+class Answer(_Envelope):
+    """Client to server: what it trained, or only numbers where it was asked for these.
+
+    Attributes:
+        base_version: of the base that it trained on.
+        num_examples: its training rows.
+        metrics: what it measured.
+    """
+
+    kind: Literal["update"] = "update"
+    base_version: int = Field(ge=0)
+    num_examples: int = Field(0, ge=0)
+    metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_plain(cls, metrics: dict[str, float]) -> dict[str, float]:
+        for name, value in metrics.items():
+            if not METRIC.fullmatch(name) or name in RESERVED_METRICS or abs(value) > LARGEST:
+                raise ValueError(f"{shown(name)} = {value:g} is no metric: its name is odd or taken, or its value absurd")
+        return metrics
+
+
+class Apology(_Envelope):
+    """Client to server: why there is no update, as `protocol.failures` has it: a code and a number of rows, never a text."""
+
+    kind: Literal["failure"] = "failure"
+    code: str = Field(max_length=40)
+    rows: int = Field(0, ge=0, le=10**9)
+
+
+Envelope: TypeAlias = Request | Answer | Apology
+_ENVELOPE: TypeAdapter[Envelope] = TypeAdapter(Annotated[Envelope, Field(discriminator="kind")])
+
+
+class BodyHeader(_Record):
+    """What a body says of its tensors.
+
+    Attributes:
+        method: the run's.
+        scalings: module path -> scaling, in the adapter's order.
+        since, version: the body brings a base delta from the one to the other (`protocol.delta_sync`); of an update both are 0.
+        log_rounds, halts: see `CatchUp`.
+        reinit_seed: the run's seed, where the client draws the adapter itself instead of receiving it.
+    """
+
+    method: str
+    scalings: dict[str, FiniteFloat] = {}
+    since: int = Field(0, ge=0)
+    version: int = Field(0, ge=0)
+    log_rounds: list[int] = []
+    halts: list[int] = []
+    reinit_seed: int | None = Field(None, ge=0)
+
+
+def parse_envelope(text: str) -> Envelope:
+    """The record in an envelope's text.
+
+    Raises:
+        WireError: it is none of this version.
+    """
+    return _checked("envelope", text, _ENVELOPE)
+
+
+def parse_header(text: str) -> BodyHeader:
+    """The record in a body's header.
+
+    Raises:
+        WireError: it is none of this version.
+    """
+    return _checked("header", text, TypeAdapter(BodyHeader))
+
+
+def _checked(what: str, text: str, adapter: TypeAdapter[T]) -> T:
+    try:
+        found = strict_json(text)
+        if isinstance(found, dict) and what == "envelope" and found.get("schema_version") != SCHEMA:
+            there = shown(found.get("schema_version"))
+            raise WireError(f"the message has schema {there}, this version speaks {SCHEMA}: use one version everywhere")
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or what
+        raise WireError(f"the message's {what} is wrong: {shown(where)[1:-1]}: {first['msg']}") from None
+    except (ValueError, RecursionError):
+        raise WireError(f"the message's {what} is wrong: it is not JSON") from None

@@ -1,0 +1,105 @@
+"""The clients' driver: protocol objects, what trains for them, and the files in which they are kept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation import server_state as states
+from fedex_lora.client.client import Client, NeedsFull, Shared, StoredAnswer, Train
+from fedex_lora.client.learner import Learner
+from fedex_lora.config import Rules
+from fedex_lora.errors import LacksError, StorageError
+from fedex_lora.storage.adapter_folder import Format, write_adapter_folder
+from fedex_lora.storage.files import write_bytes
+from fedex_lora.storage.result import safe_name
+from fedex_lora.types import Delta, ServerState
+
+FILE = "memory.safetensors"
+
+
+class ClientPool:
+    """Clients that train in turn on one learner: all of a federation in one process, or one alone on its own machine.
+
+    Each knows what it was sent itself and nothing else, as on its own machine.
+
+    Args:
+        rules: of the run.
+        learner: what trains.
+        alone: nobody else on this machine knows what the client was sent, so its file holds its base delta too.
+    """
+
+    def __init__(self, rules: Rules, learner: Learner, alone: bool = False) -> None:
+        self.learner, self.alone = learner, alone
+        self._rules, self._shared = rules, Shared()
+        self.clients = dict[str, Client]()
+        self._folder: Path | None = None
+        for name in learner.rows:
+            self.forget(name)
+
+    def remember_in(self, folder: Path, base_of: Callable[[int], Mapping[str, Delta] | None]) -> None:
+        """Keep the clients in `folder/CLIENT`, and take up those that are there.
+
+        Args:
+            folder: of this run.
+            base_of: the server's base delta of a version, for files that do not hold it; None where it is gone.
+
+        Raises:
+            StorageError: one of them is broken.
+        """
+        self._folder = folder
+        for name in self.clients:
+            if (path := self._path(name)).exists():
+                self.clients[name] = self._forgetting(self._restored(path, name, base_of))
+
+    def forget(self, name: str) -> None:
+        """The client knows nothing any more, as one that begins anew."""
+        self.clients[name] = Client(self._rules, name, self.learner.first, self._shared)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / safe_name(name) / FILE
+
+    def _restored(self, path: Path, name: str, base_of: Callable[[int], Mapping[str, Delta] | None]) -> Client:
+        try:
+            return Client.restore(path.read_bytes(), self._rules, name, self.learner.first, self._shared, base_of)
+        except (StorageError, OSError) as error:
+            raise StorageError(f"{path}: {error}") from None
+
+    def _forgetting(self, client: Client) -> Client:
+        """The client without its last answer, which its file has."""
+        client.state = replace(client.state, reply=b"")
+        return client
+
+    def answer(self, name: str, payload: bytes) -> bytes:
+        """What the client says to a message; to a round that it answered already, the same again.
+
+        Raises:
+            WireError: the message is wrong; a `LacksError` where the client does not have what it counts on.
+            TrainingError: see `Learner.train`.
+        """
+        client, learner = self.clients[name], self.learner
+        work = client.receive(payload)
+        if isinstance(work, NeedsFull):
+            raise LacksError(work.reason)  # for this machine's user; what leaves is `work.reply`
+        if isinstance(work, StoredAnswer):
+            return work.reply or self._restored(self._path(name), name, lambda version: {}).state.reply
+        client.load(learner)
+        measured = learner.measure(name)
+        if not isinstance(work, Train):
+            return client.reply(learner.rows[name], measured)
+        update, moments = learner.train(name, work.round, work.moments)
+        reply = client.reply(update.num_examples, {**update.metrics, **measured}, moments, update)
+        if self._folder:
+            write_bytes(self._path(name), client.dump(whole=self.alone))
+            self._forgetting(client)
+        return reply
+
+    def save_personal(self, state: ServerState, folder: Path, ranks: Mapping[str, int], format: Format) -> None:
+        """Under a personalised method each client's model is its own: its adapter, as a PEFT folder, in `CLIENT/adapter`."""
+        if get_method(state.method).exactness != "personalised":
+            return
+        for name, client in self.clients.items():
+            kept = client.state.trained
+            adapter, _ = states.start_of(state.method, state.adapter, ranks.get(name), kept[max(kept)] if kept else None)
+            write_adapter_folder(folder / safe_name(name) / "adapter", adapter, state.other, format)

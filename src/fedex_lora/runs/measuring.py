@@ -1,0 +1,90 @@
+"""What is said of a round and of a run: exactness of factors and layers, the clients' own held-out rows, the best round."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedex_lora.client.metrics import weighted_mean
+from fedex_lora.exactness import algebra, measure
+from fedex_lora.exactness.measure import Exactness
+from fedex_lora.runs.emit import Emit
+from fedex_lora.server.result import Result
+from fedex_lora.types import Delta, ServerState
+
+Realised = Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, dict[str, float]]]
+
+
+def measured(result: Result, realised: Realised, emit: Emit) -> dict[str, Any]:
+    """The fields of `round_done` that a round achieved, from the factors and from the model's own layers; nothing without a global model.
+
+    Args:
+        result: of the round.
+        realised: see `Federation.realised`.
+        emit: told of what is odd.
+    """
+    number = result.state.round
+    if useless := measure.useless_truncation(result.aggregate):
+        emit("warning", round=number, message=useless, tail=measure.tail(result.aggregate))
+    if result.exactness is None:
+        return {}
+    layers, floor, side = realised(result.state, result.ideal)
+    errors = {
+        "exactness_error": result.exactness.max_relative_error,
+        "exactness_error_total": result.exactness.total_relative_error,
+        "realised_error": layers.max_relative_error,
+    }
+    numbers = {**result.numbers, **side}
+    checked = {**errors, **{name: numbers[name] for name in ("change_error", *side) if name in numbers}}
+    odd = [name for name, value in checked.items() if algebra.failed(value, floor if name == "realised_error" else 0.0)]
+    if odd:
+        words = f"{', '.join(odd)} cannot be computed, so this round is not shown to be exact: does the base overflow in its base.dtype?"
+        emit("warning", round=number, message=words)
+    return {**numbers, **errors, **({"not_finite": odd} if odd else {}), "floor": floor}
+
+
+def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emit: Emit) -> dict[str, float]:
+    """The mean over the clients' own held-out rows of the model that they received (after round `version`).
+
+    Args:
+        version: of the model.
+        metrics: client -> what it reported.
+        emit: told of it.
+    """
+    own = {
+        client: {name.removeprefix("held_out_"): value for name, value in found.items() if name.startswith("held_out_")}
+        for client, found in metrics.items()
+    }
+    mean = weighted_mean(list(own.values()))
+    if mean:
+        emit("held_out", round=version, metrics=mean, clients=own)
+    return mean
+
+
+def best_round(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
+    """The round whose model was best on the held-out rows of all clients; ties go to the earlier one.
+
+    A round that only some clients measured (`clients.fraction` below one) is not compared: its rows were other rows.
+    """
+    headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
+    rows = max((metrics.get("rows", 0) for metrics in held_out.values()), default=0)
+    found = {
+        number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics and metrics["rows"] == rows
+    }
+    compared = len(found) == len(held_out.keys() - {0})
+    worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in found.items()}  # `max` is lost in NaN
+    return max(worth, key=lambda number: (worth[number], -number)) if worth and compared else None
+
+
+def learnt_nothing(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> str:
+    """What to say where the clients' own held-out rows are predicted no better after the last round than before the first; "" elsewhere."""
+    headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
+    before, after = held_out.get(0, {}), held_out[max(held_out)]
+    if not before.get("rows") or before["rows"] != after.get("rows") or not {headline, "loss"} <= before.keys() & after.keys():
+        return ""
+    if sign * after[headline] > sign * before[headline] or after["loss"] < 0.99 * before["loss"]:
+        return ""
+    numbers = f"{headline} {before[headline]:.3g} on the clients' own rows before, {after[headline]:.3g} after"
+    if not after["loss"] <= 1.5 * before["loss"]:  # NaN, too
+        rose = f"loss {before['loss']:.3g}, then {after['loss']:.3g}; {numbers}"
+        return f"training diverged, or the rate is too high ({rose}): lower training.learning_rate"
+    return f"the model learnt nothing ({numbers}): raise training.learning_rate or rounds, and look at the rows by fedex-lora check"

@@ -1,0 +1,69 @@
+"""What a round came to: the server's next state, and its exactness by the factors alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation import server_state as states
+from fedex_lora.config import Server as Pace
+from fedex_lora.exactness import algebra, measure
+from fedex_lora.exactness.measure import Exactness, Held
+from fedex_lora.types import Aggregate, ClientUpdate, Delta, Motion, ServerState
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A round that is closed.
+
+    Attributes:
+        state: after the round.
+        aggregate: what the updates were averaged to.
+        held: client -> what its base had beside the common one.
+        motion: what the server's momentum made the round start from; None without momentum.
+        ideal: module path -> `E - W0`, the mean of the participants' models, or what momentum makes of it, in fp64 and made when it is
+            asked for; empty where there is no global model. It needs the updates that the round was closed with.
+        exactness: of the state's factors against it; None where there is no ideal.
+        numbers: more of the round: deviation, drift, what a truncation dropped.
+    """
+
+    state: ServerState
+    aggregate: Aggregate
+    held: Held
+    motion: Motion | None
+    ideal: Mapping[str, Delta]
+    exactness: Exactness | None
+    numbers: Mapping[str, Any]
+
+
+def result_of(
+    before: ServerState, state: ServerState, aggregate: Aggregate, updates: Sequence[ClientUpdate], held: Held, pace: Pace
+) -> Result:
+    """The result of a round, measured: from what the participants sent, never from what the server made of it.
+
+    Args:
+        before, state: the server before and after.
+        aggregate: of the round.
+        updates: that it was made of.
+        held: what single participants held beside the base delta before.
+        pace: momentum and learning rate of the server.
+    """
+    motion = states.motion_of(before, pace)
+    if not state.adapter or get_method(state.method).exactness == "personalised":
+        return Result(state, aggregate, held, motion, {}, None, {})
+    ideal = measure.ideal_update(before.base_delta, updates, aggregate.weights, held)
+    if motion:
+        ideal = measure.moved(ideal, before.base_delta, motion)
+    exactness, deviation = measure.exactness(ideal, state.adapter, state.base_delta), measure.deviation(aggregate, updates)
+    numbers = {
+        "deviation": deviation.total_relative_error,
+        "modules": measure.per_module(deviation, aggregate.adapter),
+        "drift": measure.drift(updates, aggregate.weights),
+    }
+    if get_method(state.method).exactness in ("to the reported tail", "best rank r"):
+        numbers["dropped"] = math.hypot(*aggregate.dropped.values()) / math.hypot(*exactness.ideal.values())
+    if motion and motion.momentum:
+        start, end = (measure.effective_update(one.adapter, one.base_delta) for one in (before, state))
+        numbers["change_error"] = algebra.worst(measure.change_error(start, end, states.last_changes(state, pace)).values())
+    return Result(state, aggregate, held, motion, ideal, exactness, numbers)

@@ -1,0 +1,139 @@
+"""The server of a federation as a protocol object: it gets bytes and gives bytes, and never reads, writes or waits."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from fedex_lora.aggregation.server_state import init
+from fedex_lora.config import Rules
+from fedex_lora.errors import UsageError
+from fedex_lora.protocol.dumps import pack, unpack
+from fedex_lora.server.checks import sample
+from fedex_lora.server.dump import dumped, restored
+from fedex_lora.server.registry import ClientRegistry
+from fedex_lora.server.requests import Phase, Unanswered
+from fedex_lora.server.round import Round
+from fedex_lora.server.verdicts import Rejected, Verdict, printable
+from fedex_lora.types import Adapter, ServerState
+
+
+class Server:
+    """One run's server.
+
+    Args:
+        rules: what server and clients agree on.
+        state: from which it goes on: `aggregation.server_state.init`, or a later one.
+        clients: the names of all clients.
+        ranks: client -> its rank, where they differ.
+        run: one word that no other run of these clients has.
+        registry: who holds what; by default nobody anything.
+
+    Attributes:
+        state: after the last round.
+        registry: what it remembers of its clients.
+        round: the one that was opened last; None before.
+        unanswered: the messages of the round before that nobody answered.
+
+    Example:
+        >>> import torch
+        >>> from fedex_lora.client.client import Client
+        >>> from fedex_lora.types import ClientUpdate, LoRAPair
+        >>> rules, first = Rules(), {"q": LoRAPair(A=torch.randn(2, 6), B=torch.zeros(4, 2))}
+        >>> server, updates = Server.start(rules, first, {}, ["a", "b"]), []
+        >>> round = server.open_round()
+        >>> for name, message in round.messages.items():
+        ...     client = Client(rules, name, first)
+        ...     work = client.receive(message)
+        ...     trained = {"q": LoRAPair(A=work.start["q"].A, B=torch.randn(4, 2))}
+        ...     answer = client.reply(10, {}, update=ClientUpdate(name, trained, 10))
+        ...     updates.append(server.receive(name, answer).update)
+        >>> result = round.close(updates)
+        >>> result.state.round, result.exactness.max_relative_error < 1e-6
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        state: ServerState,
+        clients: Collection[str],
+        ranks: Mapping[str, int] | None = None,
+        run: str = "run",
+        registry: ClientRegistry | None = None,
+    ) -> None:
+        self.rules, self.ranks, self.run = rules, dict(ranks or {}), run
+        self.state, self.registry, self.unanswered = state, registry or ClientRegistry(), Unanswered()
+        self.round: Round | None = None
+        self.set_clients(clients)
+
+    @classmethod
+    def start(cls, rules: Rules, adapter: Adapter, other: Mapping[str, Tensor], clients: Collection[str], run: str = "run") -> "Server":
+        """The server before the first round.
+
+        Args:
+            rules, clients, run: see the class.
+            adapter: the initial one, which every client has.
+            other: the other trained tensors.
+        """
+        return cls(rules, init(adapter, other, rules.method, rules.seed), clients, run=run)
+
+    def set_clients(self, clients: Collection[str]) -> None:
+        """Take off a client that is gone for good, or add one, between two rounds. A new one is sent everything.
+
+        Raises:
+            UsageError: nobody is left, or two have one name.
+        """
+        if not clients or len(set(clients)) < len(clients):
+            raise UsageError("a server needs clients, each under a name of its own")
+        self.clients = sorted(clients)
+        self.registry = self.registry.with_clients(self.clients)
+
+    def open_round(self, participants: Sequence[str] | None = None, phase: Phase = "train") -> Round:
+        """Begin a round. One that is open and was not closed is given up: nothing of it is kept.
+
+        Args:
+            participants: whom to ask; by default the share of the clients that `clients.fraction` says, drawn by the run's seed.
+            phase: "evaluate" asks for numbers on the clients' own rows, of the model as it is; such a round is not closed.
+        """
+        if participants is None:
+            participants = sample(self.clients, self.rules.clients.fraction, self.rules.seed, self.state.round + 1)
+        self.round = Round(self, phase, participants)
+        return self.round
+
+    def reopen(self, payload: bytes) -> Round:
+        """Go on with a round whose `dump` this is, on a server restored from the dump of the same moment.
+
+        Raises:
+            StorageError: it is no such dump.
+        """
+        self.round = Round.restore(self, payload)
+        return self.round
+
+    def receive(self, client: str, payload: bytes) -> Verdict:
+        """What came from a client, whom the transport has authenticated, in answer to this round's message or to one of the round before.
+
+        The caller keeps the update of an `Accepted` or `Late` verdict for `Round.close`.
+        """
+        if self.round is None:
+            return Rejected(printable(client), self.state.round, "no round is open")
+        return self.round.receive(client, payload)
+
+    def go_on(self, state: ServerState, registry: ClientRegistry, unanswered: Unanswered) -> None:
+        """After a round: see `Round.close`."""
+        self.state, self.registry, self.unanswered = state, registry, unanswered
+
+    def dump(self) -> bytes:
+        """Everything that the server knows between two rounds; a round that is open has a dump of its own."""
+        return pack("server", *dumped(self.state, self.registry, whole=True))
+
+    @classmethod
+    def restore(
+        cls, payload: bytes, rules: Rules, clients: Collection[str], ranks: Mapping[str, int] | None = None, run: str = "run"
+    ) -> "Server":
+        """The inverse of `dump`.
+
+        Raises:
+            StorageError: it is no such dump.
+        """
+        state, registry = restored(*unpack("server", payload))
+        return cls(rules, state, clients, ranks, run, registry)

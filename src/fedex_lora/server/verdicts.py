@@ -1,0 +1,68 @@
+"""What a server makes of the bytes that came from a client: one of these records."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedex_lora.protocol.frame import shown
+from fedex_lora.types import ClientUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class _Verdict:
+    """Attributes: the client, and the round that it answers."""
+
+    client: str
+    round: int
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted(_Verdict):
+    """A valid update of the round that is going on. The caller keeps it for `Round.close`."""
+
+    update: ClientUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Late(Accepted):
+    """A valid update of the round before, which may be part of this round's mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rejected(_Verdict):
+    """What came is no part of a mean, and why: safe to print, on one line."""
+
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Failed(Rejected):
+    """The client says that it has no update, or the transport that it is gone.
+
+    Attributes:
+        hopeless: the run's configuration is at fault, so it will fail whenever it is asked.
+    """
+
+    hopeless: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class NeedsFull(Rejected):
+    """The client does not have what its message counts on: see `Round.ask_again`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Duplicate(Rejected):
+    """An answer of this client is there already, so this one is ignored."""
+
+
+Verdict: TypeAlias = Accepted | Late | Rejected | Failed | NeedsFull | Duplicate
+
+
+def printable(client: str) -> str:
+    """A client's name that is safe to print."""
+    return client if client.isprintable() and len(client) < 200 else shown(client)
+
+
+def one_line(reason: str) -> str:
+    """What somebody else said, on one line of at most 500 characters."""
+    return " ".join(reason.split())[:500]

@@ -1,0 +1,202 @@
+"""Server, round and client as protocol objects: bytes in, bytes out, over any transport, interrupted anywhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests import oracle
+from tests.conftest import make_pair
+from tests.protocol.test_hostile import bits, equal
+
+from fedex_lora import Client, ClientUpdate, LoRAPair, Rules, Server
+from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
+from fedex_lora.protocol.frame import split
+from fedex_lora.server.round import Complete, Short
+from fedex_lora.server.verdicts import Accepted, Duplicate, Failed, Late, NeedsFull, Rejected
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FIRST = {f"m{index}": LoRAPair(pair.A, pair.B * 0, pair.scaling) for index, pair in enumerate(make_pair(s, 12, 20) for s in (1, 2))}
+HEAD = {"head": torch.zeros(3, 4)}
+
+
+def trained(client, work):
+    """An update: noise of (client, round) on what it started from."""
+    generator = torch.Generator().manual_seed(1000 * work.round + ord(client.name[0]))
+    noise = lambda x: x + 0.1 * torch.randn(x.shape, generator=generator)  # noqa: E731
+    adapter = {name: LoRAPair(noise(pair.A), noise(pair.B), pair.scaling) for name, pair in work.start.items()}
+    return ClientUpdate(client.name, adapter, 10 + ord(client.name[0]) % 7, {name: noise(tensor) for name, tensor in work.other.items()})
+
+
+def answer(client, payload):
+    work = client.receive(payload)
+    update = trained(client, work)
+    return client.reply(update.num_examples, {"train_loss": 0.5}, update=update)
+
+
+def federation(names="abc", **rules):
+    rules = Rules.model_validate({"clients": {"quorum": 0.5}, **rules})
+    return Server.start(rules, FIRST, HEAD, list(names)), {name: Client(rules, name, FIRST) for name in names}
+
+
+def one_round(server, clients, absent=()):
+    round, updates = server.open_round(list(server.clients)), []
+    for name, message in round.messages.items():
+        if name not in absent:
+            updates.append(server.receive(name, answer(clients[name], message)).update)
+    return round.close(updates)
+
+
+def off(server, clients):
+    """How far the copies of all clients are from the server's model, in fp64: the worst."""
+    worst = 0.0
+    message = server.open_round(list(server.clients), "evaluate").messages
+    for name in server.clients:
+        clients[name].receive(message[name])
+        copy = clients[name].state.copy
+        for module, pair in server.state.adapter.items():
+            want = oracle.product(pair) + oracle.numpy64(server.state.base_delta[module].dense())
+            worst = max(worst, oracle.relative(oracle.product(copy.adapter[module]) + oracle.numpy64(copy.delta[module].dense()), want))
+    return worst
+
+
+@pytest.mark.parametrize("name", ["own_loop.py", "own_transport.py"])
+def test_the_examples_have_forty_lines(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 40
+
+
+def test_three_processes_over_pipes_end_in_the_bits_of_one(tmp_path):
+    """Both examples as they are; what each ends with is dumped by a line behind it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    ends = []
+    for name in ("own_loop.py", "own_transport.py"):
+        out, script = tmp_path / f"{name}.dump", tmp_path / f"my_{name}"
+        script.write_text(
+            (EXAMPLES / name).read_text() + f"    with open({str(out)!r}, 'wb') as file:\n        file.write(server.dump())\n"
+        )
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        errors = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
+        assert len(errors) == 3
+        assert all(error < 1e-6 for error in errors)
+        ends.append(bits(Server.restore(out.read_bytes(), Rules(), ["north", "south"]).state))
+    assert equal(*ends)
+
+
+def test_whatever_is_dumped_and_restored_anywhere_ends_in_the_same_bits():
+    """Server, round and clients, after every single message, also in the middle of a round."""
+    server, clients = federation()
+    again, others = federation()
+    for _ in range(3):
+        one_round(server, clients)
+        round, updates = again.open_round(list("abc")), []
+        for name in "abc":
+            payload = answer(others[name], round.messages[name])
+            updates.append(again.receive(name, payload).update)
+            dumps = again.dump(), round.dump()
+            again = Server.restore(dumps[0], again.rules, list("abc"))
+            round = again.reopen(dumps[1])
+            others = {one: Client.restore(client.dump(), again.rules, one, FIRST) for one, client in others.items()}
+        round.close(updates)
+    assert equal(bits(server.state), bits(again.state))
+    assert off(server, clients) == 0
+    for dump in (again.dump(), others["a"].dump()):
+        odd = bytearray(dump)
+        odd[-3] ^= 1
+        with pytest.raises(StorageError, match="has changed since it was written"):
+            Server.restore(bytes(odd), again.rules, ["a"]) if dump == again.dump() else Client.restore(bytes(odd), again.rules, "a", FIRST)
+    with pytest.raises(StorageError, match="no dump of a server"):
+        Server.restore(others["a"].dump(), again.rules, ["a"])
+    with pytest.raises(StorageError, match="no dump of a round"):
+        again.reopen(b"{}")
+
+
+def test_each_verdict():
+    server, clients = federation(clients={"quorum": 0.5, "late": "next"})
+    assert isinstance(server.receive("a", b""), Rejected)
+    round = server.open_round(list("abc"))
+    good = {name: answer(clients[name], round.messages[name]) for name in "abc"}
+    assert round.missing == {"a", "b", "c"}
+    assert isinstance(server.receive("a", good["a"]), Accepted)
+    assert isinstance(server.receive("a", good["a"]), Duplicate)
+    wrong = server.receive("b", good["a"])
+    assert (type(wrong), wrong.reason) == (Rejected, "the update's client is 'a', this round declared 'b'")
+    assert round.missing == {"c"}
+    assert isinstance(round.ready(), Short)
+    b = server.receive("b", good["b"])  # what was rejected before may be mended
+    assert isinstance(b, Accepted)
+    round.give_up("it did not answer")
+    assert (round.ready().clients, [one.reason for one in round.rejections]) == (["a", "b"], ["it did not answer"])
+    with pytest.raises(UsageError, match="with the updates of a, b"):
+        round.close([b.update])
+    updates = {"a": server.receive("a", good["a"]), "b": b}
+    assert isinstance(updates["a"], Duplicate)  # whoever did not keep the update has lost it
+    server, clients = federation(clients={"quorum": 0.5, "late": "next"})
+    round = server.open_round(list("abc"))
+    round.close([server.receive(name, good[name]).update for name in "ab"])
+    round = server.open_round(list("abc"))
+    late = server.receive("c", good["c"])
+    assert (type(late), late.round) == (Late, 1)
+    failed = server.receive("b", clients["b"].fail("memory"))
+    assert (type(failed), failed.hopeless) == (Failed, False)
+    assert "out of memory" in failed.reason
+    assert isinstance(round.ready(), Short)
+    assert isinstance(server.receive("d", good["a"]), Duplicate)
+
+
+def test_a_client_that_lacks_something_is_sent_everything():
+    server, clients = federation()
+    one_round(server, clients)
+    one_round(server, clients)
+    clients["b"] = Client(server.rules, "b", FIRST)  # a new disk
+    round = server.open_round(list("abc"))
+    lacking = clients["b"].receive(round.messages["b"])
+    assert "the base is at version 0" in lacking.reason
+    verdict = server.receive("b", lacking.reply)
+    assert (type(verdict), round.needs_full) == (NeedsFull, {"b"})
+    again = round.ask_again(round.needs_full, full=True)
+    assert list(again) == ["b"]
+    updates = [server.receive(name, answer(clients[name], (again if name == "b" else round.messages).get(name) or b"")) for name in "b"]
+    assert isinstance(updates[0], Accepted)
+
+
+def test_a_party_is_taken_off_for_good_and_another_one_joins():
+    server, clients = federation()
+    for _ in range(3):
+        one_round(server, clients, absent="c")  # whose log the server keeps
+    kept = len(server.registry.log.gains)
+    server.set_clients(["a", "b", "d"])
+    clients["d"] = Client(server.rules, "d", FIRST)
+    assert one_round(server, clients).exactness.max_relative_error < 1e-6
+    assert server.state.round == 4
+    assert len(server.registry.log.gains) < kept
+    assert "c" not in server.registry.version
+    assert off(server, clients) < 1e-6
+    for wrong in ([], ["a", "a"]):
+        with pytest.raises(UsageError, match="a server needs clients"):
+            server.set_clients(wrong)
+
+
+def test_one_body_is_shared_by_the_messages_of_a_version():
+    server, clients = federation()
+    one_round(server, clients)
+    bodies = {bytes(split(payload, 10_000)[1]) for payload in server.open_round(list("abc")).messages.values()}
+    assert len(bodies) == 1
+
+
+def test_a_client_says_what_it_cannot_do():
+    server, clients = federation()
+    round = server.open_round(list("abc"))
+    with pytest.raises(WireError, match="this is client 'b'"):
+        clients["b"].receive(round.messages["a"])
+    with pytest.raises(UsageError, match="receive a message before"):
+        clients["b"].reply(1, {})
+    clients["b"].receive(round.messages["b"])
+    with pytest.raises(UsageError, match="load a model"):
+        clients["b"].reply(1, {})
+    with pytest.raises(TrainingError, match="has 0 updates of 3 clients"):
+        round.close([])
+    assert isinstance(round.ready(), Short)
+    assert not isinstance(round.ready(), Complete)
