@@ -1,8 +1,7 @@
 """Do adapters belong together: one base, one task, one base delta below them, and the same of what they do not train?"""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from torch import Tensor
 from fedex_lora.errors import AggregationError
 from fedex_lora.models.fingerprint import CONFIG
 from fedex_lora.models.pristine import cached_folder
-from fedex_lora.storage.adapter_folder import AdapterHeader, Format
+from fedex_lora.storage.adapter_folder import AdapterHeader
 from fedex_lora.storage.layout import LINEAR
-from fedex_lora.storage.peft_rules import trained_whole
-from fedex_lora.storage.safetensors_io import read_tensor
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
 ROWS = 4  # of each tensor that are compared
@@ -151,36 +148,25 @@ def one_task(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> i
     return first
 
 
-def retold(one: AdapterHeader, config: Mapping[str, Any]) -> AdapterHeader:
-    """An adapter as its tensors read with the task type of the others: the heads of the type are trained, though it names none."""
-    folder = one.folder
-    told = {**folder.config, "task_type": config.get("task_type")}
-    heads = {name: tensor for name, tensor in folder.format.frozen.items() if trained_whole(name, told)}
-    if not heads:
-        return one
-    frozen = {name: tensor for name, tensor in folder.format.frozen.items() if name not in heads}
-    return replace(one, folder=replace(folder, other=folder.other | heads, format=Format(told, folder.format.layouts, frozen)))
-
-
-def require_same_frozen(folders: Sequence[Path], described: Sequence[AdapterHeader]) -> None:
+def require_same_frozen(folders: Sequence[Path], frozen: Sequence[Collection[str]], read: Callable[[int, str], Tensor]) -> None:
     """What adapters hold and do not train is the same in all of them.
+
+    Args:
+        folders: of the adapters; named in errors.
+        frozen: the names of what each holds and does not train.
+        read: one such tensor of one folder.
 
     Raises:
         AggregationError: it is not.
     """
-    first = described[0]
-    for folder, one in zip(folders, described, strict=True):
-        for name in sorted({*one.folder.format.frozen, *first.folder.format.frozen}):
-            if name in one.entries and name in first.entries and _same(name, one, first):
+    for index, folder in enumerate(folders):
+        for name in sorted({*frozen[index], *frozen[0]}):
+            if index == 0 or (name in frozen[0] and name in frozen[index] and torch.equal(read(0, name), read(index, name))):
                 continue
             raise AggregationError(
                 f"{folders[0]} and {folder} differ in {name}, which by PEFT's rule was not trained: if it was, name its module in "
                 "modules_to_save of their adapter_config.json; if not, their bases have other weights there"
             )
-
-
-def _same(name: str, one: AdapterHeader, other: AdapterHeader) -> bool:
-    return one.path == other.path or torch.equal(*(read_tensor(file.path, file.entries[name]) for file in (one, other)))
 
 
 def require_marks(folders: Sequence[Path], marks: Sequence[str | None], below: str | None) -> None:

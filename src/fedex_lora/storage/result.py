@@ -1,9 +1,12 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
 
 import hashlib
+import json
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,17 @@ from torch import Tensor
 from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.measure import Held
-from fedex_lora.storage.adapter_folder import AdapterFolder, Format, concat_adapter, read_adapter_folder, write_adapter_folder
-from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
+from fedex_lora.storage.adapter_folder import (
+    CONFIG,
+    WEIGHTS,
+    AdapterFolder,
+    AdapterHeader,
+    Format,
+    concat_adapter,
+    read_adapter_folder,
+    write_adapter_folder,
+)
+from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest, sha256
 from fedex_lora.storage.motion import motion_tensors, read_motion
 from fedex_lora.storage.run_folder import run_rounds_of
 from fedex_lora.storage.tensors import (
@@ -98,7 +110,7 @@ def write_result(
     more: Mapping[str, Tensors] | None = None,
     motion: Motion | None = None,
     standalone: bool = False,
-    kept: Sequence[ClientUpdate] | None = None,
+    kept: Mapping[str, AdapterHeader] | None = None,
 ) -> None:
     """Write a result folder in one step.
 
@@ -114,7 +126,7 @@ def write_result(
         more: file name -> what else the folder holds.
         motion: what the server's momentum made the round start from.
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
-        kept: the updates that are written; None: all.
+        kept: client -> the adapter folder that it came in, which is kept as it is (`keep_adapters`); None: the updates are written.
 
     Raises:
         AggregationError: a result that is not finite. Nothing is left behind then.
@@ -122,7 +134,8 @@ def write_result(
     _require_no_overflow({**_named(state.adapter, state.other), **delta_tensors(state.base_delta)})
     whole = concat_adapter(state.adapter, state.base_delta) if standalone else {}
     _require_no_overflow(_named(whole, {}))
-    with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
+    sums: dict[str, str] = {}
+    with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts), sums) as temporary:
         if state.adapter:
             write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
             write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round)
@@ -131,10 +144,13 @@ def write_result(
         save_delta(temporary / DELTA, state.base_delta)
         if previous_delta:
             save_delta(temporary / PREVIOUS, previous_delta)
-        for update in updates if kept is None else kept:
-            save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
+        sums |= keep_adapters(temporary, kept or {})
+        for update in updates if kept is None or kept else ():
+            file = f"{safe_name(update.client_id)}.safetensors"
+            if kept is None:
+                save_update(temporary / UPDATES / file, update)
             if held and held.get(update.client_id):
-                save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
+                save_delta(temporary / HELD / file, held[update.client_id])
         if motion is not None:
             save_tensors(temporary / MOTION, *motion_tensors(motion))
         for name, content in (more or {}).items():
@@ -179,6 +195,51 @@ def safe_name(client_id: str) -> str:
     return plain if plain == client_id else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
 
 
+def keep_adapters(result: Path, adapters: Mapping[str, AdapterHeader]) -> dict[str, str]:
+    """Adapters as they were read, in `updates/CLIENT/` of a result folder: each file of weights is linked, or copied where it cannot be.
+
+    A link costs no second copy, and alters nothing: files of results are removed and replaced, and never written into.
+
+    Args:
+        result: a folder that nobody reads yet.
+        adapters: client -> its adapter.
+
+    Returns:
+        File -> its sha256.
+
+    Raises:
+        StorageError: an adapter has changed since it was described.
+    """
+    sums = {}
+    for client, adapter in adapters.items():
+        place = result / UPDATES / safe_name(client)
+        place.mkdir(parents=True)
+        (place / CONFIG).write_text(json.dumps(adapter.folder.config, indent=1) + "\n", encoding="utf-8")
+        try:
+            os.link(adapter.path.resolve(), place / WEIGHTS)
+        except OSError:  # another disk, or one without links, or somebody else's file
+            shutil.copyfile(adapter.path, place / WEIGHTS)
+        sums[str((place / WEIGHTS).relative_to(result))] = sha256(place / WEIGHTS)
+        adapter.require_unchanged()
+    return sums
+
+
+def read_updates(folder: Path, clients: Iterable[str]) -> list[ClientUpdate]:
+    """The updates in a result folder, as they were written, or as adapter folders that were kept.
+
+    Raises:
+        StorageError: one is missing, altered or not of these clients.
+    """
+    names, updates = {safe_name(client): client for client in clients}, []
+    for path in sorted((folder / UPDATES).glob("*")):
+        if path.suffix == ".safetensors" and path.is_file():
+            updates.append(load_update(path))
+        elif path.is_dir():
+            read = read_adapter_folder(path)
+            updates.append(ClientUpdate(names.get(path.name, path.name), read.adapter, 1, read.other))
+    return updates
+
+
 def read_result(folder: Path, check: bool = True) -> Result:
     """Read a result folder, after comparing sha256 sums.
 
@@ -200,8 +261,8 @@ def read_result(folder: Path, check: bool = True) -> Result:
         adapter, format = {}, Format(config={})
         other, _ = load_tensors(folder / WHOLE)
     previous = folder / PREVIOUS
-    updates = [load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))]
     weights = {entry["client"]: entry["weight"] for entry in inputs}
+    updates = read_updates(folder, weights)
     if updates and {update.client_id for update in updates} != weights.keys():
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
     if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):

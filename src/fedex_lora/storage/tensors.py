@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import finite, from_parts, parts
 from fedex_lora.errors import StorageError
 from fedex_lora.storage.files import cannot_write, fsync, replacing
+from fedex_lora.storage.safetensors_io import opened
 from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
 
 
@@ -47,13 +48,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         StorageError: missing, truncated, or not safetensors.
     """
-    if not path.is_file():
-        raise StorageError(f"{path} is missing: copy the folder again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
 def save_delta(path: Path, base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> None:
