@@ -29,7 +29,7 @@ from fedex_lora.storage.adapter_folder import Format, read_adapter_folder
 from fedex_lora.storage.files import read_manifest, sha256
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.safetensors_io import TensorWriter, read_table, read_tensor
-from fedex_lora.storage.tensors import save_update
+from fedex_lora.storage.updates import save_update
 
 SHAPES = {
     f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in (("q", (48, 48)), ("up", (96, 48)), ("k", (32, 48)))

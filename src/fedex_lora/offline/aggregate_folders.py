@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from fedex_lora.errors import UsageError
 from fedex_lora.exactness import measure
 from fedex_lora.exactness.streaming_audit import Audit, How
 from fedex_lora.offline.streaming import Round, audit_is_cheap, streamable, write_streamed
-from fedex_lora.offline.together import one_base, one_task, require_fits, require_marks, require_same_frozen
+from fedex_lora.offline.together import (
+    distinct_names,
+    one_base,
+    one_task,
+    require_apart,
+    require_fits,
+    require_marks,
+    require_same_frozen,
+    require_several,
+)
 from fedex_lora.storage.adapter_folder import AdapterHeader, Format, describe_adapter_folders
 from fedex_lora.storage.handout import for_parties
 from fedex_lora.storage.result import Result, read_result, write_result
@@ -116,8 +125,8 @@ def aggregate_folders(
         audit: measure the error exactly, or on random directions where memory holds one module at a time; "auto": exactly unless that
             would take several times as long as the aggregation.
         parties: a folder to write beside `out`, for the parties to go on from: the same without anything of single adapters (see
-            `peft_io.for_parties`). What the base gains has then no client's block in its factors (`aggregation.truncation.without_blocks`).
-        base: the base of all adapters, where they name it differently (see `peft_io.one_base`).
+            `handout.for_parties`). What the base gains has then no client's block in its factors (`truncation.without_blocks`).
+        base: the base of all adapters, where they name it differently (see `together.one_base`).
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -136,22 +145,14 @@ def aggregate_folders(
     before = None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
     names = distinct_names(folders)
-    facts = {
-        "base_model": like.config["base_model_name_or_path"],
-        "task_type": like.config.get("task_type"),
-        **({"frozen": sorted(like.frozen)} if like.frozen else {}),
-        "sources": [str(folder) for folder in folders],
-        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
-        "versions": {"fedex-lora": __version__},
-    }
     files = dict(zip(names, described, strict=True))
-    job = Job(row, files, weights, like, facts, before, out, keep_updates, audit, parties is not None)
+    job = Job(row, files, weights, like, _facts(folders, weights, like), before, out, keep_updates, audit, parties is not None)
     with for_parties(out, parties):
         outcome = _from_files(job) if before is None and streamable(row, described) else _in_memory(job, truncation)
     return {
         "method": method,
         "exact_method": row.exact,
-        "base_model": facts["base_model"],
+        "base_model": like.config["base_model_name_or_path"],
         **outcome.numbers(),
         "weights": {name: outcome.weights[name] for name in names},
         "out": str(out),
@@ -165,38 +166,24 @@ def _described(folders: Sequence[Path], base: str | None) -> tuple[list[AdapterH
     base_model = one_base(folders, [one.folder.base_model for one in described], base)
     if base:
         require_fits(folders, described, base)
-    speaker = one_task(folders, [one.folder.config for one in described])
-    described = describe_adapter_folders(folders, described[speaker].folder.config.get("task_type"))
+    configs = [one.folder.config for one in described]
+    speaker = configs[one_task(folders, configs)]
+    if any(not config.get("task_type") for config in configs):
+        described = describe_adapter_folders(folders, speaker.get("task_type"))
     require_same_frozen(folders, [one.folder.format.frozen for one in described], lambda index, name: described[index].tensor(name))
-    config = {**described[speaker].folder.config, "base_model_name_or_path": base_model}
-    return described, replace(described[0].folder.format, config=config)
+    return described, replace(described[0].folder.format, config={**speaker, "base_model_name_or_path": base_model})
 
 
-def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:
-    """What is written lies in nothing that is read, nor in anything else that is written.
-
-    Raises:
-        UsageError: it does.
-    """
-    for target, option in ((out, "-o"), (parties, "--for-parties")):
-        if target is not None and any(target.resolve().is_relative_to(folder.resolve()) for folder in inputs):
-            raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
-    if parties is not None and (_within(parties, out) or _within(out, parties)):
-        raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
-
-
-def require_several(weights: Iterable[float]) -> None:
-    """What parties are handed is a mean: of one adapter it would be that adapter, bit for bit.
-
-    Raises:
-        UsageError: fewer than two weights are above zero.
-    """
-    if sum(weight > 0 for weight in weights) < 2:
-        raise UsageError("--for-parties would hand out one party's adapter as it is: give two adapters or more a weight above 0")
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    return inner.resolve().is_relative_to(outer.resolve())
+def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Format) -> dict[str, Any]:
+    """What the manifest says beside the method and the inputs."""
+    return {
+        "base_model": like.config["base_model_name_or_path"],
+        "task_type": like.config.get("task_type"),
+        **({"frozen": sorted(like.frozen)} if like.frozen else {}),
+        "sources": [str(folder) for folder in folders],
+        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
+        "versions": {"fedex-lora": __version__},
+    }
 
 
 def _from_files(job: Job) -> Outcome:
@@ -270,19 +257,6 @@ def _require_global_model(row: Method, truncation: Truncation | None) -> None:
         raise UsageError(f"method {row.name} has no global model to write: each client goes on with its own; use fedex, say")
     if truncation not in (None, Truncation()) and row.rest != "truncate":
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
-
-
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or their whole paths where two have one name.
-
-    Raises:
-        UsageError: one folder twice.
-    """
-    resolved = [folder.resolve() for folder in folders]
-    if len(set(resolved)) < len(resolved):
-        raise UsageError("the same adapter folder is given twice: to count it twice, give it once with twice the weight")
-    names = [folder.name for folder in resolved]
-    return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
 
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:

@@ -23,8 +23,9 @@ from fedex_lora.storage.adapter_folder import WEIGHTS, AdapterHeader, Format, fr
 from fedex_lora.storage.files import atomic_folder
 from fedex_lora.storage.layout import LINEAR
 from fedex_lora.storage.peft_rules import PREFIX
-from fedex_lora.storage.result import DELTA, STANDALONE, TRAINABLE, keep_adapters, manifest_of, write_readme
+from fedex_lora.storage.result import DELTA, STANDALONE, TRAINABLE, manifest_of, write_readme
 from fedex_lora.storage.safetensors_io import Shapes, TensorWriter, read_into, readable
+from fedex_lora.storage.updates import keep_adapters
 from fedex_lora.types import ClientUpdate, LoRAPair, LowRank
 
 PIECE = 2**21  # numbers that are transposed, or multiplied, and written at a time

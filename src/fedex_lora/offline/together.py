@@ -1,7 +1,7 @@
-"""Do adapters belong together: one base, one task, one base delta below them, and the same of what they do not train?"""
+"""Do folders belong together: each once and apart from what is written, one base, one task, one base delta, the same untrained rest?"""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedex_lora.errors import AggregationError
+from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.models.fingerprint import CONFIG
 from fedex_lora.models.pristine import cached_folder
 from fedex_lora.storage.adapter_folder import AdapterHeader
@@ -18,6 +18,46 @@ from fedex_lora.storage.layout import LINEAR
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
 ROWS = 4  # of each tensor that are compared
 REMEDY = "if they are one base at several places, or in other bits, say which by --base MODEL"
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their whole paths where two have one name.
+
+    Raises:
+        UsageError: one folder twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise UsageError("the same adapter folder is given twice: to count it twice, give it once with twice the weight")
+    names = [folder.name for folder in resolved]
+    return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
+
+
+def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:
+    """What is written lies in nothing that is read, nor in anything else that is written.
+
+    Raises:
+        UsageError: it does.
+    """
+    for target, option in ((out, "-o"), (parties, "--for-parties")):
+        if target is not None and any(target.resolve().is_relative_to(folder.resolve()) for folder in inputs):
+            raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
+    if parties is not None and (_within(parties, out) or _within(out, parties)):
+        raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
+
+
+def require_several(weights: Iterable[float]) -> None:
+    """What parties are handed is a mean: of one adapter it would be that adapter, bit for bit.
+
+    Raises:
+        UsageError: fewer than two weights are above zero.
+    """
+    if sum(weight > 0 for weight in weights) < 2:
+        raise UsageError("--for-parties would hand out one party's adapter as it is: give two adapters or more a weight above 0")
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def one_place(name: str | None) -> str | None:

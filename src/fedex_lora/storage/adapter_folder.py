@@ -88,7 +88,7 @@ class AdapterHeader:
     path: Path
     folder: AdapterFolder
     entries: Mapping[str, Entry]
-    identity: tuple[int, ...] = ()
+    identity: tuple[int, ...] | None = None
 
     def factor(self, module: str, part: str) -> Entry:
         """A or B of a linear layer."""

@@ -1,12 +1,7 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
 
-import hashlib
-import json
 import math
-import os
-import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +12,6 @@ from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.measure import Held
 from fedex_lora.storage.adapter_folder import (
-    CONFIG,
-    WEIGHTS,
     AdapterFolder,
     AdapterHeader,
     Format,
@@ -26,32 +19,16 @@ from fedex_lora.storage.adapter_folder import (
     read_adapter_folder,
     write_adapter_folder,
 )
-from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest, sha256
+from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
 from fedex_lora.storage.motion import motion_tensors, read_motion
 from fedex_lora.storage.run_folder import run_rounds_of
-from fedex_lora.storage.tensors import (
-    Tensors,
-    delta_tensors,
-    load_delta,
-    load_tensors,
-    load_update,
-    not_finite,
-    save_delta,
-    save_tensors,
-    save_update,
-)
+from fedex_lora.storage.tensors import Tensors, delta_tensors, load_delta, load_tensors, not_finite, save_delta, save_tensors
+from fedex_lora.storage.updates import UPDATES, keep_adapters, read_updates, save_update
+from fedex_lora.storage.updates import safe_name as safe_name
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, Motion, ServerState
 
-TRAINABLE, DELTA, PREVIOUS, MOTION, UPDATES, HELD, STANDALONE, WHOLE = (
-    "trainable",
-    "base_delta.safetensors",
-    "previous_delta.safetensors",
-    "motion.safetensors",
-    "updates",
-    "held",
-    "adapter",
-    "model.safetensors",
-)
+TRAINABLE, STANDALONE, HELD = "trainable", "adapter", "held"
+DELTA, PREVIOUS, MOTION, WHOLE = (f"{name}.safetensors" for name in ("base_delta", "previous_delta", "motion", "model"))
 README = """# Only right on top of the base delta
 
 This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
@@ -187,57 +164,6 @@ def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, 
     rank = max(pair.rank for pair in adapter.values())
     text = README.format(rank=rank, method=method, round=round, delta=DELTA)
     (trainable / "README.md").write_text(text, encoding="utf-8")
-
-
-def safe_name(client_id: str) -> str:
-    """A client id as a file name; ids with odd characters get a hash, so that no two share a name."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".")[:100]
-    return plain if plain == client_id else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
-
-
-def keep_adapters(result: Path, adapters: Mapping[str, AdapterHeader]) -> dict[str, str]:
-    """Adapters as they were read, in `updates/CLIENT/` of a result folder: each file of weights is linked, or copied where it cannot be.
-
-    A link costs no second copy, and alters nothing: files of results are removed and replaced, and never written into.
-
-    Args:
-        result: a folder that nobody reads yet.
-        adapters: client -> its adapter.
-
-    Returns:
-        File -> its sha256.
-
-    Raises:
-        StorageError: an adapter has changed since it was described.
-    """
-    sums = {}
-    for client, adapter in adapters.items():
-        place = result / UPDATES / safe_name(client)
-        place.mkdir(parents=True)
-        (place / CONFIG).write_text(json.dumps(adapter.folder.config, indent=1) + "\n", encoding="utf-8")
-        try:
-            os.link(adapter.path.resolve(), place / WEIGHTS)
-        except OSError:  # another disk, or one without links, or somebody else's file
-            shutil.copyfile(adapter.path, place / WEIGHTS)
-        sums[str((place / WEIGHTS).relative_to(result))] = sha256(place / WEIGHTS)
-        adapter.require_unchanged()
-    return sums
-
-
-def read_updates(folder: Path, clients: Iterable[str]) -> list[ClientUpdate]:
-    """The updates in a result folder, as they were written, or as adapter folders that were kept.
-
-    Raises:
-        StorageError: one is missing, altered or not of these clients.
-    """
-    names, updates = {safe_name(client): client for client in clients}, []
-    for path in sorted((folder / UPDATES).glob("*")):
-        if path.suffix == ".safetensors" and path.is_file():
-            updates.append(load_update(path))
-        elif path.is_dir():
-            read = read_adapter_folder(path)
-            updates.append(ClientUpdate(names.get(path.name, path.name), read.adapter, 1, read.other))
-    return updates
 
 
 def read_result(folder: Path, check: bool = True) -> Result:

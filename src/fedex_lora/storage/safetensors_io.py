@@ -91,16 +91,12 @@ def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
     return table
 
 
-def file_identity(path: Path) -> tuple[int, ...]:
-    """What changes when somebody writes to a file, or puts another in its place.
-
-    Raises:
-        StorageError: it is missing.
-    """
+def file_identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when somebody writes to a file, or puts another in its place; None where there is none."""
     try:
         found = path.stat()
-    except OSError as error:
-        raise StorageError(f"{path} is missing ({error.strerror}): copy the folder again") from None
+    except OSError:
+        return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
