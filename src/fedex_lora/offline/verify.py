@@ -57,6 +57,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         if "inputs" in result.manifest and not (result.updates and result.adapter):
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
         rows.append(_verify_one(folder, result, base))
+        last = result
     if not rows:
         raise StorageError(f"every round in {path} was skipped: nothing to verify")
     if final is not None:
@@ -72,7 +73,6 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     }
     if base:
         summary |= {key: algebra.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
-        last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
     return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
 

@@ -12,7 +12,7 @@ from fedex_lora.errors import StorageError
 from fedex_lora.storage.adapter_folder import CONFIG, WEIGHTS, AdapterHeader, read_adapter_folder
 from fedex_lora.storage.files import sha256
 from fedex_lora.storage.tensors import load_tensors, save_tensors
-from fedex_lora.types import ClientUpdate, LoRAPair
+from fedex_lora.types import ClientUpdate, LoRAPair, scalings_of
 
 UPDATES = "updates"
 
@@ -25,13 +25,10 @@ def safe_name(client_id: str) -> str:
 
 def save_update(path: Path, update: ClientUpdate) -> None:
     """A client's update: `M.A`, `M.B`, `other|NAME`, and the rest as metadata."""
-    tensors = {f"{module}.{part}": tensor for module, pair in update.adapter.items() for part, tensor in (("A", pair.A), ("B", pair.B))}
-    about = {
-        "client_id": update.client_id,
-        "num_examples": update.num_examples,
-        "scalings": {module: pair.scaling for module, pair in update.adapter.items()},
-    }
-    save_tensors(path, tensors | {f"other|{name}": tensor for name, tensor in update.other.items()}, {"update": json.dumps(about)})
+    tensors = {f"{module}.{part}": getattr(pair, part) for module, pair in update.adapter.items() for part in "AB"}
+    tensors |= {f"other|{name}": tensor for name, tensor in update.other.items()}
+    about = {"client_id": update.client_id, "num_examples": update.num_examples, "scalings": scalings_of(update.adapter)}
+    save_tensors(path, tensors, {"update": json.dumps(about)})
 
 
 def load_update(path: Path) -> ClientUpdate:
@@ -41,10 +38,7 @@ def load_update(path: Path) -> ClientUpdate:
         about = json.loads(metadata["update"])
         return ClientUpdate(
             client_id=about["client_id"],
-            adapter={
-                module: LoRAPair(A=tensors[f"{module}.A"], B=tensors[f"{module}.B"], scaling=scaling)
-                for module, scaling in about["scalings"].items()
-            },
+            adapter={name: LoRAPair(tensors[f"{name}.A"], tensors[f"{name}.B"], scaling) for name, scaling in about["scalings"].items()},
             num_examples=about["num_examples"],
             other={name.removeprefix("other|"): tensor for name, tensor in tensors.items() if name.startswith("other|")},
         )
