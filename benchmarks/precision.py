@@ -120,9 +120,11 @@ def measured(which: str, args: argparse.Namespace, method: str, dtype: str, quan
         want, numbers = verify.ideal_logits(result, base, ROWS), {}
         for home, answers in (("side", partial(verify.model_logits, rows=ROWS)), ("fold", folded_answers)):
             for precision, float32 in (("", False), ("_float32", True)):
-                got = verify.Answers(*answers(result, base, float32), *want)
-                numbers |= {f"{home}{precision}": got.error, f"{home}{precision}_missing": abs(1 - got.share)}
-                numbers[f"floor{precision}"] = got.floor
+                got = answers(result, base, float32)
+                found, change = verify.compared(*got, *want), want[0] - want[1]
+                shown = float(((got[0] - got[1]) * change).sum() / (change * change).sum())  # by least squares
+                numbers |= {f"{home}{precision}": found["error"], f"{home}{precision}_missing": abs(1 - shown)}
+                numbers[f"floor{precision}"] = found["floor"]
         return {
             "model": which,
             "method": method,

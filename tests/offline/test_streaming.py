@@ -1,6 +1,9 @@
 """From files to files: the same bits as in memory, the same refusals, and no more memory than a module of all clients."""
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,9 +26,10 @@ from fedex_lora.offline.merge_results import merge_folders
 from fedex_lora.offline.streaming import Round, audit_is_cheap
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.adapter_folder import Format, read_adapter_folder
-from fedex_lora.storage.files import sha256
+from fedex_lora.storage.files import read_manifest, sha256
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.safetensors_io import TensorWriter, read_table, read_tensor
+from fedex_lora.storage.updates import save_update
 
 SHAPES = {
     f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in (("q", (48, 48)), ("up", (96, 48)), ("k", (32, 48)))
@@ -151,6 +155,50 @@ def test_without_updates_and_audit(tmp_path):
     assert not (tmp_path / "out" / "updates").exists()
     with pytest.raises(StorageError, match="holds no clients' LoRA updates"):
         verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["fedex", "fedex-best"])  # from files to files, and in memory
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_inputs_are_kept_as_they_are(linked, method, tmp_path, monkeypatch):
+    """Linked, or copied where that cannot be; what becomes of the result afterwards alters no input."""
+    folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    if not linked:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for folder in folders for path in folder.iterdir()}
+    out = tmp_path / "out"
+    aggregate_folders(folders, out, method, None, None, parties=tmp_path / "parties")
+    assert verify(out)["max_relative_error"] < 1e-6
+    sums = read_manifest(out)["files"]
+    for folder in folders:
+        kept = out / "updates" / folder.name
+        assert (kept / "adapter_model.safetensors").samefile(folder / "adapter_model.safetensors") == linked
+        assert json.loads((kept / "adapter_config.json").read_text()) == json.loads((folder / "adapter_config.json").read_text())
+        assert sums[f"updates/{folder.name}/adapter_model.safetensors"] == sha256(folder / "adapter_model.safetensors")
+    assert not any("updates" in name for name in read_manifest(tmp_path / "parties")["files"])
+    shutil.rmtree(out)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+
+
+def test_results_with_updates_in_the_old_format_are_verified(tmp_path):
+    """As releases before this wrote them, and as runs do: one file a client, with other names in it."""
+    folders = [write_adapter(tmp_path / name, seed, alpha=4 + seed) for seed, name in enumerate("abc")]
+    out = tmp_path / "out"
+    aggregate_folders(folders, out, "fedex", [1.0, 2.0, 3.0], None)
+    want, found = verify(out), read_result(out)
+    manifest = read_manifest(out)
+    shutil.rmtree(out / "updates")
+    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if not name.startswith("updates/")}
+    for update in found.updates:
+        name = f"updates/{update.client_id}.safetensors"
+        save_update(out / name, update)
+        manifest["files"][name] = sha256(out / name)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(out) == want
+    (out / name).unlink()
+    del manifest["files"][name]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="names other clients in its manifest than in its updates"):
+        verify(out)
 
 
 def test_nan_is_refused_by_name_and_leaves_nothing(tmp_path):
@@ -331,9 +379,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(how, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "not where it should be"),
-        ({"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}, "not where it should be"),
-        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "not where it should be"),
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "not safetensors"),
+        ({"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}, "not safetensors"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "not safetensors"),
         ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "which is not read here"),
     ],
     ids=["negative", "float", "gap", "type"],

@@ -14,7 +14,7 @@ from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.report import analysis
 from fedex_lora.storage.files import read_manifest
-from fedex_lora.storage.tensors import load_update
+from fedex_lora.storage.updates import load_update
 
 
 @pytest.fixture(scope="module")

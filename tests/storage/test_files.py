@@ -10,7 +10,8 @@ from tests.conftest import make_updates
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.storage.events import append_event, read_events
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, read_manifest, replacing
-from fedex_lora.storage.tensors import load_delta, load_tensors, load_update, save_delta, save_tensors, save_update
+from fedex_lora.storage.tensors import load_delta, load_tensors, save_delta, save_tensors
+from fedex_lora.storage.updates import load_update, save_update
 from fedex_lora.types import Dense, LowRank
 
 

@@ -61,7 +61,9 @@ def spoilt(folder, file, value, part=""):
     tensors = load_file(folder / file)
     name = [name for name in sorted(tensors) if part in name][-1]
     tensors[name].view(-1)[-1] = value
-    save_file(tensors, folder / file, load_tensors(folder / file)[1])
+    about = load_tensors(folder / file)[1]
+    (folder / file).unlink()  # it may be a link to an input
+    save_file(tensors, folder / file, about)
     signed(folder, file)
 
 
@@ -73,8 +75,8 @@ def spoilt(folder, file, value, part=""):
         ("trainable/adapter_model.safetensors", "score"),
         ("adapter/adapter_model.safetensors", "lora_A"),
         ("base_delta.safetensors", ""),
-        ("updates/one.safetensors", ".A"),
-        ("updates/one.safetensors", "other|"),
+        ("updates/one/adapter_model.safetensors", "lora_A"),
+        ("updates/one/adapter_model.safetensors", "score"),
     ],
 )
 def test_a_result_that_is_not_finite_is_refused(file, part, value, adapters, tmp_path):
@@ -131,15 +133,22 @@ def test_a_scaling_is_a_finite_number_and_not_zero(alpha, finished, tmp_path):
 
 
 @pytest.mark.parametrize("scaling", [math.nan, 0.0, "2", None, True])
-def test_nor_is_an_update_s_scaling_anything_else(scaling, adapters, tmp_path):
-    out = tmp_path / "out"
-    assert call("aggregate", *adapters, "-o", out).exit_code == 0
-    tensors, about = load_tensors(out / "updates" / "one.safetensors")
+def test_nor_is_an_update_s_scaling_anything_else(scaling, finished, adapters, tmp_path):
+    """In the update that a run stored, and in the adapter that `aggregate` kept."""
+    out = shutil.copytree(finished / "rounds" / "0001", tmp_path / "round")
+    path = next((out / "updates").iterdir())
+    tensors, about = load_tensors(path)
     update = json.loads(about["update"])
     about["update"] = json.dumps({**update, "scalings": dict.fromkeys(update["scalings"], scaling)})
-    save_file(tensors, out / "updates" / "one.safetensors", about)
-    signed(out, "updates/one.safetensors")
+    save_file(tensors, path, about)
+    signed(out, f"updates/{path.name}")
     assert "a scaling is a finite number, and not zero" in one_line(call("verify", out), 1)
+    kept = tmp_path / "out"
+    assert call("aggregate", *adapters, "-o", kept).exit_code == 0
+    path = kept / "updates" / "one" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": scaling}))
+    signed(kept, "updates/one/adapter_config.json")
+    assert one_line(call("verify", kept), 1)
 
 
 @pytest.mark.parametrize("options", [[], ["--method", "fedex-best"], ["--method", "fedit"]])

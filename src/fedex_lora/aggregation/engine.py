@@ -73,7 +73,7 @@ def aggregate(
     return Aggregate(
         adapter=adapter,
         residual=residual,
-        other={name: mean_of([update.other[name] for update in updates], p, name) for name in updates[0].other},
+        other={name: mean_of((update.other[name] for update in (updates[-1], *updates[:-1])), p, name) for name in updates[0].other},
         weights={update.client_id: weight for update, weight in zip(updates, p, strict=True)},
         method=method,
         dropped=dropped,
@@ -130,15 +130,16 @@ def _any(matrix: Tensor) -> bool:
     return bool(matrix[0].any() or matrix.any())
 
 
-def mean_of(tensors: Sequence[Tensor], p: Sequence[float], name: str) -> Tensor:
-    """`sum p_i x_i`, differences first, rounded once to fp32 or better; the sequence may read them one at a time."""
-    last = tensors[-1]
+def mean_of(last_first: Iterable[Tensor], p: Sequence[float], name: str) -> Tensor:
+    """`sum p_i x_i`, differences to the last first, rounded once to fp32 or better; `last_first` may read them one at a time."""
+    tensors = iter(last_first)
+    last = next(tensors)
     if not last.is_floating_point():
         raise AggregationError(f"other tensor {name} is {last.dtype}, which has no mean: send floating-point tensors only")
     last = last.to(torch.promote_types(last.dtype, torch.float32))
     total = last.to(torch.float64, copy=True)
-    for index, weight in enumerate(p[:-1]):
-        total.add_(tensors[index].to(last.dtype) - last, alpha=weight)
+    for weight, tensor in zip(p[:-1], tensors, strict=True):
+        total.add_(tensor.to(last.dtype) - last, alpha=weight)
     mean = total.to(last.dtype)
     if not finite(mean):
         raise AggregationError(f"other tensor {name} of some client holds NaN or infinity, or overflows: leave that client out")

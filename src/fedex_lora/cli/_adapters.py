@@ -43,49 +43,49 @@ def aggregate(
 ) -> None:
     """Aggregate PEFT adapters from anywhere, exactly. No training, no server."""
     from fedex_lora.offline.aggregate_folders import aggregate_folders
-
-    if merge:
-        other = method != "fedex" or state or truncate or not updates or audit != "auto"
-        _merge(adapters, out, numbers(weights, "--weights", "120,80"), for_parties, base, other, as_json)
-        return
-    shares_given = numbers(weights, "--weights", "0.2,0.3,0.5")
-    truncation = _truncation(truncate)
-    result = aggregate_folders(adapters, out, method, shares_given, state, truncation, updates, _audit(audit), for_parties, base)
-    if as_json:
-        print_json(result)
-        _require_exact(result)
-        return
-    console = consoles(False)
-    shares = ", ".join(f"{client} {weight:.4g}" for client, weight in result["weights"].items())
-    of = f"{len(result['weights'])} adapters" + (f" of {result['base_model']}" if result["base_model"] else "")
-    console.print(f"{result['method']}: {result['modules']} modules of {of}; weights {shares}", highlight=False)
-    _print_errors(console, result)
-    if result["tail"]:
-        console.print(f"the truncation dropped {result['tail']:.1%} of the norm of what it cut", highlight=False)
-    if result["warning"]:
-        console.print(f"! {result['warning']}", highlight=False)
-    _print_places(console, result, out)
-    _require_exact(result)
-
-
-def _merge(
-    regions: list[Path], out: Path, weights: list[float] | None, parties: Path | None, base: str | None, other: object, as_json: bool
-) -> None:
     from fedex_lora.offline.merge_results import merge_folders
 
-    if other:
+    if merge and (method != "fedex" or state or truncate or not updates or audit != "auto"):
         raise UsageError("--merge takes everything but --weights and --base from the regions' results: leave the other options out")
-    result = merge_folders(regions, out, weights, parties, base)
+    given = numbers(weights, "--weights", "120,80" if merge else "0.2,0.3,0.5")
+    if merge:
+        result = merge_folders(adapters, out, given, for_parties, base)
+    else:
+        cut, how = _truncation(truncate), _audit(audit)
+        result = aggregate_folders(adapters, out, method, given, state, cut, updates, how, for_parties, base)
     if as_json:
         print_json(result)
-        _require_exact(result)
-        return
-    console = consoles(False)
-    shares = ", ".join(f"{region} {weight:.4g}" for region, weight in result["weights"].items())
-    console.print(f"{result['method']}: {len(result['clients'])} adapters of {len(regions)} regions; weights {shares}", highlight=False)
-    console.print(f"relative error against {result['error_against']} in fp64: {result['max_relative_error']:.1e}", highlight=False)
-    _print_places(console, result, out)
+    else:
+        _print_result(consoles(False), result, out)
     _require_exact(result)
+
+
+def _print_result(console: Any, result: dict[str, Any], out: Path) -> None:
+    """Of which adapters the mean is, how far off it is, and where it is."""
+    shares = ", ".join(f"{name} {weight:.4g}" for name, weight in result["weights"].items())
+    if "clients" in result:
+        of = f"{len(result['clients'])} adapters of {len(result['weights'])} regions"
+        lines = [f"relative error against {result['error_against']} in fp64: {result['max_relative_error']:.1e}"]
+    else:
+        of = f"{result['modules']} modules of {len(result['weights'])} adapters"
+        of += f" of {result['base_model']}" if result["base_model"] else ""
+        lines = [_errors(result)]
+        lines += [f"the truncation dropped {result['tail']:.1%} of the norm of what it cut"] if result["tail"] else []
+        lines += [f"! {result['warning']}"] if result["warning"] else []
+    train = result.get("for_parties") or f"{out / 'trainable'} with base_delta.safetensors"
+    lines.append((f"stand-alone adapter: {out / 'adapter'}   " if result["adapter"] else "") + f"to train on: {train}")
+    if not result["adapter"]:
+        lines.append("no stand-alone adapter: at rank k r it would be larger than the matrices; `export --as adapter --rank R` cuts one")
+    for line in [f"{result['method']}: {of}; weights {shares}", *lines]:
+        console.print(line, highlight=False)
+
+
+def _errors(result: dict[str, Any]) -> str:
+    if result["max_relative_error"] is None:
+        return "the error was not measured"
+    how = " (estimated on 32 random directions; --audit exact, or `verify`, computes it)" if result["error_estimated"] else ""
+    error, deviation = result["max_relative_error"], result["deviation"]
+    return f"relative error against the fp64 ideal: {error:.1e}; plain averaging is off by {deviation:.1%}{how}"
 
 
 def _require_exact(result: dict[str, Any]) -> None:
@@ -96,29 +96,6 @@ def _require_exact(result: dict[str, Any]) -> None:
     error = result["max_relative_error"]
     if error is not None and (failed(error) or (result["exact_method"] and not error <= EXACT_BELOW)):
         fail(f"error: the result is off by {error:.1e}, and method {result['method']} is not: do not use {result['out']}", 1)
-
-
-def _print_errors(console: Any, result: dict[str, Any]) -> None:
-    if result["max_relative_error"] is None:
-        console.print("the error was not measured")
-        return
-    how = " (estimated on 32 random directions; --audit exact, or `verify`, computes it)" if result["error_estimated"] else ""
-    console.print(
-        f"relative error against the fp64 ideal: {result['max_relative_error']:.1e}; plain averaging is off by "
-        f"{result['deviation']:.1%}{how}",
-        highlight=False,
-    )
-
-
-def _print_places(console: Any, result: dict[str, Any], out: Path) -> None:
-    train = (
-        f"to train on: {result.get('for_parties', out / 'trainable')}{'' if 'for_parties' in result else ' with base_delta.safetensors'}"
-    )
-    if result["adapter"]:
-        console.print(f"stand-alone adapter: {out / 'adapter'}   {train}", highlight=False)
-        return
-    console.print(train, highlight=False)
-    console.print("no stand-alone adapter: at rank k r it would be larger than the matrices; `export --as adapter --rank R` cuts one")
 
 
 def _audit(text: str) -> Any:

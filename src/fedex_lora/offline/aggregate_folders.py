@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,85 @@ from fedex_lora.errors import UsageError
 from fedex_lora.exactness import measure
 from fedex_lora.exactness.streaming_audit import Audit, How
 from fedex_lora.offline.streaming import Round, audit_is_cheap, streamable, write_streamed
-from fedex_lora.offline.together import one_base, one_task, require_fits, require_marks, require_same_frozen, retold
-from fedex_lora.storage.adapter_folder import AdapterFolder, AdapterHeader, Format, describe_adapter_folders, read_adapter_folder
+from fedex_lora.offline.together import (
+    distinct_names,
+    one_base,
+    one_task,
+    require_apart,
+    require_fits,
+    require_marks,
+    require_same_frozen,
+    require_several,
+)
+from fedex_lora.storage.adapter_folder import AdapterHeader, Format, describe_adapter_folders
 from fedex_lora.storage.handout import for_parties
 from fedex_lora.storage.result import Result, read_result, write_result
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is aggregated, after every check that needs no numbers.
+
+    Attributes:
+        row: the method.
+        files: client -> its adapter.
+        weights: one a client; None: uniform.
+        format, facts: how the result is written, and what its manifest says.
+        previous: the result that the adapters were trained on top of.
+        out, keep_updates, audit: see `aggregate_folders`.
+        blockless: what the base gains has no client's block in its factors.
+    """
+
+    row: Method
+    files: Mapping[str, AdapterHeader]
+    weights: Sequence[float] | None
+    format: Format
+    facts: Mapping[str, Any]
+    previous: Result | None
+    out: Path
+    keep_updates: bool
+    audit: How
+    blockless: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an aggregation left behind.
+
+    Attributes:
+        weights: client -> p_i.
+        modules, trainable_rank, residual_rank: how many, and their largest ranks.
+        errors, deviation: of the result, and of plain averaging, against the ideal in fp64; None: not measured.
+        seconds, audit_seconds: in all, and of that for the errors.
+        dense_modules: how many gained a matrix.
+        adapter: is there a stand-alone adapter?
+        error_estimated: on random directions?
+        tail, warning: of a truncation (`measure.tail`, `measure.useless_truncation`).
+    """
+
+    weights: Mapping[str, float]
+    modules: int
+    trainable_rank: int
+    residual_rank: int
+    errors: measure.Exactness | None
+    deviation: measure.Exactness | None
+    seconds: float
+    audit_seconds: float
+    dense_modules: int = 0
+    adapter: bool = True
+    error_estimated: bool = False
+    tail: float = 0.0
+    warning: str | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """As the command prints them."""
+        return {
+            **{key: value for key, value in vars(self).items() if key != "errors"},
+            "max_relative_error": self.errors.max_relative_error if self.errors else None,
+            "total_relative_error": self.errors.total_relative_error if self.errors else None,
+            "deviation": self.deviation.total_relative_error if self.deviation else None,
+        }
 
 
 def aggregate_folders(
@@ -51,8 +125,8 @@ def aggregate_folders(
         audit: measure the error exactly, or on random directions where memory holds one module at a time; "auto": exactly unless that
             would take several times as long as the aggregation.
         parties: a folder to write beside `out`, for the parties to go on from: the same without anything of single adapters (see
-            `peft_io.for_parties`). What the base gains has then no client's block in its factors (`aggregation.truncation.without_blocks`).
-        base: the base of all adapters, where they name it differently (see `peft_io.one_base`).
+            `handout.for_parties`). What the base gains has then no client's block in its factors (`truncation.without_blocks`).
+        base: the base of all adapters, where they name it differently (see `together.one_base`).
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -65,166 +139,115 @@ def aggregate_folders(
     require_apart(folders, out, parties)
     if parties is not None:
         require_several([1.0] * len(folders) if weights is None else weights)
-    described = describe_adapter_folders(folders)
-    base_model = one_base(folders, [one.folder.base_model for one in described], base)
-    if base:
-        require_fits(folders, described, base)
-    speaker = described[one_task(folders, [one.folder.config for one in described])].folder
-    described = [retold(one, speaker.config) for one in described]
-    require_same_frozen(folders, described)
+    described, like = _described(folders, base)
     if previous is not None and row.own:
         raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
-    before = _result(previous)
-    marks = [one.folder.mark for one in described]
-    require_marks(folders, marks, before.mark if before else None)
+    before = None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
+    require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
     names = distinct_names(folders)
-    format = replace(described[0].folder.format, config={**speaker.config, "base_model_name_or_path": base_model})
-    facts = {
-        "base_model": base_model,
-        "task_type": speaker.config.get("task_type"),
-        **({"frozen": sorted(format.frozen)} if format.frozen else {}),
-        "sources": [str(folder) for folder in folders],
-        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
-        "versions": {"fedex-lora": __version__},
-    }
+    files = dict(zip(names, described, strict=True))
+    job = Job(row, files, weights, like, _facts(folders, weights, like), before, out, keep_updates, audit, parties is not None)
     with for_parties(out, parties):
-        if previous is None and streamable(row, described):
-            result = _streamed(row, described, names, out, weights, format, facts, keep_updates, audit, parties is not None)
-        else:
-            read = [_read(folder, one) for folder, one in zip(folders, described, strict=True)]
-            format = replace(format, frozen=read[0].format.frozen)
-            result = _in_memory(row, read, names, out, weights, before, truncation, format, facts, keep_updates, audit, parties is not None)
+        outcome = _from_files(job) if before is None and streamable(row, described) else _in_memory(job, truncation)
     return {
         "method": method,
         "exact_method": row.exact,
-        "base_model": base_model,
-        **result,
-        "weights": {name: result["weights"][name] for name in names},
+        "base_model": like.config["base_model_name_or_path"],
+        **outcome.numbers(),
+        "weights": {name: outcome.weights[name] for name in names},
         "out": str(out),
         **({"for_parties": str(parties)} if parties else {}),
     }
 
 
-def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:
-    """What is written lies in nothing that is read, nor in anything else that is written.
-
-    Raises:
-        UsageError: it does.
-    """
-    for target, option in ((out, "-o"), (parties, "--for-parties")):
-        if target is not None and any(target.resolve().is_relative_to(folder.resolve()) for folder in inputs):
-            raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
-    if parties is not None and (_within(parties, out) or _within(out, parties)):
-        raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
-
-
-def require_several(weights: Iterable[float]) -> None:
-    """What parties are handed is a mean: of one adapter it would be that adapter, bit for bit.
-
-    Raises:
-        UsageError: fewer than two weights are above zero.
-    """
-    if sum(weight > 0 for weight in weights) < 2:
-        raise UsageError("--for-parties would hand out one party's adapter as it is: give two adapters or more a weight above 0")
+def _described(folders: Sequence[Path], base: str | None) -> tuple[list[AdapterHeader], Format]:
+    """The adapters, which belong together, and how their mean is written."""
+    described = describe_adapter_folders(folders)
+    base_model = one_base(folders, [one.folder.base_model for one in described], base)
+    if base:
+        require_fits(folders, described, base)
+    configs = [one.folder.config for one in described]
+    speaker = configs[one_task(folders, configs)]
+    if any(not config.get("task_type") for config in configs):
+        described = describe_adapter_folders(folders, speaker.get("task_type"))
+    require_same_frozen(folders, [one.folder.format.frozen for one in described], lambda index, name: described[index].tensor(name))
+    return described, replace(described[0].folder.format, config={**speaker, "base_model_name_or_path": base_model})
 
 
-def _within(inner: Path, outer: Path) -> bool:
-    return inner.resolve().is_relative_to(outer.resolve())
-
-
-def _streamed(
-    row: Method,
-    described: Sequence[AdapterHeader],
-    names: Sequence[str],
-    out: Path,
-    weights: Sequence[float] | None,
-    format: Format,
-    facts: Mapping[str, Any],
-    keep_updates: bool,
-    audit: How,
-    blockless: bool,
-) -> dict[str, Any]:
-    """From files to files."""
-    started = time.perf_counter()
-    updates = [ClientUpdate(name, one.folder.adapter, 1, one.folder.other) for name, one in zip(names, described, strict=True)]
-    files = dict(zip(names, described, strict=True))
-    ordered, p = in_order(updates, normalised_weights(updates, "uniform" if weights is None else weights))
-    require_same_structure(ordered, row)
-    round = Round(row, [files[update.client_id] for update in ordered], ordered, p, format)
-    errors = None if audit == "none" else Audit(exact=audit == "exact" or (audit == "auto" and audit_is_cheap(round)))
-    write_streamed(out, round, facts, keep_updates, errors, blockless)
+def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Format) -> dict[str, Any]:
+    """What the manifest says beside the method and the inputs."""
     return {
-        "weights": {update.client_id: weight for update, weight in zip(ordered, p, strict=True)},
-        "modules": len(round.adapter),
-        "trainable_rank": max(pair.rank for pair in round.adapter.values()),
-        "residual_rank": max(min(round.rest_rank(module), *pair.shape) for module, pair in round.adapter.items()),
-        "dense_modules": sum(round.rest_rank(module) > 0 and round.dense(module) for module in round.adapter),
-        "adapter": round.standalone() is not None,
-        "max_relative_error": errors.exactness().max_relative_error if errors else None,
-        "total_relative_error": errors.exactness().total_relative_error if errors else None,
-        "error_estimated": bool(errors and not errors.exact),
-        "tail": 0.0,
-        "warning": None,
-        "deviation": errors.deviation().total_relative_error if errors else None,
-        "seconds": time.perf_counter() - started,
-        "audit_seconds": errors.seconds if errors else 0.0,
+        "base_model": like.config["base_model_name_or_path"],
+        "task_type": like.config.get("task_type"),
+        **({"frozen": sorted(like.frozen)} if like.frozen else {}),
+        "sources": [str(folder) for folder in folders],
+        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
+        "versions": {"fedex-lora": __version__},
     }
 
 
-def _in_memory(
-    row: Method,
-    read: Sequence[AdapterFolder],
-    names: Sequence[str],
-    out: Path,
-    weights: Sequence[float] | None,
-    previous: Result | None,
-    truncation: Truncation | None,
-    format: Format,
-    facts: Mapping[str, Any],
-    keep_updates: bool,
-    audit: How,
-    blockless: bool,
-) -> dict[str, Any]:
+def _from_files(job: Job) -> Outcome:
+    """From files to files."""
+    started = time.perf_counter()
+    updates = [ClientUpdate(name, one.folder.adapter, 1, one.folder.other) for name, one in job.files.items()]
+    ordered, p = in_order(updates, normalised_weights(updates, "uniform" if job.weights is None else job.weights))
+    require_same_structure(ordered, job.row)
+    round = Round(job.row, [job.files[update.client_id] for update in ordered], ordered, p, job.format)
+    audit = None if job.audit == "none" else Audit(exact=job.audit == "exact" or (job.audit == "auto" and audit_is_cheap(round)))
+    write_streamed(job.out, round, job.facts, job.keep_updates, audit, job.blockless)
+    return Outcome(
+        weights=round.weights,
+        modules=len(round.adapter),
+        trainable_rank=max(pair.rank for pair in round.adapter.values()),
+        residual_rank=max(min(round.rest_rank(module), *pair.shape) for module, pair in round.adapter.items()),
+        errors=audit.exactness() if audit else None,
+        deviation=audit.deviation() if audit else None,
+        seconds=time.perf_counter() - started,
+        audit_seconds=audit.seconds if audit else 0.0,
+        dense_modules=sum(round.rest_rank(module) > 0 and round.dense(module) for module in round.adapter),
+        adapter=round.standalone is not None,
+        error_estimated=bool(audit and not audit.exact),
+    )
+
+
+def _in_memory(job: Job, truncation: Truncation | None) -> Outcome:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
-    updates = [
-        ClientUpdate(client_id=name, adapter=one.adapter, num_examples=1, other=one.other) for name, one in zip(names, read, strict=True)
-    ]
-    before = _state(previous, row.name, updates)
-    rule: Any = "uniform" if weights is None else list(weights)
+    read = {name: file.read() for name, file in job.files.items()}
+    updates = [ClientUpdate(name, one.adapter, 1, one.other) for name, one in read.items()]
+    format = replace(job.format, frozen=next(iter(read.values())).format.frozen)
+    rule: Any = "uniform" if job.weights is None else list(job.weights)
     held: measure.Held = {}
-    if previous is None:
-        result = aggregate(updates, row.name, rule, truncation)
-        if blockless:
+    if job.previous is None:
+        before = server.init(updates[0].adapter, updates[0].other, job.row.name)
+        result = aggregate(updates, job.row.name, rule, truncation)
+        if job.blockless:
             result = replace(result, residual={module: without_blocks(gain) for module, gain in result.residual.items()})
-        after = ServerState(method=row.name, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
+        after = replace(before, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
     else:
+        before = server.init(job.previous.adapter, job.previous.other, job.row.name)
+        before = replace(before, round=int(job.previous.manifest["round"]), base_delta=job.previous.base_delta)
         after, result = server.step(before, updates, rule, truncation)
         held = {update.client_id: _held(before, update) for update in updates}
     measured = time.perf_counter()
-    errors = measure.audit(before, updates, result.weights, after, held) if audit != "none" else None
-    deviation = measure.deviation(result, updates).total_relative_error if audit != "none" else None
-    audited = time.perf_counter() - measured
-    kept = updates if keep_updates else ()
-    write_result(
-        out, after, updates, result.weights, format, facts, previous_delta=before.base_delta, standalone=True, held=held, kept=kept
+    audited = job.audit != "none"
+    errors = measure.audit(before, updates, result.weights, after, held) if audited else None
+    deviation = measure.deviation(result, updates) if audited else None
+    audit_seconds = time.perf_counter() - measured
+    kept = job.files if job.keep_updates else {}
+    write_result(job.out, after, updates, result.weights, format, job.facts, before.base_delta, held=held, standalone=True, kept=kept)
+    return Outcome(
+        weights=result.weights,
+        modules=len(after.adapter),
+        trainable_rank=max(pair.rank for pair in after.adapter.values()),
+        residual_rank=max((gain.rank for gain in result.residual.values()), default=0),
+        errors=errors,
+        deviation=deviation,
+        seconds=time.perf_counter() - started,
+        audit_seconds=audit_seconds,
+        tail=measure.tail(result),
+        warning=measure.useless_truncation(result),
     )
-    return {
-        "weights": dict(result.weights),
-        "modules": len(after.adapter),
-        "trainable_rank": max(pair.rank for pair in after.adapter.values()),
-        "residual_rank": max((gain.rank for gain in result.residual.values()), default=0),
-        "dense_modules": 0,
-        "adapter": True,
-        "max_relative_error": errors.max_relative_error if errors else None,
-        "total_relative_error": errors.total_relative_error if errors else None,
-        "error_estimated": False,
-        "tail": measure.tail(result),
-        "warning": measure.useless_truncation(result),
-        "deviation": deviation,
-        "seconds": time.perf_counter() - started,
-        "audit_seconds": audited,
-    }
 
 
 def _require_global_model(row: Method, truncation: Truncation | None) -> None:
@@ -234,40 +257,6 @@ def _require_global_model(row: Method, truncation: Truncation | None) -> None:
         raise UsageError(f"method {row.name} has no global model to write: each client goes on with its own; use fedex, say")
     if truncation not in (None, Truncation()) and row.rest != "truncate":
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
-
-
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or their whole paths where two have one name.
-
-    Raises:
-        UsageError: one folder twice.
-    """
-    resolved = [folder.resolve() for folder in folders]
-    if len(set(resolved)) < len(resolved):
-        raise UsageError("the same adapter folder is given twice: to count it twice, give it once with twice the weight")
-    names = [folder.name for folder in resolved]
-    return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
-
-
-def _read(folder: Path, described: AdapterHeader) -> AdapterFolder:
-    """A described adapter with its numbers."""
-    read = read_adapter_folder(folder)
-    rest = {**read.other, **read.format.frozen}
-    other, frozen = ({name: rest[name] for name in names} for names in (described.folder.other, described.folder.format.frozen))
-    return AdapterFolder(adapter=read.adapter, other=other, format=replace(read.format, frozen=frozen))
-
-
-def _result(previous: Path | None) -> Result | None:
-    """What `--state` names."""
-    return None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
-
-
-def _state(previous: Result | None, method: str, updates: Sequence[ClientUpdate]) -> ServerState:
-    """The state that the adapters were trained from; without one, a base that has gained nothing."""
-    if previous is None:
-        return server.init(updates[0].adapter, updates[0].other, method)
-    state = server.init(previous.adapter, previous.other, method)
-    return replace(state, round=int(previous.manifest["round"]), base_delta=previous.base_delta)
 
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:

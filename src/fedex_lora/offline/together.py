@@ -1,8 +1,7 @@
-"""Do adapters belong together: one base, one task, one base delta below them, and the same of what they do not train?"""
+"""Do folders belong together: each once and apart from what is written, one base, one task, one base delta, the same untrained rest?"""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,55 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedex_lora.errors import AggregationError
+from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.models.fingerprint import CONFIG
 from fedex_lora.models.pristine import cached_folder
-from fedex_lora.storage.adapter_folder import AdapterHeader, Format
+from fedex_lora.storage.adapter_folder import AdapterHeader
 from fedex_lora.storage.layout import LINEAR
-from fedex_lora.storage.peft_rules import trained_whole
-from fedex_lora.storage.safetensors_io import read_tensor
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
 ROWS = 4  # of each tensor that are compared
 REMEDY = "if they are one base at several places, or in other bits, say which by --base MODEL"
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their whole paths where two have one name.
+
+    Raises:
+        UsageError: one folder twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise UsageError("the same adapter folder is given twice: to count it twice, give it once with twice the weight")
+    names = [folder.name for folder in resolved]
+    return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
+
+
+def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:
+    """What is written lies in nothing that is read, nor in anything else that is written.
+
+    Raises:
+        UsageError: it does.
+    """
+    for target, option in ((out, "-o"), (parties, "--for-parties")):
+        if target is not None and any(target.resolve().is_relative_to(folder.resolve()) for folder in inputs):
+            raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
+    if parties is not None and (_within(parties, out) or _within(out, parties)):
+        raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
+
+
+def require_several(weights: Iterable[float]) -> None:
+    """What parties are handed is a mean: of one adapter it would be that adapter, bit for bit.
+
+    Raises:
+        UsageError: fewer than two weights are above zero.
+    """
+    if sum(weight > 0 for weight in weights) < 2:
+        raise UsageError("--for-parties would hand out one party's adapter as it is: give two adapters or more a weight above 0")
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def one_place(name: str | None) -> str | None:
@@ -151,36 +188,25 @@ def one_task(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> i
     return first
 
 
-def retold(one: AdapterHeader, config: Mapping[str, Any]) -> AdapterHeader:
-    """An adapter as its tensors read with the task type of the others: the heads of the type are trained, though it names none."""
-    folder = one.folder
-    told = {**folder.config, "task_type": config.get("task_type")}
-    heads = {name: tensor for name, tensor in folder.format.frozen.items() if trained_whole(name, told)}
-    if not heads:
-        return one
-    frozen = {name: tensor for name, tensor in folder.format.frozen.items() if name not in heads}
-    return replace(one, folder=replace(folder, other=folder.other | heads, format=Format(told, folder.format.layouts, frozen)))
-
-
-def require_same_frozen(folders: Sequence[Path], described: Sequence[AdapterHeader]) -> None:
+def require_same_frozen(folders: Sequence[Path], frozen: Sequence[Collection[str]], read: Callable[[int, str], Tensor]) -> None:
     """What adapters hold and do not train is the same in all of them.
+
+    Args:
+        folders: of the adapters; named in errors.
+        frozen: the names of what each holds and does not train.
+        read: one such tensor of one folder.
 
     Raises:
         AggregationError: it is not.
     """
-    first = described[0]
-    for folder, one in zip(folders, described, strict=True):
-        for name in sorted({*one.folder.format.frozen, *first.folder.format.frozen}):
-            if name in one.entries and name in first.entries and _same(name, one, first):
+    for index, folder in enumerate(folders):
+        for name in sorted({*frozen[index], *frozen[0]}):
+            if index == 0 or (name in frozen[0] and name in frozen[index] and torch.equal(read(0, name), read(index, name))):
                 continue
             raise AggregationError(
                 f"{folders[0]} and {folder} differ in {name}, which by PEFT's rule was not trained: if it was, name its module in "
                 "modules_to_save of their adapter_config.json; if not, their bases have other weights there"
             )
-
-
-def _same(name: str, one: AdapterHeader, other: AdapterHeader) -> bool:
-    return one.path == other.path or torch.equal(*(read_tensor(file.path, file.entries[name]) for file in (one, other)))
 
 
 def require_marks(folders: Sequence[Path], marks: Sequence[str | None], below: str | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         if "inputs" in result.manifest and not (result.updates and result.adapter):
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
         rows.append(_verify_one(folder, result, base))
+        last = result
     if not rows:
         raise StorageError(f"every round in {path} was skipped: nothing to verify")
     if final is not None:
@@ -72,7 +73,6 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     }
     if base:
         summary |= {key: algebra.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
-        last = read_result(Path(rows[-1]["folder"]))
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
     return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
 
@@ -159,53 +159,6 @@ def _require_sums(folder: Path) -> None:
         raise StorageError(f"{odd} has no sum in {folder / MANIFEST}, so it cannot be verified: move it away, or copy the folder again")
 
 
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a model answers with its base delta and without, beside the same of the ideal model in fp64.
-
-    Attributes:
-        got, got_without: of the model.
-        want, want_without: of the base as it is stored (dequantised, upcast), with the ideal update in its weights.
-    """
-
-    got: Tensor
-    got_without: Tensor
-    want: Tensor
-    want_without: Tensor
-
-    @property
-    def error(self) -> float:
-        """`|got - want| / |want - want_without|`: relative to the change that the base delta causes."""
-        return self._relative(self.got - self.want)
-
-    @property
-    def floor(self) -> float:
-        """`|got_without - want_without| / |want - want_without|`: what computing in this precision costs, wherever the delta is."""
-        return self._relative(self.got_without - self.want_without)
-
-    @property
-    def error_of_output(self) -> float:
-        """`|got - want| / |want|`: relative to all that the model answers."""
-        return algebra.relative(*(float(torch.linalg.vector_norm(one)) for one in (self.got - self.want, self.want)))
-
-    @property
-    def floor_of_output(self) -> float:
-        """`|got_without - want_without| / |want_without|`."""
-        return algebra.relative(
-            *(float(torch.linalg.vector_norm(one)) for one in (self.got_without - self.want_without, self.want_without))
-        )
-
-    @property
-    def share(self) -> float:
-        """How much of the base delta's effect the model shows: the least-squares factor between its change and the ideal change."""
-        change = self.want - self.want_without
-        return float(((self.got - self.got_without) * change).sum() / (change * change).sum())
-
-    def _relative(self, difference: Tensor) -> float:
-        change = self.want - self.want_without
-        return algebra.relative(float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(change)))
-
-
 def ideal_logits(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The ideal model's logits in fp64, and the same without the base delta (without the whole update, where the base gained nothing)."""
     ideal = _ideal(result)
@@ -226,14 +179,26 @@ def model_logits(result: Result, base: str, float32: bool, rows: int = 4) -> tup
     return got, logits(model, rows)
 
 
+def compared(got: Tensor, got_without: Tensor, want: Tensor, want_without: Tensor) -> dict[str, float]:
+    """How far a model's answers are from the ideal model's: with its base delta and without, beside the same in fp64.
+
+    Returns:
+        `error`: `|got - want| / |want - want_without|`, relative to the change that the base delta causes; `floor`: the same of the
+        answers without it, which is what computing in this precision costs; `share` and `share_floor`: both relative to all that the
+        ideal model answers.
+    """
+    norms = (got - want, want - want_without, got_without - want_without, want, want_without)
+    error, change, floor, size, size_without = (float(torch.linalg.vector_norm(one)) for one in norms)
+    pairs = {"error": (error, change), "floor": (floor, change), "share": (error, size), "share_floor": (floor, size_without)}
+    return {name: algebra.relative(*pair) for name, pair in pairs.items()}
+
+
 def output_errors(result: Result, base: str) -> dict[str, Any]:
-    """`Answers.error` and `floor` of a result's model, as it computes and in float32, and both as shares of the output."""
-    want = ideal_logits(result, base)
-    own, upcast = (Answers(*model_logits(result, base, float32), *want) for float32 in (False, True))
-    numbers: dict[str, Any] = {"compute_dtype": result.manifest.get("base_dtype", "float32")}
-    for suffix, answers in (("", own), ("_float32", upcast)):
-        numbers |= {f"output_error{suffix}": answers.error, f"output_floor{suffix}": answers.floor}
-        numbers |= {f"output_share{suffix}": answers.error_of_output, f"output_share_floor{suffix}": answers.floor_of_output}
+    """`compared` of a result's model, as it computes and in float32."""
+    want, numbers = ideal_logits(result, base), {"compute_dtype": result.manifest.get("base_dtype", "float32")}
+    for suffix, float32 in (("", False), ("_float32", True)):
+        found = compared(*model_logits(result, base, float32), *want)
+        numbers |= {f"output_{name}{suffix}": value for name, value in found.items()}
     return numbers
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
-from fedex_lora.storage.safetensors_io import Entry, Table, file_identity, meta, read_table
+from fedex_lora.storage.safetensors_io import Entry, Table, file_identity, read_table, read_tensor
 from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
@@ -70,10 +71,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         StorageError: a file is missing or broken.
         AdapterError: it is not plain LoRA.
     """
-    config = _read_config(folder)
-    _require_weights(folder, config)
-    tensors, _ = load_tensors(folder / WEIGHTS)
-    return _parsed(folder, config, tensors)
+    return _parsed(folder, _read_config(folder), load_tensors(folder / WEIGHTS)[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,21 +82,42 @@ class AdapterHeader:
         path: of the file.
         folder: as `read_adapter_folder` gives it, with tensors that have a shape and no numbers.
         entries: where each tensor lies, by its name in the model.
-        stamp: of the file when it was described (`tensor_files.stamp`).
+        identity: of the file when it was described (`safetensors_io.file_identity`).
     """
 
     path: Path
     folder: AdapterFolder
     entries: Mapping[str, Entry]
-    stamp: tuple[int, ...] = ()
+    identity: tuple[int, ...] | None = None
 
     def factor(self, module: str, part: str) -> Entry:
         """A or B of a linear layer."""
         return self.entries[f"{module}.lora_{part}.weight"]
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read."""
+        return read_tensor(self.path, self.entries[name])
 
-def describe_adapter_folders(folders: Sequence[Path]) -> list[AdapterHeader]:
+    def read(self) -> AdapterFolder:
+        """All of it, read."""
+        return _parsed(self.path.parent, self.folder.config, load_tensors(self.path)[0])
+
+    def require_unchanged(self) -> None:
+        """What has been read since is what was described.
+
+        Raises:
+            StorageError: somebody wrote to the file.
+        """
+        if file_identity(self.path) != self.identity:
+            raise StorageError(f"{self.path} has changed while it was read: aggregate again when nobody writes to it")
+
+
+def describe_adapter_folders(folders: Sequence[Path], task_type: str | None = None) -> list[AdapterHeader]:
     """What `read_adapter_folder` would read, from headers alone; folders that look alike share one table.
+
+    Args:
+        folders: of the adapters.
+        task_type: of those that name none; its heads are trained.
 
     Raises:
         StorageError, AdapterError: as `read_adapter_folder`.
@@ -108,21 +127,15 @@ def describe_adapter_folders(folders: Sequence[Path]) -> list[AdapterHeader]:
     described = []
     for folder in folders:
         config = _read_config(folder)
-        _require_weights(folder, config)
-        found = file_identity(folder / WEIGHTS)
-        table = read_table(folder / WEIGHTS, tables)
+        config |= {"task_type": task_type} if task_type and not config.get("task_type") else {}
+        path = folder / WEIGHTS
+        identity, table = file_identity(path), read_table(path, tables)
         key = (json.dumps(config, sort_keys=True), table.raw)
         if key not in alike:
-            parsed = _parsed(folder, config, {name: meta(entry) for name, entry in table.entries.items()})
-            alike[key] = AdapterHeader(folder / WEIGHTS, parsed, named(table.entries))
-        described.append(replace(alike[key], path=folder / WEIGHTS, stamp=found))
+            empty = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in table.entries.items()}
+            alike[key] = AdapterHeader(path, _parsed(folder, config, empty), named(table.entries))
+        described.append(replace(alike[key], path=path, identity=identity))
     return described
-
-
-def _require_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    require_plain_lora(config, str(folder))
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
-        raise StorageError(f"{folder} holds a pickled adapter_model.bin, which is never opened here: save it as safetensors with PEFT")
 
 
 def _parsed(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterFolder:
@@ -157,6 +170,7 @@ def _parsed(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of plain LoRA, whose weights can be read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -165,6 +179,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise StorageError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise StorageError(f"{folder / CONFIG} is not a JSON object")
+    require_plain_lora(config, str(folder))
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise StorageError(f"{folder} holds a pickled adapter_model.bin, which is never opened here: save it as safetensors with PEFT")
     return config
 
 

@@ -37,20 +37,22 @@ def for_parties(source: Path, target: Path | None, leaves: bool = True) -> Itera
     if target is None:
         yield
         return
-    facts: dict[str, Any] = {}
-    with atomic_folder(target, facts) as temporary:
+    facts, sums = dict[str, Any](), dict[str, str]()
+    with atomic_folder(target, facts, sums) as temporary:
         yield
         manifest = read_manifest(source, check=False)
         facts |= {key: manifest[key] for key in SHARED if key in manifest}
         for name in (file for file in manifest["files"] if is_for_parties(file)):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, temporary / name)
+            sums[name] = manifest["files"][name]
         if leaves and "base_model" in facts:
             facts["base_model"] = _plain_name(facts["base_model"])
         if leaves and (path := temporary / TRAINABLE / CONFIG).is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = _plain_name(config.get("base_model_name_or_path"))
             path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            del sums[f"{TRAINABLE}/{CONFIG}"]
 
 
 def _plain_name(base: Any) -> Any:

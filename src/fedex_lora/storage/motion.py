@@ -6,12 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.storage.tensors import (
-    Tensors,
-    delta_tensors,
-    deltas_of,
-    load_tensors,
-)
+from fedex_lora.storage.tensors import Tensors, delta_tensors, deltas_of, load_tensors
 from fedex_lora.types import Adapter, Motion, adapter_from, factors_of, scalings_of
 
 
@@ -57,15 +52,9 @@ def read_motion(path: Path, like: Adapter) -> Motion | None:
 
 def _misfit(motion: Motion, like: Adapter) -> str | None:
     """What is not of the adapter's modules and shapes, or no number; None where all is."""
-    for name, pair in motion.adapter.items():
-        there = like.get(name)
-        if (
-            there is None
-            or pair.shape != there.shape
-            or pair.rank != there.rank
-            or not pair.A.is_floating_point()
-            or not pair.B.is_floating_point()
-        ):
-            return name
-    odd = [name for name, change in motion.change.items() if name not in like or change.shape != like[name].shape]
-    return next(iter([*odd, *(name for name in like if name not in motion.adapter)]), None)
+    shapes = {name: (pair.shape, pair.rank) for name, pair in like.items()}
+    odd = [name for name in {**like, **motion.adapter} if name not in like or name not in motion.adapter]
+    odd += [name for name, pair in motion.adapter.items() if (pair.shape, pair.rank) != shapes.get(name)]
+    odd += [name for name, pair in motion.adapter.items() if not (pair.A.is_floating_point() and pair.B.is_floating_point())]
+    odd += [name for name, change in motion.change.items() if name not in like or change.shape != like[name].shape]
+    return next(iter(odd), None)

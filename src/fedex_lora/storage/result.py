@@ -1,8 +1,6 @@
 """Result folders: what a round, `final/` and `fedex-lora aggregate` leave behind, and what of it a party is handed."""
 
-import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +11,24 @@ from torch import Tensor
 from fedex_lora.aggregation import METHODS
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.measure import Held
-from fedex_lora.storage.adapter_folder import AdapterFolder, Format, concat_adapter, read_adapter_folder, write_adapter_folder
+from fedex_lora.storage.adapter_folder import (
+    AdapterFolder,
+    AdapterHeader,
+    Format,
+    concat_adapter,
+    read_adapter_folder,
+    write_adapter_folder,
+)
 from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
 from fedex_lora.storage.motion import motion_tensors, read_motion
 from fedex_lora.storage.run_folder import run_rounds_of
-from fedex_lora.storage.tensors import (
-    Tensors,
-    delta_tensors,
-    load_delta,
-    load_tensors,
-    load_update,
-    not_finite,
-    save_delta,
-    save_tensors,
-    save_update,
-)
+from fedex_lora.storage.tensors import Tensors, delta_tensors, load_delta, load_tensors, not_finite, save_delta, save_tensors
+from fedex_lora.storage.updates import UPDATES, keep_adapters, read_updates, save_update
+from fedex_lora.storage.updates import safe_name as safe_name
 from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, Motion, ServerState
 
-TRAINABLE, DELTA, PREVIOUS, MOTION, UPDATES, HELD, STANDALONE, WHOLE = (
-    "trainable",
-    "base_delta.safetensors",
-    "previous_delta.safetensors",
-    "motion.safetensors",
-    "updates",
-    "held",
-    "adapter",
-    "model.safetensors",
-)
+TRAINABLE, STANDALONE, HELD = "trainable", "adapter", "held"
+DELTA, PREVIOUS, MOTION, WHOLE = (f"{name}.safetensors" for name in ("base_delta", "previous_delta", "motion", "model"))
 README = """# Only right on top of the base delta
 
 This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
@@ -98,7 +87,7 @@ def write_result(
     more: Mapping[str, Tensors] | None = None,
     motion: Motion | None = None,
     standalone: bool = False,
-    kept: Sequence[ClientUpdate] | None = None,
+    kept: Mapping[str, AdapterHeader] | None = None,
 ) -> None:
     """Write a result folder in one step.
 
@@ -114,7 +103,7 @@ def write_result(
         more: file name -> what else the folder holds.
         motion: what the server's momentum made the round start from.
         standalone: also write `adapter/`, the whole update as one stacked PEFT adapter.
-        kept: the updates that are written; None: all.
+        kept: client -> the adapter folder that it came in, which is kept as it is (`keep_adapters`); None: the updates are written.
 
     Raises:
         AggregationError: a result that is not finite. Nothing is left behind then.
@@ -122,7 +111,8 @@ def write_result(
     _require_no_overflow({**_named(state.adapter, state.other), **delta_tensors(state.base_delta)})
     whole = concat_adapter(state.adapter, state.base_delta) if standalone else {}
     _require_no_overflow(_named(whole, {}))
-    with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts)) as temporary:
+    sums: dict[str, str] = {}
+    with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts), sums) as temporary:
         if state.adapter:
             write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
             write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round)
@@ -131,10 +121,13 @@ def write_result(
         save_delta(temporary / DELTA, state.base_delta)
         if previous_delta:
             save_delta(temporary / PREVIOUS, previous_delta)
-        for update in updates if kept is None else kept:
-            save_update(temporary / UPDATES / f"{safe_name(update.client_id)}.safetensors", update)
+        sums |= keep_adapters(temporary, kept or {})
+        for update in updates if kept is None or kept else ():
+            file = f"{safe_name(update.client_id)}.safetensors"
+            if kept is None:
+                save_update(temporary / UPDATES / file, update)
             if held and held.get(update.client_id):
-                save_delta(temporary / HELD / f"{safe_name(update.client_id)}.safetensors", held[update.client_id])
+                save_delta(temporary / HELD / file, held[update.client_id])
         if motion is not None:
             save_tensors(temporary / MOTION, *motion_tensors(motion))
         for name, content in (more or {}).items():
@@ -173,12 +166,6 @@ def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, 
     (trainable / "README.md").write_text(text, encoding="utf-8")
 
 
-def safe_name(client_id: str) -> str:
-    """A client id as a file name; ids with odd characters get a hash, so that no two share a name."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".")[:100]
-    return plain if plain == client_id else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
-
-
 def read_result(folder: Path, check: bool = True) -> Result:
     """Read a result folder, after comparing sha256 sums.
 
@@ -200,8 +187,8 @@ def read_result(folder: Path, check: bool = True) -> Result:
         adapter, format = {}, Format(config={})
         other, _ = load_tensors(folder / WHOLE)
     previous = folder / PREVIOUS
-    updates = [load_update(path) for path in sorted((folder / UPDATES).glob("*.safetensors"))]
     weights = {entry["client"]: entry["weight"] for entry in inputs}
+    updates = read_updates(folder, weights)
     if updates and {update.client_id for update in updates} != weights.keys():
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
     if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):

@@ -1,16 +1,16 @@
-"""safetensors files in pieces: a table read once, byte ranges read into memory that is there already, files written tensor by tensor."""
+"""safetensors files: opened and checked by their library, read in ranges into memory that is there already, written tensor by tensor."""
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedex_lora.errors import StorageError
@@ -28,19 +28,17 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_TABLE = 100 * 2**20
 SMALL = 2**18  # bytes whose sum takes less time than another thread does to wake up
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 """Name -> dtype and shape, in the order in which the tensors lie in the file."""
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies in its file: `start..stop` in bytes from the beginning."""
+    """Where a tensor lies in its file: from byte `start` on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    stop: int
 
 
 class Table(NamedTuple):
@@ -51,6 +49,22 @@ class Table(NamedTuple):
     metadata: Mapping[str, str]
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file as `safe_open` gives it, which has compared its header with its size.
+
+    Raises:
+        StorageError: missing, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is missing: copy the folder again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+
+
 def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
     """The table of a safetensors file, without its tensors.
 
@@ -59,114 +73,74 @@ def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
         known: tables by header, which files that look alike share: a thousand clients' adapters then cost one table.
 
     Raises:
-        StorageError: missing, truncated, or not safetensors.
+        StorageError: as `opened`; or a tensor in fewer bits than are read here.
     """
-    if not path.is_file():
-        raise StorageError(f"{path} is missing: copy the folder again")
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _LARGEST_TABLE:
-                raise ValueError("no header")
-            raw = file.read(length)
-        table = (known or {}).get(raw) or _parsed(raw)
-        if 8 + length + _data_bytes(table) != path.stat().st_size:
-            raise ValueError("its size is not what its header says")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+    with opened(path), path.open("rb") as file:  # whose header is sound, then
+        raw = file.read(int.from_bytes(file.read(8), "little"))
+    if known and raw in known:
+        return known[raw]
+    header, entries = json.loads(raw), dict[str, Entry]()
+    metadata = header.pop("__metadata__", {})
+    for name, about in header.items():
+        if about["dtype"] not in DTYPES:
+            raise StorageError(f"{path}: {name} is {about['dtype']}, which is not read here: save the adapter in 16 or 32 bits")
+        entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), 8 + len(raw) + about["data_offsets"][0])
+    table = Table(raw, entries, metadata)
     if known is not None:
         known[raw] = table
     return table
 
 
-def _data_bytes(table: Table) -> int:
-    return max((entry.stop for entry in table.entries.values()), default=8 + len(table.raw)) - 8 - len(table.raw)
-
-
-def file_identity(path: Path) -> tuple[int, ...]:
-    """What changes when somebody writes to a file, or puts another in its place.
-
-    Raises:
-        StorageError: it is missing.
-    """
+def file_identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when somebody writes to a file, or puts another in its place; None where there is none."""
     try:
         found = path.stat()
-    except OSError as error:
-        raise StorageError(f"{path} is missing ({error.strerror}): copy the folder again") from None
+    except OSError:
+        return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _parsed(raw: bytes) -> Table:
-    header = json.loads(raw)
-    metadata = header.pop("__metadata__", {})
-    entries, end = {}, 0
-    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), shape = about["data_offsets"], tuple(about["shape"])
-        if about["dtype"] not in DTYPES:
-            raise StorageError(f"{name} is {about['dtype']}, which is not read here: save the adapter in 16 or 32 bits")
-        if start != end or not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
-            raise ValueError(f"{name} is not where it should be")
-        entry = Entry(DTYPES[about["dtype"]], shape, 8 + len(raw) + start, 8 + len(raw) + stop)
-        if stop - start != math.prod(shape) * entry.dtype.itemsize:
-            raise ValueError(f"{name} has {stop - start} bytes")
-        entries[name], end = entry, stop
-    return Table(raw, entries, metadata)
+@contextmanager
+def readable(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, for `read_into`.
+
+    Raises:
+        StorageError: the file has gone, or cannot be read to the end of a tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}: copy it again") from None
 
 
-def meta(entry: Entry) -> Tensor:
-    """A tensor of this dtype and shape that holds nothing."""
-    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-
-def read_into(descriptor: int, entry: Entry, out: Tensor) -> None:
+def read_into(file: BinaryIO, entry: Entry, out: Tensor) -> None:
     """Read one tensor of an open file into contiguous memory of as many numbers, in another floating-point dtype where `out` has one.
 
     Raises:
         OSError: the file ends early.
     """
-    if out.dtype != entry.dtype:
-        read = torch.empty(entry.shape, dtype=entry.dtype)
-        read_into(descriptor, entry, read)
+    read = out if out.dtype == entry.dtype else torch.empty(entry.shape, dtype=entry.dtype)
+    memory = _bytes(read)
+    file.seek(entry.start)
+    if file.readinto(memory) != memory.nbytes:  # type: ignore[attr-defined]
+        raise OSError("the file ends early")
+    if read is not out:
         out.view(entry.shape).copy_(read)
-        return
-    target, position = _bytes(out), entry.start
-    while target.nbytes:
-        got = os.preadv(descriptor, [target], position)
-        if got == 0:
-            raise OSError("the file ends early")
-        target, position = target[got:], position + got
+
+
+def read_tensor(path: Path, entry: Entry) -> Tensor:
+    """One tensor, in memory."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    with readable(path) as file:
+        read_into(file, entry, tensor)
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     numbers: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(numbers)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor for `read_into`.
-
-    Raises:
-        StorageError: the file has gone, or cannot be read to the end of a tensor.
-    """
-    descriptor = -1
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        yield descriptor
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}: copy it again") from None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def read_tensor(path: Path, entry: Entry) -> Tensor:
-    """One tensor, in memory."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    with opened(path) as descriptor:
-        read_into(descriptor, entry, tensor)
-    return tensor
 
 
 class TensorWriter:

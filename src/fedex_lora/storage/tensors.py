@@ -1,18 +1,21 @@
-"""Tensors, base deltas and client updates as safetensors files."""
+"""Tensors and base deltas as safetensors files."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import finite, from_parts, parts
 from fedex_lora.errors import StorageError
 from fedex_lora.storage.files import cannot_write, fsync, replacing
-from fedex_lora.types import ClientUpdate, Delta, Dense, LoRAPair, LowRank
+from fedex_lora.storage.safetensors_io import opened
+from fedex_lora.types import Delta, Dense, LowRank
+
+Tensors: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""What a safetensors file holds: tensors and metadata."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -47,13 +50,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         StorageError: missing, truncated, or not safetensors.
     """
-    if not path.is_file():
-        raise StorageError(f"{path} is missing: copy the folder again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
 def save_delta(path: Path, base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> None:
@@ -92,36 +90,3 @@ def deltas_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Delta]:
         return {module: from_parts(parts) for module, parts in found.items()}
     except ValueError as error:
         raise StorageError(f"{path} is no base delta: it has tensors of {error}") from None
-
-
-def save_update(path: Path, update: ClientUpdate) -> None:
-    """A client's update: `M.A`, `M.B`, `other|NAME`, and the rest as metadata."""
-    tensors = {f"{module}.{part}": tensor for module, pair in update.adapter.items() for part, tensor in (("A", pair.A), ("B", pair.B))}
-    about = {
-        "client_id": update.client_id,
-        "num_examples": update.num_examples,
-        "scalings": {module: pair.scaling for module, pair in update.adapter.items()},
-    }
-    save_tensors(path, tensors | {f"other|{name}": tensor for name, tensor in update.other.items()}, {"update": json.dumps(about)})
-
-
-def load_update(path: Path) -> ClientUpdate:
-    """The inverse of `save_update`."""
-    tensors, metadata = load_tensors(path)
-    try:
-        about = json.loads(metadata["update"])
-        return ClientUpdate(
-            client_id=about["client_id"],
-            adapter={
-                module: LoRAPair(A=tensors[f"{module}.A"], B=tensors[f"{module}.B"], scaling=scaling)
-                for module, scaling in about["scalings"].items()
-            },
-            num_examples=about["num_examples"],
-            other={name.removeprefix("other|"): tensor for name, tensor in tensors.items() if name.startswith("other|")},
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise StorageError(f"{path} is not a client's update: {error!r}") from None
-
-
-Tensors: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""What a safetensors file holds: tensors and metadata."""

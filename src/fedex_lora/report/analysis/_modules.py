@@ -13,7 +13,8 @@ from fedex_lora.exactness import algebra, measure
 from fedex_lora.report.analysis._runs import Run
 from fedex_lora.storage.files import read_manifest
 from fedex_lora.storage.run_folder import round_folder, run_rounds_of
-from fedex_lora.storage.tensors import load_delta, load_update
+from fedex_lora.storage.tensors import load_delta
+from fedex_lora.storage.updates import read_updates
 from fedex_lora.types import Aggregate, ClientUpdate, Delta
 
 DELTA, UPDATES = "base_delta.safetensors", "updates"
@@ -105,7 +106,7 @@ def _stored(folder: Path) -> tuple[Aggregate | None, list[ClientUpdate]]:
         return None, []
     manifest = read_manifest(folder, check=False)
     weights = {entry["client"]: entry["weight"] for entry in manifest["inputs"]}
-    updates = sorted((load_update(path) for path in (folder / UPDATES).glob("*.safetensors")), key=lambda update: update.client_id)
+    updates = sorted(read_updates(folder, weights), key=lambda update: update.client_id)
     adapter = updates[0].adapter if updates else {}
     return (Aggregate(adapter, {}, {}, weights, manifest["method"]) if adapter else None), updates
 
