@@ -1,7 +1,8 @@
 """The aggregation methods: one engine, and one row of data each.
 
-A method is a choice of what is trained, how the clients' updates are split into a rank-r adapter and a rest (`splits`), what happens to
-the rest (the frozen base gains it, gains a truncation of it, or it is dropped), and the gauge of the adapter's factors (`gauges`).
+A method is a choice of what is trained, how the clients' updates are split into a rank-r adapter and a rest (`decompositions`), what
+happens to the rest (the frozen base gains it, gains a truncation of it, or it is dropped), and the gauge of the adapter's factors
+(`gauges`). Whoever must know something of a method asks its row, and never which split it has.
 """
 
 import difflib
@@ -56,13 +57,14 @@ class Method:
         exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "to the reported tail" of a truncation,
             "best rank r" (Eckart-Young), "inexact", or "personalised" (there is no global model).
         split: (clients) -> (adapter, rest).
+        adapter: what the split's adapter is: "mean", the mean factors; "weighted", other means of the factors; "svd", components of the
+            mean update; "drawn", new factors from the run's seed, so it does not travel.
         rest: what becomes of the rest: the base gains it, gains a truncation of it, or it is dropped and the base stays.
         rest_rank: (ranks of the clients, smaller side of the module) -> columns of the rest that travels; None: nothing does.
         trains: the factors that clients train, round after round in turn; the others are frozen and shared.
         uploads: the factors that may leave a client.
         own: the factors that each client keeps for itself from round to round (a stateful client); "" for none.
         gauge: see `GAUGES`: how the adapter's factors are re-written without changing their product.
-        draws: the adapter after a round is drawn from the run's seed, so it does not travel.
         per_client_ranks: may clients have different ranks?
         momentum: may the server's next model repeat its last change (`aggregation.momentum`)?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
@@ -74,13 +76,13 @@ class Method:
     exactness: Exactness
     split: Callable[[Clients], Split]
     paper: str
+    adapter: Literal["mean", "weighted", "svd", "drawn"] = "mean"
     rest: Literal["base", "truncate", "drop"] = "drop"
     rest_rank: Callable[[Sequence[int], int], int] | None = None
     trains: tuple[Part, ...] = ("AB",)
     uploads: Part = "AB"
     own: Part | Literal[""] = ""
     gauge: str = "as-is"
-    draws: bool = False
     per_client_ranks: bool = False
     momentum: bool = False
     lora: bool = True
@@ -91,14 +93,19 @@ class Method:
         return self.exactness == "exact"
 
     @property
+    def draws(self) -> bool:
+        """Does every round begin with new factors?"""
+        return self.adapter == "drawn"
+
+    @property
     def of_means(self) -> bool:
         """Is the adapter the mean factors, and the rest all of the rest or nothing? Its shapes are known before any number is."""
-        return self.split in (factor_means, factor_means_and_residual) and self.rest != "truncate"
+        return self.adapter == "mean" and self.rest != "truncate"
 
     @property
     def refactors(self) -> bool:
         """Is the adapter after a round in other coordinates than it was trained in (so that Adam's moments mean nothing there)?"""
-        return self.gauge != "as-is" or (self.split in (best_rank, all_to_rest) and not self.own)
+        return self.gauge != "as-is" or (self.adapter in ("svd", "drawn") and not self.own)
 
     @property
     def frozen_side(self) -> bool:
@@ -147,49 +154,29 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("fedex", "exact", factor_means_and_residual, FEDEX, rest="base", rest_rank=_centred, momentum=True),
         Method(
-            "fedex-best",
-            "exact",
-            best_rank,
-            f"{FEDEX}, with the best rank-r part in the adapter",
-            rest="base",
-            rest_rank=_beyond_best,
-            per_client_ranks=True,
-            momentum=True,
+            "fedex-best", "exact", best_rank, f"{FEDEX}, with the best rank-r part in the adapter",
+            adapter="svd", rest="base", rest_rank=_beyond_best, per_client_ranks=True, momentum=True,
         ),
         Method("fedex-svd", "to the reported tail", factor_means_and_residual, f"{FEDEX}, eq. 15-16", rest="truncate", rest_rank=_centred),
         Method(
-            "reinit",
-            "exact",
-            all_to_rest,
-            "FLoRA, arXiv 2409.05976",
-            rest="base",
-            rest_rank=_stacked,
-            draws=True,
-            per_client_ranks=True,
-            momentum=True,
+            "reinit", "exact", all_to_rest, "FLoRA, arXiv 2409.05976",
+            adapter="drawn", rest="base", rest_rank=_stacked, per_client_ranks=True, momentum=True,
         ),
         Method(
-            "keep",
-            "exact",
-            all_to_rest,
-            f"{FEDEX}, section 6",
-            rest="base",
-            rest_rank=_stacked,
-            own="AB",
-            draws=True,
-            per_client_ranks=True,
+            "keep", "exact", all_to_rest, f"{FEDEX}, section 6",
+            adapter="drawn", rest="base", rest_rank=_stacked, own="AB", per_client_ranks=True,
         ),
         Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True),
         Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trains=("B",), momentum=True),
         Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trains=("B", "A")),
         Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trains=("B",), gauge="orthonormal-a", momentum=True),
-        Method("flexlora", "best rank r", best_rank, "FlexLoRA, arXiv 2402.11505", per_client_ranks=True),
-        Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", per_client_ranks=True),
+        Method("flexlora", "best rank r", best_rank, "FlexLoRA, arXiv 2402.11505", adapter="svd", per_client_ranks=True),
+        Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", adapter="weighted", per_client_ranks=True),
         Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", uploads="A", own="B"),
         Method("centralised", "exact", factor_means, "LoRA, arXiv 2106.09685, on all rows in one place", pooled=True),
         Method("full-ft", "exact", factor_means, "FedAvg of all weights, arXiv 1602.05629", lora=False),
     )
-}
+}  # fmt: skip
 
 
 REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
