@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import FULL, IGNORED, UNKNOWN, unknown_id
+from fedex_lora.tasks._completions import FULL, IGNORED, UNKNOWN, completion_metrics, tokenize_completions, unknown_id
 from fedex_lora.tasks._files import Rows
 
 Array: TypeAlias = NDArray[Any]
@@ -91,6 +91,39 @@ def _draw(rows: int, wanted: int | None, seed: int) -> Array:
 
 def _drawn(rows: Rows, wanted: int | None, seed: int) -> Rows:
     return rows.iloc[_draw(len(rows), wanted, seed)].reset_index(drop=True)
+
+
+def written_task(
+    settings: config.Task,
+    rows: tuple[Rows, Rows],
+    prompts: Callable[[Any, Rows], list[str]],
+    completions: Callable[[Rows], list[str]],
+    classes: Array | None = None,
+    **more: Any,
+) -> Task:
+    """The task of a causal LM: the loss is on the completions only, and ranks rounds.
+
+    Args:
+        settings: say how long a row may be.
+        rows: to learn from, and only to measure.
+        prompts, completions: one text a row, the prompts for a tokenizer.
+        classes: see `Task`; by default all rows are of one.
+        more: of `Task`.
+    """
+    return Task(
+        kind="causal-lm",
+        train=rows[0],
+        eval=rows[1],
+        tokenize=lambda tokenizer, rows: tokenize_completions(
+            tokenizer, prompts(tokenizer, rows), completions(rows), limit(settings, tokenizer)
+        ),
+        metrics=completion_metrics,
+        headline="loss",
+        model_config={},
+        classes=np.zeros(len(rows[0]), dtype=int) if classes is None else classes,
+        greater_is_better=False,
+        **more,
+    )
 
 
 def text_collator(kind: str, tokenizer: Any) -> Any:

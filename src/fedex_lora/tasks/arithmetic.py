@@ -18,10 +18,9 @@ import pandas as pd
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
 from fedex_lora.tasks._rows import require_values
-from fedex_lora.tasks._task import Generation, Task, limit
+from fedex_lora.tasks._task import Generation, Task, written_task
 from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form, require_math_verify
 
 METAMATH, METAMATH_HUB = "MetaMathQA-395K.json", "meta-math/MetaMathQA"
@@ -42,18 +41,12 @@ def load(name: str, settings: config.Task) -> Task:
     """
     test = as_metamath(_test(name, settings.data), f"arithmetic/{name}, test set,")
     train = as_metamath(_train(settings), "arithmetic, training rows,") if settings.train != "" else test.head(0)
-    return Task(
-        kind="causal-lm",
-        train=train,
-        eval=test,
-        tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, _prompts(rows), [f" {text.strip()}" for text in rows["response"]], limit(settings, tokenizer)
-        ),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=pd.factorize(train["type"])[0] if "type" in train else np.zeros(len(train), dtype=int),
-        greater_is_better=False,
+    return written_task(
+        settings,
+        (train, test),
+        lambda _, rows: _prompts(rows),
+        lambda rows: [f" {text.strip()}" for text in rows["response"]],
+        pd.factorize(train["type"])[0] if "type" in train else None,
         generation=Generation(
             rows=test,
             prompts=lambda _, rows: [f"{prompt} Let's think step by step." for prompt in _prompts(rows)],

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora import config
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
 from fedex_lora.tasks._rows import require_values
-from fedex_lora.tasks._task import Generation, Task, label_indices, limit
+from fedex_lora.tasks._task import Generation, Task, label_indices, written_task
 from fedex_lora.tasks.scoring import CHOICES, extract_choice
 
 TRAIN = "commonsense_170k.json"
@@ -49,16 +48,11 @@ def load(name: str, settings: config.Task) -> Task:
         right = [one == gold for one, gold in zip(got, rows["answer"], strict=True)]
         return {"accuracy": float(np.mean(right)), "unanswered": float(got.count(None))}
 
-    return Task(
-        kind="causal-lm",
-        train=train,
-        eval=test,
-        tokenize=lambda tokenizer, rows: tokenize_completions(tokenizer, _prompts(rows), list(rows["output"]), limit(settings, tokenizer)),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=np.zeros(len(train), dtype=int),
-        greater_is_better=False,
+    return written_task(
+        settings,
+        (train, test),
+        lambda _, rows: _prompts(rows),
+        lambda rows: list(rows["output"]),
         generation=Generation(
             rows=test,
             prompts=lambda _, rows: _prompts(rows),

@@ -14,14 +14,11 @@ by the challenge's five metrics (`fedex_lora.tasks.scoring`).
 import re
 from typing import Any
 
-import numpy as np
-
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, within
 from fedex_lora.tasks._rows import require_values
-from fedex_lora.tasks._task import Generation, Task, limit
+from fedex_lora.tasks._task import Generation, Task, written_task
 from fedex_lora.tasks.scoring import require_e2e, score_e2e
 
 HUB = "tuetschek/e2e_nlg"
@@ -49,18 +46,11 @@ def load(settings: config.Task) -> Task:
         }
     for name, rows in splits.items():
         require_values(rows, ["mr", "ref"], f"e2e, {name} set,")
-    return Task(
-        kind="causal-lm",
-        train=splits["train"],
-        eval=splits["dev"],
-        tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, prompts(tokenizer, rows), [f" {text.strip()}" for text in rows["ref"]], limit(settings, tokenizer)
-        ),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=np.zeros(len(splits["train"]), dtype=int),
-        greater_is_better=False,
+    return written_task(
+        settings,
+        (splits["train"], splits["dev"]),
+        prompts,
+        lambda rows: [f" {text.strip()}" for text in rows["ref"]],
         generation=Generation(
             rows=splits["test"].groupby("mr", sort=False)["ref"].agg(list).reset_index(),
             prompts=prompts,

@@ -10,16 +10,17 @@ Metrics as on https://gluebenchmark.com/leaderboard, by scikit-learn and scipy. 
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks._files import Rows, read_hub
+from fedex_lora.tasks._metrics import measured
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Task, label_indices, limit, tokenize_texts
 
@@ -81,7 +82,7 @@ def load(name: str, settings: config.Task) -> Task:
         tokenize=lambda tokenizer, rows: tokenize_texts(
             tokenizer, [list(rows[column]) for column in text], labels(rows), limit(settings, tokenizer)
         ),
-        metrics=lambda prediction: glue_metrics(prediction, glue.metrics),
+        metrics=partial(measured, names=glue.metrics),
         headline=glue.metrics[0],
         model_config={"num_labels": len(names), "problem_type": "single_label_classification"}
         if names
@@ -110,25 +111,3 @@ def _read(path: Path, glue: Glue) -> Rows:
     rows.index += 1 if glue.columns else 2  # lines of the file
     require_values(rows, [*glue.text, glue.label], str(path))
     return rows
-
-
-def glue_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
-    """The named metrics of logits (`rows x classes`, or `rows` for regression) against labels."""
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    values = scores.reshape(len(labels)).astype(np.float64) if names[0] == "pearson" else scores.argmax(axis=-1)
-    formulas = {
-        "accuracy": lambda: accuracy_score(labels, values),
-        "f1": lambda: f1_score(labels, values, zero_division=0.0),
-        "mcc": lambda: matthews_corrcoef(labels, values),
-        "pearson": lambda: _correlation(pearsonr, values, labels),
-        "spearman": lambda: _correlation(spearmanr, values, labels),
-    }
-    return {name: float(formulas[name]()) for name in names}
-
-
-def _correlation(measure: Any, values: Any, labels: Any) -> float:
-    """A correlation; of constant scores, which have none, zero."""
-    return 0.0 if np.ptp(values) == 0 or np.ptp(labels) == 0 else float(measure(values, labels)[0])
