@@ -54,7 +54,7 @@ class Method:
 
     Attributes:
         name: as in configurations, with `+GAUGE` where one was asked for.
-        exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "to the reported tail" of a truncation,
+        exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "to the reported tail" (what was truncated),
             "best rank r" (Eckart-Young), "inexact", or "personalised" (there is no global model).
         split: (clients) -> (adapter, rest).
         adapter: what the split's adapter is: "mean", the mean factors; "weighted", other means of the factors; "svd", components of the
@@ -68,7 +68,7 @@ class Method:
         per_client_ranks: may clients have different ranks?
         momentum: may the server's next model repeat its last change (`aggregation.momentum`)?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
-        pooled: one client holds all rows: the centralised reference.
+        pooled: one client holds all rows: the reference.
         paper: where it comes from.
     """
 
