@@ -98,16 +98,11 @@ def _flower() -> tuple[dict[str, str], list[str]]:
 
 
 def commands_of_this_machine(name: str) -> list[list[str]]:
-    """The command lines of running processes whose program has this name (Linux only)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue  # it has just ended
-        if any(Path(word).name == name for word in words[:2]):
-            found.append(words)
-    return found
+    """The command lines of running processes whose program has this name."""
+    import psutil
+
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [words for words in lines if any(Path(word).name == name for word in words[:2])]
 
 
 def _option(words: list[str], name: str, default: str) -> str:

@@ -11,17 +11,18 @@ From the hub, or a folder with `MetaMathQA-395K.json`, `gsm8k/test.jsonl` and `m
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from fedex_lora import config
-from fedex_lora.errors import DataError
+from fedex_lora.errors import DataError, require_extra
 from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, written_task
-from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form, require_math_verify
+from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form
 
 METAMATH, METAMATH_HUB = "MetaMathQA-395K.json", "meta-math/MetaMathQA"
 TESTS = {"gsm8k": 512, "math": 2048}  # tokens that MetaMath's evaluation lets the model write
@@ -52,7 +53,7 @@ def load(name: str, settings: config.Task) -> Task:
             prompts=lambda _, rows: [f"{prompt} Let's think step by step." for prompt in _prompts(rows)],
             score=score_gsm8k if name == "gsm8k" else score_math,
             settings={"max_new_tokens": TESTS[name]},
-            require=(lambda: None) if name == "gsm8k" else require_math_verify,
+            require=(lambda: None) if name == "gsm8k" else partial(require_extra, "math_verify", "math", "equivalent answers"),
             column="query",
         ),
     )

@@ -19,7 +19,7 @@ import pandas as pd
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._files import Rows, read_hub
+from fedex_lora.tasks._files import Rows, read_hub, within
 from fedex_lora.tasks._metrics import measured
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Task, label_indices, limit, tokenize_texts
@@ -58,18 +58,14 @@ def load(name: str, settings: config.Task) -> Task:
     Raises:
         DataError: files or columns are missing, or a label is outside the set.
     """
-    key = name.replace("-", "").replace("_", "")
-    if key not in GLUE:
-        near = config.nearest(name, list(GLUE))
-        raise DataError(f"unknown GLUE task {name!r}: " + (f"did you mean glue/{near}?" if near else f"known: {', '.join(GLUE)}"))
-    glue = GLUE[key]
+    glue = GLUE[name]
     names: list[Any]
     if settings.data:
-        root = settings.data / glue.folder if (settings.data / glue.folder).is_dir() else settings.data
+        root = within(settings.data, glue.folder)
         train, held = (_read(root / f"{split}.tsv", glue) for split in ("train", "dev"))
         text, label, names = list(glue.text), glue.label, list(glue.classes)
     else:
-        train, held = (read_hub(HUB, key, split) for split in ("train", "validation"))
+        train, held = (read_hub(HUB, name, split) for split in ("train", "validation"))
         text, label, names = list(glue.hub_text), "label", list(range(len(glue.classes)))
 
     def labels(rows: Rows) -> list[Any]:
