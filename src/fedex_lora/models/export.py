@@ -13,10 +13,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedex_lora import __version__
-from fedex_lora.aggregation.lowrank import frobenius
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
+from fedex_lora.exactness.algebra import norm
 from fedex_lora.models.build import base_for, build_model, model_kind, new_tokens, read_global
 from fedex_lora.models.loading import is_encoder
 from fedex_lora.models.lora import write_model
@@ -143,7 +143,7 @@ def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
         raise UsageError(f"--rank {rank}: give 1 to {most}, the rank of the total update")
     kept, dropped = truncate(total, Truncation(rank=rank), rank)
     cut = {module: LoRAPair(A=kept[module].V, B=kept[module].U) if module in kept else whole[module].first(1) for module in whole}
-    size = math.hypot(*(frobenius(update) for update in total.values()))
+    size = math.hypot(*(norm(update) for update in total.values()))
     return cut, math.hypot(*dropped.values()) / size if size else 0.0
 
 
