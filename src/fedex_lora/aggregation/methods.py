@@ -143,7 +143,8 @@ class Method:
         changed = "AB" if round == 1 or self.refactors else [part for part in self.trained(round - 1) if part in self.uploads]
         down = 0 if self.draws and round > 1 else rank * sum(size[part] for part in changed)
         if self.rest_rank and round > 1:
-            columns = self.rest_rank(ranks, min(shape)) * (2 if self.own and round > 2 else 1)  # with its own start, each product is two
+            twice = self.own and round > 2  # with its own start, each product is two
+            columns = self.rest_rank(ranks, min(shape)) * (2 if twice else 1)
             down += min(min(columns, truncated or columns) * sum(shape), shape[0] * shape[1])  # or the base delta itself
         return Numbers(down=down, up=ranks[client] * sum(size[part] for part in self.sent(round)))
 
@@ -157,7 +158,10 @@ METHODS: dict[str, Method] = {
             "fedex-best", "exact", best_rank, f"{FEDEX}, with the best rank-r part in the adapter",
             adapter="svd", rest="base", rest_rank=_beyond_best, per_client_ranks=True, momentum=True,
         ),
-        Method("fedex-svd", "to the reported tail", factor_means_and_residual, f"{FEDEX}, eq. 15-16", rest="truncate", rest_rank=_centred),
+        Method(
+            "fedex-svd", "to the reported tail", factor_means_and_residual, f"{FEDEX}, eq. 15-16",
+            rest="truncate", rest_rank=_centred,
+        ),
         Method(
             "reinit", "exact", all_to_rest, "FLoRA, arXiv 2409.05976",
             adapter="drawn", rest="base", rest_rank=_stacked, per_client_ranks=True, momentum=True,
