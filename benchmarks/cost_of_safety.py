@@ -79,7 +79,7 @@ def safely(one: Round, out: Path) -> dict[str, float]:
     taken = {"checksums when sent": lap()}
     for payload in one.down.values():
         decode_download(payload, known)
-    updates = [decode_update(one.up[client], sent, get_method(sent.method).stays(sent.round)) for client, sent in one.sent.items()]
+    updates = [decode_update(one.up[client], sent, get_method(sent.method).withheld(sent.round)) for client, sent in one.sent.items()]
     taken["checks of messages"] = lap()
     screened(updates, {client: sent.adapter for client, sent in one.sent.items()}, one.here.state.other, 10)
     taken["norms"] = lap()

@@ -37,7 +37,7 @@ from fedex_lora.server.checkpoint import Checkpoint
 from fedex_lora.types import Adapter
 
 CLIENTS = (10, 100, 1_000, 10_000, 100_000)
-NAMES = [name for name, row in METHODS.items() if row.lora and not row.pooled]
+NAMES = [name for name, row in METHODS.items() if row.lora and not row.centralised]
 CUTS = ("fedex-best", "fedex-svd", "flexlora")  # by an SVD of all clients' factors
 Shape = tuple[int, int]
 
@@ -91,11 +91,11 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
     here, own, sums = Checkpoint(state), dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
     for number in range(1, rounds + 1):
         sent, downloads = _messages("train", clients, here, SimpleNamespace(ranks={}), config, "run")  # type: ignore[arg-type]
-        updates, left = [], row.stays(number)
+        updates, left = [], row.withheld(number)
         for client in clients:
             start, _ = server.start_of(row.name, state.adapter, None, own.get(client))
             update = ClientUpdate(client, trained(start, row.trained(number), generator), 10)
-            own |= {client: update.adapter} if row.own else {}
+            own |= {client: update.adapter} if row.client_state else {}
             payload = encode_update(update, "run", number, row.name, left)
             updates.append(decode_update(payload, downloads[client], left))
             if number > rounds - 2:
@@ -112,8 +112,8 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
 def travels(name: str, k: int, shape: Shape, rank: int) -> tuple[float, float]:
     """Bytes of one module to and from one client in a later round, by the formulas (the mean of two rounds)."""
     row = METHODS[name]
-    truncated = rank if row.rest == "truncate" else None
-    numbers = [row.messages([rank] * k, 0, shape, number, truncated) for number in (3, 4)]
+    truncated = rank if row.residual_policy == "truncate" else None
+    numbers = [row.message_size([rank] * k, 0, shape, number, truncated) for number in (3, 4)]
     down, up = (2.0 * sum(getattr(one, way) for one in numbers) for way in ("down", "up"))  # four bytes a number, half of the sum
     return down, up
 
@@ -124,8 +124,8 @@ def numbers_in(k: int, shape: Shape, rank: int) -> float:
 
 def columns_of(row: Method, k: int, shape: Shape, rank: int) -> int:
     """Columns of what the base gains."""
-    columns = row.rest_rank([rank] * k, min(shape)) if row.rest_rank else 0
-    return min(columns, rank) if row.rest == "truncate" else columns
+    columns = row.residual_rank([rank] * k, min(shape)) if row.residual_rank else 0
+    return min(columns, rank) if row.residual_policy == "truncate" else columns
 
 
 def flops(name: str, k: int, shape: Shape, rank: int) -> float:

@@ -17,7 +17,7 @@ from fedex_lora.exactness import measure
 from fedex_lora.exactness.algebra import norm
 from fedex_lora.types import Dense, LowRank
 
-GLOBAL = [name for name, row in METHODS.items() if row.lora and not row.pooled and row.exactness != "personalised"]
+GLOBAL = [name for name, row in METHODS.items() if row.lora and not row.centralised and row.exactness != "personalised"]
 
 
 def trained(state, k, round):

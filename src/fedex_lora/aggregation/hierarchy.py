@@ -49,7 +49,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
         if not finite(gain.U, gain.V):
             raise AggregationError(f"an aggregate holds NaN or infinity in the residual of {module}: make that one again")
     regions = [ClientUpdate(f"region {index:06d}", part.adapter, 1, part.other) for index, part in enumerate(parts)]
-    between = aggregate(regions, "fedex" if row.rest == "base" else row.name, weights)
+    between = aggregate(regions, "fedex" if row.residual_policy == "base" else row.name, weights)
     w = normalised_weights(regions, weights)
     return Aggregate(
         adapter=between.adapter,
@@ -62,7 +62,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
 
 def mergeable(row: Method) -> bool:
     """Do partial aggregates of this method add up? Where the adapter is the mean factors, or new, and the base gains all of the rest."""
-    return (row.of_means or row.draws) and row.gauge == "as-is" and not row.own and row.lora
+    return (row.is_factor_mean or row.reinitialises) and row.gauge == "as-is" and not row.client_state and row.lora
 
 
 def require_mergeable(row: Method) -> None:

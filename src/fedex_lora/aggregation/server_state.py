@@ -78,8 +78,8 @@ def step(
     shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
     residual = {module: without_blocks(gain) for module, gain in add_weighted(result.residual, shares).items()}  # it travels
     result = replace(result, residual=residual)
-    shared = "A" in row.uploads and "B" in row.uploads
-    personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
+    shared = "A" in row.shared and "B" in row.shared
+    personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.client_state and shared else {}
     return replace(following(state, result, pace), personal=personal), result
 
 
@@ -141,7 +141,7 @@ def last_changes(state: ServerState, pace: Server) -> dict[str, Delta]:
 def skip(state: ServerState) -> ServerState:
     """The state after a round without a mean: the same model, one round further, and no change to repeat."""
     number = state.round + 1
-    adapter = fresh_adapter(state.adapter, state.seed, number) if get_method(state.method).draws else state.adapter
+    adapter = fresh_adapter(state.adapter, state.seed, number) if get_method(state.method).reinitialises else state.adapter
     return replace(state, round=number, adapter=adapter, base_delta=halted(state.base_delta), velocity={})
 
 
@@ -187,15 +187,15 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
         (the factors to train, module path -> what is held frozen; nothing for most methods).
     """
     row = get_method(method)
-    if own is not None and row.own == "AB":
+    if own is not None and row.client_state == "AB":
         own = regauged(own, row.gauge)
         return own, {module: LowRank(U=-pair.scaling * pair.B, V=pair.A) for module, pair in own.items()}
-    if own is not None and row.own:
-        return {module: _with_own(pair, own[module], row.own) for module, pair in adapter.items()}, {}
+    if own is not None and row.client_state:
+        return {module: _with_own(pair, own[module], row.client_state) for module, pair in adapter.items()}, {}
     if rank is None or all(pair.rank <= rank for pair in adapter.values()):
         return adapter, {}
     first = {module: pair.first(rank) for module, pair in adapter.items()}
-    held = {module: pair.after(rank) for module, pair in adapter.items() if row.frozen_side and pair.rank > rank}
+    held = {module: pair.after(rank) for module, pair in adapter.items() if row.holds_tail and pair.rank > rank}
     return first, held
 
 

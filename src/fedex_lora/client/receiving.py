@@ -37,14 +37,14 @@ class Begun:
 
     def answer(self, update: ClientUpdate) -> bytes:
         """The bytes of what the client says to the message."""
-        sent, stays = self.message, get_method(self.message.method).stays(self.message.round)
+        sent, stays = self.message, get_method(self.message.method).withheld(self.message.round)
         return encode_update(update, sent.run, sent.round, sent.method, stays, self.memory.base.version)
 
     def remembered(self, update: ClientUpdate, reply: bytes, optimizer: Mapping[str, Any] | None, config: Config) -> ClientMemory:
         """The client's memory after it trained `update` and answered with `reply`."""
         return replace(
             self.memory,
-            trained={**self.memory.trained, self.message.round: update.adapter} if get_method(self.message.method).own else {},
+            trained={**self.memory.trained, self.message.round: update.adapter} if get_method(self.message.method).client_state else {},
             optimizer=optimizer if config.local.optimizer_state == "keep" else None,
             round=self.message.round,
             reply=reply,
@@ -80,7 +80,7 @@ def begin(message: Download, memory: ClientMemory, first: Adapter, pace: Server)
     base = BaseCopy() if message.anew else memory.base
     before = memory.adapter if base.version and memory.adapter is not None else first
     base = caught_up(base, message.catch_up, before, message.adapter, pace)
-    kept = _counted(memory, message.accepted) if get_method(message.method).own else {}
+    kept = _counted(memory, message.accepted) if get_method(message.method).client_state else {}
     start, held = server.start_of(message.method, message.adapter, message.rank, kept.get(message.accepted))
     return Begun(message, replace(memory, base=base, adapter=message.adapter, trained=kept), start, held)
 

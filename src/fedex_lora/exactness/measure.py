@@ -241,7 +241,7 @@ def tail(result: Aggregate) -> float:
 def useless_truncation(result: Aggregate) -> str | None:
     """What to say when a truncation of the residual costs bytes and buys little; None otherwise."""
     share = tail(result)
-    if share <= USELESS_TAIL or get_method(result.method).rest != "truncate":
+    if share <= USELESS_TAIL or get_method(result.method).residual_policy != "truncate":
         return None
     advice = "truncate less, or use fedex (all of it) or fedit (none of it)"
     return f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"

@@ -72,7 +72,7 @@ def aggregate_folders(
     speaker = described[one_task(folders, [one.folder.config for one in described])].folder
     described = [retold(one, speaker.config) for one in described]
     require_same_frozen(folders, described)
-    if previous is not None and row.own:
+    if previous is not None and row.client_state:
         raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
     before = _result(previous)
     marks = [one.folder.mark for one in described]
@@ -228,11 +228,11 @@ def _in_memory(
 
 
 def _require_global_model(row: Method, truncation: Truncation | None) -> None:
-    if not row.lora or row.pooled:
+    if not row.lora or row.centralised:
         raise UsageError(f"method {row.name} trains nothing that adapters hold: use fedex, say")
     if row.exactness == "personalised":
         raise UsageError(f"method {row.name} has no global model to write: each client goes on with its own; use fedex, say")
-    if truncation not in (None, Truncation()) and row.rest != "truncate":
+    if truncation not in (None, Truncation()) and row.residual_policy != "truncate":
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
 
 
@@ -272,7 +272,7 @@ def _state(previous: Result | None, method: str, updates: Sequence[ClientUpdate]
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:
     """What a client of lower rank held frozen while it trained: the other components of the global adapter."""
-    if not get_method(before.method).frozen_side:
+    if not get_method(before.method).holds_tail:
         return {}
     live = before.adapter
     return {module: live[module].after(pair.rank) for module, pair in update.adapter.items() if pair.rank < live[module].rank}

@@ -291,13 +291,13 @@ def _messages(
 ) -> tuple[Encoded, dict[str, Download]]:
     """The participants' messages as bytes, and as values: each gets what it lacks."""
     state, books, method = here.state, here.books, get_method(here.state.method)
-    drawn = method.draws and state.round > 0
+    drawn = method.reinitialises and state.round > 0
     downloads = dict[str, Download]()
     since = {client: books.version.get(client, 0) for client in participants}
     lacking = {version: books.lacking(version, state, config) for version in set(since.values())}
     for client in participants:
         rank = federation.ranks.get(client)
-        whole = rank is None or method.frozen_side or drawn
+        whole = rank is None or method.holds_tail or drawn
         downloads[client] = Download(
             kind=kind,
             run=run,
@@ -370,7 +370,7 @@ def _measured(
     factors = measure.exactness(ideal, after.adapter, after.base_delta)
     realised, floor, side = federation.realised(after, ideal)
     more |= side
-    cuts = get_method(after.method).exactness in ("to the reported tail", "best rank r")
+    cuts = get_method(after.method).exactness in ("truncated", "rank-r-optimal")
     deviation = measure.deviation(result, updates)
     errors = {
         "exactness_error": factors.max_relative_error,

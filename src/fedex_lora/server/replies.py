@@ -187,7 +187,7 @@ def _judged(
     missed = earlier.get(reply.client)
     if missed is not None and reply.payload is not None:
         try:
-            update = decode_update(reply.payload, missed, get_method(missed.method).stays(missed.round), config.messages.max_examples)
+            update = decode_update(reply.payload, missed, get_method(missed.method).withheld(missed.round), config.messages.max_examples)
             if reply.client in late:
                 return _Judged(missed.round, reason=TWICE, again=True)
             if config.clients.late == "next":
@@ -204,7 +204,9 @@ def _judged(
     if reply.payload is None:
         return _Judged(round, reason=f"it failed: {reply.error}")
     try:
-        return _Judged(round, decode_update(reply.payload, sent, get_method(sent.method).stays(sent.round), config.messages.max_examples))
+        return _Judged(
+            round, decode_update(reply.payload, sent, get_method(sent.method).withheld(sent.round), config.messages.max_examples)
+        )
     except WireError as error:
         return _Judged(round, reason=str(error), again=0 < sent.accepted == round_of(reply.payload, sent))
 
