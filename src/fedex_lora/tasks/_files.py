@@ -19,6 +19,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, time
@@ -82,11 +83,7 @@ def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[
 def _line_of(path: Path, opener: Callable[..., IO[str]]) -> int:
     """The first line that is not UTF-8."""
     with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
-        return next((number for number, line in enumerate(file, start=1) if not line.isascii() and _escaped(line)), 1)
-
-
-def _escaped(line: str) -> bool:
-    return any("\udc80" <= sign <= "\udcff" for sign in line)
+        return next((number for number, line in enumerate(file, start=1) if re.search("[\udc80-\udcff]", line)), 1)
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], index: Sequence[int] | None = None) -> Rows:
