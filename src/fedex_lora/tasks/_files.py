@@ -183,12 +183,15 @@ def as_text(rows: Rows) -> Rows:
     return _frame([{str(name): _cell(value) for name, value in row.items()} for row in rows.to_dict(orient="records")])
 
 
-def read_layout(root: Path, name: str, layout: str) -> Rows:
-    """A file of a published layout.
+def published(data: Path | None, folder: str, name: str, layout: str, hub: Callable[[], Rows]) -> Rows:
+    """A file of a published layout, in `data` or its `folder`; without `data`, what `hub` gives.
 
     Raises:
         DataError: it is not there (`layout` says what should be), or not readable.
     """
+    if data is None:
+        return hub()
+    root = within(data, folder)
     if not (root / name).is_file():
         raise DataError(f"{root / name} does not exist: task.data must hold {layout}", "file")
     return read_rows(name, root)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from fedex_lora import config
 from fedex_lora.errors import DataError, require_extra
-from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
+from fedex_lora.tasks._files import Rows, published, read_hub, read_rows
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, written_task
 from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form
@@ -66,18 +66,14 @@ def _prompts(rows: Rows) -> list[str]:
 def _train(settings: config.Task) -> Rows:
     if settings.train:
         return read_rows(settings.train, settings.data)
-    if settings.data is None:
-        return read_hub(METAMATH_HUB, None, "train")
     layout = f"{METAMATH}, or task.train must name other training rows (gsm8k/train.jsonl)"
-    return read_layout(within(settings.data, "MetaMathQA"), METAMATH, layout)
+    return published(settings.data, "MetaMathQA", METAMATH, layout, lambda: read_hub(METAMATH_HUB, None, "train"))
 
 
 def _test(name: str, data: Path | None) -> Rows:
-    if data is not None:
-        return read_layout(within(data, name), "test.jsonl", f"{name}/test.jsonl as published")
-    if name == "gsm8k":
-        return read_hub("openai/gsm8k", "main", "test")
-    return pd.concat([read_hub(MATH_HUB, subject, "test") for subject in MATH_SUBJECTS], ignore_index=True)
+    parts = [("openai/gsm8k", "main")] if name == "gsm8k" else [(MATH_HUB, subject) for subject in MATH_SUBJECTS]
+    layout = f"{name}/test.jsonl as published"
+    return published(data, name, "test.jsonl", layout, lambda: pd.concat([read_hub(*part, "test") for part in parts], ignore_index=True))
 
 
 def as_metamath(rows: Rows, where: str) -> Rows:
