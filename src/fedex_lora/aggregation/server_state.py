@@ -6,8 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, get_method, init_lora_a, regauged, rescaled
+from fedex_lora.aggregation.batching import rescaled
+from fedex_lora.aggregation.engine import WeightRule, aggregate
+from fedex_lora.aggregation.factorizations import regauged
+from fedex_lora.aggregation.factors import derive_seed, init_lora_a
 from fedex_lora.aggregation.lowrank import add, add_weighted, concatenate, finite
+from fedex_lora.aggregation.methods import get_method
 from fedex_lora.aggregation.momentum import halted, last_change, moved, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Server, Truncation
