@@ -1,9 +1,23 @@
 """Metrics of classes and scores, by scikit-learn and scipy (the extra `tasks`)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import EvalPrediction
+
+from fedex_lora.errors import require_extra
+
+
+def measuring(*names: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The function that gives the named metrics of predictions.
+
+    Raises:
+        UsageError: the extra is not installed.
+    """
+    require_extra("sklearn", "tasks", "metrics of classes and scores")
+    return partial(measured, names=names)
 
 
 def measured(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:

@@ -170,7 +170,7 @@ def usable(rows: Dataset, settings: config.Task, source: str) -> tuple[Dataset, 
             f"{source}: {unknown:.0%} of the tokens in these rows are unknown to this tokenizer: is it of this language, or of this model?"
         )
     rows, room = rows.remove_columns([FULL, UNKNOWN]), f"task.max_length = {settings.max_length or int(lengths.max())}"
-    if settings.kind == "causal-lm" or (settings.name != "custom" and isinstance(rows[0]["labels"], list)):
+    if isinstance(rows[0]["labels"], list):  # of a token each
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])
         if lost.any():
             words = f"{source}: {int(lost.sum())} of {len(lost)} rows have a prompt that fills {room}, and nothing is left to learn"

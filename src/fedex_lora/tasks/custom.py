@@ -28,7 +28,7 @@ from fedex_lora.errors import DataError
 from fedex_lora.models.processor import require_pillow
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
-from fedex_lora.tasks._metrics import measured
+from fedex_lora.tasks._metrics import measuring
 from fedex_lora.tasks._rows import Problem, alike, classes_of, empty, found, outside, require_columns, settled
 from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
 from fedex_lora.tasks._templates import columns_of, filled, text_of
@@ -168,7 +168,7 @@ def _classes(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str
         train=train,
         eval=held,
         tokenize=of_images if images else _reading(settings, labels),
-        metrics=partial(measured, names=("accuracy", "macro_f1")),
+        metrics=measuring("accuracy", "macro_f1"),
         headline="accuracy",
         model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **named},
         classes=np.asarray(labels(train)),
@@ -185,7 +185,7 @@ def _regression(settings: config.Task, train: Rows, held: Rows, notes: Sequence[
         train=train,
         eval=held,
         tokenize=_reading(settings, scores),
-        metrics=partial(measured, names=("mse", "pearson", "spearman")),
+        metrics=measuring("mse", "pearson", "spearman"),
         headline="mse",
         model_config={"num_labels": 1, "problem_type": "regression"},
         classes=np.asarray(pd.qcut(pd.Series(scores(train)).rank(method="first"), min(5, len(train)), labels=False)),

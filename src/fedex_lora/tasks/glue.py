@@ -10,7 +10,6 @@ Metrics as on https://gluebenchmark.com/leaderboard, by scikit-learn and scipy. 
 
 import csv
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pandas as pd
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks._files import Rows, read_hub, within
-from fedex_lora.tasks._metrics import measured
+from fedex_lora.tasks._metrics import measuring
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Task, label_indices, limit, tokenize_texts
 
@@ -78,7 +77,7 @@ def load(name: str, settings: config.Task) -> Task:
         tokenize=lambda tokenizer, rows: tokenize_texts(
             tokenizer, [list(rows[column]) for column in text], labels(rows), limit(settings, tokenizer)
         ),
-        metrics=partial(measured, names=glue.metrics),
+        metrics=measuring(*glue.metrics),
         headline=glue.metrics[0],
         model_config={"num_labels": len(names), "problem_type": "single_label_classification"}
         if names
