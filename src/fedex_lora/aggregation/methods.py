@@ -54,7 +54,7 @@ class Method:
 
     Attributes:
         name: as in configurations, with `+GAUGE` where one was asked for.
-        exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "truncated" (what was truncated),
+        exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "truncated" (but for the tail that was cut),
             "rank-r-optimal" (Eckart-Young), "inexact", or "personalised" (there is no global model).
         split: (clients) -> (adapter, rest).
         adapter: what the split's adapter is: "mean", the mean factors; "weighted", other means of the factors; "svd", components of the
