@@ -69,7 +69,7 @@ def read_global(folder: Path) -> Result:
     """
     result = read_result(folder / FINAL if (folder / FINAL).is_dir() else folder)
     if get_method(method := result.manifest["method"]).exactness == "personalised":
-        raise ModelError(f"{folder} is of method {method}, which has no global model: take the PEFT adapters in clients/CLIENT/adapter")
+        raise ModelError(f"{folder} is of method {method}, which has no global model: load clients/CLIENT/adapter with PEFT")
     return result
 
 
