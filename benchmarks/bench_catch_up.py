@@ -19,8 +19,9 @@ from rich.table import Table
 
 from fedex_lora import ClientUpdate, LoRAPair
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.aggregation.lowrank import frobenius, linear_combination
+from fedex_lora.aggregation.lowrank import linear_combination
 from fedex_lora.config import Messages
+from fedex_lora.exactness.algebra import norm
 from fedex_lora.protocol.delta_sync import CatchUp, Log, ModelCopy, caught_up, lacking
 from fedex_lora.types import Adapter, Delta
 
@@ -37,7 +38,7 @@ def trained(adapter: Adapter, generator: torch.Generator) -> Adapter:
 
 
 def distance(got: Delta, want: Delta) -> float:
-    return frobenius(linear_combination([(1.0, got), (-1.0, want)])) / frobenius(want)
+    return norm(linear_combination([(1.0, got), (-1.0, want)])) / norm(want)
 
 
 def numbers(message: CatchUp) -> int:

@@ -88,7 +88,7 @@ def safely(one: Round, out: Path) -> dict[str, float]:
     taken = {"checksums when sent": lap()}
     for payload in one.down.values():
         received(payload, known)
-    stays = get_method(one.here.state.method).stays(one.here.state.round)
+    stays = get_method(one.here.state.method).withheld(one.here.state.round)
     updates = [decode_update(one.up[client], sent, stays) for client, sent in one.sent.items()]
     taken["checks of messages"] = lap()
     norm_rejected({update.client_id: size_of(update, known, one.here.state.other) for update in updates}, 10)

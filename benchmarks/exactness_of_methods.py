@@ -39,7 +39,7 @@ from fedex_lora.models.lora import read_model, write_model
 
 RANK, SCALING, ROUNDS = 4, 2.5, 3
 CLIENTS, MIXED = (1, 2, 3, 10), [2, 4, 8, 16, 16]
-LORA = [name for name, row in METHODS.items() if row.lora and not row.pooled]
+LORA = [name for name, row in METHODS.items() if row.lora and not row.centralised]
 
 
 class Layers(nn.Module):
@@ -108,9 +108,9 @@ def theory(method: str, pairs: list[LoRAPair], p: np.ndarray, s: float) -> float
     B = [pair.B.double().numpy() * (pair.scaling / s) for pair in pairs]
     M = s * sum(w * (b @ a) for w, b, a in zip(p, B, A, strict=True))
     R = M - s * (sum(w * b for w, b in zip(p, B, strict=True)) @ sum(w * a for w, a in zip(p, A, strict=True)))
-    if row.exactness == "to the reported tail":
+    if row.exactness == "truncated":
         return tail(R, RANK)
-    if row.exactness == "best rank r":
+    if row.exactness == "rank-r-optimal":
         return tail(M, RANK)
     if method.startswith("hetlora"):
         norms = np.array([np.linalg.norm(b @ a) for b, a in zip(B, A, strict=True)])
@@ -149,7 +149,7 @@ class Federation:
         p = np.array([update.num_examples for update in updates], dtype=np.float64)
         p /= p.sum()
         self.state, _ = server.step(self.state, updates)
-        if self.row.own:
+        if self.row.client_state:
             self.own = dict(enumerate(adapters))
         if self.row.exactness == "personalised":
             note_personalised(self.state, updates, adapters, p, worst)

@@ -38,7 +38,7 @@ from fedex_lora.server.server import Server
 from fedex_lora.types import Adapter
 
 CLIENTS = (10, 100, 1_000, 10_000, 100_000)
-NAMES = [name for name, row in METHODS.items() if row.lora and not row.pooled]
+NAMES = [name for name, row in METHODS.items() if row.lora and not row.centralised]
 CUTS = ("fedex-best", "fedex-svd", "flexlora")  # by an SVD of all clients' factors
 Shape = tuple[int, int]
 
@@ -90,11 +90,11 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
     central = Server(rules, server.init(first_adapter(shape, rank, modules), {}, row.name), clients)
     own, sums = dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
     for number in range(1, rounds + 1):
-        round, updates, left = central.open_round(clients), [], row.stays(number)
+        round, updates, left = central.open_round(clients), [], row.withheld(number)
         for client in clients:
             start, _ = server.start_of(row.name, central.state.adapter, None, own.get(client))
             update = ClientUpdate(client, trained(start, row.trained(number), generator), 10)
-            own |= {client: update.adapter} if row.own else {}
+            own |= {client: update.adapter} if row.client_state else {}
             request = Request(kind="train", run=central.run, round=number, client=client)
             payload, sent = encode_update(update, request, row.name, number - 1, left), round.messages[client]
             updates.append(central.receive(client, payload).update)
@@ -110,8 +110,8 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
 def travels(name: str, k: int, shape: Shape, rank: int) -> tuple[float, float]:
     """Bytes of one module to and from one client in a later round, by the formulas (the mean of two rounds)."""
     row = METHODS[name]
-    truncated = rank if row.rest == "truncate" else None
-    numbers = [row.messages([rank] * k, 0, shape, number, truncated) for number in (3, 4)]
+    truncated = rank if row.residual_policy == "truncate" else None
+    numbers = [row.message_size([rank] * k, 0, shape, number, truncated) for number in (3, 4)]
     down, up = (2.0 * sum(getattr(one, way) for one in numbers) for way in ("down", "up"))  # four bytes a number, half of the sum
     return down, up
 
@@ -122,8 +122,8 @@ def numbers_in(k: int, shape: Shape, rank: int) -> float:
 
 def columns_of(row: Method, k: int, shape: Shape, rank: int) -> int:
     """Columns of what the base gains."""
-    columns = row.rest_rank([rank] * k, min(shape)) if row.rest_rank else 0
-    return min(columns, rank) if row.rest == "truncate" else columns
+    columns = row.residual_rank([rank] * k, min(shape)) if row.residual_rank else 0
+    return min(columns, rank) if row.residual_policy == "truncate" else columns
 
 
 def flops(name: str, k: int, shape: Shape, rank: int) -> float:

@@ -20,15 +20,17 @@ R, SIZE, K = 4, 768, 3
 def trained(row: Method) -> str:
     if not row.lora:
         return "the whole model"
-    return ", then ".join({"AB": "A and B", "A": "A", "B": "B"}[part] for part in row.trains)
+    return ", then ".join({"AB": "A and B", "A": "A", "B": "B"}[part] for part in row.trained_schedule)
 
 
 def travels(row: Method) -> str:
     """Ranks of a square module that travel in a later round, in units of r N."""
     if not row.lora:
         return "all weights"
-    ranks = [R] * (1 if row.pooled else K)
-    numbers = [row.messages(ranks, 0, (SIZE, SIZE), round, truncated=R if row.rest == "truncate" else None) for round in (3, 4)]
+    ranks = [R] * (1 if row.centralised else K)
+    numbers = [
+        row.message_size(ranks, 0, (SIZE, SIZE), round, truncated=R if row.residual_policy == "truncate" else None) for round in (3, 4)
+    ]
     unit = R * 2 * SIZE
     return " / ".join(f"{sum(getattr(one, way) for one in numbers) / 2 / unit:g}" for way in ("down", "up"))
 
@@ -39,9 +41,9 @@ def methods() -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in METHODS.values():
-        keeps = {"": "stateless", "AB": "keep A and B", "B": "keep B"}[row.own]
+        keeps = {"": "stateless", "AB": "keep A and B", "B": "keep B"}[row.client_state]
         ranks = "per client" if row.per_client_ranks else "one"
-        base = BASE[row.rest] if row.lora else "is what is averaged"
+        base = BASE[row.residual_policy] if row.lora else "is what is averaged"
         cells = [f"`{row.name}`", trained(row), base, travels(row), row.exactness, ranks if row.lora else "", keeps, row.paper]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -2,8 +2,8 @@
 
     python scripts/pretrain_demo_base.py OUT [--steps 1000]
 
-The text is `fedex_lora.tasks.demo.pretraining_text`, in which the colour after "triage :" is random, so that the base knows
-the language and nothing about triage. Takes about two minutes on two cores; the same seed gives the same file on one machine.
+The text is notes of the demo, in which the colour after "triage :" is random, so that the base knows the language and nothing
+about triage. Takes about two minutes on two cores; the same seed gives the same file on one machine.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler, set_seed
 
-from fedex_lora.tasks.demo import pretraining_text, vocabulary
+from fedex_lora.tasks.demo import COLOURS, WARDS, note, vocabulary
 
 CONFIG = {
     "hidden_size": 128,
@@ -33,6 +33,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words["<s>"])])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="<s>", padding_side="right")
+
+
+def pretraining_text(rng: random.Random) -> str:
+    """One document for the base: a note, and a colour that means nothing."""
+    text, _ = note(rng, rng.choice(list(WARDS)))
+    return f"{text} triage : {rng.choice(COLOURS)}"
 
 
 def main(out: Path, steps: int, seed: int = 0) -> None:

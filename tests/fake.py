@@ -62,7 +62,7 @@ class Noise:
 
     def __init__(self, config, trace, emit):
         self.config, self.trace, self.emit, self.method = config, trace, emit, get_method(config.method)
-        names = [CENTRAL_CLIENT] if self.method.pooled else [f"client-{index}" for index in range(config.clients.count)]
+        names = [CENTRAL_CLIENT] if self.method.centralised else [f"client-{index}" for index in range(config.clients.count)]
         self.rows = {name: 10 + 7 * index for index, name in enumerate(names)}
         generator, rank = torch.Generator().manual_seed(config.seed), config.lora.r
         first = {

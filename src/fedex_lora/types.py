@@ -165,24 +165,6 @@ Adapter: TypeAlias = Mapping[str, LoRAPair]
 """Module path -> LoRA factors."""
 
 
-def scalings_of(adapter: Adapter) -> dict[str, float]:
-    """Module path -> scaling, in the adapter's order."""
-    return {module: pair.scaling for module, pair in adapter.items()}
-
-
-def factors_of(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B`."""
-    return {f"{prefix}|{module}|{part}": getattr(pair, part) for module, pair in adapter.items() for part in "AB"}
-
-
-def adapter_from(prefix: str, scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
-    """The inverse of `factors_of` and `scalings_of`."""
-    return {
-        module: LoRAPair(A=tensors[f"{prefix}|{module}|A"], B=tensors[f"{prefix}|{module}|B"], scaling=scaling)
-        for module, scaling in scalings.items()
-    }
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class ClientUpdate:
     """What one client sends back after local training.

@@ -16,7 +16,7 @@ from fedex_lora.errors import AggregationError
 from fedex_lora.exactness import measure
 
 EXACT = 1e-6
-LORA = [name for name, method in METHODS.items() if method.lora and not method.pooled]
+LORA = [name for name, method in METHODS.items() if method.lora and not method.centralised]
 EXACT_METHODS = [name for name in LORA if METHODS[name].exact]
 INEXACT_METHODS = [name for name in LORA if METHODS[name].exactness == "inexact"]
 
@@ -93,7 +93,7 @@ def test_one_client_is_returned_as_it_is(method):
     update = updates_for(method, 1, 10, 14, 3, seed=2, spread=1.0, scalings=(2.0,))
     result = aggregate(update, method)
     assert oracle.relative(oracle.total(result, "m"), oracle.product(update[0].adapter["m"])) < EXACT
-    if METHODS[method].refactors or METHODS[method].draws:
+    if METHODS[method].refactorises or METHODS[method].reinitialises:
         return
     assert not result.residual
     assert oracle.relative(oracle.numpy64(result.adapter["m"].A), oracle.numpy64(update[0].adapter["m"].A)) < EXACT

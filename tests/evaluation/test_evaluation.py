@@ -207,7 +207,7 @@ def test_the_harness_is_not_installed(ran, monkeypatch):
     import importlib.util
 
     real = importlib.util.find_spec
-    monkeypatch.setattr("fedex_lora.evaluation._harness.find_spec", lambda name: None if name == "lm_eval" else real(name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else real(name))
     assert "pip install '.[lm-eval]'" in one_line(call("evaluate", ran[0], "--lm-eval", "hellaswag"), 2)
 
 

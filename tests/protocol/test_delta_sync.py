@@ -367,6 +367,6 @@ def test_the_base_delta_itself_travels_where_it_is_smaller(tmp_path):
     assert worst == 0
     shapes = [pair.shape for pair in place.host.place.first.values()]
     for event in done:
-        promised = 4 * 3 * sum(METHODS["fedex"].messages([40] * 3, 0, shape, event["round"]).down for shape in shapes)
+        promised = 4 * 3 * sum(METHODS["fedex"].message_size([40] * 3, 0, shape, event["round"]).down for shape in shapes)
         assert 0 <= event["bytes_down"] - promised < 3 * 10_000
     assert all(80 * sum(shape) > shape[0] * shape[1] for shape in shapes)

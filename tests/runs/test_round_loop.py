@@ -58,7 +58,7 @@ def combinations(method, everything=False):
     """(its name, its configuration, its faults) of every combination that may be configured."""
     for gauge, event, ranks, fraction, sent, pace in itertools.product(GAUGES, EVENTS, RANKS, FRACTIONS, MESSAGES, PACES):
         few = (gauge == "as-is" or (event, fraction) == ("skip", "some")) and (sent != "log" or event in FEW)
-        few &= event != "quiet" or METHODS[method].pooled  # others have quiet rounds too
+        few &= event != "quiet" or METHODS[method].centralised  # others have quiet rounds too
         few &= pace == "at rest" or (pace == "momentum") == (fraction == "some")
         if not few and not everything:
             continue
@@ -70,9 +70,11 @@ def combinations(method, everything=False):
                 get_method(name),
                 setting(method=name, rounds=ROUNDS, clients=clients, messages=MESSAGES[sent], server=PACES[pace]),
             )
-            require_consistent(config, 1 if row.pooled else CLIENTS)
-            alike = sent != "smallest" and (row.rest == "drop" or row.draws) and not PACES[pace]  # nothing or all of it is sent
-            if not (alike or (event == "forgotten" and row.own) or (row.pooled and faults)):
+            require_consistent(config, 1 if row.centralised else CLIENTS)
+            alike = (
+                sent != "smallest" and (row.residual_policy == "drop" or row.reinitialises) and not PACES[pace]
+            )  # nothing or all of it is sent
+            if not (alike or (event == "forgotten" and row.client_state) or (row.centralised and faults)):
                 yield f"{name}, {event}, {ranks}, {fraction}, {sent}, {pace}", config, faults
 
 
@@ -185,7 +187,7 @@ class Story:
 
     def same_bits(self, given, state):
         """The head, and the factors that it begins with, where those are the global ones."""
-        if self.row.own:
+        if self.row.client_state:
             return torch.equal(given.other[HEAD], state.other[HEAD])
         pairs = [(given.start[name], self.first(given, pair)) for name, pair in state.adapter.items()]
         alike = all(torch.equal(ours.A, theirs.A) and torch.equal(ours.B, theirs.B) for ours, theirs in pairs)
@@ -233,7 +235,7 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_whatever_happens_everyone_has_the_mean_of_the_models(method, tmp_path):
     found = {name: wrong for name, wrong, _ in stories(method, tmp_path)}
-    assert len(found) >= (2 if METHODS[method].pooled else 10)
+    assert len(found) >= (2 if METHODS[method].centralised else 10)
     assert not {name: wrong for name, wrong in found.items() if wrong}
 
 
@@ -254,7 +256,12 @@ def test_the_check_can_fail(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "ranks"),
-    [(name, ranks) for name, row in METHODS.items() for ranks in RANKS if not row.pooled and (row.per_client_ranks or not RANKS[ranks])],
+    [
+        (name, ranks)
+        for name, row in METHODS.items()
+        for ranks in RANKS
+        if not row.centralised and (row.per_client_ranks or not RANKS[ranks])
+    ],
 )
 def test_clients_of_one_process_know_what_they_would_on_machines_of_their_own(method, ranks, tmp_path):
     """The same bits, also after rounds that were skipped or asked again."""

@@ -90,10 +90,10 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
         assert (tmp_path / "run" / "final" / "model.safetensors").exists()
         return
     adapter = read_result(tmp_path / "run" / "final").adapter
-    clients = 1 if row.pooled else 3
+    clients = 1 if row.centralised else 3
     for event in done:
         promised = [
-            row.messages([2] * clients, 0, pair.shape, event["round"], truncated=2 if row.rest == "truncate" else None)
+            row.message_size([2] * clients, 0, pair.shape, event["round"], truncated=2 if row.residual_policy == "truncate" else None)
             for pair in adapter.values()
         ]
         for way in ("down", "up"):
@@ -113,7 +113,7 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
     else:
         assert checked["max_relative_error"] > 1e-3
         assert all(event["exactness_error"] > 1e-3 for event in done)
-    if row.exactness in ("best rank r", "to the reported tail"):
+    if row.exactness in ("rank-r-optimal", "truncated"):
         assert all(event["dropped"] == pytest.approx(event["exactness_error_total"], rel=1e-4) for event in done)
 
 

@@ -55,9 +55,9 @@ def test_what_travels_is_what_the_method_s_row_says(method, tmp_path, monkeypatc
     tmp_path.joinpath("run").mkdir()
     emit = log_to(tmp_path / "run" / "events.jsonl")
     run_rounds(config, place.initial(), replace(federation, exchange=exchange), tmp_path / "run", emit)
-    ranks, truncated = [config.lora.r] * clients, config.lora.r if row.rest == "truncate" else None
+    ranks, truncated = [config.lora.r] * clients, config.lora.r if row.residual_policy == "truncate" else None
     for number in range(1, ROUNDS + 2):
-        promised = [row.messages(ranks, 0, shape, number, truncated=truncated) for shape in fake.SHAPES.values()]
+        promised = [row.message_size(ranks, 0, shape, number, truncated=truncated) for shape in fake.SHAPES.values()]
         up = sum(one.up for one in promised) if number <= ROUNDS else 0
         assert {numbers(payload) for payload in came[number].values()} == {sum(one.down for one in promised)}, number
         assert {numbers(payload) for payload in went[number].values()} == {up}, number

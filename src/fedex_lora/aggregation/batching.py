@@ -74,8 +74,8 @@ def _batch(
         p=stacked.A.new_tensor(p),
         modules=modules,
         seed=derive_seed(state.seed, state.round + 1, "fresh") if state else 0,
-        frozen=_frozen(state.adapter, modules, p, ranks) if state and row.frozen_side and min(ranks) < rank else None,
-        origins=_origins(state.personal, updates, modules, rank, live.scaling) if state and row.own else None,
+        frozen=_frozen(state.adapter, modules, p, ranks) if state and row.holds_tail and min(ranks) < rank else None,
+        origins=_origins(state.personal, updates, modules, rank, live.scaling) if state and row.client_state else None,
     )
     return Batch(modules=modules, clients=clients, scaling=live.scaling)
 

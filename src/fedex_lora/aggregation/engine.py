@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedex_lora.aggregation.batching import Batch, batches
 from fedex_lora.aggregation.decompositions import Clients, factor_means
+from fedex_lora.aggregation.factorizations import GAUGES
 from fedex_lora.aggregation.factors import Factors
-from fedex_lora.aggregation.gauges import GAUGES
 from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.methods import METHODS, Method, get_method
 from fedex_lora.aggregation.truncation import truncate
@@ -63,12 +63,12 @@ def aggregate(
         adapter |= {
             module: LoRAPair(A=part.adapter.A[index], B=B[index], scaling=part.scaling) for index, module in enumerate(part.modules)
         }
-        if part.rest is not None and row.rest == "drop":
+        if part.rest is not None and row.residual_policy == "drop":
             dropped |= {module: abs(part.scaling) * norm for module, norm in zip(part.modules, _norms(part.rest), strict=True)}
         elif part.rest is not None:
             residual.update(_gains(part.modules, part.rest))
     adapter = {module: adapter[module] for module in updates[0].adapter}
-    if row.rest == "truncate":
+    if row.residual_policy == "truncate":
         residual, dropped = truncate(residual, truncation or Truncation(), max((pair.rank for pair in adapter.values()), default=1))
     return Aggregate(
         adapter=adapter,
@@ -208,11 +208,11 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
         AggregationError: NaN or infinity, or factors that the method needs shared and are not.
     """
     for modules, clients, scaling in batches:
-        if row.refactors or row.draws:  # the result would not show what came in
+        if row.refactorises or row.reinitialises:  # the result would not show what came in
             _require_finite(ids, modules, clients, clients.factors)
         adapter, rest = _split(row, clients)
         _require_finite(ids, modules, clients, adapter)
-        if rest is not None and row.rest != "drop" and scaling != 1:
+        if rest is not None and row.residual_policy != "drop" and scaling != 1:
             rest.B.mul_(scaling)
         if rest is not None:
             _require_no_overflow(modules, rest)
@@ -223,12 +223,12 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
 
 def _split(row: Method, clients: Clients) -> tuple[Factors, Factors | None]:
     """The method's split, with the adapter in the method's gauge."""
-    if row.trains != ("AB",) and not any(_shared(x) for x in clients.factors):
+    if row.trained_schedule != ("AB",) and not any(_shared(x) for x in clients.factors):
         raise AggregationError(
             f"{row.name} needs one A that all clients share (or one B), and theirs differ: freeze one while training, or use method fedex"
         )
     adapter, rest = row.split(clients)
-    if row.gauge != "as-is" and not row.own:
+    if row.gauge != "as-is" and not row.client_state:
         means, _ = factor_means(clients)
         adapter = GAUGES[row.gauge](adapter, means, clients.fresh)
     return adapter, rest

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedex_lora.types import LowRank
+
 
 class Factors(NamedTuple):
     """Stacked factors of products `B^T A`, both with the rank as rows, so that every client's numbers lie together.
@@ -76,6 +78,12 @@ def components(parts: Parts, start: int, stop: int | None, fresh: Tensor | None 
         A, B = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (A, B))
         A, B = torch.where(dead, fresh.double(), A), B.masked_fill(dead, 0)
     return Factors(A=A.to(parts.dtype), B=B.to(parts.dtype))
+
+
+def recompressed(product: LowRank, rank: int | None = None) -> LowRank:
+    """The balanced SVD of a product: its first `rank` components, or all that are not zero; factors that are functions of it alone."""
+    factors = components(svd(Factors(A=product.V[None], B=product.U.mT[None])), 0, rank)
+    return LowRank(U=factors.B[0].mT.contiguous(), V=factors.A[0].contiguous())
 
 
 def _times_q(qr: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:

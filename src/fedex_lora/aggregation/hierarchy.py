@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedex_lora.aggregation.engine import aggregate, normalised_weights
 from fedex_lora.aggregation.lowrank import add_weighted, finite
-from fedex_lora.aggregation.methods import Method, get_method
+from fedex_lora.aggregation.methods import get_method
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.types import Aggregate, ClientUpdate
 
@@ -22,7 +22,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
         weights: the total weight of each region (its examples, say), >= 0; normalised to sum one.
 
     Raises:
-        UsageError: a method whose partial aggregates do not add up (see `mergeable`).
+        UsageError: a method whose partial aggregates do not add up.
         AggregationError: parts that do not fit together, a client in two of them, or impossible weights.
 
     Example:
@@ -40,7 +40,9 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
     if len(methods) > 1:
         raise AggregationError(f"aggregates of different methods ({', '.join(methods)}) have no common mean: use one")
     row = get_method(methods[0])
-    require_mergeable(row)
+    means = row.is_factor_mean or row.reinitialises  # the adapter is the mean factors, or new, and the base gains all of the rest
+    if not means or row.gauge != "as-is" or row.client_state or not row.lora:
+        raise UsageError(f"partial aggregates of {row.name} do not add up to the aggregate of all clients: use fedex in every region")
     clients = [client for part in parts for client in part.weights]
     if len(set(clients)) < len(clients):
         twice = sorted(client for client in set(clients) if clients.count(client) > 1)
@@ -49,7 +51,7 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
         if not finite(gain.U, gain.V):
             raise AggregationError(f"an aggregate holds NaN or infinity in the residual of {module}: make that one again")
     regions = [ClientUpdate(f"region {index:06d}", part.adapter, 1, part.other) for index, part in enumerate(parts)]
-    between = aggregate(regions, "fedex" if row.rest == "base" else row.name, weights)
+    between = aggregate(regions, "fedex" if row.residual_policy == "base" else row.name, weights)
     w = normalised_weights(regions, weights)
     return Aggregate(
         adapter=between.adapter,
@@ -58,14 +60,3 @@ def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
         weights={client: share * p for share, part in zip(w, parts, strict=True) for client, p in part.weights.items()},
         method=row.name,
     )
-
-
-def mergeable(row: Method) -> bool:
-    """Do partial aggregates of this method add up? Where the adapter is the mean factors, or new, and the base gains all of the rest."""
-    return (row.of_means or row.draws) and row.gauge == "as-is" and not row.own and row.lora
-
-
-def require_mergeable(row: Method) -> None:
-    """Refuse a method that is not `mergeable`."""
-    if not mergeable(row):
-        raise UsageError(f"partial aggregates of {row.name} do not add up to the aggregate of all clients: use fedex in every region")

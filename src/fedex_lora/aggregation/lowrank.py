@@ -100,24 +100,6 @@ def add(delta: Delta | None, gain: LowRank) -> Delta:
     return smallest(concatenate([delta, gain]))
 
 
-def core(delta: Delta) -> Tensor:
-    """A small fp64 matrix with the singular values of D: `R_U R_V^T` from the QR decompositions of the factors, or D where that costs less.
-
-    Unlike the Gram form `U^T U V V^T` this does not lose half of the digits when the factors cancel.
-    """
-    (out, inner), rank = delta.shape, delta.rank if isinstance(delta, LowRank) else 0
-    if isinstance(delta, Dense) or 2 * rank * (out + inner) >= out * inner:
-        return delta.dense()
-    r_u = torch.linalg.qr(delta.U.double(), mode="r").R
-    r_v = torch.linalg.qr(delta.V.double().T, mode="r").R
-    return r_u @ r_v.T
-
-
-def frobenius(delta: Delta) -> float:
-    """`|D|_F` in fp64."""
-    return float(torch.linalg.matrix_norm(core(delta)))
-
-
 def linear_combination(terms: Sequence[tuple[float, Delta]]) -> Delta:
     """`sum_j c_j D_j` in fp64: as factors when every term has factors, else as a matrix."""
     factors = [LowRank(U=c * term.U.double(), V=term.V.double()) for c, term in terms if isinstance(term, LowRank)]

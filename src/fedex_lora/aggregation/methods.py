@@ -1,7 +1,8 @@
 """The aggregation methods: one engine, and one row of data each.
 
-A method is a choice of what is trained, how the clients' updates are split into a rank-r adapter and a rest (`splits`), what happens to
-the rest (the frozen base gains it, gains a truncation of it, or it is dropped), and the gauge of the adapter's factors (`gauges`).
+A method is a choice of what is trained, how the clients' updates are split into a rank-r adapter and a rest (`decompositions`), what
+happens to the rest (the frozen base gains it, gains a truncation of it, or it is dropped), and the gauge of the adapter's factors
+(`factorizations`). Whoever must know something of a method asks its row, and never which split it has.
 """
 
 import difflib
@@ -18,11 +19,11 @@ from fedex_lora.aggregation.decompositions import (
     factor_means_and_residual,
     padded_means,
 )
-from fedex_lora.aggregation.gauges import ALIGNED, GAUGES
+from fedex_lora.aggregation.factorizations import ALIGNED, GAUGES
 from fedex_lora.errors import UsageError
 
 Part: TypeAlias = Literal["AB", "A", "B"]
-Exactness: TypeAlias = Literal["exact", "to the reported tail", "best rank r", "inexact", "personalised"]
+Exactness: TypeAlias = Literal["exact", "truncated", "rank-r-optimal", "inexact", "personalised"]
 
 
 def _centred(ranks: Sequence[int], limit: int) -> int:
@@ -40,7 +41,7 @@ def _stacked(ranks: Sequence[int], limit: int) -> int:
     return sum(ranks)
 
 
-class Numbers(NamedTuple):
+class MessageSize(NamedTuple):
     """How many numbers travel for one module: to one client at the start of a round, and from it at the end."""
 
     down: int
@@ -53,20 +54,21 @@ class Method:
 
     Attributes:
         name: as in configurations, with `+GAUGE` where one was asked for.
-        exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "to the reported tail" of a truncation,
-            "best rank r" (Eckart-Young), "inexact", or "personalised" (there is no global model).
+        exactness: how the global model compares with the ideal: "exact" (fp32 rounding), "truncated" (but for the tail that was cut),
+            "rank-r-optimal" (Eckart-Young), "inexact", or "personalised" (there is no global model).
         split: (clients) -> (adapter, rest).
-        rest: what becomes of the rest: the base gains it, gains a truncation of it, or it is dropped and the base stays.
-        rest_rank: (ranks of the clients, smaller side of the module) -> columns of the rest that travels; None: nothing does.
-        trains: the factors that clients train, round after round in turn; the others are frozen and shared.
-        uploads: the factors that may leave a client.
-        own: the factors that each client keeps for itself from round to round (a stateful client); "" for none.
+        adapter: what the split's adapter is: "mean", the mean factors; "weighted", other means of the factors; "svd", components of the
+            mean update; "drawn", new factors from the run's seed, so it does not travel.
+        residual_policy: what becomes of the rest: the base gains it, gains a truncation of it, or it is dropped and the base stays.
+        residual_rank: (ranks of the clients, smaller side of the module) -> columns of the rest that travels; None: nothing does.
+        trained_schedule: the factors that clients train, round after round in turn; the others are frozen and shared.
+        shared: the factors that may leave a client.
+        client_state: the factors that each client keeps for itself from round to round (a stateful client); "" for none.
         gauge: see `GAUGES`: how the adapter's factors are re-written without changing their product.
-        draws: the adapter after a round is drawn from the run's seed, so it does not travel.
         per_client_ranks: may clients have different ranks?
         momentum: may the server's next model repeat its last change (`aggregation.momentum`)?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
-        pooled: one client holds all rows: the centralised reference.
+        centralised: one client holds all rows: the reference.
         paper: where it comes from.
     """
 
@@ -74,50 +76,57 @@ class Method:
     exactness: Exactness
     split: Callable[[Clients], Split]
     paper: str
-    rest: Literal["base", "truncate", "drop"] = "drop"
-    rest_rank: Callable[[Sequence[int], int], int] | None = None
-    trains: tuple[Part, ...] = ("AB",)
-    uploads: Part = "AB"
-    own: Part | Literal[""] = ""
+    adapter: Literal["mean", "weighted", "svd", "drawn"] = "mean"
+    residual_policy: Literal["base", "truncate", "drop"] = "drop"
+    residual_rank: Callable[[Sequence[int], int], int] | None = None
+    trained_schedule: tuple[Part, ...] = ("AB",)
+    shared: Part = "AB"
+    client_state: Part | Literal[""] = ""
     gauge: str = "as-is"
-    draws: bool = False
     per_client_ranks: bool = False
     momentum: bool = False
     lora: bool = True
-    pooled: bool = False
+    centralised: bool = False
 
     @property
     def exact(self) -> bool:
         return self.exactness == "exact"
 
     @property
-    def of_means(self) -> bool:
+    def reinitialises(self) -> bool:
+        """Does every round begin with new factors?"""
+        return self.adapter == "drawn"
+
+    @property
+    def is_factor_mean(self) -> bool:
         """Is the adapter the mean factors, and the rest all of the rest or nothing? Its shapes are known before any number is."""
-        return self.split in (factor_means, factor_means_and_residual) and self.rest != "truncate"
+        return self.adapter == "mean" and self.residual_policy != "truncate"
 
     @property
-    def refactors(self) -> bool:
+    def refactorises(self) -> bool:
         """Is the adapter after a round in other coordinates than it was trained in (so that Adam's moments mean nothing there)?"""
-        return self.gauge != "as-is" or (self.split in (best_rank, all_to_rest) and not self.own)
+        return self.gauge != "as-is" or (self.adapter in ("svd", "drawn") and not self.client_state)
 
     @property
-    def frozen_side(self) -> bool:
+    def holds_tail(self) -> bool:
         """Does a client of lower rank hold the other components of the global adapter frozen beside its own?"""
-        return self.per_client_ranks and self.rest == "base" and not self.draws
+        return self.per_client_ranks and self.residual_policy == "base" and not self.reinitialises
 
     def trained(self, round: int) -> Part:
         """The factors that clients train in a round (from 1)."""
-        return self.trains[(round - 1) % len(self.trains)]
+        return self.trained_schedule[(round - 1) % len(self.trained_schedule)]
 
-    def sent(self, round: int) -> str:
+    def uploaded(self, round: int) -> str:
         """The factors that travel up in a round."""
-        return "".join(part for part in self.trained(round) if part in self.uploads)
+        return "".join(part for part in self.trained(round) if part in self.shared)
 
-    def stays(self, round: int) -> str:
+    def withheld(self, round: int) -> str:
         """The factors that do not travel up in a round."""
-        return "".join(part for part in "AB" if part not in self.sent(round))
+        return "".join(part for part in "AB" if part not in self.uploaded(round))
 
-    def messages(self, ranks: Sequence[int], client: int, shape: tuple[int, int], round: int, truncated: int | None = None) -> Numbers:
+    def message_size(
+        self, ranks: Sequence[int], client: int, shape: tuple[int, int], round: int, truncated: int | None = None
+    ) -> MessageSize:
         """What travels in a round in which the clients of the last one take part again (bytes: times four, plus a header).
 
         Args:
@@ -128,68 +137,52 @@ class Method:
             truncated: the rank that a truncation keeps.
 
         Example:
-            >>> METHODS["fedex"].messages([4, 4, 4], client=0, shape=(768, 768), round=2)  # k r N down, r N up
-            Numbers(down=18432, up=6144)
+            >>> METHODS["fedex"].message_size([4, 4, 4], client=0, shape=(768, 768), round=2)  # k r N down, r N up
+            MessageSize(down=18432, up=6144)
         """
         size = {"B": shape[0], "A": shape[1]}
-        rank = max(ranks) if self.frozen_side else ranks[client]
-        changed = "AB" if round == 1 or self.refactors else [part for part in self.trained(round - 1) if part in self.uploads]
-        down = 0 if self.draws and round > 1 else rank * sum(size[part] for part in changed)
-        if self.rest_rank and round > 1:
-            columns = self.rest_rank(ranks, min(shape)) * (2 if self.own and round > 2 else 1)  # with its own start, each product is two
+        rank = max(ranks) if self.holds_tail else ranks[client]
+        changed = "AB" if round == 1 or self.refactorises else [part for part in self.trained(round - 1) if part in self.shared]
+        down = 0 if self.reinitialises and round > 1 else rank * sum(size[part] for part in changed)
+        if self.residual_rank and round > 1:
+            twice = self.client_state and round > 2  # with its own start, each product is two
+            columns = self.residual_rank(ranks, min(shape)) * (2 if twice else 1)
             down += min(min(columns, truncated or columns) * sum(shape), shape[0] * shape[1])  # or the base delta itself
-        return Numbers(down=down, up=ranks[client] * sum(size[part] for part in self.sent(round)))
+        return MessageSize(down=down, up=ranks[client] * sum(size[part] for part in self.uploaded(round)))
 
 
 FEDEX = "FedEx-LoRA, arXiv 2410.09432"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("fedex", "exact", factor_means_and_residual, FEDEX, rest="base", rest_rank=_centred, momentum=True),
+        Method("fedex", "exact", factor_means_and_residual, FEDEX, residual_policy="base", residual_rank=_centred, momentum=True),
         Method(
-            "fedex-best",
-            "exact",
-            best_rank,
-            f"{FEDEX}, with the best rank-r part in the adapter",
-            rest="base",
-            rest_rank=_beyond_best,
-            per_client_ranks=True,
-            momentum=True,
-        ),
-        Method("fedex-svd", "to the reported tail", factor_means_and_residual, f"{FEDEX}, eq. 15-16", rest="truncate", rest_rank=_centred),
-        Method(
-            "reinit",
-            "exact",
-            all_to_rest,
-            "FLoRA, arXiv 2409.05976",
-            rest="base",
-            rest_rank=_stacked,
-            draws=True,
-            per_client_ranks=True,
-            momentum=True,
+            "fedex-best", "exact", best_rank, f"{FEDEX}, with the best rank-r part in the adapter",
+            adapter="svd", residual_policy="base", residual_rank=_beyond_best, per_client_ranks=True, momentum=True,
         ),
         Method(
-            "keep",
-            "exact",
-            all_to_rest,
-            f"{FEDEX}, section 6",
-            rest="base",
-            rest_rank=_stacked,
-            own="AB",
-            draws=True,
-            per_client_ranks=True,
+            "fedex-svd", "truncated", factor_means_and_residual, f"{FEDEX}, eq. 15-16",
+            residual_policy="truncate", residual_rank=_centred,
+        ),
+        Method(
+            "reinit", "exact", all_to_rest, "FLoRA, arXiv 2409.05976",
+            adapter="drawn", residual_policy="base", residual_rank=_stacked, per_client_ranks=True, momentum=True,
+        ),
+        Method(
+            "keep", "exact", all_to_rest, f"{FEDEX}, section 6",
+            adapter="drawn", residual_policy="base", residual_rank=_stacked, client_state="AB", per_client_ranks=True,
         ),
         Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True),
-        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trains=("B",), momentum=True),
-        Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trains=("B", "A")),
-        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trains=("B",), gauge="orthonormal-a", momentum=True),
-        Method("flexlora", "best rank r", best_rank, "FlexLoRA, arXiv 2402.11505", per_client_ranks=True),
-        Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", per_client_ranks=True),
-        Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", uploads="A", own="B"),
-        Method("centralised", "exact", factor_means, "LoRA, arXiv 2106.09685, on all rows in one place", pooled=True),
+        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trained_schedule=("B",), momentum=True),
+        Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trained_schedule=("B", "A")),
+        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trained_schedule=("B",), gauge="orthonormal-a", momentum=True),
+        Method("flexlora", "rank-r-optimal", best_rank, "FlexLoRA, arXiv 2402.11505", adapter="svd", per_client_ranks=True),
+        Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", adapter="weighted", per_client_ranks=True),
+        Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", shared="A", client_state="B"),
+        Method("centralised", "exact", factor_means, "LoRA, arXiv 2106.09685, on all rows in one place", centralised=True),
         Method("full-ft", "exact", factor_means, "FedAvg of all weights, arXiv 1602.05629", lora=False),
     )
-}
+}  # fmt: skip
 
 
 REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
@@ -213,16 +206,16 @@ def get_method(name: str) -> Method:
     if gauge in REMOVED:
         raise UsageError(f"method {name!r}: the gauge {gauge} was removed: {REMOVED[gauge]}")
     _require_known("gauge", gauge, GAUGES)
-    if not row.lora or row.own == "B" or (row.draws and not row.own):
+    if not row.lora or row.client_state == "B" or (row.reinitialises and not row.client_state):
         reason = (
             "its clients share one A"
-            if row.own
+            if row.client_state
             else "its adapter is drawn anew, with a product of zero"
-            if row.draws
+            if row.reinitialises
             else "there are no factors"
         )
         raise UsageError(f"method {method} has no gauge to choose, because {reason}: write {method} alone")
-    if row.own and gauge in ALIGNED:
+    if row.client_state and gauge in ALIGNED:
         raise UsageError(
             f"{gauge} aligns factors with averaged ones, and clients of {method} see their own only: use balanced or orthonormal-a"
         )

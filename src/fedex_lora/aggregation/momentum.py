@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.factors import Factors, components, svd
-from fedex_lora.aggregation.lowrank import concatenate, factorise, finite, linear_combination
+from fedex_lora.aggregation.factors import recompressed
+from fedex_lora.aggregation.lowrank import concatenate, factorise, finite, linear_combination, parts
 from fedex_lora.config import Server
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import Adapter, Delta, Dense, LoRAPair, LowRank, MovingDense, MovingLowRank
@@ -156,17 +156,13 @@ def last_change(delta: Delta | None) -> Delta | None:
 
 def gained(before: Mapping[str, Delta], after: Mapping[str, Delta]) -> dict[str, LowRank]:
     """`D_t - D_(t-1)` per module, as factors: what the base gained in a round, with what momentum added to the residual."""
-    made = {}
+    made: dict[str, LowRank] = {}
     for module, delta in after.items():
-        terms = [(1.0, delta), *([(-1.0, before[module])] if module in before else [])]
-        change = linear_combination(terms)
-        if isinstance(change, LowRank):
-            factors = components(svd(Factors(A=change.V[None], B=change.U.mT[None])), 0, None)
-            made[module] = LowRank(U=factors.B[0].mT, V=factors.A[0])
-        else:
-            made[module] = factorise(change)
-    dtypes = {module: (delta.U if isinstance(delta, LowRank) else delta.W).dtype for module, delta in after.items()}
-    return {module: LowRank(U=part.U.to(dtypes[module]), V=part.V.to(dtypes[module])) for module, part in made.items() if part.rank}
+        change = linear_combination([(1.0, delta), *([(-1.0, before[module])] if module in before else [])])
+        part, dtype = recompressed(change) if isinstance(change, LowRank) else factorise(change), next(iter(parts(delta).values())).dtype
+        if part.rank:
+            made[module] = LowRank(U=part.U.to(dtype), V=part.V.to(dtype))
+    return made
 
 
 def moved_tensors(

@@ -6,8 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import WeightRule, aggregate, derive_seed, get_method, init_lora_a, regauged, rescaled
+from fedex_lora.aggregation.batching import rescaled
+from fedex_lora.aggregation.engine import WeightRule, aggregate
+from fedex_lora.aggregation.factorizations import regauged
+from fedex_lora.aggregation.factors import derive_seed, init_lora_a
+from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of, unflatten_adapter
 from fedex_lora.aggregation.lowrank import add, add_weighted, concatenate, finite
+from fedex_lora.aggregation.methods import get_method
 from fedex_lora.aggregation.momentum import halted, last_change, moved, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Server, Truncation
@@ -22,9 +27,6 @@ from fedex_lora.types import (
     LowRank,
     Motion,
     ServerState,
-    adapter_from,
-    factors_of,
-    scalings_of,
 )
 
 PLAIN = Server()
@@ -78,8 +80,8 @@ def step(
     shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
     residual = {module: without_blocks(gain) for module, gain in add_weighted(result.residual, shares).items()}  # it travels
     result = replace(result, residual=residual)
-    shared = "A" in row.uploads and "B" in row.uploads
-    personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.own and shared else {}
+    shared = "A" in row.shared and "B" in row.shared
+    personal = {**state.personal, **{update.client_id: update.adapter for update in updates}} if row.client_state and shared else {}
     return replace(following(state, result, pace), personal=personal), result
 
 
@@ -87,9 +89,9 @@ def following(state: ServerState, result: Aggregate, pace: Server = PLAIN) -> Se
     """The state after a round with this aggregate: of all participants, or merged from those of regional servers (`aggregation.merge`)."""
     adapter, other, velocity = result.adapter, result.other, dict[str, Tensor]()
     if pace.moves and pace.momentum_of == "factors":
-        now, means = (factors_of("factor", one) for one in (state.adapter, adapter))
+        now, means = (flatten_adapter("factor", one) for one in (state.adapter, adapter))
         tensors, velocity = moved_tensors(now, means, state.velocity, pace)
-        adapter = adapter_from("factor", scalings_of(adapter), tensors)
+        adapter = unflatten_adapter("factor", scalings_of(adapter), tensors)
     if pace.moves and pace.momentum_on == "all":
         other, change = moved_tensors(state.other, other, state.velocity, pace)
         velocity = {**velocity, **change}
@@ -141,7 +143,7 @@ def last_changes(state: ServerState, pace: Server) -> dict[str, Delta]:
 def skip(state: ServerState) -> ServerState:
     """The state after a round without a mean: the same model, one round further, and no change to repeat."""
     number = state.round + 1
-    adapter = fresh_adapter(state.adapter, state.seed, number) if get_method(state.method).draws else state.adapter
+    adapter = fresh_adapter(state.adapter, state.seed, number) if get_method(state.method).reinitialises else state.adapter
     return replace(state, round=number, adapter=adapter, base_delta=halted(state.base_delta), velocity={})
 
 
@@ -187,15 +189,15 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
         (the factors to train, module path -> what is held frozen; nothing for most methods).
     """
     row = get_method(method)
-    if own is not None and row.own == "AB":
+    if own is not None and row.client_state == "AB":
         own = regauged(own, row.gauge)
         return own, {module: LowRank(U=-pair.scaling * pair.B, V=pair.A) for module, pair in own.items()}
-    if own is not None and row.own:
-        return {module: _with_own(pair, own[module], row.own) for module, pair in adapter.items()}, {}
+    if own is not None and row.client_state:
+        return {module: _with_own(pair, own[module], row.client_state) for module, pair in adapter.items()}, {}
     if rank is None or all(pair.rank <= rank for pair in adapter.values()):
         return adapter, {}
     first = {module: pair.first(rank) for module, pair in adapter.items()}
-    held = {module: pair.after(rank) for module, pair in adapter.items() if row.frozen_side and pair.rank > rank}
+    held = {module: pair.after(rank) for module, pair in adapter.items() if row.holds_tail and pair.rank > rank}
     return first, held
 
 

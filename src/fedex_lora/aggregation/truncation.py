@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.factors import Factors, components, svd
+from fedex_lora.aggregation.factors import Factors, components, recompressed, svd
 from fedex_lora.config import Truncation
 from fedex_lora.types import LowRank
 
@@ -47,8 +47,7 @@ def without_blocks(gain: LowRank) -> LowRank:
     The closed form's factors are `[p_i (B_i - Bbar)]` and `[A_i - A_k]`, a block a client: with `Abar`, `Bbar` and the weights anybody who
     has them works out every client's own factors. From the product nobody can (SECURITY.md says what it does tell).
     """
-    factors = components(svd(Factors(A=gain.V[None], B=gain.U.mT[None])), 0, gain.rank)
-    return LowRank(U=factors.B[0].mT.contiguous(), V=factors.A[0].contiguous())
+    return recompressed(gain, gain.rank)
 
 
 def _rank_of_share(energy: Tensor, share: float) -> int:

@@ -16,7 +16,7 @@ from fedex_lora.cli import _report as _report  # isort: skip
 from fedex_lora.cli import _flower as _flower  # isort: skip
 from fedex_lora.cli import _evaluate as _evaluate  # isort: skip
 from fedex_lora.cli import _score as _score  # isort: skip
-from fedex_lora.cli import _doctor as _doctor  # isort: skip
+from fedex_lora.cli import doctor as doctor  # isort: skip
 from fedex_lora.cli import _reproduce as _reproduce  # isort: skip
 from fedex_lora.cli._shared import app
 

@@ -1,18 +1,36 @@
-"""`doctor`: facts about this machine and installation, and what would go wrong."""
+"""`doctor`: facts about this machine and installation, and problems."""
 
 import os
 import platform
 import shutil
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from packaging.requirements import Requirement
+from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
+from fedex_lora.errors import counted
+
+
+@app.command()
+@one_line_errors
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what would go wrong on this machine. Versions, devices, precision, telemetry."""
+    console = consoles(as_json)
+    with console.status("looking") if console.is_terminal else nullcontext():
+        facts, problems = examine()
+    if as_json:
+        print_json({"facts": facts, "problems": problems})
+        return
+    for line in [*(f"{name:24} {value}" for name, value in facts.items()), *(f"! {problem}" for problem in problems)]:
+        console.print(line, highlight=False)
+    console.print(counted(len(problems), "problem") if problems else "no problems found", highlight=False)
 
 
 def examine() -> tuple[dict[str, str], list[str]]:
     """(facts, problems), both in words."""
+    from packaging.requirements import Requirement
+
     facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
     problems: list[str] = []
     for text in requires("fedex-lora") or []:
@@ -53,6 +71,8 @@ def examine() -> tuple[dict[str, str], list[str]]:
 
 def _flower() -> tuple[dict[str, str], list[str]]:
     """Its version, what it tells others, and whether a SuperLink of this machine can be reached from outside."""
+    from packaging.requirements import Requirement
+
     try:
         found = version("flwr")
     except PackageNotFoundError:
@@ -78,16 +98,11 @@ def _flower() -> tuple[dict[str, str], list[str]]:
 
 
 def commands_of_this_machine(name: str) -> list[list[str]]:
-    """The command lines of running processes whose program has this name (Linux only)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue  # it has just ended
-        if any(Path(word).name == name for word in words[:2]):
-            found.append(words)
-    return found
+    """The command lines of running processes whose program has this name."""
+    import psutil
+
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [words for words in lines if any(Path(word).name == name for word in words[:2])]
 
 
 def _option(words: list[str], name: str, default: str) -> str:
@@ -98,6 +113,8 @@ def _option(words: list[str], name: str, default: str) -> str:
 
 
 def _devices() -> dict[str, str]:
+    import torch
+
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
@@ -116,6 +133,8 @@ def _devices() -> dict[str, str]:
 
 def _exactness_here() -> float:
     """The relative error of one small aggregation on this machine, against fp64."""
+    import torch
+
     from fedex_lora.aggregation import server_state as server
     from fedex_lora.exactness import measure
     from fedex_lora.types import ClientUpdate, LoRAPair

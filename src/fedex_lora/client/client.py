@@ -143,7 +143,7 @@ class Client:
         if body.catch_up.version != request.round - 1:
             raise WireError(f"the message of round {request.round} brings version {body.catch_up.version}")
         copy = self._synced(copy, body, request.rank)
-        own = get_method(body.method).own
+        own = get_method(body.method).client_state
         kept = self._last_accepted_factors(request.accepted) if own else {}
         start, held = states.start_of(body.method, copy.adapter, request.rank, kept.get(request.accepted))
         moments = self.state.moments
@@ -213,9 +213,9 @@ class Client:
             update = ClientUpdate(self.name, adapter, num_examples, other, metrics)
         update = replace(update, num_examples=num_examples, metrics=metrics)
         method = get_method(work.method)
-        reply = encode_update(update, work.request, work.method, state.copy.version, method.stays(work.round))
+        reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round))
         if isinstance(work, Train):
-            trained = {**state.trained, work.round: update.adapter} if method.own else {}
+            trained = {**state.trained, work.round: update.adapter} if method.client_state else {}
             kept = moments if self.rules.local.optimizer_state == "keep" else None
             self.state = ClientState(state.copy, trained, kept, work.round, reply)
         self._work = self._model = None

@@ -92,36 +92,11 @@ class Messages(Table):
     )
 
 
-OWNED = (
-    "seed",
-    "data_seed",
-    "output_dir",
-    "overwrite_output_dir",
-    "report_to",
-    "run_name",
-    "push_to_hub",
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "eval_do_concat_batches",
-    "eval_on_start",
-    "batch_eval_metrics",
-    "prediction_loss_only",
-    "label_names",
+OWNED = frozenset(
+    "seed data_seed output_dir overwrite_output_dir report_to run_name push_to_hub do_train do_eval do_predict eval_do_concat_batches "
+    "eval_on_start batch_eval_metrics prediction_loss_only label_names".split()
 )
-OWNED_PREFIXES = (
-    "save_",
-    "hub_",
-    "resume_",
-    "load_best",
-    "logging_",
-    "eval_str",
-    "eval_st",
-    "eval_delay",
-    "metric_for",
-    "greater_is",
-    "disable_tqdm",
-)
+OWNED_PREFIXES = tuple("save_ hub_ resume_ load_best logging_ eval_st eval_delay metric_for greater_is disable_tqdm".split())
 
 
 def is_ours(key: str) -> bool:

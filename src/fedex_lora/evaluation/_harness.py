@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import PartialState
 
 from fedex_lora.config import nearest
-from fedex_lora.errors import DataError, UsageError
+from fedex_lora.errors import DataError, UsageError, require_extra
 from fedex_lora.evaluation._model import open_source
 
 
@@ -33,8 +32,7 @@ def evaluate_harness(
         DataError: a task's data cannot be had.
         ModelError, StorageError: see `open_source`.
     """
-    if find_spec("lm_eval") is None:
-        raise UsageError("--lm-eval needs lm-evaluation-harness: pip install '.[lm-eval]'")
+    require_extra("lm_eval", "lm-eval", "tasks of lm-evaluation-harness")
     if PartialState().num_processes > 1:
         raise UsageError("--lm-eval runs in one process: export --as merged, and give the folder to `accelerate launch -m lm_eval`")
     from lm_eval import simple_evaluate

@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import nn
 
-from fedex_lora.aggregation import get_method
 from fedex_lora.config import Base
 from fedex_lora.errors import ModelError, StorageError
-from fedex_lora.models.build import build_model, model_kind
+from fedex_lora.models.build import build_model, model_kind, read_global
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.processor import load_processor
 from fedex_lora.storage.files import MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK
-from fedex_lora.storage.result import DELTA, read_result
+from fedex_lora.storage.result import DELTA
 
 
 class Opened(NamedTuple):
@@ -61,9 +60,7 @@ def open_source(source: str, kind: Any, base: str | None = None, **config: Any) 
 
 
 def _result(folder: Path, kind: Any, base: str | None) -> Opened:
-    result = read_result(folder)
-    if get_method(result.manifest["method"]).exactness == "personalised":
-        raise ModelError(f"{folder} is of method {result.manifest['method']}, which has no global model: give clients/CLIENT/adapter")
+    result = read_global(folder)
     name = base or str(result.manifest.get("base_model"))
     found = model_kind(result, name)
     if found != kind:

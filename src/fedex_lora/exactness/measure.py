@@ -70,9 +70,8 @@ def ideal_update(
     def of(module: str) -> Delta:
         terms: list[tuple[float, Delta]] = [(weights[update.client_id], _product(update.adapter[module])) for update in updates]
         for update in updates:
-            if held and module in held.get(update.client_id, {}):
-                terms.append((weights[update.client_id], held[update.client_id][module]))
-        return summed(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
+            terms += _times(weights[update.client_id], (held or {}).get(update.client_id, {}), module)
+        return summed(terms + _times(1.0, base_delta, module))
 
     return _Made(updates[0].adapter, of)
 
@@ -89,7 +88,7 @@ def moved(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], motion: M
 
     def of(module: str) -> Delta:
         terms: list[tuple[float, Delta]] = [(motion.learning_rate, ideal[module]), (1 - motion.learning_rate, here[module])]
-        return summed(terms + ([(motion.momentum, motion.change[module])] if module in motion.change else []))
+        return summed(terms + _times(motion.momentum, motion.change, module))
 
     return _Made(ideal, of)
 
@@ -104,19 +103,13 @@ def change_error(before: Mapping[str, Delta], after: Mapping[str, Delta], record
     errors = {}
     for module, now in after.items():
         terms: list[tuple[float, Delta]] = [(1.0, now), (-1.0, before[module])]
-        terms += [(-1.0, recorded[module])] if module in recorded else []
-        errors[module] = relative(norm(summed(terms)), norm(now))
+        errors[module] = relative(norm(summed(terms + _times(-1.0, recorded, module))), norm(now))
     return errors
 
 
 def effective_update(adapter: Adapter, base_delta: Mapping[str, Delta]) -> Mapping[str, Delta]:
     """`D + s B A` per module, in fp64: what a model with these factors has beside W0."""
-
-    def of(module: str) -> Delta:
-        terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module]))]
-        return summed(terms + ([(1.0, base_delta[module])] if module in base_delta else []))
-
-    return _Made(adapter, of)
+    return _Made(adapter, lambda module: summed([(1.0, _product(adapter[module])), *_times(1.0, base_delta, module)]))
 
 
 class _Made(Mapping[str, Delta]):
@@ -145,7 +138,7 @@ def exactness(ideal: Mapping[str, Delta], adapter: Adapter, base_delta: Mapping[
     error, size = dict[str, float](), dict[str, float]()
     for module, delta in ideal.items():
         terms: list[tuple[float, Delta]] = [(1.0, _product(adapter[module])), (-1.0, delta)]
-        error[module] = norm(summed(terms + ([(1.0, base_delta[module])] if module in base_delta else [])))
+        error[module] = norm(summed(terms + _times(1.0, base_delta, module)))
         size[module] = norm(delta)
     return Exactness(error=error, ideal=size)
 
@@ -241,7 +234,7 @@ def tail(result: Aggregate) -> float:
 def useless_truncation(result: Aggregate) -> str | None:
     """What to say when a truncation of the residual costs bytes and buys little; None otherwise."""
     share = tail(result)
-    if share <= USELESS_TAIL or get_method(result.method).rest != "truncate":
+    if share <= USELESS_TAIL or get_method(result.method).residual_policy != "truncate":
         return None
     advice = "truncate less, or use fedex (all of it) or fedit (none of it)"
     return f"the residual's spectrum is so flat that truncation is useless: {share:.0%} of its norm is dropped; {advice}"
@@ -265,6 +258,11 @@ def other_errors(
         size = math.fsum(weights[update.client_id] * float(torch.linalg.vector_norm(update.other[name].double())) for update in updates)
         errors[name] = relative(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
     return errors
+
+
+def _times(weight: float, deltas: Mapping[str, Delta], module: str) -> list[tuple[float, Delta]]:
+    """The module's term of a sum; none where it has no delta."""
+    return [(weight, deltas[module])] if module in deltas else []
 
 
 def _product(pair: LoRAPair) -> LowRank:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class FrozenBase:
         disable_cpu_repacking(model)
         owners = _owners(model)
         checkpoint = Checkpoint(getattr(model, "config", None))
-        self._homes: dict[str, _DeltaPlacement] = {}
+        self._homes: dict[str, _MergedDelta | _SideDelta] = {}
         for name, layer in self._layers.items():
             why_not = _why_not_fold(layer, owners)
             if where == "fold" and why_not:
@@ -111,18 +111,6 @@ class FrozenBase:
         return Exactness(error=error, ideal=size), worst(floors)
 
 
-class _DeltaPlacement(Protocol):
-    """Where one module's delta lives."""
-
-    def set(self, delta: Delta | None) -> None: ...
-
-    def w0(self) -> Tensor:
-        """The pristine weight as a matrix, on the CPU."""
-        ...
-
-    def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]: ...
-
-
 class _MergedDelta:
     """`W = W0 + D`, added on the CPU. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
 
@@ -136,6 +124,7 @@ class _MergedDelta:
             self._layer.weight().copy_(self.w0() + delta.dense(torch.float32))
 
     def w0(self) -> Tensor:
+        """The pristine weight as a matrix, on the CPU; as is that of a side path."""
         return self._layer.oriented(self._pristine())
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from fedex_lora.models.loading import Kind, has_modules, load_base, pad, takes_i
 from fedex_lora.models.lora import TASK_TYPES, wrap, write_model
 from fedex_lora.models.resized import grown
 from fedex_lora.storage.adapter_folder import adapter_config
+from fedex_lora.storage.files import FINAL
 from fedex_lora.storage.result import Result, read_result
 
 IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
@@ -56,14 +57,20 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
     Example:
         >>> model = load_model("runs/mrpc", "roberta-base")                              # doctest: +SKIP
     """
-    folder = Path(folder)
-    result = read_result(folder / "final" if (folder / "final").is_dir() else folder)
-    if get_method(result.manifest["method"]).exactness == "personalised":
-        raise ModelError(
-            f"{folder} is of method {result.manifest['method']}, whose clients' models differ: load clients/CLIENT/adapter with PEFT"
-        )
-    model, _ = build_model(result, base)
-    return model
+    return build_model(read_global(Path(folder)), base)[0]
+
+
+def read_global(folder: Path) -> Result:
+    """The result in a folder, see `load_model`; of a run, that of its end.
+
+    Raises:
+        StorageError: the folder is broken.
+        ModelError: the clients' models differ, so there is no global one.
+    """
+    result = read_result(folder / FINAL if (folder / FINAL).is_dir() else folder)
+    if get_method(method := result.manifest["method"]).exactness == "personalised":
+        raise ModelError(f"{folder} is of method {method}, which has no global model: load clients/CLIENT/adapter with PEFT")
+    return result
 
 
 def build_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:

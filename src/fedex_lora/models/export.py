@@ -13,12 +13,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import get_method
-from fedex_lora.aggregation.lowrank import frobenius
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
-from fedex_lora.models.build import base_for, build_model, model_kind, new_tokens
+from fedex_lora.exactness.algebra import norm
+from fedex_lora.models.build import base_for, build_model, model_kind, new_tokens, read_global
 from fedex_lora.models.loading import is_encoder
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
@@ -26,7 +25,7 @@ from fedex_lora.models.processor import load_processor, save_processor
 from fedex_lora.storage.adapter_folder import concat_adapter, write_adapter_folder
 from fedex_lora.storage.files import atomic_folder, write_text
 from fedex_lora.storage.layout import LINEAR
-from fedex_lora.storage.result import Result, read_result
+from fedex_lora.storage.result import Result
 from fedex_lora.storage.run_folder import best_round
 from fedex_lora.types import Adapter, LoRAPair
 
@@ -56,8 +55,8 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
         and the `best_round` of a run that is done; `tokens`, where the adapter needs a base resized to so many; what vLLM makes of it.
 
     Raises:
-        UsageError: no such form, a rank above the total, a rank for a form without a stacked adapter, a personalised method.
-        ModelError: the reloaded model is not the run's. Nothing is left behind then.
+        UsageError: no such form, a rank above the total, a rank for a form without a stacked adapter.
+        ModelError: there is no global model, or the reloaded one is not the run's. Nothing is left behind then.
     """
     result = _exportable(source, form, rank)
     name = base or str(result.manifest.get("base_model"))
@@ -109,9 +108,7 @@ def _exportable(source: Path, form: str, rank: int | None) -> Result:
         raise UsageError(f"--as {form!r}: give {', '.join(FORMS)}")
     if rank is not None and form != "adapter":
         raise UsageError(f"--rank cuts the stand-alone adapter, and the form is {form}: use --as adapter")
-    result = read_result(source / "final" if (source / "final").is_dir() else source)
-    if get_method(result.manifest["method"]).exactness == "personalised":
-        raise UsageError(f"{source} is of method {result.manifest['method']}: clients/CLIENT/adapter are plain PEFT adapters already")
+    result = read_global(source)
     if not result.adapter and form != "merged":
         raise UsageError(f"{source} holds a whole model, no adapter: use --as merged")
     return result
@@ -146,7 +143,7 @@ def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
         raise UsageError(f"--rank {rank}: give 1 to {most}, the rank of the total update")
     kept, dropped = truncate(total, Truncation(rank=rank), rank)
     cut = {module: LoRAPair(A=kept[module].V, B=kept[module].U) if module in kept else whole[module].first(1) for module in whole}
-    size = math.hypot(*(frobenius(update) for update in total.values()))
+    size = math.hypot(*(norm(update) for update in total.values()))
     return cut, math.hypot(*dropped.values()) / size if size else 0.0
 
 

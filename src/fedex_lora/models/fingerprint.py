@@ -52,9 +52,5 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) 
 
 def _add(digest: "hashlib._Hash", name: str, values: Tensor, count: int) -> None:
     places = torch.randint(max(1, values.numel()), (count,), generator=torch.Generator().manual_seed(values.numel()))
-    sample = values.reshape(-1)[places.to(values.device)] if values.is_contiguous() else values[tuple(_unravel(places, values.shape))]
+    sample = values.reshape(-1)[places.to(values.device)] if values.is_contiguous() else values[torch.unravel_index(places, values.shape)]
     digest.update(f"{name}{tuple(values.shape)}".encode() + sample.cpu().float().contiguous().numpy().tobytes())
-
-
-def _unravel(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    return torch.unravel_index(places, shape)

@@ -111,12 +111,19 @@ def _averageable(model: Any, name: str) -> Any:
     return model
 
 
+def _config(base: Base) -> Any:
+    """The base's config; None where there is none, for whoever loads the base says why."""
+    try:
+        return transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
+    except Exception:
+        return None
+
+
 def has_modules(base: Base, kind: Kind, names: Iterable[str]) -> bool:
     """Does a model of this kind, of the base's config, have modules of these paths? (Nothing is loaded.)"""
     try:
-        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
         with torch.device("meta"):
-            model = getattr(transformers, AUTO[kind]).from_config(config, trust_remote_code=base.trust_remote_code)
+            model = getattr(transformers, AUTO[kind]).from_config(_config(base), trust_remote_code=base.trust_remote_code)
     except Exception:  # no such head; whoever loads it says why
         return False
     return set(names) <= {name for name, _ in model.named_modules()}
@@ -124,20 +131,13 @@ def has_modules(base: Base, kind: Kind, names: Iterable[str]) -> bool:
 
 def takes_images(base: Base) -> bool:
     """Can transformers classify images with it?"""
-    try:
-        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
-    except Exception:  # whoever loads it says why
-        return False
-    return type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return type(_config(base)) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def is_encoder(base: Base) -> bool:
     """Does it fill in masked words, and write no texts, whatever head transformers could give it?"""
-    try:
-        config = transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
-    except Exception:  # whoever loads it says why
-        return False
-    writes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    config = _config(base)
+    writes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
     return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not writes
 
 

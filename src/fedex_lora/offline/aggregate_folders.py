@@ -140,7 +140,7 @@ def aggregate_folders(
     if parties is not None:
         require_several([1.0] * len(folders) if weights is None else weights)
     described, like = _described(folders, base)
-    if previous is not None and row.own:
+    if previous is not None and row.client_state:
         raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
     before = None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
@@ -251,17 +251,17 @@ def _in_memory(job: Job, truncation: Truncation | None) -> Outcome:
 
 
 def _require_global_model(row: Method, truncation: Truncation | None) -> None:
-    if not row.lora or row.pooled:
+    if not row.lora or row.centralised:
         raise UsageError(f"method {row.name} trains nothing that adapters hold: use fedex, say")
     if row.exactness == "personalised":
         raise UsageError(f"method {row.name} has no global model to write: each client goes on with its own; use fedex, say")
-    if truncation not in (None, Truncation()) and row.rest != "truncate":
+    if truncation not in (None, Truncation()) and row.residual_policy != "truncate":
         raise UsageError(f"--truncate is for fedex-svd, and the method is {row.name}")
 
 
 def _held(before: ServerState, update: ClientUpdate) -> dict[str, LowRank]:
     """What a client of lower rank held frozen while it trained: the other components of the global adapter."""
-    if not get_method(before.method).frozen_side:
+    if not get_method(before.method).holds_tail:
         return {}
     live = before.adapter
     return {module: live[module].after(pair.rank) for module, pair in update.adapter.items() if pair.rank < live[module].rank}

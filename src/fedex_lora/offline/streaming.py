@@ -65,7 +65,7 @@ class Round:
 
     def rest_rank(self, module: str) -> int:
         """Columns of what the base gains, as factors: `(k-1) r`."""
-        return (len(self.files) - 1) * self.adapter[module].rank if self.row.rest == "base" else 0
+        return (len(self.files) - 1) * self.adapter[module].rank if self.row.residual_policy == "base" else 0
 
     def dense(self, module: str) -> bool:
         """Is the matrix smaller than those factors, and so cheaper to write?"""
@@ -89,7 +89,7 @@ def streamable(row: Method, files: Sequence[AdapterHeader]) -> bool:
     """Is this the plain case: a method of mean factors, on linear layers, in 32 or 16 bits? Others are aggregated in memory."""
     layouts = {layout for file in files for layout in file.folder.format.layouts.values()}
     dtypes = {tensor.dtype for file in files for pair in file.folder.adapter.values() for tensor in (pair.A, pair.B)}
-    return row.of_means and not row.own and layouts <= {LINEAR} and dtypes <= set(FLOATS)
+    return row.is_factor_mean and not row.client_state and layouts <= {LINEAR} and dtypes <= set(FLOATS)
 
 
 def audit_is_cheap(round: Round) -> bool:

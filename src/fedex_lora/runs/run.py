@@ -97,7 +97,7 @@ class LocalSimulation:
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
     """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
     train, config = place.work.task.tokenize(place.work.processor, place.work.task.train), place.config
-    if get_method(place.config.method).pooled:
+    if get_method(place.config.method).centralised:
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
         parts = {CENTRAL_CLIENT: (together[0], together[1])}
     data, notes = dict[str, ClientData](), list[str]()

@@ -117,7 +117,7 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     adapter = other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
 
     def base_delta(round: int) -> int:
-        columns = (taking_part if row.rest != "drop" else 0) * round + (2 * round if config.server.through_base else 0)
+        columns = (taking_part if row.residual_policy != "drop" else 0) * round + (2 * round if config.server.through_base else 0)
         return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in state.adapter.values())
 
     rounds = [adapter * (1 + taking_part) + 3 * base_delta(number) for number in range(1, config.rounds + 1)]

@@ -22,18 +22,18 @@ def require_consistent(config: Config, clients: int) -> None:
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
     _require_pace(config, method)
-    if len(method.trains) > 1 and config.local.optimizer_state == "keep":
+    if len(method.trained_schedule) > 1 and config.local.optimizer_state == "keep":
         raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
-    if method.refactors and config.local.optimizer_state == "keep":
+    if method.refactorises and config.local.optimizer_state == "keep":
         raise ConfigError(
             f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
             "Adam's moments would belong to other coordinates; use 'reset'"
         )
     asked = participants(config.clients.fraction, clients)
-    if config.clients.min_clients > asked and not method.pooled:
+    if config.clients.min_clients > asked and not method.centralised:
         raise ConfigError(f"clients.min_clients = {config.clients.min_clients} and {asked} clients take part in a round: lower it")
     _require_late(config, method)
-    if config.truncation != Truncation() and method.rest != "truncate":
+    if config.truncation != Truncation() and method.residual_policy != "truncate":
         raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
 
 
@@ -65,7 +65,9 @@ def _require_late(config: Config, method: Method) -> None:
     """An update of the round before can be part of a mean only where its factors are in the coordinates of that mean."""
     if config.clients.late == "refuse":
         return
-    other_coordinates = method.own or len(method.trains) > 1 or (method.trains != ("AB",) and method.refactors)
+    other_coordinates = (
+        method.client_state or len(method.trained_schedule) > 1 or (method.trained_schedule != ("AB",) and method.refactorises)
+    )
     if other_coordinates or config.clients.ranks:
         what = "clients.ranks" if config.clients.ranks else f"method {config.method}"
         raise ConfigError(f"clients.late = 'next' does not go with {what}: use 'refuse'")
@@ -75,7 +77,7 @@ def _require_ranks(config: Config, method: Method, clients: int) -> None:
     ranks = config.clients.ranks
     if ranks is None:
         return
-    if not method.per_client_ranks or method.pooled:
+    if not method.per_client_ranks or method.centralised:
         able = ", ".join(name for name, row in METHODS.items() if row.per_client_ranks)
         raise ConfigError(f"method {config.method} needs one rank for all clients: remove clients.ranks, or use one of {able}")
     if len(ranks) != clients:

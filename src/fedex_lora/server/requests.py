@@ -98,11 +98,11 @@ class Requests:
 
     @property
     def _drawn(self) -> bool:
-        return get_method(self._server.state.method).draws and self._server.state.round > 0
+        return get_method(self._server.state.method).reinitialises and self._server.state.round > 0
 
     def _body(self, asked: Asked) -> tuple[_Version, Body]:
         state, rank = self._server.state, asked.request.rank
-        version = asked.since, None if get_method(state.method).frozen_side or self._drawn else rank
+        version = asked.since, None if get_method(state.method).holds_tail or self._drawn else rank
         if version not in self._bodies:
             adapter = state.adapter if version[1] is None else states.start_of(state.method, state.adapter, rank, None)[0]
             catch_up = self._server.registry.sync_for(asked.since, state, self._server.rules)

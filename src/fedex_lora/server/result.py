@@ -61,7 +61,7 @@ def result_of(
         "modules": measure.per_module(deviation, aggregate.adapter),
         "drift": measure.drift(updates, aggregate.weights),
     }
-    if get_method(state.method).exactness in ("to the reported tail", "best rank r"):
+    if get_method(state.method).exactness in ("truncated", "rank-r-optimal"):
         numbers["dropped"] = math.hypot(*aggregate.dropped.values()) / math.hypot(*exactness.ideal.values())
     if motion and motion.momentum:
         start, end = (measure.effective_update(one.adapter, one.base_delta) for one in (before, state))

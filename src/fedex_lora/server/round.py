@@ -156,7 +156,7 @@ class Round:
             return kind(client, number, one_line(str(error)))
 
     def _decoded(self, payload: bytes, sent: Download) -> ClientUpdate:
-        stays = get_method(sent.body.method).stays(sent.request.round)
+        stays = get_method(sent.body.method).withheld(sent.request.round)
         return decode_update(payload, sent, stays, self._server.rules.messages.max_examples)
 
     def _of_the_round_before(self, client: str, payload: bytes) -> Verdict | None:

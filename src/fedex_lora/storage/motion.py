@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-from torch import Tensor
-
+from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas, scalings_of, under, unflatten_adapter, unflatten_deltas
 from fedex_lora.errors import AggregationError, StorageError
-from fedex_lora.storage.tensors import Tensors, delta_tensors, deltas_of, load_tensors
-from fedex_lora.types import Adapter, Motion, adapter_from, factors_of, scalings_of
+from fedex_lora.storage.tensors import Tensors, load_tensors
+from fedex_lora.types import Adapter, Motion
 
 
 def motion_tensors(motion: Motion) -> Tensors:
     """The file of what a round started from."""
-    tensors = factors_of("adapter", motion.adapter)
-    tensors |= {f"change|{name}": tensor for name, tensor in delta_tensors(motion.change).items()}
+    tensors = flatten_adapter("adapter", motion.adapter)
+    tensors |= flatten_deltas("change", motion.change)
     tensors |= {f"other|{name}": tensor for name, tensor in motion.other.items()}
     tensors |= {f"other_change|{name}": tensor for name, tensor in motion.other_change.items()}
     about = {"momentum": motion.momentum, "learning_rate": motion.learning_rate, "scalings": scalings_of(motion.adapter)}
@@ -30,18 +29,15 @@ def read_motion(path: Path, like: Adapter) -> Motion | None:
         return None
     tensors, metadata = load_tensors(path)
 
-    def of(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}
-
     try:
         about = json.loads(metadata["motion"])
         made = Motion(
             momentum=float(about["momentum"]),
             learning_rate=float(about["learning_rate"]),
-            adapter=adapter_from("adapter", about["scalings"], tensors),
-            change=deltas_of(of("change"), path),
-            other=of("other"),
-            other_change=of("other_change"),
+            adapter=unflatten_adapter("adapter", about["scalings"], tensors),
+            change=unflatten_deltas("change", tensors),
+            other=under("other", tensors),
+            other_change=under("other_change", tensors),
         )
     except (KeyError, ValueError, TypeError, AggregationError, RuntimeError) as error:
         raise StorageError(f"{path} does not say what the round started from ({error!r}): copy the folder again") from None

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import finite, from_parts, parts
+from fedex_lora.aggregation.lowrank import finite, from_parts
 from fedex_lora.errors import StorageError
 from fedex_lora.storage.files import cannot_write, fsync, replacing
 from fedex_lora.storage.safetensors_io import opened
@@ -75,13 +75,8 @@ def load_delta(path: Path) -> dict[str, Delta]:
     return deltas_of(tensors, path)
 
 
-def moving_tensors(base_delta: Mapping[str, Delta]) -> dict[str, Tensor]:
-    """`M.PART` for each module M: all that a delta is made of (`aggregation.lowrank.parts`), its velocity included."""
-    return {f"{module}.{name}": tensor for module, delta in base_delta.items() for name, tensor in parts(delta).items()}
-
-
 def deltas_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Delta]:
-    """The inverse of `delta_tensors` and of `moving_tensors`; `path` is named in errors."""
+    """The inverse of `delta_tensors`; `path` is named in errors."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")

@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fedex_lora.aggregation.flatten import scalings_of
 from fedex_lora.errors import StorageError
 from fedex_lora.storage.adapter_folder import CONFIG, WEIGHTS, AdapterHeader, read_adapter_folder
 from fedex_lora.storage.files import sha256
 from fedex_lora.storage.tensors import load_tensors, save_tensors
-from fedex_lora.types import ClientUpdate, LoRAPair, scalings_of
+from fedex_lora.types import ClientUpdate, LoRAPair
 
 UPDATES = "updates"
 

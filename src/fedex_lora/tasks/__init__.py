@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from fedex_lora import config
-from fedex_lora.errors import DataError, require_extra
+from fedex_lora.errors import DataError
 from fedex_lora.tasks import arithmetic, commonsense, custom, demo, e2e, glue
 from fedex_lora.tasks._completions import IGNORED, prompt_ids
 from fedex_lora.tasks._images import ImageCollator
@@ -39,6 +39,4 @@ def load_task(settings: config.Task, seed: int) -> Task:
     if settings.name not in TASKS:
         near = config.nearest(settings.name, list(TASKS))
         raise DataError(f"unknown task {settings.name!r}: " + (f"did you mean {near!r}?" if near else f"known: {', '.join(TASKS)}"))
-    if settings.name.startswith("glue/") or (settings.name == "custom" and settings.kind != "causal-lm"):
-        require_extra("sklearn", "tasks", "metrics of classes and scores")
     return TASKS[settings.name](settings).limited(settings.train_rows, settings.eval_rows, seed)

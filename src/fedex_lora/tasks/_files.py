@@ -19,6 +19,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, time
@@ -82,11 +83,7 @@ def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[
 def _line_of(path: Path, opener: Callable[..., IO[str]]) -> int:
     """The first line that is not UTF-8."""
     with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
-        return next((number for number, line in enumerate(file, start=1) if not line.isascii() and _escaped(line)), 1)
-
-
-def _escaped(line: str) -> bool:
-    return any("\udc80" <= sign <= "\udcff" for sign in line)
+        return next((number for number, line in enumerate(file, start=1) if re.search("[\udc80-\udcff]", line)), 1)
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], index: Sequence[int] | None = None) -> Rows:
@@ -186,12 +183,15 @@ def as_text(rows: Rows) -> Rows:
     return _frame([{str(name): _cell(value) for name, value in row.items()} for row in rows.to_dict(orient="records")])
 
 
-def read_layout(root: Path, name: str, layout: str) -> Rows:
-    """A file of a published layout.
+def published(data: Path | None, folder: str, name: str, layout: str, hub: Callable[[], Rows]) -> Rows:
+    """A file of a published layout, in `data` or its `folder`; without `data`, what `hub` gives.
 
     Raises:
         DataError: it is not there (`layout` says what should be), or not readable.
     """
+    if data is None:
+        return hub()
+    root = within(data, folder)
     if not (root / name).is_file():
         raise DataError(f"{root / name} does not exist: task.data must hold {layout}", "file")
     return read_rows(name, root)

@@ -48,20 +48,13 @@ def images_that_fail(rows: Rows, column: str, folder: Path | None) -> list[Probl
 
 def _fault(cell: Mapping[str, Any]) -> DataError | None:
     try:
-        _check(cell)
+        with _open(cell) as image:
+            image.verify()
     except DataError as error:
         return error
+    except Exception as error:  # every format raises its own
+        return _broken(cell, error)
     return None
-
-
-def _check(cell: Mapping[str, Any]) -> None:
-    image = _open(cell)
-    try:
-        image.verify()
-    except Exception as error:
-        raise _broken(cell, error) from None
-    finally:
-        image.close()
 
 
 def _open(cell: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import FULL, IGNORED, UNKNOWN, unknown_id
+from fedex_lora.tasks._completions import FULL, IGNORED, UNKNOWN, completion_metrics, tokenize_completions, unknown_id
 from fedex_lora.tasks._files import Rows
 
 Array: TypeAlias = NDArray[Any]
@@ -93,6 +93,39 @@ def _drawn(rows: Rows, wanted: int | None, seed: int) -> Rows:
     return rows.iloc[_draw(len(rows), wanted, seed)].reset_index(drop=True)
 
 
+def written_task(
+    settings: config.Task,
+    rows: tuple[Rows, Rows],
+    prompts: Callable[[Any, Rows], list[str]],
+    completions: Callable[[Rows], list[str]],
+    classes: Array | None = None,
+    **more: Any,
+) -> Task:
+    """The task of a causal LM: the loss is on the completions only, and ranks rounds.
+
+    Args:
+        settings: say how long a row may be.
+        rows: to learn from, and only to measure.
+        prompts, completions: one text a row, the prompts for a tokenizer.
+        classes: see `Task`; by default all rows are of one.
+        more: of `Task`.
+    """
+    return Task(
+        kind="causal-lm",
+        train=rows[0],
+        eval=rows[1],
+        tokenize=lambda tokenizer, rows: tokenize_completions(
+            tokenizer, prompts(tokenizer, rows), completions(rows), limit(settings, tokenizer)
+        ),
+        metrics=completion_metrics,
+        headline="loss",
+        model_config={},
+        classes=np.zeros(len(rows[0]), dtype=int) if classes is None else classes,
+        greater_is_better=False,
+        **more,
+    )
+
+
 def text_collator(kind: str, tokenizer: Any) -> Any:
     """Pads a batch: inputs by the tokenizer, labels of a causal LM with `IGNORED`."""
     if kind == "causal-lm":
@@ -137,7 +170,7 @@ def usable(rows: Dataset, settings: config.Task, source: str) -> tuple[Dataset, 
             f"{source}: {unknown:.0%} of the tokens in these rows are unknown to this tokenizer: is it of this language, or of this model?"
         )
     rows, room = rows.remove_columns([FULL, UNKNOWN]), f"task.max_length = {settings.max_length or int(lengths.max())}"
-    if settings.kind == "causal-lm" or (settings.name != "custom" and isinstance(rows[0]["labels"], list)):
+    if isinstance(rows[0]["labels"], list):  # of a token each
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])
         if lost.any():
             words = f"{source}: {int(lost.sum())} of {len(lost)} rows have a prompt that fills {room}, and nothing is left to learn"

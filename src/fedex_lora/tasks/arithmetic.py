@@ -11,18 +11,18 @@ From the hub, or a folder with `MetaMathQA-395K.json`, `gsm8k/test.jsonl` and `m
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from fedex_lora import config
-from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
-from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
+from fedex_lora.errors import DataError, require_extra
+from fedex_lora.tasks._files import Rows, published, read_hub, read_rows
 from fedex_lora.tasks._rows import require_values
-from fedex_lora.tasks._task import Generation, Task, limit
-from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form, require_math_verify
+from fedex_lora.tasks._task import Generation, Task, written_task
+from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form
 
 METAMATH, METAMATH_HUB = "MetaMathQA-395K.json", "meta-math/MetaMathQA"
 TESTS = {"gsm8k": 512, "math": 2048}  # tokens that MetaMath's evaluation lets the model write
@@ -42,24 +42,18 @@ def load(name: str, settings: config.Task) -> Task:
     """
     test = as_metamath(_test(name, settings.data), f"arithmetic/{name}, test set,")
     train = as_metamath(_train(settings), "arithmetic, training rows,") if settings.train != "" else test.head(0)
-    return Task(
-        kind="causal-lm",
-        train=train,
-        eval=test,
-        tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, _prompts(rows), [f" {text.strip()}" for text in rows["response"]], limit(settings, tokenizer)
-        ),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=pd.factorize(train["type"])[0] if "type" in train else np.zeros(len(train), dtype=int),
-        greater_is_better=False,
+    return written_task(
+        settings,
+        (train, test),
+        lambda _, rows: _prompts(rows),
+        lambda rows: [f" {text.strip()}" for text in rows["response"]],
+        pd.factorize(train["type"])[0] if "type" in train else None,
         generation=Generation(
             rows=test,
             prompts=lambda _, rows: [f"{prompt} Let's think step by step." for prompt in _prompts(rows)],
             score=score_gsm8k if name == "gsm8k" else score_math,
             settings={"max_new_tokens": TESTS[name]},
-            require=(lambda: None) if name == "gsm8k" else require_math_verify,
+            require=(lambda: None) if name == "gsm8k" else partial(require_extra, "math_verify", "math", "equivalent answers"),
             column="query",
         ),
     )
@@ -72,18 +66,14 @@ def _prompts(rows: Rows) -> list[str]:
 def _train(settings: config.Task) -> Rows:
     if settings.train:
         return read_rows(settings.train, settings.data)
-    if settings.data is None:
-        return read_hub(METAMATH_HUB, None, "train")
     layout = f"{METAMATH}, or task.train must name other training rows (gsm8k/train.jsonl)"
-    return read_layout(within(settings.data, "MetaMathQA"), METAMATH, layout)
+    return published(settings.data, "MetaMathQA", METAMATH, layout, lambda: read_hub(METAMATH_HUB, None, "train"))
 
 
 def _test(name: str, data: Path | None) -> Rows:
-    if data is not None:
-        return read_layout(within(data, name), "test.jsonl", f"{name}/test.jsonl as published")
-    if name == "gsm8k":
-        return read_hub("openai/gsm8k", "main", "test")
-    return pd.concat([read_hub(MATH_HUB, subject, "test") for subject in MATH_SUBJECTS], ignore_index=True)
+    parts = [("openai/gsm8k", "main")] if name == "gsm8k" else [(MATH_HUB, subject) for subject in MATH_SUBJECTS]
+    layout = f"{name}/test.jsonl as published"
+    return published(data, name, "test.jsonl", layout, lambda: pd.concat([read_hub(*part, "test") for part in parts], ignore_index=True))
 
 
 def as_metamath(rows: Rows, where: str) -> Rows:

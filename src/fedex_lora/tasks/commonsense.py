@@ -11,15 +11,15 @@ From the files that LLM-Adapters publishes (downloaded, or a folder with `common
 `task.train` names other training rows of this layout: `task.train = "boolq/train.json"`.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fedex_lora import config
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
-from fedex_lora.tasks._files import Rows, read_hub, read_layout, read_rows, within
+from fedex_lora.tasks._files import Rows, published, read_hub, read_rows, within
 from fedex_lora.tasks._rows import require_values
-from fedex_lora.tasks._task import Generation, Task, label_indices, limit
+from fedex_lora.tasks._task import Generation, Task, label_indices, written_task
 from fedex_lora.tasks.scoring import CHOICES, extract_choice
 
 TRAIN = "commonsense_170k.json"
@@ -49,16 +49,11 @@ def load(name: str, settings: config.Task) -> Task:
         right = [one == gold for one, gold in zip(got, rows["answer"], strict=True)]
         return {"accuracy": float(np.mean(right)), "unanswered": float(got.count(None))}
 
-    return Task(
-        kind="causal-lm",
-        train=train,
-        eval=test,
-        tokenize=lambda tokenizer, rows: tokenize_completions(tokenizer, _prompts(rows), list(rows["output"]), limit(settings, tokenizer)),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=np.zeros(len(train), dtype=int),
-        greater_is_better=False,
+    return written_task(
+        settings,
+        (train, test),
+        lambda _, rows: _prompts(rows),
+        lambda rows: list(rows["output"]),
         generation=Generation(
             rows=test,
             prompts=lambda _, rows: _prompts(rows),
@@ -77,13 +72,14 @@ def _prompts(rows: Rows) -> list[str]:
 def _train(settings: config.Task) -> Rows:
     if settings.train:
         return read_rows(settings.train, within(settings.data, "commonsense") if settings.data else None)
-    if settings.data is None:
-        return read_hub("json", None, "train", data_files=f"{PUBLISHED}/ft-training_set/{TRAIN}")
     layout = f"{TRAIN}, or task.train must name other training rows (boolq/train.json)"
-    return read_layout(within(settings.data, "commonsense"), TRAIN, layout)
+    return published(settings.data, "commonsense", TRAIN, layout, partial(_hub, f"ft-training_set/{TRAIN}"))
 
 
 def _test(name: str, data: Path | None) -> Rows:
-    if data is None:
-        return read_hub("json", None, "train", data_files=f"{PUBLISHED}/dataset/{name}/test.json")
-    return read_layout(within(data, "commonsense"), f"{name}/test.json", f"{name}/test.json as LLM-Adapters publishes it")
+    file = f"{name}/test.json"
+    return published(data, "commonsense", file, f"{file} as LLM-Adapters publishes it", partial(_hub, f"dataset/{file}"))
+
+
+def _hub(file: str) -> Rows:
+    return read_hub("json", None, "train", data_files=f"{PUBLISHED}/{file}")

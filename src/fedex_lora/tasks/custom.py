@@ -16,21 +16,21 @@ A configuration and a row of its file::
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.models.processor import require_pillow
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
+from fedex_lora.tasks._metrics import measuring
 from fedex_lora.tasks._rows import Problem, alike, classes_of, empty, found, outside, require_columns, settled
-from fedex_lora.tasks._task import Task, limit, tokenize_texts
+from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
 from fedex_lora.tasks._templates import columns_of, filled, text_of
 
 SCORES = "set task.kind = 'regression' for scores, or name all classes in task.labels"
@@ -64,9 +64,9 @@ def load(settings: config.Task) -> Task:
         rows, said = settled(table.rows, table.source, table.problems, settings.on_bad_row)
         kept.append(rows)
         notes += said
-    kinds = {"classification": _classification, "regression": _regression, "causal-lm": _causal_lm, config.IMAGES: _images}
+    kinds = {"regression": _regression, "causal-lm": _causal_lm}
     train, held = (rows.reset_index(drop=True) for rows in kept)
-    return replace(kinds[settings.kind](settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
+    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
 
 
 def tables(settings: config.Task) -> tuple[Table, Table]:
@@ -151,16 +151,26 @@ def _reading(settings: config.Task, answers: Callable[[Rows], Sequence[float]]) 
     )
 
 
-def _classification(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
-    classes, labels = _labels(settings, train)
+def _classes(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+    """Classes of texts, or of images."""
+    classes, images = class_names(settings, train), settings.kind == config.IMAGES
+    index = {name: position for position, name in enumerate(classes)}
+
+    def labels(rows: Rows) -> list[int]:
+        return [index[cell] for cell in rows[settings.label]]
+
+    def of_images(_: Any, rows: Rows) -> Dataset:
+        return image_rows(image_cells(rows, settings.image or "image", settings.data), labels(rows))
+
+    named = {"id2label": dict(enumerate(classes)), "label2id": index}
     return Task(
-        kind="classification",
+        kind=config.IMAGES if images else "classification",
         train=train,
         eval=held,
-        tokenize=_reading(settings, labels),
-        metrics=_class_metrics,
+        tokenize=of_images if images else _reading(settings, labels),
+        metrics=measuring("accuracy", "macro_f1"),
         headline="accuracy",
-        model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **_named(classes)},
+        model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **named},
         classes=np.asarray(labels(train)),
         notes=[*notes, *_alike(classes)],
     )
@@ -175,7 +185,7 @@ def _regression(settings: config.Task, train: Rows, held: Rows, notes: Sequence[
         train=train,
         eval=held,
         tokenize=_reading(settings, scores),
-        metrics=score_metrics,
+        metrics=measuring("mse", "pearson", "spearman"),
         headline="mse",
         model_config={"num_labels": 1, "problem_type": "regression"},
         classes=np.asarray(pd.qcut(pd.Series(scores(train)).rank(method="first"), min(5, len(train)), labels=False)),
@@ -184,73 +194,10 @@ def _regression(settings: config.Task, train: Rows, held: Rows, notes: Sequence[
     )
 
 
-def _images(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
-    column = settings.image or "image"
-    classes, labels = _labels(settings, train)
-    return Task(
-        kind=config.IMAGES,
-        train=train,
-        eval=held,
-        tokenize=lambda _, rows: image_rows(image_cells(rows, column, settings.data), labels(rows)),
-        metrics=_class_metrics,
-        headline="accuracy",
-        model_config={"num_labels": len(classes), "problem_type": "single_label_classification", **_named(classes)},
-        classes=np.asarray(labels(train)),
-        notes=[*notes, *_alike(classes)],
-    )
-
-
-def _labels(settings: config.Task, train: Rows) -> tuple[list[str], Callable[[Rows], list[int]]]:
-    classes = class_names(settings, train)
-    index = {name: position for position, name in enumerate(classes)}
-    return classes, lambda rows: [index[cell] for cell in rows[settings.label]]
-
-
-def _named(classes: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
-
-
 def _alike(classes: Sequence[str]) -> list[str]:
     return [f"classes {one!r} and {other!r} are two classes: if they are meant to be one, mend the rows" for one, other in alike(classes)]
 
 
-def _class_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score
-
-    values, labels = np.asarray(prediction.predictions).argmax(axis=-1), prediction.label_ids
-    return {
-        "accuracy": float(accuracy_score(labels, values)),
-        "macro_f1": float(f1_score(labels, values, average="macro", zero_division=0.0)),
-    }
-
-
-def score_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Of a regression: the mean squared error, and how scores go together; of constant ones, which do not, zero."""
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import mean_squared_error
-
-    labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
-    values = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
-    constant = len(labels) < 2 or np.ptp(values) == 0 or np.ptp(labels) == 0
-    return {
-        "mse": float(mean_squared_error(labels, values)),
-        "pearson": 0.0 if constant else float(pearsonr(values, labels)[0]),
-        "spearman": 0.0 if constant else float(spearmanr(values, labels)[0]),
-    }
-
-
 def _causal_lm(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
-    return Task(
-        kind="causal-lm",
-        train=train,
-        eval=held,
-        tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, _texts(settings.prompt, rows), _texts(settings.completion, rows), limit(settings, tokenizer)
-        ),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=np.zeros(len(train), dtype=int),
-        greater_is_better=False,
-        notes=notes,
-    )
+    prompts, completions = (partial(_texts, template) for template in (settings.prompt, settings.completion))
+    return written_task(settings, (train, held), lambda _, rows: prompts(rows), completions, notes=notes)

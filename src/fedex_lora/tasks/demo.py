@@ -54,12 +54,6 @@ def examples(ward: str, count: int, seed: int) -> Iterator[dict[str, str]]:
         yield {"prompt": f"{text} triage :", "completion": f" {colour_of(findings)}", "hospital": ward}
 
 
-def pretraining_text(rng: random.Random) -> str:
-    """One document for the base: a note, and a colour that means nothing."""
-    text, _ = note(rng, rng.choice(list(WARDS)))
-    return f"{text} triage : {rng.choice(COLOURS)}"
-
-
 def vocabulary() -> list[str]:
     """Every word that the generator can write, after the two special tokens."""
     words = ["bed", ":", "the", "has", ",", "and", ".", "?", "triage", "is"] + [str(n) for n in range(1, 10)]

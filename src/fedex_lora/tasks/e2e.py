@@ -12,22 +12,20 @@ by the challenge's five metrics (`fedex_lora.tasks.scoring`).
 """
 
 import re
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import completion_metrics, tokenize_completions
-from fedex_lora.tasks._files import Rows, read_hub, read_layout, within
+from fedex_lora.tasks._files import Rows, published, read_hub
 from fedex_lora.tasks._rows import require_values
-from fedex_lora.tasks._task import Generation, Task, limit
+from fedex_lora.tasks._task import Generation, Task, written_task
 from fedex_lora.tasks.scoring import require_e2e, score_e2e
 
 HUB = "tuetschek/e2e_nlg"
 LAYOUT = "trainset.csv, devset.csv and testset_w_refs.csv of the E2E NLG challenge"
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep their own
-FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
+SPLITS = {"train": ("trainset.csv", "train"), "dev": ("devset.csv", "validation"), "test": ("testset_w_refs.csv", "test")}
 GENERATION = {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4, "max_new_tokens": 64}
 _SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
@@ -38,29 +36,14 @@ def load(settings: config.Task) -> Task:
     Raises:
         DataError: a file, a column or a value is missing, or a meaning representation is not one.
     """
-    if settings.data:
-        root = within(settings.data, "e2e")
-        splits = {name: read_layout(root, file, LAYOUT) for name, file in zip(("train", "dev", "test"), FILES, strict=True)}
-    else:
-        names = {"meaning_representation": "mr", "human_reference": "ref"}
-        splits = {
-            name: read_hub(HUB, None, split).rename(columns=names)
-            for name, split in zip(("train", "dev", "test"), ("train", "validation", "test"), strict=True)
-        }
+    splits = {name: published(settings.data, "e2e", file, LAYOUT, partial(_hub, split)) for name, (file, split) in SPLITS.items()}
     for name, rows in splits.items():
         require_values(rows, ["mr", "ref"], f"e2e, {name} set,")
-    return Task(
-        kind="causal-lm",
-        train=splits["train"],
-        eval=splits["dev"],
-        tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, prompts(tokenizer, rows), [f" {text.strip()}" for text in rows["ref"]], limit(settings, tokenizer)
-        ),
-        metrics=completion_metrics,
-        headline="loss",
-        model_config={},
-        classes=np.zeros(len(splits["train"]), dtype=int),
-        greater_is_better=False,
+    return written_task(
+        settings,
+        (splits["train"], splits["dev"]),
+        prompts,
+        lambda rows: [f" {text.strip()}" for text in rows["ref"]],
         generation=Generation(
             rows=splits["test"].groupby("mr", sort=False)["ref"].agg(list).reset_index(),
             prompts=prompts,
@@ -70,6 +53,10 @@ def load(settings: config.Task) -> Task:
             column="mr",
         ),
     )
+
+
+def _hub(split: str) -> Rows:
+    return read_hub(HUB, None, split).rename(columns={"meaning_representation": "mr", "human_reference": "ref"})
 
 
 def prompts(tokenizer: Any, rows: Rows) -> list[str]:

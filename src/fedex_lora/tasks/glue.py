@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._files import Rows, read_hub
+from fedex_lora.tasks._files import Rows, read_hub, within
+from fedex_lora.tasks._metrics import measuring
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Task, label_indices, limit, tokenize_texts
 
@@ -57,18 +57,14 @@ def load(name: str, settings: config.Task) -> Task:
     Raises:
         DataError: files or columns are missing, or a label is outside the set.
     """
-    key = name.replace("-", "").replace("_", "")
-    if key not in GLUE:
-        near = config.nearest(name, list(GLUE))
-        raise DataError(f"unknown GLUE task {name!r}: " + (f"did you mean glue/{near}?" if near else f"known: {', '.join(GLUE)}"))
-    glue = GLUE[key]
+    glue = GLUE[name]
     names: list[Any]
     if settings.data:
-        root = settings.data / glue.folder if (settings.data / glue.folder).is_dir() else settings.data
+        root = within(settings.data, glue.folder)
         train, held = (_read(root / f"{split}.tsv", glue) for split in ("train", "dev"))
         text, label, names = list(glue.text), glue.label, list(glue.classes)
     else:
-        train, held = (read_hub(HUB, key, split) for split in ("train", "validation"))
+        train, held = (read_hub(HUB, name, split) for split in ("train", "validation"))
         text, label, names = list(glue.hub_text), "label", list(range(len(glue.classes)))
 
     def labels(rows: Rows) -> list[Any]:
@@ -81,7 +77,7 @@ def load(name: str, settings: config.Task) -> Task:
         tokenize=lambda tokenizer, rows: tokenize_texts(
             tokenizer, [list(rows[column]) for column in text], labels(rows), limit(settings, tokenizer)
         ),
-        metrics=lambda prediction: glue_metrics(prediction, glue.metrics),
+        metrics=measuring(*glue.metrics),
         headline=glue.metrics[0],
         model_config={"num_labels": len(names), "problem_type": "single_label_classification"}
         if names
@@ -110,25 +106,3 @@ def _read(path: Path, glue: Glue) -> Rows:
     rows.index += 1 if glue.columns else 2  # lines of the file
     require_values(rows, [*glue.text, glue.label], str(path))
     return rows
-
-
-def glue_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
-    """The named metrics of logits (`rows x classes`, or `rows` for regression) against labels."""
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    values = scores.reshape(len(labels)).astype(np.float64) if names[0] == "pearson" else scores.argmax(axis=-1)
-    formulas = {
-        "accuracy": lambda: accuracy_score(labels, values),
-        "f1": lambda: f1_score(labels, values, zero_division=0.0),
-        "mcc": lambda: matthews_corrcoef(labels, values),
-        "pearson": lambda: _correlation(pearsonr, values, labels),
-        "spearman": lambda: _correlation(spearmanr, values, labels),
-    }
-    return {name: float(formulas[name]()) for name in names}
-
-
-def _correlation(measure: Any, values: Any, labels: Any) -> float:
-    """A correlation; of constant scores, which have none, zero."""
-    return 0.0 if np.ptp(values) == 0 or np.ptp(labels) == 0 else float(measure(values, labels)[0])

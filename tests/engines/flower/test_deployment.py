@@ -1,7 +1,7 @@
 """A real deployment on this machine: the same bits as in process, whatever dies, and exactness all the way."""
 
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -9,7 +9,7 @@ import torch
 from tests.engines.flower.conftest import CLIENTS, COLD, PATIENCE, configuration, events, wait_for
 
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
-from fedex_lora.engines.flower._local import local_simulation, simulated
+from fedex_lora.engines.flower._local import LocalDeployment
 from fedex_lora.engines.flower._trial import differing, traffic
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.offline.verify import verify
@@ -17,6 +17,18 @@ from fedex_lora.storage.tensors import load_tensors
 
 QUORUM = {"quorum": 0.6}
 LOG = {"catch_up": "log"}  # who was away adds the past gains one by one: the server's bits; a recompressed sum is within 1e-7 only
+
+
+@contextmanager
+def local_simulation(folder):
+    """A SuperLink that simulates nodes by Ray; stopped at the end."""
+    simulation = LocalDeployment(folder, [])
+    try:
+        simulation.connect("insecure = true")
+        simulation.start_superlink("--simulation", "--insecure")
+        yield simulation
+    finally:
+        simulation.stop_all()
 
 
 def exact(out):
@@ -52,8 +64,9 @@ def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(
     ours, theirs = (counted[f"{whose}bytes_down"] + counted[f"{whose}bytes_up"] for whose in ("", "flower_"))
     assert theirs == pytest.approx(ours, rel=0.03), counted
     write_app(tmp_path / "app", config, str(tmp_path / "run"), [])
+    nodes = ["--federation-config", "num-supernodes=3 client-resources-num-cpus=1"]
     with local_simulation(tmp_path) as simulation:
-        simulation.finish(simulation.submit(tmp_path / "app", *simulated(3)), tmp_path / "run", PATIENCE)
+        simulation.finish(simulation.submit(tmp_path / "app", *nodes), tmp_path / "run", PATIENCE)
     assert differing(deployed, tmp_path / "run") == []
     other = configuration(training={"learning_rate": 1e-3})
     assert differing(federation.reference(other), deployed)  # the comparison can fail
@@ -160,7 +173,13 @@ def test_strangers_are_not_let_in(federation, tmp_path):
     make_node_key(deployment.folder / "keys" / "stranger")
     make_certificates(tmp_path, ["localhost", "127.0.0.1"])
     deployment.start_node("stranger")
-    deployment.start_node("elsewhere", key=COLD, ca=tmp_path / "ca.crt")
+    deployment.start_node(
+        "elsewhere",
+        "--root-certificates",
+        str(tmp_path / "ca.crt"),
+        "--auth-supernode-private-key",
+        str(deployment.folder / "keys" / COLD),
+    )
     try:
         wait_for(lambda: "PermissionDenied" in deployment.log("stranger") or deployment.processes["stranger"].poll() is not None)
         wait_for(lambda: "CERTIFICATE_VERIFY_FAILED" in deployment.log("elsewhere"))

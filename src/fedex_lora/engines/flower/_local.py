@@ -24,11 +24,6 @@ CONNECTION = "local-deployment"  # in Flower's configuration file, which is in t
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")
 
 
-def simulated(nodes: int) -> list[str]:
-    """The options of `flwr run` for a simulation of so many nodes, one core each."""
-    return ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
-
-
 def free_port() -> int:
     """A TCP port of this machine that nobody has just now."""
     with socket.socket() as probe:
@@ -109,33 +104,27 @@ class LocalDeployment:
         text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\n{line}\n'
         (home / "config.toml").write_text(text, encoding="utf-8")
 
-    @property
-    def place(self) -> list[str]:
-        """The SuperLink's options that are always the same."""
-        return ["--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"]
-
-    def start_superlink(self) -> None:
-        """The server's process; it is ready when this returns."""
+    def start_superlink(self, *options: str) -> None:
+        """The server's process, by default with TLS, for registered nodes only; it is ready when this returns."""
         keys = self.folder / "keys"
         tls = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
-        options = [part for option, file in tls.items() for part in (f"--ssl-{option}", str(keys / file))]
-        self.start("superlink", ["flower-superlink", "--enable-supernode-auth", *options, *self.place])
+        safe = ["--enable-supernode-auth", *(part for option, file in tls.items() for part in (f"--ssl-{option}", str(keys / file)))]
+        place = ["--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"]
+        self.start("superlink", ["flower-superlink", *place, *(options or safe)])
         self.wait_for(lambda: _listens(self.port), 90, "the SuperLink does not listen", "superlink")
 
-    def start_node(self, client: str, key: str | None = None, ca: Path | None = None, port: int | None = None) -> None:
-        """A party's process.
-
-        Args:
-            client: who it is.
-            key: the name of its key; by default its own.
-            ca: the certificate that it trusts; by default the federation's.
-            port: where it looks for the SuperLink (a proxy's, for instance).
-        """
+    def start_node(self, client: str, *options: str) -> None:
+        """A party's process; of `flower-supernode`'s options the later ones hold."""
         given = {"client": client, "state": str(self.folder / "state" / client), **self.node_config.get(client, {})}
         words = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
-        command = ["flower-supernode", "--superlink", f"127.0.0.1:{port or self.port}", "--port", str(free_port())]
-        command += ["--root-certificates", str(ca or self.folder / "keys" / "ca.crt"), "--node-config", words]
-        self.start(client, [*command, "--auth-supernode-private-key", str(self.folder / "keys" / (key or client))])
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config", words]
+        keys = [
+            "--root-certificates",
+            str(self.folder / "keys" / "ca.crt"),
+            "--auth-supernode-private-key",
+            str(self.folder / "keys" / client),
+        ]
+        self.start(client, [*command, *keys, *options])
 
     def flwr(self, *words: str) -> dict[str, Any]:
         """What a `flwr` command says, as JSON.
@@ -233,16 +222,3 @@ def local_deployment(folder: Path, clients: Sequence[str], node_config: Mapping[
         yield deployment
     finally:
         deployment.stop_all()
-
-
-@contextmanager
-def local_simulation(folder: Path) -> Iterator[LocalDeployment]:
-    """A SuperLink that simulates nodes by Ray (`submit` with `simulated`); stopped at the end."""
-    simulation = LocalDeployment(folder, [])
-    try:
-        simulation.connect("insecure = true")
-        simulation.start("superlink", ["flower-superlink", "--simulation", "--insecure", *simulation.place])
-        simulation.wait_for(lambda: _listens(simulation.port), 90, "the SuperLink does not listen", "superlink")
-        yield simulation
-    finally:
-        simulation.stop_all()

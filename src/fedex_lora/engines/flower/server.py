@@ -60,7 +60,7 @@ class Deployment:
     """
 
     def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
-        if get_method(config.method).pooled:
+        if get_method(config.method).centralised:
             raise ConfigError(f"method {config.method} pools all rows in one place: run it in process, by fedex-lora run")
         task = load_task(config.task, config.seed)
         self._rows = dict.fromkeys(names, 0) or _dealt(config, task)

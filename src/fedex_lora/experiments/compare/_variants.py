@@ -90,7 +90,7 @@ def configured(config: Config, variant: Variant, settings: Settings, seed: int) 
         ConfigError: a key that there is not, a value that cannot be, a seed out of range.
     """
     tree, times = config.model_dump(mode="json", exclude_none=True), variant.times
-    if get_method(variant.method).rest != "truncate":
+    if get_method(variant.method).residual_policy != "truncate":
         tree["truncation"] = {}
     for key, value in {**settings, **variant.overrides}.items():
         _put(tree, key, value)

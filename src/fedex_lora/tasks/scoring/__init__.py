@@ -2,7 +2,7 @@
 
 from fedex_lora.tasks.scoring.choices import CHOICES, extract_choice
 from fedex_lora.tasks.scoring.e2e import METRICS, read_predictions, read_references, require_e2e, score_e2e, write_predictions
-from fedex_lora.tasks.scoring.mathematics import equivalent, extract_answer, extract_number, normal_form, require_math_verify
+from fedex_lora.tasks.scoring.mathematics import equivalent, extract_answer, extract_number, normal_form
 
 __all__ = [
     "CHOICES",
@@ -15,7 +15,6 @@ __all__ = [
     "read_predictions",
     "read_references",
     "require_e2e",
-    "require_math_verify",
     "score_e2e",
     "write_predictions",
 ]

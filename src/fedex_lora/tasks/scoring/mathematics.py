@@ -1,7 +1,8 @@
 r"""Answers to mathematical questions: taken out of a text, and compared.
 
 Two comparisons. *The same*: equal after the clean-up of notation (`normal_form`) that is usual since Hendrycks et al. 2021.
-*Equivalent*: the same, or the same value by the package `math-verify` (`x+1` and `1+x`, `\frac{\sqrt3}{3}` and `1/\sqrt{3}`).
+*Equivalent*: the same, or the same value by the package `math-verify` (`x+1` and `1+x`, `\frac{\sqrt3}{3}` and `1/\sqrt{3}`). By itself
+that package takes 11 in base 2 for 11 in base 3, and `x` for `X`, and reads no mixed numbers.
 """
 
 import logging
@@ -9,12 +10,10 @@ import re
 import threading
 from fractions import Fraction
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import require_extra
 
-ANSWER_IS = "The answer is:"
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<whole>\d+) (?=\d+/\d))?(?P<above>(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d{1,3}(?!\d))?)"
     r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
@@ -113,16 +112,13 @@ _CLEAN = tuple(
         (r"\\(?:left|right|displaystyle|mathstrut|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°", ""),
         (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"),
-        (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"),
-        (r"\\neq(?![a-z])", r"\\ne"),
+        (r"\\(le|ge|ne)(?:q|qslant)(?![a-z])", r"\\\1"),
         (r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{\s*[^{}()]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit after a value
         (r"\\(?:text|mbox|mathrm|textbf|textrm|textit|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1"),
         (rf"(?<=\d)\s+{_UNITS}(?:\s+{_UNITS})*\s*$", ""),  # 5 dollars, 12 square inches
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([-+]?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),  # 3 1/2
-        (r"(?<![\d.,])(\d{1,3})((?:\s\d{3})+)(?![\d/])", lambda found: re.sub(r"\s", "", found[0])),  # 10 000
-        (r"^\d+(?:\s+\d+)+$", lambda found: ",".join(found[0].split())),
+        (r"^\d+(?:\s+\d+)+$", lambda found: ",".join(found[0].split())),  # 10 000, and lists
         (r"(?:^|(?<=[=\s]))[-+]?\d{1,3}(?:,\d{3})+(?=(?:\.\d+)?\s*$)", lambda found: found[0].replace(",", "")),  # 10,000
         (r"(?<!\\)\\[,;: ]|~|\\quad|\s+", ""),
         (r"\\sqrt(\w)", r"\\sqrt{\1}"),
@@ -168,10 +164,7 @@ def equivalent(gold: str, answer: str) -> bool:
     word, base = re.compile(r"[A-Za-z]{3,}"), re.compile(r"\d_\{?\d")
     if word.fullmatch(ours) or word.fullmatch(theirs) or base.search(ours) or base.search(theirs):
         return False
-    numbers = _fraction(ours), _fraction(theirs)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return _same_value(*(text.replace(",", ", ") for text in (ours, theirs)))
+    return _same_value(*(_REPEATING.sub(_fraction, _EXPONENT.sub(r"\1\\cdot10^{\2}", text)).replace(",", ", ") for text in (ours, theirs)))
 
 
 def _spelled(text: str) -> str:
@@ -179,30 +172,19 @@ def _spelled(text: str) -> str:
     return re.sub(r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{4,})(?![A-Za-z])|^\([A-Z]\)$", lambda found: found[0].lower(), text)
 
 
-_RATIONAL = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d+)?\\frac\{(?P<minus>-?)(?P<above>\d+)\}\{(?P<below>\d+)\}")
-_REPEATING = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d*)\.(?P<first>\d*)\\overline\{?(?P<again>\d+)\}?")
+_EXPONENT = re.compile(r"^([-+]?\d*\.?\d+)[eE]([-+]?\d{1,2})$")
+_REPEATING = re.compile(r"^([-+]?)(\d*)\.(\d*)\\overline\{?(\d+)\}?$")
 
 
-def _fraction(text: str) -> Fraction | None:
-    """The value of an integer, a decimal (repeating, or with an exponent), a fraction of integers, or a mixed number."""
-    value: Fraction
-    if found := _RATIONAL.fullmatch(text):
-        if int(found["below"]) == 0 or (found["whole"] and found["minus"]):
-            return None
-        value = Fraction(found["whole"] or 0) + Fraction(int(found["minus"] + found["above"]), int(found["below"]))
-    elif found := _REPEATING.fullmatch(text):
-        shift, period = 10 ** len(found["first"]), 10 ** len(found["again"]) - 1
-        value = Fraction(int(found["whole"] + found["first"] or 0), shift) + Fraction(int(found["again"]), shift * period)
-    elif found := re.fullmatch(r"(?P<sign>[-+]?)(?P<number>\d*\.?\d+(?:[eE][-+]?\d{1,2})?)", text):
-        value = Fraction(found["number"])
-    else:
-        return None
-    return -value if found["sign"] == "-" else value
+def _fraction(found: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as `\frac{15}{90}`."""
+    sign, whole, first, again = found.groups()
+    return rf"{sign}\frac{{{int(whole + first + again) - int(whole + first or 0)}}}{{{10 ** len(first) * (10 ** len(again) - 1)}}}"
 
 
 @cache
 def _same_value(gold: str, answer: str) -> bool:
-    require_math_verify()
+    require_extra("math_verify", "math", "equivalent answers")
     from math_verify import LatexExtractionConfig, parse, verify
 
     seconds: Any = 5 if threading.current_thread() is threading.main_thread() else None  # its alarm works in the main thread only
@@ -210,13 +192,3 @@ def _same_value(gold: str, answer: str) -> bool:
         logging.getLogger(name).setLevel("CRITICAL")
     ours, theirs = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=seconds, raise_on_error=False) for text in (gold, answer))
     return bool(ours and theirs and verify(ours, theirs, float_rounding=12, timeout_seconds=seconds, raise_on_error=False))
-
-
-def require_math_verify() -> None:
-    """`math-verify` is there.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if find_spec("math_verify") is None:
-        raise UsageError("whether two answers are equivalent needs math-verify: pip install '.[math]'")

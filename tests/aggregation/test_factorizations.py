@@ -10,10 +10,14 @@ from tests.conftest import make_pair, make_updates
 
 from fedex_lora import ClientUpdate, LoRAPair, aggregate
 from fedex_lora.aggregation import GAUGES, METHODS, get_method
-from fedex_lora.aggregation.gauges import ALIGNED
+from fedex_lora.aggregation.factorizations import ALIGNED
 from fedex_lora.errors import UsageError
 
-GAUGED = [name for name, row in METHODS.items() if row.lora and not row.pooled and row.own != "B" and (row.own or not row.draws)]
+GAUGED = [
+    name
+    for name, row in METHODS.items()
+    if row.lora and not row.centralised and row.client_state != "B" and (row.client_state or not row.reinitialises)
+]
 
 
 def updates_sharing(method, k, out, inner, rank, seed):
@@ -33,7 +37,7 @@ def updates_sharing(method, k, out, inner, rank, seed):
 @settings(max_examples=8, deadline=None)
 def test_a_gauge_changes_no_product(method, gauge, shape, k, rank, seed):
     updates = updates_sharing(method, k, *shape, rank, seed)
-    if METHODS[method].own and gauge in ALIGNED:
+    if METHODS[method].client_state and gauge in ALIGNED:
         return
     plain, gauged = aggregate(updates, f"{method}+as-is"), aggregate(updates, f"{method}+{gauge}")
     assert np.linalg.norm(oracle.total(gauged, "m") - oracle.total(plain, "m")) < 1e-6 * max(
