@@ -18,11 +18,11 @@ test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
 short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages
 	$(BIN)/python -m pytest -m campaign --numprocesses 2 tests
 
-check: $(VENV)/.installed-dev   ## style, types, the order of imports
+check: $(VENV)/.installed-dev   ## style, types, the order of imports, the budget of lines and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_budget.py
 
 bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
