@@ -1,6 +1,10 @@
 """The layout: packages import one way, and the mathematics, the protocol and the server import no training library."""
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import fedex_lora
@@ -61,6 +65,26 @@ def test_mathematics_and_server_import_no_training_library():
     for module, path in sources():
         if module in PURE:
             assert not TRAINING & {name.split(".")[0] for name in imported(path)}, f"{path.relative_to(ROOT)}"
+
+
+def declared():
+    """The distributions that pyproject.toml names: of the core, and of each extra."""
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: {plain(re.split(r"[\[<>=]", line)[0]) for line in lines} for extra, lines in lists.items()}
+
+
+def plain(name):
+    return name.lower().replace("_", "-")
+
+
+def test_what_is_imported_is_declared():
+    """Third-party packages: in the core, or in an extra where more than mathematics and server are."""
+    homes, brought = packages_distributions(), set().union(*declared().values())
+    for module, path in sources():
+        for top in {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"fedex_lora"}:
+            names = {plain(name) for name in homes[top]}
+            assert names & (declared()[""] if module in PURE else brought), f"{path.relative_to(ROOT)}: {top} is not declared"
 
 
 def test_the_check_can_fail():
