@@ -1,7 +1,8 @@
 """Build sdist and wheel, and try them as a user would: each in an environment that has what it declares, and nothing else.
 
     python scripts/check_package.py            the environment's packages are links to those installed here: a minute
-    python scripts/check_package.py --install  they are installed by pip: some minutes, and what PyTorch weighs
+    python scripts/check_package.py --release  they are installed by pip (some minutes, and what PyTorch weighs), and version, changelog
+                                               and git are those of a release
 
 What must hold: the sdist is what git has, and its tests can be run; the wheel has no tests; with the core alone the README's example, a run
 and `verify` work, and `report` says which extra it needs; with the extras `tasks` and `report` the demo works.
@@ -130,21 +131,31 @@ def try_demo(commands, folder):
     assert (folder / "demo" / "report.html").stat().st_size > 100_000
 
 
+def check_release(version):
+    """All is committed and has no tag yet; the changelog is cut: nothing is unreleased, and this version comes next, with a date."""
+    assert call("git", "status", "--porcelain", cwd=ROOT) == "", "commit first"
+    assert f"v{version}" not in call("git", "tag", cwd=ROOT).split(), f"v{version} is tagged: raise __version__ in src/fedex_lora/__init__.py"
+    top = (ROOT / "CHANGELOG.md").read_text().partition("## Unreleased")[2]
+    assert re.match(rf"\s+## {re.escape(version)}, \d{{4}}-\d\d-\d\d\n", top), f"CHANGELOG.md: `## {version}, DATE` below an empty `## Unreleased`"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", action="store_true", help="install the dependencies anew instead of linking to those here")
-    install = parser.parse_args().install
+    parser.add_argument("--release", action="store_true", help="install all dependencies anew; check version, changelog and git")
+    release = parser.parse_args().release
     with tempfile.TemporaryDirectory(prefix="fedex-lora-package-") as made:
         folder = Path(made)
         sdist, wheel = build(folder / "dist")
         version = wheel.name.split("-")[1]
         print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB, {wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
+        if release:
+            check_release(version)
         check_wheel(wheel, version)
         check_sdist(sdist, folder / "sdist")
         print("the sdist is what git has, and its tests can be run; the wheel has the package alone")
-        try_core(environment(folder / "core", wheel, (), install), folder, version)
+        try_core(environment(folder / "core", wheel, (), release), folder, version)
         print("the core alone: README, run, verify")
-        try_demo(environment(folder / "more", wheel, ("tasks", "report"), install), folder)
+        try_demo(environment(folder / "more", wheel, ("tasks", "report"), release), folder)
         print("with tasks and report: the demo")
 
 

@@ -158,9 +158,9 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_changelog_and_version_agree():
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert "## Unreleased" in changelog
-    assert __version__ == "0.1.0" or f"## {__version__}" in changelog
+    headings = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert headings[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(__version__)}, \d{{4}}-\d\d-\d\d", headings[1])
 
 
 def test_events_are_documented():
