@@ -134,9 +134,13 @@ def try_demo(commands, folder):
 def check_release(version):
     """All is committed and has no tag yet; the changelog is cut: nothing is unreleased, and this version comes next, with a date."""
     assert call("git", "status", "--porcelain", cwd=ROOT) == "", "commit first"
-    assert f"v{version}" not in call("git", "tag", cwd=ROOT).split(), f"v{version} is tagged: raise __version__ in src/fedex_lora/__init__.py"
+    assert f"v{version}" not in call("git", "tag", cwd=ROOT).split(), (
+        f"v{version} is tagged: raise __version__ in src/fedex_lora/__init__.py"
+    )
     top = (ROOT / "CHANGELOG.md").read_text().partition("## Unreleased")[2]
-    assert re.match(rf"\s+## {re.escape(version)}, \d{{4}}-\d\d-\d\d\n", top), f"CHANGELOG.md: `## {version}, DATE` below an empty `## Unreleased`"
+    assert re.match(rf"\s+## {re.escape(version)}, \d{{4}}-\d\d-\d\d\n", top), (
+        f"CHANGELOG.md: `## {version}, DATE` below an empty `## Unreleased`"
+    )
 
 
 def main():
