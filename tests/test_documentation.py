@@ -63,11 +63,11 @@ def test_every_command_runs_as_written(workplace, monkeypatch):
         elif words[0] == "pip":
             assert (ROOT / "constraints.txt").exists()
         elif words[0] == "python":
-            with monkeypatch.context() as here, pytest.raises(SystemExit) as ended:
-                here.chdir(ROOT)
-                here.syspath_prepend(Path(words[1]).parent)
+            with monkeypatch.context() as here:
+                here.syspath_prepend((ROOT / words[1]).parent)
                 here.setattr(sys, "argv", [words[1], "--help"])
-                runpy.run_path(words[1], run_name="__main__")
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_path(str(ROOT / words[1]), run_name="__main__")
             assert not ended.value.code, command
         else:
             assert words[0] == "fedex-lora", command
