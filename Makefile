@@ -15,7 +15,7 @@ demo: $(VENV)/.installed   ## three hospitals, four methods, offline
 test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages
+short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages, METEOR by its official program
 	$(BIN)/python -m pytest -m campaign --numprocesses 2 tests
 
 check: $(VENV)/.installed-dev   ## style, types, the order of imports, the budget of lines and names

@@ -93,8 +93,8 @@ def test_commands_on_real_data_run(command, workplace, monkeypatch, data_folder,
     ):
         command = command.replace(name, str(folder))
     small = "--set rounds=1 --set task.train_rows=45 --set task.eval_rows=10"
-    if " compare " in command:  # five clients with skewed labels need a few more rows; one seed, one rate
-        small = small.replace("train_rows=45", "train_rows=100") + " --seeds 0 --learning-rates 3e-3 --jobs 1"
+    if " compare " in command:  # five clients with skewed labels need a few more rows; two methods, one seed, one rate
+        small = small.replace("train_rows=45", "train_rows=100") + " --methods fedit,fedex --seeds 0 --learning-rates 3e-3 --jobs 1"
     if command.split()[1] in ("evaluate", "score"):
         small = "--rows 4 --generate max_new_tokens=4" if " evaluate " in command else ""
     result = CliRunner().invoke(app, shlex.split(f"{command} {small}")[1:])

@@ -205,6 +205,7 @@ def test_a_whole_comparison(tmp_path):
         compare(configuration(rounds=1), ["fedit"], [0], out)
 
 
+@pytest.mark.campaign
 def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
     """SIGKILL in the middle: its workers stop too, finished runs are kept, and the end is that of a comparison left alone."""
     config = configuration(rounds=2)
@@ -245,6 +246,7 @@ def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
     assert finite_json(left) == finite_json(right)
 
 
+@pytest.mark.campaign
 def test_a_comparison_that_is_left_stops_its_workers(tmp_path):
     jobs = [Job(configuration(rounds=rounds), tmp_path / f"{rounds}") for rounds in (1, 500)]
     results = outcomes(jobs, 2)
