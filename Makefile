@@ -6,23 +6,23 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test short check bench docs browser smokes exactness precision metrics crash fuzz flower-test clean
+.PHONY: demo test short check bench docs browser smokes exactness precision metrics crash fuzz flower-test package release-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed   ## three hospitals, four methods, offline
 	$(BIN)/fedex-lora demo --out demo
 
 test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages
+short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages, METEOR by its official program
 	$(BIN)/python -m pytest -m campaign --numprocesses 2 tests
 
-check: $(VENV)/.installed-dev   ## style, types, the order of imports
+check: $(VENV)/.installed-dev   ## style, types, the order of imports, the budget of lines and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_budget.py
 
 bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_aggregation.py --out benchmarks/results/aggregation.json
@@ -62,8 +62,14 @@ crash: $(VENV)/.installed-dev   ## kill runs and fail their writes, resume them,
 fuzz: $(VENV)/.installed-dev   ## 100,000 mutated messages: refused, or what was sent byte for byte
 	$(BIN)/python -m tests.fuzz_wire 100000
 
-flower-test: $(VENV)/.installed-flower   ## a real deployment on this machine (TLS, node keys), and what happens when parts of it die
-	$(BIN)/python -m pytest tests/engines/flower -vv --durations 20 $(HOW)
+flower-test: $(VENV)/.installed-flower   ## two real deployments on this machine (TLS, node keys), side by side, and what happens when parts die
+	$(BIN)/python -m pytest tests/engines/flower --numprocesses 2 --dist worksteal --durations 20 $(HOW)
+
+package: $(VENV)/.installed-dev   ## sdist and wheel, each tried in an environment of its own
+	$(BIN)/python scripts/check_package.py
+
+release-check: check   ## what must hold before a release: version, changelog, tag, and `make package` with dependencies installed anew
+	$(BIN)/python scripts/check_package.py --release
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fedex-lora needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

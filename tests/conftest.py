@@ -40,6 +40,11 @@ def make_updates(k: int, seed: int = 0, shapes=((12, 20), (20, 12), (16, 16)), r
     ]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test is one of the documentation, which nobody shall wait for at the end."""
+    items.sort(key=lambda item: "test_documentation" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real data sets, in their published layouts."""

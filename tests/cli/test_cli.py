@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fedex_lora import __version__
-from fedex_lora.cli import app, main
-from fedex_lora.config import base_folder
+from fedex_lora.cli import app, demo, main
+from fedex_lora.config import base_folder, overridden, parse_config
 from fedex_lora.report.analysis import sent
 from fedex_lora.storage.events import read_events
 
@@ -210,8 +210,14 @@ def test_debug_shows_the_trace(config):
     assert not isinstance(result.exception, SystemExit)
 
 
-def test_demo(tmp_path):
-    """One round of each method: the table, the JSON, the run folders; again over its own folder, never over somebody else's."""
+def test_demo(tmp_path, monkeypatch):
+    """One round of each method on a few rows: the table, the JSON, the run folders; never over somebody else's folder."""
+    whole = demo.configuration
+
+    def short(*how):
+        return parse_config(overridden(whole(*how).model_dump(exclude_none=True), ["task.train_rows=96", "task.eval_rows=30"]))
+
+    monkeypatch.setattr(demo, "configuration", short)
     out = tmp_path / "demo"
     shown = call("demo", "--rounds", 1, "--out", out)
     assert shown.exit_code == 0, shown.stderr

@@ -173,7 +173,7 @@ def test_a_whole_comparison(tmp_path):
         told.append((line, done, total))
 
     out = tmp_path / "out"
-    result = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2, tell=tell)
+    result = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], tell=tell)
     assert (out / "compare.json").read_text() == finite_json(result) + "\n"
     assert [row["name"] for row in result["methods"]] == ["fedit", "fedex", "fedsa", "fedit+balanced"]
     starts, finals = {}, {}
@@ -197,7 +197,7 @@ def test_a_whole_comparison(tmp_path):
     assert fedsa["difference"] is None
     assert result["methods"][1]["exactness_error"] < 1e-6
     files = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    again = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2], jobs=2)
+    again = compare(config, ["fedit", "fedex", "fedsa"], [0, 1], out, [1e-3, 1e-2])
     assert finite_json(again) == finite_json(result)
     assert files == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
     assert not list(out.rglob("rounds"))
@@ -205,6 +205,7 @@ def test_a_whole_comparison(tmp_path):
         compare(configuration(rounds=1), ["fedit"], [0], out)
 
 
+@pytest.mark.campaign
 def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
     """SIGKILL in the middle: its workers stop too, finished runs are kept, and the end is that of a comparison left alone."""
     config = configuration(rounds=2)
@@ -245,6 +246,7 @@ def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
     assert finite_json(left) == finite_json(right)
 
 
+@pytest.mark.campaign
 def test_a_comparison_that_is_left_stops_its_workers(tmp_path):
     jobs = [Job(configuration(rounds=rounds), tmp_path / f"{rounds}") for rounds in (1, 500)]
     results = outcomes(jobs, 2)

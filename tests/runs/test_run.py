@@ -326,7 +326,7 @@ def test_a_real_encoder_on_real_rows(minilm, data_folder, tmp_path):
     tree = {
         "rounds": 2,
         "base": {"model": str(minilm)},
-        "task": {"name": "glue/mrpc", "data": str(data_folder / "glue"), "train_rows": 96, "eval_rows": 64, "max_length": 64},
+        "task": {"name": "glue/mrpc", "data": str(data_folder / "glue"), "train_rows": 48, "eval_rows": 32, "max_length": 48},
         "lora": {"r": 4, "alpha": 8, "target_modules": ["query", "value"]},
         "training": {"learning_rate": 3e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
     }

@@ -33,6 +33,7 @@ def test_bleu_and_nist_of_the_challenge_s_systems(system, data_folder):
     assert score(data_folder, system, ("BLEU", "NIST")) == {name: want[name] for name in ("BLEU", "NIST")}
 
 
+@pytest.mark.campaign
 def test_all_five_in_one_command(data_folder, java):
     """METEOR takes most of a minute on a busy machine, so of one system here; `make metrics` compares all five of the four systems."""
     folder = data_folder / "e2e"

@@ -1,7 +1,7 @@
-"""One deployment for all tests here: a SuperLink with TLS, three SuperNodes with registered keys.
+"""One deployment for all tests of a process: a SuperLink with TLS, three SuperNodes with registered keys.
 
-One node starts a process for every message until a test restarts it, two have workers.
-Every test starts runs of its own on it, and leaves all nodes running.
+Every test starts runs of its own on it, and leaves all nodes running. Nodes have workers, which import the libraries once; without one a
+node imports them for every message, seven seconds, so of `cold_federation` one node does.
 """
 
 import sys
@@ -64,27 +64,38 @@ class Federation:
         name = (out / "run-id").read_text().strip()
         return self.root / "state" / client / name / client / "memory.safetensors"
 
-    def restart(self, client):
-        """Start a client's node again, as a supervisor does, until Flower takes it; from now on it has a worker."""
-        self.warm(client)
+    def restart(self, client, worker=True):
+        """Start a client's node again, as a supervisor does, until Flower takes it: one that was killed counts as alive for a minute."""
         deployment = self.deployment
+        deployment.node_config[client].pop("worker", None)
+        if worker:
+            self.warm(client)
         before = deployment.log(client).count("SuperNode ID")
         deployment.start_node(client)
 
         def taken():
-            if deployment.processes[client].poll() is not None:  # Flower still takes the node that was killed for alive
+            if deployment.processes[client].poll() is not None:
                 deployment.stop(client)
                 deployment.start_node(client)
             return deployment.log(client).count("SuperNode ID") > before
 
-        wait_for(taken, pause=1)
+        wait_for(taken, pause=3)
 
-    def warm(self, client):
-        if f"worker-{client}" not in self.deployment.processes:
-            socket = self.root / f"{client}.sock"
+    def warm(self, *clients):
+        """Let nodes that start from now on have a worker."""
+        sockets = {client: self.root / f"{client}.sock" for client in clients}
+        for client, socket in sockets.items():
             self.deployment.node_config[client]["worker"] = str(socket)
-            self.deployment.start(f"worker-{client}", [sys.executable, "-m", "fedex_lora.cli", "flower", "worker", str(socket)])
-            wait_for(socket.exists)
+            if f"worker-{client}" not in self.deployment.processes:
+                self.deployment.start(f"worker-{client}", [sys.executable, "-m", "fedex_lora.cli", "flower", "worker", str(socket)])
+        wait_for(lambda: all(socket.exists() for socket in sockets.values()))
+
+    def having(self, client, worker):
+        """Itself, with a node that has a worker, or has none."""
+        if ("worker" in self.deployment.node_config[client]) != worker:
+            self.deployment.stop(client)
+            self.restart(client, worker)
+        return self
 
 
 def events(out, name):
@@ -101,13 +112,22 @@ def wait_for(condition, seconds=PATIENCE, pause=0.1):
 
 
 @pytest.fixture(scope="session")
-def federation(tmp_path_factory):
+def deployed(tmp_path_factory):
     root = tmp_path_factory.mktemp("flower")
     settings = {client: {"rows": "dealt"} | ({"worker": str(root / f"{client}.sock")} if client in WARM else {}) for client in CLIENTS}
     with local_deployment(root, CLIENTS, settings) as deployment:
         made = Federation(deployment, root)
-        for client in WARM:
-            made.warm(client)
+        made.warm(*WARM)
         yield made
         logs = {path.name: path.read_text(errors="replace") for path in Path(root / "logs").iterdir()}
         assert not [name for name, text in logs.items() if "telemetry.flower.ai" in text or "uv sync took" in text]
+
+
+@pytest.fixture
+def federation(deployed):
+    return deployed.having(COLD, worker=True)
+
+
+@pytest.fixture
+def cold_federation(deployed):
+    return deployed.having(COLD, worker=False)

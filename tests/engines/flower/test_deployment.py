@@ -54,8 +54,8 @@ def same_copies(federation, out, clients=CLIENTS):
     return all(copy.keys() == copies[0].keys() and all(torch.equal(copy[n], t) for n, t in copies[0].items()) for copy in copies)
 
 
-def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(federation, tmp_path):
-    config = configuration()
+def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(cold_federation, tmp_path):
+    federation, config = cold_federation, configuration()
     deployed, status = federation.finish(config, "contract")
     assert differing(federation.reference(config), deployed) == []
     assert exact(deployed)
@@ -72,9 +72,9 @@ def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(
     assert differing(federation.reference(other), deployed)  # the comparison can fail
 
 
-def test_a_node_killed_while_training_returns_and_equals_the_others(federation):
+def test_a_node_killed_while_training_returns_and_equals_the_others(cold_federation):
     """It is killed for good in round 1, which goes on at quorum; from its return on it takes part."""
-    config = configuration(4, clients=QUORUM, messages=LOG)
+    federation, config = cold_federation, configuration(4, clients=QUORUM, messages=LOG)
     before = federation.deployment.log(COLD).count("Start `flwr-clientapp`")
     _, out = federation.submit(config, "killed")
     wait_for(lambda: federation.deployment.log(COLD).count("Start `flwr-clientapp`") > before)

@@ -1,5 +1,6 @@
 """A real deployment on this machine: a SuperLink with TLS, SuperNodes with registered keys, each in processes of its own."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,13 +23,22 @@ from fedex_lora.storage.events import read_events
 
 CONNECTION = "local-deployment"  # in Flower's configuration file, which is in the deployment's folder
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")
+_PORTS = (20_000 + (97 * os.getpid() + number) % 12_000 for number in itertools.count())
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody has just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody has just now.
+
+    It is below those that the system gives away by itself, and other processes begin elsewhere, so nobody takes it before it is used.
+    """
+    return next(port for port in _PORTS if _free(port))
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 @dataclass

@@ -1,0 +1,66 @@
+"""How much code there may be, and what may share a name. The lists are today's exceptions: they only get shorter."""
+
+import ast
+from collections import defaultdict
+
+from tests.test_imports import ROOT
+
+LINES = 21_235  # of all files together: lower it when you delete
+FILE, FUNCTION = 300, 55  # lines; a function's without signature and docstring
+LONG = {"offline/streaming.py", "protocol/messages.py", "report/_sections.py", "runs/round_loop.py"}
+ENTRIES = {"load"}  # every task's module has one: what `tasks.load_task` calls
+SHARED = set(  # two meanings each
+    """
+    Answers Checkpoint Clients Entry ModelContext Part Table Task
+    by_layer by_round chosen communication curve deviations differences draw failed grown load_base moved numbers paired
+    read_table relative rounds settled summary table traffic write_config
+    """.split()
+)
+
+FILES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+
+
+def length(function):
+    """Lines from the first statement after the docstring to the last."""
+    body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+    return function.end_lineno - body[0].lineno + 1
+
+
+def functions(text):
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def defined(text):
+    """The public classes and functions of a module; not commands, which are named as what they call."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            words = [part.attr for decorator in node.decorator_list for part in ast.walk(decorator) if isinstance(part, ast.Attribute)]
+            if "command" not in words:
+                yield node.name
+
+
+def test_the_whole_is_within_its_lines():
+    assert sum(len(text.splitlines()) for text in FILES.values()) <= LINES
+
+
+def test_files_are_short():
+    assert {name for name, text in FILES.items() if len(text.splitlines()) > FILE} == LONG
+
+
+def test_functions_fit_a_screen():
+    assert [f"{name}: {made.name}" for name, text in FILES.items() for made in functions(text) if length(made) > FUNCTION] == []
+
+
+def test_a_public_name_means_one_thing():
+    homes = defaultdict(set)
+    for file, text in FILES.items():
+        for name in defined(text):
+            homes[name].add(file)
+    twice = {name for name, files in homes.items() if len(files) > 1} - ENTRIES
+    assert twice == SHARED, "rename one that is new, and strike one that is gone"
+
+
+def test_the_measures_can_fail():
+    text = 'def one():\n    """Says."""\n    a = 1\n\n    return a\n\n@app.command("x")\ndef two(): ...\n\nclass Three: ...\n'
+    assert [length(made) for made in functions(text)] == [3, 1]
+    assert list(defined(text)) == ["one", "Three"]
