@@ -70,7 +70,6 @@ def read_run(folder: Path) -> Run:
         config = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StorageError(f"{folder} cannot be read: {error}: copy the folder again") from None
-    events = [event for event in events if isinstance(event, dict) and "event" in event]
     if not any(event["event"] == "started" for event in events):
         raise StorageError(f"{path} has no `started` event: the run has not begun, or the file is no run's; leave it out")
     for event in events:
