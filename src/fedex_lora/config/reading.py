@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedex_lora.config.run import Config
 from fedex_lora.config.tables import DEMO
-from fedex_lora.errors import ConfigError
+from fedex_lora.errors import ConfigError, UsageError
 
 WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
 
@@ -107,6 +107,25 @@ def _without_past_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 def write_config(config: Config) -> str:
     """The configuration as TOML, complete but for what is unset."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys.
+
+    Raises:
+        UsageError: a key that is there twice.
+
+    Example:
+        >>> flat({"training": {"learning_rate": 1e-3}, "local.schedule": "run"})
+        {'training.learning_rate': 0.001, 'local.schedule': 'run'}
+    """
+    made: dict[str, Any] = {}
+    for key, value in tree.items():
+        found = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if twice := made.keys() & found.keys():
+            raise UsageError(f"{min(twice)} is there twice, as a table and dotted: write it once")
+        made |= found
+    return made
 
 
 def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

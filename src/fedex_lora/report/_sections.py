@@ -1,7 +1,7 @@
 """What a report says: sections of charts, tables and numbers, from runs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from fedex_lora.report._groups import VALUES, Group, curve, final, group_sent, w
 from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, size, table
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
+from fedex_lora.storage.events import Event
 
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
     "residual": "Singular values of R after the last kept round.",
@@ -36,7 +37,7 @@ class Part:
 
 def tiles(group: Group) -> list[tuple[str, str, str]]:
     """The headline numbers: what, how much, and of what."""
-    run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.headline
+    run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.started.headline
     shown = headline if headline in frame else f"held_out_{headline}"
     found = []
     if ends := final(group, shown):
@@ -55,7 +56,7 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
     note = f"{size(down)} down, {size(up)} up, all clients and rounds{group.over('mean')}; with the final model, which all are sent"
     found.append(("travelled", size(down + up), note))
     asked, refused = (int(frame[column].sum()) if column in frame else 0 for column in ("participants", "refused"))
-    note = f"of {asked} in {group.last_round} rounds, {len(run.started['clients'])} clients{group.over('sum')}"
+    note = f"of {asked} in {group.last_round} rounds, {len(run.started.clients)} clients{group.over('sum')}"
     found.append(("answers refused", str(refused), note))
     if "seconds" in frame and frame["seconds"].notna().any():
         note = f"{duration(frame['seconds'].mean())} a round{group.over('mean')}"
@@ -67,7 +68,7 @@ def comparison(groups: Sequence[Group]) -> Table:
     """One line a label."""
     rows, judged = [], headlines(groups)
     for group in groups:
-        headline = group.first.headline
+        headline = group.first.started.headline
         shown = headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"
         ends, frame = final(group, shown), pd.concat(group.rounds)
         row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": group.last_round}
@@ -108,7 +109,7 @@ def comparison(groups: Sequence[Group]) -> Table:
 
 def headlines(groups: Sequence[Group]) -> list[str]:
     """The metrics that the runs' tasks are judged by."""
-    return list(dict.fromkeys(group.first.headline for group in groups))
+    return list(dict.fromkeys(group.first.started.headline for group in groups))
 
 
 def curves(groups: Sequence[Group]) -> Part:
@@ -259,7 +260,7 @@ def _exactness(group: Group) -> Part:
     return Part("How exact it was", "", [chart] if chart else [])
 
 
-def _all_seeds(group: Group, frame_of: Callable[[Sequence[Mapping[str, Any]]], pd.DataFrame]) -> pd.DataFrame:
+def _all_seeds(group: Group, frame_of: Callable[[Sequence[Event]], pd.DataFrame]) -> pd.DataFrame:
     """One frame of all runs' events, with the seed where there are several."""
     frames = [frame_of(run.events) for run in group.runs]
     if len(frames) > 1:
@@ -299,7 +300,7 @@ def _clients(run: Run) -> Part:
         note = "|client's update − mean| / |mean|: the mean over the clients, and from the nearest to the farthest."
         drift = lines("Drift", note, by, "drift", format=".2f")
         items += [drift] if drift else []
-    headline = f"held_out_{run.headline}"
+    headline = f"held_out_{run.started.headline}"
     columns = {"rounds": ("round", "nunique"), "rows": ("num_examples", "last")}
     columns |= {"loss": ("train_loss", "last")} if "train_loss" in frame else {}
     columns |= {headline: (headline, "last")} if headline in frame else {}
@@ -307,7 +308,7 @@ def _clients(run: Run) -> Part:
     kept = {name: spec for name, spec in columns.items() if spec[0] in frame}
     by_client = frame.astype({"drift": float}).groupby("client").agg(**kept).reset_index()
     formats = {"loss": fixed, headline: fixed, "drift": significant, "sent up": size, "seconds a round": significant}
-    names = {"rows": "training rows", "loss": "last training loss", headline: f"{run.headline} on own rows", "drift": "mean drift"}
+    names = {"rows": "training rows", "loss": "last training loss", headline: f"{run.started.headline} on own rows", "drift": "mean drift"}
     items.append(table("Clients, over the rounds that they answered", by_client, formats, names))
     return Part("The clients", "", items)
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import Config, parse_config
+from fedex_lora.config import Config, flat, parse_config
 from fedex_lora.errors import UsageError
-from fedex_lora.experiments.compare._protocol import flat
 
 CONTROL, TWICE = "fedit+balanced", "ffa@2r"
 Settings = Mapping[str, Any]
