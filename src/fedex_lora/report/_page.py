@@ -14,9 +14,9 @@ import tomli_w
 
 from fedex_lora import __version__
 from fedex_lora.errors import UsageError, require_extra
-from fedex_lora.report._charts import Chart
+from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
-from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, tiles
+from fedex_lora.report._sections import Part, communication, comparison, curves, details, deviations, tiles
 from fedex_lora.report._tables import Table
 from fedex_lora.report.analysis import Run, find_runs
 from fedex_lora.storage.events import ClientRejected, RoundDone, of_kind
@@ -60,7 +60,7 @@ def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     groups = grouped(runs)
     if len(groups) > MOST:
         raise UsageError(f"{len(groups)} kinds of runs are too many for one report: give at most {MOST} (seeds do not count)")
-    budget = cells_each(groups)
+    budget = 2 * CELLS // max(1, len(groups))  # cells of heat maps, of one group
     parts = [Part("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
     parts += [curves(groups), deviations(groups), communication(groups)]
     parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
