@@ -11,25 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedex_lora.storage.events import (
-    ClientDone,
-    ClientRejected,
-    Event,
-    Finished,
-    HeldOut,
-    PartyFailed,
-    Resumed,
-    RoundDone,
-    RoundStarted,
-    RunDone,
-    Started,
-    Step,
-    Unreadable,
-    Waiting,
-    Warned,
-    record,
-    tail_events,
-)
+from fedex_lora.storage import events as told
+from fedex_lora.storage.events import Event, record, tail_events
 from fedex_lora.storage.run_folder import EVENTS
 
 HIDDEN = ("rows", "runtime")
@@ -64,7 +47,7 @@ class Display:
         if handler:
             handler(event)
 
-    def _on_started(self, event: Started) -> None:
+    def _on_started(self, event: told.Started) -> None:
         self._rounds, self._started = event.rounds, self._started or self._clock()
         line = f"{event.method} on {event.task or 'a task'}: {len(event.clients)} clients"
         if event.trainable_parameters is not None and event.total_parameters is not None:
@@ -77,30 +60,30 @@ class Display:
         self._print(f"round 0/{self._rounds}  {numbers(event.metrics)}")
         self._bar("rounds", self._rounds)
 
-    def _on_resumed(self, event: Resumed) -> None:
+    def _on_resumed(self, event: told.Resumed) -> None:
         self._rounds = event.rounds
         self._print(f"going on with round {min(event.round, self._rounds)} of {self._rounds}")
         if "rounds" not in self._bars:
             self._bar("rounds", self._rounds, event.round - 1)
 
-    def _on_finished(self, event: Finished) -> None:
+    def _on_finished(self, event: told.Finished) -> None:
         self._print(f"all {event.rounds} rounds are there: nothing is left to do")
 
-    def _on_round_started(self, event: RoundStarted) -> None:
+    def _on_round_started(self, event: told.RoundStarted) -> None:
         for name in {"clients", "steps"} & self._bars.keys():
             self._progress.remove_task(self._bars.pop(name))
         self._bar("clients", len(event.clients))
 
-    def _on_step(self, event: Step) -> None:
+    def _on_step(self, event: told.Step) -> None:
         if "steps" not in self._bars:
             self._bar("steps", None)
         self._progress.update(self._bars["steps"], completed=event.step, total=event.steps, note=event.client)
 
-    def _on_client_done(self, event: ClientDone) -> None:
+    def _on_client_done(self, event: told.ClientDone) -> None:
         if "clients" in self._bars:
             self._progress.update(self._bars["clients"], advance=1, note=numbers({"loss": event.train_loss}))
 
-    def _on_round_done(self, event: RoundDone) -> None:
+    def _on_round_done(self, event: told.RoundDone) -> None:
         if "rounds" in self._bars:
             self._progress.update(self._bars["rounds"], completed=event.round)
         metrics = numbers(event.metrics) or "no global model: see the clients' own rows"
@@ -117,27 +100,27 @@ class Display:
         more = "".join(text.format(value) for text, value in said if value is not None)
         self._print(f"round {event.round}/{self._rounds}  {metrics}{more}")
 
-    def _on_warning(self, event: Warned) -> None:
+    def _on_warning(self, event: told.Warned) -> None:
         where = f"round {event.round}: " if event.round is not None else ""
         self._print(f"! {where}{event.message}")
 
-    def _on_party_failed(self, event: PartyFailed) -> None:
+    def _on_party_failed(self, event: told.PartyFailed) -> None:
         self._print(f"! {event.client} failed: {event.message}")
 
-    def _on_rejected(self, event: ClientRejected) -> None:
+    def _on_rejected(self, event: told.ClientRejected) -> None:
         self._print(f"! round {event.round}: client {event.client} is left out: {event.reason}")
 
-    def _on_waiting(self, event: Waiting) -> None:
+    def _on_waiting(self, event: told.Waiting) -> None:
         since = time.strftime("%H:%M:%S", time.localtime(event.since))
         again = f": {event.reason}; asking again in {event.seconds:.0f} s" if event.reason else ""
         who = ", ".join(event.clients[:5]) + (f" and {len(event.clients) - 5} more" if len(event.clients) > 5 else "")
         self._print(f"round {event.round}: waiting for {who} since {since}{again}")
 
-    def _on_held_out(self, event: HeldOut) -> None:
+    def _on_held_out(self, event: told.HeldOut) -> None:
         if event.round:
             self._print(f"  the clients' own held-out rows after round {event.round}: {numbers(event.metrics)}")
 
-    def _on_run_done(self, event: RunDone) -> None:
+    def _on_run_done(self, event: told.RunDone) -> None:
         if event.skipped:
             self._print(f"! {len(event.skipped)} of {event.rounds} rounds were skipped")
         best = event.best_round
@@ -191,11 +174,11 @@ def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0
     with Display(console, clock=lambda: now[0]) as display:
         for event in tail_events(folder / EVENTS, None if once else every):
             now[0] = (event and event.time) or time.time()
-            if isinstance(event, Unreadable) and event.complaint:
+            if isinstance(event, told.Unreadable) and event.complaint:
                 console.print(f"(a line that says {event.event!r} cannot be shown)", highlight=False, markup=False)
             elif event:
                 display(event)
-            done = isinstance(event, RunDone)
+            done = isinstance(event, told.RunDone)
     return done
 
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.storage.files import cannot_write
 
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+_Null = BeforeValidator(lambda value: math.nan if value is None else value)
+Number = Annotated[float, _Null]
+Said = Annotated[float | None, _Null]  # null is NaN here, too: None is what nobody said
 Metrics = dict[str, Number]
 
 
@@ -120,9 +122,9 @@ class ClientDone(Event):
     num_examples: int | None = None
     bytes_up: int | None = None
     late: int = 0
-    train_loss: Number | None = None
-    steps: Number | None = None
-    seconds: Number | None = None
+    train_loss: Said = None
+    steps: Said = None
+    seconds: Said = None
 
 
 class ClientRejected(Event):
@@ -160,7 +162,7 @@ class Warned(Event):
     message: str
     round: int | None = None
     client: str | None = None
-    tail: Number | None = None
+    tail: Said = None
 
 
 class HeldOut(Event):
@@ -191,16 +193,16 @@ class RoundDone(Event):
     metrics: Metrics
     bytes_down: int
     bytes_up: int
-    seconds: Number | None = None
+    seconds: Said = None
     accepted: list[str] | None = None
-    exactness_error: Number | None = None
-    exactness_error_total: Number | None = None
-    realised_error: Number | None = None
-    floor: Number | None = None
-    deviation: Number | None = None
-    dropped: Number | None = None
-    side_error: Number | None = None
-    change_error: Number | None = None
+    exactness_error: Said = None
+    exactness_error_total: Said = None
+    realised_error: Said = None
+    floor: Said = None
+    deviation: Said = None
+    dropped: Said = None
+    side_error: Said = None
+    change_error: Said = None
     not_finite: list[str] = []
     modules: Modules | None = None
     drift: Metrics = {}

@@ -7,19 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from fedex_lora.storage.events import (
-    ClientDone,
-    ClientRejected,
-    Evaluated,
-    Event,
-    HeldOut,
-    Resumed,
-    RoundDone,
-    RoundStarted,
-    Started,
-    Warned,
-    of_kind,
-)
+from fedex_lora.storage import events as told
+from fedex_lora.storage.events import Event, of_kind
 
 Events: TypeAlias = Sequence[Event]
 NESTED = {"metrics", "modules", "drift", "accepted", "not_finite", "time"}
@@ -28,8 +17,8 @@ ERRORS = ("exactness_error", "exactness_error_total", "realised_error", "side_er
 
 def _left_out(events: Events) -> dict[int, dict[str, str]]:
     """Round -> client that was asked and whose update is not part of the mean -> why it was rejected."""
-    asked = {event.round: event.clients for event in of_kind(events, RoundStarted)}
-    accepted = {event.round: event.accepted or () for event in of_kind(events, RoundDone)}
+    asked = {event.round: event.clients for event in of_kind(events, told.RoundStarted)}
+    accepted = {event.round: event.accepted or () for event in of_kind(events, told.RoundDone)}
     found: dict[int, dict[str, str]] = {}
     for one in refusals(events).itertuples():
         if one.when == "round" and one.client in asked.get(one.round, ()) and one.client not in accepted.get(one.round, ()):
@@ -46,11 +35,11 @@ def rounds(events: Events) -> pd.DataFrame:
     rows as `held_out_METRIC`; `not_finite`: which errors could not be computed, in words (one that is not named there and missing was
     not asked for).
     """
-    asked = {event.round: len(event.clients) for event in of_kind(events, RoundStarted)}
+    asked = {event.round: len(event.clients) for event in of_kind(events, told.RoundStarted)}
     left_out = _left_out(events)
-    held = {event.round: event.metrics for event in of_kind(events, HeldOut)}
-    rows: list[dict[str, Any]] = [{"round": 0, **event.metrics} for event in of_kind(events, Started)[:1] if event.metrics]
-    for event in of_kind(events, RoundDone):
+    held = {event.round: event.metrics for event in of_kind(events, told.HeldOut)}
+    rows: list[dict[str, Any]] = [{"round": 0, **event.metrics} for event in of_kind(events, told.Started)[:1] if event.metrics]
+    for event in of_kind(events, told.RoundDone):
         odd = [name for name in ERRORS if math.isnan(getattr(event, name) or 0.0)]
         row = {"round": event.round, **event.metrics, **event.model_dump(exclude=NESTED, exclude_unset=True)}
         row |= {"not_finite": ", ".join(odd)} if odd else {}
@@ -82,13 +71,13 @@ def participation(events: Events) -> pd.DataFrame:
 
     A round that is not done yet is left out.
     """
-    skipped = {event.round: event.skipped for event in of_kind(events, RoundDone)}
+    skipped = {event.round: event.skipped for event in of_kind(events, told.RoundDone)}
     left_out = _left_out(events)
     rows = []
-    for event in of_kind(events, RoundStarted):
+    for event in of_kind(events, told.RoundStarted):
         if event.round in skipped:
             asked, why = set(event.clients), skipped[event.round]
-            for client in of_kind(events, Started)[0].clients:
+            for client in of_kind(events, told.Started)[0].clients:
                 reason = left_out.get(event.round, {}).get(client)
                 taken = "skipped" if why else "accepted"
                 outcome = "not asked" if client not in asked else taken if reason is None else "refused"
@@ -100,16 +89,16 @@ def refusals(events: Events) -> pd.DataFrame:
     """A row an answer that did not count: `round`, `client`, `reason`, `when` (in the round, or in the final measurement)."""
     rows, finished = [], set()
     for event in events:
-        if isinstance(event, RoundDone):
+        if isinstance(event, told.RoundDone):
             finished.add(event.round)
-        elif isinstance(event, ClientRejected):
+        elif isinstance(event, told.ClientRejected):
             rows.append((event.round, event.client, event.reason, "final measurement" if event.round in finished else "round"))
     return pd.DataFrame(rows, columns=["round", "client", "reason", "when"])
 
 
 def messages(events: Events) -> pd.DataFrame:
     """Warnings, and where a run was resumed: `round`, `event`, `message`."""
-    rows = [(event.round, event.name, getattr(event, "message", "")) for event in events if isinstance(event, Warned | Resumed)]
+    rows = [(event.round, event.name, getattr(event, "message", "")) for event in events if isinstance(event, told.Warned | told.Resumed)]
     return pd.DataFrame(rows, columns=["round", "event", "message"])
 
 
@@ -119,10 +108,10 @@ def clients(events: Events) -> pd.DataFrame:
     Columns: `round`, `client`, `num_examples`, `bytes_up`, `train_loss`, `steps`, `seconds`, its own metrics on the model that it received
     (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
     """
-    held = {(event.round + 1, name): own for event in of_kind(events, HeldOut) for name, own in event.clients.items()}
-    drifts = {event.round: event.drift for event in of_kind(events, RoundDone)}
+    held = {(event.round + 1, name): own for event in of_kind(events, told.HeldOut) for name, own in event.clients.items()}
+    drifts = {event.round: event.drift for event in of_kind(events, told.RoundDone)}
     rows = []
-    for event in of_kind(events, ClientDone):
+    for event in of_kind(events, told.ClientDone):
         own = {f"held_out_{metric}": value for metric, value in held.get((event.round, event.client), {}).items()}
         rows.append(event.model_dump(exclude={"time"}, exclude_unset=True) | own | {"drift": drifts.get(event.round, {}).get(event.client)})
     return pd.DataFrame(rows, columns=None if rows else ["round", "client", "drift"])
@@ -145,16 +134,16 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
 
 def sent(events: Events) -> tuple[int, int]:
     """Bytes down and up of a run's messages: of every round, and of the one after it, which brings the final model to all clients."""
-    counted: list[RoundDone | Evaluated] = [*of_kind(events, RoundDone), *of_kind(events, Evaluated)[-1:]]
+    counted: list[told.RoundDone | told.Evaluated] = [*of_kind(events, told.RoundDone), *of_kind(events, told.Evaluated)[-1:]]
     return sum(event.bytes_down for event in counted), sum(event.bytes_up for event in counted)
 
 
 def traffic(events: Events) -> dict[str, Any]:
     """A run's row of `communication`, in absolute numbers."""
-    started, (down, up) = of_kind(events, Started)[0], sent(events)
+    started, (down, up) = of_kind(events, told.Started)[0], sent(events)
     return {
         "method": started.method,
-        "rounds": len(of_kind(events, RoundDone)),
+        "rounds": len(of_kind(events, told.RoundDone)),
         "bytes_down": down,
         "bytes_up": up,
         "bytes_total": down + up,
