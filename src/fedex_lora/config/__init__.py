@@ -1,6 +1,6 @@
 """The configuration: pydantic models read from TOML."""
 
-from fedex_lora.config.reading import flat, nearest, overridden, parse_config, read_config, write_config
+from fedex_lora.config.reading import flat, nearest, overridden, parse_config, plain_value, put, read_config, write_config
 from fedex_lora.config.run import Config, Local, Messages, Server, Truncation, is_ours
 from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, Task, base_folder
 
@@ -22,6 +22,8 @@ __all__ = [
     "nearest",
     "overridden",
     "parse_config",
+    "plain_value",
+    "put",
     "read_config",
     "write_config",
 ]

@@ -140,15 +140,24 @@ def _set(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"--set {override!r}: write it as table.key=value")
+    put(tree, path.strip(), plain_value(text))
+
+
+def plain_value(text: str) -> Any:
+    """A value as in TOML, or a bare string."""
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        value = text
-    *tables, key = path.strip().split(".")
+        return text
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted key."""
+    *tables, key = path.split(".")
     for name in tables:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override!r}: {name} is a value, not a table")
+            raise ConfigError(f"{path}: {name} is a value, not a table")
     tree[key] = value
 
 

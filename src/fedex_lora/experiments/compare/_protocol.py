@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from fedex_lora.config import nearest
+from fedex_lora.config import nearest, plain_value
 from fedex_lora.errors import UsageError
 
 
@@ -148,14 +148,6 @@ def _one_line(detail: Any) -> str:
         return f"unknown key {where}" + (f": did you mean {near}?" if near else "")
     message = detail["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if detail["type"] == "value_error" else f"{where} {detail['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def plain_value(text: str) -> Any:
-    """A value as in TOML, or a bare string."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def grid_option(texts: Iterable[str]) -> dict[str, list[Any]]:
