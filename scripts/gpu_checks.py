@@ -40,7 +40,7 @@ def numbers(folder: Path, exact: bool = True) -> dict[str, Any]:
     events = read_events(folder / "events.jsonl")
     started, rounds = of_kind(events, Started)[0], of_kind(events, RoundDone)
     errors = [name for name in ("exactness_error", "realised_error", "floor", "side_error") if getattr(rounds[-1], name) is not None]
-    worst = {name: worst_of(getattr(event, name) for event in rounds) for name in errors}
+    worst = {name: worst_of(said for event in rounds if (said := getattr(event, name)) is not None) for name in errors}
     if exact:
         require("exactness_error", worst["exactness_error"], 1e-6)
         factor = FACTOR_INT8 if started.base_quantization == "int8" else FACTOR
