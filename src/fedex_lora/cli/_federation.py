@@ -148,7 +148,7 @@ def compare(
     require_extra("scipy", "experiments", "comparisons")
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: give one or more")
-    given = {option: context.params[option] for option in OPTIONS if context.params[option] not in (None, ())}
+    given = {option: context.params[option] for option in OPTIONS if context.params[option] not in (None, (), [])}
     out = out or Path("compare") / config.stem
     _compare(config, set_ or [], protocol, given, out, jobs, as_json)
 

@@ -128,7 +128,7 @@ class ClientDone(Event):
 
 
 class ClientRejected(Event):
-    """A client's update is not part of the round's mean. (Before version 0.2 its name in the file was `refused`.)"""
+    """A client's update is not part of the round's mean. (Earlier versions wrote `refused`.)"""
 
     name = "rejected"
     round: int
