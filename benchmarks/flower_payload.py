@@ -19,7 +19,7 @@ from fedex_lora.engines.flower._local import local_deployment
 from fedex_lora.engines.flower._trial import traffic
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.errors import TrainingError
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import ClientDone, RoundDone, of_kind, read_events
 
 SIDE, RANK = 1024, 256
 CLIENTS = ["bone", "chest", "skin"]
@@ -108,11 +108,11 @@ def main():
             while (status := attempt(deployment, root, failures)) is None:
                 print(f"started again after: {failures[-1]}", flush=True)
         peaks.over.set()
-        done = [event for event in read_events(root / "run" / "events.jsonl") if event["event"] == "round_done"]
-        uploads = [event["bytes_up"] for event in read_events(root / "run" / "events.jsonl") if event["event"] == "client_done"]
+        events = read_events(root / "run" / "events.jsonl")
+        done, uploads = of_kind(events, RoundDone), [event.bytes_up for event in of_kind(events, ClientDone)]
         result = {
             "megabytes_of_an_upload": max(uploads) / 1e6,
-            "rounds": [{name: event[name] for name in ("round", "seconds", "bytes_down", "bytes_up", "exactness_error")} for event in done],
+            "rounds": [event.model_dump(include={"round", "seconds", "bytes_down", "bytes_up", "exactness_error"}) for event in done],
             "peak_megabytes": peaks.seen,
             "failures": failures,
             **traffic(root / "run", status),

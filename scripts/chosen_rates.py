@@ -31,7 +31,7 @@ def chosen(results: Path) -> dict[str, float]:
         record = find_record(results, cell)
         if record is None:
             waiting.add(cell.config.method)
-        elif "failed" not in record:
+        elif not record.failed:
             accuracy, loss = (score(record, f"held_out.{name}") or 0.0 for name in ("accuracy", "loss"))
             grid.setdefault(cell.config.method, []).append((accuracy, -loss, cell.config.training["learning_rate"]))
     rates = {method: max(found)[2] for method, found in grid.items() if method not in waiting}

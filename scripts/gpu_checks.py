@@ -34,30 +34,26 @@ def quiet_run(tree: dict[str, Any], folder: Path, emit: Callable[..., None] | No
 
 def numbers(folder: Path, exact: bool = True) -> dict[str, Any]:
     """What a run's events say, checked: finite, exact where the method is, and what the layers compute within their floor."""
-    from fedex_lora.storage.events import read_events
+    from fedex_lora.exactness.algebra import worst as worst_of
+    from fedex_lora.storage.events import RoundDone, Started, of_kind, read_events
 
     events = read_events(folder / "events.jsonl")
-    started, rounds = events[0], [event for event in events if event["event"] == "round_done"]
-    errors = [name for name in ("exactness_error", "realised_error", "floor", "side_error") if name in rounds[-1]]
-    worst = {name: worst_of([event.get(name, 0.0) for event in rounds]) for name in errors}
+    started, rounds = of_kind(events, Started)[0], of_kind(events, RoundDone)
+    errors = [name for name in ("exactness_error", "realised_error", "floor", "side_error") if getattr(rounds[-1], name) is not None]
+    worst = {name: worst_of(said for event in rounds if (said := getattr(event, name)) is not None) for name in errors}
     if exact:
         require("exactness_error", worst["exactness_error"], 1e-6)
-        factor = FACTOR_INT8 if started["base_quantization"] == "int8" else FACTOR
+        factor = FACTOR_INT8 if started.base_quantization == "int8" else FACTOR
         require("realised_error", worst["realised_error"], factor * worst["floor"])
         require("side_error", worst.get("side_error", 0.0), 1e-4)  # in 16 bits the floor says little
     for event in (started, *rounds):
-        for name, value in event["metrics"].items():
+        for name, value in event.metrics.items():
             require(name, abs(value), math.inf)
-    if on_gpu() and not started["device"].startswith("cuda"):
+    if on_gpu() and not started.device.startswith("cuda"):
         raise AssertionError(f"trained on {started['device']}")
-    about = {name: started[name] for name in ("device", "base_delta", "total_parameters", "trainable_parameters")}
-    seconds = [event["seconds"] for event in rounds]
-    return about | worst | {"rounds": len(rounds), "metrics": rounds[-1]["metrics"], "round_seconds": seconds}
-
-
-def worst_of(values: list[float]) -> float:
-    """The largest; NaN where one is."""
-    return math.nan if any(value is None or math.isnan(value) for value in values) else max(values)
+    about = started.model_dump(include={"device", "base_delta", "total_parameters", "trainable_parameters"})
+    seconds = [event.seconds for event in rounds]
+    return about | worst | {"rounds": len(rounds), "metrics": rounds[-1].metrics, "round_seconds": seconds}
 
 
 def require(name: str, value: float, below: float) -> None:

@@ -59,7 +59,7 @@ def synthetic(rounds, clients, layers=6, method="fedex", seed=0, names=("query",
                 "client_done", round=number, client=client, num_examples=100, bytes_up=1000, train_loss=1 / number, steps=4, seconds=1.0
             )
             if rng.random() < 0.01:
-                yield event("refused", round=number, client=client, reason="its update is 12 times the round's median")
+                yield event("rejected", round=number, client=client, reason="its update is 12 times the round's median")
         yield event("held_out", round=number - 1, metrics=metrics, clients={client: metrics for client in asked})
         size = {key: (rng.random(len(modules)) / number).round(6).tolist() for key in ("deviation", "ideal", "scaled")}
         size |= {"module": modules, "effective_rank": (1 + rng.random(len(modules))).round(4).tolist()}

@@ -19,23 +19,14 @@ from tests.runs.test_run import configuration
 
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
-from fedex_lora.experiments.compare import (
-    Curve,
-    configured,
-    controls,
-    held_out_score,
-    interval,
-    parse_protocol,
-    rounds_to,
-    summary,
-    variants,
-)
 from fedex_lora.experiments.compare import compare as compare_by
+from fedex_lora.experiments.compare import configured, interval, parse_protocol
 from fedex_lora.experiments.compare._plan import RATE, Variant, grid_around, label
 from fedex_lora.experiments.compare._runs import Job, outcomes
-from fedex_lora.experiments.compare._statistics import curve
+from fedex_lora.experiments.compare._statistics import Curve, curve, held_out_score, rounds_to, summary
+from fedex_lora.experiments.compare._variants import controls, variants
 from fedex_lora.report.analysis import sent
-from fedex_lora.storage.events import finite_json, read_events
+from fedex_lora.storage.events import HeldOut, RoundDone, Started, finite_json, of_kind, read_events, record
 
 
 def compare(config, methods, seeds, out, learning_rates=None, with_controls=True, jobs=1, tell=lambda line, done, total: None, **more):
@@ -123,19 +114,20 @@ def test_rounds_to_a_target():
 
 def recorded(metrics, errors=(1e-8, 2e-8), held=(0.5, 0.6)):
     """The events of a run of two rounds; None is null: a number that was not finite."""
-    started = {"event": "started", "headline": "accuracy", "metrics": {"accuracy": 0.3}, "trainable_parameters": 10}
-    numbers = {"bytes_down": 2, "bytes_up": 1, "seconds": 1.0}
+    started = Started(method="fedex", clients=[], headline="accuracy", metrics={"accuracy": 0.3}, trainable_parameters=10)
     rounds = [
-        {
-            "event": "round_done",
-            "round": number,
-            "metrics": {} if value == "none" else {"accuracy": value},
-            "exactness_error": error,
-            **numbers,
-        }
+        record(
+            "round_done",
+            round=number,
+            metrics={} if value == "none" else {"accuracy": value},
+            exactness_error=error,
+            bytes_down=2,
+            bytes_up=1,
+            seconds=1.0,
+        )
         for number, (value, error) in enumerate(zip(metrics, errors, strict=True), 1)
     ]
-    own = [{"event": "held_out", "round": number, "metrics": {"accuracy": value, "loss": 1.0}} for number, value in enumerate(held, 1)]
+    own = [HeldOut(round=number, metrics={"accuracy": value, "loss": 1.0}) for number, value in enumerate(held, 1)]
     return [started, *rounds, *own]
 
 
@@ -182,10 +174,10 @@ def test_a_whole_comparison(tmp_path):
         assert row["settings"] == {RATE: max(scores, key=scores.get)}
         for seed in (0, 1):
             events = read_events(out / "runs" / row["name"] / label(row["settings"]) / f"seed-{seed}" / "events.jsonl")
-            starts.setdefault(seed, []).append((events[0]["metrics"], events[0]["train_rows"]))
+            starts.setdefault(seed, []).append((events[0].metrics, events[0].train_rows))
             if seed == 0:
                 assert (row["bytes_down"], row["bytes_up"]) == tuple(size / config.rounds for size in sent(events))
-            finals[row["name"], seed] = [event["metrics"].get("accuracy") for event in events if event["event"] == "round_done"]
+            finals[row["name"], seed] = [event.metrics.get("accuracy") for event in of_kind(events, RoundDone)]
             if row["name"] != "fedsa":
                 assert row["seeds"][str(seed)][1:] == finals[row["name"], seed]
         assert f"| {row['name']}" in (out / "compare.md").read_text()

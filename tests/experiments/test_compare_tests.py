@@ -8,9 +8,10 @@ from benchmarks.power_of_comparisons import simulate
 from scipy import stats
 
 from fedex_lora.errors import UsageError
-from fedex_lora.experiments.compare import Hypothesis, answers, holm, paired, parse_protocol, tost
+from fedex_lora.experiments.compare import Hypothesis, answers, parse_protocol
 from fedex_lora.experiments.compare._picture import bands, spread
 from fedex_lora.experiments.compare._statistics import at_rounds
+from fedex_lora.experiments.compare._tests import holm, paired, tost
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fedex_lora.experiments.reproduce import Only, cells, find_record, read_reci
 from fedex_lora.experiments.reproduce._recipe import merged
 from fedex_lora.experiments.reproduce._records import ModelContext, make_record
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import RoundDone, of_kind, read_events, record
 
 RECIPE = """
 title = "Two methods"
@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
     place = ModelContext(tmp_path / "stopped", tmp_path / "tiny")
 
     def stop(event, **fields):
-        if event == "round_done":
+        if record(event, **fields).name == "round_done":
             raise KeyboardInterrupt
 
     records = sys.modules[make_record.__module__]
@@ -176,20 +176,20 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
             make_record(place, cell)
     assert not find_record(place.out, cell)
     events = read_events(place.out / "work" / cell.name / "events.jsonl")
-    (begun,) = [event["seconds"] for event in events if event["event"] == "round_done"]
+    (begun,) = [event.seconds for event in of_kind(events, RoundDone)]
     alone = make_record(ModelContext(tmp_path / "alone", tmp_path / "tiny"), cell)
     (tmp_path / "tiny").rename(tmp_path / "moved")  # as the rows of the scale smoke are, at every command
     shutil.copytree(place.out, tmp_path / "others")
     went_on = make_record(ModelContext(place.out, tmp_path / "moved"), cell)
-    assert went_on["rounds"][0]["seconds"] == float(f"{begun:.6g}")
-    assert [one["metrics"] for one in went_on["rounds"]] == [one["metrics"] for one in alone["rounds"]]
-    assert [one["modules"] for one in went_on["rounds"]] == [one["modules"] for one in alone["rounds"]]
-    assert find_record(place.out, cell) == json.loads(json.dumps(went_on))
+    assert went_on.rounds[0].seconds == float(f"{begun:.6g}")
+    assert [one.metrics for one in went_on.rounds] == [one.metrics for one in alone.rounds]
+    assert [one.modules for one in went_on.rounds] == [one.modules for one in alone.rounds]
+    assert find_record(place.out, cell) == went_on
     assert not list((place.out / "work").iterdir())
     dev = tmp_path / "moved" / "glue" / "STS-B" / "dev.tsv"
     dev.write_text("".join(dev.read_text().splitlines(keepends=True)[:6]))
     anew = make_record(ModelContext(tmp_path / "others", tmp_path / "moved"), cell)
-    assert [one["metrics"]["rows"] for one in anew["rounds"]] == [5, 5]
+    assert [one.metrics["rows"] for one in anew.rounds] == [5, 5]
 
 
 def test_records_hold_the_deviation_of_every_module(ran):

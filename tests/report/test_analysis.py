@@ -13,6 +13,7 @@ from fedex_lora.aggregation import aggregate
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.report import analysis
+from fedex_lora.storage.events import RoundDone, of_kind, record
 from fedex_lora.storage.files import read_manifest
 from fedex_lora.storage.updates import load_update
 
@@ -51,20 +52,20 @@ def test_modules_are_the_paper_s_deviation(run):
 
 
 def test_round_folders_give_what_the_events_say(run):
-    without = [{key: value for key, value in one.items() if key != "modules"} for one in run.events]
+    without = [one.model_copy(update={"modules": None}) if isinstance(one, RoundDone) else one for one in run.events]
     again = analysis.modules(analysis.Run(run.folder, run.name, without, run.config))
     pd.testing.assert_frame_equal(again, analysis.modules(run))
 
 
 def test_rounds_and_clients_are_the_events(run):
-    rounds, done = analysis.rounds(run.events), [one for one in run.events if one["event"] == "round_done"]
+    rounds, done = analysis.rounds(run.events), of_kind(run.events, RoundDone)
     assert rounds["round"].tolist() == [0, 1, 2]
-    assert rounds["accuracy"].tolist() == [run.started["metrics"]["accuracy"], *(one["metrics"]["accuracy"] for one in done)]
-    assert rounds["bytes_total"].iloc[-1] == sum(one["bytes_down"] + one["bytes_up"] for one in done)
+    assert rounds["accuracy"].tolist() == [run.started.metrics["accuracy"], *(one.metrics["accuracy"] for one in done)]
+    assert rounds["bytes_total"].iloc[-1] == sum(one.bytes_down + one.bytes_up for one in done)
     assert rounds["accepted"].iloc[1:].tolist() == [3, 3]
     clients = analysis.clients(run.events)
     assert len(clients) == 6
-    assert (clients.groupby("round")["bytes_up"].sum().to_numpy() == [one["bytes_up"] for one in done]).all()
+    assert (clients.groupby("round")["bytes_up"].sum().to_numpy() == [one.bytes_up for one in done]).all()
 
 
 def test_drift_is_the_distance_from_the_mean():
@@ -174,10 +175,10 @@ def test_communication_is_relative_to_fedex(tmp_path):
     runs = {}
     for method, down in (("fedit", 100), ("fedex", 300)):
         runs[method] = [
-            event("started", method=method, clients=["a", "b"], base_bytes=1000),
-            event("round_done", round=1, bytes_down=down, bytes_up=100, metrics={}),
-            event("evaluated", round=1, bytes_down=9000, bytes_up=9000),  # by a process that was killed before the end
-            event("evaluated", round=1, bytes_down=down, bytes_up=20),
+            record("started", method=method, clients=["a", "b"], base_bytes=1000),
+            record("round_done", round=1, bytes_down=down, bytes_up=100, metrics={}),
+            record("evaluated", round=1, bytes_down=9000, bytes_up=9000),  # by a process that was killed before the end
+            record("evaluated", round=1, bytes_down=down, bytes_up=20),
         ]
     assert analysis.sent(runs["fedex"]) == (600, 120)
     frame = analysis.communication(runs).set_index("run")
@@ -188,21 +189,21 @@ def test_communication_is_relative_to_fedex(tmp_path):
 
 def test_refusals_of_a_round_and_of_the_final_measurement(tmp_path):
     events = [
-        event("started", method="fedex", clients=["a", "b", "c"], metrics={"accuracy": 0.1}, headline="accuracy"),
-        event("round_started", round=1, clients=["a", "b"]),
-        event("refused", round=1, client="b", reason="too large"),
-        event("round_done", round=1, bytes_down=1, bytes_up=1, metrics={"accuracy": 0.2}),
-        event("refused", round=1, client="a", reason="gone"),
+        record("started", method="fedex", clients=["a", "b", "c"], metrics={"accuracy": 0.1}, headline="accuracy"),
+        record("round_started", round=1, clients=["a", "b"]),
+        record("refused", round=1, client="b", reason="too large"),
+        record("round_done", round=1, bytes_down=1, bytes_up=1, metrics={"accuracy": 0.2}),
+        record("refused", round=1, client="a", reason="gone"),
     ]
     assert analysis.refusals(events)["when"].tolist() == ["round", "final measurement"]
     frame = analysis.participation(events).set_index("client")
     assert frame["outcome"].to_dict() == {"a": "accepted", "b": "refused", "c": "not asked"}
     assert analysis.rounds(events)["refused"].iloc[-1] == 1
-    events[3]["accepted"] = ["a", "b"]  # b was asked again, and answered well
+    mean = events[3]
+    events[3] = mean.model_copy(update={"accepted": ["a", "b"]})  # b was asked again, and answered well
     assert analysis.participation(events)["outcome"].tolist() == ["accepted", "accepted", "not asked"]
     assert analysis.rounds(events)[["accepted", "refused"]].iloc[-1].tolist() == [2, 0]
-    del events[3]["accepted"]
-    events[3]["skipped"] = "1 of 2 answered"
+    events[3] = mean.model_copy(update={"skipped": "1 of 2 answered"})
     frame = analysis.participation(events).set_index("client")
     assert frame.loc["a", ["outcome", "reason"]].tolist() == ["skipped", "1 of 2 answered"]
     assert analysis.rounds(events)["accepted"].iloc[-1] == 0
@@ -244,7 +245,7 @@ def test_what_is_no_run(tmp_path):
         analysis.read_run(tmp_path)
     with pytest.raises(UsageError, match="holds no run"):
         analysis.find_runs([tmp_path])
-    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "round_done"}) + "\n")
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "other"}) + "\n")
     with pytest.raises(StorageError, match="has not begun"):
         analysis.read_run(tmp_path)
     lacking = written(tmp_path / "lacking", [event("started", method="fedex", clients=["a"]), event("round_done", round=1, metrics={})])

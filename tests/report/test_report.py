@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.report import page, write_figure, write_report
 from fedex_lora.report.analysis import find_runs
+from fedex_lora.storage.events import ClientRejected, of_kind
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -108,7 +109,7 @@ def test_numbers_of_seeds_are_of_all_seeds(tmp_path):
     for seed in (0, 1, 2):
 
         def other(one, seed=seed):
-            if one["event"] == "refused":
+            if one["event"] == "rejected":
                 one["event"] = "client_late"  # nothing that the report knows
             if one["event"] == "round_done":
                 one |= {"exactness_error": 1e-7 * (seed + 1), "deviation": 0.1 * (seed + 1), "bytes_down": 1000 * (seed + 1), "bytes_up": 0}
@@ -236,7 +237,7 @@ def test_doing_it_again_is_promised_where_it_can_be(one, several):
     """Not without a configuration, and not without a word about answers that did not count."""
     assert "has no config.toml" in parsed(page(find_runs([one]))[0])[1]
     runs = find_runs([several])
-    refused = [run for run in runs if any(one["event"] == "refused" for one in run.events)]
+    refused = [run for run in runs if of_kind(run.events, ClientRejected)]
     for run in runs:
         text = parsed(page([run])[0])[1]
         assert "fedex-lora run run.toml --out again" in text

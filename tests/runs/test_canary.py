@@ -148,7 +148,7 @@ def test_no_byte_of_a_secret_leaves_a_party(kind, faults, path, tmp_path, caplog
         machines, out = Machines(tmp_path / "config.toml", parties), tmp_path / "run"
         run(config, out, narrate, home=lambda config, emit: Deployment(config, machines, sorted(parties)))
     write_report([out], out / "report.html")
-    reasons = {event["client"]: event["reason"] for event in read_events(out / "events.jsonl") if event["event"] == "refused"}
+    reasons = {event["client"]: event["reason"] for event in read_events(out / "events.jsonl") if event["event"] == "rejected"}
     wrong = {
         codes[name]: reasons.get(name) for name in codes if not reasons.get(name, "").startswith(f"it failed: {WORDS[codes[name][1]]}")
     }

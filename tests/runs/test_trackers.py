@@ -18,7 +18,7 @@ from fedex_lora.cli.console import Display, table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.trackers import Trackers, scalars
-from fedex_lora.storage.events import read_events, tail_events
+from fedex_lora.storage.events import RoundDone, of_kind, read_events, tail_events
 
 
 def test_watch_a_finished_run(tmp_path):
@@ -46,7 +46,7 @@ def test_names_are_shown_as_they_are(name):
         display("started", method="fedex", task=name, clients=[name], rounds=1, metrics={})
         display("round_started", round=1, clients=[name])
         display("step", client=name, step=1, steps=2)
-        display("client_done", client=name, train_loss=None)
+        display("client_done", round=1, client=name, train_loss=None)
         display("held_out", round=1, metrics={name: 0.5})
         display("round_done", round=1, metrics={name: 0.5}, bytes_down=1, bytes_up=1)
     assert f"fedex on {name}: 1 clients" in shown.getvalue()
@@ -63,7 +63,7 @@ def test_watch_shows_bars_of_clients_without_steps():
 
 
 def test_watch_bears_what_is_missing(tmp_path):
-    """Numbers that are none, fields that an older version did not write, lines that are no events."""
+    """Numbers that are not finite, fields that an older version did not write, lines that are no events."""
     gone = ("disk_bytes", "realised_error", "floor", "seconds", "trainable_parameters")
     events = [{key: value for key, value in one.items() if key not in gone} for one in synthetic(rounds=2, clients=2)]
     for one in events:
@@ -74,7 +74,7 @@ def test_watch_bears_what_is_missing(tmp_path):
     run = written(tmp_path / "run", [*strange, *(one for one in events if one["event"] != "round_started")])
     result = CliRunner().invoke(app, ["watch", str(run)])
     assert result.exit_code == 0, result.stderr
-    assert "round 2/2  loss 0.2500  down" in result.stdout
+    assert "round 2/2  accuracy nan loss 0.2500  exactness error nan  averaging alone is off by nan%  down" in result.stdout
     assert result.stdout.count("cannot be shown") == 2
 
 
@@ -93,7 +93,8 @@ def test_tables_keep_their_numbers_on_narrow_terminals():
 
 def test_events_are_followed_as_they_are_written(tmp_path):
     """Also a line that is written in two pieces; broken lines are left out."""
-    path, events = tmp_path / "events.jsonl", [event("round_done", round=number) for number in (1, 2)] + [event("run_done")]
+    done = [event("round_done", round=number, metrics={}, bytes_down=1, bytes_up=1) for number in (1, 2)]
+    path, events = tmp_path / "events.jsonl", [*done, event("run_done")]
     path.write_text("")
 
     def write():
@@ -106,7 +107,11 @@ def test_events_are_followed_as_they_are_written(tmp_path):
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert [one for one in tail_events(path, 0.01) if one] == events
+    assert [(one.name, getattr(one, "round", None)) for one in tail_events(path, 0.01) if one] == [
+        ("round_done", 1),
+        ("round_done", 2),
+        ("run_done", None),
+    ]
     writer.join()
 
 
@@ -116,7 +121,7 @@ def configuration(*names):
 
 def test_off_by_default(tmp_path):
     with Trackers(configuration(), tmp_path, print) as tell:
-        tell("round_done", round=1, metrics={"accuracy": 0.5})
+        tell("round_done", round=1, metrics={"accuracy": 0.5}, bytes_down=1, bytes_up=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,10 +132,8 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_only_finite_numbers_are_sent():
-    assert scalars("round_done", {"round": 3, "metrics": {"loss": float("nan"), "f1": 0.5}, "drift": {"a": 1.0}, "bytes_up": 9}) == (
-        3,
-        {"eval/f1": 0.5, "round/bytes_up": 9},
-    )
+    done = RoundDone(round=3, metrics={"loss": float("nan"), "f1": 0.5}, drift={"a": 1.0}, bytes_down=8, bytes_up=9)
+    assert scalars(done) == (3, {"eval/f1": 0.5, "round/bytes_down": 8, "round/bytes_up": 9})
 
 
 def test_tensorboard_has_the_events_numbers(tmp_path):
@@ -142,11 +145,11 @@ def test_tensorboard_has_the_events_numbers(tmp_path):
     board.Reload()
     events = read_events(run / "events.jsonl")
     for name in ("exactness_error", "deviation", "bytes_down"):
-        want = [(one["round"], pytest.approx(one[name], rel=1e-6)) for one in events if one["event"] == "round_done"]
+        want = [(one.round, pytest.approx(getattr(one, name), rel=1e-6)) for one in of_kind(events, RoundDone)]
         assert [(point.step, point.value) for point in board.Scalars(f"round/{name}")] == want
-    want = [(0, events[0]), *((one["round"], one) for one in events if one["event"] == "round_done")]
+    want = [(0, events[0]), *((one.round, one) for one in of_kind(events, RoundDone))]
     assert [(point.step, point.value) for point in board.Scalars("eval/accuracy")] == [
-        (number, pytest.approx(one["metrics"]["accuracy"], rel=1e-6)) for number, one in want
+        (number, pytest.approx(one.metrics["accuracy"], rel=1e-6)) for number, one in want
     ]
     assert len(board.Scalars("held_out/accuracy")) == 3
 
@@ -169,10 +172,10 @@ def test_mlflow_has_the_events_numbers(tmp_path, mlflow):
     (found,) = client.search_runs([client.get_experiment_by_name("fedex-lora").experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.params["method"] == "fedex"
-    done = [one for one in read_events(run / "events.jsonl") if one["event"] == "round_done"]
+    done = [one for one in of_kind(read_events(run / "events.jsonl"), RoundDone)]
     for name in ("exactness_error", "deviation", "bytes_down"):
         points = client.get_metric_history(found.info.run_id, f"round/{name}")
-        assert [(point.step, point.value) for point in points] == [(one["round"], one[name]) for one in done]
+        assert [(point.step, point.value) for point in points] == [(one.round, getattr(one, name)) for one in done]
 
 
 def test_a_tracker_that_cannot_be_reached_is_an_error_before_training(tmp_path, mlflow, monkeypatch):
@@ -192,7 +195,7 @@ def test_a_tracker_that_fails_later_changes_nothing(tmp_path, mlflow):
         with tell:
             shutil.rmtree(tmp_path / "mlflow")
             for number in (1, 2, 3):
-                tell("round_done", round=number, metrics={"accuracy": 0.5})
+                tell("round_done", round=number, metrics={"accuracy": 0.5}, bytes_down=1, bytes_up=1)
             raise KeyError("the run's own")
 
     with pytest.raises(KeyError, match="the run's own"):

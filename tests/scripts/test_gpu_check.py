@@ -36,9 +36,26 @@ def test_the_file_has_versions_times_and_reasons(tmp_path, monkeypatch, capsys):
     "change", [{"exactness_error": None}, {"exactness_error": 1e-3}, {"side_error": math.nan}, {"metrics": {"loss": None}}]
 )
 def test_a_number_that_is_missing_or_too_large_fails(change, tmp_path):
-    started = {"metrics": {"loss": 1.0}, "base_quantization": "none", "device": "cpu", "base_delta": {}}
+    started = {
+        "method": "fedex",
+        "clients": ["a"],
+        "metrics": {"loss": 1.0},
+        "base_quantization": "none",
+        "device": "cpu",
+        "base_delta": {},
+    }
     append_event(tmp_path / "events.jsonl", "started", **started, total_parameters=1, trainable_parameters=1)
-    done = {"exactness_error": 1e-8, "realised_error": 1e-7, "floor": 1e-6, "side_error": 1e-7, "metrics": {"loss": 1.0}, "seconds": 1.0}
+    done = {
+        "round": 1,
+        "bytes_down": 1,
+        "bytes_up": 1,
+        "exactness_error": 1e-8,
+        "realised_error": 1e-7,
+        "floor": 1e-6,
+        "side_error": 1e-7,
+        "metrics": {"loss": 1.0},
+        "seconds": 1.0,
+    }
     append_event(tmp_path / "events.jsonl", "round_done", **done)
     assert gpu_checks.numbers(tmp_path)["exactness_error"] == 1e-8
     append_event(tmp_path / "events.jsonl", "round_done", **{**done, **change})

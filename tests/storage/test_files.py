@@ -1,14 +1,16 @@
 """Files: whole or not there, and altered ones are recognised."""
 
 import json
+import math
 import os
+import time
 
 import pytest
 import torch
 from tests.conftest import make_updates
 
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.events import append_event, read_events
+from fedex_lora.storage.events import KINDS, ClientRejected, RoundStarted, append_event, read_events, record
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, read_manifest, replacing
 from fedex_lora.storage.tensors import load_delta, load_tensors, save_delta, save_tensors
 from fedex_lora.storage.updates import load_update, save_update
@@ -80,10 +82,46 @@ def test_truncated_safetensors(cut, tmp_path):
 
 def test_events_survive_a_torn_line(tmp_path):
     path = tmp_path / "events.jsonl"
-    append_event(path, "one", round=1)
-    append_event(path, "two", round=2)
+    append_event(path, RoundStarted(round=1, clients=["a"]))
+    append_event(path, "run_done", rounds=1)
     path.write_text(path.read_text() + json.dumps({"event": "three"})[:7])
-    assert [event["event"] for event in read_events(path)] == ["one", "two"]
+    assert [event.name for event in read_events(path)] == ["round_started", "run_done"]
+
+
+@pytest.mark.parametrize("kind", [kind for name, kind in KINDS.items() if name == kind.name], ids=lambda kind: kind.name)
+def test_what_is_written_of_an_event_is_read_again(tmp_path, kind):
+    """Each kind, with what it must have and a field of a later version; a number that is not finite is null between."""
+    needed = {name: EXAMPLES[name] for name, field in kind.model_fields.items() if field.is_required()}
+    numbers = {name: math.nan for name, field in kind.model_fields.items() if field.annotation == float | None and field.metadata}
+    event = kind(**needed, **numbers, later="x")
+    append_event(tmp_path / "events.jsonl", event)
+    (back,) = read_events(tmp_path / "events.jsonl")
+    assert "NaN" not in (tmp_path / "events.jsonl").read_text()
+    assert (type(back), back.model_extra) == (kind, {"later": "x"})
+    found, said = back.fields(), event.fields()
+    assert found.pop("time") <= time.time()
+    assert str(found) == str(said)  # NaN is not itself
+    for name in needed:
+        with pytest.raises(StorageError, match=f"a `{kind.name}` event without {name}$"):
+            record(kind.name, **{key: value for key, value in needed.items() if key != name})
+
+
+EXAMPLES = {"method": "fedex", "clients": ["a"], "round": 1, "rounds": 2, "client": "a", "step": 3, "steps": 4, "reason": "late"}
+EXAMPLES |= {"message": "no", "since": 5.0, "metrics": {"f1": 0.5}, "bytes_down": 6, "bytes_up": 7}
+
+
+def test_events_of_other_versions_are_read(tmp_path):
+    """What was called `refused` before, an event that there is not, one that lacks something, and null."""
+    path = tmp_path / "events.jsonl"
+    lines = [{"event": "refused", "round": 1, "client": "a", "reason": "late"}, {"event": "new", "x": 1}, {"event": "held_out", "round": 1}]
+    lines.append({"event": "round_done", "round": 1, "metrics": {"f1": None}, "bytes_down": 1, "bytes_up": 1, "deviation": None})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refused, new, lacking, done = read_events(path)
+    assert refused == ClientRejected(round=1, client="a", reason="late")
+    assert (new.event, new.complaint, lacking.event, lacking.complaint) == ("new", [], "held_out", ["metrics"])
+    assert math.isnan(done.metrics["f1"])
+    assert math.isnan(done.deviation)
+    assert done.exactness_error is None  # not said
 
 
 @pytest.mark.parametrize("writes", [replacing, lambda path: atomic_folder(path, {})])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.cli.test_cli import call, one_line
 from tests.conftest import make_updates
-from tests.finished_runs import written
+from tests.finished_runs import event, written
 from tests.offline.test_streaming import write_adapter
 from tests.runs.test_run import configuration, events_of, ignore
 
@@ -283,8 +283,8 @@ def test_a_round_whose_errors_cannot_be_computed_says_so(tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "error: the errors of round 1 cannot be computed" in result.stderr
     done = events_of(tmp_path / "run", "round_done")[0]
-    assert done["not_finite"] == ["realised_error"]
-    assert done["realised_error"] is None
+    assert done.not_finite == ["realised_error"]
+    assert math.isnan(done.realised_error)
     assert done["exactness_error"] < 1e-6
     assert "realised_error cannot be computed" in events_of(tmp_path / "run", "warning")[0]["message"]
 
@@ -293,10 +293,11 @@ def test_the_demo_and_a_comparison_end_with_1_where_an_error_is_no_number(tmp_pa
     from fedex_lora.cli import demo
     from fedex_lora.experiments import compare
 
-    metrics = [{"event": name, "metrics": {"accuracy": 0.5}} for name in ("started", "round_done", "round_done")]
+    started = event("started", method="fedex", clients=["a"], metrics={"accuracy": 0.5})
     numbers = {"deviation": 0.1, "exactness_error": 1e-8, "realised_error": 1e-6, "bytes_down": 1, "bytes_up": 1, "seconds": 1.0}
-    written(tmp_path / "fine", [metrics[0], metrics[1] | numbers, metrics[2] | numbers])
-    written(tmp_path / "null", [metrics[0], metrics[1] | numbers, metrics[2] | numbers | {"exactness_error": None}])
+    one, two = (event("round_done", round=number, metrics={"accuracy": 0.5}, **numbers) for number in (1, 2))
+    written(tmp_path / "fine", [started, one, two])
+    written(tmp_path / "null", [started, one, two | {"exactness_error": None}])
     rows = {name: demo.summary(tmp_path / name) for name in ("fine", "null")}
     assert rows["fine"]["exactness_error"] == 1e-8
     assert math.isnan(rows["null"]["exactness_error"])

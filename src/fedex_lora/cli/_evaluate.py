@@ -1,12 +1,16 @@
 """Models measured after training: `evaluate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COUNTS = ("rows", "unanswered", "prompts_cut")
 
@@ -39,22 +43,10 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model by official metrics. Those of a task here, or of tasks of lm-evaluation-harness."""
-    if task and lm_eval:
-        raise UsageError("give one of --task and --lm-eval")
-    if config and lm_eval:
-        raise UsageError("give one of --config and --lm-eval")
-    if include_path and not lm_eval:
-        raise UsageError("--include-path is for --lm-eval: give its tasks too")
-    if not score and not predictions:
-        raise UsageError("--no-score is for --predictions: give the file too")
     own = dict(map(_setting, generate or []))
-    if lm_eval and (own or predictions):
-        raise UsageError("--generate and --predictions are for --task: lm-evaluation-harness has its own")
-    if predictions and not predictions.absolute().parent.is_dir():
-        raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
+    _require_sense(task, config, lm_eval, include_path, predictions, score, own)
     from accelerate import PartialState
 
-    from fedex_lora.cli.console import table
     from fedex_lora.client.training import silence_libraries
     from fedex_lora.evaluation import Options, evaluate_harness, evaluate_source, task_of
 
@@ -70,11 +62,37 @@ def evaluate(
             options = Options(base, batch_size, own, predictions, score, lambda done, of: status.update(f"{done} of {of} texts"))
             found = {settings.name: evaluate_source(source, settings, options)}
             result = {"model": source, "task": settings.name, **found[settings.name]}
-    if not PartialState().is_main_process:
-        return
-    if as_json:
-        print_json(result)
-        return
+    if PartialState().is_main_process:
+        print_json(result) if as_json else _show(source, found, console)
+
+
+def _require_sense(
+    task: str | None,
+    config: Path | None,
+    lm_eval: str | None,
+    include_path: Path | None,
+    predictions: Path | None,
+    score: bool,
+    own: Mapping[str, Any],
+) -> None:
+    """Options that go together."""
+    if task and lm_eval:
+        raise UsageError("give one of --task and --lm-eval")
+    if config and lm_eval:
+        raise UsageError("give one of --config and --lm-eval")
+    if include_path and not lm_eval:
+        raise UsageError("--include-path is for --lm-eval: give its tasks too")
+    if not score and not predictions:
+        raise UsageError("--no-score is for --predictions: give the file too")
+    if lm_eval and (own or predictions):
+        raise UsageError("--generate and --predictions are for --task: lm-evaluation-harness has its own")
+    if predictions and not predictions.absolute().parent.is_dir():
+        raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
+
+
+def _show(source: str, found: Mapping[str, Mapping[str, float]], console: "Console") -> None:
+    from fedex_lora.cli.console import table
+
     lines = [
         [name, metric, f"{value:.0f}" if metric in COUNTS else f"{value:.4f}"]
         for name, numbers in found.items()

@@ -50,20 +50,15 @@ def run(
     settings = read_config(config, set_ or [], begun=out if resume else None)
     from fedex_lora.cli.console import Display
     from fedex_lora.runs.run import run as run_here
+    from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind, record
 
-    console = consoles(as_json)
-    last: dict[str, Any] = {}
-    failed: list[int] = []
+    console, ends = consoles(as_json), list[Event]()
 
-    def remember(event: str, **fields: Any) -> None:
-        if event in ("round_done", "run_done"):
-            last.update(fields)
-        if fields.get("not_finite"):
-            failed.append(fields["round"])
-
-    def both(event: str, **fields: Any) -> None:
-        remember(event, **fields)
-        display(event, **fields)
+    def both(event: Event | str, **fields: Any) -> None:
+        event = record(event, **fields)
+        if isinstance(event, RoundDone | RunDone):
+            ends.append(event)
+        display(event)
 
     try:
         with Display(console) as display:
@@ -72,11 +67,10 @@ def run(
         fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
     console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
     if as_json:
+        last = {name: value for event in ends for name, value in event.fields().items()}
         print_json({"method": settings.method, "out": str(out), **last})
-    if failed:
-        fail(
-            f"error: the errors of round {', '.join(map(str, failed))} cannot be computed: see the warnings, and {out / 'events.jsonl'}", 1
-        )
+    if failed := [str(event.round) for event in of_kind(ends, RoundDone) if event.not_finite]:
+        fail(f"error: the errors of round {', '.join(failed)} cannot be computed: see the warnings, and {out / 'events.jsonl'}", 1)
 
 
 @app.command()
@@ -106,11 +100,13 @@ def check(
 
 Text = Optional[str]  # noqa: UP045 (typer)
 Texts = Optional[list[str]]  # noqa: UP045
+OPTIONS = "methods variant seeds tuning_seeds grid learning_rates primary equivalent at reference target controls".split()  # of a protocol
 
 
 @app.command()
 @one_line_errors
 def compare(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A TOML file; its method, its seed and the grid's keys are varied.")],
     methods: Annotated[
         Text,
@@ -149,34 +145,25 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare methods fairly. Paired seeds, settings for each chosen on held-out training rows, confidence intervals, tests."""
-    from fedex_lora.cli.console import Runs
-    from fedex_lora.config import read_config
-
     require_extra("scipy", "experiments", "comparisons")
-    from fedex_lora.experiments import compare as comparing
-
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: give one or more")
-    given = {
-        "methods": methods,
-        "variant": variant,
-        "seeds": seeds,
-        "tuning-seeds": tuning_seeds,
-        "grid": grid,
-        "learning-rates": learning_rates,
-        "primary": primary,
-        "equivalent": equivalent,
-        "at": at,
-        "reference": reference,
-        "target": target,
-        "controls": controls,
-    }
-    given = {option: value for option, value in given.items() if value is not None and value != []}
+    given = {option: context.params[option] for option in OPTIONS if context.params[option] not in (None, (), [])}
+    out = out or Path("compare") / config.stem
+    _compare(config, set_ or [], protocol, given, out, jobs, as_json)
+
+
+def _compare(
+    config: Path, overrides: list[str], protocol: Path | None, given: Mapping[str, Any], out: Path, jobs: int, as_json: bool
+) -> None:
+    from fedex_lora.cli.console import Runs
+    from fedex_lora.config import read_config
+    from fedex_lora.experiments import compare as comparing
+
     plan = comparing.read_protocol(protocol) if protocol else comparing.parse_protocol(_protocol(given))
     if protocol and given:
-        raise UsageError(f"--{next(iter(given))} beside --protocol: {protocol} says all of that; change it there")
-    settings, console = read_config(config, set_ or []), consoles(as_json)
-    out = out or Path("compare") / config.stem
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} beside --protocol: {protocol} says all of that; change it there")
+    settings, console = read_config(config, overrides), consoles(as_json)
     with Runs(console) as tell:
         result = comparing.compare(settings, plan, out, jobs, tell)
     if as_json:
@@ -191,17 +178,18 @@ def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
     from fedex_lora.experiments import compare as comparing
 
     tree = {key: given[key] for key in ("reference", "target", "controls") if key in given}
-    tree |= {key.replace("-", "_"): _whole(given[key], f"--{key}") for key in ("seeds", "tuning-seeds", "at") if key in given}
+    for key in ("seeds", "tuning_seeds", "at"):
+        if key in given:
+            tree[key] = _whole(given[key], f"--{key.replace('_', '-')}")
     if "methods" in given or "variant" not in given:
         tree["methods"] = given.get("methods", "fedex,fedit,ffa").split(",")
     named = [comparing.variant_option(text) for text in given.get("variant", ())]
-    if len(dict(named)) < len(named):
-        raise UsageError(
-            f"--variant: two are named {next(name for name, _ in named if [n for n, _ in named].count(name) > 1)!r}: rename one"
-        )
+    names = [name for name, _ in named]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--variant: two are named {twice!r}: rename one")
     tree["variants"] = dict(named)
     cells = comparing.grid_option(given.get("grid", ()))
-    if rates := numbers(given.get("learning-rates"), "--learning-rates", "1e-3,3e-3"):
+    if rates := numbers(given.get("learning_rates"), "--learning-rates", "1e-3,3e-3"):
         if comparing.RATE in cells:
             raise UsageError(f"--learning-rates is short for --grid {comparing.RATE}=...: give one of them")
         cells = {comparing.RATE: rates, **cells}
@@ -211,20 +199,19 @@ def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show(result: Mapping[str, Any], out: Path, console: "Console") -> None:
-    """The tables of a comparison."""
+    """The tables of a comparison; what it costs is a table of its own."""
     from fedex_lora.cli.console import table
     from fedex_lora.experiments import compare as comparing
 
-    columns, rows = comparing.table_rows(result)
-    costs = columns.index(comparing.COSTS)
-    for heading, start, stop in ((comparing.title(result), 1, costs), ("costs", costs, None)):
-        console.print(table(heading, [columns[0], *columns[start:stop]], [[row[0], *row[start:stop]] for row in rows]))
-    for record in result["at"]:
-        console.print(table(f"after round {record['round']}", *comparing.at_rows(result, record)))
-    if result["tests"]:
-        console.print(table("tests", *comparing.test_rows(result)))
-        console.print(comparing.test_notes(result), highlight=False)
-    console.print(f"{comparing.footnotes(result)} {out / 'compare.json'}", highlight=False)
+    first, *more = comparing.tables(result)
+    costs = list(first.columns).index(comparing.COSTS)
+    for heading, columns in ((first.title.rstrip("."), slice(1, costs)), ("costs", slice(costs, None))):
+        console.print(table(heading, [first.columns[0], *first.columns[columns]], [[row[0], *row[columns]] for row in first.rows]))
+    for one in more:
+        console.print(table(one.title.rstrip(":"), one.columns, one.rows))
+        if one.notes:
+            console.print(*one.notes, highlight=False)
+    console.print(f"{first.notes[0]} {out / 'compare.json'}", highlight=False)
     console.print(f"protocol sha256 {result['protocol_sha256']}", highlight=False)
 
 

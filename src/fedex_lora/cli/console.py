@@ -1,7 +1,7 @@
 """What a person sees of a run: progress bars on a terminal, one line a round anywhere else."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedex_lora.storage.events import tail_events
+from fedex_lora.storage import events as told
+from fedex_lora.storage.events import Event, record, tail_events
+from fedex_lora.storage.run_folder import EVENTS
 
 HIDDEN = ("rows", "runtime")
 
@@ -27,14 +29,7 @@ class Display:
 
     def __init__(self, console: Console, label: str = "", clock: Callable[[], float] = time.perf_counter) -> None:
         self._console, self._label, self._rounds = console, f"{label}  " if label else "", 0
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True, get_time=clock)
+        self._progress = _bars(console, "{task.description}", "{task.fields[note]}", clock)
         self._bars: dict[str, TaskID] = {}
         self._clock, self._started = clock, clock()
 
@@ -45,99 +40,100 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def __call__(self, event: str, **fields: Any) -> None:
+    def __call__(self, event: Event | str, **fields: Any) -> None:
         """Show one event."""
-        handler = getattr(self, f"_on_{event}", None)
+        event = record(event, **fields)
+        handler = getattr(self, f"_on_{event.name}", None)
         if handler:
-            handler(fields)
+            handler(event)
 
-    def _on_started(self, fields: dict[str, Any]) -> None:
-        self._rounds, self._started = fields["rounds"], self._started or self._clock()
-        line = f"{fields['method']} on {fields.get('task', 'a task')}: {len(fields['clients'])} clients"
-        if {"trainable_parameters", "total_parameters"} <= fields.keys():
-            line += f", {fields['trainable_parameters']:,} of {fields['total_parameters']:,} parameters trained"
-        if "disk_bytes" in fields:
-            line += f", up to {fields['disk_bytes'] / 1e6:.0f} MB of disk"
+    def _on_started(self, event: told.Started) -> None:
+        self._rounds, self._started = event.rounds, self._started or self._clock()
+        line = f"{event.method} on {event.task or 'a task'}: {len(event.clients)} clients"
+        if event.trainable_parameters is not None and event.total_parameters is not None:
+            line += f", {event.trainable_parameters:,} of {event.total_parameters:,} parameters trained"
+        if event.disk_bytes is not None:
+            line += f", up to {event.disk_bytes / 1e6:.0f} MB of disk"
         self._print(line)
-        if settings := fields.get("settings"):
-            self._print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()))
-        self._print(f"round 0/{self._rounds}  {numbers(fields['metrics'])}")
-        self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, note="")
+        if event.settings:
+            self._print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in event.settings.items()))
+        self._print(f"round 0/{self._rounds}  {numbers(event.metrics)}")
+        self._bar("rounds", self._rounds)
 
-    def _on_resumed(self, fields: dict[str, Any]) -> None:
-        self._rounds = fields["rounds"]
-        self._print(f"going on with round {min(fields['round'], self._rounds)} of {self._rounds}")
+    def _on_resumed(self, event: told.Resumed) -> None:
+        self._rounds = event.rounds
+        self._print(f"going on with round {min(event.round, self._rounds)} of {self._rounds}")
         if "rounds" not in self._bars:
-            self._bars["rounds"] = self._progress.add_task("rounds", total=self._rounds, completed=fields["round"] - 1, note="")
+            self._bar("rounds", self._rounds, event.round - 1)
 
-    def _on_finished(self, fields: dict[str, Any]) -> None:
-        self._print(f"all {fields['rounds']} rounds are there: nothing is left to do")
+    def _on_finished(self, event: told.Finished) -> None:
+        self._print(f"all {event.rounds} rounds are there: nothing is left to do")
 
-    def _on_round_started(self, fields: dict[str, Any]) -> None:
+    def _on_round_started(self, event: told.RoundStarted) -> None:
         for name in {"clients", "steps"} & self._bars.keys():
             self._progress.remove_task(self._bars.pop(name))
-        self._bars["clients"] = self._progress.add_task("clients", total=len(fields["clients"]), note="")
+        self._bar("clients", len(event.clients))
 
-    def _on_step(self, fields: dict[str, Any]) -> None:
+    def _on_step(self, event: told.Step) -> None:
         if "steps" not in self._bars:
-            self._bars["steps"] = self._progress.add_task("steps", total=None, note="")
-        self._progress.update(self._bars["steps"], completed=fields["step"], total=fields["steps"], note=fields["client"])
+            self._bar("steps", None)
+        self._progress.update(self._bars["steps"], completed=event.step, total=event.steps, note=event.client)
 
-    def _on_client_done(self, fields: dict[str, Any]) -> None:
+    def _on_client_done(self, event: told.ClientDone) -> None:
         if "clients" in self._bars:
-            self._progress.update(self._bars["clients"], advance=1, note=numbers({"loss": fields.get("train_loss")}))
+            self._progress.update(self._bars["clients"], advance=1, note=numbers({"loss": event.train_loss}))
 
-    def _on_round_done(self, fields: dict[str, Any]) -> None:
+    def _on_round_done(self, event: told.RoundDone) -> None:
         if "rounds" in self._bars:
-            self._progress.update(self._bars["rounds"], completed=fields["round"])
-        metrics = numbers(fields["metrics"]) or "no global model: see the clients' own rows"
-        line = f"round {fields['round']}/{self._rounds}  {metrics}"
-        said = {
-            "exactness_error": "  exactness error {:.1e}",
-            "layers": " ({})",
-            "deviation": "  averaging alone is off by {:.1%}",
-            "dropped": "  truncation dropped {:.1%}",
-        }
-        fields = {**fields, "layers": _layers(fields.get("realised_error"), fields.get("floor"))}
-        line += "".join(text.format(fields[key]) for key, text in said.items() if fields.get(key) is not None)
-        if odd := fields.get("not_finite"):
-            line += f"  no number: {', '.join(odd)}"
-        seconds = f"  {fields['seconds']:.1f} s" if "seconds" in fields else ""
-        self._print(
-            f"{line}  down {decimal(int(fields['bytes_down']), precision=2)} up {decimal(int(fields['bytes_up']), precision=2)}{seconds}"
+            self._progress.update(self._bars["rounds"], completed=event.round)
+        metrics = numbers(event.metrics) or "no global model: see the clients' own rows"
+        said = (
+            ("  exactness error {:.1e}", event.exactness_error),
+            (" ({})", _layers(event.realised_error, event.floor)),
+            ("  averaging alone is off by {:.1%}", event.deviation),
+            ("  truncation dropped {:.1%}", event.dropped),
+            ("  no number: {}", ", ".join(event.not_finite) or None),
+            ("  down {}", decimal(event.bytes_down, precision=2)),
+            (" up {}", decimal(event.bytes_up, precision=2)),
+            ("  {:.1f} s", event.seconds),
         )
+        more = "".join(text.format(value) for text, value in said if value is not None)
+        self._print(f"round {event.round}/{self._rounds}  {metrics}{more}")
 
-    def _on_warning(self, fields: dict[str, Any]) -> None:
-        where = f"round {fields['round']}: " if "round" in fields else ""
-        self._print(f"! {where}{fields['message']}")
+    def _on_warning(self, event: told.Warned) -> None:
+        where = f"round {event.round}: " if event.round is not None else ""
+        self._print(f"! {where}{event.message}")
 
-    def _on_party_failed(self, fields: dict[str, Any]) -> None:
-        self._print(f"! {fields['client']} failed: {fields['message']}")
+    def _on_party_failed(self, event: told.PartyFailed) -> None:
+        self._print(f"! {event.client} failed: {event.message}")
 
-    def _on_refused(self, fields: dict[str, Any]) -> None:
-        self._print(f"! round {fields['round']}: client {fields['client']} is left out: {fields['reason']}")
+    def _on_rejected(self, event: told.ClientRejected) -> None:
+        self._print(f"! round {event.round}: client {event.client} is left out: {event.reason}")
 
-    def _on_waiting(self, fields: dict[str, Any]) -> None:
-        since = time.strftime("%H:%M:%S", time.localtime(fields["since"]))
-        again = f": {fields['reason']}; asking again in {fields['seconds']:.0f} s" if "reason" in fields else ""
-        who = ", ".join(fields["clients"][:5]) + (f" and {len(fields['clients']) - 5} more" if len(fields["clients"]) > 5 else "")
-        self._print(f"round {fields['round']}: waiting for {who} since {since}{again}")
+    def _on_waiting(self, event: told.Waiting) -> None:
+        since = time.strftime("%H:%M:%S", time.localtime(event.since))
+        again = f": {event.reason}; asking again in {event.seconds:.0f} s" if event.reason else ""
+        who = ", ".join(event.clients[:5]) + (f" and {len(event.clients) - 5} more" if len(event.clients) > 5 else "")
+        self._print(f"round {event.round}: waiting for {who} since {since}{again}")
 
-    def _on_held_out(self, fields: dict[str, Any]) -> None:
-        if fields["round"]:
-            self._print(f"  the clients' own held-out rows after round {fields['round']}: {numbers(fields['metrics'])}")
+    def _on_held_out(self, event: told.HeldOut) -> None:
+        if event.round:
+            self._print(f"  the clients' own held-out rows after round {event.round}: {numbers(event.metrics)}")
 
-    def _on_run_done(self, fields: dict[str, Any]) -> None:
-        best, skipped = fields["best_round"], fields.get("skipped", [])
-        if skipped:
-            self._print(f"! {len(skipped)} of {fields['rounds']} rounds were skipped")
+    def _on_run_done(self, event: told.RunDone) -> None:
+        if event.skipped:
+            self._print(f"! {len(event.skipped)} of {event.rounds} rounds were skipped")
+        best = event.best_round
         note = (
-            f"final/ is round {fields['rounds']}; best on the clients' held-out rows is round {best}"
-            + ("" if best == fields["rounds"] else f" (rounds/{best:04d}: give that folder to export and evaluate)")
+            f"final/ is round {event.rounds}; best on the clients' held-out rows is round {best}"
+            + ("" if best == event.rounds else f" (rounds/{best:04d}: give that folder to export and evaluate)")
             if best
             else "no round is called best: not every client measured every round"
         )
         self._print(f"{note}; {self._clock() - self._started:.0f} s in all")
+
+    def _bar(self, name: str, total: int | None, completed: int = 0) -> None:
+        self._bars[name] = self._progress.add_task(name, total=total, completed=completed, note="")
 
     def _print(self, line: str) -> None:
         """As it is: names and reasons come from elsewhere."""
@@ -176,14 +172,13 @@ def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0
     """
     now, done = [0.0], False
     with Display(console, clock=lambda: now[0]) as display:
-        for event in tail_events(folder / "events.jsonl", None if once else every):
-            now[0] = (event or {}).get("time") or time.time()
-            if event:
-                try:
-                    display(event["event"], **{key: value for key, value in event.items() if key not in ("event", "time")})
-                except (KeyError, TypeError, ValueError, AttributeError):
-                    console.print(f"(a line that says {event['event']!r} cannot be shown)", highlight=False, markup=False)
-                done = done or event["event"] == "run_done"
+        for event in tail_events(folder / EVENTS, None if once else every):
+            now[0] = (event and event.time) or time.time()
+            if isinstance(event, told.Unreadable) and event.complaint:
+                console.print(f"(a line that says {event.event!r} cannot be shown)", highlight=False, markup=False)
+            elif event:
+                display(event)
+            done = isinstance(event, told.RunDone)
     return done
 
 
@@ -191,8 +186,7 @@ class Runs:
     """Shows the runs of a comparison: a line for each that is done, and on a terminal a bar of how many."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._progress = _bars(console, "runs", "")
         self._console, self._bar = console, self._progress.add_task("runs", total=None)
 
     def __enter__(self) -> "Runs":
@@ -208,13 +202,20 @@ class Runs:
         self._console.print(f"{done}/{total}  {line}" if total else line, highlight=False, markup=False)
 
 
-def numbers(metrics: dict[str, float | None]) -> str:
+def _bars(console: Console, before: str, after: str, clock: Callable[[], float] | None = None) -> Progress:
+    """Bars with a text on either side, on a terminal only."""
+    left, right = (TextColumn(text, markup=False) for text in (before, after))
+    columns = (left, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), right)
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True, get_time=clock)
+
+
+def numbers(metrics: Mapping[str, float | None]) -> str:
     """Metrics on one line, the loss last; those that are none are left out."""
     shown = {name: value for name, value in metrics.items() if name not in HIDDEN and value is not None}
     return " ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=lambda item: item[0] == "loss"))
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of text and numbers; where it is too wide, headings and text fold, and numbers stay whole."""
     made = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):

@@ -9,12 +9,12 @@ from rich.filesize import decimal
 from fedex_lora.cli.console import Display, table
 from fedex_lora.config import write_config
 from fedex_lora.errors import UsageError
-from fedex_lora.exactness.algebra import number, worst
+from fedex_lora.exactness.algebra import worst
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import finite_json, read_events
+from fedex_lora.storage.events import RoundDone, Started, finite_json, of_kind, read_events
 from fedex_lora.storage.files import TEMPORARY, write_text
-from fedex_lora.storage.run_folder import CONFIG, barely_begun, is_report, remove, strays
+from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, is_report, remove, strays
 from fedex_lora.tasks.demo import ROUNDS, configuration
 
 METHODS = ("fedex", "fedit", "ffa", "centralised")
@@ -88,15 +88,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def summary(folder: Path) -> dict[str, Any]:
     """The numbers of one run, from its events."""
-    events = read_events(folder / "events.jsonl")
-    rounds = [event for event in events if event["event"] == "round_done"]
+    events = read_events(folder / EVENTS)
+    rounds = of_kind(events, RoundDone)
+    accuracies = [event.metrics["accuracy"] for event in rounds]
     return {
-        "base_accuracy": next(number(event["metrics"]["accuracy"]) for event in events if event["event"] == "started"),
-        "accuracy": number(rounds[-1]["metrics"]["accuracy"]),
-        "accuracies": [number(event["metrics"]["accuracy"]) for event in rounds],
-        "deviation": worst(event["deviation"] for event in rounds),
-        "exactness_error": worst(event["exactness_error"] for event in rounds),
-        "realised_error": worst(event["realised_error"] for event in rounds),
+        "base_accuracy": of_kind(events, Started)[0].metrics["accuracy"],
+        "accuracy": accuracies[-1],
+        "accuracies": accuracies,
+        **{error: worst(getattr(event, error) for event in rounds) for error in ("deviation", "exactness_error", "realised_error")},
         **dict(zip(("bytes_down", "bytes_up"), sent(events), strict=True)),
-        "seconds": sum(event["seconds"] for event in rounds),
+        "seconds": sum(event.seconds or 0.0 for event in rounds),
     }

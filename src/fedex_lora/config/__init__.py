@@ -1,6 +1,6 @@
 """The configuration: pydantic models read from TOML."""
 
-from fedex_lora.config.reading import nearest, overridden, parse_config, read_config, write_config
+from fedex_lora.config.reading import flat, nearest, overridden, parse_config, plain_value, put, read_config, write_config
 from fedex_lora.config.run import Config, Local, Messages, Rules, Server, Truncation, is_ours
 from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, Task, base_folder
 
@@ -18,10 +18,13 @@ __all__ = [
     "Task",
     "Truncation",
     "base_folder",
+    "flat",
     "is_ours",
     "nearest",
     "overridden",
     "parse_config",
+    "plain_value",
+    "put",
     "read_config",
     "write_config",
 ]

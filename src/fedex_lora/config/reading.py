@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedex_lora.config.run import Config
 from fedex_lora.config.tables import DEMO
-from fedex_lora.errors import ConfigError
+from fedex_lora.errors import ConfigError, UsageError
 
 WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
 
@@ -109,6 +109,25 @@ def write_config(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys.
+
+    Raises:
+        UsageError: a key that is there twice.
+
+    Example:
+        >>> flat({"training": {"learning_rate": 1e-3}, "local.schedule": "run"})
+        {'training.learning_rate': 0.001, 'local.schedule': 'run'}
+    """
+    made: dict[str, Any] = {}
+    for key, value in tree.items():
+        found = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if twice := made.keys() & found.keys():
+            raise UsageError(f"{min(twice)} is there twice, as a table and dotted: write it once")
+        made |= found
+    return made
+
+
 def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A tree of plain values with `a.b=v` overrides; the one that was given stays as it is."""
     made = deepcopy(dict(tree))
@@ -121,15 +140,24 @@ def _set(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"--set {override!r}: write it as table.key=value")
+    put(tree, path.strip(), plain_value(text))
+
+
+def plain_value(text: str) -> Any:
+    """A value as in TOML, or a bare string."""
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        value = text
-    *tables, key = path.strip().split(".")
+        return text
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted key."""
+    *tables, key = path.split(".")
     for name in tables:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override!r}: {name} is a value, not a table")
+            raise ConfigError(f"{path}: {name} is a value, not a table")
     tree[key] = value
 
 

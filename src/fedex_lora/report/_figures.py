@@ -16,6 +16,8 @@ from fedex_lora.storage.files import replacing
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
 FORMATS = (".pdf", ".svg", ".png")
 Value = Literal["scaled", "relative"]
+Layout = Literal["layers", "rounds"]
+KEYS: dict[Layout, list[str]] = {"layers": ["projection", "layer"], "rounds": ["panel", "module", "round"]}
 AXES = {"scaled": r"$\|R\|_F / \sqrt{mn}$", "relative": r"$\|R\|_F / \|M\|_F$"}
 STYLE = {
     "font.family": "serif",
@@ -68,46 +70,52 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
     return {"out": str(out), "data": data.to_dict("records"), "observations": observed(groups, value).to_dict("records")}
 
 
-def draw(layout: Literal["layers", "rounds"], groups: Sequence[Group], out: Path, value: Value = "relative") -> pd.DataFrame:
+def draw(layout: Layout, groups: Sequence[Group], out: Path, value: Value = "relative") -> pd.DataFrame:
     """Draw the deviation of groups of runs, by layer after the first round or across rounds.
 
     Returns:
-        What is drawn: `by_layer` or `by_round`.
+        What is drawn: see `over_seeds`.
 
     Raises:
         UsageError: Matplotlib is not installed.
         OSError: the file cannot be written.
     """
     drawing = _matplotlib()
-    data = by_layer(groups, value) if layout == "layers" else by_round(groups, value)
+    data = over_seeds(layout, per_seed(layout, groups, value))
     out.parent.mkdir(parents=True, exist_ok=True)
     with drawing.rc_context(STYLE):
         (_draw_layers if layout == "layers" else _draw_rounds)(data, out, value)
     return data
 
 
-def by_layer(groups: Sequence[Group], value: Value) -> pd.DataFrame:
-    """After the first round: `run`, `projection`, `layer`, and over the seeds `mean`, `low`, `high`."""
-    parts = []
+def per_seed(layout: Layout, groups: Sequence[Group], value: Value) -> pd.DataFrame:
+    """The deviation that a figure draws, a row a point of each seed.
+
+    Returns:
+        `run`, `seed` (counted), `value`; and for layers, after the first round, `projection` and `layer`; for rounds `round`, `panel`
+        ("first": the first layer's query or what it has for one, named in `module`; "all": the mean over modules).
+    """
+    parts = [pd.DataFrame(columns=["run", "seed", "value", *KEYS[layout]])]
     for group in groups:
-        frame = pd.concat(group.modules)
-        first = frame[(frame["round"] == frame["round"].min()) & (frame["layer"] >= 0)]
-        found = first.groupby(["projection", "layer"])[value].agg(mean="mean", low="min", high="max").reset_index()
-        parts.append(found.assign(run=group.label))
-    return pd.concat(parts, ignore_index=True)
+        for seed, frame in enumerate(frame for frame in group.modules if not frame.empty):
+            if layout == "layers":
+                first = frame[(frame["round"] == frame["round"].min()) & (frame["layer"] >= 0)].sort_values(["projection", "layer"])
+                found = [first[["projection", "layer"]].assign(value=first[value])]
+            else:
+                over = analysis.across_rounds(frame, value)
+                names = {"first": ("first", over.attrs["first"]), "all": ("mean", "")}
+                found = [
+                    pd.DataFrame({"panel": panel, "module": module, "round": over["round"], "value": over[column]})
+                    for panel, (column, module) in names.items()
+                ]
+            parts += [part.assign(run=group.label, seed=seed) for part in found]
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def by_round(groups: Sequence[Group], value: Value) -> pd.DataFrame:
-    """By `run`, `panel` ("first": the first layer's query or what it has for one, named in `module`; "all": the mean over modules),
-    `round`: over the seeds `mean`, `low`, `high`."""
-    parts = []
-    for group in groups:
-        frames = [analysis.across_rounds(frame, value) for frame in group.modules if not frame.empty]
-        seeds = pd.concat(frames)
-        for panel, column in (("first", "first"), ("all", "mean")):
-            found = seeds.groupby("round")[column].agg(mean="mean", low="min", high="max").reset_index()
-            parts.append(found.assign(run=group.label, panel=panel, module=frames[0].attrs["first"] if panel == "first" else ""))
-    return pd.concat(parts, ignore_index=True)
+def over_seeds(layout: Layout, points: pd.DataFrame) -> pd.DataFrame:
+    """The `mean`, `low` and `high` of a figure's points over the seeds."""
+    means = points.groupby(["run", *KEYS[layout]], sort=False)["value"].agg(mean="mean", low="min", high="max")
+    return means.reset_index()
 
 
 def observed(groups: Sequence[Group], value: Value) -> pd.DataFrame:

@@ -14,14 +14,14 @@ import tomli_w
 
 from fedex_lora import __version__
 from fedex_lora.errors import UsageError, require_extra
-from fedex_lora.report._charts import Chart
+from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
-from fedex_lora.report._sections import Part, cells_each, communication, comparison, curves, details, deviations, tiles
+from fedex_lora.report._sections import Part, communication, comparison, curves, details, deviations, tiles
 from fedex_lora.report._tables import Table
 from fedex_lora.report.analysis import Run, find_runs
-from fedex_lora.report.analysis._runs import CONFIG
+from fedex_lora.storage.events import ClientRejected, RoundDone, of_kind
 from fedex_lora.storage.files import write_text
-from fedex_lora.storage.run_folder import is_report
+from fedex_lora.storage.run_folder import CONFIG, is_report
 
 MOST = 12  # groups of runs in one report
 
@@ -60,7 +60,7 @@ def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     groups = grouped(runs)
     if len(groups) > MOST:
         raise UsageError(f"{len(groups)} kinds of runs are too many for one report: give at most {MOST} (seeds do not count)")
-    budget = cells_each(groups)
+    budget = 2 * CELLS // max(1, len(groups))  # cells of heat maps, of one group
     parts = [Part("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
     parts += [curves(groups), deviations(groups), communication(groups)]
     parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
@@ -127,18 +127,17 @@ def _json(value: Any) -> str:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    tasks = list(dict.fromkeys(str(run.started.get("task", "")) for run in runs))
-    methods = list(dict.fromkeys(str(run.started["method"]) for run in runs))
+    tasks = list(dict.fromkeys(run.started.task for run in runs))
+    methods = list(dict.fromkeys(run.started.method for run in runs))
     return f"{', '.join(methods)} on {', '.join(tasks)}" if len(methods) <= 4 else f"{len(methods)} methods on {', '.join(tasks)}"
 
 
 def _facts(runs: Sequence[Run]) -> list[str]:
     """The lines under the title."""
     first = runs[0].started
-    model = str(first.get("base_model", ""))
-    model = Path(model).name if Path(model).is_absolute() else model
-    when = datetime.fromtimestamp(first["time"], UTC).strftime("%Y-%m-%d %H:%M UTC") if first.get("time", 0) > 1e9 else ""
-    trained, total = first.get("trainable_parameters"), first.get("total_parameters")
+    model = Path(first.base_model).name if Path(first.base_model).is_absolute() else first.base_model
+    when = datetime.fromtimestamp(first.time, UTC).strftime("%Y-%m-%d %H:%M UTC") if first.time and first.time > 1e9 else ""
+    trained, total = first.trainable_parameters, first.total_parameters
     lines = [f"base {model}" if model else "", f"{trained:,} of {total:,} parameters trained" if trained and total else "", when]
     going = [run.name for run in runs if not run.finished]
     if going:
@@ -151,12 +150,9 @@ def _setup(label: str, run: Run) -> dict[str, Any]:
     config = run.folder / CONFIG
     text = config.read_text(encoding="utf-8") if config.is_file() else tomli_w.dumps(dict(run.config))
     started = run.started
-    environment: dict[str, Any] = {**started.get("versions", {}), "threads": started.get("torch_threads", "")}
-    environment |= {key: started[key] for key in ("base_dtype", "base_quantization", "base_fingerprint") if started.get(key)}
-    missed = any(event["event"] == "refused" or event.get("skipped") for event in run.events)
-    facts = {"seed": run.config.get("seed"), "exact": _verifiable(run), "missed": missed}
-    return {"label": label, "config": text, "environment": environment, **facts}
-
-
-def _verifiable(run: Run) -> bool:
-    return any("exactness_error" in event for event in run.events)
+    environment: dict[str, Any] = {**started.versions, "threads": started.torch_threads or ""}
+    environment |= {key: getattr(started, key) for key in ("base_dtype", "base_quantization", "base_fingerprint") if getattr(started, key)}
+    done = of_kind(run.events, RoundDone)
+    missed = bool(of_kind(run.events, ClientRejected)) or any(event.skipped for event in done)
+    exact = any(event.exactness_error is not None for event in done)
+    return {"label": label, "config": text, "environment": environment, "seed": run.config.get("seed"), "exact": exact, "missed": missed}

@@ -1,7 +1,7 @@
 """What a report says: sections of charts, tables and numbers, from runs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,16 +10,18 @@ import pandas as pd
 
 from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
-from fedex_lora.report._charts import CELLS, Chart, heat, lines, timeline
+from fedex_lora.report._charts import Chart, heat, lines, timeline
 from fedex_lora.report._groups import VALUES, Group, curve, final, group_sent, worst_error
 from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, size, table
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
+from fedex_lora.storage.events import Event
 
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
     "residual": "Singular values of R after the last kept round.",
     "base delta": "Singular values of all that the frozen base has gained by then.",
 }
+ERRORS = {"exactness_error": "exactness error", "deviation": "averaging alone"}
 REFUSALS, LINES, MODULES = 200, 12, 6  # rows of a table, lines of a chart, modules whose spectra are drawn
 
 
@@ -36,9 +38,8 @@ class Part:
 
 def tiles(group: Group) -> list[tuple[str, str, str]]:
     """The headline numbers: what, how much, and of what."""
-    run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.headline
-    shown = headline if headline in frame else f"held_out_{headline}"
-    found = []
+    run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.started.headline
+    shown, found = _measured(group), []
     if ends := final(group, shown):
         where = "evaluation rows" if shown == headline else "the clients' own rows"
         before = frame[frame["round"] == 0][shown].mean()
@@ -55,7 +56,7 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
     note = f"{size(down)} down, {size(up)} up, all clients and rounds{group.over('mean')}; with the final model, which all are sent"
     found.append(("travelled", size(down + up), note))
     asked, refused = (int(frame[column].sum()) if column in frame else 0 for column in ("participants", "refused"))
-    note = f"of {asked} in {group.last_round} rounds, {len(run.started['clients'])} clients{group.over('sum')}"
+    note = f"of {asked} in {group.last_round} rounds, {len(run.started.clients)} clients{group.over('sum')}"
     found.append(("answers refused", str(refused), note))
     if "seconds" in frame and frame["seconds"].notna().any():
         note = f"{duration(frame['seconds'].mean())} a round{group.over('mean')}"
@@ -67,48 +68,38 @@ def comparison(groups: Sequence[Group]) -> Table:
     """One line a label."""
     rows, judged = [], headlines(groups)
     for group in groups:
-        headline = group.first.headline
-        shown = headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"
-        ends, frame = final(group, shown), pd.concat(group.rounds)
-        row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": group.last_round}
-        row |= dict.fromkeys(judged, np.nan) | {
-            headline: float(np.mean(ends)) if ends else np.nan,
-            "lowest": min(ends, default=np.nan),
-            "highest": max(ends, default=np.nan),
-        }
-        row |= {column: worst_error(frame, column) for column in ("exactness_error", "deviation")}
-        row |= dict(zip(("bytes_down", "bytes_up"), group_sent(group), strict=True))
-        row |= {"seconds": frame["seconds"].sum() / len(group.runs) if "seconds" in frame else np.nan}
-        row |= {"refused": int(frame["refused"].sum()) if "refused" in frame else 0}
+        ends, frame = final(group, _measured(group)), pd.concat(group.rounds)
+        there = {column: frame[column].sum() if column in frame else np.nan for column in ("seconds", "refused")}
+        row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": group.last_round} | dict.fromkeys(judged, np.nan)
+        row[group.first.started.headline] = float(np.mean(ends)) if ends else np.nan
+        row |= {"lowest": min(ends, default=np.nan), "highest": max(ends, default=np.nan)}
+        row |= {name: worst_error(frame, column) for column, name in ERRORS.items()}
+        row |= dict(zip(("sent down", "sent up"), group_sent(group), strict=True))
+        row |= {"time": there["seconds"] / len(group.runs), "refused": int(np.nan_to_num(there["refused"]))}
         rows.append(row)
     made = pd.DataFrame(rows)
-    if (made["seeds"] == 1).all():
+    several = bool((made["seeds"] > 1).any())
+    if not several:
         made = made.drop(columns=["lowest", "highest", "seeds"])
-    formats: dict[str, Format] = {
-        **dict.fromkeys([*judged, "lowest", "highest"], fixed),
-        "exactness_error": scientific,
-        "deviation": percent,
-    }
-    formats |= {"bytes_down": size, "bytes_up": size, "seconds": duration}
-    names = {
-        "exactness_error": "exactness error",
-        "deviation": "averaging alone",
-        "bytes_down": "sent down",
-        "bytes_up": "sent up",
-        "seconds": "time",
-    }
+    formats: dict[str, Format] = dict.fromkeys([*judged, "lowest", "highest"], fixed)
+    formats |= dict(zip(ERRORS.values(), (scientific, percent), strict=True))
+    formats |= {"sent down": size, "sent up": size, "time": duration}
     caption = (
         f"{' or '.join(judged)} after the last round; the errors are of the worst round: exactness error of its worst module, averaging "
         "alone of the whole model"
     )
-    if (made.get("seeds", pd.Series([1])) > 1).any():
-        caption += "; means over the seeds, errors of the worst seed, refused in all seeds"
-    return table(caption, made, formats, names)
+    return table(caption + "; means over the seeds, errors of the worst seed, refused in all seeds" * several, made, formats)
 
 
 def headlines(groups: Sequence[Group]) -> list[str]:
     """The metrics that the runs' tasks are judged by."""
-    return list(dict.fromkeys(group.first.headline for group in groups))
+    return list(dict.fromkeys(group.first.started.headline for group in groups))
+
+
+def _measured(group: Group) -> str:
+    """The column that a group is judged by: the headline on the evaluation rows, or where there is no global model on the clients'."""
+    headline = group.first.started.headline
+    return headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"
 
 
 def curves(groups: Sequence[Group]) -> Part:
@@ -259,7 +250,7 @@ def _exactness(group: Group) -> Part:
     return Part("How exact it was", "", [chart] if chart else [])
 
 
-def _all_seeds(group: Group, frame_of: Callable[[Sequence[Mapping[str, Any]]], pd.DataFrame]) -> pd.DataFrame:
+def _all_seeds(group: Group, frame_of: Callable[[Sequence[Event]], pd.DataFrame]) -> pd.DataFrame:
     """One frame of all runs' events, with the seed where there are several."""
     frames = [frame_of(run.events) for run in group.runs]
     if len(frames) > 1:
@@ -289,17 +280,11 @@ def _clients(run: Run) -> Part:
         return Part("")
     items: list[Chart | Table] = []
     if frame["drift"].notna().any():
-        by = (
-            frame.astype({"drift": float})
-            .groupby("round")["drift"]
-            .agg(value="mean", low="min", high="max")
-            .reset_index()
-            .assign(label="clients")
-        )
+        by = frame.astype({"drift": float}).groupby("round")["drift"].agg(value="mean", low="min", high="max").reset_index()
         note = "|client's update − mean| / |mean|: the mean over the clients, and from the nearest to the farthest."
-        drift = lines("Drift", note, by, "drift", format=".2f")
+        drift = lines("Drift", note, by.assign(label="clients"), "drift", format=".2f")
         items += [drift] if drift else []
-    headline = f"held_out_{run.headline}"
+    headline = f"held_out_{run.started.headline}"
     columns = {"rounds": ("round", "nunique"), "rows": ("num_examples", "last")}
     columns |= {"loss": ("train_loss", "last")} if "train_loss" in frame else {}
     columns |= {headline: (headline, "last")} if headline in frame else {}
@@ -307,11 +292,6 @@ def _clients(run: Run) -> Part:
     kept = {name: spec for name, spec in columns.items() if spec[0] in frame}
     by_client = frame.astype({"drift": float}).groupby("client").agg(**kept).reset_index()
     formats = {"loss": fixed, headline: fixed, "drift": significant, "sent up": size, "seconds a round": significant}
-    names = {"rows": "training rows", "loss": "last training loss", headline: f"{run.headline} on own rows", "drift": "mean drift"}
+    names = {"rows": "training rows", "loss": "last training loss", headline: f"{run.started.headline} on own rows", "drift": "mean drift"}
     items.append(table("Clients, over the rounds that they answered", by_client, formats, names))
     return Part("The clients", "", items)
-
-
-def cells_each(groups: Sequence[Group]) -> int:
-    """How many cells of heat maps one group may have."""
-    return 2 * CELLS // max(1, len(groups))

@@ -4,37 +4,36 @@ import importlib.util
 import math
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedex_lora.config import Config
+from fedex_lora.config import Config, flat
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.emit import Emit
+from fedex_lora.storage.events import ClientDone, Event, HeldOut, RoundDone, Started, record
 from fedex_lora.storage.run_folder import TRACKERS
 
 PROJECT, FOLDER = "fedex-lora", TRACKERS
 
 
-def scalars(event: str, fields: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+def scalars(event: Event) -> tuple[int, dict[str, float]]:
     """The round and the numbers of one event.
 
     Example:
-        >>> scalars("round_done", {"round": 2, "metrics": {"accuracy": 0.5}, "bytes_up": 7, "modules": {}})
-        (2, {'eval/accuracy': 0.5, 'round/bytes_up': 7})
+        >>> scalars(RoundDone(round=2, metrics={"accuracy": 0.5}, bytes_down=9, bytes_up=7))
+        (2, {'eval/accuracy': 0.5, 'round/bytes_down': 9, 'round/bytes_up': 7})
     """
     found: dict[str, Any] = {}
-    if event in ("started", "round_done"):
-        found |= {f"eval/{name}": value for name, value in fields["metrics"].items()}
-    if event == "round_done":
-        found |= {f"round/{name}": value for name, value in fields.items() if name not in ("round", "metrics")}
-    if event == "held_out":
-        found |= {f"held_out/{name}": value for name, value in fields["metrics"].items()}
-    if event == "client_done":
-        client = re.sub(r"[^\w.-]", "_", fields["client"])
-        found |= {f"client_{client}/{name}": value for name, value in fields.items() if name in ("train_loss", "seconds", "bytes_up")}
-    return fields.get("round", 0), {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+    if isinstance(event, Started | RoundDone | HeldOut):
+        found |= {f"{'held_out' if isinstance(event, HeldOut) else 'eval'}/{name}": value for name, value in event.metrics.items()}
+    if isinstance(event, RoundDone):
+        found |= {f"round/{name}": value for name, value in event.fields().items() if name not in ("round", "time")}
+    if isinstance(event, ClientDone):
+        client = re.sub(r"[^\w.-]", "_", event.client)
+        found |= {f"client_{client}/{name}": getattr(event, name) for name in ("train_loss", "seconds", "bytes_up")}
+    finite = {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return getattr(event, "round", None) or 0, finite
 
 
 class Trackers:
@@ -79,14 +78,15 @@ class Trackers:
         for name in list(self._open):
             self._try(name, "finish")
 
-    def __call__(self, event: str, **fields: Any) -> None:
+    def __call__(self, event: Event | str, **fields: Any) -> None:
         """Take up one event."""
-        if not self._config.trackers or event == "step":
+        if not self._config.trackers:
             return
-        number, values = scalars(event, fields)
+        event = record(event, **fields)
+        number, values = scalars(event)
         if values:
             self._waiting.setdefault(number, {}).update(values)
-        if event == "round_done":
+        if isinstance(event, RoundDone):
             self._send(number)
 
     def _send(self, before: float) -> None:
@@ -115,7 +115,8 @@ def _opened(name: str, config: Config, out: Path) -> Any:
 
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
-    settings = dict(_settings(config.model_dump(mode="json", exclude_none=True)))
+    tree = flat(config.model_dump(mode="json", exclude_none=True))
+    settings = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in tree.items()}
     arguments: dict[str, dict[str, Any]] = {
         "tensorboard": {"run_name": name, "logging_dir": folder},
         "mlflow": {"experiment_name": PROJECT, "run_name": out.name},
@@ -127,14 +128,3 @@ def _opened(name: str, config: Config, out: Path) -> Any:
     if "config" not in arguments[name]:
         tracker.store_init_configuration(settings)
     return tracker
-
-
-def _settings(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Flat, as trackers want it."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            pairs += _settings(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)))
-    return pairs

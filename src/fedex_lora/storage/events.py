@@ -1,21 +1,272 @@
-"""The events of a run: one JSON object a line of events.jsonl."""
+"""The events of a run: typed records, one JSON object a line of events.jsonl.
+
+Numbers that are not finite are null in the file, and NaN in a record. None means that a run did not say it.
+"""
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from fedex_lora.errors import UsageError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.storage.files import cannot_write
 
+_Null = BeforeValidator(lambda value: math.nan if value is None else value)
+Number = Annotated[float, _Null]
+Said = Annotated[float | None, _Null]  # null is NaN here, too: None is what nobody said
+Metrics = dict[str, Number]
 
-def append_event(path: Path, event: str, **fields: Any) -> None:
-    """One JSON object as one line at the end of `events.jsonl`."""
+
+class Event(BaseModel):
+    """Something that happened in a run; fields that this version does not know are in `model_extra`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: ClassVar[str]
+    time: float | None = None  # seconds since 1970, when it was written
+
+    # The next five are for readers that still take an event as a mapping; they go when nobody does.
+    def _mapping(self) -> dict[str, Any]:
+        return {"event": self.name, **self.fields()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._mapping()[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._mapping()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._mapping().get(key, default)
+
+    def keys(self) -> Any:
+        return self._mapping().keys()
+
+    def items(self) -> Any:
+        return self._mapping().items()
+
+    def fields(self) -> dict[str, Any]:
+        """What was said, by name."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Started(Event):
+    """Before round 1: the run's facts, and the metrics of the untrained model."""
+
+    name = "started"
+    method: str
+    clients: list[str]
+    rounds: int = 0
+    metrics: Metrics = {}
+    base_model: str = ""
+    base_fingerprint: str = ""
+    base_dtype: str = ""
+    base_quantization: str = ""
+    base_random_seed: int | None = None
+    base_delta: dict[str, int] = {}
+    base_bytes: int | None = None
+    task: str = ""
+    task_type: str = ""
+    headline: str = "loss"
+    greater_is_better: bool = True
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    device: str = ""
+    settings: Metrics = {}
+    disk_bytes: int | None = None
+    train_rows: dict[str, int] = {}
+    torch_threads: int | None = None
+    versions: dict[str, str] = {}
+
+
+class Resumed(Event):
+    """An interrupted run goes on, with its first unfinished round."""
+
+    name = "resumed"
+    round: int
+    rounds: int
+
+
+class Finished(Event):
+    """A run is resumed that is done; shown, not kept."""
+
+    name = "finished"
+    rounds: int
+
+
+class RoundStarted(Event):
+    """A round begins, with its participants."""
+
+    name = "round_started"
+    round: int
+    clients: list[str]
+
+
+class Step(Event):
+    """A training step; shown, not kept."""
+
+    name = "step"
+    client: str
+    step: int
+    steps: int
+
+
+class ClientDone(Event):
+    """A client's update arrived and is valid by itself; `late`: it was asked for so many rounds ago."""
+
+    name = "client_done"
+    round: int
+    client: str
+    num_examples: int | None = None
+    bytes_up: int | None = None
+    late: int = 0
+    train_loss: Said = None
+    steps: Said = None
+    seconds: Said = None
+
+
+class ClientRejected(Event):
+    """A client's update is not part of the round's mean. (Earlier versions wrote `refused`.)"""
+
+    name = "rejected"
+    round: int
+    client: str
+    reason: str
+
+
+class PartyFailed(Event):
+    """The full text of a client's failure, for the console of a run in one process; never in the file."""
+
+    name = "party_failed"
+    client: str
+    message: str
+
+
+class Waiting(Event):
+    """Nobody has answered for a while; or, with a reason, clients will be asked again in so many seconds."""
+
+    name = "waiting"
+    round: int
+    clients: list[str]
+    since: float
+    reason: str = ""
+    seconds: float | None = None
+
+
+class Warned(Event):
+    """Something is legal and useless, or went another way than meant."""
+
+    name = "warning"
+    message: str
+    round: int | None = None
+    client: str | None = None
+    tail: Said = None
+
+
+class HeldOut(Event):
+    """The clients' own held-out rows, on the model after `round`: the mean weighted by rows, and each client's."""
+
+    name = "held_out"
+    round: int
+    metrics: Metrics
+    clients: dict[str, Metrics] = {}
+
+
+class Modules(BaseModel):
+    """A round's deviation as columns, a row a module; see `exactness.measure.per_module`."""
+
+    model_config = ConfigDict(frozen=True)
+    module: list[str] = []
+    deviation: list[Number] = []
+    ideal: list[Number] = []
+    scaled: list[Number] = []
+    effective_rank: list[Number] = []
+
+
+class RoundDone(Event):
+    """A round's folder is written; what each number is stands in docs/events.md."""
+
+    name = "round_done"
+    round: int
+    metrics: Metrics
+    bytes_down: int
+    bytes_up: int
+    seconds: Said = None
+    accepted: list[str] | None = None
+    exactness_error: Said = None
+    exactness_error_total: Said = None
+    realised_error: Said = None
+    floor: Said = None
+    deviation: Said = None
+    dropped: Said = None
+    side_error: Said = None
+    change_error: Said = None
+    not_finite: list[str] = []
+    modules: Modules | None = None
+    drift: Metrics = {}
+    skipped: str = ""
+
+
+class Evaluated(Event):
+    """The final model was sent to all clients, to be measured."""
+
+    name = "evaluated"
+    bytes_down: int
+    bytes_up: int
+    round: int | None = None
+
+
+class RunDone(Event):
+    """The end; `held_out` is by round, `skipped` the rounds without a mean."""
+
+    name = "run_done"
+    rounds: int = 0
+    best_round: int | None = None
+    held_out: dict[str, Metrics] = {}
+    skipped: list[int] = []
+
+
+class Unreadable(Event):
+    """An event of another version, or one whose fields in `complaint` are missing or no values of theirs."""
+
+    name = "unreadable"
+    event: str
+    complaint: list[str] = []
+
+
+KINDS = {kind.name: kind for kind in Event.__subclasses__() if kind is not Unreadable} | {"refused": ClientRejected}
+Kind = TypeVar("Kind", bound=Event)
+
+
+def record(event: str | Event, **fields: Any) -> Event:
+    """The record of an event by its name; a record is returned as it is.
+
+    Raises:
+        StorageError: there is no such event, or it lacks a field.
+    """
+    if isinstance(event, Event):
+        return event
+    if event not in KINDS:
+        raise StorageError(f"there is no event `{event}`: this has {', '.join(KINDS)}")
+    try:
+        return KINDS[event](**fields)
+    except ValidationError as error:
+        raise StorageError(f"a `{event}` event without {', '.join(_odd(error))}") from None
+
+
+def _odd(error: ValidationError) -> list[str]:
+    return list(dict.fromkeys(str(one["loc"][0]) for one in error.errors()))
+
+
+def append_event(path: Path, event: str | Event, **fields: Any) -> None:
+    """One event as one line at the end of `events.jsonl`."""
+    made = record(event, **fields)
+    line = finite_json({"event": made.name, **made.fields(), "time": time.time()})
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(finite_json({"event": event, "time": time.time(), **fields}) + "\n")
+            file.write(line + "\n")
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -33,18 +284,33 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
+def _read(line: str | bytes) -> Event | None:
+    """The event in a line; None where there is none."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or not isinstance(name := fields.pop("event", None), str):
+        return None
+    if name not in KINDS:
+        return Unreadable(event=name)
+    try:
+        return KINDS[name](**fields)
+    except ValidationError as error:
+        return Unreadable(event=name, complaint=_odd(error))
+
+
+def read_events(path: Path) -> list[Event]:
     """All events of a run; a torn last line is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    return [event for line in path.read_text(encoding="utf-8").splitlines() if (event := _read(line)) is not None]
 
 
-def tail_events(path: Path, every: float | None) -> Iterator[dict[str, Any] | None]:
+def of_kind(events: Sequence[Event], kind: type[Kind]) -> list[Kind]:
+    """The events of one kind, in their order."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+def tail_events(path: Path, every: float | None) -> Iterator[Event | None]:
     """The events of a run as they are written, until its last one; None each time that there is nothing new.
 
     Args:
@@ -62,14 +328,10 @@ def tail_events(path: Path, every: float | None) -> Iterator[dict[str, Any] | No
         whole = text[: text.rfind(b"\n") + 1]
         read += len(whole)
         for line in whole.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(event, dict) or "event" not in event:
+            if (event := _read(line)) is None:
                 continue
             yield event
-            if event["event"] == "run_done":
+            if isinstance(event, RunDone):
                 return
         if every is None:
             return

@@ -80,7 +80,7 @@ def test_a_node_killed_while_training_returns_and_equals_the_others(cold_federat
     wait_for(lambda: federation.deployment.log(COLD).count("Start `flwr-clientapp`") > before)
     federation.deployment.stop(COLD, signal.SIGKILL)
     wait_for(lambda: events(out, "round_done"))
-    assert [event["client"] for event in events(out, "refused")] == [COLD]
+    assert [event["client"] for event in events(out, "rejected")] == [COLD]
     federation.restart(COLD)
     wait_for(lambda: events(out, "run_done"))
     assert {event["client"] for event in events(out, "client_done") if event["round"] == 4} == set(CLIENTS)
@@ -122,7 +122,7 @@ def test_a_client_that_lost_its_folder_asks_for_what_it_lacks(federation):
     federation.memory("skin", out).unlink()
     wait_for(lambda: events(out, "run_done"))
     assert [(event["round"], event["client"]) for event in events(out, "warning")] == [(3, "skin")]
-    assert events(out, "refused") == []
+    assert events(out, "rejected") == []
     assert differing(federation.reference(configuration(3)), out) == []  # every round had everyone after all
     assert same_copies(federation, out)
 
@@ -157,7 +157,7 @@ def train(message, context):
 def test_a_client_that_raises_or_answers_garbage_is_refused_and_may_come_back(federation):
     config = configuration(4, clients=QUORUM, messages=LOG)
     out, _ = federation.finish(config, "rogue", lambda folder: (folder / "federation" / "client_app.py").write_text(ROGUE))
-    refused = events(out, "refused")
+    refused = events(out, "rejected")
     assert [(event["round"], event["client"]) for event in refused] == [(1, "skin"), (2, "skin"), (3, "skin")]
     assert "outside of fedex-lora" in refused[0]["reason"]
     assert not any("division" in event["reason"] for event in refused)

@@ -3,83 +3,66 @@
 import hashlib
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.training import silence_libraries
-from fedex_lora.config import Config, write_config
+from fedex_lora.config import Config, flat, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
-from fedex_lora.experiments.compare._hypotheses import answers
+from fedex_lora.experiments import Progress, silent
 from fedex_lora.experiments.compare._picture import draw
 from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, label, planned, settled
 from fedex_lora.experiments.compare._protocol import (
     Hypothesis,
     Protocol,
     equivalent_option,
-    flat,
     grid_option,
     parse_protocol,
     primary_option,
     read_protocol,
     variant_option,
 )
-from fedex_lora.experiments.compare._runs import Job, Outcome, done, outcomes
-from fedex_lora.experiments.compare._statistics import Curve, at_rounds, held_out_score, interval, rounds_to, summary
-from fedex_lora.experiments.compare._tables import COSTS, at_rows, footnotes, markdown, table_rows, test_notes, test_rows, title
-from fedex_lora.experiments.compare._tests import holm, paired, tost
+from fedex_lora.experiments.compare._runs import Job, Outcome, done, nobody, outcomes
+from fedex_lora.experiments.compare._statistics import Curve, at_rounds, later_half, summary
+from fedex_lora.experiments.compare._tables import COSTS, markdown, tables
+from fedex_lora.experiments.compare._tests import answers, interval
 from fedex_lora.experiments.compare._tuning import Choice, chosen
-from fedex_lora.experiments.compare._variants import Variant, configured, controls, variants, with_settings
+from fedex_lora.experiments.compare._variants import Variant, configured, controls, with_settings
 from fedex_lora.runs.round_loop import versions
 from fedex_lora.runs.run import LocalSimulation
-from fedex_lora.storage.events import finite_json, read_events
+from fedex_lora.storage.events import Started, finite_json, of_kind, read_events
 from fedex_lora.storage.files import write_text
-from fedex_lora.storage.run_folder import locked
+from fedex_lora.storage.run_folder import EVENTS, locked
 
 __all__ = [
     "COSTS",
     "RATE",
-    "Curve",
     "Hypothesis",
     "Protocol",
     "Variant",
     "answers",
-    "at_rows",
     "compare",
     "configured",
-    "controls",
     "equivalent_option",
-    "footnotes",
     "grid_option",
-    "held_out_score",
-    "holm",
     "interval",
-    "markdown",
-    "paired",
+    "later_half",
     "parse_protocol",
     "primary_option",
     "read_protocol",
-    "rounds_to",
-    "summary",
-    "table_rows",
-    "test_notes",
-    "test_rows",
-    "title",
-    "tost",
+    "tables",
     "variant_option",
-    "variants",
 ]
 
 RESULT, TABLE, PICTURE, PROTOCOL, CONFIG = "compare.json", "compare.md", "compare.png", "protocol.toml", "config.toml"
-Told = Callable[[str, int, int], None]
-"""(a line, how many runs are done, how many there are)."""
 Key = tuple[str, str, int]
 """(variant, label of its settings, seed)."""
 
 
-def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: Told = lambda line, done, total: None) -> dict[str, Any]:
+def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: Progress = silent) -> dict[str, Any]:
     """Run every variant with every seed, and say what can be said about their differences.
 
     The settings of each variant are those of the grid that are best on the clients' own held-out rows (training rows that they keep
@@ -118,7 +101,7 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     return result
 
 
-def _ran(plan: Plan, jobs: int, tell: Told) -> tuple[dict[str, Choice], dict[str, dict[int, Curve]], dict[str, Any]]:
+def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict[str, dict[int, Curve]], Started]:
     """Run all: what was chosen for each variant, its curves by seed, and a run's facts."""
     told: dict[Path, Outcome] = {}
     tuning = {
@@ -129,7 +112,7 @@ def _ran(plan: Plan, jobs: int, tell: Told) -> tuple[dict[str, Choice], dict[str
         for point in plan.points(variant)
     }
     tuned = _run(tuning, jobs, tell, plan.runs, told)
-    sign = 1 if not tuning or _facts(tuned)["greater_is_better"] else -1
+    sign = 1 if not tuning or _facts(tuned).greater_is_better else -1
     choices = {variant.name: chosen(plan, variant, tuned, sign) for variant in plan.variants}
     final = {
         (variant.name, label(choices[variant.name].settings), seed): plan.job(variant, choices[variant.name].settings, seed)
@@ -141,14 +124,14 @@ def _ran(plan: Plan, jobs: int, tell: Told) -> tuple[dict[str, Choice], dict[str
 
 
 def _result(
-    plan: Plan, choices: Mapping[str, Choice], curves: Mapping[str, Mapping[int, Curve]], facts: Mapping[str, Any], sha256: str
+    plan: Plan, choices: Mapping[str, Choice], curves: Mapping[str, Mapping[int, Curve]], facts: Started, sha256: str
 ) -> dict[str, Any]:
     """All that `compare.json` says."""
-    sign = 1 if facts["greater_is_better"] else -1
+    sign = 1 if facts.greater_is_better else -1
     metrics = {name: {seed: run.metric for seed, run in by_seed.items()} for name, by_seed in curves.items()}
     goal, rows = summary(curves, plan.reference, plan.target, sign, plan.personal)
     return {
-        **{key: facts[key] for key in ("task", "base_model", "headline", "greater_is_better")},
+        **facts.model_dump(include={"task", "base_model", "headline", "greater_is_better"}),
         "protocol_sha256": sha256,
         "reference": plan.reference,
         "target": goal,
@@ -191,7 +174,7 @@ def _with_threads(config: Config, jobs: int, out: Path) -> Config:
     return config.model_copy(update={"torch_threads": threads})
 
 
-def _admitted(plan: Plan, with_controls: bool, tell: Told) -> Plan:
+def _admitted(plan: Plan, with_controls: bool, tell: Progress) -> Plan:
     """The plan with its controls, after every variant's model, data and settings were tried out; controls that cannot be are left out.
 
     Raises:
@@ -219,7 +202,7 @@ def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
         job = plan.job(variant, point, plan.tuning_seeds[0])
         kind = write_config(job.config.model_copy(update={"training": {}}))
         if kind not in tried and not done(job):
-            LocalSimulation(job.config, lambda event, **fields: None)
+            LocalSimulation(job.config, nobody)
         tried.add(kind)
 
 
@@ -243,7 +226,7 @@ def _claim(plan: Plan) -> str:
     return hashlib.sha256(texts[PROTOCOL].encode()).hexdigest()
 
 
-def _run(jobs: Mapping[Key, Job], at_once: int, tell: Told, total: int, told: dict[Path, Outcome]) -> dict[Key, Outcome]:
+def _run(jobs: Mapping[Key, Job], at_once: int, tell: Progress, total: int, told: dict[Path, Outcome]) -> dict[Key, Outcome]:
     """Every job's outcome by its key; tells of those that are not in `told` yet."""
     keys = {job.folder: key for key, job in jobs.items()}
     found: dict[Key, Outcome] = {}
@@ -269,10 +252,10 @@ def _curves(ran: Mapping[Key, Outcome]) -> dict[str, dict[int, Curve]]:
     return curves
 
 
-def _facts(ran: Mapping[Key, Outcome]) -> dict[str, Any]:
+def _facts(ran: Mapping[Key, Outcome]) -> Started:
     """The first event of a run: task, model, headline."""
     folders = [outcome.job.folder for outcome in ran.values() if outcome.curve]
     if not folders:
         (name, settings, _), outcome = next(iter(ran.items()))
         raise TrainingError(f"{name} fails at every point of the grid, as does the rest: {settings}: {outcome.reason}")
-    return read_events(folders[0] / "events.jsonl")[0]
+    return of_kind(read_events(folders[0] / EVENTS), Started)[0]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.experiments.compare._statistics import interval
+from fedex_lora.experiments.compare._tests import interval
 from fedex_lora.storage.files import replacing
 
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2))]  # after a turn of the colours

@@ -12,9 +12,9 @@ from urllib.parse import quote
 import tomli_w
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import Config, write_config
+from fedex_lora.config import Config, flat, write_config
 from fedex_lora.errors import UsageError
-from fedex_lora.experiments.compare._protocol import Hypothesis, Protocol, flat
+from fedex_lora.experiments.compare._protocol import Hypothesis, Protocol
 from fedex_lora.experiments.compare._runs import Job
 from fedex_lora.experiments.compare._variants import Settings, Variant, configured, is_common, variants
 

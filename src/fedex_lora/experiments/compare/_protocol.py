@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from fedex_lora.config import nearest
+from fedex_lora.config import nearest, plain_value
 from fedex_lora.errors import UsageError
 
 
@@ -148,30 +148,6 @@ def _one_line(detail: Any) -> str:
         return f"unknown key {where}" + (f": did you mean {near}?" if near else "")
     message = detail["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if detail["type"] == "value_error" else f"{where} {detail['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys.
-
-    Example:
-        >>> flat({"training": {"learning_rate": 1e-3}, "local.schedule": "run"})
-        {'training.learning_rate': 0.001, 'local.schedule': 'run'}
-    """
-    made: dict[str, Any] = {}
-    for key, value in tree.items():
-        found = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        if twice := made.keys() & found.keys():
-            raise UsageError(f"{min(twice)} is there twice, as a table and dotted: write it once")
-        made |= found
-    return made
-
-
-def plain_value(text: str) -> Any:
-    """A value as in TOML, or a bare string."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def grid_option(texts: Iterable[str]) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fedex_lora.config import Config, write_config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.experiments.compare._statistics import Curve, curve
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import Event, RoundDone, RunDone, Started, of_kind, read_events
 from fedex_lora.storage.files import ROUNDS
 from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, remove, strays
 
@@ -107,22 +107,20 @@ def _outcome(job: Job) -> Outcome | None:
     if not _is_of(job):
         return None
     recorded = _recorded(job)
-    if not recorded or recorded[-1]["event"] != "run_done" or not _without_gaps(recorded, job.config.rounds):
+    if not recorded or not isinstance(recorded[-1], RunDone) or not _without_gaps(recorded, job.config.rounds):
         return None
     return Outcome(job, curve(recorded))
 
 
-def _recorded(job: Job) -> list[dict[str, Any]]:
+def _recorded(job: Job) -> list[Event]:
     events = job.folder / EVENTS
     return read_events(events) if events.is_file() else []
 
 
-def _without_gaps(events: Sequence[Mapping[str, Any]], rounds: int | None = None) -> bool:
+def _without_gaps(events: Sequence[Event], rounds: int | None = None) -> bool:
     """Do events say how a run began, and every round from the first to the last one there is, or to `rounds`?"""
-    numbers = {event["round"] for event in events if event["event"] == "round_done"}
-    return any(event["event"] == "started" for event in events) and numbers == set(
-        range(1, 1 + (len(numbers) if rounds is None else rounds))
-    )
+    numbers = {event.round for event in of_kind(events, RoundDone)}
+    return bool(of_kind(events, Started)) and numbers == set(range(1, 1 + (len(numbers) if rounds is None else rounds)))
 
 
 def _perform(job: Job) -> Outcome:
@@ -132,10 +130,10 @@ def _perform(job: Job) -> Outcome:
         remove(job.folder)
     try:
         try:
-            run(job.config, job.folder, _nobody, resume=True)
+            run(job.config, job.folder, nobody, resume=True)
         except StorageError:  # what was left cannot be read
             remove(job.folder)
-            run(job.config, job.folder, _nobody)
+            run(job.config, job.folder, nobody)
     except TrainingError as error:
         return Outcome(job, None, str(error))
     outcome = _outcome(job)
@@ -150,5 +148,5 @@ def _goes_on(job: Job) -> bool:
     return barely_begun(job.folder) or (_is_of(job) and (job.folder / ROUNDS).is_dir() and _without_gaps(_recorded(job)))
 
 
-def _nobody(event: str, **fields: Any) -> None:
+def nobody(event: Any, **fields: Any) -> None:
     """Told of steps."""

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
-from fedex_lora.exactness.algebra import number, worst
-from fedex_lora.experiments.compare._hypotheses import Metrics
-from fedex_lora.experiments.compare._tests import paired
+from fedex_lora.exactness.algebra import worst
+from fedex_lora.experiments.compare._tests import Metrics, interval, paired
 from fedex_lora.report.analysis import sent
+from fedex_lora.storage.events import Evaluated, Event, HeldOut, RoundDone, Started, of_kind
 
 
 @dataclass(frozen=True)
@@ -39,29 +38,33 @@ class Curve:
     trainable: int
 
 
-def curve(events: Sequence[Mapping[str, Any]]) -> Curve:
-    """A run's events as one record; null is a number that was not finite. Of a round that was done twice, the last time counts."""
-    started = next(event for event in events if event["event"] == "started")
-    rounds = list({event["round"]: event for event in events if event["event"] == "round_done"}.values())
-    held = {event["round"]: event["metrics"] for event in events if event["event"] == "held_out"}
-    headline = started["headline"]
-    held_out = {round: number(metrics[headline]) for round, metrics in held.items() if headline in metrics}
-    if all(headline in event["metrics"] for event in rounds):
-        metric = [number(event["metrics"].get(headline)) for event in (started, *rounds)]
+def curve(events: Sequence[Event]) -> Curve:
+    """A run's events as one record. Of a round that was done twice, the last time counts."""
+    started = of_kind(events, Started)[0]
+    rounds = list({event.round: event for event in of_kind(events, RoundDone)}.values())
+    held = {event.round: event.metrics for event in of_kind(events, HeldOut)}
+    held_out, losses = ({round: metrics[name] for round, metrics in held.items() if name in metrics} for name in (started.headline, "loss"))
+    if all(started.headline in event.metrics for event in rounds):
+        metric = [metrics.get(started.headline, math.nan) for metrics in (started.metrics, *(event.metrics for event in rounds))]
     else:  # no global model: what the clients measure on their own rows
         metric = [held_out.get(round, math.nan) for round in range(len(rounds) + 1)]
-    down, up = sent([*rounds, *(event for event in events if event["event"] == "evaluated")])
-    errors = [event["exactness_error"] for event in rounds if "exactness_error" in event]
+    down, up = sent([*rounds, *of_kind(events, Evaluated)])
+    errors = [event.exactness_error for event in rounds if event.exactness_error is not None]
     return Curve(
         metric=metric,
         held_out=held_out,
-        held_out_loss={round: number(metrics["loss"]) for round, metrics in held.items() if "loss" in metrics},
+        held_out_loss=losses,
         bytes_down=down / len(rounds),
         bytes_up=up / len(rounds),
         exactness=worst(errors) if errors else None,
-        seconds=math.fsum(event["seconds"] for event in rounds),
-        trainable=started["trainable_parameters"],
+        seconds=math.fsum(event.seconds or 0.0 for event in rounds),
+        trainable=started.trainable_parameters or 0,
     )
+
+
+def later_half(held_out: Mapping[int, Any], rounds: int) -> list[Any]:
+    """What was measured on the clients' held-out rows in the later half of the rounds, which settings are chosen by."""
+    return [value for round, value in held_out.items() if round > rounds // 2]
 
 
 def held_out_score(run: Curve, sign: int) -> tuple[float, float]:
@@ -69,24 +72,9 @@ def held_out_score(run: Curve, sign: int) -> tuple[float, float]:
 
     Larger is better. A mean, because a few hundred held-out rows after one round are too noisy to choose by. What is not finite is worst.
     """
-    later = [round for round in run.held_out if round > (len(run.metric) - 1) // 2]
-    scores = [sign * run.held_out[round] for round in later]
-    losses = [-run.held_out_loss[round] for round in later if round in run.held_out_loss]
-    found = [float(np.mean(values)) if values else -math.inf for values in (scores, losses)]
-    return tuple(value if math.isfinite(value) else -math.inf for value in found)  # type: ignore[return-value]
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
-    """The mean, and the half-width of Student's confidence interval for it; no width for one value.
-
-    Example:
-        >>> [round(number, 3) for number in interval([0.70, 0.72, 0.74])]
-        [0.72, 0.05]
-    """
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return mean, None
-    return mean, float(student.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    found = [later_half(values, len(run.metric) - 1) for values in (run.held_out, run.held_out_loss)]
+    means = [factor * float(np.mean(values)) if values else -math.inf for factor, values in zip((sign, -1), found, strict=True)]
+    return tuple(mean if math.isfinite(mean) else -math.inf for mean in means)  # type: ignore[return-value]
 
 
 def rounds_to(metric: Sequence[float], target: float, sign: int) -> int | None:

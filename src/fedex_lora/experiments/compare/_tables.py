@@ -3,31 +3,31 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedex_lora.experiments.tables import Table, plus_minus
+
 EDGE, OWN = "*", "†"
 COSTS = "mean over rounds"
 Rows = tuple[list[str], list[list[str]]]
 """Column names and cells."""
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """The tables for documents: one line a variant, the tests, the variants at some rounds, then the curves."""
-    parts = [f"{title(result)}.", _piped(*table_rows(result)), footnotes(result)]
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """One line a variant, the tests, and the variants at some rounds."""
+    found = [Table(f"{title(result)}.", *_variants(result), [footnotes(result)])]
     if result["tests"]:
-        parts += ["Tests:", _piped(*test_rows(result)), test_notes(result)]
-    for record in result["at"]:
-        parts += [f"After round {record['round']}:", _piped(*at_rows(result, record))]
+        found.append(Table("Tests:", *_tests(result), [_test_notes(result)]))
+    return found + [Table(f"After round {record['round']}:", *_at(result, record)) for record in result["at"]]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables for documents, and the curves."""
     means = [
         [row["name"], *(f"{sum(values) / len(values):.3f}" for values in zip(*row["seeds"].values(), strict=True))]
         for row in result["methods"]
     ]
     columns = ["round", *map(str, range(result["rounds"] + 1))]
-    parts += [f"Mean {result['headline']} after each round:", _piped(columns, means), f"protocol sha256 {result['protocol_sha256']}"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _piped(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    made = [*tables(result), Table(f"Mean {result['headline']} after each round:", columns, means)]
+    return "\n".join(table.markdown() for table in made) + f"\nprotocol sha256 {result['protocol_sha256']}\n"
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -37,7 +37,7 @@ def title(result: Mapping[str, Any]) -> str:
     return f"{result['headline']} on {result['task']} after {after}"
 
 
-def table_rows(result: Mapping[str, Any]) -> Rows:
+def _variants(result: Mapping[str, Any]) -> Rows:
     """One row a variant; the columns from `COSTS` on are what it costs."""
     reference, target, several = result["reference"], result["target"], len(result["seeds"]) > 1
     keys = list(result["grid"])
@@ -51,8 +51,8 @@ def table_rows(result: Mapping[str, Any]) -> Rows:
             [
                 f"{row['name']}{OWN if row['exactness'] == 'personalised' else ''}",
                 *(f"{_value(row['settings'][key])}{EDGE if key in row['at_edge'] else ''}" for key in keys),
-                _plus_minus(row["mean"], row["half_width"]),
-                _plus_minus(row["difference"], row["difference_half_width"], "+"),
+                plus_minus(row["mean"], row["half_width"]),
+                plus_minus(row["difference"], row["difference_half_width"], sign="+"),
                 *[_p(row["p"])] * several,
                 reached,
                 f"{row['over_rounds']:.3f}",
@@ -64,7 +64,7 @@ def table_rows(result: Mapping[str, Any]) -> Rows:
     return columns, rows
 
 
-def test_rows(result: Mapping[str, Any]) -> Rows:
+def _tests(result: Mapping[str, Any]) -> Rows:
     """One row a test."""
     rows = []
     for test in result["tests"]:
@@ -75,11 +75,12 @@ def test_rows(result: Mapping[str, Any]) -> Rows:
         kind = f"within {test['bound']:g}" if test["kind"] == "equivalence" else test["alternative"]
         t = "" if test["kind"] == "equivalence" else f"{test['t']:.2f}"
         holm = _p(test["p_holm"]) if test["primary"] else ""
-        rows.append([test["name"], shown, kind, str(test["n"]), _plus_minus(test["mean"], test["half_width"], "+"), t, _p(test["p"]), holm])
+        mean = plus_minus(test["mean"], test["half_width"], sign="+")
+        rows.append([test["name"], shown, kind, str(test["n"]), mean, t, _p(test["p"]), holm])
     return ["test", "difference", "kind", "n", "mean", "t", "p", "p, Holm"], rows
 
 
-def test_notes(result: Mapping[str, Any]) -> str:
+def _test_notes(result: Mapping[str, Any]) -> str:
     """How the tests are computed."""
     primary, kinds = sum(test["primary"] for test in result["tests"]), {test["kind"] for test in result["tests"]}
     notes = [
@@ -96,13 +97,14 @@ def test_notes(result: Mapping[str, Any]) -> str:
     return " ".join(notes)
 
 
-def at_rows(result: Mapping[str, Any], record: Mapping[str, Any]) -> Rows:
+def _at(result: Mapping[str, Any], record: Mapping[str, Any]) -> Rows:
     """All variants after one round."""
     columns = ["method", result["headline"], f"minus {result['reference']}", "p"]
-    return columns, [
-        [name, _plus_minus(row["mean"], row["half_width"]), _plus_minus(row["difference"], row["difference_half_width"], "+"), _p(row["p"])]
-        for name, row in record["methods"].items()
-    ]
+    rows = []
+    for name, row in record["methods"].items():
+        difference = plus_minus(row["difference"], row["difference_half_width"], sign="+")
+        rows.append([name, plus_minus(row["mean"], row["half_width"]), difference, _p(row["p"])])
+    return columns, rows
 
 
 def _short(keys: Sequence[str]) -> list[str]:
@@ -119,10 +121,6 @@ def _p(value: float | None) -> str:
     if value is None:
         return ""
     return "none" if value != value else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
-
-
-def _plus_minus(value: float | None, width: float | None, sign: str = "") -> str:
-    return "" if value is None else f"{value:{sign}.3f}" + ("" if width is None else f" ± {width:.3f}")
 
 
 def footnotes(result: Mapping[str, Any]) -> str:

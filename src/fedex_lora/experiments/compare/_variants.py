@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import Config, parse_config
+from fedex_lora.config import Config, flat, parse_config, put
 from fedex_lora.errors import UsageError
-from fedex_lora.experiments.compare._protocol import flat
 
 CONTROL, TWICE = "fedit+balanced", "ffa@2r"
 Settings = Mapping[str, Any]
@@ -93,7 +92,7 @@ def configured(config: Config, variant: Variant, settings: Settings, seed: int) 
     if get_method(variant.method).residual_policy != "truncate":
         tree["truncation"] = {}
     for key, value in {**settings, **variant.overrides}.items():
-        _put(tree, key, value)
+        put(tree, key, value)
     if times > 1:
         lora, clients = tree["lora"], tree["clients"]
         for key in ("r", "alpha"):
@@ -105,20 +104,11 @@ def configured(config: Config, variant: Variant, settings: Settings, seed: int) 
     return parse_config(tree | {"method": variant.method, "seed": seed})
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for name in tables:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise UsageError(f"{key}: {name} is a value, not a table")
-    tree[last] = value
-
-
 def with_settings(config: Config, settings: Settings) -> Config:
     """The configuration with keys that every run has."""
     if odd := [key for key in settings if key in ("seed", "method")]:
         raise UsageError(f"[set] has {odd[0]}, which every run sets by itself: give seeds, and methods or variants")
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in settings.items():
-        _put(tree, key, value)
+        put(tree, key, value)
     return parse_config(tree)

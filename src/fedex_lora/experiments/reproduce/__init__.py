@@ -6,29 +6,26 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.exactness.algebra import number
-from fedex_lora.experiments.reproduce._deviations import by_layer, by_round, pictures
+from fedex_lora.experiments import Progress, silent
+from fedex_lora.experiments.reproduce._deviations import deviations, pictures
 from fedex_lora.experiments.reproduce._filled import Filled, score
-from fedex_lora.experiments.reproduce._grids import Grid
 from fedex_lora.experiments.reproduce._recipe import Cell, CellPlace, Only, Recipe, Scale, cells, read_recipe, targets
-from fedex_lora.experiments.reproduce._records import ModelContext, find_record, make_record
-from fedex_lora.experiments.reproduce._scores import scores
+from fedex_lora.experiments.reproduce._records import ModelContext, Record, find_record, make_record
+from fedex_lora.experiments.reproduce._scores import scores, traffic
 from fedex_lora.experiments.reproduce._tiny import write_tiny_data
-from fedex_lora.experiments.reproduce._traffic import traffic
+from fedex_lora.experiments.tables import Table
 from fedex_lora.storage.events import finite_json
 from fedex_lora.storage.files import write_text
 
-__all__ = ["Grid", "Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
+__all__ = ["Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
 
-LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Grid]]]] = {
+LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Table]]]] = {
     "scores": scores,
-    "layers": by_layer,
-    "rounds": by_round,
+    "layers": deviations,
+    "rounds": deviations,
     "bytes": traffic,
 }
 EVERYTHING = Only()
-Told = Callable[[str, int, int], None]
-"""(a line, how many of the missing runs are done, how many there were)."""
 
 
 def reproduce(
@@ -40,8 +37,8 @@ def reproduce(
     overrides: Sequence[str] = (),
     only: Only = EVERYTHING,
     run: bool = True,
-    tell: Told = lambda line, done, total: None,
-) -> tuple[dict[str, Any], list[Grid]]:
+    tell: Progress = silent,
+) -> tuple[dict[str, Any], list[Table]]:
     """Run what is not there yet of a table or figure, and make it.
 
     Args:
@@ -104,9 +101,7 @@ def about(result: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _records(
-    wanted: Sequence[Cell], asked: Sequence[Cell], place: ModelContext, scale: Scale, tell: Told
-) -> dict[CellPlace, dict[str, Any]]:
+def _records(wanted: Sequence[Cell], asked: Sequence[Cell], place: ModelContext, scale: Scale, tell: Progress) -> dict[CellPlace, Record]:
     """The record of every cell that has one; cells may share a run. What is asked for and missing is run first."""
     known = {cell.key: record for cell in wanted if (record := find_record(place.out, cell)) is not None}
     missing: dict[str, Cell] = {}
@@ -116,12 +111,11 @@ def _records(
     for done, cell in enumerate(missing.values(), 1):
         tests = sorted({one.test for one in wanted if one.key == cell.key and one.test})
         known[cell.key] = record = find_record(place.out, cell) or make_record(place, cell, tests, scale.generation)
-        end = record.get("failed") or _shown(record)
+        end = record.failed or _shown(record)
         tell(f"{cell.panel}  {cell.row}  {cell.column}  seed {cell.seed}: {end}", done, len(missing))
     return {cell.place: known[cell.key] for cell in wanted if cell.key in known}
 
 
-def _shown(record: dict[str, Any]) -> str:
-    last, headline = record["rounds"][-1]["metrics"], record["facts"]["headline"]
-    seconds = sum(one["seconds"] for one in record["rounds"])
-    return f"{headline} {number(last[headline]):.4f} in {seconds:.0f} s" if headline in last else f"{seconds:.0f} s"
+def _shown(record: Record) -> str:
+    last, headline, seconds = record.rounds[-1].metrics, record.facts.headline, record.seconds
+    return f"{headline} {last[headline]:.4f} in {seconds:.0f} s" if headline in last else f"{seconds:.0f} s"

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
-from fedex_lora.exactness.algebra import number
+from fedex_lora.experiments.compare import later_half
 from fedex_lora.experiments.reproduce._recipe import CellPlace, Column, Panel, Recipe, Row, chosen
+from fedex_lora.experiments.reproduce._records import Record
 
-Record = Mapping[str, Any]
 HELD_OUT = "held_out."
 
 
@@ -47,21 +46,21 @@ class Filled:
     def runs(self, panel: Panel, row: Row, column: Column) -> dict[int, Record]:
         """Seed -> record, of runs that did not fail."""
         keys = {seed: (panel.label, row.label, column.label, seed) for seed in self.seeds}
-        return {seed: self.found[key] for seed, key in keys.items() if key in self.found and "failed" not in self.found[key]}
+        return {seed: self.found[key] for seed, key in keys.items() if key in self.found and not self.found[key].failed}
 
     def failures(self, panel: Panel) -> list[str]:
         """What to say of runs that failed."""
         return [
-            f"{row} on {column}, seed {seed}: {record['failed']}."
+            f"{row} on {column}, seed {seed}: {record.failed}."
             for (label, row, column, seed), record in self.found.items()
-            if label == panel.label and "failed" in record
+            if label == panel.label and record.failed
         ]
 
     def unanswered(self, panel: Panel) -> list[str]:
         """How many answers in writing could not be read; they count as wrong."""
         notes = []
         for row, column in product(self.rows, self.columns):
-            tests = [record["tests"].get(column.test, {}) for record in self.runs(panel, row, column).values() if column.test]
+            tests = [record.tests.get(column.test, {}) for record in self.runs(panel, row, column).values() if column.test]
             if odd := sum(test.get("unanswered", 0) for test in tests):
                 notes.append(f"{row.label} on {column.label}: {odd:.0f} of {sum(test['rows'] for test in tests):.0f} without an answer.")
         return notes
@@ -81,8 +80,7 @@ def score(record: Record, metric: str, test: str | None = None) -> float | None:
     `held_out.METRIC`: on the clients' own rows, the mean over the later half of the rounds, as `compare` chooses learning rates.
     """
     if metric.startswith(HELD_OUT):
-        held = {int(number): metrics for number, metrics in record["held_out"].items()}
-        later = [number(metrics[metric.removeprefix(HELD_OUT)]) for round, metrics in held.items() if round > len(record["rounds"]) // 2]
-        return float(np.mean(later)) if later else None
-    metrics = record.get("tests", {}).get(test, {}) if test else record["rounds"][-1]["metrics"]
-    return number(metrics[metric]) if metric in metrics else None
+        later = later_half(record.held_out, len(record.rounds))
+        return float(np.mean([metrics[metric.removeprefix(HELD_OUT)] for metrics in later])) if later else None
+    metrics = record.tests.get(test, {}) if test else record.rounds[-1].metrics
+    return metrics.get(metric)

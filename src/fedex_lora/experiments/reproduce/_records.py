@@ -6,39 +6,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedex_lora.config import DEMO, Config, read_config, write_config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.evaluation import Options, evaluate_source
-from fedex_lora.exactness import measure
+from fedex_lora.experiments.compare._runs import nobody
 from fedex_lora.experiments.reproduce._recipe import Cell, identity
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import finite_json, read_events
+from fedex_lora.storage.events import Evaluated, Event, HeldOut, Metrics, RoundDone, Started, finite_json, of_kind, read_events
 from fedex_lora.storage.files import write_text
-from fedex_lora.storage.result import read_result
-from fedex_lora.storage.run_folder import remove, run_rounds_of, strays
+from fedex_lora.storage.run_folder import EVENTS, remove, strays
 from fedex_lora.tasks import Task, load_task
-from fedex_lora.types import Aggregate
 
 RUNS, WORK = "runs", "work"
-FACTS = (
-    "task",
-    "headline",
-    "clients",
-    "train_rows",
-    "trainable_parameters",
-    "total_parameters",
-    "base_bytes",
-    "base_fingerprint",
-    "torch_threads",
-    "versions",
+FACTS = set(
+    "task headline clients train_rows trainable_parameters total_parameters base_bytes base_fingerprint torch_threads versions".split()
 )
-SENT = ("bytes_down", "bytes_up")
-ROUND = ("round", "metrics", "exactness_error", "realised_error", "floor", "deviation", *SENT, "seconds")
+SENT = {"bytes_down", "bytes_up"}
+ERRORS = {"exactness_error", "realised_error", "floor", "deviation"}
+ROUND = {"round", "metrics", "seconds", "modules"} | ERRORS | SENT
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,49 @@ class ModelContext:
         return cell.config.model_copy(update={"task": task, "base": base})
 
 
-def find_record(out: Path, cell: Cell) -> dict[str, Any] | None:
+class Facts(BaseModel):
+    """What a run said first, as far as tables read it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    headline: str = ""
+    train_rows: dict[str, int] = {}
+    trainable_parameters: int = 0
+    base_bytes: int = 0
+
+
+class Record(BaseModel):
+    """What tables read of a run; of one that failed, why."""
+
+    model_config = ConfigDict(frozen=True)
+    config: dict[str, Any]
+    failed: str = ""
+    facts: Facts = Facts()
+    before: Metrics = {}
+    rounds: list[RoundDone] = []
+    final: Evaluated | None = None  # records of older versions have none
+    held_out: dict[int, Metrics] = {}
+    tests: dict[str, Metrics] = {}
+
+    @property
+    def seconds(self) -> float:
+        return math.fsum(one.seconds or 0.0 for one in self.rounds)
+
+    def is_of(self, config: Config) -> bool:
+        """Has it all that tables read, and the settings that its name stands for?"""
+        if self.config != identity(config) or self.failed:
+            return self.config == identity(config)
+        modules = [one.modules for one in self.rounds if one.modules]
+        return (
+            {"facts", "held_out"} <= self.model_fields_set
+            and Facts.model_fields.keys() <= self.facts.model_fields_set
+            and [one.round for one in self.rounds] == list(range(1, config.rounds + 1))
+            and all(self.facts.headline in one.metrics and one.seconds is not None for one in self.rounds)
+            and len(modules) == len(self.rounds)
+            and all(len(one.module) == len(one.deviation) == len(one.ideal) == len(one.scaled) for one in modules)
+        )
+
+
+def find_record(out: Path, cell: Cell) -> Record | None:
     """The record of a cell's run, if it has ended.
 
     Raises:
@@ -76,78 +108,18 @@ def find_record(out: Path, cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
         raise StorageError(f"{path} is broken: remove it, and the run is done again") from None
-    if not _is_record(found, cell.config):
-        raise StorageError(f"{path} is no record of the run that its name says: remove it, and the run is done again")
-    return found
-
-
-Metrics: TypeAlias = dict[str, float | None]
-
-
-class _Modules(BaseModel):
-    module: list[str] = []
-    deviation: list[float | None] = []  # null is a number that was not finite
-    ideal: list[float | None] = []
-    scaled: list[float | None] = []
-
-
-class _Round(BaseModel):
-    round: int
-    metrics: Metrics
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-    modules: _Modules
-
-
-class _Final(BaseModel):
-    bytes_down: int
-    bytes_up: int
-
-
-class _Facts(BaseModel):
-    headline: str
-    train_rows: dict[str, int]
-    trainable_parameters: int
-    base_bytes: int
-
-
-class _Record(BaseModel):
-    """What tables read of a run that ended well."""
-
-    config: dict[str, Any]
-    facts: _Facts
-    rounds: list[_Round]
-    final: _Final | None = None  # records of older versions have none
-    held_out: dict[int, Metrics]
-    tests: dict[str, Metrics] = {}
-
-
-class _Failure(BaseModel):
-    config: dict[str, Any]
-    failed: str
-
-
-def _is_record(found: Any, config: Config) -> bool:
-    """Does it have what tables read, and the settings that its name stands for?"""
-    failed = isinstance(found, dict) and "failed" in found
     try:
-        record = (_Failure if failed else _Record).model_validate(found)
+        if (record := Record.model_validate(found)).is_of(cell.config):
+            return record
     except ValidationError:
-        return False
-    if record.config != identity(config):
-        return False
-    return isinstance(record, _Failure) or (
-        [one.round for one in record.rounds] == list(range(1, config.rounds + 1))
-        and all(record.facts.headline in one.metrics for one in record.rounds)
-        and all(len({len(column) for column in one.modules.model_dump().values()}) == 1 for one in record.rounds)
-    )
+        pass
+    raise StorageError(f"{path} is no record of the run that its name says: remove it, and the run is done again")
 
 
-def make_record(place: ModelContext, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def make_record(place: ModelContext, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> Record:
     """Run a cell, or go on with it, and write its record. Training that fails is a result too.
 
     Args:
@@ -167,18 +139,18 @@ def make_record(place: ModelContext, cell: Cell, tests: Sequence[str] = (), gene
     _move(folder, config)
     _on_the_same_rows(folder, load_task(config.task, config.seed))
     try:
-        run(config, folder, lambda event, **fields: None, resume=True)
+        run(config, folder, nobody, resume=True)
     except TrainingError as error:
         record: dict[str, Any] = {"config": identity(cell.config), "failed": str(error)}
     else:
         options = Options(base=config.base.source, batch_size=config.training.get("per_device_eval_batch_size", 8), generation=generation)
         written = {test: _short(evaluate_source(str(folder), settings, options, cell.seed)) for test, settings in asked.items()}
-        record = {"config": identity(cell.config), **recorded(read_events(folder / "events.jsonl"), folder), "tests": written}
+        record = {"config": identity(cell.config), **recorded(read_events(folder / EVENTS)), "tests": written}
     write_text(place.out / RUNS / f"{cell.name}.json", finite_json(record) + "\n")
     if folder.is_dir() and not strays(folder):
         remove(folder)
     folder.with_name(f"{folder.name}.rows").unlink(missing_ok=True)
-    return record
+    return Record.model_validate(record)
 
 
 def _move(folder: Path, config: Config) -> None:
@@ -204,44 +176,17 @@ def _on_the_same_rows(folder: Path, task: Task) -> None:
     write_text(note, rows.hexdigest())
 
 
-def recorded(events: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+def recorded(events: Sequence[Event]) -> dict[str, Any]:
     """What a table can ask of a run: its facts, for every round metrics, errors, bytes, and the deviation of every module, and the bytes of
     the message that brings the final model to all clients.
     """
-    started = next(event for event in events if event["event"] == "started")
-    rounds = [event for event in events if event["event"] == "round_done"]
-    final = [event for event in events if event["event"] == "evaluated"][-1]
-    modules = {int(path.name): deviations(path) for path in run_rounds_of(folder)}
+    started, rounds = of_kind(events, Started)[0], list({event.round: event for event in of_kind(events, RoundDone)}.values())
     return {
-        "facts": {name: started[name] for name in FACTS},
-        "before": _short(started["metrics"]),
-        "rounds": [
-            {name: _short(event[name]) for name in ROUND if name in event} | {"modules": modules.get(event["round"], {})}
-            for event in rounds
-        ],
-        "final": {name: final[name] for name in SENT},
-        "held_out": {str(event["round"]): _short(event["metrics"]) for event in events if event["event"] == "held_out"},
-    }
-
-
-def deviations(folder: Path) -> dict[str, list[Any]]:
-    """A round's deviation of plain averaging from the ideal as columns, a row a module; nothing without adapters.
-
-    Returns:
-        `module`; `deviation` |s Bbar Abar - M| and `ideal` |M| (Frobenius); `scaled`, the deviation divided by sqrt(out in).
-    """
-    result = read_result(folder)
-    if not result.updates or not result.adapter:
-        return {}
-    given = Aggregate(result.updates[0].adapter, {}, {}, result.weights, str(result.manifest["method"]))
-    found = measure.deviation(given, result.updates)
-    names = sorted(found.error)
-    entries = {name: math.sqrt(math.prod(result.adapter[name].shape)) for name in names}
-    return {
-        "module": names,
-        "deviation": [_short(found.error[name]) for name in names],
-        "ideal": [_short(found.ideal[name]) for name in names],
-        "scaled": [_short(found.error[name] / entries[name]) for name in names],
+        "facts": started.model_dump(include=FACTS),
+        "before": _short(started.metrics),
+        "rounds": [{"modules": {}} | _short(event.model_dump(include=ROUND, exclude_unset=True)) for event in rounds],
+        "final": of_kind(events, Evaluated)[-1].model_dump(include=SENT),
+        "held_out": {str(event.round): _short(event.metrics) for event in of_kind(events, HeldOut)},
     }
 
 

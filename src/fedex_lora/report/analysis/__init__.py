@@ -2,7 +2,8 @@
 
 Example:
     >>> from fedex_lora.report.analysis import rounds
-    >>> events = [{"event": "round_done", "round": 1, "metrics": {"accuracy": 0.5}, "bytes_down": 4, "bytes_up": 3}]
+    >>> from fedex_lora.storage.events import RoundDone
+    >>> events = [RoundDone(round=1, metrics={"accuracy": 0.5}, bytes_down=4, bytes_up=3)]
     >>> rounds(events)[["round", "accuracy", "bytes_total"]].to_dict("records")
     [{'round': 1, 'accuracy': 0.5, 'bytes_total': 7}]
 """

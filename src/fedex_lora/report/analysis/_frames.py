@@ -1,40 +1,28 @@
-"""Data frames of rounds, clients, bytes and refusals: pure functions of events."""
+"""Data frames of rounds, clients, bytes and rejections: pure functions of events."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-Events: TypeAlias = Sequence[Mapping[str, Any]]
-NESTED = ("metrics", "modules", "drift", "accepted", "not_finite")
+from fedex_lora.storage import events as told
+from fedex_lora.storage.events import Event, of_kind
+
+Events: TypeAlias = Sequence[Event]
+NESTED = {"metrics", "modules", "drift", "accepted", "not_finite", "time"}
 ERRORS = ("exactness_error", "exactness_error_total", "realised_error", "side_error")
 
 
-def _of(events: Events, kind: str) -> list[Mapping[str, Any]]:
-    return [event for event in events if event["event"] == kind]
-
-
-def _refused(events: Events) -> list[tuple[int, str, str, str]]:
-    """Every `refused` as (round, client, reason, when): of the round, or later, when the final model was measured."""
-    found, finished = [], set()
-    for event in events:
-        if event["event"] == "round_done":
-            finished.add(event["round"])
-        elif event["event"] == "refused":
-            when = "final measurement" if event["round"] in finished else "round"
-            found.append((event["round"], event["client"], event["reason"], when))
-    return found
-
-
 def _left_out(events: Events) -> dict[int, dict[str, str]]:
-    """Round -> client that was asked and whose update is not part of the mean -> why: of what was refused, what did not count after all."""
-    asked = {event["round"]: event["clients"] for event in _of(events, "round_started")}
-    accepted = {event["round"]: event.get("accepted", ()) for event in _of(events, "round_done")}
+    """Round -> client that was asked and whose update is not part of the mean -> why it was rejected."""
+    asked = {event.round: event.clients for event in of_kind(events, told.RoundStarted)}
+    accepted = {event.round: event.accepted or () for event in of_kind(events, told.RoundDone)}
     found: dict[int, dict[str, str]] = {}
-    for number, client, reason, when in _refused(events):
-        if when == "round" and client in asked.get(number, ()) and client not in accepted.get(number, ()):
-            found.setdefault(number, {})[client] = reason
+    for one in refusals(events).itertuples():
+        if one.when == "round" and one.client in asked.get(one.round, ()) and one.client not in accepted.get(one.round, ()):
+            found.setdefault(one.round, {})[one.client] = one.reason
     return found
 
 
@@ -47,18 +35,18 @@ def rounds(events: Events) -> pd.DataFrame:
     rows as `held_out_METRIC`; `not_finite`: which errors could not be computed, in words (one that is not named there and missing was
     not asked for).
     """
-    asked = {event["round"]: len(event["clients"]) for event in _of(events, "round_started")}
+    asked = {event.round: len(event.clients) for event in of_kind(events, told.RoundStarted)}
     left_out = _left_out(events)
-    held = {event["round"]: event["metrics"] for event in _of(events, "held_out")}
-    rows: list[dict[str, Any]] = [{"round": 0, **event["metrics"]} for event in _of(events, "started")[:1] if event.get("metrics")]
-    for event in _of(events, "round_done"):
-        number = event["round"]
-        numbers = {key: value for key, value in event.items() if key not in (*NESTED, "event", "round", "time")}
-        odd = [name for name in ERRORS if name in event and event[name] is None]
-        row = {"round": number, **event["metrics"], **numbers} | ({"not_finite": ", ".join(odd)} if odd else {})
-        if number in asked:
-            refused = len(left_out.get(number, ()))
-            row |= {"participants": asked[number], "refused": refused, "accepted": 0 if "skipped" in event else asked[number] - refused}
+    held = {event.round: event.metrics for event in of_kind(events, told.HeldOut)}
+    rows: list[dict[str, Any]] = [{"round": 0, **event.metrics} for event in of_kind(events, told.Started)[:1] if event.metrics]
+    for event in of_kind(events, told.RoundDone):
+        odd = [name for name in ERRORS if math.isnan(getattr(event, name) or 0.0)]
+        row = {"round": event.round, **event.metrics, **event.model_dump(exclude=NESTED, exclude_unset=True)}
+        row |= {"not_finite": ", ".join(odd)} if odd else {}
+        if event.round in asked:
+            refused = len(left_out.get(event.round, ()))
+            accepted = 0 if event.skipped else asked[event.round] - refused
+            row |= {"participants": asked[event.round], "refused": refused, "accepted": accepted}
         rows.append(row)
     for row in rows:
         row |= {f"held_out_{name}": value for name, value in held.get(row["round"], {}).items()}
@@ -83,30 +71,34 @@ def participation(events: Events) -> pd.DataFrame:
 
     A round that is not done yet is left out.
     """
-    finished = {event["round"] for event in _of(events, "round_done")}
-    skipped = {event["round"]: event["skipped"] for event in _of(events, "round_done") if event.get("skipped")}
-    everyone = list(_of(events, "started")[0]["clients"])
+    skipped = {event.round: event.skipped for event in of_kind(events, told.RoundDone)}
     left_out = _left_out(events)
     rows = []
-    for event in _of(events, "round_started"):
-        if event["round"] in finished:
-            asked = set(event["clients"])
-            for client in everyone:
-                reason = left_out.get(event["round"], {}).get(client)
-                taken = "skipped" if event["round"] in skipped else "accepted"
+    for event in of_kind(events, told.RoundStarted):
+        if event.round in skipped:
+            asked, why = set(event.clients), skipped[event.round]
+            for client in of_kind(events, told.Started)[0].clients:
+                reason = left_out.get(event.round, {}).get(client)
+                taken = "skipped" if why else "accepted"
                 outcome = "not asked" if client not in asked else taken if reason is None else "refused"
-                rows.append((event["round"], client, outcome, reason or (skipped[event["round"]] if outcome == "skipped" else "")))
+                rows.append((event.round, client, outcome, reason or (why if outcome == "skipped" else "")))
     return pd.DataFrame(rows, columns=["round", "client", "outcome", "reason"])
 
 
 def refusals(events: Events) -> pd.DataFrame:
     """A row an answer that did not count: `round`, `client`, `reason`, `when` (in the round, or in the final measurement)."""
-    return pd.DataFrame(_refused(events), columns=["round", "client", "reason", "when"])
+    rows, finished = [], set()
+    for event in events:
+        if isinstance(event, told.RoundDone):
+            finished.add(event.round)
+        elif isinstance(event, told.ClientRejected):
+            rows.append((event.round, event.client, event.reason, "final measurement" if event.round in finished else "round"))
+    return pd.DataFrame(rows, columns=["round", "client", "reason", "when"])
 
 
 def messages(events: Events) -> pd.DataFrame:
     """Warnings, and where a run was resumed: `round`, `event`, `message`."""
-    rows = [(event.get("round"), event["event"], event.get("message", "")) for event in events if event["event"] in ("warning", "resumed")]
+    rows = [(event.round, event.name, getattr(event, "message", "")) for event in events if isinstance(event, told.Warned | told.Resumed)]
     return pd.DataFrame(rows, columns=["round", "event", "message"])
 
 
@@ -116,14 +108,12 @@ def clients(events: Events) -> pd.DataFrame:
     Columns: `round`, `client`, `num_examples`, `bytes_up`, `train_loss`, `steps`, `seconds`, its own metrics on the model that it received
     (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
     """
-    held = {(event["round"] + 1, name): own for event in _of(events, "held_out") for name, own in event.get("clients", {}).items()}
-    drifts = {event["round"]: event.get("drift", {}) for event in _of(events, "round_done")}
+    held = {(event.round + 1, name): own for event in of_kind(events, told.HeldOut) for name, own in event.clients.items()}
+    drifts = {event.round: event.drift for event in of_kind(events, told.RoundDone)}
     rows = []
-    for event in _of(events, "client_done"):
-        number, name = event["round"], event["client"]
-        row = {key: value for key, value in event.items() if key not in ("event", "time")}
-        row |= {f"held_out_{metric}": value for metric, value in held.get((number, name), {}).items()}
-        rows.append(row | {"drift": drifts.get(number, {}).get(name)})
+    for event in of_kind(events, told.ClientDone):
+        own = {f"held_out_{metric}": value for metric, value in held.get((event.round, event.client), {}).items()}
+        rows.append(event.model_dump(exclude={"time"}, exclude_unset=True) | own | {"drift": drifts.get(event.round, {}).get(event.client)})
     return pd.DataFrame(rows, columns=None if rows else ["round", "client", "drift"])
 
 
@@ -144,20 +134,20 @@ def communication(runs: Mapping[str, Events], reference: str | None = None) -> p
 
 def sent(events: Events) -> tuple[int, int]:
     """Bytes down and up of a run's messages: of every round, and of the one after it, which brings the final model to all clients."""
-    counted = [*_of(events, "round_done"), *_of(events, "evaluated")[-1:]]
-    return sum(event["bytes_down"] for event in counted), sum(event["bytes_up"] for event in counted)
+    counted: list[told.RoundDone | told.Evaluated] = [*of_kind(events, told.RoundDone), *of_kind(events, told.Evaluated)[-1:]]
+    return sum(event.bytes_down for event in counted), sum(event.bytes_up for event in counted)
 
 
 def traffic(events: Events) -> dict[str, Any]:
     """A run's row of `communication`, in absolute numbers."""
-    started, (down, up) = _of(events, "started")[0], sent(events)
+    started, (down, up) = of_kind(events, told.Started)[0], sent(events)
     return {
-        "method": started["method"],
-        "rounds": len(_of(events, "round_done")),
+        "method": started.method,
+        "rounds": len(of_kind(events, told.RoundDone)),
         "bytes_down": down,
         "bytes_up": up,
         "bytes_total": down + up,
-        "base_bytes": (started.get("base_bytes") or 0) * len(started["clients"]),
+        "base_bytes": (started.base_bytes or 0) * len(started.clients),
     }
 
 

@@ -1,8 +1,8 @@
 """Data frames of modules: how far averaging the factors is from the ideal, by layer, by projection and across rounds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import torch
 from fedex_lora.errors import StorageError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.report.analysis._runs import Run
+from fedex_lora.storage.events import Modules, RoundDone, of_kind
 from fedex_lora.storage.files import read_manifest
 from fedex_lora.storage.run_folder import round_folder, run_rounds_of
 from fedex_lora.storage.tensors import load_delta
@@ -75,13 +76,14 @@ def modules(run: Run) -> pd.DataFrame:
 
     From the events; for runs whose events lack it, from the clients' updates in the round folders that are still there.
     """
-    done = [event for event in run.events if event["event"] == "round_done"]
-    return module_frame({event["round"]: event.get("modules") or _recomputed(round_folder(run.folder, event["round"])) for event in done})
+    done = of_kind(run.events, RoundDone)
+    return module_frame({event.round: event.modules or _recomputed(round_folder(run.folder, event.round)) for event in done})
 
 
-def module_frame(rounds: Mapping[int, Mapping[str, Sequence[Any]] | None]) -> pd.DataFrame:
+def module_frame(rounds: Mapping[int, Modules | None]) -> pd.DataFrame:
     """`modules` from what a `round_done` event says of them, by round; without an effective rank where it is not said."""
-    parts = [pd.DataFrame(dict(columns)).assign(round=number) for number, columns in rounds.items() if columns]
+    said = {number: columns.model_dump(exclude_unset=True) for number, columns in rounds.items() if columns and columns.module}
+    parts = [pd.DataFrame(columns).assign(round=number) for number, columns in said.items()]
     if not parts:
         return pd.DataFrame(columns=COLUMNS)
     measured = ["deviation", "ideal", "scaled", "effective_rank"]
@@ -95,10 +97,10 @@ def module_frame(rounds: Mapping[int, Mapping[str, Sequence[Any]] | None]) -> pd
     )[COLUMNS]
 
 
-def _recomputed(folder: Path) -> dict[str, list[Any]] | None:
+def _recomputed(folder: Path) -> Modules | None:
     """A round's columns from its stored updates; None where they are gone, or have no LoRA factors."""
     result, updates = _stored(folder)
-    return measure.per_module(measure.deviation(result, updates), result.adapter) if result else None
+    return Modules(**measure.per_module(measure.deviation(result, updates), result.adapter)) if result else None
 
 
 def _stored(folder: Path) -> tuple[Aggregate | None, list[ClientUpdate]]:

@@ -8,20 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedex_lora.config import flat
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import Event, HeldOut, Resumed, RoundStarted, RunDone, Started, Unreadable, of_kind, read_events
+from fedex_lora.storage.run_folder import CONFIG, EVENTS
 
-EVENTS, CONFIG = "events.jsonl", "config.toml"
 QUIET = ("seed", "keep_rounds", "torch_threads", "trackers")  # settings that do not make two runs different ones
-NEEDED = {  # what the frames take for granted
-    "started": ("method", "clients"),
-    "round_started": ("round", "clients"),
-    "client_done": ("round", "client"),
-    "refused": ("round", "client", "reason"),
-    "held_out": ("round", "metrics"),
-    "round_done": ("round", "metrics", "bytes_down", "bytes_up"),
-    "evaluated": ("bytes_down", "bytes_up"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,22 +29,17 @@ class Run:
 
     folder: Path
     name: str
-    events: Sequence[Mapping[str, Any]]
+    events: Sequence[Event]
     config: Mapping[str, Any]
 
     @cached_property
-    def started(self) -> Mapping[str, Any]:
+    def started(self) -> Started:
         """The first event."""
-        return next(event for event in self.events if event["event"] == "started")
-
-    @property
-    def headline(self) -> str:
-        """The metric that the task is judged by."""
-        return str(self.started.get("headline", "loss"))
+        return of_kind(self.events, Started)[0]
 
     @property
     def finished(self) -> bool:
-        return any(event["event"] == "run_done" for event in self.events)
+        return bool(of_kind(self.events, RunDone))
 
 
 def read_run(folder: Path) -> Run:
@@ -70,26 +57,22 @@ def read_run(folder: Path) -> Run:
         config = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StorageError(f"{folder} cannot be read: {error}: copy the folder again") from None
-    events = [event for event in events if isinstance(event, dict) and "event" in event]
-    if not any(event["event"] == "started" for event in events):
+    if odd := next((event for event in of_kind(events, Unreadable) if event.complaint), None):
+        raise StorageError(f"{path} has a `{odd.event}` event without {', '.join(odd.complaint)}: copy the folder again, or leave it out")
+    if not of_kind(events, Started):
         raise StorageError(f"{path} has no `started` event: the run has not begun, or the file is no run's; leave it out")
-    for event in events:
-        if lacking := [key for key in NEEDED.get(event["event"], ()) if event.get(key) is None]:
-            raise StorageError(
-                f"{path} has a `{event['event']}` event without {', '.join(lacking)}: copy the folder again, or leave it out"
-            )
     return Run(folder=folder, name=folder.name, events=_last_of_each_round(events), config=config)
 
 
-def _last_of_each_round(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _last_of_each_round(events: Sequence[Event]) -> list[Event]:
     """A resumed run begins its unfinished round anew: what it said of that round before it was killed does not count."""
-    kept: list[Mapping[str, Any]] = []
+    kept: list[Event] = []
     begun = set()
     for event in events:
-        if event["event"] == "round_started" and event["round"] not in begun:
-            begun.add(event["round"])
-        elif event["event"] == "round_started":
-            kept = [old for old in kept if old.get("round") != event.get("round") or old["event"] in ("held_out", "resumed")]
+        if isinstance(event, RoundStarted):
+            if event.round in begun:
+                kept = [old for old in kept if getattr(old, "round", None) != event.round or isinstance(old, HeldOut | Resumed)]
+            begun.add(event.round)
         kept.append(event)
     return kept
 
@@ -121,12 +104,12 @@ def labels(runs: Sequence[Run]) -> list[str]:
         >>> labels(runs)
         ['fedex', 'fedex', 'fedit']
     """
-    flat = [{key: value for key, value in _flat(run.config) if key not in QUIET} for run in runs]
-    differing = sorted({key for one in flat for key in one if any(other.get(key) != one[key] for other in flat)} - {"method"})
-    shown = {key: _endings([str(one[key]) for one in flat if key in one]) for key in differing}
+    plain = [{key: value for key, value in flat(run.config).items() if key not in QUIET} for run in runs]
+    differing = sorted({key for one in plain for key in one if any(other.get(key) != one[key] for other in plain)} - {"method"})
+    shown = {key: _endings([str(one[key]) for one in plain if key in one]) for key in differing}
     found = []
-    for run, one in zip(runs, flat, strict=True):
-        method = str(one.get("method") or next((event["method"] for event in run.events if "method" in event), run.name))
+    for run, one in zip(runs, plain, strict=True):
+        method = str(one.get("method") or next((event.method for event in of_kind(run.events, Started)), run.name))
         found.append(", ".join([method, *(f"{key.rpartition('.')[2]} {shown[key][str(one[key])]}" for key in differing if key in one)]))
     times = Counter((label, run.config.get("seed")) for label, run in zip(found, runs, strict=True))
     folders = _endings([str(run.folder.absolute()) for run in runs])
@@ -144,10 +127,3 @@ def _endings(values: Sequence[str]) -> dict[str, str]:
     depths = range(1, max(map(len, paths.values()), default=0) + 1)
     depth = next((depth for depth in depths if len({parts[-depth:] for parts in paths.values()}) == len(paths)), 1)
     return {value: "/".join(parts[-depth:]) for value, parts in paths.items()}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return pairs

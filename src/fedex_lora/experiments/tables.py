@@ -1,4 +1,4 @@
-"""From records to grids of text: a grid is a title, columns, rows and notes, and is printed as Markdown, LaTeX or on a terminal."""
+"""The tables of comparisons and reproductions: a title, columns, rows of text, and notes; in Markdown and LaTeX."""
 
 import re
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
-class Grid:
+class Table:
     """A table of text; the first column are names.
 
     Example:
-        >>> print(Grid("Scores", ["Method", "CoLA"], [["FedIT", "60.8 ± 0.4"]]).markdown())
+        >>> print(Table("Scores", ["Method", "CoLA"], [["FedIT", "60.8 ± 0.4"]]).markdown())
         Scores
         <BLANKLINE>
         | Method | CoLA       |
@@ -51,6 +51,6 @@ def _escaped(text: str) -> str:
     return re.sub(r"[&%$#_{}~^\\±−]", lambda match: _SPECIAL.get(match[0], "\\" + match[0]), text)
 
 
-def plus_minus(value: float, spread: float | None, digits: int, sign: str = "") -> str:
-    """A mean and its spread."""
-    return f"{value:{sign}.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+def plus_minus(value: float | None, spread: float | None, digits: int = 3, sign: str = "") -> str:
+    """A mean and its spread; nothing where there is no mean."""
+    return "" if value is None else f"{value:{sign}.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
