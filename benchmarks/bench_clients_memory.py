@@ -58,9 +58,9 @@ def measure(k: int, optimizer: str, layers: int) -> dict[str, Any]:
         )
         before, facts = status("VmRSS"), dict[str, Any]()
 
-        def emit(event: str, **fields: Any) -> None:
-            if event in ("started", "round_done"):
-                facts.update(fields)
+        def emit(event: Any) -> None:
+            if event.name in ("started", "round_done"):
+                facts.update(event.fields())
                 facts.setdefault("after_rounds", []).append(status("VmRSS") - before)
 
         run(config, folder / "run", emit)

@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,6 +26,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.runs.run import run
+from fedex_lora.storage.events import ClientDone, Event, RoundDone, RoundStarted
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
 
@@ -116,12 +116,12 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, float]]
     make_inputs(folder, options.rows, options.tokens)
     plain, turns, clock = Plain(folder, options), list[dict[str, float]](), dict[str, float]()
 
-    def emit(event: str, **fields: Any) -> None:
-        if event == "round_started":
+    def emit(event: Event) -> None:
+        if isinstance(event, RoundStarted):
             clock.update(start=time.perf_counter(), training=0.0)
-        elif event == "client_done":
-            clock["training"] += fields["seconds"]
-        elif event == "round_done":
+        elif isinstance(event, ClientDone):
+            clock["training"] += event.seconds or 0.0
+        elif isinstance(event, RoundDone):
             federated = time.perf_counter() - clock["start"]
             turns.append({"round": federated, "clients": clock["training"], "trainer": plain.trainer(), "bare": plain.bare()})
 

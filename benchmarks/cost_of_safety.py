@@ -53,7 +53,7 @@ class Round:
 
 
 def last_round(config, out: Path) -> Round:
-    place, down, up = LocalSimulation(config, lambda event, **fields: None), {}, {}
+    place, down, up = LocalSimulation(config, lambda event: None), {}, {}
 
     def exchange(messages, deadline=None):
         for reply in place.exchange(messages, deadline):
@@ -62,7 +62,7 @@ def last_round(config, out: Path) -> Round:
             yield reply
 
     federation = replace(place.federation(), exchange=exchange)
-    run_rounds(config, place.initial(), federation, out, lambda event, **fields: None)
+    run_rounds(config, place.initial(), federation, out, lambda event: None)
     here, known = load_checkpoint(round_folder(out, config.rounds)), place.initial().adapter
     sent = {client: received(payload, known) for client, payload in down.items()}
     return Round(down, up, sent, here, round_folder(out, config.rounds), format_of(place.host.place.model), here.done["seconds"])

@@ -115,7 +115,7 @@ def measured(which: str, args: argparse.Namespace, method: str, dtype: str, quan
     config = parse_config(configuration(which, args, method, dtype, quantization))
     with tempfile.TemporaryDirectory() as folder:
         out, last = Path(folder) / "run", {}
-        run(config, out, lambda event, **fields: last.update(fields) if event == "round_done" else None)
+        run(config, out, lambda event: last.update(event.fields()) if event.name == "round_done" else None)
         result, base = read_result(run_rounds_of(out)[0]), config.base.model
         want, numbers = verify.ideal_logits(result, base, ROWS), {}
         for home, answers in (("side", partial(verify.model_logits, rows=ROWS)), ("fold", folded_answers)):

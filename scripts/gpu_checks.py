@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedex_lora.storage.events import ClientDone, Event
+
 FACTOR = 3.0  # the error that the layers show may be so many times what their precision costs by itself
 FACTOR_INT8 = 8.0  # they quantise their inputs, too
 WORDS = "fever cough fracture burn rash nausea dizzy wheeze sprain cramp".split()
@@ -29,7 +31,7 @@ def quiet_run(tree: dict[str, Any], folder: Path, emit: Callable[..., None] | No
     from fedex_lora.config import parse_config
     from fedex_lora.runs.run import run
 
-    run(parse_config(tree), folder, emit or (lambda event, **fields: None), resume)
+    run(parse_config(tree), folder, emit or (lambda event: None), resume)
 
 
 def numbers(folder: Path, exact: bool = True) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def demo(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in METHODS:
         config = configuration(method, 5 if on_gpu() else 1)
-        run(config, folder / method, lambda event, **fields: None)
+        run(config, folder / method, lambda event: None)
         found[method] = summary(folder / method) | numbers(folder / method, exact=method != "fedit")
     try:
         from fedex_lora.report import write_report
@@ -206,8 +208,8 @@ class StopError(Exception):
     """What kills a run here."""
 
 
-def stopping(event: str, **fields: Any) -> None:
-    if event == "client_done" and fields["round"] == 2:
+def stopping(event: Event) -> None:
+    if isinstance(event, ClientDone) and event.round == 2:
         raise StopError
 
 

@@ -99,7 +99,7 @@ def attempt(config: Config, out: Path, at: int, after: bool, code: int | None) -
     """In a process of its own. Exit status 0: finished; 3: one of our errors; anything else is a failure of the test."""
     meddler = Meddler(out.parent, at, kill if code is None else failing(code), after)
     try:
-        run(config, out, lambda event, **fields: None, resume=True)
+        run(config, out, lambda event: None, resume=True)
     except FedexLoraError as error:
         (out.parent / "error").write_text(str(error))
         os._exit(3)

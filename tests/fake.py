@@ -25,6 +25,7 @@ from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import CENTRAL_CLIENT, LocalSimulation, ranks_of
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.adapter_folder import Format
+from fedex_lora.storage.events import Step
 from fedex_lora.types import ClientUpdate
 
 SHAPES = {"wide": (10, 16), "tall": (18, 8)}  # out x in
@@ -88,7 +89,7 @@ class Noise:
     def train(self, client, round, optimizer):
         given, parts = self.trace.given[-1], self.method.trained(round)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, round, client))
-        self.emit("step", round=round, client=client, step=1, steps=1)
+        self.emit(Step(client=client, step=1, steps=1))
         adapter = {}
         for name, pair in given.start.items():
             dA, dB = (0.1 * torch.randn(factor.shape, generator=generator) for factor in (pair.A, pair.B))

@@ -20,7 +20,7 @@ def small_run(folder, rounds=2, **settings):
         "clients": {"partition": "column", "column": "hospital"},
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 5e-3},
     }
-    run(parse_config(tree | settings), folder, lambda event, **fields: None)
+    run(parse_config(tree | settings), folder, lambda event: None)
     return folder
 
 

@@ -356,7 +356,7 @@ def alone(config, folder, answer):
     there = replace(place.federation(), exchange=exchange)
     folder.mkdir(exist_ok=True)
     run_rounds(config, place.initial(), there, folder / "run", log_to(folder / "events.jsonl"))
-    return [event for event in read_events(folder / "events.jsonl") if event["event"] in ("refused", "warning") and "client" in event]
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] in ("rejected", "warning") and "client" in event]
 
 
 @pytest.mark.parametrize(

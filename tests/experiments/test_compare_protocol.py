@@ -199,8 +199,8 @@ def half_done(tmp_path_factory):
     """A run that was stopped after its second round, and the curve of one that was not."""
     folder = tmp_path_factory.mktemp("half")
 
-    def stop(event, **fields):
-        if event == "round_done" and fields["round"] == 2:
+    def stop(event):
+        if event.name == "round_done" and event.round == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -72,7 +72,7 @@ def attacked(federation, folder, payloads, **changes):
     folder.mkdir()
     emit = log_to(folder / "events.jsonl")
     final = run_rounds(setting(**changes), state, replace(quick, exchange=exchange), folder / "run", emit)
-    return final, [event for event in events_of(folder, "refused") if event["round"] == 2]
+    return final, [event for event in events_of(folder, "rejected") if event["round"] == 2]
 
 
 def bits(state):
@@ -273,7 +273,7 @@ def test_who_was_not_asked_is_not_heard(federation, without, tmp_path):
     seen = []
     emit = log_to(tmp_path / "events.jsonl")
     final = run_rounds(setting(), state, replace(quick, exchange=exchange), tmp_path / "run", emit)
-    first = events_of(tmp_path, "refused")[0]
+    first = events_of(tmp_path, "rejected")[0]
     assert first["reason"] == "it was not asked in this round"
     assert first["client"].isprintable()
     assert len(first["client"]) < 200
@@ -375,7 +375,7 @@ def test_after_the_last_round_nobody_is_needed(federation, tmp_path):
 
     emit = log_to(tmp_path / "events.jsonl")
     run_rounds(setting(clients={"partition": "iid", "count": 4}), state, replace(quick, exchange=exchange), tmp_path / "run", emit)
-    assert [(event["round"], event["client"], event["reason"]) for event in events_of(tmp_path, "refused")] == [
+    assert [(event["round"], event["client"], event["reason"]) for event in events_of(tmp_path, "rejected")] == [
         (2, MALLORY, "a message of 4 bytes is too short"),
         (2, "client-2", "it failed: it is away"),
     ]
@@ -432,7 +432,7 @@ def test_who_was_refused_takes_part_again_and_the_run_stays_exact(method, messag
         folder = tmp_path / answer
         place, state, said = bothered(setting(method=method, messages=messages, rounds=3), folder, answer, home)
         ends.append(bits(state))
-        refused = events_of(folder, "refused")
+        refused = events_of(folder, "rejected")
         assert [(event["round"], event["client"]) for event in refused] == [(2, MALLORY)]
         assert (said[2]["rejected"], said[3]["rejected"], said[4]["rejected"]) == ("", refused[0]["reason"], "")
         assert [said[number]["full"] for number in (1, 2, 3, 4)] == [False, False, answer != "is too large", False]

@@ -207,8 +207,8 @@ def test_in_one_process_files_have_nothing_of_it_and_the_console_has(name, tmp_p
     tree["task"] |= {"train": plain.name, "data": str(folder), "eval": str(tmp_path / "server" / "rows.csv")}
     try:
         with fault.within() if fault.within else nullcontext():
-            run(parse_config(tree), tmp_path / "run", lambda event, **fields: shown.append((event, fields.get("message"))))
+            run(parse_config(tree), tmp_path / "run", lambda event: shown.append((event.name, getattr(event, "message", None))))
     except Exception as error:
         shown.append((type(error).__name__, "" if isinstance(error, UnspeakableError) else str(error)))
-    assert {name for name, _ in shown} - {"started", "round_started", "warning", "refused"}  # it did not go unseen
+    assert {name for name, _ in shown} - {"started", "round_started", "warning", "rejected"}  # it did not go unseen
     assert SECRET.encode() not in everything(tmp_path / "run")

@@ -21,6 +21,7 @@ from fedex_lora.offline.verify import require_continued, verify
 from fedex_lora.protocol.delta_sync import CatchUp, require_whole
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.server.checkpoint import last_checkpoint
+from fedex_lora.storage.events import RoundDone, of_kind
 from fedex_lora.storage.motion import read_motion
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import strays
@@ -72,14 +73,12 @@ def test_a_run_says_its_error_resumes_to_the_bit_and_verifies(method, pace, tmp_
     config, events = setting(method=method, rounds=ROUNDS, server=pace, keep_rounds=ROUNDS), []
     whole = Fake(config, ignore)
     whole.remember_in(tmp_path / "whole")
-    final = run_rounds(
-        config, whole.initial(), whole.federation(), tmp_path / "whole", lambda event, **fields: events.append((event, fields))
-    )
-    errors = [fields["exactness_error"] for event, fields in events if event == "round_done"]
+    final = run_rounds(config, whole.initial(), whole.federation(), tmp_path / "whole", events.append)
+    errors = [event.exactness_error for event in of_kind(events, RoundDone)]
     assert len(errors) == ROUNDS
     assert all(error < 1e-6 for error in errors) == METHODS[method].exact
     if "momentum" in pace:
-        assert all(fields["change_error"] < 1e-6 for event, fields in events if event == "round_done")
+        assert all(event.change_error < 1e-6 for event in of_kind(events, RoundDone))
     found = verify(tmp_path / "whole")
     assert (found["max_relative_error"] < 1e-6) == METHODS[method].exact
 

@@ -37,9 +37,9 @@ def stopping(event, count):
     """An emit that fails at the count-th event of that name."""
     seen = []
 
-    def emit(name, **fields):
-        if name == event:
-            seen.append(name)
+    def emit(told):
+        if told.name == event:
+            seen.append(told)
             if len(seen) == count:
                 raise StopError
 
@@ -81,7 +81,7 @@ def test_a_run_goes_on_to_the_same_bits(case, event, count, whole, tmp_path):
     run(
         config,
         tmp_path / "run",
-        lambda name, **fields: trained.append(fields["client"]) if name == "step" and fields["step"] == 1 else None,
+        lambda event: trained.append(event.client) if event.name == "step" and event.step == 1 else None,
         True,
         home,
     )
@@ -113,7 +113,7 @@ def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):
     shutil.copytree(want, tmp_path / "run")
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.name != "config.toml" and path.is_file()}
     told = []
-    run(config, tmp_path / "run", lambda event, **fields: told.append(event), True)
+    run(config, tmp_path / "run", lambda event: told.append(event.name), True)
     assert told == ["finished"]
     assert all(path.stat().st_mtime == time for path, time in before.items())
     again = CliRunner().invoke(app, ["run", str(want / "config.toml"), "--out", str(tmp_path / "run"), "--resume"])
@@ -143,7 +143,7 @@ def test_a_finished_run_that_lost_something_gets_it_again(lost, whole, tmp_path)
     else:
         (out / lost).unlink()
     told = []
-    run(config, out, lambda event, **fields: told.append(event), True, home)
+    run(config, out, lambda event: told.append(event.name), True, home)
     assert "finished" not in told
     assert told.count("round_done") == (lost == "rounds/0003")
     assert_same_bits(out, want)
@@ -167,7 +167,7 @@ def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
     broken = tmp_path / "run" / "rounds" / "0003" / "base_delta.safetensors"
     broken.write_bytes(broken.read_bytes()[:-3])
     said = []
-    run(config, tmp_path / "run", lambda name, **fields: said.append(fields["message"]) if name == "warning" else None, True)
+    run(config, tmp_path / "run", lambda event: said.append(event.message) if event.name == "warning" else None, True)
     assert any("set aside" in message and "0003" in message for message in said)
     assert (tmp_path / "run" / "rounds" / "0003.broken1").is_dir()
     assert_same_bits(tmp_path / "run", want)

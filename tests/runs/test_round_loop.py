@@ -115,8 +115,8 @@ class Story:
         self.network.place = place
         return replace(place.federation(), exchange=self.network.exchange)
 
-    def _emit(self, event, **fields):
-        self.events.append({"event": event, "time": 0.0, **fields})
+    def _emit(self, event):
+        self.events.append(event)
 
     def of(self, event, field):
         """Round -> a field of an event."""

@@ -18,7 +18,7 @@ from fedex_lora.cli.console import Display, table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.trackers import Trackers, scalars
-from fedex_lora.storage.events import RoundDone, of_kind, read_events, tail_events
+from fedex_lora.storage.events import RoundDone, of_kind, read_events, record, tail_events
 
 
 def test_watch_a_finished_run(tmp_path):
@@ -121,7 +121,7 @@ def configuration(*names):
 
 def test_off_by_default(tmp_path):
     with Trackers(configuration(), tmp_path, print) as tell:
-        tell("round_done", round=1, metrics={"accuracy": 0.5}, bytes_down=1, bytes_up=1)
+        tell(record("round_done", round=1, metrics={"accuracy": 0.5}, bytes_down=1, bytes_up=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,13 +189,13 @@ def test_a_tracker_that_cannot_be_reached_is_an_error_before_training(tmp_path, 
 def test_a_tracker_that_fails_later_changes_nothing(tmp_path, mlflow):
     """Its store is lost while the run goes on: one warning, and the run's own error is the one that is seen."""
     said = []
-    tell = Trackers(configuration("mlflow"), tmp_path, lambda event, **fields: said.append((event, fields["message"])))
+    tell = Trackers(configuration("mlflow"), tmp_path, lambda event: said.append((event.name, event.message)))
 
     def run():
         with tell:
             shutil.rmtree(tmp_path / "mlflow")
             for number in (1, 2, 3):
-                tell("round_done", round=number, metrics={"accuracy": 0.5}, bytes_down=1, bytes_up=1)
+                tell(record("round_done", round=number, metrics={"accuracy": 0.5}, bytes_down=1, bytes_up=1))
             raise KeyError("the run's own")
 
     with pytest.raises(KeyError, match="the run's own"):

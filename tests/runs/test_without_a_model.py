@@ -106,7 +106,7 @@ def test_a_client_that_is_not_sent_all_it_lacks_is_noticed(tmp_path, monkeypatch
     said = []
     config = setting(rounds=5, clients={"partition": "iid", "count": 4, "fraction": 0.3})
     with pytest.raises(TrainingError, match="failed: it lacks what the message counts on"):
-        run(config, tmp_path / "run", lambda *one, **more: said.append(str(more.get("message"))), home=Fake)
+        run(config, tmp_path / "run", lambda event: said.append(str(getattr(event, "message", ""))), home=Fake)
     assert any(line.startswith("the base is at version") for line in said)
 
 

@@ -49,7 +49,7 @@ def federate(folder, changes, faults=(), patient=False):
 
 def test_at_the_deadline_the_round_goes_on_without_those_who_did_not_answer(tmp_path):
     final, _ = federate(tmp_path / "late", slow(), {2: "lost"}, patient=True)
-    refused = events_of(tmp_path / "late", "refused")
+    refused = events_of(tmp_path / "late", "rejected")
     assert [(event["round"], event["client"]) for event in refused] == [(2, SLOW)]
     assert refused[0]["reason"] == "it did not answer within clients.deadline = 0.2 seconds"
     manifest = read_manifest(tmp_path / "late" / "run" / "rounds" / "0002")
@@ -88,14 +88,14 @@ def test_without_a_deadline_everyone_is_waited_for_and_it_is_said_who(tmp_path, 
     assert waiting
     assert all(event["clients"] == ["client-3"] for event in waiting)
     assert began <= waiting[0]["since"] <= waiting[0]["time"]
-    assert not events_of(tmp_path, "refused")
+    assert not events_of(tmp_path, "rejected")
 
 
 def test_a_late_answer_is_refused_by_default(tmp_path):
     final, _ = federate(tmp_path / "late", slow(), {2: "held"})
     without, _ = federate(tmp_path / "without", slow(), {2: "lost"})
     assert equal(bits(final), bits(without))
-    reasons = [(event["round"], event["reason"]) for event in events_of(tmp_path / "late", "refused")]
+    reasons = [(event["round"], event["reason"]) for event in events_of(tmp_path / "late", "rejected")]
     assert reasons == [
         (2, "it did not answer within clients.deadline = 0.2 seconds"),
         (2, "it answered in round 3 only: too late (clients.late = 'refuse')"),
@@ -148,7 +148,7 @@ def test_the_head_of_a_late_answer_is_measured_from_the_one_it_started_from(tmp_
     federate(tmp_path / "run", slow(late="next"), {2: "held", 3: "lost"})
     manifest = read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")
     assert (manifest["late"], manifest["refused"]) == ([SLOW], [])
-    assert [event["round"] for event in events_of(tmp_path / "run", "refused")] == [2]  # it was late
+    assert [event["round"] for event in events_of(tmp_path / "run", "rejected")] == [2]  # it was late
 
 
 def _delta(folder):
@@ -264,7 +264,7 @@ def test_a_client_that_lost_its_memory_is_sent_everything_in_the_same_round(tmp_
     federation = replace(net.place.federation(), exchange=forgetful)
     emit = log_to(tmp_path / "run" / "events.jsonl")
     assert equal(bits(run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", emit)), bits(want))
-    assert not events_of(tmp_path / "run", "refused")
+    assert not events_of(tmp_path / "run", "rejected")
     assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "warning")] == [(3, SLOW)]
     assert net.calls == 5  # three rounds, one client once more, and the last measurement
 
@@ -284,7 +284,7 @@ def test_noise_does_not_keep_a_round_open_nor_fill_the_record(tmp_path):
     (tmp_path / "run").mkdir()
     federation = replace(net.place.federation(), exchange=noisy)
     run_rounds(config, net.place.initial(), federation, tmp_path / "run" / "run", log_to(tmp_path / "run" / "events.jsonl"))
-    reasons = [event["client"] for event in events_of(tmp_path / "run", "refused")]
+    reasons = [event["client"] for event in events_of(tmp_path / "run", "rejected")]
     assert SLOW in reasons
     assert len(reasons) <= listening.MAX_EXTRA_REJECTIONS + 10
 
@@ -307,7 +307,7 @@ def test_of_two_late_answers_the_first_counts(tmp_path):
     inputs = {entry["client"]: entry["num_examples"] for entry in read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")["inputs"]}
     assert inputs[SLOW] < 999
     assert len([event for event in events_of(tmp_path / "run", "client_done") if event.get("late")]) == 1
-    assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "refused")] == [(2, SLOW)]
+    assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "rejected")] == [(2, SLOW)]
     assert [(event["round"], event["client"]) for event in events_of(tmp_path / "run", "warning")] == [(3, SLOW)]
     assert read_manifest(tmp_path / "run" / "run" / "rounds" / "0003")["refused"] == []
 
@@ -332,4 +332,4 @@ def test_late_updates_that_cannot_be_part_of_a_mean_are_a_configuration_error(ch
 def test_in_one_process_nobody_is_late(tmp_path):
     config = setting(clients={"partition": "iid", "count": 4, "deadline": 1e-6})
     run(config, tmp_path / "run", ignore, home=Fake)
-    assert not events_of(tmp_path / "run", "refused")
+    assert not events_of(tmp_path / "run", "rejected")

@@ -112,8 +112,8 @@ def test_a_run_folder_holds_nothing_that_it_does_not_know(finished, tmp_path):
 
 
 def test_old_rounds_with_notes_in_them_stay(tmp_path):
-    def emit(event, **fields):
-        if event == "round_done" and fields["round"] == 1:
+    def emit(event):
+        if event.name == "round_done" and event.round == 1:
             (tmp_path / "run" / "rounds" / "0001" / "notes.txt").write_text("mine")
 
     run(configuration(rounds=4, keep_rounds=2), tmp_path / "run", emit)

@@ -50,12 +50,11 @@ def run(
     settings = read_config(config, set_ or [], begun=out if resume else None)
     from fedex_lora.cli.console import Display
     from fedex_lora.runs.run import run as run_here
-    from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind, record
+    from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 
     console, ends = consoles(as_json), list[Event]()
 
-    def both(event: Event | str, **fields: Any) -> None:
-        event = record(event, **fields)
+    def both(event: Event) -> None:
         if isinstance(event, RoundDone | RunDone):
             ends.append(event)
         display(event)

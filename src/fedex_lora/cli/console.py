@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from fedex_lora.storage import events as told
-from fedex_lora.storage.events import Event, record, tail_events
+from fedex_lora.storage.events import Event, tail_events
 from fedex_lora.storage.run_folder import EVENTS
 
 HIDDEN = ("rows", "runtime")
@@ -40,9 +39,8 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def __call__(self, event: Event | str, **fields: Any) -> None:
+    def __call__(self, event: Event) -> None:
         """Show one event."""
-        event = record(event, **fields)
         handler = getattr(self, f"_on_{event.name}", None)
         if handler:
             handler(event)

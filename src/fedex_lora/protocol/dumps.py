@@ -26,8 +26,8 @@ def pack(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> 
         there = tensor.detach().cpu().contiguous()
         plain[name] = there.clone() if there.data_ptr() in seen else there  # one file has every tensor once
         seen.add(there.data_ptr())
-    text = json.dumps(about)
-    return save(plain, metadata={kind: text, "blake3": _digest(plain, blake3(text.encode()))})
+    total = _digest(plain, blake3(json.dumps(about).encode()))
+    return save(plain, metadata={kind: json.dumps({"blake3": total, "about": about})})  # one key: their order would be any
 
 
 def unpack(kind: str, payload: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -39,12 +39,13 @@ def unpack(kind: str, payload: bytes) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         tensors, header = load(payload), json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         metadata = header["__metadata__"]
-        text = metadata[kind]
-        about = json.loads(text)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        said = json.loads(metadata[kind])
+        about = said.get("about", said)
+    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"it is no dump of a {kind} ({type(error).__name__}): give what dump() returned") from None
     old = metadata.get("sha256")  # of older versions: of the tensors alone
-    if metadata.get("blake3") != _digest(tensors, blake3(text.encode())) if old is None else old != _digest(tensors, hashlib.sha256()):
+    digest, total = (blake3(json.dumps(about).encode()), said.get("blake3")) if old is None else (hashlib.sha256(), old)
+    if _digest(tensors, digest) != total:
         raise StorageError("it has changed since it was written: remove it, and what it held is asked for anew")
     return tensors, about
 

@@ -1,26 +1,22 @@
 """Who is told of what happens."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypeAlias
 
-from fedex_lora.storage.events import append_event
+from fedex_lora.storage.events import Event, Finished, Step, append_event
 
-SHOWN = ("step", "finished")  # events that are no part of the record
-
-
-class Emit(Protocol):
-    """Told of everything that happens."""
-
-    def __call__(self, event: str, **fields: Any) -> None: ...
+Emit: TypeAlias = Callable[[Event], None]
+"""Told of everything that happens."""
 
 
 def log_to(path: Path, *others: Emit) -> Emit:
-    """An `Emit` that appends to `events.jsonl` and tells the others; what is `SHOWN` is not kept."""
+    """An `Emit` that appends to `events.jsonl` and tells the others; training steps are told only."""
 
-    def emit(event: str, **fields: Any) -> None:
-        if event not in SHOWN:
-            append_event(path, event, **fields)
+    def emit(event: Event) -> None:
+        if not isinstance(event, Step | Finished):
+            append_event(path, event)
         for other in others:
-            other(event, **fields)
+            other(event)
 
     return emit

@@ -8,6 +8,7 @@ from torch import Tensor
 from fedex_lora.client.training import ClientData, evaluate, local_update
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit
+from fedex_lora.storage.events import Step
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 
@@ -50,5 +51,5 @@ class ModelLearner:
             self.data[client],
             self.place.work,
             optimizer,
-            lambda step, steps: tell("step", round=round, client=client, step=step, steps=steps),
+            lambda step, steps: tell(Step(round=round, client=client, step=step, steps=steps)),
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedex_lora.runs.emit import Emit
 from fedex_lora.server.round import Round
 from fedex_lora.server.verdicts import Accepted, Duplicate, NeedsFull, Verdict
+from fedex_lora.storage.events import ClientRejected, Waiting, Warned, record
 from fedex_lora.types import ClientUpdate
 
 WAITING = 15.0  # seconds until it is said who is waited for, and again each time
@@ -93,7 +94,7 @@ def _until(deadline: float | None, replies: Iterable[Reply | None], round: Round
                 return
             if now - said >= WAITING:
                 said = now
-                emit("waiting", round=round.number, clients=sorted(round.missing), since=since)
+                emit(Waiting(round=round.number, clients=sorted(round.missing), since=since))
         if reply is not None:
             yield reply
 
@@ -104,10 +105,12 @@ def tell(verdict: Verdict, round: int, size: int, emit: Emit) -> None:
         update = verdict.update
         training = {name: value for name, value in update.metrics.items() if not name.startswith("held_out_")}
         late = {} if verdict.round == round else {"late": round - verdict.round}
-        emit("client_done", round=round, client=update.client_id, num_examples=update.num_examples, bytes_up=size, **late, **training)
+        emit(
+            record("client_done", round=round, client=update.client_id, num_examples=update.num_examples, bytes_up=size, **late, **training)
+        )
     elif isinstance(verdict, NeedsFull):
-        emit("warning", round=round, client=verdict.client, message=f"{verdict.client} is sent everything, because: {verdict.reason}")
+        emit(Warned(round=round, client=verdict.client, message=f"{verdict.client} is sent everything, because: {verdict.reason}"))
     elif isinstance(verdict, Duplicate):
-        emit("warning", round=round, client=verdict.client, message=f"an answer came again, and is ignored: {verdict.reason}")
+        emit(Warned(round=round, client=verdict.client, message=f"an answer came again, and is ignored: {verdict.reason}"))
     else:
-        emit("refused", round=verdict.round, client=verdict.client, reason=verdict.reason)
+        emit(ClientRejected(round=verdict.round, client=verdict.client, reason=verdict.reason))

@@ -9,6 +9,7 @@ from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.runs.emit import Emit
 from fedex_lora.server.result import Result
+from fedex_lora.storage.events import HeldOut, Warned
 from fedex_lora.types import Delta, ServerState
 
 Realised = Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, dict[str, float]]]
@@ -24,7 +25,7 @@ def measured(result: Result, realised: Realised, emit: Emit) -> dict[str, Any]:
     """
     number = result.state.round
     if useless := measure.useless_truncation(result.aggregate):
-        emit("warning", round=number, message=useless, tail=measure.tail(result.aggregate))
+        emit(Warned(round=number, message=useless, tail=measure.tail(result.aggregate)))
     if result.exactness is None:
         return {}
     layers, floor, side = realised(result.state, result.ideal)
@@ -38,7 +39,7 @@ def measured(result: Result, realised: Realised, emit: Emit) -> dict[str, Any]:
     odd = [name for name, value in checked.items() if algebra.failed(value, floor if name == "realised_error" else 0.0)]
     if odd:
         words = f"{', '.join(odd)} cannot be computed, so this round is not shown to be exact: does the base overflow in its base.dtype?"
-        emit("warning", round=number, message=words)
+        emit(Warned(round=number, message=words))
     return {**numbers, **errors, **({"not_finite": odd} if odd else {}), "floor": floor}
 
 
@@ -56,7 +57,7 @@ def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emi
     }
     mean = weighted_mean(list(own.values()))
     if mean:
-        emit("held_out", round=version, metrics=mean, clients=own)
+        emit(HeldOut(round=version, metrics=mean, clients=own))
     return mean
 
 

@@ -21,6 +21,7 @@ from fedex_lora.server.result import Result
 from fedex_lora.server.round import Complete, Round, Short
 from fedex_lora.server.server import Server
 from fedex_lora.storage.adapter_folder import Format
+from fedex_lora.storage.events import ClientRejected, Evaluated, Event, RoundStarted, RunDone, Waiting, Warned, record
 from fedex_lora.storage.files import FINAL, ROUNDS
 from fedex_lora.storage.handout import differs, for_parties
 from fedex_lora.storage.result import write_result
@@ -84,11 +85,11 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     if here.state.round == 0:
         metrics = federation.evaluate(here.state)
         told = {key: value for key, value in federation.facts.items() if key != "labels"}  # names of classes may come from rows
-        emit("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **told)
+        emit(record("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **told))
     _forget(out, here, config.keep_rounds)
     for number in range(here.state.round + 1, config.rounds + 1):
         here = _one_round(number, here, server, federation, config, out, emit)
-        emit("round_done", **here.done)
+        emit(record("round_done", **here.done))
         _forget(out, here, config.keep_rounds)
     if len(here.skipped) == config.rounds:
         raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
@@ -100,7 +101,7 @@ def _one_round(number: int, here: Checkpoint, server: Server, federation: Federa
     """One round, up to its folder, which is written in one step."""
     began, before = time.perf_counter(), server.state
     participants = sample(federation.clients, config.clients.fraction, config.seed, number)
-    emit("round_started", round=number, clients=participants)
+    emit(RoundStarted(round=number, clients=participants))
     round = server.open_round(participants)
     got = _gather(round, federation, config, emit)
     rejected = [{"client": one.client, "reason": one.reason} for one in round.rejections]
@@ -146,7 +147,7 @@ def _skipped(round: Round, short: Short, config: Config, emit: Emit) -> _Ended:
         hint = "mend that, or lower clients.quorum and clients.min_clients, or set clients.below_quorum"
         raise TrainingError(f"{short.reason}: {hint}")
     round.skip()
-    emit("warning", round=round.number, message=f"the round is skipped: {short.reason.partition(':')[0]}")
+    emit(Warned(round=round.number, message=f"the round is skipped: {short.reason.partition(':')[0]}"))
     return _Ended({"skipped": short.reason}, {"skipped": short.reason}, {}, {}, None)
 
 
@@ -178,7 +179,7 @@ def _gather(round: Round, federation: Federation, config: Config, emit: Emit) ->
         if not waits:
             return _Gathered(ready, [], down, up)
         asking, pause = [client for client in round.participants if client not in round.receipts], min(PAUSE, 2.0 ** min(attempt, 10))
-        emit("waiting", round=round.number, clients=asking, since=time.time(), reason=ready.reason, seconds=pause)
+        emit(Waiting(round=round.number, clients=asking, since=time.time(), reason=ready.reason, seconds=pause))
         time.sleep(pause)
         round.ask_again(asking)
     raise AssertionError("unreachable")
@@ -194,10 +195,10 @@ def _finish(here: Checkpoint, server: Server, federation: Federation, config: Co
             pass
     federation.finish(here.state, out)
     if words := learnt_nothing(held_out, federation.facts):
-        emit("warning", round=config.rounds, message=words)
+        emit(Warned(round=config.rounds, message=words))
     best = best_round(held_out, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
-    emit("run_done", rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {}))
+    emit(RunDone(rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {})))
 
 
 def handed_on(out: Path, last: int) -> bool:
@@ -224,13 +225,13 @@ def _final_held_out(config: Config, server: Server, federation: Federation, emit
     """
     number, round = server.state.round, server.open_round(server.clients, "evaluate")
 
-    def told(event: str, **fields: Any) -> None:
-        if event in ("refused", "waiting"):
-            emit(event, **{**fields, "round": number})
+    def told(event: Event) -> None:
+        if isinstance(event, ClientRejected | Waiting):
+            emit(event.model_copy(update={"round": number}))
 
     messages = round.messages
     up = listen(round, federation.exchange(messages, config.clients.deadline), config.clients.deadline, told, {})
-    emit("evaluated", round=number, bytes_down=messages.size, bytes_up=up)
+    emit(Evaluated(round=number, bytes_down=messages.size, bytes_up=up))
     return held_out_event(number, {client: round.receipts[client].metrics for client in sorted(round.receipts)}, emit)
 
 

@@ -23,7 +23,7 @@ from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base, require_space
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, RunDone, Warned, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
 from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, strays
 from fedex_lora.tasks import load_task, usable
@@ -53,7 +53,7 @@ class LocalSimulation:
         self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit)), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
-            emit("warning", message=note)  # for the console: events say nothing of rows
+            emit(Warned(message=note))  # for the console: events say nothing of rows
 
     def initial(self) -> ServerState:
         """The state before round 1."""
@@ -90,7 +90,7 @@ class LocalSimulation:
             try:
                 yield Reply(client, self.pool.answer(client, payload))
             except FedexLoraError as error:
-                self._emit("party_failed", client=client, message=str(error))  # for this console: in one process its user is every party
+                self._emit(PartyFailed(client=client, message=str(error)))  # for this console: in one process its user is every party
                 yield Reply(client, answer_of(payload, client, failure_of(error)))
 
 
@@ -208,18 +208,18 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
     """The rounds that are not there yet; all of them in a new folder."""
     checkpoint, complaints = last_checkpoint(out)
     for complaint in complaints:
-        emit("warning", message=f"a broken round was set aside: {complaint}")
+        emit(Warned(message=f"a broken round was set aside: {complaint}"))
     if spare := spare_devices(config):
-        emit("warning", message=spare)
+        emit(Warned(message=spare))
     events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round
-        ended = any(event["event"] == "run_done" for event in events)
+        ended = any(isinstance(event, RunDone) for event in events)
         if ended and number == config.rounds and handed_on(out, number):
-            emit("finished", rounds=number)
+            emit(Finished(rounds=number))
             return checkpoint.state
-        emit("resumed", round=number + 1, rounds=config.rounds)
-        if not any(event["event"] == "round_done" and event.get("round") == number for event in events):
-            emit("round_done", **checkpoint.done)
+        emit(Resumed(round=number + 1, rounds=config.rounds))
+        if not any(isinstance(event, RoundDone) and event.round == number for event in events):
+            emit(record("round_done", **checkpoint.done))
     place.remember_in(out)
     return run_rounds(config, checkpoint or place.initial(), place.federation(), out, emit)

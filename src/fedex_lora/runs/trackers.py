@@ -11,7 +11,7 @@ from typing import Any
 from fedex_lora.config import Config, flat
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.emit import Emit
-from fedex_lora.storage.events import ClientDone, Event, HeldOut, RoundDone, Started, record
+from fedex_lora.storage.events import ClientDone, Event, HeldOut, RoundDone, Started, Warned
 from fedex_lora.storage.run_folder import TRACKERS
 
 PROJECT, FOLDER = "fedex-lora", TRACKERS
@@ -78,11 +78,10 @@ class Trackers:
         for name in list(self._open):
             self._try(name, "finish")
 
-    def __call__(self, event: Event | str, **fields: Any) -> None:
+    def __call__(self, event: Event) -> None:
         """Take up one event."""
         if not self._config.trackers:
             return
-        event = record(event, **fields)
         number, values = scalars(event)
         if values:
             self._waiting.setdefault(number, {}).update(values)
@@ -102,7 +101,7 @@ class Trackers:
             getattr(self._open[name], what)(*args, **options)
         except Exception as error:
             del self._open[name]
-            self._emit("warning", message=f"tracker {name} failed and is told nothing more: {_line(error)}")
+            self._emit(Warned(message=f"tracker {name} failed and is told nothing more: {_line(error)}"))
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedex_lora.errors import UsageError
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import RunDone, of_kind, read_events
 from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, write_text
 
 CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
@@ -103,8 +103,8 @@ def remove(out: Path, part: str = "") -> None:
 def best_round(path: Path) -> int | None:
     """The round that did best on the clients' held-out rows, of a run that is done; None where there is none."""
     events = path / "events.jsonl"
-    done = [event for event in read_events(events) if event["event"] == "run_done"] if events.exists() else []
-    return done[-1]["best_round"] if done else None
+    done = of_kind(read_events(events), RunDone) if events.exists() else []
+    return done[-1].best_round if done else None
 
 
 def run_rounds_of(out: Path) -> list[Path]:

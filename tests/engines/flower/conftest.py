@@ -55,7 +55,7 @@ class Federation:
         key = config.model_dump_json()
         if key not in self._references:
             out = self.root / f"reference-{len(self._references)}"
-            run(config, out, lambda event, **fields: None)
+            run(config, out, lambda event: None)
             self._references[key] = out
         return self._references[key]
 

@@ -19,7 +19,7 @@ import psutil
 from fedex_lora.engines.flower import ENVIRONMENT
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
 from fedex_lora.errors import FedexLoraError, TrainingError
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import RunDone, read_events
 
 CONNECTION = "local-deployment"  # in Flower's configuration file, which is in the deployment's folder
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")
@@ -178,7 +178,7 @@ class LocalDeployment:
             TrainingError: it failed, or took too long.
         """
         end, looked, events = time.monotonic() + seconds, time.monotonic(), out / "events.jsonl"
-        while not (events.exists() and any(event["event"] == "run_done" for event in read_events(events))):
+        while not (events.exists() and any(isinstance(event, RunDone) for event in read_events(events))):
             if time.monotonic() > end:
                 raise TrainingError(f"run {run} has not ended after {seconds:g} seconds: see {self.folder / 'logs'}")
             if time.monotonic() - looked > 10:  # each look is a process

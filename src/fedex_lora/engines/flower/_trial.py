@@ -51,7 +51,7 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
     clients = sorted(partition(load_task(config.task, config.seed), config.clients, config.seed))
     began = time.perf_counter()
     tell(f"in process: {config.rounds} rounds, clients {', '.join(clients)}")
-    run(config, root / "in-process", lambda event, **fields: None)
+    run(config, root / "in-process", lambda event: None)
     took = time.perf_counter() - began
     tell(f"done in {took:.0f} s; now a SuperLink with TLS and {len(clients)} SuperNodes with registered keys, logs in {root / 'logs'}")
     write_app(root / "app", config, str(root / "deployed"), [])

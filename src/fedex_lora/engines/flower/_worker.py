@@ -28,7 +28,7 @@ def ask(request: Request) -> bytes:
     if not worker:
         from fedex_lora.engines.flower._node import Node
 
-        return Node(lambda event, **fields: None).reply(request)
+        return Node(lambda event: None).reply(request)
     try:
         with Client(worker, "AF_UNIX") as connection:
             connection.send_bytes(request.to_bytes())
@@ -51,7 +51,7 @@ def serve(path: Path, tell: Callable[[str], None]) -> None:
     """
     from fedex_lora.engines.flower._node import Node
 
-    node = Node(lambda event, **fields: None)
+    node = Node(lambda event: None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

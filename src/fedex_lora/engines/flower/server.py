@@ -20,6 +20,7 @@ from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import ranks_of, run
 from fedex_lora.server.checks import require_consistent
+from fedex_lora.storage.events import ClientDone, ClientRejected, Event, Finished, Resumed, RoundDone, Started, Waiting, Warned
 from fedex_lora.storage.files import write_text
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.tasks.partition import partition
@@ -95,21 +96,23 @@ def _dealt(config: Config, task: Task) -> dict[str, int]:
     return {client: len(mine) for client, (mine, _) in partition(task, config.clients, config.seed).items()}
 
 
-def narrate(event: str, **fields: Any) -> None:
+def narrate(event: Event) -> None:
     """Events as lines of Flower's log."""
-    if event in ("warning", "refused", "waiting"):
-        words = {"warning": "{message}", "refused": "client {client} is refused: {reason}", "waiting": "waiting for {clients}"}[event]
-        quiet = event == "waiting" and "reason" not in fields  # a round that takes its time is no trouble
-        log(INFO if quiet else WARNING, "%s", words.format(**fields))
-    elif event == "started":
-        log(INFO, "%s: %d rounds, clients %s", fields["method"], fields["rounds"], ", ".join(fields["clients"]))
-    elif event == "finished":
-        log(INFO, "all rounds are there: nothing is left to do")
-    elif event == "resumed":
-        log(INFO, "going on with round %d of %d", fields["round"], fields["rounds"])
-    elif event == "client_done":
-        log(INFO, "round %d: %s answered, %.2f MB", fields["round"], fields["client"], fields["bytes_up"] / 1e6)
-    elif event == "round_done":
-        numbers = {"exactness error": fields.get("exactness_error")} | dict(fields["metrics"])
-        shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
-        log(INFO, "round %d done: %s; %.1f s", fields["round"], shown, fields["seconds"])
+    match event:
+        case Warned(message=message):
+            log(WARNING, "%s", message)
+        case ClientRejected(client=client, reason=reason):
+            log(WARNING, "client %s is rejected: %s", client, reason)
+        case Waiting(clients=clients, reason=reason):  # without a reason a round takes its time, which is no trouble
+            log(WARNING if reason else INFO, "waiting for %s", ", ".join(clients))
+        case Started(method=method, rounds=rounds, clients=clients):
+            log(INFO, "%s: %d rounds, clients %s", method, rounds, ", ".join(clients))
+        case Finished():
+            log(INFO, "all rounds are there: nothing is left to do")
+        case Resumed(round=number, rounds=rounds):
+            log(INFO, "resuming with round %d of %d", number, rounds)
+        case ClientDone(round=number, client=client, bytes_up=size):
+            log(INFO, "round %d: %s answered, %.2f MB", number, client, (size or 0) / 1e6)
+        case RoundDone(round=number, metrics=metrics, exactness_error=error, seconds=seconds):
+            numbers = ({} if error is None else {"exactness error": error}) | metrics
+            log(INFO, "round %d done: %s; %.1f s", number, ", ".join(f"{name} {value:.3g}" for name, value in numbers.items()), seconds)

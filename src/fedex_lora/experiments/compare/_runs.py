@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, write_config
@@ -148,5 +147,5 @@ def _goes_on(job: Job) -> bool:
     return barely_begun(job.folder) or (_is_of(job) and (job.folder / ROUNDS).is_dir() and _without_gaps(_recorded(job)))
 
 
-def nobody(event: Any, **fields: Any) -> None:
+def nobody(event: Event) -> None:
     """Told of steps."""
