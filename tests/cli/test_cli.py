@@ -102,14 +102,14 @@ def test_aggregate_and_verify(adapters, tmp_path):
 
 def test_an_exact_result_that_is_not_exact_fails_verification(adapters, tmp_path):
     """A result that lost its base delta (with a manifest that agrees) is off, and verify says so with a non-zero exit."""
-    from fedex_lora.storage.files import MANIFEST, sha256
+    from fedex_lora.storage.files import MANIFEST, checksum
     from fedex_lora.storage.tensors import save_delta
 
     out = tmp_path / "out"
     call("aggregate", *adapters, "-o", out)
     save_delta(out / "base_delta.safetensors", {})
     manifest = json.loads((out / MANIFEST).read_text())
-    manifest["files"]["base_delta.safetensors"] = sha256(out / "base_delta.safetensors")
+    manifest["files"]["base_delta.safetensors"] = checksum(out / "base_delta.safetensors")
     (out / MANIFEST).write_text(json.dumps(manifest))
     result = call("verify", out)
     assert result.exit_code == 1

@@ -291,7 +291,7 @@ def test_clients_whose_names_differ_in_odd_characters_only(tmp_path):
 
 
 def test_verify_checks_the_stand_alone_adapter(tmp_path):
-    from fedex_lora.storage.files import sha256
+    from fedex_lora.storage.files import checksum
     from fedex_lora.storage.tensors import load_tensors, save_tensors
 
     folders = [saved(tmp_path, "a"), saved(tmp_path, "b")]
@@ -300,7 +300,7 @@ def test_verify_checks_the_stand_alone_adapter(tmp_path):
     tensors, metadata = load_tensors(path)
     save_tensors(path, {name: 2 * tensor for name, tensor in tensors.items()}, metadata)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    manifest["files"]["adapter/adapter_model.safetensors"] = sha256(path)
+    manifest["files"]["adapter/adapter_model.safetensors"] = checksum(path)
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     assert verify(tmp_path / "out")["max_relative_error"] > 0.1
 

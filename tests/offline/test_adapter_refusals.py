@@ -192,14 +192,14 @@ def test_a_second_round_without_its_state_or_with_a_stale_one_is_refused(bases, 
 
 def test_a_lost_frozen_tensor_is_found(bases, tmp_path):
     """`verify` looks for the embeddings that all parties brought, too."""
-    from fedex_lora.storage.files import sha256
+    from fedex_lora.storage.files import checksum
 
     out = tmp_path / "out"
     aggregate_folders(pair(bases, tmp_path, Kind(prepare=grow)), out, "fedex", None, None)
     assert verify(out)["max_relative_error"] < 1e-6
     rewritten(lambda tensors: {name: tensor for name, tensor in tensors.items() if "embed" not in name})(out / "adapter")
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["files"]["adapter/adapter_model.safetensors"] = sha256(out / "adapter" / "adapter_model.safetensors")
+    manifest["files"]["adapter/adapter_model.safetensors"] = checksum(out / "adapter" / "adapter_model.safetensors")
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert verify(out)["max_relative_error"] == float("inf")
 

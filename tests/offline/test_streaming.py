@@ -26,7 +26,7 @@ from fedex_lora.offline.merge_results import merge_folders
 from fedex_lora.offline.streaming import Round, audit_is_cheap
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.adapter_folder import Format, read_adapter_folder
-from fedex_lora.storage.files import read_manifest, sha256
+from fedex_lora.storage.files import checksum, read_manifest
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.safetensors_io import TensorWriter, read_table, read_tensor
 from fedex_lora.storage.updates import save_update
@@ -69,7 +69,7 @@ def test_the_same_bits_as_in_memory(method, dtype, tmp_path):
     weights = [3.0, 1.0, 2.0]
     report = aggregate_folders(folders, tmp_path / "out", method, weights, None)
     updates, want = in_memory(folders, method, weights)
-    got = read_result(tmp_path / "out")  # checks every sha256 that was taken while writing
+    got = read_result(tmp_path / "out")  # checks every checksum that was taken while writing
     assert report["weights"] == dict(want.weights)
     assert got.adapter.keys() == want.adapter.keys()
     assert got.base_delta.keys() == want.residual.keys()
@@ -173,7 +173,7 @@ def test_the_inputs_are_kept_as_they_are(linked, method, tmp_path, monkeypatch):
         kept = out / "updates" / folder.name
         assert (kept / "adapter_model.safetensors").samefile(folder / "adapter_model.safetensors") == linked
         assert json.loads((kept / "adapter_config.json").read_text()) == json.loads((folder / "adapter_config.json").read_text())
-        assert sums[f"updates/{folder.name}/adapter_model.safetensors"] == sha256(folder / "adapter_model.safetensors")
+        assert sums[f"updates/{folder.name}/adapter_model.safetensors"] == checksum(folder / "adapter_model.safetensors")
     assert not any("updates" in name for name in read_manifest(tmp_path / "parties")["files"])
     shutil.rmtree(out)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
@@ -191,7 +191,7 @@ def test_results_with_updates_in_the_old_format_are_verified(tmp_path):
     for update in found.updates:
         name = f"updates/{update.client_id}.safetensors"
         save_update(out / name, update)
-        manifest["files"][name] = sha256(out / name)
+        manifest["files"][name] = checksum(out / name)
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert verify(out) == want
     (out / name).unlink()
@@ -241,7 +241,7 @@ def test_files_written_in_pieces_are_those_of_safetensors(dtype, tmp_path):
         for tensor in tensors.values():
             for row in tensor.split(2):
                 file.write(row)
-    assert file.sha256 == sha256(tmp_path / "ours")
+    assert file.checksum == checksum(tmp_path / "ours")
     theirs = load_file(tmp_path / "ours")
     save_file(tensors, tmp_path / "theirs", {"k": "v"})
     table = read_table(tmp_path / "theirs")

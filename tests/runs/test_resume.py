@@ -14,7 +14,7 @@ from fedex_lora.config import read_config
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import LocalSimulation, run
-from fedex_lora.storage.files import read_manifest, sha256
+from fedex_lora.storage.files import checksum, read_manifest
 from fedex_lora.storage.run_folder import locked
 
 CASES = {
@@ -136,7 +136,7 @@ def test_a_finished_run_that_lost_something_gets_it_again(lost, whole, tmp_path)
         (out / "final" / "updates").mkdir()
         shutil.copyfile(out / "rounds" / "0003" / update, out / "final" / update)
         manifest = read_manifest(out / "final")
-        manifest["files"][str(update)] = sha256(out / "final" / update)
+        manifest["files"][str(update)] = checksum(out / "final" / update)
         (out / "final" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(StorageError, match=r"final/updates/.* is not what the last round left"):
             verify(out)

@@ -19,7 +19,7 @@ from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.storage.events import read_events
-from fedex_lora.storage.files import sha256
+from fedex_lora.storage.files import checksum
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import run_rounds_of
 from fedex_lora.storage.tensors import load_tensors, save_tensors
@@ -279,7 +279,7 @@ def test_verify_checks_the_head_and_the_final_folder(tmp_path):
     tensors, metadata = load_tensors(path)
     save_tensors(path, {name: -5 * tensor if "classifier" in name else tensor for name, tensor in tensors.items()}, metadata)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["trainable/adapter_model.safetensors"] = sha256(path)
+    manifest["files"]["trainable/adapter_model.safetensors"] = checksum(path)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match=r"final/trainable/adapter_model\.safetensors is not what the last round left in .*0002"):
         verify(tmp_path / "run")

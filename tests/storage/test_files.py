@@ -1,5 +1,6 @@
 """Files: whole or not there, and altered ones are recognised."""
 
+import hashlib
 import json
 import math
 import os
@@ -142,3 +143,17 @@ def test_who_is_interrupted_as_the_temporary_appears_leaves_nothing(tmp_path, mo
     with pytest.raises(KeyboardInterrupt), writes(tmp_path / "out"):
         raise AssertionError("it was interrupted before")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_of_older_versions_are_checked_as_they_were_written(tmp_path):
+    """They were sha256 without a name; whatever is written now says which digest it is."""
+    with atomic_folder(tmp_path / "out", {}) as folder:
+        (folder / "x").write_bytes(b"content")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["files"]["x"].startswith("blake3:")
+    manifest["files"]["x"] = hashlib.sha256(b"content").hexdigest()
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert read_manifest(tmp_path / "out")
+    (tmp_path / "out" / "x").write_bytes(b"Content")
+    with pytest.raises(StorageError, match="has changed since it was written"):
+        read_manifest(tmp_path / "out")

@@ -27,7 +27,7 @@ from fedex_lora.models.lora import add_lora
 from fedex_lora.offline.verify import complaint
 from fedex_lora.report import write_report
 from fedex_lora.runs.run import run
-from fedex_lora.storage.files import MANIFEST, sha256
+from fedex_lora.storage.files import MANIFEST, checksum
 from fedex_lora.storage.result import read_result, write_result
 from fedex_lora.storage.tensors import load_tensors
 from fedex_lora.types import Dense, LowRank
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 def signed(folder, file):
     """The manifest agrees with what was done to the file: only the numbers are wrong."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][file] = sha256(folder / file)
+    manifest["files"][file] = checksum(folder / file)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

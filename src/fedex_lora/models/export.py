@@ -200,5 +200,5 @@ library_name: {library}
 
 Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}{grown}
 Reloaded after writing: its logits, computed in float32, differ from the run's by {numbers["output_error"]:.1e} of the largest.
-`manifest.json` has the sha256 of every file.
+`manifest.json` has a checksum of every file.
 {participants}"""

@@ -136,7 +136,7 @@ def write_streamed(
                 files.both(mean_of((file.tensor(name) for file in (round.files[-1], *round.files[:-1])), round.p, name))
             for name in round.format.frozen:
                 files.both(round.files[0].tensor(name))
-        sums |= {str(file.path.relative_to(temporary)): file.sha256 for file in files if file}
+        sums |= {str(file.path.relative_to(temporary)): file.checksum for file in files if file}
         write_config(temporary / TRAINABLE, round.adapter, round.format)
         write_readme(temporary / TRAINABLE, round.adapter, method, 1)
         if round.standalone:

@@ -1,4 +1,4 @@
-"""Files: safetensors and JSON, written beside and renamed, with a manifest of sha256 sums."""
+"""Files: safetensors and JSON, written beside and renamed, with a manifest of checksums."""
 
 import errno
 import hashlib
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from fedex_lora.errors import StorageError, UsageError
 
@@ -71,13 +73,13 @@ def cannot_write(path: Path, error: Exception) -> StorageError:
 def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A manifest with the given facts and the sha256 of every file is written last. Facts and sums may still grow while the block runs.
+    A manifest with the given facts and the checksum of every file is written last. Facts and sums may still grow while the block runs.
     Of two processes that write one folder, one is refused.
 
     Args:
         path: must not exist, or be empty.
         manifest: the facts.
-        sums: file name -> sha256, where it is known already.
+        sums: file name -> checksum, where it is known already.
 
     Raises:
         UsageError: `path` exists and holds something, at the start or at the end.
@@ -90,7 +92,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
         try:
             yield temporary
             names = {str(file.relative_to(temporary)): file for file in sorted(temporary.rglob("*")) if file.is_file()}
-            files = {name: (sums or {}).get(name) or sha256(file) for name, file in names.items()}
+            files = {name: (sums or {}).get(name) or checksum(file) for name, file in names.items()}
             write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
             temporary.chmod(0o755)
             for file in temporary.rglob("*"):
@@ -106,7 +108,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
 
 
 def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
-    """The manifest of a folder; with `check`, after comparing every file's sha256.
+    """The manifest of a folder; with `check`, after comparing every file's checksum.
 
     Raises:
         StorageError: no manifest, or a file is missing or altered.
@@ -123,7 +125,7 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
     for name, digest in manifest["files"].items() if check else ():
         if not (folder / name).is_file():
             raise StorageError(f"{folder / name} is missing: copy the folder again")
-        if sha256(folder / name) != digest:
+        if checksum(folder / name, str(digest)) != digest:
             raise StorageError(f"{folder / name} has changed since it was written: copy the folder again")
     return manifest
 
@@ -135,8 +137,10 @@ def unlisted(folder: Path) -> Path | None:
     return next((path for path in there if str(path.relative_to(folder)) not in files), None)
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+def checksum(path: Path, like: str = "blake3:") -> str:
+    """Of a file, `blake3:HEX`; or as an older version wrote the one that it is like: a plain sha256."""
+    if like.startswith("blake3:"):
+        return f"blake3:{blake3().update_mmap(path).hexdigest()}"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

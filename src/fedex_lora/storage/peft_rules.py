@@ -9,7 +9,7 @@ from fedex_lora.errors import AdapterError
 
 PREFIX = "base_model.model."
 MARK = "fedex_lora_base_delta"
-"""The key of `adapter_config.json` that says on which base delta an adapter stands: the sha256 of its file."""
+"""The key of `adapter_config.json` that says on which base delta an adapter stands: the checksum of its file."""
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])$")
 HEADS = {  # what PEFT trains whole of its own accord, and before 0.10 did not write down
     "SEQ_CLS": ("classifier", "score"),

@@ -49,7 +49,7 @@ class Result:
         updates: the participants' updates, where they were kept.
         weights: client id -> p_i.
         standalone: the whole update as one adapter, where it was written.
-        manifest: method, round, inputs, versions, sha256 of every file.
+        manifest: method, round, inputs, versions, checksum of every file.
         format: how the adapter was written.
     """
 
@@ -167,7 +167,7 @@ def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, 
 
 
 def read_result(folder: Path, check: bool = True) -> Result:
-    """Read a result folder, after comparing sha256 sums.
+    """Read a result folder, after comparing checksums.
 
     Raises:
         StorageError: something is missing, altered or not finite.

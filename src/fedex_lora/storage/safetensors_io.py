@@ -1,15 +1,14 @@
 """safetensors files: opened and checked by their library, read in ranges into memory that is there already, written tensor by tensor."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,7 +27,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SMALL = 2**18  # bytes whose sum takes less time than another thread does to wake up
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 """Name -> dtype and shape, in the order in which the tensors lie in the file."""
 
@@ -146,7 +144,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 class TensorWriter:
     """Writes a safetensors file from its first byte to its last: the header from the shapes, then the tensors in pieces.
 
-    The sha256 sum is taken in a thread while the next piece is made.
+    Its checksum is taken on the way.
 
     Args:
         path: of the file; its folder is made.
@@ -175,43 +173,30 @@ class TensorWriter:
         raw += b" " * (-len(raw) % 8)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._left = path, 8 + len(raw) + position
-        self._file, self._sum = path.open("wb", buffering=0), hashlib.sha256()
-        self._worker, self._pending = ThreadPoolExecutor(max_workers=1), Future[None]()
-        self._pending.set_result(None)
+        self._file, self._sum = path.open("wb", buffering=0), blake3()
         self._write(memoryview(len(raw).to_bytes(8, "little") + raw))
 
     def write(self, piece: Tensor) -> None:
-        """The next numbers of the file. The tensor must not change before the next call of `write` or `settle`."""
+        """The next numbers of the file."""
         self._write(_bytes(piece.contiguous()))
 
     def _write(self, data: memoryview) -> None:
         if self._left < data.nbytes:
             raise AssertionError(f"{self.path}: more is written than its header says")
         self._left -= data.nbytes
-        self.settle()
-        if data.nbytes < SMALL:
-            self._sum.update(data)
-        else:
-            self._pending = self._worker.submit(self._sum.update, data)
+        self._sum.update(data)
         while data.nbytes:
             data = data[self._file.write(data) :]
 
-    def settle(self) -> None:
-        """Wait until what was written may change."""
-        self._pending.result()
-
     @property
-    def sha256(self) -> str:
-        """Of what has been written, in hexadecimal."""
-        self.settle()
-        return self._sum.hexdigest()
+    def checksum(self) -> str:
+        """Of what has been written: see `storage.files.checksum`."""
+        return f"blake3:{self._sum.hexdigest()}"
 
     def __enter__(self) -> "TensorWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.settle()
-        self._worker.shutdown()
         self._file.close()
         if kind is None and self._left:
             raise AssertionError(f"{self.path}: {self._left} bytes fewer are written than its header says")

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedex_lora.aggregation.flatten import scalings_of
 from fedex_lora.errors import StorageError
 from fedex_lora.storage.adapter_folder import CONFIG, WEIGHTS, AdapterHeader, read_adapter_folder
-from fedex_lora.storage.files import sha256
+from fedex_lora.storage.files import checksum
 from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.types import ClientUpdate, LoRAPair
 
@@ -57,7 +57,7 @@ def keep_adapters(result: Path, adapters: Mapping[str, AdapterHeader]) -> dict[s
         adapters: client -> its adapter.
 
     Returns:
-        File -> its sha256.
+        File -> its checksum.
 
     Raises:
         StorageError: an adapter has changed since it was described.
@@ -71,7 +71,7 @@ def keep_adapters(result: Path, adapters: Mapping[str, AdapterHeader]) -> dict[s
             os.link(adapter.path.resolve(), place / WEIGHTS)
         except OSError:  # another disk, or one without links, or somebody else's file
             shutil.copyfile(adapter.path, place / WEIGHTS)
-        sums[str((place / WEIGHTS).relative_to(result))] = sha256(place / WEIGHTS)
+        sums[str((place / WEIGHTS).relative_to(result))] = checksum(place / WEIGHTS)
         adapter.require_unchanged()
     return sums
 
