@@ -27,6 +27,7 @@ from fedex_lora.models.lora import read_model, read_other, set_trained
 from fedex_lora.tasks import collator
 from fedex_lora.types import ClientUpdate
 
+BITSANDBYTES = "bitsandbytes.autograd._functions"  # the logger of its int8 layers
 StepHook = Callable[[int, int], None]
 """(step, steps of this round)."""
 
@@ -192,7 +193,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right by itself
-    getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")  # int8 layers say at every call that they compute in float16
+    getLogger(BITSANDBYTES).setLevel("ERROR")  # int8 layers say at every call that they compute in float16
     disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

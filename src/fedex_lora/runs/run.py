@@ -9,7 +9,7 @@ import numpy as np
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
-from fedex_lora.client.training import ClientData, silence_libraries
+from fedex_lora.client.training import ClientData
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
 from fedex_lora.protocol.failures import failure_of
@@ -17,6 +17,7 @@ from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import Emit, log_to
+from fedex_lora.runs.global_state import undone
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
@@ -148,20 +149,20 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
     if found:
         _require_run(out, config)
-    silence_libraries()
-    trackers = Trackers(config, out, emit)
-    place = home(config, emit)
-    require_space(out, place.facts()["disk_bytes"])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out), trackers:
-            remove_temporaries(out)
-            write_text(out / "config.toml", resolved)
-            return _resume_or_start(config, place, out, log_to(out / "events.jsonl", emit, trackers))
-    except OSError as error:
-        if not writing_failed(error, out):
-            raise
-        raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
+    with undone():
+        trackers = Trackers(config, out, emit)
+        place = home(config, emit)
+        require_space(out, place.facts()["disk_bytes"])
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with locked(out), trackers:
+                remove_temporaries(out)
+                write_text(out / "config.toml", resolved)
+                return _resume_or_start(config, place, out, log_to(out / "events.jsonl", emit, trackers))
+        except OSError as error:
+            if not writing_failed(error, out):
+                raise
+            raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
 
 
 def _require_run(out: Path, config: Config) -> None:

@@ -1,0 +1,42 @@
+"""What a run changes in its process beside its own objects, and how that is undone at its end."""
+
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+from fedex_lora.client.training import BITSANDBYTES, silence_libraries
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """Silence the libraries within; afterwards the environment, warning filters, loggers, progress bars, CPU threads and the states of the
+    random generators are what they were before."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    verbosity, level = transformers.logging.get_verbosity(), logging.getLogger(BITSANDBYTES).level
+    bars = transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    with warnings.catch_warnings():
+        silence_libraries()
+        try:
+            yield
+        finally:
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+            torch.set_num_threads(threads)
+            transformers.logging.set_verbosity(verbosity)
+            logging.getLogger(BITSANDBYTES).setLevel(level)
+            for on, library in zip(bars, (transformers.logging, datasets), strict=True):
+                if on:
+                    library.enable_progress_bar() if library is transformers.logging else library.enable_progress_bars()
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
