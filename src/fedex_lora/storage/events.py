@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.files import cannot_write
+from fedex_lora.storage.files import cannot_write, finite_json
 
 _Null = BeforeValidator(lambda value: math.nan if value is None else value)
 Number = Annotated[float, _Null]
@@ -209,7 +209,7 @@ class RunDone(Event, name="run_done"):
 
 
 class Unreadable(Event, name="unreadable"):
-    """An event of another version, or one whose fields in `complaint` are missing or no values of theirs."""
+    """An event of another version, or one whose fields in `complaint` are missing or wrong."""
 
     event: str
     complaint: list[str] = []
@@ -243,25 +243,12 @@ def _made(name: str, fields: dict[str, Any]) -> Event:
 def append_event(path: Path, event: str | Event, **fields: Any) -> None:
     """One event as one line at the end of `events.jsonl`."""
     made = record(event, **fields)
-    line = finite_json({"event": made.name, **made.fields(), "time": time.time()})
+    line = finite_json({"event": made.name, **made.fields(), "time": time.time()}) + "\n"
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(line)
     except OSError as error:
         raise cannot_write(path, error) from None
-
-
-def finite_json(value: Any) -> str:
-    """JSON as the standard has it: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(line: str | bytes) -> Event | None:
@@ -270,9 +257,7 @@ def _read(line: str | bytes) -> Event | None:
         fields = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(fields, dict) or not isinstance(name := fields.pop("event", None), str):
-        return None
-    return _made(name, fields)
+    return _made(fields.pop("event"), fields) if isinstance(fields, dict) and isinstance(fields.get("event"), str) else None
 
 
 def read_events(path: Path) -> list[Event]:
