@@ -26,7 +26,8 @@ from fedex_lora.experiments.compare._runs import Job, outcomes
 from fedex_lora.experiments.compare._statistics import Curve, curve, held_out_score, rounds_to, summary
 from fedex_lora.experiments.compare._variants import controls, variants
 from fedex_lora.report.analysis import sent
-from fedex_lora.storage.events import HeldOut, RoundDone, Started, finite_json, of_kind, read_events, record
+from fedex_lora.storage.events import HeldOut, RoundDone, Started, of_kind, read_events, record
+from fedex_lora.storage.files import finite_json
 
 
 def compare(config, methods, seeds, out, learning_rates=None, with_controls=True, jobs=1, tell=lambda line, done, total: None, **more):

@@ -159,7 +159,7 @@ def assert_the_same(left, right):
 def told(folder):
     """What a run's events say of its rounds, but for the clock."""
     clock = ("time", "seconds", "bytes_up")
-    return [{name: value for name, value in event.items() if name not in clock} for event in events_of(folder, "round_done")]
+    return [{name: value for name, value in event.fields().items() if name not in clock} for event in events_of(folder, "round_done")]
 
 
 def check(place, out, combination):

@@ -71,7 +71,7 @@ def consoles(as_json: bool) -> "Console":
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
-    from fedex_lora.storage.events import finite_json
+    from fedex_lora.storage.files import finite_json
 
     print(finite_json(value))
 

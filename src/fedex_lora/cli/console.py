@@ -172,8 +172,9 @@ def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0
     with Display(console, clock=lambda: now[0]) as display:
         for event in tail_events(folder / EVENTS, None if once else every):
             now[0] = (event and event.time) or time.time()
-            if isinstance(event, told.Unreadable) and event.complaint:
-                console.print(f"(a line that says {event.event!r} cannot be shown)", highlight=False, markup=False)
+            if isinstance(event, told.Unreadable):
+                if event.complaint:
+                    console.print(f"(a line that says {event.event!r} cannot be shown)", highlight=False, markup=False)
             elif event:
                 display(event)
             done = isinstance(event, told.RunDone)

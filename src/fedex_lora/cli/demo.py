@@ -12,8 +12,8 @@ from fedex_lora.errors import UsageError
 from fedex_lora.exactness.algebra import worst
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import RoundDone, Started, finite_json, of_kind, read_events
-from fedex_lora.storage.files import TEMPORARY, write_text
+from fedex_lora.storage.events import RoundDone, Started, of_kind, read_events
+from fedex_lora.storage.files import TEMPORARY, finite_json, write_text
 from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, is_report, remove, strays
 from fedex_lora.tasks.demo import ROUNDS, configuration
 

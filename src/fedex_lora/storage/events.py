@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.files import cannot_write
+from fedex_lora.storage.files import cannot_write, finite_json
 
 _Null = BeforeValidator(lambda value: math.nan if value is None else value)
 Number = Annotated[float, _Null]
@@ -28,34 +28,27 @@ class Event(BaseModel):
     name: ClassVar[str]
     time: float | None = None  # seconds since 1970, when it was written
 
-    # The next five are for readers that still take an event as a mapping; they go when nobody does.
-    def _mapping(self) -> dict[str, Any]:
-        return {"event": self.name, **self.fields()}
+    def __init_subclass__(cls, name: str = "", **options: Any) -> None:
+        cls.name = name
+        super().__init_subclass__(**options)
 
-    def __getitem__(self, key: str) -> Any:
-        return self._mapping()[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._mapping()
+    def __getitem__(self, key: str) -> Any:  # these three: for readers that still take an event as a mapping
+        return {"event": self.name, **self.fields()}[key]
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self._mapping().get(key, default)
+        return {"event": self.name, **self.fields()}.get(key, default)
 
-    def keys(self) -> Any:
-        return self._mapping().keys()
-
-    def items(self) -> Any:
-        return self._mapping().items()
+    def __contains__(self, key: str) -> bool:
+        return key in self.fields()
 
     def fields(self) -> dict[str, Any]:
         """What was said, by name."""
         return self.model_dump(exclude_unset=True)
 
 
-class Started(Event):
+class Started(Event, name="started"):
     """Before round 1: the run's facts, and the metrics of the untrained model."""
 
-    name = "started"
     method: str
     clients: list[str]
     rounds: int = 0
@@ -81,42 +74,37 @@ class Started(Event):
     versions: dict[str, str] = {}
 
 
-class Resumed(Event):
+class Resumed(Event, name="resumed"):
     """An interrupted run goes on, with its first unfinished round."""
 
-    name = "resumed"
     round: int
     rounds: int
 
 
-class Finished(Event):
+class Finished(Event, name="finished"):
     """A run is resumed that is done; shown, not kept."""
 
-    name = "finished"
     rounds: int
 
 
-class RoundStarted(Event):
+class RoundStarted(Event, name="round_started"):
     """A round begins, with its participants."""
 
-    name = "round_started"
     round: int
     clients: list[str]
 
 
-class Step(Event):
+class Step(Event, name="step"):
     """A training step; shown, not kept."""
 
-    name = "step"
     client: str
     step: int
     steps: int
 
 
-class ClientDone(Event):
+class ClientDone(Event, name="client_done"):
     """A client's update arrived and is valid by itself; `late`: it was asked for so many rounds ago."""
 
-    name = "client_done"
     round: int
     client: str
     num_examples: int | None = None
@@ -127,27 +115,24 @@ class ClientDone(Event):
     seconds: Said = None
 
 
-class ClientRejected(Event):
+class ClientRejected(Event, name="rejected"):
     """A client's update is not part of the round's mean. (Earlier versions wrote `refused`.)"""
 
-    name = "rejected"
     round: int
     client: str
     reason: str
 
 
-class PartyFailed(Event):
+class PartyFailed(Event, name="party_failed"):
     """The full text of a client's failure, for the console of a run in one process; never in the file."""
 
-    name = "party_failed"
     client: str
     message: str
 
 
-class Waiting(Event):
+class Waiting(Event, name="waiting"):
     """Nobody has answered for a while; or, with a reason, clients will be asked again in so many seconds."""
 
-    name = "waiting"
     round: int
     clients: list[str]
     since: float
@@ -155,20 +140,18 @@ class Waiting(Event):
     seconds: float | None = None
 
 
-class Warned(Event):
+class Warned(Event, name="warning"):
     """Something is legal and useless, or went another way than meant."""
 
-    name = "warning"
     message: str
     round: int | None = None
     client: str | None = None
     tail: Said = None
 
 
-class HeldOut(Event):
+class HeldOut(Event, name="held_out"):
     """The clients' own held-out rows, on the model after `round`: the mean weighted by rows, and each client's."""
 
-    name = "held_out"
     round: int
     metrics: Metrics
     clients: dict[str, Metrics] = {}
@@ -185,10 +168,9 @@ class Modules(BaseModel):
     effective_rank: list[Number] = []
 
 
-class RoundDone(Event):
+class RoundDone(Event, name="round_done"):
     """A round's folder is written; what each number is stands in docs/events.md."""
 
-    name = "round_done"
     round: int
     metrics: Metrics
     bytes_down: int
@@ -209,29 +191,26 @@ class RoundDone(Event):
     skipped: str = ""
 
 
-class Evaluated(Event):
+class Evaluated(Event, name="evaluated"):
     """The final model was sent to all clients, to be measured."""
 
-    name = "evaluated"
     bytes_down: int
     bytes_up: int
     round: int | None = None
 
 
-class RunDone(Event):
+class RunDone(Event, name="run_done"):
     """The end; `held_out` is by round, `skipped` the rounds without a mean."""
 
-    name = "run_done"
     rounds: int = 0
     best_round: int | None = None
     held_out: dict[str, Metrics] = {}
     skipped: list[int] = []
 
 
-class Unreadable(Event):
-    """An event of another version, or one whose fields in `complaint` are missing or no values of theirs."""
+class Unreadable(Event, name="unreadable"):
+    """An event of another version, or one whose fields in `complaint` are missing or wrong."""
 
-    name = "unreadable"
     event: str
     complaint: list[str] = []
 
@@ -246,42 +225,30 @@ def record(event: str | Event, **fields: Any) -> Event:
     Raises:
         StorageError: there is no such event, or it lacks a field.
     """
-    if isinstance(event, Event):
-        return event
-    if event not in KINDS:
-        raise StorageError(f"there is no event `{event}`: this has {', '.join(KINDS)}")
+    made = event if isinstance(event, Event) else _made(event, fields)
+    if isinstance(made, Unreadable):
+        raise StorageError(f"a `{made.event}` event without {', '.join(made.complaint) or 'a meaning'}")
+    return made
+
+
+def _made(name: str, fields: dict[str, Any]) -> Event:
+    if name not in KINDS:
+        return Unreadable(event=name)
     try:
-        return KINDS[event](**fields)
+        return KINDS[name](**fields)
     except ValidationError as error:
-        raise StorageError(f"a `{event}` event without {', '.join(_odd(error))}") from None
-
-
-def _odd(error: ValidationError) -> list[str]:
-    return list(dict.fromkeys(str(one["loc"][0]) for one in error.errors()))
+        return Unreadable(event=name, complaint=list(dict.fromkeys(str(one["loc"][0]) for one in error.errors())))
 
 
 def append_event(path: Path, event: str | Event, **fields: Any) -> None:
     """One event as one line at the end of `events.jsonl`."""
     made = record(event, **fields)
-    line = finite_json({"event": made.name, **made.fields(), "time": time.time()})
+    line = finite_json({"event": made.name, **made.fields(), "time": time.time()}) + "\n"
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(line)
     except OSError as error:
         raise cannot_write(path, error) from None
-
-
-def finite_json(value: Any) -> str:
-    """JSON as the standard has it: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(line: str | bytes) -> Event | None:
@@ -290,14 +257,7 @@ def _read(line: str | bytes) -> Event | None:
         fields = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(fields, dict) or not isinstance(name := fields.pop("event", None), str):
-        return None
-    if name not in KINDS:
-        return Unreadable(event=name)
-    try:
-        return KINDS[name](**fields)
-    except ValidationError as error:
-        return Unreadable(event=name, complaint=_odd(error))
+    return _made(fields.pop("event"), fields) if isinstance(fields, dict) and isinstance(fields.get("event"), str) else None
 
 
 def read_events(path: Path) -> list[Event]:

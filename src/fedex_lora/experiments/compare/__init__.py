@@ -33,8 +33,8 @@ from fedex_lora.experiments.compare._tuning import Choice, chosen
 from fedex_lora.experiments.compare._variants import Variant, configured, controls, with_settings
 from fedex_lora.runs.round_loop import versions
 from fedex_lora.runs.run import LocalSimulation
-from fedex_lora.storage.events import Started, finite_json, of_kind, read_events
-from fedex_lora.storage.files import write_text
+from fedex_lora.storage.events import Started, of_kind, read_events
+from fedex_lora.storage.files import finite_json, write_text
 from fedex_lora.storage.run_folder import EVENTS, locked
 
 __all__ = [

@@ -14,8 +14,7 @@ from fedex_lora.experiments.reproduce._records import ModelContext, Record, find
 from fedex_lora.experiments.reproduce._scores import scores, traffic
 from fedex_lora.experiments.reproduce._tiny import write_tiny_data
 from fedex_lora.experiments.tables import Table
-from fedex_lora.storage.events import finite_json
-from fedex_lora.storage.files import write_text
+from fedex_lora.storage.files import finite_json, write_text
 
 __all__ = ["Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
 

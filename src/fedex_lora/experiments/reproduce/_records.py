@@ -17,8 +17,8 @@ from fedex_lora.evaluation import Options, evaluate_source
 from fedex_lora.experiments.compare._runs import nobody
 from fedex_lora.experiments.reproduce._recipe import Cell, identity
 from fedex_lora.runs.run import run
-from fedex_lora.storage.events import Evaluated, Event, HeldOut, Metrics, RoundDone, Started, finite_json, of_kind, read_events
-from fedex_lora.storage.files import write_text
+from fedex_lora.storage.events import Evaluated, Event, HeldOut, Metrics, RoundDone, Started, of_kind, read_events
+from fedex_lora.storage.files import finite_json, write_text
 from fedex_lora.storage.run_folder import EVENTS, remove, strays
 from fedex_lora.tasks import Task, load_task
 
