@@ -23,11 +23,11 @@ from torch import Tensor
 from fedex_lora import ClientUpdate, LoRAPair
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import parts
-from fedex_lora.config import Messages, Server
+from fedex_lora.config import Messages, ServerOptimizer
 from fedex_lora.protocol.delta_sync import CatchUp, Log, lacking
 from fedex_lora.types import Delta, Dense, ServerState
 
-PACES = {"at rest": Server(), "momentum": Server(momentum=0.5)}
+PACES = {"at rest": ServerOptimizer(), "momentum": ServerOptimizer(momentum=0.5)}
 
 
 def numbers(delta: Delta) -> int:

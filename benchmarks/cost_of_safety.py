@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors.torch import load, save, save_file
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.client.state import ClientState, dumped
+from fedex_lora.client.state import ClientState, client_table
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import read_config
 from fedex_lora.models.lora import format_of
@@ -95,7 +95,7 @@ def safely(one: Round, out: Path) -> dict[str, float]:
     taken["norms"] = lap()
     for client, reply in one.up.items():
         state = ClientState(ModelCopy(adapter=known), round=one.here.state.round, reply=reply)
-        write_bytes(out / client / "memory.safetensors", pack("client", *dumped(state, whole=False)))
+        write_bytes(out / client / "memory.safetensors", pack("client", *client_table(state, whole=False)))
     taken["clients' memories"] = lap()
     weights = {update.client_id: 1 / len(updates) for update in updates}
     more, before = {FILE: to_file(one.here)}, read_result(one.folder, check=False).previous_delta

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedex_lora.config import write_config
 from fedex_lora.engines.flower._node import Node
-from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._trial import short_demo
 from fedex_lora.engines.flower._worker import ask, serve
 from fedex_lora.runs.run import LocalSimulation
@@ -62,7 +62,7 @@ def main():
 
         def request(number, **node):
             settings = {"rows": "dealt", "state": f"{folder}/{number}", **node}
-            return Request(sent["bone"], "bone", "run", "", write_config(config), settings)
+            return NodeRequest(sent["bone"], "bone", "run", "", write_config(config), settings)
 
         result["an answer by a new party: rows, model, training"] = min(timed(Node(ignore).answer, request(n)) for n in repeats)
         socket, ready = Path(folder) / "socket", threading.Event()

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from fedex_lora.config import base_folder, parse_config
 from fedex_lora.engines.flower._local import local_deployment
-from fedex_lora.engines.flower._trial import traffic
+from fedex_lora.engines.flower._trial import bytes_sent
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.errors import TrainingError
 from fedex_lora.storage.events import ClientDone, RoundDone, of_kind, read_events
@@ -115,7 +115,7 @@ def main():
             "rounds": [event.model_dump(include={"round", "seconds", "bytes_down", "bytes_up", "exactness_error"}) for event in done],
             "peak_megabytes": peaks.seen,
             "failures": failures,
-            **traffic(root / "run", status),
+            **bytes_sent(root / "run", status),
         }
     print(json.dumps(result, indent=1))
     if arguments.out:

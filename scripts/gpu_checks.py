@@ -91,14 +91,14 @@ def device(folder: Path) -> dict[str, Any]:
 
 def demo(folder: Path) -> dict[str, Any]:
     """Four methods on the embedded task; and the report, where its packages are."""
-    from fedex_lora.cli.demo import METHODS, configuration, summary
+    from fedex_lora.cli.demo import METHODS, configuration, demo_summary
     from fedex_lora.runs.run import run
 
     found: dict[str, Any] = {}
     for method in METHODS:
         config = configuration(method, 5 if on_gpu() else 1)
         run(config, folder / method, lambda event: None)
-        found[method] = summary(folder / method) | numbers(folder / method, exact=method != "fedit")
+        found[method] = demo_summary(folder / method) | numbers(folder / method, exact=method != "fedit")
     try:
         from fedex_lora.report import write_report
 

@@ -5,7 +5,7 @@ import struct
 
 from safetensors.torch import load, save
 
-from fedex_lora.protocol.frame import PREFIX, digest, join, read_table, split
+from fedex_lora.protocol.frame import PREFIX, digest, join, read_body_table, split
 
 
 def parts(payload):
@@ -17,7 +17,7 @@ def parts(payload):
 def told(payload):
     """What a message says of itself: its envelope, and the header of its body."""
     envelope, body = parts(payload)
-    return {**(json.loads(read_table(memoryview(body), len(body))[0]) if body else {}), **envelope}
+    return {**(json.loads(read_body_table(memoryview(body), len(body))[0]) if body else {}), **envelope}
 
 
 def tensors_of(payload):
@@ -34,7 +34,7 @@ def sealed(envelope, body):
 def retold(payload, **changes):
     """The message that says other things of itself, in its envelope or in the header of its body."""
     envelope, body = parts(payload)
-    header = json.loads(read_table(memoryview(body), len(body))[0])
+    header = json.loads(read_body_table(memoryview(body), len(body))[0])
     header |= {name: value for name, value in changes.items() if name in header}
     envelope |= {name: value for name, value in changes.items() if name not in header}
     return sealed(envelope, save(load(body), metadata={"header": json.dumps(header, separators=(",", ":"))}))
@@ -44,7 +44,7 @@ def with_tensors(payload, change):
     """The message with `change(its tensors)`; None leaves one out."""
     envelope, body = parts(payload)
     found = {name: tensor.contiguous() for name, tensor in change(load(body)).items() if tensor is not None}
-    return sealed(envelope, save(found, metadata={"header": read_table(memoryview(body), len(body))[0]}))
+    return sealed(envelope, save(found, metadata={"header": read_body_table(memoryview(body), len(body))[0]}))
 
 
 def bounds(body):

@@ -10,13 +10,17 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.lowrank import from_parts, parts, same_bits
 from fedex_lora.aggregation.momentum import gained, halted, last_change
-from fedex_lora.config import Server
+from fedex_lora.config import ServerOptimizer
 from fedex_lora.types import ClientUpdate, LowRank, MovingDense, MovingLowRank
 
 MOVING = [name for name, row in METHODS.items() if row.momentum]
 SHAPES = {"stays low-rank": (160, 120), "becomes a matrix": (20, 24)}
 SCALING, RANK, ROUNDS = 2.0, 3, 8
-PACES = {"b": Server(momentum=0.5), "h": Server(learning_rate=2.0), "b and h": Server(momentum=0.3, learning_rate=0.7)}
+PACES = {
+    "b": ServerOptimizer(momentum=0.5),
+    "h": ServerOptimizer(learning_rate=2.0),
+    "b and h": ServerOptimizer(momentum=0.3, learning_rate=0.7),
+}
 
 
 def trained(state, round):
@@ -83,7 +87,7 @@ def test_every_round_is_the_recurrence(method, pace):
 def test_the_rank_grows_by_a_round_at_a_time(method):
     state, ranks = first(method), []
     for round in range(1, 5):
-        state, _ = server.step(state, list(trained(state, round)), pace=Server(momentum=0.5))
+        state, _ = server.step(state, list(trained(state, round)), pace=ServerOptimizer(momentum=0.5))
         ranks.append(state.base_delta["stays low-rank"].right.shape[0])
     step = {"fedex": 2 * RANK + RANK, "fedit": RANK, "reinit": 3 * RANK}[method]
     assert ranks == [step * round for round in range(1, 5)]
@@ -92,12 +96,12 @@ def test_the_rank_grows_by_a_round_at_a_time(method):
 def test_without_momentum_old_products_vanish():
     state = first("fedex")
     for round in range(1, 5):
-        state, _ = server.step(state, list(trained(state, round)), pace=Server(learning_rate=2.0))
+        state, _ = server.step(state, list(trained(state, round)), pace=ServerOptimizer(learning_rate=2.0))
     assert state.base_delta["stays low-rank"].right.shape[0] == 4 * 2 * RANK + RANK  # residuals, and the present product
 
 
 def test_factors_and_heads_move_by_themselves():
-    pace = Server(momentum=0.5, learning_rate=0.8, momentum_on="all", momentum_of="factors")
+    pace = ServerOptimizer(momentum=0.5, learning_rate=0.8, momentum_on="all", momentum_of="factors")
     states = [first("fedit")]
     for round in range(1, 5):
         before, older, updates = states[-1], states[max(0, len(states) - 2)], list(trained(states[-1], round))
@@ -120,14 +124,14 @@ def test_heads_stay_by_default():
     state = first("fedex")
     for round in (1, 2):
         updates = list(trained(state, round))
-        state, result = server.step(state, updates, pace=Server(momentum=0.5))
+        state, result = server.step(state, updates, pace=ServerOptimizer(momentum=0.5))
         assert torch.equal(state.other["head"], result.other["head"])
 
 
 def test_what_was_gained_and_changed_last():
     states = [first("fedex")]
     for round in range(1, ROUNDS):
-        states.append(server.step(states[-1], list(trained(states[-1], round)), pace=Server(momentum=0.5))[0])
+        states.append(server.step(states[-1], list(trained(states[-1], round)), pace=ServerOptimizer(momentum=0.5))[0])
     after, before = states[-1], states[-2]
     gain = gained(before.base_delta, after.base_delta)
     for module in SHAPES:

@@ -34,9 +34,9 @@ from fedex_lora.config import parse_config, read_config, write_config  # noqa: E
 from fedex_lora.engines.flower import _exchange  # noqa: E402
 from fedex_lora.engines.flower._exchange import GridExchange, NodeDirectory  # noqa: E402
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key  # noqa: E402
-from fedex_lora.engines.flower._messages import Envelope, pack, unpack  # noqa: E402
+from fedex_lora.engines.flower._messages import Envelope, from_record, to_record  # noqa: E402
 from fedex_lora.engines.flower._node import Node  # noqa: E402
-from fedex_lora.engines.flower._request import Request  # noqa: E402
+from fedex_lora.engines.flower._request import NodeRequest  # noqa: E402
 from fedex_lora.engines.flower._settings import node_settings, run_settings  # noqa: E402
 from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
 from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
@@ -45,7 +45,7 @@ from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageEr
 from fedex_lora.protocol.messages import envelope_of  # noqa: E402
 from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
 from fedex_lora.protocol.records import Apology  # noqa: E402
-from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
+from fedex_lora.protocol.records import NodeRequest as ToClient  # noqa: E402
 from fedex_lora.runs.emit import log_to  # noqa: E402
 from fedex_lora.runs.listening import Reply  # noqa: E402
 from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
@@ -206,7 +206,7 @@ class Nodes:
         identity = f"message {number}"
         message = self.out[identity]
         message.metadata.__dict__["_message_id"] = identity
-        self.back[identity] = Message(pack(Envelope(content, {})) if isinstance(content, bytes) else content, reply_to=message)
+        self.back[identity] = Message(to_record(Envelope(content, {})) if isinstance(content, bytes) else content, reply_to=message)
 
 
 def of_round(number):
@@ -234,7 +234,7 @@ def test_an_absent_node_is_waited_for_and_a_dead_one_is_named():
     nodes = Nodes("a")
     replies = GridExchange(nodes, ["a", "b"], {"run": "r"})({"a": of_round(1), "b": of_round(1)}, None)
     assert next(replies) is None
-    assert unpack(nodes.sent[0]) == Envelope(of_round(1), {"run": "r", "client": "a"})
+    assert from_record(nodes.sent[0]) == Envelope(of_round(1), {"run": "r", "client": "a"})
     nodes.nodes[20] = SimpleNamespace(node_id=20, name="b", last_activated_at="1")
     nodes.answer(0)
     assert told([next(replies)]) == [("a", b"answer", "")]
@@ -249,7 +249,7 @@ def test_a_node_started_anew_is_asked_again_at_once():
     assert next(replies) is None
     nodes.nodes[10].last_activated_at = "2"
     assert next(replies) is None
-    assert [unpack(message).payload for message in nodes.sent] == [of_round(1)] * 2
+    assert [from_record(message).payload for message in nodes.sent] == [of_round(1)] * 2
     nodes.answer(1)
     assert told(replies) == [("a", b"answer", "")]
 
@@ -350,7 +350,7 @@ def alone(config, folder, answer):
     def exchange(messages, deadline):
         for client, payload in messages.items():
             node = {"client": client, "state": str(folder / "state"), "rows": "dealt"}
-            request = Request(payload, client, "this-run", place.host.place.base.fingerprint(), write_config(config), node)
+            request = NodeRequest(payload, client, "this-run", place.host.place.base.fingerprint(), write_config(config), node)
             yield Reply(client, answer(request))
 
     there = replace(place.federation(), exchange=exchange)
@@ -367,7 +367,7 @@ def alone(config, folder, answer):
 def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes, tmp_path):
     """Every message is answered by a new `Node`, as by a new process: what it knows comes from its folder."""
     config = small(rounds=3, **changes)
-    assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(Request.from_bytes(request.to_bytes()))) == []
+    assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(NodeRequest.from_bytes(request.to_bytes()))) == []
     run(config, tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
 
@@ -412,22 +412,22 @@ def test_a_worker_answers_as_the_party_itself_would(tmp_path):
     assert ready.wait(10)
     assert socket.stat().st_mode & 0o077 == 0
     node = {"worker": str(socket)}
-    assert alone(config, tmp_path / "alone", lambda request: ask(Request(**{**vars(request), "node": {**request.node, **node}}))) == []
+    assert alone(config, tmp_path / "alone", lambda request: ask(NodeRequest(**{**vars(request), "node": {**request.node, **node}}))) == []
     run(config, tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
-    request = Request(b"garbage", "bone", "x", "", write_config(config), {**node, "rows": "dealt", "state": str(tmp_path / "s")})
+    request = NodeRequest(b"garbage", "bone", "x", "", write_config(config), {**node, "rows": "dealt", "state": str(tmp_path / "s")})
     assert envelope_of(ask(request), Apology)[0].code == "message"
     assert "too short" in (tmp_path / "s" / "party.log").read_text()
     with pytest.raises(UsageError, match="does not answer"):
-        ask(Request(**{**vars(request), "node": {"worker": str(tmp_path / "nobody.sock")}}))
+        ask(NodeRequest(**{**vars(request), "node": {"worker": str(tmp_path / "nobody.sock")}}))
 
 
 def test_a_message_for_somebody_else_from_another_base_or_too_large_is_refused(tmp_path):
     config = small()
-    request = Request(b"x" * 2000, "bone", "r", "", write_config(config), {"state": str(tmp_path), "rows": "dealt"})
+    request = NodeRequest(b"x" * 2000, "bone", "r", "", write_config(config), {"state": str(tmp_path), "rows": "dealt"})
 
     def refusal(**changes):
-        asked = Request(**{**vars(request), **changes})
+        asked = NodeRequest(**{**vars(request), **changes})
         with pytest.raises(FedexLoraError) as caught:
             Node(ignore).answer(asked, node_settings(asked.node))
         return str(caught.value)
@@ -444,7 +444,7 @@ def test_own_rows(tmp_path):
     task = {"name": "custom", "kind": "causal-lm", "train": "nowhere.jsonl", "eval": "nowhere.jsonl"}
     config = small().model_copy(update={"task": parse_config({"base": {"model": "demo"}, "task": task}).task})
     settings = node_settings({"client": "a", "data": str(tmp_path), "train": "mine.jsonl"})
-    node, request = Node(ignore), Request(b"", "a", "r", "", write_config(config), {})
+    node, request = Node(ignore), NodeRequest(b"", "a", "r", "", write_config(config), {})
     _, data = node._ready(request, settings)
     assert (len(data.train), len(data.held_out)) == (9, 1)
     assert torch.get_num_threads() == 1

@@ -22,7 +22,7 @@ from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.experiments.compare import compare as compare_by
 from fedex_lora.experiments.compare import configured, interval, parse_protocol
 from fedex_lora.experiments.compare._plan import RATE, Variant, grid_around, label
-from fedex_lora.experiments.compare._runs import Job, outcomes
+from fedex_lora.experiments.compare._runs import RunJob, outcomes
 from fedex_lora.experiments.compare._statistics import Curve, curve, held_out_score, rounds_to, summary
 from fedex_lora.experiments.compare._variants import controls, variants
 from fedex_lora.report.analysis import sent
@@ -241,7 +241,7 @@ def test_a_killed_comparison_continues_to_the_same_numbers(tmp_path):
 
 @pytest.mark.campaign
 def test_a_comparison_that_is_left_stops_its_workers(tmp_path):
-    jobs = [Job(configuration(rounds=rounds), tmp_path / f"{rounds}") for rounds in (1, 500)]
+    jobs = [RunJob(configuration(rounds=rounds), tmp_path / f"{rounds}") for rounds in (1, 500)]
     results = outcomes(jobs, 2)
     assert next(results).job == jobs[0]
     results.close()
@@ -251,7 +251,7 @@ def test_a_comparison_that_is_left_stops_its_workers(tmp_path):
 
 
 def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(tmp_path):
-    jobs = [Job(configuration(rounds=1, seed=seed), tmp_path / f"{seed}") for seed in (0, 1, 2)]
+    jobs = [RunJob(configuration(rounds=1, seed=seed), tmp_path / f"{seed}") for seed in (0, 1, 2)]
 
     def kill_one():
         while not (workers := multiprocessing.active_children()):

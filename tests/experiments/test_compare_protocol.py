@@ -16,9 +16,9 @@ from fedex_lora.cli import app
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.experiments.compare import compare, grid_option, parse_protocol, primary_option, variant_option
-from fedex_lora.experiments.compare._plan import RATE, canonical, label, planned, settled
-from fedex_lora.experiments.compare._runs import Job, Outcome, outcomes
-from fedex_lora.experiments.compare._tuning import chosen
+from fedex_lora.experiments.compare._plan import RATE, canonical, label, planned, settled_plan
+from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, outcomes
+from fedex_lora.experiments.compare._tuning import best_point
 from fedex_lora.runs.run import run
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.run_folder import locked
@@ -38,7 +38,7 @@ TREE = {
 
 def plan(config=CONFIG, out=None, **changes):
     protocol = parse_protocol({**TREE, **changes})
-    return settled(planned(config, protocol, out), protocol)
+    return settled_plan(planned(config, protocol, out), protocol)
 
 
 def test_options_and_files_say_the_same():
@@ -72,7 +72,7 @@ def test_the_canonical_protocol_is_a_fixed_point(tmp_path):
     """Options and files that ask the same have one text; it reads as itself, and names the configuration."""
     text = canonical(plan(out=tmp_path))
     again = parse_protocol(tomllib.loads(text))
-    assert canonical(settled(planned(CONFIG, again, tmp_path), again)) == text
+    assert canonical(settled_plan(planned(CONFIG, again, tmp_path), again)) == text
     for other in ({"seeds": [0, 2]}, {"at": []}, {"tests": []}, {"reference": "kept"}, {"config": configuration(rounds=3)}):
         assert canonical(plan(out=tmp_path, **other)) != text
     assert canonical(plan(configuration(rounds=2, torch_threads=3), tmp_path)) == text  # threads are no part of the question
@@ -85,18 +85,18 @@ def test_settings_are_chosen_by_the_mean_over_the_tuning_seeds(tmp_path):
     made = plan(out=tmp_path, grid={RATE: [1e-3, 2e-3, 4e-3], "training.weight_decay": [0.1]}, methods=["fedit"], variants={}, tests=[])
     held = {1e-3: (0.5, 0.5), 2e-3: (0.9, 0.3), 4e-3: (1.0, None)}
     ran = {
-        ("fedit", label({RATE: rate, "training.weight_decay": 0.1}), seed): Outcome(
+        ("fedit", label({RATE: rate, "training.weight_decay": 0.1}), seed): RunOutcome(
             None, None if value is None else replace(CURVE, held_out=dict.fromkeys((2, 3), value)), "diverged"
         )
         for rate, values in held.items()
         for seed, value in zip((100, 101), values, strict=True)
     }
-    choice = chosen(made, made.variants[0], ran, 1)
+    choice = best_point(made, made.variants[0], ran, 1)
     assert choice.settings == {RATE: 2e-3, "training.weight_decay": 0.1}
     assert choice.at_edge == []
     assert [point["score"] for point in choice.tried] == [pytest.approx(0.5), pytest.approx(0.6), None]
     assert choice.tried[2]["seeds"] == {"100": 1.0, "101": None}
-    assert chosen(made, made.variants[0], ran, -1).at_edge == [RATE]
+    assert best_point(made, made.variants[0], ran, -1).at_edge == [RATE]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def half_done(tmp_path_factory):
 
     with pytest.raises(KeyboardInterrupt):
         run(JOB, folder / "run", stop)
-    (whole,) = outcomes([Job(JOB, folder / "whole" / "run")], 1)  # messages have the name of the folder
+    (whole,) = outcomes([RunJob(JOB, folder / "whole" / "run")], 1)  # messages have the name of the folder
     return folder / "run", whole.curve
 
 
@@ -220,7 +220,7 @@ def test_a_half_done_run_goes_on_to_the_same_numbers(half_done, broken, goes_on_
         path = tmp_path / "run" / broken
         text = path.read_bytes().replace(b"seed = 0", b"seed = 1").replace(b'"started"', b'"startled"')
         path.write_bytes(text[:-40] if "rounds/" in broken else text)
-    (outcome,) = outcomes([Job(JOB, tmp_path / "run")], 1)
+    (outcome,) = outcomes([RunJob(JOB, tmp_path / "run")], 1)
     assert [event["round"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "resumed"] == (
         [goes_on_with] if goes_on_with else []
     )

@@ -10,7 +10,7 @@ from scripts import evidence_rows, smollm2
 
 from fedex_lora.config import read_config
 from fedex_lora.experiments.compare import read_protocol
-from fedex_lora.experiments.compare._plan import planned, settled
+from fedex_lora.experiments.compare._plan import planned, settled_plan
 
 SETTINGS = sorted(path.parent for path in (Path(__file__).parents[2] / "evidence").glob("*/protocol.toml"))
 
@@ -18,7 +18,7 @@ SETTINGS = sorted(path.parent for path in (Path(__file__).parents[2] / "evidence
 @pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
 def test_a_protocol_can_be_run_and_has_one_primary_test(folder: Path, tmp_path: Path) -> None:
     protocol = read_protocol(folder / "protocol.toml")
-    plan = settled(planned(read_config(folder / "config.toml", []), protocol, tmp_path), protocol)
+    plan = settled_plan(planned(read_config(folder / "config.toml", []), protocol, tmp_path), protocol)
     assert sum(test.primary for test in plan.tests) == 1
     assert plan.apart, "settings are chosen on the seeds of the test"
     assert "centralised" in [variant.name for variant in plan.variants]

@@ -15,7 +15,7 @@ from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError
 from fedex_lora.experiments.reproduce import Only, cells, find_record, read_recipe, reproduce, targets, write_tiny_data
 from fedex_lora.experiments.reproduce._recipe import merged
-from fedex_lora.experiments.reproduce._records import ModelContext, make_record
+from fedex_lora.experiments.reproduce._records import Paths, make_record
 from fedex_lora.runs.run import run
 from fedex_lora.storage.events import RoundDone, of_kind, read_events
 
@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
     only, longer = Only(rows=["FedEx"], columns=["STS-B"], seeds=[0]), ["rounds=2"]
     cell = next(cell for cell in cells(read_recipe(recipe), "smoke", longer) if only.holds(cell))
     write_tiny_data(tmp_path / "tiny")
-    place = ModelContext(tmp_path / "stopped", tmp_path / "tiny")
+    place = Paths(tmp_path / "stopped", tmp_path / "tiny")
 
     def stop(event):
         if event.name == "round_done":
@@ -177,10 +177,10 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
     assert not find_record(place.out, cell)
     events = read_events(place.out / "work" / cell.name / "events.jsonl")
     (begun,) = [event.seconds for event in of_kind(events, RoundDone)]
-    alone = make_record(ModelContext(tmp_path / "alone", tmp_path / "tiny"), cell)
+    alone = make_record(Paths(tmp_path / "alone", tmp_path / "tiny"), cell)
     (tmp_path / "tiny").rename(tmp_path / "moved")  # as the rows of the scale smoke are, at every command
     shutil.copytree(place.out, tmp_path / "others")
-    went_on = make_record(ModelContext(place.out, tmp_path / "moved"), cell)
+    went_on = make_record(Paths(place.out, tmp_path / "moved"), cell)
     assert went_on.rounds[0].seconds == float(f"{begun:.6g}")
     assert [one.metrics for one in went_on.rounds] == [one.metrics for one in alone.rounds]
     assert [one.modules for one in went_on.rounds] == [one.modules for one in alone.rounds]
@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
     assert not list((place.out / "work").iterdir())
     dev = tmp_path / "moved" / "glue" / "STS-B" / "dev.tsv"
     dev.write_text("".join(dev.read_text().splitlines(keepends=True)[:6]))
-    anew = make_record(ModelContext(tmp_path / "others", tmp_path / "moved"), cell)
+    anew = make_record(Paths(tmp_path / "others", tmp_path / "moved"), cell)
     assert [one.metrics["rows"] for one in anew.rounds] == [5, 5]
 
 

@@ -23,7 +23,7 @@ from fedex_lora.errors import AggregationError, StorageError, UsageError
 from fedex_lora.offline import streaming
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.merge_results import merge_folders
-from fedex_lora.offline.streaming import Round, audit_is_cheap
+from fedex_lora.offline.streaming import StreamJob, audit_is_cheap
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.adapter_folder import Format, read_adapter_folder
 from fedex_lora.storage.files import checksum, read_manifest
@@ -113,7 +113,7 @@ def test_the_audit_is_estimated_where_it_would_take_longest(k, rank, cheap):
     """Shapes of a 3B model: few clients (core), many (matrix, which the aggregation forms too), and between."""
     pair = LoRAPair(A=torch.empty(rank, 3072, device="meta"), B=torch.empty(8192, rank, device="meta"))
     updates = [ClientUpdate(f"{index:03d}", {"up": pair}, 1) for index in range(k)]
-    assert audit_is_cheap(Round(METHODS["fedex"], [None] * k, updates, [1 / k] * k, Format(config={}))) == cheap
+    assert audit_is_cheap(StreamJob(METHODS["fedex"], [None] * k, updates, [1 / k] * k, Format(config={}))) == cheap
 
 
 @pytest.mark.parametrize("weights", [None, [1.0 + 7 * seed % 50 for seed in range(250)]])

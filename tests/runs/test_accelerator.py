@@ -321,7 +321,7 @@ def test_the_weights_of_a_base_are_in_memory_once(source, count, place, copies, 
 @pytest.mark.parametrize("name", ["", "a/folder/that/is/gone", "tests/unknown"])
 def test_a_model_without_files_is_copied(name):
     weight = torch.ones(2, 3)
-    w0 = _pristine.Checkpoint(LlamaConfig(name_or_path=name)).source("q_proj", weight)
+    w0 = _pristine.PristineWeights(LlamaConfig(name_or_path=name)).source("q_proj", weight)
     weight.zero_()
     assert w0().sum() == 6
 

@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import ViTForImageClassification
 
 from fedex_lora.config import parse_config, write_config
-from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._worker import ask, serve
 from fedex_lora.engines.flower.client import client_app
 from fedex_lora.engines.flower.server import Deployment, narrate
@@ -178,7 +178,7 @@ def test_a_worker_outlives_code_that_leaves_and_lengths_that_are_none(tmp_path):
     socket, ready = tmp_path / "w", threading.Event()
     threading.Thread(target=serve, args=(socket, lambda _: ready.set()), daemon=True).start()
     assert ready.wait(10)
-    request = Request(b"", "a", "r", "", "", {"worker": str(socket), "state": str(tmp_path)})
+    request = NodeRequest(b"", "a", "r", "", "", {"worker": str(socket), "state": str(tmp_path)})
     with Client(str(socket), "AF_UNIX") as connection:
         os.write(connection.fileno(), struct.pack("!iQ", -1, 2**62))
     with patch("fedex_lora.engines.flower._node.parse_config", side_effect=SystemExit(SECRET)):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from fedex_lora import METHODS, load_model
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.training import evaluate
-from fedex_lora.config import Task, base_folder, parse_config
+from fedex_lora.config import TaskSettings, base_folder, parse_config
 from fedex_lora.errors import FedexLoraError, StorageError, TrainingError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.context import GlobalModel
@@ -256,7 +256,7 @@ def test_the_last_round_s_metrics_are_the_loaded_model_s(tmp_path):
     shape = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     BertModel(shape, add_pooling_layer=False).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base_folder()).save_pretrained(tmp_path / "base")
-    rows = load_task(Task(name="demo", train_rows=60, eval_rows=30), 0)
+    rows = load_task(TaskSettings(name="demo", train_rows=60, eval_rows=30), 0)
     for name, frame in (("train", rows.train), ("eval", rows.eval)):
         frame.rename(columns={"prompt": "text", "completion": "label"}).to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
     task = {"name": "custom", "data": str(tmp_path), "train": "train.jsonl", "eval": "eval.jsonl", "train_rows": None, "eval_rows": None}

@@ -14,7 +14,7 @@ from tests.finished_runs import event, small_run, synthetic, written
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
-from fedex_lora.cli.console import Display, table
+from fedex_lora.cli.console import Display, console_table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.trackers import Trackers, scalars
@@ -84,7 +84,7 @@ def test_tables_keep_their_numbers_on_narrow_terminals():
     rows = [["a name that is long", "0.5417", "123.4%", "1.2e-16", "123.45 MB", "123.45 MB"] for _ in range(2)]
     for width in (80, 40):
         shown = io.StringIO()
-        Console(file=shown, width=width, soft_wrap=True).print(table("[x]", heads, rows))
+        Console(file=shown, width=width, soft_wrap=True).print(console_table("[x]", heads, rows))
         lines = shown.getvalue().splitlines()
         assert sum(all(cell in line for cell in rows[0][1:]) for line in lines) == 2
         assert "…" not in shown.getvalue()

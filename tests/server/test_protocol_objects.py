@@ -14,8 +14,7 @@ from tests.protocol.test_hostile import bits, equal
 from fedex_lora import Client, ClientUpdate, LoRAPair, Rules, Server
 from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.frame import split
-from fedex_lora.server.round import Complete, Short
-from fedex_lora.server.verdicts import Accepted, Duplicate, Failed, Late, NeedsFull, Rejected
+from fedex_lora.server.verdicts import Accepted, Complete, Duplicate, Failed, Late, NeedsFull, Rejected, Short
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIRST = {f"m{index}": LoRAPair(pair.A, pair.B * 0, pair.scaling) for index, pair in enumerate(make_pair(s, 12, 20) for s in (1, 2))}

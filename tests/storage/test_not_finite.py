@@ -298,7 +298,7 @@ def test_the_demo_and_a_comparison_end_with_1_where_an_error_is_no_number(tmp_pa
     one, two = (event("round_done", round=number, metrics={"accuracy": 0.5}, **numbers) for number in (1, 2))
     written(tmp_path / "fine", [started, one, two])
     written(tmp_path / "null", [started, one, two | {"exactness_error": None}])
-    rows = {name: demo.summary(tmp_path / name) for name in ("fine", "null")}
+    rows = {name: demo.demo_summary(tmp_path / name) for name in ("fine", "null")}
     assert rows["fine"]["exactness_error"] == 1e-8
     assert math.isnan(rows["null"]["exactness_error"])
     for names, status in ((["fine"], 0), (["fine", "null"], 1)):

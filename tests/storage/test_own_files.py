@@ -17,7 +17,7 @@ from tests.runs.test_run import configuration, ignore
 from fedex_lora.cli import demo
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, StorageError, UsageError
-from fedex_lora.experiments.compare._runs import Job, done
+from fedex_lora.experiments.compare._runs import RunJob, done
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs import run as runner
 from fedex_lora.runs.run import run
@@ -171,7 +171,7 @@ def test_a_run_that_is_called_like_a_demo_s_stays(quick_demo, finished, tmp_path
 def test_looking_whether_a_run_is_done_changes_nothing(tmp_path):
     config = configuration(rounds=1)
     run(config, tmp_path / "run", ignore)
-    before, job = contents(tmp_path), Job(config, tmp_path / "run")
+    before, job = contents(tmp_path), RunJob(config, tmp_path / "run")
     assert done(job)
     assert contents(tmp_path) == before
     (tmp_path / "run" / "rounds" / "notes.txt").write_text("mine")
@@ -184,7 +184,7 @@ def test_looking_whether_a_run_is_done_changes_nothing(tmp_path):
 
 
 def test_a_comparison_does_not_run_over_what_it_did_not_write(tmp_path):
-    job = Job(configuration(rounds=1), tmp_path / "run")
+    job = RunJob(configuration(rounds=1), tmp_path / "run")
     fill(job.folder, ["thesis.tex"])
     with pytest.raises(UsageError, match=r"thesis\.tex was not written by a run"):
         list(outcomes([job], 1))

@@ -15,7 +15,7 @@ from fedex_lora.tasks.scoring import CHOICES, equivalent, extract_answer
 
 
 def task(name, data, **changes):
-    return load_task(config.Task(name=name, data=data, max_length=4096, **changes), 0)
+    return load_task(config.TaskSettings(name=name, data=data, max_length=4096, **changes), 0)
 
 
 def test_e2e_as_the_lora_paper_prompts_it(data_folder, stories):

@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn import metrics
 from transformers import EvalPrediction
 
-from fedex_lora.config import Task
+from fedex_lora.config import TaskSettings
 from fedex_lora.errors import DataError
 from fedex_lora.experiments.reproduce import write_tiny_data
 from fedex_lora.tasks import load_task
@@ -66,7 +66,7 @@ def test_classification_is_scored_as_officially(name, labelled, kind, tiny):
     rng = np.random.default_rng(len(name))
     labels = {"both": rng.integers(0, 2, 300), "all 0": np.zeros(300, int), "all 1": np.ones(300, int)}[labelled]
     logits, chosen = predictions(kind, labels, rng)
-    got = load_task(Task(name=f"glue/{name}", data=tiny), 0).metrics(EvalPrediction(predictions=logits, label_ids=labels))
+    got = load_task(TaskSettings(name=f"glue/{name}", data=tiny), 0).metrics(EvalPrediction(predictions=logits, label_ids=labels))
     assert list(got) == list(OFFICIAL[name])
     for metric, official in OFFICIAL[name].items():
         assert got[metric] == official(labels, chosen)
@@ -85,7 +85,7 @@ def test_similarity_is_scored_as_officially(kind, tiny):
         "constant": np.full(300, 3.7),
         "constant labels": rng.normal(size=300),
     }[kind]
-    task = load_task(Task(name="glue/stsb", data=tiny), 0)
+    task = load_task(TaskSettings(name="glue/stsb", data=tiny), 0)
     got = task.metrics(EvalPrediction(predictions=scores[:, None].astype(np.float32), label_ids=labels.astype(np.float32)))
     if kind.startswith("constant"):  # scipy has no number for it
         assert got == {"pearson": 0.0, "spearman": 0.0}
@@ -114,5 +114,5 @@ def test_broken_files(name, old, new, message, tmp_path):
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(DataError, match=message) as caught:
-        load_task(Task(name=f"glue/{name.replace('-', '').lower()}", data=tmp_path / "glue"), 0)
+        load_task(TaskSettings(name=f"glue/{name.replace('-', '').lower()}", data=tmp_path / "glue"), 0)
     assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from transformers import (
 
 from fedex_lora import load_model
 from fedex_lora.config import Base, Clients, base_folder, parse_config
-from fedex_lora.config import Task as Settings
+from fedex_lora.config import TaskSettings as Settings
 from fedex_lora.errors import AdapterError, ConfigError, DataError, ModelError, UsageError
 from fedex_lora.models.export import export, logits
 from fedex_lora.models.loading import head_modules

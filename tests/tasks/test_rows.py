@@ -163,7 +163,7 @@ def test_a_completion_that_would_change_the_prompt_s_tokens_is_tokenised_by_itse
 
 
 def settings(folder, **changes):
-    return config.Task(**{"name": "custom", "data": folder, "train": "rows.jsonl", "eval": "rows.jsonl", **changes})
+    return config.TaskSettings(**{"name": "custom", "data": folder, "train": "rows.jsonl", "eval": "rows.jsonl", **changes})
 
 
 def written(folder, rows):

@@ -13,14 +13,14 @@ from fedex_lora.config import Clients, base_folder
 from fedex_lora.errors import DataError
 from fedex_lora.tasks import TASKS, load_task
 from fedex_lora.tasks._completions import IGNORED, completion_metrics, tokenize_completions
-from fedex_lora.tasks._metrics import measured
+from fedex_lora.tasks._metrics import class_metrics
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.partition import partition
 from fedex_lora.tasks.scoring import CHOICES
 
 
 def settings(**changes):
-    return config.Task(**{"name": "demo", **changes})
+    return config.TaskSettings(**{"name": "demo", **changes})
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_glue_metrics_are_those_of_sklearn_and_scipy(degenerate):
     labels, logits = rng.integers(0, 2, 200), rng.normal(size=(200, 2))
     if degenerate:
         logits[:, 1] = -9
-    got = measured(EvalPrediction(predictions=logits, label_ids=labels), ("accuracy", "f1", "mcc"))
+    got = class_metrics(EvalPrediction(predictions=logits, label_ids=labels), ("accuracy", "f1", "mcc"))
     chosen = logits.argmax(1)
     assert got == {
         "accuracy": metrics.accuracy_score(labels, chosen),
@@ -62,7 +62,7 @@ def test_glue_metrics_are_those_of_sklearn_and_scipy(degenerate):
         "mcc": metrics.matthews_corrcoef(labels, chosen),
     }
     scores, values = rng.normal(size=200), np.zeros(200) if degenerate else rng.normal(size=200)
-    got = measured(EvalPrediction(predictions=values[:, None], label_ids=scores), ("pearson", "spearman"))
+    got = class_metrics(EvalPrediction(predictions=values[:, None], label_ids=scores), ("pearson", "spearman"))
     want = (0.0, 0.0) if degenerate else (stats.pearsonr(values, scores)[0], stats.spearmanr(values, scores)[0])
     assert tuple(got.values()) == pytest.approx(want)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.decompositions import Clients
+from fedex_lora.aggregation.decompositions import ClientStack
 from fedex_lora.aggregation.factors import Factors, derive_seed
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, ServerState
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """
 
     modules: Sequence[str]
-    clients: Clients
+    clients: ClientStack
     scaling: float
 
 
@@ -68,7 +68,7 @@ def _batch(
     ranks = [update.adapter[first].rank for update in updates]
     rank = max([*ranks, live.rank] if row.per_client_ranks else ranks)
     stacked = _stacked([update.adapter for update in updates], modules, rank, live.scaling, space)
-    clients = Clients(
+    clients = ClientStack(
         A=stacked.A,
         B=stacked.B,
         p=stacked.A.new_tensor(p),

@@ -19,7 +19,7 @@ CLIENTS = 64  # whose sum is taken in the precision of their factors
 
 
 @dataclass(frozen=True, eq=False)
-class Clients:
+class ClientStack:
     """What a split sees.
 
     Attributes:
@@ -54,7 +54,7 @@ Split: TypeAlias = tuple[Factors, Factors | None]
 """(the adapter that clients go on with: `g x r`, the rest of M: `g x q`, or None where there is none or nobody needs it)."""
 
 
-def differences(x: Tensor, out: Tensor | None = None) -> Tensor:
+def from_last(x: Tensor, out: Tensor | None = None) -> Tensor:
     """`x_i - x_k` for i < k, over dimension 1; in `out`, where that is given."""
     return torch.sub(x[:, :-1], x[:, -1:], out=out)
 
@@ -67,14 +67,14 @@ def weighted_sum(x: Tensor, p: Tensor) -> Tensor:
     return total.unflatten(2, x.shape[2:])[:, 0]
 
 
-def deviations(x: Tensor, p: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def centred(x: Tensor, p: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`xbar = sum_i p_i x_i`, and `x_i - xbar` for i < k, both to rounding of their own size.
 
     Differences `x_i - x_k` come first: they are exact in fp32 when the clients are close. Where they cancel out, the mean of the
     differences is a large number with a rounding error of that size, so what the deviations of many clients still sum to is taken out in a
     second step. (An error of the mean costs sqrt(k) times as much in R: little for a few clients.)
     """
-    difference = differences(x, out)
+    difference = from_last(x, out)
     first = weighted_sum(difference, p[:-1])
     difference.sub_(first[:, None])
     if len(p) <= FEW:
@@ -83,12 +83,12 @@ def deviations(x: Tensor, p: Tensor, out: Tensor | None = None) -> tuple[Tensor,
     return first.add_(x[:, -1]).add_(second), difference.sub_(second[:, None])
 
 
-def factor_means(clients: Clients) -> Split:
+def factor_means(clients: ClientStack) -> Split:
     """`Abar = sum p_i A_i`, `Bbar = sum p_i B_i` (FedEx-LoRA paper, eq. 3-4). Exact where the clients share A, or share B."""
-    return Factors(A=deviations(clients.A, clients.p)[0], B=deviations(clients.B.mT, clients.p)[0].mT), None
+    return Factors(A=centred(clients.A, clients.p)[0], B=centred(clients.B.mT, clients.p)[0].mT), None
 
 
-def factor_means_and_residual(clients: Clients) -> Split:
+def factor_means_and_residual(clients: ClientStack) -> Split:
     """The mean factors, and `R = sum p_i B_i A_i - Bbar Abar` as the rest (eq. 5-6, 11-14).
 
     R is a weighted covariance, `sum_i p_i (B_i - Bbar)(A_i - Abar)`, and the weighted deviations of B sum to zero, so
@@ -97,25 +97,25 @@ def factor_means_and_residual(clients: Clients) -> Split:
     multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent; one of Abar only by Bbar.
     """
     A, p = clients.A, clients.p
-    dA = differences(A)
+    dA = from_last(A)
     mean_B, U_t = centred_b(clients)
     return Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B), Factors(A=dA.flatten(1, 2), B=U_t)
 
 
-def centred_b(clients: Clients) -> tuple[Tensor, Tensor]:
+def centred_b(clients: ClientStack) -> tuple[Tensor, Tensor]:
     """`Bbar`, and `[p_1 (B_1 - Bbar), .., p_(k-1) (B_(k-1) - Bbar)]`, both transposed. The latter is made where it stays: side by side, or
     turned over where rows of r numbers are too short to be worth a call each.
     """
     B, p = clients.B, clients.p
     g, k, r, out = B.shape
     if r < LONG:
-        mean, deviation = deviations(B, p, out=B.new_empty(g, k - 1, r, out))
+        mean, deviation = centred(B, p, out=B.new_empty(g, k - 1, r, out))
         return mean, deviation.mul_(p[:-1, None, None]).flatten(1, 2)
-    mean, deviation = deviations(B.mT, p, out=B.new_empty(g, out, k - 1, r).movedim(2, 1))
+    mean, deviation = centred(B.mT, p, out=B.new_empty(g, out, k - 1, r).movedim(2, 1))
     return mean.mT, deviation.mul_(p[:-1, None, None]).movedim(1, 2).flatten(2).mT
 
 
-def best_rank(clients: Clients) -> Split:
+def best_rank(clients: ClientStack) -> Split:
     """The best rank-r approximation of M as balanced factors, and what is left of M (Eckart-Young; rank sum r_i - r).
 
     The components are in falling order, so that a client of lower rank goes on with the strongest ones.
@@ -124,13 +124,13 @@ def best_rank(clients: Clients) -> Split:
     return components(parts, 0, rank, clients.fresh), components(parts, rank, None)
 
 
-def all_to_rest(clients: Clients) -> Split:
+def all_to_rest(clients: ClientStack) -> Split:
     """A new adapter (A random, B zero), and all of M as the rest: the stacking of FLoRA (rank sum r_i)."""
     A = clients.fresh
     return Factors(A=A, B=clients.B.new_zeros(*A.shape[:2], clients.B.shape[3])), products(clients)
 
 
-def padded_means(clients: Clients) -> Split:
+def padded_means(clients: ClientStack) -> Split:
     """HetLoRA: factors padded with zeros to the largest rank, averaged with weights in proportion to `p_i |B_i A_i|`, per module.
 
     With uniform p these are the paper's weights. Components that no participant has get new A rows, because zeros would never train.
@@ -144,7 +144,7 @@ def padded_means(clients: Clients) -> Split:
     return Factors(A=A, B=(weights * clients.B).sum(1).to(clients.B)), None
 
 
-def products(clients: Clients) -> Factors:
+def products(clients: ClientStack) -> Factors:
     """`M = sum_i p_i (B_i A_i - origin_i)` and what is held frozen, as one product of `sum r_i` (and more) columns."""
     p = clients.p[:, None, None]
     A, B = [clients.A], [p * clients.B]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.batching import Batch, batches
-from fedex_lora.aggregation.decompositions import Clients, factor_means
+from fedex_lora.aggregation.decompositions import ClientStack, factor_means
 from fedex_lora.aggregation.factorizations import GAUGES
 from fedex_lora.aggregation.factors import Factors
 from fedex_lora.aggregation.lowrank import finite
@@ -180,7 +180,7 @@ def _require_same_names(who: str, what: str, left: Mapping[str, object], right: 
         )
 
 
-class Part(NamedTuple):
+class BatchResult(NamedTuple):
     """What a method makes of one batch; valid until the next one is asked for.
 
     Attributes:
@@ -196,7 +196,7 @@ class Part(NamedTuple):
     scaling: float
 
 
-def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterator[Part]:
+def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterator[BatchResult]:
     """The method's split of every batch.
 
     Args:
@@ -216,12 +216,12 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
             rest.B.mul_(scaling)
         if rest is not None:
             _require_no_overflow(modules, rest)
-        part = [Part(modules, adapter, rest, scaling)]
+        part = [BatchResult(modules, adapter, rest, scaling)]
         del adapter, rest  # nothing here holds a batch's result while the next one is made
         yield part.pop()
 
 
-def _split(row: Method, clients: Clients) -> tuple[Factors, Factors | None]:
+def _split(row: Method, clients: ClientStack) -> tuple[Factors, Factors | None]:
     """The method's split, with the adapter in the method's gauge."""
     if row.trained_schedule != ("AB",) and not any(_shared(x) for x in clients.factors):
         raise AggregationError(
@@ -239,7 +239,7 @@ def _shared(x: Tensor) -> bool:
     return torch.equal(x, x[:, -1:].expand_as(x))
 
 
-def _require_finite(ids: Sequence[str], modules: Sequence[str], clients: Clients, factors: Factors) -> None:
+def _require_finite(ids: Sequence[str], modules: Sequence[str], clients: ClientStack, factors: Factors) -> None:
     """NaN and infinity survive every sum, so a look at the means finds them in any input; then name who sent them."""
     if finite(*factors):
         return

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from fedex_lora.aggregation.decompositions import (
-    Clients,
+    ClientStack,
     Split,
     all_to_rest,
     best_rank,
@@ -74,7 +74,7 @@ class Method:
 
     name: str
     exactness: Exactness
-    split: Callable[[Clients], Split]
+    split: Callable[[ClientStack], Split]
     paper: str
     adapter: Literal["mean", "weighted", "svd", "drawn"] = "mean"
     residual_policy: Literal["base", "truncate", "drop"] = "drop"

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from fedex_lora.aggregation.factors import recompressed
 from fedex_lora.aggregation.lowrank import concatenate, factorise, finite, linear_combination, parts
-from fedex_lora.config import Server
+from fedex_lora.config import ServerOptimizer
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import Adapter, Delta, Dense, LoRAPair, LowRank, MovingDense, MovingLowRank
 
 NEGLIGIBLE = 2.0**-40  # a coefficient beside 1: what is left of a product after 40 rounds at b = 0.5
 
 
-def moved(
-    base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank], before: Adapter, after: Adapter, pace: Server
+def moved_base(
+    base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank], before: Adapter, after: Adapter, pace: ServerOptimizer
 ) -> dict[str, Delta]:
     """`D_t` of every module, with its velocity.
 
@@ -66,7 +66,7 @@ class _Terms(NamedTuple):
     v: Tensor
 
 
-def _moved(delta: Delta | None, gain: LowRank | None, before: LowRank | None, after: LowRank | None, pace: Server) -> Delta | None:
+def _moved(delta: Delta | None, gain: LowRank | None, before: LowRank | None, after: LowRank | None, pace: ServerOptimizer) -> Delta | None:
     """One module; before and after are the adapter's products."""
     if isinstance(delta, Dense):
         return _moved_matrix(delta, gain, before, after, pace)
@@ -86,7 +86,7 @@ def _moved(delta: Delta | None, gain: LowRank | None, before: LowRank | None, af
     return _matrix(W, change, whole.U.dtype, b)
 
 
-def _moved_matrix(delta: Dense, gain: LowRank | None, before: LowRank | None, after: LowRank | None, pace: Server) -> Dense:
+def _moved_matrix(delta: Dense, gain: LowRank | None, before: LowRank | None, after: LowRank | None, pace: ServerOptimizer) -> Dense:
     b, h = pace.momentum, pace.learning_rate
     step = _weighted([(h, gain), (h, after), (-h, before)])
     last = delta.velocity.double() if isinstance(delta, MovingDense) else torch.zeros(delta.shape, dtype=torch.float64)
@@ -166,7 +166,7 @@ def gained(before: Mapping[str, Delta], after: Mapping[str, Delta]) -> dict[str,
 
 
 def moved_tensors(
-    before: Mapping[str, Tensor], mean: Mapping[str, Tensor], velocity: Mapping[str, Tensor], pace: Server
+    before: Mapping[str, Tensor], mean: Mapping[str, Tensor], velocity: Mapping[str, Tensor], pace: ServerOptimizer
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors that move by themselves: `x_t = x_(t-1) + v_t`, `v_t = h (mean - x_(t-1)) + b v_(t-1)`, in fp64, rounded once.
 

@@ -13,9 +13,9 @@ from fedex_lora.aggregation.factors import derive_seed, init_lora_a
 from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of, unflatten_adapter
 from fedex_lora.aggregation.lowrank import add, add_weighted, concatenate, finite
 from fedex_lora.aggregation.methods import get_method
-from fedex_lora.aggregation.momentum import halted, last_change, moved, moved_tensors
+from fedex_lora.aggregation.momentum import halted, last_change, moved_base, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
-from fedex_lora.config import Server, Truncation
+from fedex_lora.config import ServerOptimizer, Truncation
 from fedex_lora.errors import AggregationError
 from fedex_lora.types import (
     Adapter,
@@ -29,7 +29,7 @@ from fedex_lora.types import (
     ServerState,
 )
 
-PLAIN = Server()
+PLAIN = ServerOptimizer()
 
 
 def init(adapter: Adapter, other: Mapping[str, Tensor], method: str = "fedex", seed: int = 0) -> ServerState:
@@ -44,7 +44,7 @@ def step(
     weights: WeightRule = "num_examples",
     truncation: Truncation | None = None,
     behind: Mapping[str, Mapping[str, LowRank]] | None = None,
-    pace: Server = PLAIN,
+    pace: ServerOptimizer = PLAIN,
 ) -> tuple[ServerState, Aggregate]:
     """One round: aggregate the updates and put the residual into the base.
 
@@ -85,7 +85,7 @@ def step(
     return replace(following(state, result, pace), personal=personal), result
 
 
-def following(state: ServerState, result: Aggregate, pace: Server = PLAIN) -> ServerState:
+def following(state: ServerState, result: Aggregate, pace: ServerOptimizer = PLAIN) -> ServerState:
     """The state after a round with this aggregate: of all participants, or merged from those of regional servers (`aggregation.merge`)."""
     adapter, other, velocity = result.adapter, result.other, dict[str, Tensor]()
     if pace.moves and pace.momentum_of == "factors":
@@ -107,17 +107,17 @@ def following(state: ServerState, result: Aggregate, pace: Server = PLAIN) -> Se
 
 
 def grown(
-    base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank], before: Adapter, after: Adapter, pace: Server
+    base_delta: Mapping[str, Delta], residual: Mapping[str, LowRank], before: Adapter, after: Adapter, pace: ServerOptimizer
 ) -> dict[str, Delta]:
     """`D_v` from `D_{v-1}`, the round's residual and the global adapter before and after it; server and clients share it.
 
     Raises:
         AggregationError: see `advance`.
     """
-    return moved(base_delta, residual, before, after, pace) if pace.through_base else advance(base_delta, residual)
+    return moved_base(base_delta, residual, before, after, pace) if pace.through_base else advance(base_delta, residual)
 
 
-def motion_of(state: ServerState, pace: Server) -> Motion | None:
+def motion_of(state: ServerState, pace: ServerOptimizer) -> Motion | None:
     """What momentum and learning rate make the next round start from; None without them."""
     if not pace.moves:
         return None
@@ -126,7 +126,7 @@ def motion_of(state: ServerState, pace: Server) -> Motion | None:
     return Motion(pace.momentum, pace.learning_rate, state.adapter, last_changes(state, pace), state.other if everything else {}, other)
 
 
-def last_changes(state: ServerState, pace: Server) -> dict[str, Delta]:
+def last_changes(state: ServerState, pace: ServerOptimizer) -> dict[str, Delta]:
     """Module path -> `W_t - W_{t-1}`, the last change of the effective weights, as the server took it down."""
     if pace.momentum_of == "products":
         found = {module: last_change(delta) for module, delta in state.base_delta.items()}

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, app, consoles, fail, numbers, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, app, consoles, fail, number_list, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 
@@ -47,7 +47,7 @@ def aggregate(
 
     if merge and (method != "fedex" or state or truncate or not updates or audit != "auto"):
         raise UsageError("--merge takes everything but --weights and --base from the regions' results: leave the other options out")
-    given = numbers(weights, "--weights", "120,80" if merge else "0.2,0.3,0.5")
+    given = number_list(weights, "--weights", "120,80" if merge else "0.2,0.3,0.5")
     if merge:
         result = merge_folders(adapters, out, given, for_parties, base)
     else:
@@ -150,7 +150,7 @@ def verify(
 
 def _print_verified(console: Any, result: dict[str, Any], modules: bool, exact: bool) -> None:
     """What was compared, and at last the one number."""
-    from fedex_lora.cli.console import table
+    from fedex_lora.cli.console import console_table
     from fedex_lora.offline.verify import EXACT_BELOW
 
     for row in result["rounds"]:
@@ -160,7 +160,7 @@ def _print_verified(console: Any, result: dict[str, Any], modules: bool, exact: 
             console.print(f"{title}: {said}", highlight=False)
         elif modules:
             rows = [[module, f"{error:.2e}"] for module, error in row["per_module"].items()]
-            console.print(table(title, ["module", "relative error"], rows))
+            console.print(console_table(title, ["module", "relative error"], rows))
     if result["final"]:
         last = result["rounds"][-1]["round"]
         best = _best({**result, "round": last}, Path(result["final"]).parent)

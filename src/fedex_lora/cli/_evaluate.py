@@ -91,14 +91,14 @@ def _require_sense(
 
 
 def _show(source: str, found: Mapping[str, Mapping[str, float]], console: "Console") -> None:
-    from fedex_lora.cli.console import table
+    from fedex_lora.cli.console import console_table
 
     lines = [
         [name, metric, f"{value:.0f}" if metric in COUNTS else f"{value:.4f}"]
         for name, numbers in found.items()
         for metric, value in numbers.items()
     ]
-    console.print(table(source, ["task", "metric", "value"], lines))
+    console.print(console_table(source, ["task", "metric", "value"], lines))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, fail_without_numbers, numbers, one_line_errors, print_json
+from fedex_lora.cli._shared import (
+    Debug,
+    Json,
+    Overrides,
+    app,
+    consoles,
+    fail,
+    fail_without_numbers,
+    number_list,
+    one_line_errors,
+    print_json,
+)
 from fedex_lora.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
@@ -188,7 +199,7 @@ def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"--variant: two are named {twice!r}: rename one")
     tree["variants"] = dict(named)
     cells = comparing.grid_option(given.get("grid", ()))
-    if rates := numbers(given.get("learning_rates"), "--learning-rates", "1e-3,3e-3"):
+    if rates := number_list(given.get("learning_rates"), "--learning-rates", "1e-3,3e-3"):
         if comparing.RATE in cells:
             raise UsageError(f"--learning-rates is short for --grid {comparing.RATE}=...: give one of them")
         cells = {comparing.RATE: rates, **cells}
@@ -199,15 +210,15 @@ def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show(result: Mapping[str, Any], out: Path, console: "Console") -> None:
     """The tables of a comparison; what it costs is a table of its own."""
-    from fedex_lora.cli.console import table
+    from fedex_lora.cli.console import console_table
     from fedex_lora.experiments import compare as comparing
 
-    first, *more = comparing.tables(result)
+    first, *more = comparing.result_tables(result)
     costs = list(first.columns).index(comparing.COSTS)
     for heading, columns in ((first.title.rstrip("."), slice(1, costs)), ("costs", slice(costs, None))):
-        console.print(table(heading, [first.columns[0], *first.columns[columns]], [[row[0], *row[columns]] for row in first.rows]))
+        console.print(console_table(heading, [first.columns[0], *first.columns[columns]], [[row[0], *row[columns]] for row in first.rows]))
     for one in more:
-        console.print(table(one.title.rstrip(":"), one.columns, one.rows))
+        console.print(console_table(one.title.rstrip(":"), one.columns, one.rows))
         if one.notes:
             console.print(*one.notes, highlight=False)
     console.print(f"{first.notes[0]} {out / 'compare.json'}", highlight=False)

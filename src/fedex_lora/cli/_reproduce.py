@@ -33,7 +33,7 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """Reproduce a table or figure of the paper. Its runs, then the table, with the paper's numbers beside ours."""
-    from fedex_lora.cli.console import Runs, table
+    from fedex_lora.cli.console import Runs, console_table
 
     require_extra("scipy", "experiments", "the paper's tables")
     from fedex_lora.experiments.reproduce import Only, about, read_recipe, targets
@@ -45,7 +45,7 @@ def reproduce(
         if as_json:
             print_json({name: recipe.title for name, recipe in found.items()})
         else:
-            console.print(table("targets", ["target", "what"], [[name, recipe.title] for name, recipe in found.items()]))
+            console.print(console_table("targets", ["target", "what"], [[name, recipe.title] for name, recipe in found.items()]))
         return
     only = Only(panel or (), row or (), column or (), seed or ())
     with Runs(console) as tell:

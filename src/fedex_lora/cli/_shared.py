@@ -76,7 +76,7 @@ def print_json(value: Any) -> None:
     print(finite_json(value))
 
 
-def numbers(text: str | None, option: str, example: str) -> list[float] | None:
+def number_list(text: str | None, option: str, example: str) -> list[float] | None:
     """Comma-separated numbers of an option."""
     try:
         return None if text is None else [float(part) for part in text.split(",")]

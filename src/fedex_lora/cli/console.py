@@ -214,7 +214,7 @@ def numbers(metrics: Mapping[str, float | None]) -> str:
     return " ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=lambda item: item[0] == "loss"))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of text and numbers; where it is too wide, headings and text fold, and numbers stay whole."""
     made = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 
-from fedex_lora.cli.console import Display, table
+from fedex_lora.cli.console import Display, console_table
 from fedex_lora.config import write_config
 from fedex_lora.errors import UsageError
 from fedex_lora.exactness.algebra import worst
@@ -35,12 +35,14 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     for method in METHODS:
         with Display(console, f"{method:11}") as display:
             run(configuration(method, rounds or ROUNDS), out / method, display)
-        rows[method] = summary(out / method)
+        rows[method] = demo_summary(out / method)
         console.print()
     base = rows["fedex"]["base_accuracy"]
     columns = ["method", "accuracy", "deviation of plain averaging", "exactness error", "sent down", "sent up"]
     body = [[method, *_cells(row)] for method, row in rows.items()]
-    console.print(table(f"accuracy on the notes of all three hospitals (the base alone: {base:.3f}, chance: {1 / 3:.3f})", columns, body))
+    console.print(
+        console_table(f"accuracy on the notes of all three hospitals (the base alone: {base:.3f}, chance: {1 / 3:.3f})", columns, body)
+    )
     from fedex_lora.report import write_report  # the runs need none of its packages
 
     page = write_report([out / method for method in METHODS], out / REPORT)
@@ -86,7 +88,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def summary(folder: Path) -> dict[str, Any]:
+def demo_summary(folder: Path) -> dict[str, Any]:
     """The numbers of one run, from its events."""
     events = read_events(folder / EVENTS)
     rounds = of_kind(events, RoundDone)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.client.state import ClientState, dumped, restored
+from fedex_lora.client.state import ClientState, client_state_of, client_table
 from fedex_lora.config import Rules
 from fedex_lora.errors import LacksError, UsageError, WireError
 from fedex_lora.protocol.delta_sync import ModelCopy, caught_up, require_next
@@ -236,7 +236,7 @@ class Client:
         Args:
             whole: with the base also where it has the server's bits; else `restore` is told where that is.
         """
-        return pack("client", *dumped(self.state, whole))
+        return pack("client", *client_table(self.state, whole))
 
     @classmethod
     def restore(
@@ -259,5 +259,5 @@ class Client:
             StorageError: it is no such dump.
         """
         client = cls(rules, name, first, shared)
-        client.state = restored(*unpack("client", payload), first, base_of)
+        client.state = client_state_of(*unpack("client", payload), first, base_of)
         return client

@@ -33,7 +33,7 @@ class ClientState:
     reply: bytes = b""
 
 
-def dumped(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def client_table(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what is to be said of them.
 
     Args:
@@ -61,7 +61,7 @@ def dumped(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], dict[str
     return tensors, about
 
 
-def restored(
+def client_state_of(
     tensors: Mapping[str, Tensor], about: Mapping[str, Any], first: Adapter, base_of: Callable[[int], Mapping[str, Delta] | None]
 ) -> ClientState:
     """The inverse of `dumped`.

@@ -1,8 +1,8 @@
 """The configuration: pydantic models read from TOML."""
 
 from fedex_lora.config.reading import flat, nearest, overridden, parse_config, plain_value, put, read_config, write_config
-from fedex_lora.config.run import Config, Local, Messages, Rules, Server, Truncation, is_ours
-from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, Task, base_folder
+from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours
+from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
 
 __all__ = [
     "DEMO",
@@ -14,8 +14,8 @@ __all__ = [
     "Lora",
     "Messages",
     "Rules",
-    "Server",
-    "Task",
+    "ServerOptimizer",
+    "TaskSettings",
     "Truncation",
     "base_folder",
     "flat",

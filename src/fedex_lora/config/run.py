@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedex_lora.config.tables import Base, Clients, Lora, Table, Task
+from fedex_lora.config.tables import Base, Clients, ConfigTable, Lora, TaskSettings
 
 
-class Server(Table):
+class ServerOptimizer(ConfigTable):
     """How the server moves from one global model to the next (docs/momentum.md)."""
 
     momentum: float = Field(
@@ -46,7 +46,7 @@ class Server(Table):
         return self.moves and self.momentum_of == "products"
 
 
-class Local(Table):
+class Local(ConfigTable):
     """How local training continues from round to round."""
 
     schedule: Literal["round", "run"] = Field("round", description="The learning-rate schedule spans one round, or the whole run.")
@@ -55,7 +55,7 @@ class Local(Table):
     )
 
 
-class Truncation(Table):
+class Truncation(ConfigTable):
     """How much of the residual the base gains under fedex-svd; nothing said: as many ranks as the adapter has."""
 
     rank: int | None = Field(None, ge=1, description="fedex-svd: so many ranks of every module's residual.")
@@ -69,7 +69,7 @@ class Truncation(Table):
         return self
 
 
-class Messages(Table):
+class Messages(ConfigTable):
     """What travels to a client (docs/participation.md)."""
 
     catch_up: Literal["smallest", "log"] = Field(
@@ -104,14 +104,14 @@ def is_ours(key: str) -> bool:
     return key in OWNED or key.startswith(OWNED_PREFIXES)
 
 
-class Rules(Table):
+class Rules(ConfigTable):
     """What server and clients of a run agree on: all but the model, the rows and how they are trained on."""
 
     method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
     weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
     clients: Clients = Clients()
-    server: Server = Server()
+    server: ServerOptimizer = ServerOptimizer()
     local: Local = Local()
     truncation: Truncation = Truncation()
     messages: Messages = Messages()
@@ -136,7 +136,7 @@ class Config(Rules):
     )
     base: Base
     lora: Lora = Lora()
-    task: Task
+    task: TaskSettings
     training: dict[str, Any] = Field(
         {},
         description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting. `learning_rate` is by "

@@ -15,13 +15,13 @@ def base_folder() -> Path:
     return Path(str(files("fedex_lora"))) / "data" / "demo_base"
 
 
-class Table(BaseModel):
+class ConfigTable(BaseModel):
     """A table of a configuration: frozen; a key that it does not have is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Base(Table):
+class Base(ConfigTable):
     """The frozen model."""
 
     model: str = Field(
@@ -57,7 +57,7 @@ class Base(Table):
         return str(base_folder()) if self.model == DEMO else self.model
 
 
-class Lora(Table):
+class Lora(ConfigTable):
     """The adapters; names as in `peft.LoraConfig`."""
 
     r: int = Field(8, ge=1, description="Rank; by default 16 for texts that are written.")
@@ -74,7 +74,7 @@ class Lora(Table):
     )
 
 
-class Task(Table):
+class TaskSettings(ConfigTable):
     """What is learnt, from which rows."""
 
     name: str = Field(
@@ -122,7 +122,7 @@ class Task(Table):
     eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
 
     @model_validator(mode="after")
-    def _images_are_for_images(self) -> "Task":
+    def _images_are_for_images(self) -> "TaskSettings":
         if self.image is not None and self.kind != IMAGES:
             raise ValueError(f'task.image is for task.kind = "{IMAGES}", and the kind is {self.kind}: set the kind, or remove task.image')
         if self.kind == IMAGES and self.name != "custom":
@@ -141,7 +141,7 @@ class Task(Table):
         return self.max_length or (1024 if written else 256)
 
 
-class Clients(Table):
+class Clients(ConfigTable):
     """Who takes part, and who holds which rows."""
 
     count: int = Field(3, ge=1, description='How many; not used with partition = "column".')

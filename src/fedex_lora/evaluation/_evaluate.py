@@ -39,7 +39,7 @@ class Options:
     tell: Callable[[int, int], None] | None = None
 
 
-def evaluate_source(source: str, settings: config.Task, options: Options = Options(), seed: int = 0) -> dict[str, float]:
+def evaluate_source(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0) -> dict[str, float]:
     """The task's metrics of a model.
 
     Tasks with `generation` (`e2e`, `arithmetic/*`, `commonsense/*`) are measured on what the model writes, others on what it predicts.
@@ -82,7 +82,7 @@ def evaluate_source(source: str, settings: config.Task, options: Options = Optio
     return {**(asked.score(texts, asked.rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
 
 
-def task_of(source: str, name: str | None, data: Path | None, rows: int | None, file: Path | None = None) -> config.Task:
+def task_of(source: str, name: str | None, data: Path | None, rows: int | None, file: Path | None = None) -> config.TaskSettings:
     """The task to measure: that of the configuration `file`, else of the run that `source` belongs to, else the named one.
 
     One that a configuration describes is meant where it has this name or none is given.
@@ -106,4 +106,4 @@ def task_of(source: str, name: str | None, data: Path | None, rows: int | None, 
     if file:
         raise UsageError(f"{file} describes task {own.name if own else ''}, and --task is {name}: leave --task out")
     changes |= {} if name == "custom" else {"train": ""}  # training rows are not needed
-    return config.Task.model_validate({"name": name, **changes})
+    return config.TaskSettings.model_validate({"name": name, **changes})

@@ -32,7 +32,7 @@ def failed(error: float, floor: float = 0.0) -> bool:
     return math.isnan(error) or (math.isinf(error) and not math.isinf(floor))
 
 
-def relative(error: float, size: float) -> float:
+def relative_error(error: float, size: float) -> float:
     """`error / size`; 0 / 0 is no error, and NaN where one of them is not finite."""
     if not (math.isfinite(error) and math.isfinite(size)):
         return math.nan
@@ -87,4 +87,4 @@ def effective_rank(matrix: Tensor) -> float:
 
 def fp32_floor(weight_norm: float, update_norm: float, dtype: torch.dtype = torch.float32) -> float:
     """The relative error that storing `W0 + D` in `dtype` costs by itself: `eps |W| / |update|`."""
-    return relative(torch.finfo(dtype).eps * weight_norm, update_norm)
+    return relative_error(torch.finfo(dtype).eps * weight_norm, update_norm)

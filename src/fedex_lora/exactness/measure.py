@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.exactness.algebra import effective_rank, image, norm, relative, summed, worst
+from fedex_lora.exactness.algebra import effective_rank, image, norm, relative_error, summed, worst
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, Motion, ServerState
 
 
@@ -35,7 +35,7 @@ class Exactness:
     @property
     def per_module(self) -> dict[str, float]:
         """Module path -> |got - ideal| / |ideal|."""
-        return {module: relative(self.error[module], self.ideal[module]) for module in self.error}
+        return {module: relative_error(self.error[module], self.ideal[module]) for module in self.error}
 
     @property
     def max_relative_error(self) -> float:
@@ -45,7 +45,7 @@ class Exactness:
     @property
     def total_relative_error(self) -> float:
         """|got - ideal| / |ideal| over all modules together."""
-        return relative(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
+        return relative_error(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
 
 
 USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
@@ -76,7 +76,7 @@ def ideal_update(
     return _Made(updates[0].adapter, of)
 
 
-def moved(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], motion: Motion) -> Mapping[str, Delta]:
+def moved_ideal(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], motion: Motion) -> Mapping[str, Delta]:
     """`W_t - W0 = X + h (E - W0 - X) + b (W_{t-1} - W_{t-2})` per module, with `X = W_{t-1} - W0 = D + s B A`, in fp64.
 
     Args:
@@ -103,7 +103,7 @@ def change_error(before: Mapping[str, Delta], after: Mapping[str, Delta], record
     errors = {}
     for module, now in after.items():
         terms: list[tuple[float, Delta]] = [(1.0, now), (-1.0, before[module])]
-        errors[module] = relative(norm(summed(terms + _times(-1.0, recorded, module))), norm(now))
+        errors[module] = relative_error(norm(summed(terms + _times(-1.0, recorded, module))), norm(now))
     return errors
 
 
@@ -204,7 +204,7 @@ def drift(updates: Sequence[ClientUpdate], weights: Mapping[str, float]) -> dict
     p = torch.tensor([weights[update.client_id] for update in updates], dtype=torch.float64)
     mean = p @ inner @ p
     apart, size = (inner.diag() - 2 * inner @ p + mean).clamp(min=0).sqrt(), float(mean.clamp(min=0).sqrt())  # `clamp` keeps NaN
-    return {update.client_id: float(f"{relative(float(far), size):.6g}") for update, far in zip(updates, apart, strict=True)}
+    return {update.client_id: float(f"{relative_error(float(far), size):.6g}") for update, far in zip(updates, apart, strict=True)}
 
 
 def _mean_factors(module: str, result: Aggregate, updates: Sequence[ClientUpdate]) -> LoRAPair:
@@ -256,7 +256,7 @@ def other_errors(
             mean = here + motion.learning_rate * (mean - here)
             mean = mean + motion.momentum * motion.other_change[name].double() if name in motion.other_change else mean
         size = math.fsum(weights[update.client_id] * float(torch.linalg.vector_norm(update.other[name].double())) for update in updates)
-        errors[name] = relative(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
+        errors[name] = relative_error(float(torch.linalg.vector_norm(tensor.double() - mean)), size)
     return errors
 
 

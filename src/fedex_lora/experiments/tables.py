@@ -8,7 +8,7 @@ NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table of text; the first column are names.
 
     Example:

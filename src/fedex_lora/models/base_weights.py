@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.errors import ModelError
-from fedex_lora.exactness.algebra import fp32_floor, relative, worst
+from fedex_lora.exactness.algebra import fp32_floor, relative_error, worst
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.fingerprint import fingerprint
 from fedex_lora.models.layers import Layer, disable_cpu_repacking
 from fedex_lora.models.lora import lora_layers
-from fedex_lora.models.pristine import Checkpoint
+from fedex_lora.models.pristine import PristineWeights
 from fedex_lora.storage.peft_rules import PREFIX
 from fedex_lora.types import Delta, Dense
 
@@ -43,7 +43,7 @@ class FrozenBase:
         self._layers = lora_layers(model)
         disable_cpu_repacking(model)
         owners = _owners(model)
-        checkpoint = Checkpoint(getattr(model, "config", None))
+        checkpoint = PristineWeights(getattr(model, "config", None))
         self._homes: dict[str, _MergedDelta | _SideDelta] = {}
         for name, layer in self._layers.items():
             why_not = _why_not_fold(layer, owners)
@@ -114,7 +114,7 @@ class FrozenBase:
 class _MergedDelta:
     """`W = W0 + D`, added on the CPU. W0 is read again from the checkpoint where that holds it bit for bit, else it is a copy."""
 
-    def __init__(self, layer: Layer, checkpoint: Checkpoint) -> None:
+    def __init__(self, layer: Layer, checkpoint: PristineWeights) -> None:
         self._layer, self._pristine = layer, checkpoint.source(layer.name, layer.base.weight)
 
     def set(self, delta: Delta | None) -> None:
@@ -163,7 +163,7 @@ class _SideDelta:
         device = self._layer.base.weight.device
         nothing = torch.zeros(want.shape, dtype=torch.float32, device=device)
         got = self._layer.base.base_delta.added(self._layer.base, (x.to(device),), nothing).cpu()
-        return relative(float(torch.linalg.vector_norm(got - want)), float(torch.linalg.vector_norm(want)))
+        return relative_error(float(torch.linalg.vector_norm(got - want)), float(torch.linalg.vector_norm(want)))
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
         x = self._probe(compute)

@@ -16,10 +16,10 @@ from fedex_lora.errors import ModelError
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.models.loading import Kind, has_modules, load_base, pad, takes_images
 from fedex_lora.models.lora import TASK_TYPES, wrap, write_model
-from fedex_lora.models.resized import grown
+from fedex_lora.models.resized import resized
 from fedex_lora.storage.adapter_folder import adapter_config
 from fedex_lora.storage.files import FINAL
-from fedex_lora.storage.result import Result, read_result
+from fedex_lora.storage.result import StoredResult, read_result
 
 IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
 KINDS: dict[str | None, Kind] = {kind: name for name, kind in TASK_TYPES.items() if kind}
@@ -60,7 +60,7 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
     return build_model(read_global(Path(folder)), base)[0]
 
 
-def read_global(folder: Path) -> Result:
+def read_global(folder: Path) -> StoredResult:
     """The result in a folder, see `load_model`; of a run, that of its end.
 
     Raises:
@@ -73,7 +73,7 @@ def read_global(folder: Path) -> Result:
     return result
 
 
-def build_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
+def build_model(result: StoredResult, base: str | Path | PreTrainedModel) -> tuple[nn.Module, FrozenBase]:
     """As `load_model`, from a result in memory; also the frozen base, which knows the pristine weights."""
     if isinstance(base, nn.Module) and (not isinstance(base, PreTrainedModel) or any(isinstance(one, LoraLayer) for one in base.modules())):
         raise ModelError(
@@ -81,7 +81,7 @@ def build_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.
         )
     if isinstance(base, PreTrainedModel):
         pad(base, Base(model=base.config._name_or_path or "a model"))
-        model: Any = grown(base, result.format.frozen, result.other)
+        model: Any = resized(base, result.format.frozen, result.other)
     else:
         model = base_for(result, str(base))
     if result.adapter:
@@ -105,7 +105,7 @@ def build_model(result: Result, base: str | Path | PreTrainedModel) -> tuple[nn.
     return model.eval(), frozen
 
 
-def model_kind(result: Result, name: str) -> Kind:
+def model_kind(result: StoredResult, name: str) -> Kind:
     """The kind of model that the result was trained as; where it does not say, the kind of the base `name` that has its modules.
 
     Raises:
@@ -122,12 +122,12 @@ def model_kind(result: Result, name: str) -> Kind:
     return next((kind for kind in candidates if has_modules(Base(model=name), kind, result.adapter)), "features")
 
 
-def _head_rows(result: Result) -> list[int]:
+def _head_rows(result: StoredResult) -> list[int]:
     heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "qa_outputs.weight")
     return [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
 
 
-def base_for(result: Result, name: str) -> PreTrainedModel:
+def base_for(result: StoredResult, name: str) -> PreTrainedModel:
     """The base with the head that the result was trained with."""
     kind, options, rows = model_kind(result, name), dict[str, Any](), _head_rows(result)
     if kind in ("classification", IMAGES, "token-classification", "question-answering"):
@@ -139,10 +139,10 @@ def base_for(result: Result, name: str) -> PreTrainedModel:
     if seed is not None:
         set_seed(seed)
     model = load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
-    return grown(model, result.format.frozen, result.other)
+    return resized(model, result.format.frozen, result.other)
 
 
-def new_tokens(result: Result, name: str) -> int | None:
+def new_tokens(result: StoredResult, name: str) -> int | None:
     """How many tokens the base has with the result's embeddings, where the base `name` has another number; else None."""
     config = transformers.AutoConfig.from_pretrained(Base(model=name).source).get_text_config()
     ends = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "lm_head.weight")

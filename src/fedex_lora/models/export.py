@@ -25,7 +25,7 @@ from fedex_lora.models.processor import load_processor, save_processor
 from fedex_lora.storage.adapter_folder import concat_adapter, write_adapter_folder
 from fedex_lora.storage.files import atomic_folder, write_text
 from fedex_lora.storage.layout import LINEAR
-from fedex_lora.storage.result import Result
+from fedex_lora.storage.result import StoredResult
 from fedex_lora.storage.run_folder import best_round
 from fedex_lora.types import Adapter, LoRAPair
 
@@ -91,7 +91,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
     return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm}
 
 
-def _logits_with_and_without(result: Result, name: str) -> tuple[Tensor, Tensor]:
+def _logits_with_and_without(result: StoredResult, name: str) -> tuple[Tensor, Tensor]:
     """The run's logits, and those of its base with the same heads, both computed in float32."""
     model, frozen = build_model(result, name)
     want = logits(in_float32(model))
@@ -102,7 +102,7 @@ def _logits_with_and_without(result: Result, name: str) -> tuple[Tensor, Tensor]
     return want, logits(model)
 
 
-def _exportable(source: Path, form: str, rank: int | None) -> Result:
+def _exportable(source: Path, form: str, rank: int | None) -> StoredResult:
     """What the source holds, if it can be had in that form."""
     if form not in FORMS:
         raise UsageError(f"--as {form!r}: give {', '.join(FORMS)}")
@@ -114,7 +114,7 @@ def _exportable(source: Path, form: str, rank: int | None) -> Result:
     return result
 
 
-def _write(folder: Path, form: str, result: Result, adapter: Adapter, name: str) -> Tensor:
+def _write(folder: Path, form: str, result: StoredResult, adapter: Adapter, name: str) -> Tensor:
     """Write the form into a folder, and return the float32 logits of what plain transformers and PEFT load from there."""
     config = {**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}
     format = replace(result.format, config=config, frozen=result.format.frozen if form == "adapter" else {})
@@ -151,7 +151,7 @@ def _rank(adapter: Adapter) -> int:
     return max((pair.rank for pair in adapter.values()), default=0)
 
 
-def _vllm(form: str, rank: int, result: Result, name: str, out: Path) -> str:
+def _vllm(form: str, rank: int, result: StoredResult, name: str, out: Path) -> str:
     """How vLLM serves it, or why not (vLLM: causal LMs, ranks of MaxLoRARanks, linear layers of the body, no modules_to_save)."""
     if model_kind(result, name) not in ("causal-lm", "features") or is_encoder(Base(model=name)):
         return "not a causal LM: vLLM serves such models merged, as far as it knows their architecture"
@@ -181,7 +181,7 @@ def _vllm(form: str, rank: int, result: Result, name: str, out: Path) -> str:
     return f"vllm serve {served} --enable-lora --max-lora-rank {fits} --lora-modules {shlex.quote(f'fedex={where}')}"
 
 
-def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Result) -> str:
+def _card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: StoredResult) -> str:
     inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest.get("inputs", []))
     participants = f"\nParticipants of the last round:\n\n{inputs}\n" if inputs else ""
     grown = f" First `base.resize_token_embeddings({numbers['tokens']})`: the adapter has tokens of its own." if numbers["tokens"] else ""

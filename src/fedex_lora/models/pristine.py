@@ -13,7 +13,7 @@ from torch import Tensor
 from fedex_lora.models.layers import copied
 
 
-class Checkpoint:
+class PristineWeights:
     """The files of a model that is in memory: of its folder, or, where it came by name, of the hub's cache on this machine.
 
     Args:

@@ -11,7 +11,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.models.layers import is_quantised
 
 
-def grown(model: PreTrainedModel, frozen: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> PreTrainedModel:
+def resized(model: PreTrainedModel, frozen: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> PreTrainedModel:
     """The base with as many tokens as the adapter has embeddings for, and with what the adapter holds of it untrained.
 
     Args:

@@ -15,7 +15,7 @@ from fedex_lora.config import Truncation
 from fedex_lora.errors import UsageError
 from fedex_lora.exactness import measure
 from fedex_lora.exactness.streaming_audit import Audit, How
-from fedex_lora.offline.streaming import Round, audit_is_cheap, streamable, write_streamed
+from fedex_lora.offline.streaming import StreamJob, audit_is_cheap, streamable, write_streamed
 from fedex_lora.offline.together import (
     distinct_names,
     one_base,
@@ -28,12 +28,12 @@ from fedex_lora.offline.together import (
 )
 from fedex_lora.storage.adapter_folder import AdapterHeader, Format, describe_adapter_folders
 from fedex_lora.storage.handout import for_parties
-from fedex_lora.storage.result import Result, read_result, write_result
+from fedex_lora.storage.result import StoredResult, read_result, write_result
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class AggregationJob:
     """What is aggregated, after every check that needs no numbers.
 
     Attributes:
@@ -51,7 +51,7 @@ class Job:
     weights: Sequence[float] | None
     format: Format
     facts: Mapping[str, Any]
-    previous: Result | None
+    previous: StoredResult | None
     out: Path
     keep_updates: bool
     audit: How
@@ -146,7 +146,7 @@ def aggregate_folders(
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
     names = distinct_names(folders)
     files = dict(zip(names, described, strict=True))
-    job = Job(row, files, weights, like, _facts(folders, weights, like), before, out, keep_updates, audit, parties is not None)
+    job = AggregationJob(row, files, weights, like, _facts(folders, weights, like), before, out, keep_updates, audit, parties is not None)
     with for_parties(out, parties):
         outcome = _from_files(job) if before is None and streamable(row, described) else _in_memory(job, truncation)
     return {
@@ -186,13 +186,13 @@ def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Forma
     }
 
 
-def _from_files(job: Job) -> Outcome:
+def _from_files(job: AggregationJob) -> Outcome:
     """From files to files."""
     started = time.perf_counter()
     updates = [ClientUpdate(name, one.folder.adapter, 1, one.folder.other) for name, one in job.files.items()]
     ordered, p = in_order(updates, normalised_weights(updates, "uniform" if job.weights is None else job.weights))
     require_same_structure(ordered, job.row)
-    round = Round(job.row, [job.files[update.client_id] for update in ordered], ordered, p, job.format)
+    round = StreamJob(job.row, [job.files[update.client_id] for update in ordered], ordered, p, job.format)
     audit = None if job.audit == "none" else Audit(exact=job.audit == "exact" or (job.audit == "auto" and audit_is_cheap(round)))
     write_streamed(job.out, round, job.facts, job.keep_updates, audit, job.blockless)
     return Outcome(
@@ -210,7 +210,7 @@ def _from_files(job: Job) -> Outcome:
     )
 
 
-def _in_memory(job: Job, truncation: Truncation | None) -> Outcome:
+def _in_memory(job: AggregationJob, truncation: Truncation | None) -> Outcome:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
     read = {name: file.read() for name, file in job.files.items()}

@@ -15,7 +15,7 @@ from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness import measure
 from fedex_lora.offline.together import distinct_names, one_base, require_apart, require_same_frozen, require_several
 from fedex_lora.storage.handout import for_parties
-from fedex_lora.storage.result import Result, read_result, write_result
+from fedex_lora.storage.result import StoredResult, read_result, write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank
 
 
@@ -95,21 +95,21 @@ def _gained(merged: Aggregate, held: measure.Held, shares: Mapping[str, float], 
     return gained
 
 
-def _part(name: str, result: Result) -> Aggregate:
+def _part(name: str, result: StoredResult) -> Aggregate:
     """A region's adapter as a partial aggregate; what its base gained may be a matrix, and is added apart."""
     clients = result.manifest.get("clients") or dict(result.weights) or {"": 1.0}
     weights = {f"{name}/{client}": weight for client, weight in clients.items()}
     return Aggregate(adapter=result.adapter, residual={}, other=result.other, weights=weights, method=result.manifest["method"])
 
 
-def _total(folder: Path, result: Result) -> float:
+def _total(folder: Path, result: StoredResult) -> float:
     total = result.manifest.get("total_weight", math.fsum(entry.get("num_examples", 0) for entry in result.manifest.get("inputs", [])))
     if not isinstance(total, int | float) or not total > 0:
         raise StorageError(f"{folder} does not say what its weights summed to: give --weights, one a region")
     return float(total)
 
 
-def _require_disjoint(folders: Sequence[Path], results: Sequence[Result]) -> list[str]:
+def _require_disjoint(folders: Sequence[Path], results: Sequence[StoredResult]) -> list[str]:
     """The adapters that all regions were made of; none is in two of them."""
     seen = dict[str, Path]()
     for folder, result in zip(folders, results, strict=True):
@@ -121,7 +121,7 @@ def _require_disjoint(folders: Sequence[Path], results: Sequence[Result]) -> lis
     return list(seen)
 
 
-def _require_at_rest(folders: Sequence[Path], results: Sequence[Result]) -> None:
+def _require_at_rest(folders: Sequence[Path], results: Sequence[StoredResult]) -> None:
     """What momentum adds is no part of a mean."""
     if odd := [folder for folder, result in zip(folders, results, strict=True) if result.manifest.get("momentum")]:
         raise AggregationError(

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import Batch, Clients, Method, Part, mean_of, shape_batches, splits
+from fedex_lora.aggregation import Batch, BatchResult, ClientStack, Method, mean_of, shape_batches, splits
 from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError
 from fedex_lora.exactness.streaming_audit import Audit, exact_flops
-from fedex_lora.storage.adapter_folder import WEIGHTS, AdapterHeader, Format, frozen_key, write_config
+from fedex_lora.storage.adapter_folder import WEIGHTS, AdapterHeader, Format, frozen_key, write_adapter_config
 from fedex_lora.storage.files import atomic_folder
 from fedex_lora.storage.layout import LINEAR
 from fedex_lora.storage.peft_rules import PREFIX
@@ -36,7 +36,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
-class Round:
+class StreamJob:
     """What is aggregated: clients in the order in which sums are taken.
 
     Attributes:
@@ -92,7 +92,7 @@ def streamable(row: Method, files: Sequence[AdapterHeader]) -> bool:
     return row.is_factor_mean and not row.client_state and layouts <= {LINEAR} and dtypes <= set(FLOATS)
 
 
-def audit_is_cheap(round: Round) -> bool:
+def audit_is_cheap(round: StreamJob) -> bool:
     """Does an exact audit cost no more than a few times what the aggregation does?"""
     work = audit = 0
     for module, pair in round.adapter.items():
@@ -105,7 +105,7 @@ def audit_is_cheap(round: Round) -> bool:
 
 
 def write_streamed(
-    folder: Path, round: Round, facts: Mapping[str, Any], keep_updates: bool, audit: Audit | None, blockless: bool = False
+    folder: Path, round: StreamJob, facts: Mapping[str, Any], keep_updates: bool, audit: Audit | None, blockless: bool = False
 ) -> None:
     """Aggregate and write a result folder in one step, as `write_result` does, without holding more than a module.
 
@@ -137,10 +137,10 @@ def write_streamed(
             for name in round.format.frozen:
                 files.both(round.files[0].tensor(name))
         sums |= {str(file.path.relative_to(temporary)): file.checksum for file in files if file}
-        write_config(temporary / TRAINABLE, round.adapter, round.format)
+        write_adapter_config(temporary / TRAINABLE, round.adapter, round.format)
         write_readme(temporary / TRAINABLE, round.adapter, method, 1)
         if round.standalone:
-            write_config(temporary / STANDALONE, round.standalone, round.format)
+            write_adapter_config(temporary / STANDALONE, round.standalone, round.format)
         sums |= keep_adapters(temporary, dict(zip(clients, round.files, strict=True)) if keep_updates else {})
         for file in round.files:
             file.require_unchanged()
@@ -161,7 +161,7 @@ class _Files(NamedTuple):
 
 
 @contextmanager
-def _writers(folder: Path, round: Round, modules: Sequence[str]) -> Iterator[_Files]:
+def _writers(folder: Path, round: StreamJob, modules: Sequence[str]) -> Iterator[_Files]:
     """The files of a result folder, with these modules in this order."""
     first, frozen = round.updates[0], round.format.frozen
     other = {f"{PREFIX}{name}": (torch.promote_types(x.dtype, torch.float32), x.shape) for name, x in first.other.items()}
@@ -191,7 +191,7 @@ def _adapter_shapes(modules: Sequence[str], adapter: Mapping[str, LoRAPair]) -> 
     }
 
 
-def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
+def _batches(round: StreamJob, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
     """The modules' factors of all clients, read into memory that the next batch uses again."""
     space = torch.empty(0)
     for modules in order:
@@ -216,10 +216,12 @@ def _batches(round: Round, order: Sequence[Sequence[str]], audit: Audit | None) 
             B = B.clone() if audit else B  # the audit goes on from what was read
             for index, client in product(range(len(modules)), range(len(round.files))):
                 B[index, client] = (B[index, client].double() * (scalings[index][client] / first.scaling)).float()
-        yield Batch(modules, Clients(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
+        yield Batch(modules, ClientStack(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
 
 
-def _write_module(module: str, part: Part, index: int, round: Round, files: _Files, audit: Audit | None, blockless: bool) -> None:
+def _write_module(
+    module: str, part: BatchResult, index: int, round: StreamJob, files: _Files, audit: Audit | None, blockless: bool
+) -> None:
     """One module: the adapter `s B A`; what the base gains as factors `U V`, or the matrix; with factors also `[s B, U] [A; V]`."""
     A, B = part.adapter.A[index], part.adapter.B[index].mT.contiguous()
     files.both(A)

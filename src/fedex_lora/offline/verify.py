@@ -17,7 +17,7 @@ from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.storage.files import MANIFEST, read_manifest, unlisted
 from fedex_lora.storage.handout import differs
-from fedex_lora.storage.result import Result, read_result, result_folders
+from fedex_lora.storage.result import StoredResult, read_result, result_folders
 from fedex_lora.storage.run_folder import best_round
 from fedex_lora.types import Delta
 
@@ -44,7 +44,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         StorageError: nothing to verify, files that were altered, have no sum or are not finite, or a `final/` that is not the last round.
     """
     rows, (folders, final) = list[dict[str, Any]](), result_folders(path)
-    before: list[Result] = []
+    before: list[StoredResult] = []
     for folder in folders:
         result = read_result(folder)
         _require_sums(folder)
@@ -106,7 +106,7 @@ def complaint(result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def require_continued(folder: Path, result: Result, before: Sequence[Result]) -> None:
+def require_continued(folder: Path, result: StoredResult, before: Sequence[StoredResult]) -> None:
     """Under server momentum: did the round start from what the rounds before it left, as far as these are there?
 
     Args:
@@ -159,7 +159,7 @@ def _require_sums(folder: Path) -> None:
         raise StorageError(f"{odd} has no sum in {folder / MANIFEST}, so it cannot be verified: move it away, or copy the folder again")
 
 
-def ideal_logits(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
+def ideal_logits(result: StoredResult, base: str, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The ideal model's logits in fp64, and the same without the base delta (without the whole update, where the base gained nothing)."""
     ideal = _ideal(result)
     gained = result.base_delta or ideal
@@ -168,7 +168,7 @@ def ideal_logits(result: Result, base: str, rows: int = 4) -> tuple[Tensor, Tens
     return want, without
 
 
-def model_logits(result: Result, base: str, float32: bool, rows: int = 4) -> tuple[Tensor, Tensor]:
+def model_logits(result: StoredResult, base: str, float32: bool, rows: int = 4) -> tuple[Tensor, Tensor]:
     """The logits of the model that a result describes, and of the same without the base delta; as it computes, or in float32."""
     model, frozen = build_model(result, base)
     got = logits(in_float32(model) if float32 else model, rows)
@@ -190,10 +190,10 @@ def compared(got: Tensor, got_without: Tensor, want: Tensor, want_without: Tenso
     norms = (got - want, want - want_without, got_without - want_without, want, want_without)
     error, change, floor, size, size_without = (float(torch.linalg.vector_norm(one)) for one in norms)
     pairs = {"error": (error, change), "floor": (floor, change), "share": (error, size), "share_floor": (floor, size_without)}
-    return {name: algebra.relative(*pair) for name, pair in pairs.items()}
+    return {name: algebra.relative_error(*pair) for name, pair in pairs.items()}
 
 
-def output_errors(result: Result, base: str) -> dict[str, Any]:
+def output_errors(result: StoredResult, base: str) -> dict[str, Any]:
     """`compared` of a result's model, as it computes and in float32."""
     want, numbers = ideal_logits(result, base), {"compute_dtype": result.manifest.get("base_dtype", "float32")}
     for suffix, float32 in (("", False), ("_float32", True)):
@@ -202,15 +202,15 @@ def output_errors(result: Result, base: str) -> dict[str, Any]:
     return numbers
 
 
-def _ideal(result: Result) -> Mapping[str, Delta]:
+def _ideal(result: StoredResult) -> Mapping[str, Delta]:
     """The mean of the participants' models, moved by the server's momentum; where none are there, what the folder's own factors say."""
     if not result.updates:
         return measure.effective_update(result.adapter, result.base_delta)
     ideal = measure.ideal_update(result.previous_delta, result.updates, result.weights, result.held)
-    return ideal if result.motion is None else measure.moved(ideal, result.previous_delta, result.motion)
+    return ideal if result.motion is None else measure.moved_ideal(ideal, result.previous_delta, result.motion)
 
 
-def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any]:
+def _verify_one(folder: Path, result: StoredResult, base: str | None) -> dict[str, Any]:
     ideal, recomputed = _ideal(result), bool(result.updates)
     row: dict[str, Any] = {
         "folder": str(folder),
@@ -226,7 +226,7 @@ def _verify_one(folder: Path, result: Result, base: str | None) -> dict[str, Any
     return row
 
 
-def _errors(ideal: Mapping[str, Delta], result: Result) -> dict[str, Any]:
+def _errors(ideal: Mapping[str, Delta], result: StoredResult) -> dict[str, Any]:
     """Of the factors, of the stand-alone adapter, and of the other tensors."""
     factors = measure.exactness(ideal, result.adapter, result.base_delta)
     per_module = factors.per_module

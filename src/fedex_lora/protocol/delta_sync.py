@@ -20,7 +20,7 @@ from fedex_lora.aggregation.lowrank import concatenate
 from fedex_lora.aggregation.momentum import halted
 from fedex_lora.aggregation.server_state import PLAIN, advance, grown
 from fedex_lora.aggregation.truncation import truncate
-from fedex_lora.config import Messages, Server, Truncation
+from fedex_lora.config import Messages, ServerOptimizer, Truncation
 from fedex_lora.errors import LacksError, WireError
 from fedex_lora.types import Adapter, Delta, LoRAPair, LowRank
 
@@ -175,7 +175,7 @@ def require_next(copy: ModelCopy, message: CatchUp) -> None:
         )
 
 
-def caught_up(copy: ModelCopy, message: CatchUp, adapter: Adapter, pace: Server = PLAIN) -> ModelCopy:
+def caught_up(copy: ModelCopy, message: CatchUp, adapter: Adapter, pace: ServerOptimizer = PLAIN) -> ModelCopy:
     """The client's copy after a message.
 
     Args:

@@ -24,7 +24,7 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 NAME = 1000  # characters of a tensor's name
 
 
-class Entry(NamedTuple):
+class BodyEntry(NamedTuple):
     """What a body says of one tensor."""
 
     dtype: str
@@ -88,7 +88,7 @@ def require_digest(body: memoryview, declared: str) -> None:
         raise WireError("the message's checksum is wrong: it was altered on the way; send it again")
 
 
-def read_table(body: memoryview, header_limit: int) -> tuple[str, dict[str, Entry]]:
+def read_body_table(body: memoryview, header_limit: int) -> tuple[str, dict[str, BodyEntry]]:
     """The text of the body's own header, and name -> `Entry`, after every check that needs no tensor.
 
     Args:
@@ -161,7 +161,7 @@ def _safe(name: str) -> str:
     return name
 
 
-def _entry(name: str, entry: Any) -> Entry:
+def _entry(name: str, entry: Any) -> BodyEntry:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         known = len(entry) == 3 and all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end))
@@ -170,10 +170,10 @@ def _entry(name: str, entry: Any) -> Entry:
         sound = False
     if not sound:
         raise WireError(f"tensor {shown(name)} is described as {shown(entry)}, which is no known dtype, or shape and offsets disagree")
-    return Entry(dtype, shape, begin, end)
+    return BodyEntry(dtype, shape, begin, end)
 
 
-def _require_covered(entries: dict[str, Entry], size: int) -> None:
+def _require_covered(entries: dict[str, BodyEntry], size: int) -> None:
     """The tensors lie one after the other and fill the body."""
     place = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -19,7 +19,7 @@ from fedex_lora.aggregation.server_state import fresh_adapter
 from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.frame import Entry, digest, join, read_table, require_digest, require_same_names, shown, split
+from fedex_lora.protocol.frame import BodyEntry, digest, join, read_body_table, require_digest, require_same_names, shown, split
 from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header
 from fedex_lora.protocol.sync_tensors import catch_up_of, catch_up_tensors
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
@@ -115,7 +115,7 @@ def decode_body(body: memoryview, declared: str, known: Adapter | None = None) -
     Raises:
         WireError: truncated or altered, or it contradicts itself: see `read_table` and `catch_up_of`.
     """
-    text, entries = read_table(body, 2**20 + len(body) // 2)
+    text, entries = read_body_table(body, 2**20 + len(body) // 2)
     header = parse_header(text)
     tensors = _tensors(body, entries, declared)
     known = known or {}
@@ -191,7 +191,7 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
     if len(payload) > most:
         raise WireError(f"{len(payload)} bytes arrived where at most {most} were declared")
     answer, bytes_of = envelope_of(payload, Answer)
-    text, entries = read_table(bytes_of, header_limit)
+    text, entries = read_body_table(bytes_of, header_limit)
     header = parse_header(text)
     _require_declared(entries, expected)
     for name, here, there in (
@@ -229,7 +229,7 @@ def _require_countable(answer: Answer, kind: str, most: int) -> None:
         raise WireError(f"held_out_rows is {rows:g}: it must be from 0 to messages.max_examples = {most}")
 
 
-def _require_declared(entries: Mapping[str, Entry], expected: Mapping[str, Tensor]) -> None:
+def _require_declared(entries: Mapping[str, BodyEntry], expected: Mapping[str, Tensor]) -> None:
     """Names, shapes and dtypes as declared, before a tensor is made of the message."""
     require_same_names(list(entries), list(expected))
     for name, tensor in expected.items():
@@ -260,7 +260,7 @@ def _encode(header: BodyHeader, tensors: Mapping[str, Tensor]) -> Encoded:
     return Encoded(payload, digest(payload))
 
 
-def _tensors(body: memoryview, entries: Mapping[str, Entry], declared: str) -> dict[str, Tensor]:
+def _tensors(body: memoryview, entries: Mapping[str, BodyEntry], declared: str) -> dict[str, Tensor]:
     """The tensors of a body, each with memory of its own: safetensors' `load`, from a table that was checked, and with one copy less.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedex_lora.report._tables import Table, table
+from fedex_lora.report._tables import Sortable, sortable
 
 POINTS = 200  # of a line
 CELLS = 6000  # of a heat map
@@ -36,7 +36,7 @@ class Chart:
     note: str
     spec: Spec
     values: Sequence[Mapping[str, Any]]
-    tables: Sequence[Table]
+    tables: Sequence[Sortable]
     choices: Mapping[str, tuple[str, tuple[float, float]]] | None = None
 
     def embedded(self) -> Spec:
@@ -120,7 +120,7 @@ def lines(title: str, note: str, frame: pd.DataFrame, y: str, x: str = "round", 
     wide = shown.rename(columns=names).pivot_table(index=x, columns="label", values=list(names.values()), sort=False)
     wide.columns = [f"{label}{name}" for name, label in wide.columns]
     wide = wide[[f"{label}{name}" for label in labels for name in names.values()]].sort_index().reset_index()
-    return Chart(title, note, spec, records(shown), [table(f"{title}: {y}", wide)])
+    return Chart(title, note, spec, records(shown), [sortable(f"{title}: {y}", wide)])
 
 
 def heat(
@@ -162,7 +162,7 @@ def heat(
         },
     }
     tables = [
-        table(f"{title}: {name}, by layer and round", means.pivot(index="layer", columns="span", values=key)[order].reset_index())
+        sortable(f"{title}: {name}, by layer and round", means.pivot(index="layer", columns="span", values=key)[order].reset_index())
         for key, name in choices.items()
     ]
     return Chart(title, note, spec, records(means), tables, {key: (name, domains[key]) for key, name in choices.items()})
@@ -211,4 +211,4 @@ def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
     totals = frame.groupby(["client", "outcome"]).size().unstack(fill_value=0).reindex(columns=list(OUTCOMES), fill_value=0).reset_index()
     if whole:
         cells = cells.drop(columns=list(OUTCOMES))
-    return Chart(title, note, spec, records(cells), [table(f"{title}: how many rounds, by client and outcome", totals)])
+    return Chart(title, note, spec, records(cells), [sortable(f"{title}: how many rounds, by client and outcome", totals)])

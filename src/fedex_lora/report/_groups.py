@@ -49,7 +49,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def curve(groups: Sequence[Group], column: str) -> pd.DataFrame:
+def series(groups: Sequence[Group], column: str) -> pd.DataFrame:
     """A column over the rounds: `round`, `label`, and over the seeds the mean `value`, `low` and `high`."""
     parts = []
     for group in groups:

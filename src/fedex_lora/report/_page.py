@@ -16,8 +16,8 @@ from fedex_lora import __version__
 from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
-from fedex_lora.report._sections import Part, communication, comparison, curves, details, deviations, tiles
-from fedex_lora.report._tables import Table
+from fedex_lora.report._sections import Section, communication_section, comparison, curves, details, deviation_section, tiles
+from fedex_lora.report._tables import Sortable
 from fedex_lora.report.analysis import Run, find_runs
 from fedex_lora.storage.events import ClientRejected, RoundDone, of_kind
 from fedex_lora.storage.files import write_text
@@ -61,8 +61,8 @@ def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     if len(groups) > MOST:
         raise UsageError(f"{len(groups)} kinds of runs are too many for one report: give at most {MOST} (seeds do not count)")
     budget = 2 * CELLS // max(1, len(groups))  # cells of heat maps, of one group
-    parts = [Part("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
-    parts += [curves(groups), deviations(groups), communication(groups)]
+    parts = [Section("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
+    parts += [curves(groups), deviation_section(groups), communication_section(groups)]
     parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
     parts = [part for part in parts if part.items or part.inner]
     charts, tables = [item for item in _items(parts) if isinstance(item, Chart)], sum(1 for _ in _items(parts))
@@ -87,7 +87,7 @@ def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     return html, {"charts": len(charts), "tables": tables}
 
 
-def _items(parts: Sequence[Part]) -> Iterator[Chart | Table]:
+def _items(parts: Sequence[Section]) -> Iterator[Chart | Sortable]:
     for part in parts:
         yield from part.items
         yield from _items(part.inner)

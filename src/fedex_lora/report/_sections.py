@@ -11,29 +11,30 @@ import pandas as pd
 from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import Chart, heat, lines, timeline
-from fedex_lora.report._groups import VALUES, Group, curve, final, group_sent, worst_error
-from fedex_lora.report._tables import Format, Table, duration, fixed, percent, scientific, significant, size, table
+from fedex_lora.report._groups import VALUES, Group, final, group_sent, series, worst_error
+from fedex_lora.report._tables import Format, Sortable, duration, fixed, percent, scientific, significant, size, sortable
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
 from fedex_lora.storage.events import Event
 
+AFTER = "Singular values of R after the last kept round."
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
-    "residual": "Singular values of R after the last kept round.",
-    "base delta": "Singular values of all that the frozen base has gained by then.",
+    "residual": AFTER,
+    "base delta": "The same of all that the frozen base has gained.",
 }
 ERRORS = {"exactness_error": "exactness error", "deviation": "averaging alone"}
 REFUSALS, LINES, MODULES = 200, 12, 6  # rows of a table, lines of a chart, modules whose spectra are drawn
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """Charts and tables under a heading; `folded` parts are closed until someone opens them."""
 
     title: str
     note: str = ""
-    items: Sequence[Chart | Table] = ()
+    items: Sequence[Chart | Sortable] = ()
     folded: bool = False
-    inner: Sequence["Part"] = field(default_factory=tuple)
+    inner: Sequence["Section"] = field(default_factory=tuple)
 
 
 def tiles(group: Group) -> list[tuple[str, str, str]]:
@@ -64,7 +65,7 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
     return found
 
 
-def comparison(groups: Sequence[Group]) -> Table:
+def comparison(groups: Sequence[Group]) -> Sortable:
     """One line a label."""
     rows, judged = [], headlines(groups)
     for group in groups:
@@ -88,7 +89,7 @@ def comparison(groups: Sequence[Group]) -> Table:
         f"{' or '.join(judged)} after the last round; the errors are of the worst round: exactness error of its worst module, averaging "
         "alone of the whole model"
     )
-    return table(caption + "; means over the seeds, errors of the worst seed, refused in all seeds" * several, made, formats)
+    return sortable(caption + "; means over the seeds, errors of the worst seed, refused in all seeds" * several, made, formats)
 
 
 def headlines(groups: Sequence[Group]) -> list[str]:
@@ -102,7 +103,7 @@ def _measured(group: Group) -> str:
     return headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"
 
 
-def curves(groups: Sequence[Group]) -> Part:
+def curves(groups: Sequence[Group]) -> Section:
     """How good the model was."""
     judged = headlines(groups)
     wanted = dict.fromkeys(judged, "the global model on the task's evaluation rows") | {"loss": "the same model's loss there"}
@@ -112,13 +113,15 @@ def curves(groups: Sequence[Group]) -> Part:
     for column, note in wanted.items():
         name = column.removeprefix("held_out_")
         title = name if column == name else f"{name} on the clients' rows"
-        charts.append(lines(title[:1].upper() + title[1:], f"{note[:1].upper()}{note[1:]}, after each round.", curve(groups, column), name))
+        charts.append(
+            lines(title[:1].upper() + title[1:], f"{note[:1].upper()}{note[1:]}, after each round.", series(groups, column), name)
+        )
     several = any(len(group.runs) > 1 for group in groups)
     note = "Lines are means over the seeds, bands reach from the lowest to the highest." if several else ""
-    return Part("How good the model was", note, [chart for chart in charts if chart])
+    return Section("How good the model was", note, [chart for chart in charts if chart])
 
 
-def deviations(groups: Sequence[Group]) -> Part:
+def deviation_section(groups: Sequence[Group]) -> Section:
     """How far averaging the factors is from the ideal."""
     parts, absolute, layers = [], [], []
     for group in groups:
@@ -130,7 +133,7 @@ def deviations(groups: Sequence[Group]) -> Part:
             by = _means(firsts, ["projection", "layer"], "relative")
             layers.append(by.assign(label=[f"{group.label}: {name}" if len(groups) > 1 else name for name in by["projection"]]))
     if not parts:
-        return Part("")
+        return Section("")
     count = sum(one["label"].nunique() for one in layers)
     both = [
         lines(
@@ -165,7 +168,7 @@ def deviations(groups: Sequence[Group]) -> Part:
     )
     if count > LINES:
         note += f" By layer these would be {count} lines: see the heat maps."
-    return Part("What plain averaging would lose", note, [chart for chart in both if chart])
+    return Section("What plain averaging would lose", note, [chart for chart in both if chart])
 
 
 def _means(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.DataFrame:
@@ -174,9 +177,9 @@ def _means(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.Dat
     return seeds.groupby(by)[column].agg(value="mean", low="min", high="max").reset_index()
 
 
-def communication(groups: Sequence[Group]) -> Part:
+def communication_section(groups: Sequence[Group]) -> Section:
     """What travelled."""
-    total = lines("Bytes so far", "All clients together, after each round.", curve(groups, "bytes_total"), "bytes", format=".3~s")
+    total = lines("Bytes so far", "All clients together, after each round.", series(groups, "bytes_total"), "bytes", format=".3~s")
     means = []
     for group in groups:
         seeds = pd.DataFrame([traffic(run.events) for run in group.runs])
@@ -190,21 +193,23 @@ def communication(groups: Sequence[Group]) -> Part:
         f"Bytes of all clients and rounds, and of the message that brings the final model to all{over}. Relative to fedex, or the first; "
         "with the base: as if each client had also downloaded it once."
     )
-    return Part("What travelled", "", [item for item in (total, table(caption, frame.drop(columns="method"), formats, names)) if item])
+    return Section(
+        "What travelled", "", [item for item in (total, sortable(caption, frame.drop(columns="method"), formats, names)) if item]
+    )
 
 
-def details(group: Group, budget: int, folded: bool) -> Part:
+def details(group: Group, budget: int, folded: bool) -> Section:
     """One run of a group, in detail."""
     run = group.first
     inner = [_heat_maps(group.modules[0], budget), _spectra(run), _exactness(group), _participation(group), _clients(run)]
     title = "Round by round" if not folded else f"{group.label}, round by round"
     note = f"Of the run with seed {run.config.get('seed')}; refusals and warnings are those of all seeds." if len(group.runs) > 1 else ""
-    return Part(title, note, folded=folded, inner=[part for part in inner if part and part.items])
+    return Section(title, note, folded=folded, inner=[part for part in inner if part and part.items])
 
 
-def _heat_maps(modules: pd.DataFrame, budget: int) -> Part:
+def _heat_maps(modules: pd.DataFrame, budget: int) -> Section:
     if modules.empty:
-        return Part("")
+        return Section("")
     projections = list(dict.fromkeys(modules.sort_values("layer")["projection"]))
     limit = int(np.clip(budget // max(1, modules["module"].nunique()), 5, 60))
     highest = {key: float(f"{modules[key].quantile(0.99):.3g}") for key in VALUES}
@@ -213,10 +218,10 @@ def _heat_maps(modules: pd.DataFrame, budget: int) -> Part:
         "Darker is less; the brightest colour is the 99th percentile and all above it. Rounds are averaged in spans where there are many."
     )
     charts = [heat(name, "", modules[modules["projection"] == name], VALUES, domains, limit) for name in projections]
-    return Part("Deviation of plain averaging, by layer and projection", note, charts)
+    return Section("Deviation of plain averaging, by layer and projection", note, charts)
 
 
-def _spectra(run: Run) -> Part:
+def _spectra(run: Run) -> Section:
     """Of the last round that is kept; nothing where its folder is gone, or the base gained nothing."""
     items = []
     for of, what in SPECTRA.items():
@@ -232,10 +237,10 @@ def _spectra(run: Run) -> Part:
             note = f"{what} Effective rank: {significant(ranks.min())} to {significant(ranks.max())}."
             chart = lines(f"Spectrum of the {of}", note, shown.assign(label=names), "singular value", x="index", log=True)
             items += [chart] if chart else []
-    return Part("What the lost part is made of", "", items)
+    return Section("What the lost part is made of", "", items)
 
 
-def _exactness(group: Group) -> Part:
+def _exactness(group: Group) -> Section:
     frame = group.rounds[0]
     names = {"exactness_error": "from the factors", "realised_error": "from the model's layers", "floor": "floor of their precision"}
     parts = [
@@ -244,10 +249,10 @@ def _exactness(group: Group) -> Part:
         if column in frame
     ]
     if not parts:
-        return Part("")
+        return Section("")
     note = "Worst module: |model − mean of the participants' models| / |ideal update|, in 64 bits."
     chart = lines("Exactness error", note, pd.concat(parts, ignore_index=True), "relative error", log=True)
-    return Part("How exact it was", "", [chart] if chart else [])
+    return Section("How exact it was", "", [chart] if chart else [])
 
 
 def _all_seeds(group: Group, frame_of: Callable[[Sequence[Event]], pd.DataFrame]) -> pd.DataFrame:
@@ -258,27 +263,27 @@ def _all_seeds(group: Group, frame_of: Callable[[Sequence[Event]], pd.DataFrame]
     return pd.concat(frames, ignore_index=True)
 
 
-def _participation(group: Group) -> Part:
+def _participation(group: Group) -> Section:
     frame, refused = analysis.participation(group.first.events), _all_seeds(group, analysis.refusals)
-    items: list[Chart | Table] = [timeline("Participation", "Whose update is part of each round's mean.", frame)] if len(frame) else []
+    items: list[Chart | Sortable] = [timeline("Participation", "Whose update is part of each round's mean.", frame)] if len(frame) else []
     if len(refused):
         reasons = refused.groupby("reason").agg(times=("round", "size"), clients=("client", "nunique"), last=("round", "max")).reset_index()
         reasons = reasons.sort_values("times", ascending=False)
         note = f", the last {REFUSALS} of {len(refused)}" if len(refused) > REFUSALS else ""
         items += [
-            table("Why answers were refused", reasons.head(REFUSALS), names={"last": "last round"}),
-            table(f"Refused answers{note}", refused.tail(REFUSALS)),
+            sortable("Why answers were refused", reasons.head(REFUSALS), names={"last": "last round"}),
+            sortable(f"Refused answers{note}", refused.tail(REFUSALS)),
         ]
     if len(told := _all_seeds(group, analysis.messages)):
-        items.append(table("Warnings and interruptions", told.tail(REFUSALS)))
-    return Part("Who took part", "", items)
+        items.append(sortable("Warnings and interruptions", told.tail(REFUSALS)))
+    return Section("Who took part", "", items)
 
 
-def _clients(run: Run) -> Part:
+def _clients(run: Run) -> Section:
     frame = analysis.clients(run.events)
     if frame.empty:
-        return Part("")
-    items: list[Chart | Table] = []
+        return Section("")
+    items: list[Chart | Sortable] = []
     if frame["drift"].notna().any():
         by = frame.astype({"drift": float}).groupby("round")["drift"].agg(value="mean", low="min", high="max").reset_index()
         note = "|client's update − mean| / |mean|: the mean over the clients, and from the nearest to the farthest."
@@ -293,5 +298,5 @@ def _clients(run: Run) -> Part:
     by_client = frame.astype({"drift": float}).groupby("client").agg(**kept).reset_index()
     formats = {"loss": fixed, headline: fixed, "drift": significant, "sent up": size, "seconds a round": significant}
     names = {"rows": "training rows", "loss": "last training loss", headline: f"{run.started.headline} on own rows", "drift": "mean drift"}
-    items.append(table("Clients, over the rounds that they answered", by_client, formats, names))
-    return Part("The clients", "", items)
+    items.append(sortable("Clients, over the rounds that they answered", by_client, formats, names))
+    return Section("The clients", "", items)

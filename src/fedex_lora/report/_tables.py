@@ -13,7 +13,7 @@ NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
-class Table:
+class Sortable:
     """A table.
 
     Attributes:
@@ -34,7 +34,9 @@ def size(count: float) -> str:
     return decimal(int(count), precision=2)
 
 
-def table(caption: str, frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, names: Mapping[str, str] | None = None) -> Table:
+def sortable(
+    caption: str, frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, names: Mapping[str, str] | None = None
+) -> Sortable:
     """A data frame as a table; columns with a format are numbers, the others text or small numbers."""
     formats, names = formats or {}, names or {}
     numeric = [bool(pd.api.types.is_numeric_dtype(frame[column])) for column in frame]
@@ -42,7 +44,7 @@ def table(caption: str, frame: pd.DataFrame, formats: Mapping[str, Format] | Non
         [_cell(value, formats.get(str(column), _plain)) for column, value in zip(frame.columns, row, strict=True)]
         for row in frame.itertuples(index=False, name=None)
     ]
-    return Table(caption, [names.get(str(column), str(column)) for column in frame], rows, numeric)
+    return Sortable(caption, [names.get(str(column), str(column)) for column in frame], rows, numeric)
 
 
 def _cell(value: Any, show: Format) -> tuple[str, float | None]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fedex_lora.config import IMAGES, Config
-from fedex_lora.config import Task as Settings
+from fedex_lora.config import TaskSettings as Settings
 from fedex_lora.errors import DataError, FedexLoraError, counted
 from fedex_lora.models.processor import load_processor
 from fedex_lora.tasks import Task, custom, load_task, usable
@@ -62,7 +62,7 @@ def _everything(config: Config) -> Iterator[Finding]:
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:
-    train, held = custom.tables(settings)
+    train, held = custom.row_tables(settings)
     for table in (train, held) if held.source != train.source else (train,):
         stops = settings.on_bad_row == "refuse"
         yield from (Finding(f"{table.source}: {told(problem)}", stops) for problem in table.problems)

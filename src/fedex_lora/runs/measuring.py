@@ -15,7 +15,7 @@ from fedex_lora.types import Delta, ServerState
 Realised = Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, dict[str, float]]]
 
 
-def measured(result: Result, realised: Realised, emit: Emit) -> dict[str, Any]:
+def round_numbers(result: Result, realised: Realised, emit: Emit) -> dict[str, Any]:
     """The fields of `round_done` that a round achieved, from the factors and from the model's own layers; nothing without a global model.
 
     Args:
@@ -61,7 +61,7 @@ def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emi
     return mean
 
 
-def best_round(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
+def best_of(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
     """The round whose model was best on the held-out rows of all clients; ties go to the earlier one.
 
     A round that only some clients measured (`clients.fraction` below one) is not compared: its rows were other rows.

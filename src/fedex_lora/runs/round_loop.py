@@ -14,12 +14,13 @@ from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.exactness.measure import Exactness, Held
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.listening import Exchange, listen, tell
-from fedex_lora.runs.measuring import best_round, held_out_event, learnt_nothing, measured
+from fedex_lora.runs.measuring import best_of, held_out_event, learnt_nothing, round_numbers
 from fedex_lora.server.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.server.checks import quorum, sample
 from fedex_lora.server.result import Result
-from fedex_lora.server.round import Complete, Round, Short
+from fedex_lora.server.round import Round
 from fedex_lora.server.server import Server
+from fedex_lora.server.verdicts import Complete, Short
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.events import ClientRejected, Evaluated, Event, RoundStarted, RunDone, Waiting, Warned, record
 from fedex_lora.storage.files import FINAL, ROUNDS
@@ -152,7 +153,7 @@ def _skipped(round: Round, short: Short, config: Config, emit: Emit) -> _Ended:
 
 
 def _closed(round: Round, ready: Complete, result: Result, federation: Federation, emit: Emit) -> _Ended:
-    done = {"accepted": list(ready.clients), **measured(result, federation.realised, emit)}
+    done = {"accepted": list(ready.clients), **round_numbers(result, federation.realised, emit)}
     facts = {"late": sorted(ready.late)} if ready.late else {}
     return _Ended(done, facts, result.aggregate.weights, result.held, result.motion)
 
@@ -196,7 +197,7 @@ def _finish(here: Checkpoint, server: Server, federation: Federation, config: Co
     federation.finish(here.state, out)
     if words := learnt_nothing(held_out, federation.facts):
         emit(Warned(round=config.rounds, message=words))
-    best = best_round(held_out, federation.facts)
+    best = best_of(held_out, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
     emit(RunDone(rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {})))
 

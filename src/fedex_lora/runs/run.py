@@ -22,7 +22,7 @@ from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
-from fedex_lora.server.checkpoint import last_checkpoint, load_base, require_space
+from fedex_lora.server.checkpoint import last_checkpoint, load_base_delta, require_space
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, RunDone, Warned, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
@@ -80,7 +80,7 @@ class LocalSimulation:
         def base_of(version: int) -> Mapping[str, Delta] | None:
             if version not in bases:
                 folder = round_folder(out, version)
-                bases[version] = load_base(folder) if folder.exists() else None
+                bases[version] = load_base_delta(folder) if folder.exists() else None
             return bases[version]
 
         self.pool.remember_in(out / "clients", base_of)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
 from fedex_lora.errors import StorageError
-from fedex_lora.server.dump import base_delta_of, dumped, restored
+from fedex_lora.server.dump import base_delta_of, server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.storage.result import DELTA, read_result
 from fedex_lora.storage.run_folder import run_rounds_of
@@ -45,7 +45,7 @@ class Checkpoint:
 
 def to_file(checkpoint: Checkpoint) -> Tensors:
     """What the result folder does not hold."""
-    tensors, about = dumped(checkpoint.state, checkpoint.registry, whole=False)
+    tensors, about = server_table(checkpoint.state, checkpoint.registry, whole=False)
     about |= {"held_out": list(checkpoint.held_out.items()), "done": checkpoint.done, "skipped": list(checkpoint.skipped)}
     return tensors, {"server": json.dumps(about)}
 
@@ -64,14 +64,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         base_delta=result.base_delta,
         other=result.other,
     )
-    state, registry = restored(tensors, about, stored)
+    state, registry = server_state_of(tensors, about, stored)
     try:
         return Checkpoint(state, registry, dict(about["held_out"]), about["done"], about["skipped"])
     except (KeyError, ValueError, TypeError) as error:
         raise _odd(folder, error) from None
 
 
-def load_base(folder: Path) -> dict[str, Delta]:
+def load_base_delta(folder: Path) -> dict[str, Delta]:
     """The server's base delta in a round's result folder, with its velocities.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fedex_lora.aggregation import ALIGNED, METHODS, Method, derive_seed, get_method
-from fedex_lora.config import Config, Rules, Server, Truncation
+from fedex_lora.config import Config, Rules, ServerOptimizer, Truncation
 from fedex_lora.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def _require_pace(config: Config, method: Method) -> None:
     """Momentum and a server's learning rate act on one global model that the base can make up for."""
     pace = config.server
     if not pace.moves:
-        if pace != Server():
+        if pace != ServerOptimizer():
             raise ConfigError("server.momentum_on and momentum_of say nothing without server.momentum: set that, or remove them")
         return
     if not method.momentum:

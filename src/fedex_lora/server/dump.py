@@ -12,7 +12,7 @@ from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.types import Delta, LoRAPair, LowRank, MovingDense, MovingLowRank, ServerState
 
 
-def dumped(state: ServerState, registry: ClientRegistry, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def server_table(state: ServerState, registry: ClientRegistry, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what is to be said of them.
 
     Args:
@@ -53,7 +53,7 @@ def dumped(state: ServerState, registry: ClientRegistry, whole: bool) -> tuple[d
     return tensors, about
 
 
-def restored(
+def server_state_of(
     tensors: Mapping[str, Tensor], about: Mapping[str, Any], stored: ServerState | None = None
 ) -> tuple[ServerState, ClientRegistry]:
     """The inverse of `dumped`.

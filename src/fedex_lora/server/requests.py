@@ -40,7 +40,7 @@ class Unanswered:
     gained: Mapping[str, LowRank] = field(default_factory=dict)
 
 
-class Messages(Mapping[str, bytes]):
+class LazyMessages(Mapping[str, bytes]):
     """Client -> its message, which becomes bytes when it is asked for: k messages at once would be most of what the server holds."""
 
     def __init__(self, requests: "Requests", clients: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ class Requests:
         self.asked = dict[str, Asked]()
         self._bodies, self._encoded = dict[_Version, Body](), dict[tuple[_Version, str], Encoded]()
 
-    def ask(self, clients: Sequence[str]) -> Messages:
+    def ask(self, clients: Sequence[str]) -> LazyMessages:
         """Ask clients for what they lack now."""
         server, registry = self._server, self._server.registry
         for client in clients:
@@ -94,7 +94,7 @@ class Requests:
             )
             omit = "AB" if self._drawn else registry.unchanged_factors(client)
             self.asked[client] = Asked(request, registry.version.get(client, 0), omit)
-        return Messages(self, clients)
+        return LazyMessages(self, clients)
 
     @property
     def _drawn(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.config import Server as Pace
+from fedex_lora.config import ServerOptimizer as Pace
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness, Held
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Motion, ServerState
@@ -54,7 +54,7 @@ def result_of(
         return Result(state, aggregate, held, motion, {}, None, {})
     ideal = measure.ideal_update(before.base_delta, updates, aggregate.weights, held)
     if motion:
-        ideal = measure.moved(ideal, before.base_delta, motion)
+        ideal = measure.moved_ideal(ideal, before.base_delta, motion)
     exactness, deviation = measure.exactness(ideal, state.adapter, state.base_delta), measure.deviation(aggregate, updates)
     numbers = {
         "deviation": deviation.total_relative_error,

@@ -1,8 +1,7 @@
 """One round that is going on: whom it asks, what it has heard, whether that is enough, and what it comes to. No I/O, no waiting."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from fedex_lora.aggregation import get_method
@@ -14,9 +13,22 @@ from fedex_lora.protocol.messages import Download, decode_update, envelope_of
 from fedex_lora.protocol.records import Answer, Apology, Request
 from fedex_lora.server.checks import below_quorum, quorum
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
-from fedex_lora.server.requests import Asked, Messages, Phase, Requests, Unanswered
+from fedex_lora.server.requests import Asked, LazyMessages, Phase, Requests, Unanswered
 from fedex_lora.server.result import Result, result_of
-from fedex_lora.server.verdicts import Accepted, Duplicate, Failed, Late, NeedsFull, Rejected, Verdict, one_line, printable
+from fedex_lora.server.verdicts import (
+    Accepted,
+    Complete,
+    Duplicate,
+    Failed,
+    Late,
+    NeedsFull,
+    Receipt,
+    Rejected,
+    Short,
+    Verdict,
+    one_line,
+    printable,
+)
 from fedex_lora.types import ClientUpdate, LowRank
 
 if TYPE_CHECKING:
@@ -24,45 +36,6 @@ if TYPE_CHECKING:
 
 TWICE = "its first answer counts"
 _SETS = ("missing", "needs_full", "failed", "hopeless", "_unsettled", "_silent")
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a round remembers of a valid update, whose tensors are the caller's."""
-
-    num_examples: int
-    metrics: Mapping[str, float]
-    size: Size
-
-
-@dataclass(frozen=True)
-class Complete:
-    """Enough updates are there.
-
-    Attributes:
-        clients: whose updates `close` is to get, in their order.
-        late: who of them answered the round before.
-        rejected: valid updates that are far larger than the others'.
-    """
-
-    clients: Sequence[str]
-    late: frozenset[str] = frozenset()
-    rejected: Sequence[Rejected] = ()
-
-
-@dataclass(frozen=True)
-class Short:
-    """Too few updates are there.
-
-    Attributes:
-        reason: who is missing and why.
-        hopeless: so many clients blame the run's configuration that asking again is of no use.
-        rejected: see `Complete`.
-    """
-
-    reason: str
-    hopeless: bool = False
-    rejected: Sequence[Rejected] = ()
 
 
 class Round:
@@ -208,7 +181,7 @@ class Round:
         first = self._requests.start(sent)[0] if update.adapter else {}
         return Receipt(update.num_examples, update.metrics, size_of(update, first, sent.body.other))
 
-    def ask_again(self, clients: Collection[str], full: bool = False) -> Messages:
+    def ask_again(self, clients: Collection[str], full: bool = False) -> LazyMessages:
         """Ask some clients once more; with `full` their messages bring everything."""
         self._settle()
         if full:

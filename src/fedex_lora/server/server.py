@@ -9,7 +9,7 @@ from fedex_lora.config import Rules
 from fedex_lora.errors import UsageError
 from fedex_lora.protocol.dumps import pack, unpack
 from fedex_lora.server.checks import sample
-from fedex_lora.server.dump import dumped, restored
+from fedex_lora.server.dump import server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.server.requests import Phase, Unanswered
 from fedex_lora.server.round import Round
@@ -124,7 +124,7 @@ class Server:
 
     def dump(self) -> bytes:
         """Everything that the server knows between two rounds; a round that is open has a dump of its own."""
-        return pack("server", *dumped(self.state, self.registry, whole=True))
+        return pack("server", *server_table(self.state, self.registry, whole=True))
 
     @classmethod
     def restore(
@@ -135,5 +135,5 @@ class Server:
         Raises:
             StorageError: it is no such dump.
         """
-        state, registry = restored(*unpack("server", payload))
+        state, registry = server_state_of(*unpack("server", payload))
         return cls(rules, state, clients, ranks, run, registry)

@@ -1,9 +1,11 @@
-"""What a server makes of the bytes that came from a client: one of these records."""
+"""What a server makes of the bytes that came from a client, and of a round's updates together: records."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedex_lora.protocol.frame import shown
+from fedex_lora.server.norm_filter import Size
 from fedex_lora.types import ClientUpdate
 
 
@@ -56,6 +58,45 @@ class Duplicate(Rejected):
 
 
 Verdict: TypeAlias = Accepted | Late | Rejected | Failed | NeedsFull | Duplicate
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a round remembers of a valid update, whose tensors are the caller's."""
+
+    num_examples: int
+    metrics: Mapping[str, float]
+    size: Size
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Enough updates are there.
+
+    Attributes:
+        clients: whose updates `close` is to get, in their order.
+        late: who of them answered the round before.
+        rejected: valid updates that are far larger than the others'.
+    """
+
+    clients: Sequence[str]
+    late: frozenset[str] = frozenset()
+    rejected: Sequence[Rejected] = ()
+
+
+@dataclass(frozen=True)
+class Short:
+    """Too few updates are there.
+
+    Attributes:
+        reason: who is missing and why.
+        hopeless: so many clients blame the run's configuration that asking again is of no use.
+        rejected: see `Complete`.
+    """
+
+    reason: str
+    hopeless: bool = False
+    rejected: Sequence[Rejected] = ()
 
 
 def printable(client: str) -> str:

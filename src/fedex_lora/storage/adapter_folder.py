@@ -14,7 +14,7 @@ from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
-from fedex_lora.storage.safetensors_io import Entry, Table, file_identity, read_table, read_tensor
+from fedex_lora.storage.safetensors_io import Entry, TensorTable, file_identity, read_table, read_tensor
 from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
@@ -122,7 +122,7 @@ def describe_adapter_folders(folders: Sequence[Path], task_type: str | None = No
     Raises:
         StorageError, AdapterError: as `read_adapter_folder`.
     """
-    tables: dict[bytes, Table] = {}
+    tables: dict[bytes, TensorTable] = {}
     alike: dict[tuple[str, bytes], AdapterHeader] = {}
     described = []
     for folder in folders:
@@ -241,7 +241,7 @@ def write_adapter_folder(folder: Path, adapter: Adapter, other: Mapping[str, Ten
     whole = {f"{PREFIX}{name}": tensor for name, tensor in other.items()}
     kept = {frozen_key(name, adapter): tensor for name, tensor in like.frozen.items()}
     save_tensors(folder / WEIGHTS, tensors | whole | kept, {"format": "pt"})
-    write_config(folder, adapter, like)
+    write_adapter_config(folder, adapter, like)
 
 
 def frozen_key(name: str, adapter: Adapter) -> str:
@@ -250,7 +250,7 @@ def frozen_key(name: str, adapter: Adapter) -> str:
     return f"{PREFIX}{module}.base_layer.{leaf}" if module in adapter else f"{PREFIX}{name}"
 
 
-def write_config(folder: Path, adapter: Adapter, like: Format) -> None:
+def write_adapter_config(folder: Path, adapter: Adapter, like: Format) -> None:
     """`adapter_config.json`; of the factors only ranks and scalings count."""
     (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like.config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -38,7 +38,7 @@ Load both with `fedex_lora.load_model(FOLDER, BASE)`, FOLDER being the one above
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class StoredResult:
     """What a result folder holds.
 
     Attributes:
@@ -166,7 +166,7 @@ def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, 
     (trainable / "README.md").write_text(text, encoding="utf-8")
 
 
-def read_result(folder: Path, check: bool = True) -> Result:
+def read_result(folder: Path, check: bool = True) -> StoredResult:
     """Read a result folder, after comparing checksums.
 
     Raises:
@@ -193,7 +193,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
     if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):
         raise StorageError(f"{folder / MANIFEST} has a weight that is no number from zero up: copy the folder again")
-    result = Result(
+    result = StoredResult(
         adapter=adapter,
         base_delta=load_delta(folder / DELTA),
         other=other,
@@ -210,7 +210,7 @@ def read_result(folder: Path, check: bool = True) -> Result:
     return result
 
 
-def _require_finite(folder: Path, result: Result) -> None:
+def _require_finite(folder: Path, result: StoredResult) -> None:
     parts = {TRAINABLE: _named(result.adapter, result.other), DELTA: delta_tensors(result.base_delta)}
     parts |= {PREVIOUS: delta_tensors(result.previous_delta)}
     parts |= {MOTION: dict(motion_tensors(result.motion)[0])} if result.motion else {}

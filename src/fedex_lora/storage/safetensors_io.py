@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     start: int
 
 
-class Table(NamedTuple):
+class TensorTable(NamedTuple):
     """What a safetensors file holds. `raw` is its header: files with equal headers have equal tables."""
 
     raw: bytes
@@ -63,7 +63,7 @@ def opened(path: Path) -> Iterator[Any]:
         raise StorageError(f"{path} is truncated or not safetensors ({str(error).splitlines()[0]}): copy it again") from None
 
 
-def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
+def read_table(path: Path, known: dict[bytes, TensorTable] | None = None) -> TensorTable:
     """The table of a safetensors file, without its tensors.
 
     Args:
@@ -83,7 +83,7 @@ def read_table(path: Path, known: dict[bytes, Table] | None = None) -> Table:
         if about["dtype"] not in DTYPES:
             raise StorageError(f"{path}: {name} is {about['dtype']}, which is not read here: save the adapter in 16 or 32 bits")
         entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), 8 + len(raw) + about["data_offsets"][0])
-    table = Table(raw, entries, metadata)
+    table = TensorTable(raw, entries, metadata)
     if known is not None:
         known[raw] = table
     return table

@@ -14,7 +14,7 @@ from fedex_lora.tasks.scoring import CHOICES
 
 __all__ = ["IGNORED", "TASKS", "Generation", "Task", "collator", "limit", "load_task", "prompt_ids", "usable"]
 
-TASKS: dict[str, Callable[[config.Task], Task]] = {
+TASKS: dict[str, Callable[[config.TaskSettings], Task]] = {
     **{f"glue/{name}": partial(glue.load, name) for name in glue.GLUE},
     "e2e": e2e.load,
     **{f"arithmetic/{name}": partial(arithmetic.load, name) for name in arithmetic.TESTS},
@@ -29,7 +29,7 @@ def collator(kind: str, processor: Any) -> Any:
     return ImageCollator(processor) if kind == config.IMAGES else text_collator(kind, processor)
 
 
-def load_task(settings: config.Task, seed: int) -> Task:
+def load_task(settings: config.TaskSettings, seed: int) -> Task:
     """The task called `settings.name`, with at most `train_rows` and `eval_rows` rows, drawn with `seed`.
 
     Raises:

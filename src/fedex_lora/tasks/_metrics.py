@@ -17,10 +17,10 @@ def measuring(*names: str) -> Callable[[EvalPrediction], dict[str, float]]:
         UsageError: the extra is not installed.
     """
     require_extra("sklearn", "tasks", "metrics of classes and scores")
-    return partial(measured, names=names)
+    return partial(class_metrics, names=names)
 
 
-def measured(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
+def class_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
     """The named metrics of logits (`rows x classes`) against classes, or of scores (`rows`, or `rows x 1`) against scores.
 
     A correlation of constant scores, which have none, is zero.

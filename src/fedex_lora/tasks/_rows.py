@@ -52,7 +52,7 @@ def outside(rows: Rows, column: str, classes: Sequence[str]) -> list[Problem]:
     return found("label", f"a label outside {list(classes)} ({_some(shown)})", rows, bad)
 
 
-def settled(rows: Rows, source: str, problems: Sequence[Problem], on_bad_row: str) -> tuple[Rows, list[str]]:
+def usable_rows(rows: Rows, source: str, problems: Sequence[Problem], on_bad_row: str) -> tuple[Rows, list[str]]:
     """The rows that can be used, and what is to be said of the others.
 
     Args:

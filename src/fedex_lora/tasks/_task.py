@@ -94,7 +94,7 @@ def _drawn(rows: Rows, wanted: int | None, seed: int) -> Rows:
 
 
 def written_task(
-    settings: config.Task,
+    settings: config.TaskSettings,
     rows: tuple[Rows, Rows],
     prompts: Callable[[Any, Rows], list[str]],
     completions: Callable[[Rows], list[str]],
@@ -133,7 +133,7 @@ def text_collator(kind: str, tokenizer: Any) -> Any:
     return DataCollatorWithPadding(tokenizer)
 
 
-def limit(settings: config.Task, tokenizer: Any) -> int:
+def limit(settings: config.TaskSettings, tokenizer: Any) -> int:
     """Tokens of a row, at most: as the configuration says, else what its kind needs and the model has positions for."""
     return settings.max_length or min(settings.length, tokenizer.model_max_length)
 
@@ -150,7 +150,7 @@ def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], ma
     return Dataset.from_dict({**encoded, "labels": labels, FULL: full, UNKNOWN: [ids.count(unknown) for ids in encoded["input_ids"]]})
 
 
-def usable(rows: Dataset, settings: config.Task, source: str) -> tuple[Dataset, list[str]]:
+def usable(rows: Dataset, settings: config.TaskSettings, source: str) -> tuple[Dataset, list[str]]:
     """Tokenised rows without those whose every label was cut off, and what is to be said of rows that are cut, or in unknown words.
 
     Args:

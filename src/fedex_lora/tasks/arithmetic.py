@@ -34,7 +34,7 @@ PROMPT = (
 )
 
 
-def load(name: str, settings: config.Task) -> Task:
+def load(name: str, settings: config.TaskSettings) -> Task:
     """The task `arithmetic/NAME`.
 
     Raises:
@@ -63,7 +63,7 @@ def _prompts(rows: Rows) -> list[str]:
     return [PROMPT.format(query=query.strip()) for query in rows["query"]]
 
 
-def _train(settings: config.Task) -> Rows:
+def _train(settings: config.TaskSettings) -> Rows:
     if settings.train:
         return read_rows(settings.train, settings.data)
     layout = f"{METAMATH}, or task.train must name other training rows (gsm8k/train.jsonl)"

@@ -32,7 +32,7 @@ PROMPT = (
 GENERATION = {"num_beams": 4, "max_new_tokens": 32}
 
 
-def load(name: str, settings: config.Task) -> Task:
+def load(name: str, settings: config.TaskSettings) -> Task:
     """The task `commonsense/NAME`.
 
     Raises:
@@ -69,7 +69,7 @@ def _prompts(rows: Rows) -> list[str]:
     return [PROMPT.format(instruction=text) for text in rows["instruction"]]
 
 
-def _train(settings: config.Task) -> Rows:
+def _train(settings: config.TaskSettings) -> Rows:
     if settings.train:
         return read_rows(settings.train, within(settings.data, "commonsense") if settings.data else None)
     layout = f"{TRAIN}, or task.train must name other training rows (boolq/train.json)"

@@ -29,7 +29,7 @@ from fedex_lora.models.processor import require_pillow
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
 from fedex_lora.tasks._metrics import measuring
-from fedex_lora.tasks._rows import Problem, alike, classes_of, empty, found, outside, require_columns, settled
+from fedex_lora.tasks._rows import Problem, alike, classes_of, empty, found, outside, require_columns, usable_rows
 from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
 from fedex_lora.tasks._templates import columns_of, filled, text_of
 
@@ -37,7 +37,7 @@ SCORES = "set task.kind = 'regression' for scores, or name all classes in task.l
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class RowTable:
     """A file's rows, with what is wrong with single ones.
 
     Attributes:
@@ -51,7 +51,7 @@ class Table:
     problems: Sequence[Problem]
 
 
-def load(settings: config.Task) -> Task:
+def load(settings: config.TaskSettings) -> Task:
     """The task that the settings describe.
 
     Raises:
@@ -60,8 +60,8 @@ def load(settings: config.Task) -> Task:
     """
     notes: list[str] = []
     kept = []
-    for table in tables(settings):
-        rows, said = settled(table.rows, table.source, table.problems, settings.on_bad_row)
+    for table in row_tables(settings):
+        rows, said = usable_rows(table.rows, table.source, table.problems, settings.on_bad_row)
         kept.append(rows)
         notes += said
     kinds = {"regression": _regression, "causal-lm": _causal_lm}
@@ -69,7 +69,7 @@ def load(settings: config.Task) -> Task:
     return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
 
 
-def tables(settings: config.Task) -> tuple[Table, Table]:
+def row_tables(settings: config.TaskSettings) -> tuple[RowTable, RowTable]:
     """The rows to learn from and those that only measure, with all that is wrong with single ones.
 
     Raises:
@@ -83,18 +83,18 @@ def tables(settings: config.Task) -> tuple[Table, Table]:
     for source, rows in sources.items():
         require_columns(rows, columns(settings), source)
     classes = class_names(settings, sources[settings.train])
-    made = {source: Table(source, rows, _problems(settings, rows, classes)) for source, rows in sources.items()}
+    made = {source: RowTable(source, rows, _problems(settings, rows, classes)) for source, rows in sources.items()}
     return made[settings.train], made[settings.eval]
 
 
-def columns(settings: config.Task) -> list[str]:
+def columns(settings: config.TaskSettings) -> list[str]:
     """The columns that a task reads."""
     if settings.kind == "causal-lm":
         return list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)]))
     return [settings.image or "image", settings.label] if settings.kind == config.IMAGES else [*settings.text, settings.label]
 
 
-def class_names(settings: config.Task, train: Rows) -> list[str]:
+def class_names(settings: config.TaskSettings, train: Rows) -> list[str]:
     """All classes: as the configuration names them, else those of the training rows; none of scores or texts that are written.
 
     Raises:
@@ -118,7 +118,7 @@ def _fractions(names: Sequence[str]) -> bool:
     return bool(len(names)) and bool(numbers.notna().all()) and bool((numbers % 1 != 0).any())
 
 
-def _problems(settings: config.Task, rows: Rows, classes: Sequence[str]) -> list[Problem]:
+def _problems(settings: config.TaskSettings, rows: Rows, classes: Sequence[str]) -> list[Problem]:
     if settings.kind == "causal-lm":
         prompts, completions = (_texts(template, rows) for template in (settings.prompt, settings.completion))
         return [
@@ -144,14 +144,14 @@ def _texts(template: str, rows: Rows) -> list[str]:
     return [filled(template, row) for row in rows.to_dict(orient="records")]
 
 
-def _reading(settings: config.Task, answers: Callable[[Rows], Sequence[float]]) -> Callable[[Any, Rows], Dataset]:
+def _reading(settings: config.TaskSettings, answers: Callable[[Rows], Sequence[float]]) -> Callable[[Any, Rows], Dataset]:
     """The text columns as tokens, with an answer a row: a class or a score."""
     return lambda tokenizer, rows: tokenize_texts(
         tokenizer, [[text_of(cell) for cell in rows[column]] for column in settings.text], list(answers(rows)), limit(settings, tokenizer)
     )
 
 
-def _classes(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+def _classes(settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     """Classes of texts, or of images."""
     classes, images = class_names(settings, train), settings.kind == config.IMAGES
     index = {name: position for position, name in enumerate(classes)}
@@ -176,7 +176,7 @@ def _classes(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str
     )
 
 
-def _regression(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+def _regression(settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     def scores(rows: Rows) -> list[float]:
         return [float(cell) for cell in rows[settings.label]]
 
@@ -198,6 +198,6 @@ def _alike(classes: Sequence[str]) -> list[str]:
     return [f"classes {one!r} and {other!r} are two classes: if they are meant to be one, mend the rows" for one, other in alike(classes)]
 
 
-def _causal_lm(settings: config.Task, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+def _causal_lm(settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     prompts, completions = (partial(_texts, template) for template in (settings.prompt, settings.completion))
     return written_task(settings, (train, held), lambda _, rows: prompts(rows), completions, notes=notes)

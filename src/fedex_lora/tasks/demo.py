@@ -60,7 +60,7 @@ def vocabulary() -> list[str]:
     return ["<pad>", "<s>", *words, *COLOURS, *WEIGHTS, *PATIENTS]
 
 
-def load(settings: config.Task) -> Task:
+def load(settings: config.TaskSettings) -> Task:
     """The demo's task: every hospital's notes, in one table with a column `hospital`; as many to measure on."""
     train, held = (
         pd.DataFrame([row for ward in WARDS for row in examples(ward, count, seed)]) for count, seed in ((TRAIN_NOTES, 0), (EVAL_NOTES, 1))

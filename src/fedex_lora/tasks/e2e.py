@@ -30,7 +30,7 @@ GENERATION = {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4,
 _SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
-def load(settings: config.Task) -> Task:
+def load(settings: config.TaskSettings) -> Task:
     """The task `e2e`.
 
     Raises:

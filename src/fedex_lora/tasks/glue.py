@@ -51,7 +51,7 @@ GLUE = {
 }
 
 
-def load(name: str, settings: config.Task) -> Task:
+def load(name: str, settings: config.TaskSettings) -> Task:
     """The task `glue/NAME`.
 
     Raises:

@@ -10,7 +10,7 @@ from tests.engines.flower.conftest import CLIENTS, COLD, PATIENCE, configuration
 
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
 from fedex_lora.engines.flower._local import LocalDeployment
-from fedex_lora.engines.flower._trial import differing, traffic
+from fedex_lora.engines.flower._trial import bytes_sent, differing
 from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.tensors import load_tensors
@@ -60,7 +60,7 @@ def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(
     assert differing(federation.reference(config), deployed) == []
     assert exact(deployed)
     assert same_copies(federation, deployed)
-    counted = traffic(deployed, status)
+    counted = bytes_sent(deployed, status)
     ours, theirs = (counted[f"{whose}bytes_down"] + counted[f"{whose}bytes_up"] for whose in ("", "flower_"))
     assert theirs == pytest.approx(ours, rel=0.03), counted
     write_app(tmp_path / "app", config, str(tmp_path / "run"), [])

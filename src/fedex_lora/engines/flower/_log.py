@@ -11,7 +11,7 @@ from typing import Any
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ConfigError
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.frame import read_table, split
+from fedex_lora.protocol.frame import read_body_table, split
 from fedex_lora.protocol.records import Answer, parse_envelope
 
 FILE = "party.log"
@@ -50,7 +50,7 @@ def _handler(path: Path) -> logging.Handler:
     return handler
 
 
-def failed(log: logging.Logger, error: BaseException, failure: Failure, who: str) -> None:
+def log_failure(log: logging.Logger, error: BaseException, failure: Failure, who: str) -> None:
     """The full text and the trace stay; what is told of it is said beside them."""
     log.error("%s: %s", who, traceback.format_exception_only(error)[-1].strip(), exc_info=error)  # that of one whose text raises, too
     log.info("%s: sent the failure %r and nothing else: %s", who, failure.code, failure)
@@ -59,7 +59,7 @@ def failed(log: logging.Logger, error: BaseException, failure: Failure, who: str
 def left(log: logging.Logger, payload: bytes, who: str) -> None:
     """The line of an answer: kind, bytes, tensors, numbers, and each number that it says beside its tensors."""
     text, body = split(payload, len(payload))
-    envelope, table = parse_envelope(text), read_table(body, len(body))[1] if body else {}
+    envelope, table = parse_envelope(text), read_body_table(body, len(body))[1] if body else {}
     numbers = sum(math.prod(entry.shape) for entry in table.values())
     beside = {"rows": envelope.num_examples, **envelope.metrics} if isinstance(envelope, Answer) else {}
     said = ", ".join(f"{name} {value:.6g}" for name, value in beside.items())

@@ -21,13 +21,13 @@ class Envelope:
     about: Mapping[str, str]
 
 
-def pack(packet: Envelope) -> RecordDict:
+def to_record(packet: Envelope) -> RecordDict:
     """A Flower record with our bytes."""
     array = Array(dtype="uint8", shape=(len(packet.payload),), stype=PAYLOAD, data=packet.payload)
     return RecordDict({PAYLOAD: ArrayRecord({PAYLOAD: array}), ABOUT: ConfigRecord(dict(packet.about))})
 
 
-def unpack(message: Message) -> Envelope | None:
+def from_record(message: Message) -> Envelope | None:
     """What is in a Flower message; None if it is not ours."""
     arrays, about = message.content.array_records.get(PAYLOAD), message.content.config_records.get(ABOUT)
     if arrays is None or about is None or PAYLOAD not in arrays or not all(isinstance(value, str) for value in about.values()):

@@ -13,8 +13,8 @@ import numpy as np
 from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
-from fedex_lora.engines.flower._log import failed, left, log_of
-from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._log import left, log_failure, log_of
+from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.protocol.failures import failure_of
@@ -40,7 +40,7 @@ class Node:
         self._emit = emit
         self._made: tuple[object, ModelContext, ClientData] | None = None
 
-    def reply(self, request: Request) -> bytes:
+    def reply(self, request: NodeRequest) -> bytes:
         """The bytes of this party's answer: its update, or that it failed; whatever was raised, its text goes to this party's log only."""
         log = log_of(request.node)
         try:
@@ -51,10 +51,10 @@ class Node:
             raise
         except BaseException as error:  # a panic of a library is no Exception
             failure = failure_of(error)
-            failed(log, error, failure, request.client)
+            log_failure(log, error, failure, request.client)
             return answer_of(request.payload, request.client, failure)
 
-    def answer(self, request: Request, settings: NodeSettings) -> bytes:
+    def answer(self, request: NodeRequest, settings: NodeSettings) -> bytes:
         """The bytes of this party's update.
 
         Raises:
@@ -84,7 +84,7 @@ class Node:
             _remember(pool, folder, mine / FILE)
             return pool.answer(request.client, request.payload)
 
-    def _ready(self, request: Request, settings: NodeSettings) -> tuple[ModelContext, ClientData]:
+    def _ready(self, request: NodeRequest, settings: NodeSettings) -> tuple[ModelContext, ClientData]:
         """Model and rows: those of the last answer, if nothing else was asked for."""
         key = (request.config, request.client, settings)
         if self._made is None or self._made[0] != key:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Request:
+class NodeRequest:
     """What a party is asked, with all that the answer depends on.
 
     Attributes:
@@ -31,7 +31,7 @@ class Request:
         return json.dumps({**words, "node": dict(self.node)}).encode() + b"\n" + self.payload
 
     @classmethod
-    def from_bytes(cls, message: bytes) -> "Request":
+    def from_bytes(cls, message: bytes) -> "NodeRequest":
         """The inverse of `to_bytes`."""
         words, _, payload = message.partition(b"\n")
         return cls(payload=payload, **json.loads(words))

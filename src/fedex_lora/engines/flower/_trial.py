@@ -58,7 +58,7 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
     with local_deployment(root, clients, {client: {"rows": "dealt"} for client in clients}) as deployment:
         began = time.perf_counter()
         status = deployment.finish(deployment.submit(root / "app"), root / "deployed", seconds)
-        result = {"seconds_in_process": took, "seconds_deployed": time.perf_counter() - began, **traffic(root / "deployed", status)}
+        result = {"seconds_in_process": took, "seconds_deployed": time.perf_counter() - began, **bytes_sent(root / "deployed", status)}
     odd = differing(root / "in-process", root / "deployed")
     if odd:
         raise TrainingError(f"the deployment ended in other bits than the run in process ({odd[0]} and {len(odd) - 1} more): see {root}")
@@ -84,7 +84,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
-def traffic(out: Path, status: dict[str, Any]) -> dict[str, int]:
+def bytes_sent(out: Path, status: dict[str, Any]) -> dict[str, int]:
     """Bytes of a run's messages, down and up, as its events (`analysis.sent`) and as Flower count them."""
     (down, up), theirs = sent(read_events(out / "events.jsonl")), status["network-traffic"]
     return {

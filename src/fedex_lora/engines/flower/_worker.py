@@ -6,7 +6,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedex_lora.engines.flower._request import Request
+from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
 from fedex_lora.errors import UsageError
 from fedex_lora.protocol.failures import failure_of
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 2**36  # of a request: a length that is no length is not reserved
 
 
-def ask(request: Request) -> bytes:
+def ask(request: NodeRequest) -> bytes:
     """The answer of this machine's party: of its worker where the node config names one, else worked out in this process.
 
     Raises:
@@ -95,7 +95,7 @@ def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable
         return
     client, payload = "", b""
     try:
-        request = Request.from_bytes(message)
+        request = NodeRequest.from_bytes(message)
         client, payload = request.client, request.payload
         reply = node.reply(request)
         tell(f"{client}: answered with {len(reply) / 1e6:.2f} MB")

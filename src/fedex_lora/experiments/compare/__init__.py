@@ -13,8 +13,8 @@ from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, flat, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.experiments import Progress, silent
-from fedex_lora.experiments.compare._picture import draw
-from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, label, planned, settled
+from fedex_lora.experiments.compare._picture import draw_curves
+from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, label, planned, settled_plan
 from fedex_lora.experiments.compare._protocol import (
     Hypothesis,
     Protocol,
@@ -25,11 +25,11 @@ from fedex_lora.experiments.compare._protocol import (
     read_protocol,
     variant_option,
 )
-from fedex_lora.experiments.compare._runs import Job, Outcome, done, nobody, outcomes
+from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, done, nobody, outcomes
 from fedex_lora.experiments.compare._statistics import Curve, at_rounds, later_half, summary
-from fedex_lora.experiments.compare._tables import COSTS, markdown, tables
+from fedex_lora.experiments.compare._tables import COSTS, markdown, result_tables
 from fedex_lora.experiments.compare._tests import answers, interval
-from fedex_lora.experiments.compare._tuning import Choice, chosen
+from fedex_lora.experiments.compare._tuning import Choice, best_point
 from fedex_lora.experiments.compare._variants import Variant, configured, controls, with_settings
 from fedex_lora.runs.round_loop import versions
 from fedex_lora.runs.run import LocalSimulation
@@ -53,7 +53,7 @@ __all__ = [
     "parse_protocol",
     "primary_option",
     "read_protocol",
-    "tables",
+    "result_tables",
     "variant_option",
 ]
 
@@ -88,14 +88,14 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
             f"the protocol is for another configuration: its config_sha256 is {protocol.config_sha256}, this one's {hashed(config)}"
         )
     plan = _admitted(planned(_with_threads(config, jobs, out), protocol, out), protocol.controls, tell)
-    plan = settled(plan, protocol)
+    plan = settled_plan(plan, protocol)
     sha256 = _claim(plan)
     with locked(out):
         result = _result(plan, *_ran(plan, jobs, tell), sha256)
         write_text(out / RESULT, finite_json(result) + "\n")
         write_text(out / TABLE, markdown(result))
         try:
-            draw(result, out / PICTURE)
+            draw_curves(result, out / PICTURE)
         except ImportError:
             tell(f"without {PICTURE}: it needs Matplotlib: pip install '.[report]'", 0, 0)
     return result
@@ -103,7 +103,7 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
 
 def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict[str, dict[int, Curve]], Started]:
     """Run all: what was chosen for each variant, its curves by seed, and a run's facts."""
-    told: dict[Path, Outcome] = {}
+    told: dict[Path, RunOutcome] = {}
     tuning = {
         (variant.name, label(point), seed): plan.job(variant, point, seed)
         for seed in plan.tuning_seeds
@@ -113,7 +113,7 @@ def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict
     }
     tuned = _run(tuning, jobs, tell, plan.runs, told)
     sign = 1 if not tuning or _facts(tuned).greater_is_better else -1
-    choices = {variant.name: chosen(plan, variant, tuned, sign) for variant in plan.variants}
+    choices = {variant.name: best_point(plan, variant, tuned, sign) for variant in plan.variants}
     final = {
         (variant.name, label(choices[variant.name].settings), seed): plan.job(variant, choices[variant.name].settings, seed)
         for seed in plan.seeds
@@ -226,10 +226,10 @@ def _claim(plan: Plan) -> str:
     return hashlib.sha256(texts[PROTOCOL].encode()).hexdigest()
 
 
-def _run(jobs: Mapping[Key, Job], at_once: int, tell: Progress, total: int, told: dict[Path, Outcome]) -> dict[Key, Outcome]:
+def _run(jobs: Mapping[Key, RunJob], at_once: int, tell: Progress, total: int, told: dict[Path, RunOutcome]) -> dict[Key, RunOutcome]:
     """Every job's outcome by its key; tells of those that are not in `told` yet."""
     keys = {job.folder: key for key, job in jobs.items()}
-    found: dict[Key, Outcome] = {}
+    found: dict[Key, RunOutcome] = {}
     for outcome in outcomes(jobs.values(), at_once):
         name, settings, seed = keys[outcome.job.folder]
         found[name, settings, seed] = outcome
@@ -242,7 +242,7 @@ def _run(jobs: Mapping[Key, Job], at_once: int, tell: Progress, total: int, told
     return {key: found[key] for key in jobs}
 
 
-def _curves(ran: Mapping[Key, Outcome]) -> dict[str, dict[int, Curve]]:
+def _curves(ran: Mapping[Key, RunOutcome]) -> dict[str, dict[int, Curve]]:
     """Variant -> seed -> curve."""
     curves: dict[str, dict[int, Curve]] = {}
     for (name, settings, seed), outcome in ran.items():
@@ -252,7 +252,7 @@ def _curves(ran: Mapping[Key, Outcome]) -> dict[str, dict[int, Curve]]:
     return curves
 
 
-def _facts(ran: Mapping[Key, Outcome]) -> Started:
+def _facts(ran: Mapping[Key, RunOutcome]) -> Started:
     """The first event of a run: task, model, headline."""
     folders = [outcome.job.folder for outcome in ran.values() if outcome.curve]
     if not folders:

@@ -51,7 +51,7 @@ def spread(positions: list[float], gap: float) -> list[float]:
     return placed
 
 
-def draw(result: Mapping[str, Any], out: Path) -> None:
+def draw_curves(result: Mapping[str, Any], out: Path) -> None:
     """Write the picture; what it is called says its format.
 
     Raises:

@@ -15,7 +15,7 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, flat, write_config
 from fedex_lora.errors import UsageError
 from fedex_lora.experiments.compare._protocol import Hypothesis, Protocol
-from fedex_lora.experiments.compare._runs import Job
+from fedex_lora.experiments.compare._runs import RunJob
 from fedex_lora.experiments.compare._variants import Settings, Variant, configured, is_common, variants
 
 RATE = "training.learning_rate"
@@ -98,9 +98,9 @@ class Plan:
         keys = [key for key in self.grid if key not in variant.overrides]
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(self.grid[key] for key in keys))]
 
-    def job(self, variant: Variant, settings: Settings, seed: int) -> Job:
+    def job(self, variant: Variant, settings: Settings, seed: int) -> RunJob:
         folder = self.out / "runs" / variant.name / label(settings) / f"seed-{seed}"
-        return Job(configured(self.config, variant, settings, seed), folder)
+        return RunJob(configured(self.config, variant, settings, seed), folder)
 
     def tuned(self, variant: Variant) -> bool:
         """Must it run on the tuning seeds? Not where nothing is to be chosen, neither its settings nor it among controls."""
@@ -155,7 +155,7 @@ def admissible(plan: Plan, variant: Variant) -> None:
         raise UsageError(f"variant {variant.name!r} sets rounds, which are the same for all variants: compare rounds by the tests")
 
 
-def settled(plan: Plan, protocol: Protocol) -> Plan:
+def settled_plan(plan: Plan, protocol: Protocol) -> Plan:
     """The plan with its reference and tests, when all variants are known."""
     made = replace(plan, reference=_reference(protocol.reference, plan))
     tests = [test.settled(plan.config.rounds) for test in protocol.tests]

@@ -21,7 +21,7 @@ from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, remove, 
 
 
 @dataclass(frozen=True)
-class Job:
+class RunJob:
     """One run: its configuration and its folder."""
 
     config: Config
@@ -29,20 +29,20 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What a job came to: a curve, or why training failed."""
 
-    job: Job
+    job: RunJob
     curve: Curve | None
     reason: str = ""
 
 
-def done(job: Job) -> bool:
+def done(job: RunJob) -> bool:
     """Has this run been finished, with this configuration?"""
     return _outcome(job) is not None
 
 
-def outcomes(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
+def outcomes(jobs: Iterable[RunJob], at_once: int) -> Iterator[RunOutcome]:
     """Every job's outcome, as they come; those that are done already first.
 
     A run counts as done when its folder has the same configuration and its last event. One that an interrupted comparison left half done
@@ -89,29 +89,29 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _slim(job: Job) -> None:
+def _slim(job: RunJob) -> None:
     """Of a finished run's files the configuration, the events and the final model stay."""
     if (job.folder / ROUNDS).is_dir() and not strays(job.folder, ROUNDS):
         remove(job.folder, ROUNDS)
 
 
-def _is_of(job: Job) -> bool:
+def _is_of(job: RunJob) -> bool:
     """Has the folder the job's configuration?"""
     config = job.folder / CONFIG
     return config.is_file() and config.read_text(encoding="utf-8") == write_config(job.config)
 
 
-def _outcome(job: Job) -> Outcome | None:
+def _outcome(job: RunJob) -> RunOutcome | None:
     """What a finished run came to; None where it is not finished."""
     if not _is_of(job):
         return None
     recorded = _recorded(job)
     if not recorded or not isinstance(recorded[-1], RunDone) or not _without_gaps(recorded, job.config.rounds):
         return None
-    return Outcome(job, curve(recorded))
+    return RunOutcome(job, curve(recorded))
 
 
-def _recorded(job: Job) -> list[Event]:
+def _recorded(job: RunJob) -> list[Event]:
     events = job.folder / EVENTS
     return read_events(events) if events.is_file() else []
 
@@ -122,7 +122,7 @@ def _without_gaps(events: Sequence[Event], rounds: int | None = None) -> bool:
     return bool(of_kind(events, Started)) and numbers == set(range(1, 1 + (len(numbers) if rounds is None else rounds)))
 
 
-def _perform(job: Job) -> Outcome:
+def _perform(job: RunJob) -> RunOutcome:
     """Run a job, from where it was left."""
     silence_libraries()
     if job.folder.exists() and not _goes_on(job):
@@ -134,15 +134,15 @@ def _perform(job: Job) -> Outcome:
             remove(job.folder)
             run(job.config, job.folder, nobody)
     except TrainingError as error:
-        return Outcome(job, None, str(error))
+        return RunOutcome(job, None, str(error))
     outcome = _outcome(job)
     if outcome is None:
-        return Outcome(job, None, "its folder was changed while it ran")
+        return RunOutcome(job, None, "its folder was changed while it ran")
     _slim(job)
     return outcome
 
 
-def _goes_on(job: Job) -> bool:
+def _goes_on(job: RunJob) -> bool:
     """Is the folder this very run's, as far as it came?"""
     return barely_begun(job.folder) or (_is_of(job) and (job.folder / ROUNDS).is_dir() and _without_gaps(_recorded(job)))
 

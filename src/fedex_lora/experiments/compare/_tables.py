@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedex_lora.experiments.tables import Table, plus_minus
+from fedex_lora.experiments.tables import TextTable, plus_minus
 
 EDGE, OWN = "*", "†"
 COSTS = "mean over rounds"
@@ -11,12 +11,12 @@ Rows = tuple[list[str], list[list[str]]]
 """Column names and cells."""
 
 
-def tables(result: Mapping[str, Any]) -> list[Table]:
+def result_tables(result: Mapping[str, Any]) -> list[TextTable]:
     """One line a variant, the tests, and the variants at some rounds."""
-    found = [Table(f"{title(result)}.", *_variants(result), [footnotes(result)])]
+    found = [TextTable(f"{title(result)}.", *_variants(result), [footnotes(result)])]
     if result["tests"]:
-        found.append(Table("Tests:", *_tests(result), [_test_notes(result)]))
-    return found + [Table(f"After round {record['round']}:", *_at(result, record)) for record in result["at"]]
+        found.append(TextTable("Tests:", *_tests(result), [_test_notes(result)]))
+    return found + [TextTable(f"After round {record['round']}:", *_at(result, record)) for record in result["at"]]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -26,7 +26,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         for row in result["methods"]
     ]
     columns = ["round", *map(str, range(result["rounds"] + 1))]
-    made = [*tables(result), Table(f"Mean {result['headline']} after each round:", columns, means)]
+    made = [*result_tables(result), TextTable(f"Mean {result['headline']} after each round:", columns, means)]
     return "\n".join(table.markdown() for table in made) + f"\nprotocol sha256 {result['protocol_sha256']}\n"
 
 

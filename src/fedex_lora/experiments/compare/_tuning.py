@@ -7,11 +7,11 @@ from typing import Any
 
 from fedex_lora.errors import TrainingError
 from fedex_lora.experiments.compare._plan import Plan, label, numeric
-from fedex_lora.experiments.compare._runs import Outcome
+from fedex_lora.experiments.compare._runs import RunOutcome
 from fedex_lora.experiments.compare._statistics import held_out_score
 from fedex_lora.experiments.compare._variants import Settings, Variant
 
-Ran = Mapping[tuple[str, str, int], Outcome]
+Ran = Mapping[tuple[str, str, int], RunOutcome]
 """(variant, label of its settings, seed) -> outcome."""
 WORST = (-math.inf, -math.inf)
 
@@ -33,7 +33,7 @@ class Choice:
     tried: list[dict[str, Any]]
 
 
-def chosen(plan: Plan, variant: Variant, ran: Ran, sign: int) -> Choice:
+def best_point(plan: Plan, variant: Variant, ran: Ran, sign: int) -> Choice:
     """The best point of the grid: by the mean over the tuning seeds of `held_out_score`; the first of equal ones.
 
     A point at which training fails with one of the seeds is no candidate.

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.experiments import Progress, silent
-from fedex_lora.experiments.reproduce._deviations import deviations, pictures
+from fedex_lora.experiments.reproduce._deviations import deviation_figures, pictures
 from fedex_lora.experiments.reproduce._filled import Filled, score
 from fedex_lora.experiments.reproduce._recipe import Cell, CellPlace, Only, Recipe, Scale, cells, read_recipe, targets
-from fedex_lora.experiments.reproduce._records import ModelContext, Record, find_record, make_record
-from fedex_lora.experiments.reproduce._scores import scores, traffic
+from fedex_lora.experiments.reproduce._records import Paths, Record, find_record, make_record
+from fedex_lora.experiments.reproduce._scores import scores, traffic_tables
 from fedex_lora.experiments.reproduce._tiny import write_tiny_data
-from fedex_lora.experiments.tables import Table
+from fedex_lora.experiments.tables import TextTable
 from fedex_lora.storage.files import finite_json, write_text
 
 __all__ = ["Only", "Recipe", "about", "cells", "find_record", "read_recipe", "reproduce", "score", "targets", "write_tiny_data"]
 
-LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[Table]]]] = {
+LAYOUTS: dict[str, Callable[[Filled], tuple[list[dict[str, Any]], list[TextTable]]]] = {
     "scores": scores,
-    "layers": deviations,
-    "rounds": deviations,
-    "bytes": traffic,
+    "layers": deviation_figures,
+    "rounds": deviation_figures,
+    "bytes": traffic_tables,
 }
 EVERYTHING = Only()
 
@@ -37,7 +37,7 @@ def reproduce(
     only: Only = EVERYTHING,
     run: bool = True,
     tell: Progress = silent,
-) -> tuple[dict[str, Any], list[Table]]:
+) -> tuple[dict[str, Any], list[TextTable]]:
     """Run what is not there yet of a table or figure, and make it.
 
     Args:
@@ -65,7 +65,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") if recipe.scaled(scale).tiny else nullcontext() as folder:
         if folder is not None:
             write_tiny_data(Path(folder))
-        records = _records(wanted, asked, ModelContext(out, Path(folder) if folder else data, model), recipe.scaled(scale), tell)
+        records = _records(wanted, asked, Paths(out, Path(folder) if folder else data, model), recipe.scaled(scale), tell)
     filled = Filled.of(recipe, scale, records)
     numbers, grids = LAYOUTS[recipe.layout](filled)
     result = {
@@ -100,7 +100,7 @@ def about(result: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _records(wanted: Sequence[Cell], asked: Sequence[Cell], place: ModelContext, scale: Scale, tell: Progress) -> dict[CellPlace, Record]:
+def _records(wanted: Sequence[Cell], asked: Sequence[Cell], place: Paths, scale: Scale, tell: Progress) -> dict[CellPlace, Record]:
     """The record of every cell that has one; cells may share a run. What is asked for and missing is run first."""
     known = {cell.key: record for cell in wanted if (record := find_record(place.out, cell)) is not None}
     missing: dict[str, Cell] = {}

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from fedex_lora.experiments.reproduce._filled import Filled
 from fedex_lora.experiments.reproduce._recipe import UNKNOWN, Column
 from fedex_lora.experiments.reproduce._scores import mean_and_deviation
-from fedex_lora.experiments.tables import NOT_RUN, Table
+from fedex_lora.experiments.tables import NOT_RUN, TextTable
 from fedex_lora.report import Group, Layout, Value, draw, observed, per_seed
 from fedex_lora.report.analysis import Run, module_frame, parse_module_paths
 
@@ -53,7 +53,7 @@ def _groups(filled: Filled, column: Column) -> list[Group]:
     return found
 
 
-def deviations(filled: Filled) -> tuple[list[dict[str, Any]], list[Table]]:
+def deviation_figures(filled: Filled) -> tuple[list[dict[str, Any]], list[TextTable]]:
     """For each data set a table a measure, with a line for each panel and series (mean and deviation over the seeds): every projection in
     each layer after the first round; or the first layer's query, and the mean over all adapted modules, after each round. And which of the
     paper's observations hold."""
@@ -84,17 +84,17 @@ def _series(layout: Layout, groups: Sequence[Group], measure: Value) -> Series:
     return found
 
 
-def _table(title: str, unit: str, series: Series, factor: float, seeds: int) -> Table:
+def _table(title: str, unit: str, series: Series, factor: float, seeds: int) -> TextTable:
     places = sorted({place for line in series.values() for place in line})
     rows = [
         [f"{panel}, {name}"]
         + [mean_and_deviation([factor * value for value in line[place]], seeds, 2) if place in line else NOT_RUN for place in places]
         for (panel, name), line in series.items()
     ]
-    return Table(title, [unit, *map(str, places)], rows or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."])
+    return TextTable(title, [unit, *map(str, places)], rows or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."])
 
 
-def _observations(title: str, groups: Sequence[Group], unit: str) -> list[Table]:
+def _observations(title: str, groups: Sequence[Group], unit: str) -> list[TextTable]:
     """Which of the paper's observations hold in these runs, in both measures, from the means over the seeds."""
     if not groups:
         return []
@@ -105,4 +105,4 @@ def _observations(title: str, groups: Sequence[Group], unit: str) -> list[Table]
             held = [f"{'yes' if found['holds'] else 'no'}, {found['number']:.2f}" for found in (one, other)]
             rows.append([one["run"], one["observation"], *held, one["of"].partition(";")[0]])
     notes = ["From the means over the seeds that are there. Yes: the number points that way, however little."]
-    return [Table(title, ["", "observation", *tables, "the number is"], rows, notes)] if rows else []
+    return [TextTable(title, ["", "observation", *tables, "the number is"], rows, notes)] if rows else []

@@ -32,7 +32,7 @@ ROUND = {"round", "metrics", "seconds", "modules"} | ERRORS | SENT
 
 
 @dataclass(frozen=True)
-class ModelContext:
+class Paths:
     """Where things are on this machine.
 
     Attributes:
@@ -119,7 +119,7 @@ def find_record(out: Path, cell: Cell) -> Record | None:
     raise StorageError(f"{path} is no record of the run that its name says: remove it, and the run is done again")
 
 
-def make_record(place: ModelContext, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> Record:
+def make_record(place: Paths, cell: Cell, tests: Sequence[str] = (), generation: Mapping[str, Any] | None = None) -> Record:
     """Run a cell, or go on with it, and write its record. Training that fails is a result too.
 
     Args:

@@ -11,14 +11,14 @@ from fedex_lora.experiments.compare import interval
 from fedex_lora.experiments.reproduce._filled import Filled
 from fedex_lora.experiments.reproduce._recipe import UNKNOWN, Panel, Row
 from fedex_lora.experiments.reproduce._records import Record
-from fedex_lora.experiments.tables import NOT_RUN, Table, plus_minus
+from fedex_lora.experiments.tables import NOT_RUN, TextTable, plus_minus
 from fedex_lora.storage.events import Evaluated, RoundDone
 
 Cells = Mapping[str, Mapping[str, Mapping[str, float]]]
 """row -> column -> seed -> score."""
 
 
-def scores(filled: Filled) -> tuple[list[dict[str, Any]], list[Table]]:
+def scores(filled: Filled) -> tuple[list[dict[str, Any]], list[TextTable]]:
     """For each panel: the scores, the differences that the recipe asks for, and an account of the runs."""
     numbers, grids = [], []
     for panel in filled.shown:
@@ -46,7 +46,7 @@ def _heads(filled: Filled) -> list[str]:
     return [column.label for column in filled.recipe.columns] + ([filled.recipe.average] if filled.recipe.average else [])
 
 
-def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> Table:
+def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> TextTable:
     recipe, heads = filled.recipe, _heads(filled)
     digits = {column.label: column.digits for column in recipe.columns}
     metrics = {column.label: panel.metrics.get(column.label, column.metric).rpartition(".")[2] for column in recipe.columns}
@@ -65,7 +65,7 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> Table:
     if added := [row.label for row in recipe.rows if row.added]:
         notes.append(f"Not in the paper: {', '.join(added)}.")
     names = [f"{head} ({metrics[head]})" if metrics.get(head, head).lower() not in head.lower() else head for head in heads]
-    return Table(f"{recipe.title}: {panel.label}", ["Method", "", *names], rows, [*notes, *filled.failures(panel)])
+    return TextTable(f"{recipe.title}: {panel.label}", ["Method", "", *names], rows, [*notes, *filled.failures(panel)])
 
 
 def _known(number: float) -> str:
@@ -96,7 +96,7 @@ def _contrast(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mappin
     return result
 
 
-def _difference_grid(filled: Filled, panel: Panel, differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Table]:
+def _difference_grid(filled: Filled, panel: Panel, differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[TextTable]:
     """Nothing where no pair of runs is there."""
     if not any(differences.values()):
         return []
@@ -104,7 +104,7 @@ def _difference_grid(filled: Filled, panel: Panel, differences: Mapping[str, Map
     digits = {column.label: column.digits for column in filled.columns}
     rows = [[name, *(_difference(found.get(head), digits.get(head, 2)) for head in heads)] for name, found in differences.items()]
     notes = ["Paired by seed; ± is half of Student's 95 % confidence interval of the mean over the seeds; without it there is one seed."]
-    return [Table(f"Differences: {panel.label}", ["", *heads], rows, notes)]
+    return [TextTable(f"Differences: {panel.label}", ["", *heads], rows, notes)]
 
 
 def _difference(found: Mapping[str, Any] | None, digits: int) -> str:
@@ -126,7 +126,7 @@ def _account(filled: Filled, panel: Panel, row: Row) -> dict[str, Any]:
     }
 
 
-def _account_grid(panel: Panel, accounts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+def _account_grid(panel: Panel, accounts: Mapping[str, Mapping[str, Any]]) -> list[TextTable]:
     heads = ["Method", "runs", "learning rate", "trained parameters", "exactness error", "plain averaging off by", "seconds a run"]
     rows = [
         [
@@ -142,10 +142,10 @@ def _account_grid(panel: Panel, accounts: Mapping[str, Mapping[str, Any]]) -> li
         if found["runs"]
     ]
     notes = ["Both errors are relative to the ideal update, of the worst round: of what the method gives, and of averaged factors alone."]
-    return [Table(f"Runs: {panel.label}", heads, rows, notes)] if rows else []
+    return [TextTable(f"Runs: {panel.label}", heads, rows, notes)] if rows else []
 
 
-def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Table]]:
+def traffic_tables(filled: Filled) -> tuple[list[dict[str, Any]], list[TextTable]]:
     """Models by methods, as a share of the reference (first contrast or row): messages, and with the base once for each client."""
     labels = [row.label for row in filled.recipe.rows]
     reference = filled.recipe.contrasts[0][0] if filled.recipe.contrasts else labels[0]
@@ -164,7 +164,7 @@ def traffic(filled: Filled) -> tuple[list[dict[str, Any]], list[Table]]:
         "'With the base once' adds one download of the frozen base for each client.",
         *(f"{panel.label}: {panel.source}." for panel in filled.shown if panel.paper),
     ]
-    return numbers, [Table(filled.recipe.title, ["Model", "", *labels], rows, notes)]
+    return numbers, [TextTable(filled.recipe.title, ["Model", "", *labels], rows, notes)]
 
 
 def _share(totals: Mapping[str, float], label: str, reference: str) -> str:
