@@ -20,7 +20,7 @@ from fedex_lora.storage.events import Event
 AFTER = "Singular values of R after the last kept round."
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
     "residual": AFTER,
-    "base delta": "The same of all that the frozen base has gained.",
+    "base delta": "The same of all that the base gained.",
 }
 ERRORS = {"exactness_error": "exactness error", "deviation": "averaging alone"}
 REFUSALS, LINES, MODULES = 200, 12, 6  # rows of a table, lines of a chart, modules whose spectra are drawn
@@ -193,9 +193,8 @@ def communication_section(groups: Sequence[Group]) -> Section:
         f"Bytes of all clients and rounds, and of the message that brings the final model to all{over}. Relative to fedex, or the first; "
         "with the base: as if each client had also downloaded it once."
     )
-    return Section(
-        "What travelled", "", [item for item in (total, sortable(caption, frame.drop(columns="method"), formats, names)) if item]
-    )
+    table = sortable(caption, frame.drop(columns="method"), formats, names)
+    return Section("What travelled", "", [item for item in (total, table) if item])
 
 
 def details(group: Group, budget: int, folded: bool) -> Section:
@@ -270,10 +269,8 @@ def _participation(group: Group) -> Section:
         reasons = refused.groupby("reason").agg(times=("round", "size"), clients=("client", "nunique"), last=("round", "max")).reset_index()
         reasons = reasons.sort_values("times", ascending=False)
         note = f", the last {REFUSALS} of {len(refused)}" if len(refused) > REFUSALS else ""
-        items += [
-            sortable("Why answers were refused", reasons.head(REFUSALS), names={"last": "last round"}),
-            sortable(f"Refused answers{note}", refused.tail(REFUSALS)),
-        ]
+        items.append(sortable("Why answers were refused", reasons.head(REFUSALS), names={"last": "last round"}))
+        items.append(sortable(f"Refused answers{note}", refused.tail(REFUSALS)))
     if len(told := _all_seeds(group, analysis.messages)):
         items.append(sortable("Warnings and interruptions", told.tail(REFUSALS)))
     return Section("Who took part", "", items)
