@@ -45,12 +45,12 @@ from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageEr
 from fedex_lora.protocol.messages import envelope_of  # noqa: E402
 from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
 from fedex_lora.protocol.records import Apology  # noqa: E402
-from fedex_lora.protocol.records import NodeRequest as ToClient  # noqa: E402
+from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
 from fedex_lora.runs.emit import log_to  # noqa: E402
 from fedex_lora.runs.listening import Reply  # noqa: E402
 from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
 from fedex_lora.runs.run import LocalSimulation, run  # noqa: E402
-from fedex_lora.storage.events import read_events  # noqa: E402
+from fedex_lora.storage.events import RoundDone, of_kind, read_events  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402
 
 
@@ -361,15 +361,23 @@ def alone(config, folder, answer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"local": {"optimizer_state": "keep"}}, {"method": "fedsa"}, {"clients": {"holdout": 0.0}}],
-    ids=["fedex", "moments kept", "fedsa", "no held-out rows"],
+    [
+        {},
+        {"local": {"optimizer_state": "keep"}},
+        {"method": "fedsa"},
+        {"clients": {"holdout": 0.0}},
+        {"server": {"momentum": 0.5}, "clients": {"fraction": 0.67}, "rounds": 5},
+    ],
+    ids=["fedex", "moments kept", "fedsa", "no held-out rows", "momentum, one absent in each round"],
 )
 def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes, tmp_path):
     """Every message is answered by a new `Node`, as by a new process: what it knows comes from its folder."""
-    config = small(rounds=3, **changes)
+    config = small(**{"rounds": 3, **changes})
     assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(NodeRequest.from_bytes(request.to_bytes()))) == []
     run(config, tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+    errors = [event.exactness_error for event in of_kind(read_events(tmp_path / "alone" / "events.jsonl"), RoundDone)]
+    assert config.method == "fedsa" or (len(errors) == config.rounds and all(error < 1e-6 for error in errors))
 
 
 def test_a_lost_or_broken_memory_is_asked_for_anew(tmp_path):

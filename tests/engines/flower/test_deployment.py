@@ -16,6 +16,7 @@ from fedex_lora.offline.verify import verify
 from fedex_lora.storage.tensors import load_tensors
 
 QUORUM = {"quorum": 0.6}
+MOMENTUM = {"momentum": 0.5}
 LOG = {"catch_up": "log"}  # who was away adds the past gains one by one: the server's bits; a recompressed sum is within 1e-7 only
 
 
@@ -73,8 +74,8 @@ def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(
 
 
 def test_a_node_killed_while_training_returns_and_equals_the_others(cold_federation):
-    """It is killed for good in round 1, which goes on at quorum; from its return on it takes part."""
-    federation, config = cold_federation, configuration(4, clients=QUORUM, messages=LOG)
+    """It is killed for good in round 1, which goes on at quorum; from its return on it takes part. The server has momentum."""
+    federation, config = cold_federation, configuration(4, clients=QUORUM, messages=LOG, server=MOMENTUM)
     before = federation.deployment.log(COLD).count("Start `flwr-clientapp`")
     _, out = federation.submit(config, "killed")
     wait_for(lambda: federation.deployment.log(COLD).count("Start `flwr-clientapp`") > before)
@@ -103,7 +104,7 @@ def test_all_nodes_gone_and_back_end_in_the_same_bits(federation):
 
 
 def test_a_server_app_killed_and_started_again_ends_in_the_same_bits(federation):
-    config = configuration(3)
+    config = configuration(3, server=MOMENTUM)
     _, out = federation.submit(config, "resumed")
     wait_for(lambda: len(events(out, "client_done")) >= 4)
     apps = [process for process in federation.deployment.family("superlink") if "flwr-serverapp" in words(process)]
@@ -116,14 +117,14 @@ def test_a_server_app_killed_and_started_again_ends_in_the_same_bits(federation)
 
 
 def test_a_client_that_lost_its_folder_asks_for_what_it_lacks(federation):
-    config = configuration(3, clients={"below_quorum": "wait"})
+    config = configuration(3, clients={"below_quorum": "wait"}, server=MOMENTUM)
     _, out = federation.submit(config, "wiped")
     wait_for(lambda: any((event["client"], event["round"]) == ("skin", 2) for event in events(out, "client_done")))
     federation.memory("skin", out).unlink()
     wait_for(lambda: events(out, "run_done"))
     assert [(event["round"], event["client"]) for event in events(out, "warning")] == [(3, "skin")]
     assert events(out, "rejected") == []
-    assert differing(federation.reference(configuration(3)), out) == []  # every round had everyone after all
+    assert differing(federation.reference(configuration(3, server=MOMENTUM)), out) == []  # every round had everyone after all
     assert same_copies(federation, out)
 
 
