@@ -32,7 +32,7 @@ class Event(BaseModel):
         cls.name = name
         super().__init_subclass__(**options)
 
-    def __getitem__(self, key: str) -> Any:  # these three: for readers that still take an event as a mapping
+    def __getitem__(self, key: str) -> Any:  # an event may be read as the line that it is in the file, too
         return {"event": self.name, **self.fields()}[key]
 
     def get(self, key: str, default: Any = None) -> Any:
