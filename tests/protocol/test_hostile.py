@@ -28,7 +28,7 @@ from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.server.norm_filter import norm_rejected, size_of
 from fedex_lora.server.round import _round_of
-from fedex_lora.storage.events import read_events
+from fedex_lora.storage.events import read_events, record
 from fedex_lora.storage.files import read_manifest
 
 MALLORY = "client-1"
@@ -244,8 +244,8 @@ def test_replays_and_second_answers(federation, without, tmp_path):
     assert read_manifest(tmp_path / "both" / "run" / "rounds" / "0002")["refused"] == []
     checkpoint, _ = last_checkpoint(tmp_path / "both" / "run")
     assert checkpoint.registry.pending_rejection == {}
-    events = [event for event in read_events(tmp_path / "both" / "events.jsonl") if event["event"] != "started"]
-    frame = participation([{"event": "started", "clients": [MALLORY]}, *events])
+    events = [event for event in read_events(tmp_path / "both" / "events.jsonl") if event.name != "started"]
+    frame = participation([record("started", method="fedex", clients=[MALLORY]), *events])
     assert frame["outcome"].tolist() == ["accepted", "accepted"]
     honest, refused = attacked(federation, tmp_path / "honest", [new])
     assert not refused

@@ -43,12 +43,12 @@ def test_names_are_shown_as_they_are(name):
     """Also on a terminal, with bars, where brackets could be read as markup."""
     shown = io.StringIO()
     with Display(Console(file=shown, force_terminal=True, width=200), clock=lambda: 0.0) as display:
-        display("started", method="fedex", task=name, clients=[name], rounds=1, metrics={})
-        display("round_started", round=1, clients=[name])
-        display("step", client=name, step=1, steps=2)
-        display("client_done", round=1, client=name, train_loss=None)
-        display("held_out", round=1, metrics={name: 0.5})
-        display("round_done", round=1, metrics={name: 0.5}, bytes_down=1, bytes_up=1)
+        display(record("started", method="fedex", task=name, clients=[name], rounds=1, metrics={}))
+        display(record("round_started", round=1, clients=[name]))
+        display(record("step", client=name, step=1, steps=2))
+        display(record("client_done", round=1, client=name, train_loss=None))
+        display(record("held_out", round=1, metrics={name: 0.5}))
+        display(record("round_done", round=1, metrics={name: 0.5}, bytes_down=1, bytes_up=1))
     assert f"fedex on {name}: 1 clients" in shown.getvalue()
     assert f"round 1/1  {name} 0.5000" in shown.getvalue()
 
@@ -56,8 +56,8 @@ def test_names_are_shown_as_they_are(name):
 def test_watch_shows_bars_of_clients_without_steps():
     shown = io.StringIO()
     with Display(Console(file=shown, force_terminal=True, width=200), clock=lambda: 0.0) as display:
-        display("started", method="fedex", clients=["a"], rounds=1, metrics={})
-        display("round_started", round=1, clients=["a"])
+        display(record("started", method="fedex", clients=["a"], rounds=1, metrics={}))
+        display(record("round_started", round=1, clients=["a"]))
     assert "clients" in shown.getvalue()
     assert "steps" not in shown.getvalue()
 

@@ -1,6 +1,6 @@
 """Splits: how the clients' updates become a rank-r adapter and a rest. Each reads like its equation.
 
-A split sees `g` modules of one shape and scaling `s`, from `k` clients, stacked as `Clients`. With `M = sum_i p_i B_i A_i` the ideal
+A split sees `g` modules of one shape and scaling `s`, from `k` clients, stacked as `ClientStack`. With `M = sum_i p_i B_i A_i` the ideal
 update (over s), the split is exact when `adapter + rest = M`, and so is a method whose base gains the whole rest.
 """
 

@@ -42,8 +42,8 @@ def moved_base(
     Example:
         >>> pair = lambda: LoRAPair(A=torch.randn(2, 30), B=torch.randn(40, 2))
         >>> first, second = {"q": pair()}, {"q": pair()}
-        >>> once = moved({}, {}, first, second, Server(momentum=0.5))  # W_1 = P_1: the base gains nothing yet
-        >>> twice = moved(once, {}, second, second, Server(momentum=0.5))  # W_2 = P_1 + 0.5 (P_1 - P_0)
+        >>> once = moved_base({}, {}, first, second, ServerOptimizer(momentum=0.5))  # W_1 = P_1: the base gains nothing yet
+        >>> twice = moved_base(once, {}, second, second, ServerOptimizer(momentum=0.5))  # W_2 = P_1 + 0.5 (P_1 - P_0)
         >>> want = 0.5 * (second["q"].delta() - first["q"].delta())
         >>> once["q"].rank, bool(torch.allclose(twice["q"].dense(), want))
         (0, True)

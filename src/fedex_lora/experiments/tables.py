@@ -12,7 +12,7 @@ class TextTable:
     """A table of text; the first column are names.
 
     Example:
-        >>> print(Table("Scores", ["Method", "CoLA"], [["FedIT", "60.8 ± 0.4"]]).markdown())
+        >>> print(TextTable("Scores", ["Method", "CoLA"], [["FedIT", "60.8 ± 0.4"]]).markdown())
         Scores
         <BLANKLINE>
         | Method | CoLA       |
