@@ -13,7 +13,7 @@ from fedex_lora.aggregation.factors import derive_seed, init_lora_a
 from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of, unflatten_adapter
 from fedex_lora.aggregation.lowrank import add, add_weighted, concatenate, finite
 from fedex_lora.aggregation.methods import get_method
-from fedex_lora.aggregation.momentum import halted, last_change, moved_base, moved_tensors
+from fedex_lora.aggregation.momentum import gained, halted, last_change, moved_base, moved_tensors
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import ServerOptimizer, Truncation
 from fedex_lora.errors import AggregationError
@@ -115,6 +115,11 @@ def grown(
         AggregationError: see `advance`.
     """
     return moved_base(base_delta, residual, before, after, pace) if pace.through_base else advance(base_delta, residual)
+
+
+def gained_in(before: ServerState, after: ServerState, result: Aggregate, pace: ServerOptimizer) -> Mapping[str, LowRank]:
+    """What the base gained in a round: the residual, and with momentum more."""
+    return gained(before.base_delta, after.base_delta) if pace.through_base else result.residual
 
 
 def motion_of(state: ServerState, pace: ServerOptimizer) -> Motion | None:

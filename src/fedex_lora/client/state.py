@@ -64,10 +64,10 @@ def client_table(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], di
 def client_state_of(
     tensors: Mapping[str, Tensor], about: Mapping[str, Any], first: Adapter, base_of: Callable[[int], Mapping[str, Delta] | None]
 ) -> ClientState:
-    """The inverse of `dumped`.
+    """The inverse of `client_table`.
 
     Args:
-        tensors, about: what `dumped` gave.
+        tensors, about: what `client_table` gave.
         first: the initial adapter.
         base_of: gives the server's base delta of a version, or None: then the client has the pristine model.
 

@@ -89,7 +89,7 @@ def require_digest(body: memoryview, declared: str) -> None:
 
 
 def read_body_table(body: memoryview, header_limit: int) -> tuple[str, dict[str, BodyEntry]]:
-    """The text of the body's own header, and name -> `Entry`, after every check that needs no tensor.
+    """The text of the body's own header, and name -> `BodyEntry`, after every check that needs no tensor.
 
     Args:
         body: all of it.

@@ -56,10 +56,10 @@ def server_table(state: ServerState, registry: ClientRegistry, whole: bool) -> t
 def server_state_of(
     tensors: Mapping[str, Tensor], about: Mapping[str, Any], stored: ServerState | None = None
 ) -> tuple[ServerState, ClientRegistry]:
-    """The inverse of `dumped`.
+    """The inverse of `server_table`.
 
     Args:
-        tensors, about: what `dumped` gave, the JSON parsed.
+        tensors, about: what `server_table` gave, the JSON parsed.
         stored: what the result folder beside holds; None: the dump is whole.
 
     Raises:

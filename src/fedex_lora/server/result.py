@@ -7,7 +7,7 @@ from typing import Any
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.config import ServerOptimizer as Pace
+from fedex_lora.config import ServerOptimizer
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness, Held
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Motion, ServerState
@@ -38,7 +38,7 @@ class Result:
 
 
 def result_of(
-    before: ServerState, state: ServerState, aggregate: Aggregate, updates: Sequence[ClientUpdate], held: Held, pace: Pace
+    before: ServerState, state: ServerState, aggregate: Aggregate, updates: Sequence[ClientUpdate], held: Held, pace: ServerOptimizer
 ) -> Result:
     """The result of a round, measured: from what the participants sent, never from what the server made of it.
 

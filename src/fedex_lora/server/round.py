@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.aggregation.momentum import gained
 from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.messages import Download, decode_update, envelope_of
@@ -245,7 +244,7 @@ class Round:
         state, aggregate = states.step(before, updates, rules.weights, rules.truncation, late, rules.server)
         registry = server.registry.after_round(before, state, aggregate, ready.clients, server.clients, rules)
         silent = self._downloads_of_the_silent()
-        gain = gained(before.base_delta, state.base_delta) if rules.server.through_base and silent else aggregate.residual
+        gain = states.gained_in(before, state, aggregate, rules.server) if silent else {}
         server.go_on(state, registry, Unanswered(silent, gain))
         return result_of(before, state, aggregate, updates, held, rules.server)
 

@@ -22,6 +22,16 @@ APPS = {
 }
 
 
+def require_federated(config: Config) -> None:
+    """The method leaves rows where they are.
+
+    Raises:
+        UsageError: else.
+    """
+    if get_method(config.method).centralised:
+        raise UsageError(f"method {config.method} pools all rows in one place, so it has no federation: run it by fedex-lora run")
+
+
 def write_app(folder: Path, config: Config, out: str, clients: list[str]) -> None:
     """Write an app folder.
 
@@ -36,8 +46,7 @@ def write_app(folder: Path, config: Config, out: str, clients: list[str]) -> Non
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty: give another folder, or remove it")
-    if get_method(config.method).centralised:
-        raise UsageError(f"method {config.method} pools all rows in one place, so it has no federation: run it by fedex-lora run")
+    require_federated(config)
     if len(set(clients)) < len(clients) or any('"' in client for client in clients):
         raise UsageError(f"clients {', '.join(clients)}: give each name once, without double quotes")
     if clients and config.task.needs_labels:

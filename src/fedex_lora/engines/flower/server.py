@@ -10,11 +10,10 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, read_config
 from fedex_lora.engines.flower._exchange import GridExchange
 from fedex_lora.engines.flower._settings import run_settings
-from fedex_lora.errors import ConfigError
+from fedex_lora.engines.flower.app_folder import require_federated
 from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
@@ -61,8 +60,7 @@ class Deployment:
     """
 
     def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
-        if get_method(config.method).centralised:
-            raise ConfigError(f"method {config.method} pools all rows in one place: run it in process, by fedex-lora run")
+        require_federated(config)
         task = load_task(config.task, config.seed)
         self._rows = dict.fromkeys(names, 0) or _dealt(config, task)
         require_consistent(config, len(self._rows))
