@@ -1,17 +1,15 @@
 """The sending side of a round: who is asked for what, and the bytes of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.protocol.messages import Body, Download, Encoded, encode_body, message
 from fedex_lora.protocol.records import Request
+from fedex_lora.server.context import ServerContext
 from fedex_lora.types import Adapter, LowRank
-
-if TYPE_CHECKING:
-    from fedex_lora.server.server import Server
 
 Phase: TypeAlias = Literal["train", "evaluate"]
 _Version: TypeAlias = tuple[int, int | None]  # of a body: since which base, and of which rank where only so much travels
@@ -30,14 +28,6 @@ class Asked:
     request: Request
     since: int
     omit: str
-
-
-@dataclass(frozen=True, eq=False)
-class Unanswered:
-    """The messages of a round that were not answered in it, and what the base has gained since they were sent."""
-
-    downloads: Mapping[str, Download] = field(default_factory=dict)
-    gained: Mapping[str, LowRank] = field(default_factory=dict)
 
 
 class LazyMessages(Mapping[str, bytes]):
@@ -73,7 +63,7 @@ class Requests:
         phase: of the round.
     """
 
-    def __init__(self, server: "Server", phase: Phase) -> None:
+    def __init__(self, server: ServerContext, phase: Phase) -> None:
         self._server, self._phase = server, phase
         self.asked = dict[str, Asked]()
         self._bodies, self._encoded = dict[_Version, Body](), dict[tuple[_Version, str], Encoded]()

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
@@ -11,8 +10,9 @@ from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.messages import Download, decode_update, envelope_of
 from fedex_lora.protocol.records import Answer, Apology, Request
 from fedex_lora.server.checks import below_quorum, quorum
+from fedex_lora.server.context import ServerContext, Unanswered
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
-from fedex_lora.server.requests import Asked, LazyMessages, Phase, Requests, Unanswered
+from fedex_lora.server.requests import Asked, LazyMessages, Phase, Requests
 from fedex_lora.server.result import Result, result_of
 from fedex_lora.server.verdicts import (
     Accepted,
@@ -29,9 +29,6 @@ from fedex_lora.server.verdicts import (
     printable,
 )
 from fedex_lora.types import ClientUpdate, LowRank
-
-if TYPE_CHECKING:
-    from fedex_lora.server.server import Server
 
 TWICE = "its first answer counts"
 _SETS = ("missing", "needs_full", "failed", "hopeless", "_unsettled", "_silent")
@@ -53,7 +50,7 @@ class Round:
         failed: who said that it has no update, or is gone.
     """
 
-    def __init__(self, server: "Server", phase: Phase, participants: Sequence[str]) -> None:
+    def __init__(self, server: ServerContext, phase: Phase, participants: Sequence[str]) -> None:
         self._server, self.phase, self.participants = server, phase, list(participants)
         self.number = server.state.round + 1
         self.receipts, self.late = dict[str, Receipt](), dict[str, Receipt]()
@@ -245,7 +242,7 @@ class Round:
         registry = server.registry.after_round(before, state, aggregate, ready.clients, server.clients, rules)
         silent = self._downloads_of_the_silent()
         gain = states.gained_in(before, state, aggregate, rules.server) if silent else {}
-        server.go_on(state, registry, Unanswered(silent, gain))
+        server.state, server.registry, server.unanswered = state, registry, Unanswered(silent, gain)
         return result_of(before, state, aggregate, updates, held, rules.server)
 
     def dump(self) -> bytes:
@@ -261,7 +258,7 @@ class Round:
         }).encode()  # fmt: skip
 
     @classmethod
-    def restore(cls, server: "Server", payload: bytes) -> "Round":
+    def restore(cls, server: ServerContext, payload: bytes) -> "Round":
         """The inverse of `dump`, on the server that was dumped with it: see `Server.reopen`."""
         try:
             about = json.loads(payload)
@@ -282,7 +279,7 @@ class Round:
         before, state = self._server.state, states.skip(self._server.state)
         silent = self._downloads_of_the_silent()
         registry = self._server.registry.after_skip(before, state, self._server.clients, self._server.rules)
-        self._server.go_on(state, registry, Unanswered(silent))
+        self._server.state, self._server.registry, self._server.unanswered = state, registry, Unanswered(silent)
 
     def _downloads_of_the_silent(self) -> dict[str, Download]:
         return {client: self._requests.download(client) for client in sorted(self._silent | self.missing) if client not in self.receipts}

@@ -9,15 +9,16 @@ from fedex_lora.config import Rules
 from fedex_lora.errors import UsageError
 from fedex_lora.protocol.dumps import pack, unpack
 from fedex_lora.server.checks import sample
+from fedex_lora.server.context import ServerContext
 from fedex_lora.server.dump import server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
-from fedex_lora.server.requests import Phase, Unanswered
+from fedex_lora.server.requests import Phase
 from fedex_lora.server.round import Round
 from fedex_lora.server.verdicts import Rejected, Verdict, printable
 from fedex_lora.types import Adapter, ServerState
 
 
-class Server:
+class Server(ServerContext):
     """One run's server.
 
     Args:
@@ -29,10 +30,7 @@ class Server:
         registry: who holds what; by default nobody anything.
 
     Attributes:
-        state: after the last round.
-        registry: what it remembers of its clients.
-        round: the one that was opened last; None before.
-        unanswered: the messages of the round before that nobody answered.
+        round: the one that was opened last; None before. For the others see `ServerContext`.
 
     Example:
         >>> import torch
@@ -61,8 +59,7 @@ class Server:
         run: str = "run",
         registry: ClientRegistry | None = None,
     ) -> None:
-        self.rules, self.ranks, self.run = rules, dict(ranks or {}), run
-        self.state, self.registry, self.unanswered = state, registry or ClientRegistry(), Unanswered()
+        super().__init__(rules, [], dict(ranks or {}), run, state, registry or ClientRegistry())
         self.round: Round | None = None
         self.set_clients(clients)
 
@@ -117,10 +114,6 @@ class Server:
         if self.round is None:
             return Rejected(printable(client), self.state.round, "no round is open")
         return self.round.receive(client, payload)
-
-    def go_on(self, state: ServerState, registry: ClientRegistry, unanswered: Unanswered) -> None:
-        """After a round: see `Round.close`."""
-        self.state, self.registry, self.unanswered = state, registry, unanswered
 
     def dump(self) -> bytes:
         """Everything that the server knows between two rounds; a round that is open has a dump of its own."""
