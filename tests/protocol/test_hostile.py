@@ -19,7 +19,7 @@ from fedex_lora.errors import ConfigError, TrainingError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.frame import join
-from fedex_lora.protocol.messages import declared_bytes
+from fedex_lora.protocol.messages import answer_in, declared_bytes
 from fedex_lora.report.analysis import participation
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.listening import Reply
@@ -27,7 +27,6 @@ from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.server.norm_filter import norm_rejected, size_of
-from fedex_lora.server.round import _round_of
 from fedex_lora.storage.events import read_events, record
 from fedex_lora.storage.files import read_manifest
 
@@ -256,8 +255,9 @@ def test_replays_and_second_answers(federation, without, tmp_path):
 @pytest.mark.parametrize("case", HOSTILE)
 def test_the_round_of_a_message_is_read_from_its_envelope_or_not_at_all(case, federation):
     honest = federation[2][MALLORY][1]
-    assert _round_of(HOSTILE[case][0](honest)) in (2, None)
-    assert _round_of(honest) == 2
+    said = answer_in(HOSTILE[case][0](honest))
+    assert said is None or said.round == 2
+    assert answer_in(honest).round == 2
 
 
 def test_who_was_not_asked_is_not_heard(federation, without, tmp_path):

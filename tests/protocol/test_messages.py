@@ -42,9 +42,9 @@ def decode_download(payload, known=None):
     return Download(request, decode_body(body, request.body, known))
 
 
-def encoded(update, run="run", round=3, method="fedex", omit=""):
+def encoded(update, run="run", round=3, method="fedex", omit="", kind="train"):
     """The answer to SENT, or to another request."""
-    return encode_update(update, SENT.request.model_copy(update={"run": run, "round": round}), method, round - 1, omit)
+    return encode_update(update, SENT.request.model_copy(update={"run": run, "round": round, "kind": kind}), method, round - 1, omit)
 
 
 def same(left, right):
@@ -82,10 +82,10 @@ def test_a_frozen_a_does_not_travel():
 
 def test_an_evaluation_answers_with_numbers_only():
     sent = replace(SENT, request=SENT.request.model_copy(update={"kind": "evaluate"}))
-    got = decode_update(encoded(replace(UPDATE, adapter={}, other={}, metrics={"accuracy": 0.5})), sent)
+    got = decode_update(encoded(replace(UPDATE, adapter={}, other={}, metrics={"accuracy": 0.5}), kind="evaluate"), sent)
     assert not got.adapter
     with pytest.raises(WireError, match="not declared"):
-        decode_update(encoded(UPDATE), sent)
+        decode_update(encoded(UPDATE, kind="evaluate"), sent)
 
 
 def with_pair(pair):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from tests.conftest import make_pair
 from tests.protocol.test_hostile import bits, equal
 
 from fedex_lora import Client, ClientUpdate, LoRAPair, Rules, Server
-from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
+from fedex_lora.client.client import NeedsFull as ClientLacks
+from fedex_lora.client.client import StoredAnswer
+from fedex_lora.errors import ConfigError, StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.frame import split
-from fedex_lora.server.verdicts import Accepted, Complete, Duplicate, Failed, Late, NeedsFull, Rejected, Short
+from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Rejected, Short
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIRST = {f"m{index}": LoRAPair(pair.A, pair.B * 0, pair.scaling) for index, pair in enumerate(make_pair(s, 12, 20) for s in (1, 2))}
@@ -31,6 +34,8 @@ def trained(client, work):
 
 def answer(client, payload):
     work = client.receive(payload)
+    if isinstance(work, StoredAnswer | ClientLacks):
+        return work.reply
     update = trained(client, work)
     return client.reply(update.num_examples, {"train_loss": 0.5}, update=update)
 
@@ -112,6 +117,28 @@ def test_whatever_is_dumped_and_restored_anywhere_ends_in_the_same_bits():
         again.reopen(b"{}")
 
 
+def test_a_late_answer_counts_after_a_restart_in_the_middle_of_the_next_round():
+    ends = []
+    for restarted in (False, True):
+        server, clients = federation(clients={"quorum": 0.5, "late": "next"})
+        round = server.open_round(list("abc"))
+        late = {name: answer(clients[name], round.messages[name]) for name in "abc"}
+        round.close([server.receive(name, late[name]).update for name in "ab"])
+        round = server.open_round(list("abc"))
+        updates = [server.receive("c", late["c"]).update]
+        if restarted:
+            dumps = server.dump(), round.dump()
+            server = Server.restore(dumps[0], server.rules, list("abc"))
+            with pytest.raises(StorageError, match="the dump of round 3, and the server is at round 2"):
+                server.reopen(dumps[1].replace(b'"number": 2', b'"number": 3'))
+            round = server.reopen(dumps[1])
+        updates += [server.receive(name, answer(clients[name], round.messages[name])).update for name in "ab"]
+        result = round.close(updates)
+        assert result.exactness.max_relative_error < 1e-6
+        ends.append(bits(result.state))
+    assert equal(*ends)
+
+
 def test_each_verdict():
     server, clients = federation(clients={"quorum": 0.5, "late": "next"})
     assert isinstance(server.receive("a", b""), Rejected)
@@ -119,10 +146,12 @@ def test_each_verdict():
     good = {name: answer(clients[name], round.messages[name]) for name in "abc"}
     assert round.missing == {"a", "b", "c"}
     assert isinstance(server.receive("a", good["a"]), Accepted)
-    assert isinstance(server.receive("a", good["a"]), Duplicate)
+    assert isinstance(server.receive("a", good["a"]), Ignored)
     wrong = server.receive("b", good["a"])
-    assert (type(wrong), wrong.reason) == (Rejected, "the update's client is 'a', this round declared 'b'")
-    assert round.missing == {"c"}
+    assert (type(wrong), wrong.reason) == (Ignored, "the update's client is 'a', this round declared 'b'")
+    assert round.missing == {"b", "c"}
+    broken = server.receive("b", good["b"][:-4])
+    assert (type(broken), round.missing) == (Rejected, {"c"})
     assert isinstance(round.ready(), Short)
     b = server.receive("b", good["b"])  # what was rejected before may be mended
     assert isinstance(b, Accepted)
@@ -131,7 +160,7 @@ def test_each_verdict():
     with pytest.raises(UsageError, match="with the updates of a, b"):
         round.close([b.update])
     updates = {"a": server.receive("a", good["a"]), "b": b}
-    assert isinstance(updates["a"], Duplicate)  # whoever did not keep the update has lost it
+    assert isinstance(updates["a"], Ignored)  # whoever did not keep the update has lost it
     server, clients = federation(clients={"quorum": 0.5, "late": "next"})
     round = server.open_round(list("abc"))
     round.close([server.receive(name, good[name]).update for name in "ab"])
@@ -142,7 +171,7 @@ def test_each_verdict():
     assert (type(failed), failed.hopeless) == (Failed, False)
     assert "out of memory" in failed.reason
     assert isinstance(round.ready(), Short)
-    assert isinstance(server.receive("d", good["a"]), Duplicate)
+    assert isinstance(server.receive("d", good["a"]), Ignored)
 
 
 def test_a_client_that_lacks_something_is_sent_everything():
@@ -183,6 +212,123 @@ def test_one_body_is_shared_by_the_messages_of_a_version():
     one_round(server, clients)
     bodies = {bytes(split(payload, 10_000)[1]) for payload in server.open_round(list("abc")).messages.values()}
     assert len(bodies) == 1
+
+
+def test_a_round_ends_once_and_only_the_one_that_is_open():
+    server, clients = federation()
+    first = server.open_round(list("abc"))
+    updates = [server.receive(name, answer(clients[name], first.messages[name])).update for name in "abc"]
+    first.close(updates)
+    for again in (lambda: first.close(updates), first.skip, lambda: first.ask_again(["a"]), lambda: first.lost("a", "gone")):
+        with pytest.raises(UsageError, match="round 1 has ended"):
+            again()
+    assert server.receive("a", b"").reason == "no round is open"
+    left, right = server.open_round(list("abc")), server.open_round(list("abc"))
+    with pytest.raises(UsageError, match="round 2 has ended"):
+        left.close(updates)
+    right.skip()
+    with pytest.raises(UsageError, match="an evaluation is not closed"):
+        server.open_round(list("abc"), "evaluate").close([])
+    assert server.state.round == 2
+    for odd in ([], ["a", "a"], ["a", "z"]):
+        with pytest.raises(UsageError, match="a round asks some of a, b, c, each once"):
+            server.open_round(odd)
+    with pytest.raises(UsageError, match="z was not asked"):
+        server.open_round(list("abc")).ask_again(["z"])
+
+
+def test_a_late_update_never_takes_the_place_of_one_that_is_on_time():
+    server, clients = federation(clients={"quorum": 0.5, "late": "next"})
+    round = server.open_round(list("abc"))
+    late = {name: answer(clients[name], round.messages[name]) for name in "abc"}
+    round.close([server.receive(name, late[name]).update for name in "ab"])
+    clients["c"] = Client(server.rules, "c", FIRST)
+    round = server.open_round(list("abc"))
+    now = {name: answer(clients[name], round.messages[name]) for name in "abc"}
+    assert isinstance(server.receive("c", now["c"]), Accepted)
+    assert isinstance(server.receive("c", late["c"]), Ignored)
+    updates = [server.receive(name, now[name]).update for name in "ab"]
+    assert (round.ready().clients, round.ready().late) == (["a", "b", "c"], frozenset())
+    assert len(updates) == 2
+
+
+def test_looking_whether_a_round_is_ready_changes_nothing():
+    """Two small updates and one that is larger: polled after each answer, or judged once, the same count."""
+    found = []
+    for polled in (False, True):
+        server, clients = federation("abcdef", messages={"norm_bound": 3.0}, clients={"quorum": 1.0})
+        round = server.open_round(list("abcdef"))
+        for index, name in enumerate("abcdef"):
+            work = clients[name].receive(round.messages[name])
+            update = trained(clients[name], work)
+            scaled = {
+                m: LoRAPair(work.start[m].A + (0.1 if index < 2 else 1) * (p.A - work.start[m].A), p.B, p.scaling)
+                for m, p in update.adapter.items()
+            }
+            server.receive(name, clients[name].reply(10, {}, update=ClientUpdate(name, scaled, 10, update.other)))
+            if polled:
+                round.ready()
+        found.append(round.ready())
+    assert found[0] == found[1]
+    assert server.registry.unknown_state == frozenset()  # nobody is settled before the end
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_server_that_lost_rounds_is_noticed(lost):
+    """It goes another way after that. Who went further in the lost rounds is sent everything, and all rounds are exact."""
+    server, clients = federation()
+    one_round(server, clients)
+    before, noticed = server.dump(), []
+    for _ in range(lost):
+        one_round(server, clients)
+    server = Server.restore(before, server.rules, list("abc"))
+    for participants in ("ab", "abc", "abc"):
+        round, updates = server.open_round(list(participants)), []
+        messages = dict(round.messages)
+        for name in participants:
+            verdict = server.receive(name, answer(clients[name], messages[name]))
+            if isinstance(verdict, NeedsFull):
+                noticed.append((round.number, name))
+                verdict = server.receive(name, answer(clients[name], round.ask_again([name])[name]))
+            updates.append(verdict.update)
+        assert round.close(updates).exactness.max_relative_error < 1e-6
+    assert off(server, clients) < 1e-6
+    assert noticed == [(2, "a"), (2, "b"), (3, "c")][2 * (lost == 1) :]
+
+
+def test_an_evaluation_between_two_rounds_costs_nobody_anything():
+    server, clients = federation()
+    one_round(server, clients)
+    round = server.open_round(list("abc"), "evaluate")
+    for name in "abc":
+        clients[name].receive(round.messages[name])
+        server.receive(name, clients[name].reply(5, {"held_out_rows": 5.0, "held_out_loss": 1.0}))
+    assert {client: receipt.metrics["held_out_loss"] for client, receipt in round.receipts.items()} == dict.fromkeys("abc", 1.0)
+    assert one_round(server, clients).exactness.max_relative_error < 1e-6
+
+
+def test_a_stale_model_is_no_answer():
+    server, clients = federation()
+    model = SimpleNamespace(load=lambda *args: None, read=lambda: (FIRST, HEAD))
+    clients["a"].receive(server.open_round(list("abc")).messages["a"])
+    clients["a"].load(model)
+    clients["a"].receive(server.open_round(list("abc")).messages["a"])
+    with pytest.raises(UsageError, match="load a model"):
+        clients["a"].reply(1, {})
+
+
+def test_rules_that_do_not_go_together_are_refused_before_the_first_round():
+    for odd in ({"method": "keep", "clients": {"late": "next"}}, {"method": "rolora", "server": {"momentum": 0.5}}):
+        with pytest.raises(ConfigError):
+            Server.start(Rules.model_validate(odd), FIRST, HEAD, ["a", "b"])
+
+
+def test_odd_metrics_are_refused_in_a_line():
+    server, clients = federation()
+    for metrics in ({"late": 0.5}, {"a\nb": 1.0}, {f"m{i}": 1.0 for i in range(65)}, {"x": None}):
+        clients["a"].receive(server.open_round(list("abc")).messages["a"])
+        with pytest.raises(UsageError, match="at most 64 metrics"):
+            clients["a"].reply(10, metrics, update=ClientUpdate("a", FIRST, 10, HEAD))
 
 
 def test_a_client_says_what_it_cannot_do():

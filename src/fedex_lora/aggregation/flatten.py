@@ -62,6 +62,11 @@ def unflatten_deltas(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, De
     return deltas
 
 
+def undotted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tables of earlier files had `PREFIX|MODULE.PART`."""
+    return {name if name.count("|") > 1 else "|".join(name.rpartition(".")[::2]): tensor for name, tensor in tensors.items()}
+
+
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with `PREFIX|`, without that."""
     return {name.removeprefix(f"{prefix}|"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}|")}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.client.state import ClientState, client_state_of, client_table
+from fedex_lora.client.state import ClientState, Question, client_state_of, client_table
 from fedex_lora.config import Rules
 from fedex_lora.errors import LacksError, UsageError, WireError
 from fedex_lora.protocol.delta_sync import ModelCopy, caught_up, require_next
@@ -87,8 +87,8 @@ class Shared:
     """What clients of one process need not have twice: copies of the global model with the server's bits, and the last body decoded."""
 
     def __init__(self) -> None:
-        self.copies: WeakValueDictionary[tuple[int, int | None], ModelCopy] = WeakValueDictionary()
-        self.body: tuple[tuple[str, int, int | None], Body] | None = None
+        self.copies: WeakValueDictionary[tuple[str, int | None], ModelCopy] = WeakValueDictionary()  # by history and rank
+        self.body: tuple[tuple[str, str, int | None], Body] | None = None
 
 
 class Client:
@@ -120,12 +120,12 @@ class Client:
         Raises:
             WireError: the message is not for it, altered, or contradicts itself or what the client has: answer with `fail("message")`.
         """
-        self._request = self._work = None
+        self._request = self._work = self._model = None
         request, body = envelope_of(payload, Request, ENVELOPE)
         if request.client != self.name:
             raise WireError(f"this is client {self.name!r}, and the message is for {request.client!r}")
         self._request = request
-        if request.kind == "train" and request.round == self.state.round:
+        if request.kind == "train" and _question(request) == self.state.answered:
             return StoredAnswer(self.state.reply)
         try:
             self._work = self._begun(request, body)
@@ -136,30 +136,32 @@ class Client:
     def _begun(self, request: Request, payload: memoryview) -> Train | Evaluate:
         """Bring the copy of the global model to the message's version, and say what is trained."""
         copy = ModelCopy(adapter=self.first) if request.full else self.state.copy
-        key = request.body, copy.version, request.rank  # the factors that did not travel are those of the copy
+        if not request.full and copy.history != request.base_history:
+            raise LacksError(f"the base is at version {copy.version}, and the message counts from a model that this client does not have")
+        key = request.body, copy.history, request.rank  # the factors that did not travel are those of the copy
         if self._shared.body is None or self._shared.body[0] != key:
             self._shared.body = key, decode_body(payload, request.body, copy.adapter)
         body = self._shared.body[1]
         if body.catch_up.version != request.round - 1:
             raise WireError(f"the message of round {request.round} brings version {body.catch_up.version}")
-        copy = self._synced(copy, body, request.rank)
+        copy = self._synced(copy, body, request)
         own = get_method(body.method).client_state
         kept = self._last_accepted_factors(request.accepted) if own else {}
         start, held = states.start_of(body.method, copy.adapter, request.rank, kept.get(request.accepted))
-        moments = self.state.moments
-        self.state = replace(self.state, copy=copy, trained=kept)
+        moments, new = self.state.moments, request.kind == "train" and request.round > self.state.round
+        self.state = replace(self.state, copy=copy, trained=kept if new else self.state.trained)
         kind = Train if request.kind == "train" else Evaluate
         return kind(request.round, start, states.advance(copy.delta, held), body.other, moments, request, body.method)
 
-    def _synced(self, copy: ModelCopy, body: Body, rank: int | None) -> ModelCopy:
+    def _synced(self, copy: ModelCopy, body: Body, request: Request) -> ModelCopy:
         """The copy after a message; of what has the server's bits there is one in this process."""
-        if copy.lossy or body.catch_up.gain:
-            return caught_up(copy, body.catch_up, body.adapter, self.rules.server)
+        if copy.lossy or body.catch_up.gain or not request.history:
+            return replace(caught_up(copy, body.catch_up, body.adapter, self.rules.server), history=request.history)
         require_next(copy, body.catch_up)
-        key = body.catch_up.version, rank
+        key = request.history, request.rank
         if (found := self._shared.copies.get(key)) is None:
-            found = caught_up(copy, body.catch_up, body.adapter, self.rules.server)
-            twin = next((other for (version, _), other in self._shared.copies.items() if version == found.version), None)
+            found = replace(caught_up(copy, body.catch_up, body.adapter, self.rules.server), history=request.history)
+            twin = next((other for (history, _), other in self._shared.copies.items() if history == request.history), None)
             found = replace(found, delta=twin.delta) if twin else found
             self._shared.copies[key] = found
         return found
@@ -211,13 +213,18 @@ class Client:
                 raise UsageError("load a model before the reply, or give the update")
             adapter, other = self._model.read()
             update = ClientUpdate(self.name, adapter, num_examples, other, metrics)
-        update = replace(update, num_examples=num_examples, metrics=metrics)
+        update = replace(update, num_examples=int(num_examples), metrics=metrics)
         method = get_method(work.method)
-        reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round))
+        try:
+            reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"a reply has rows from 0 and at most 64 metrics, plain names of numbers: {str(error).splitlines()[0]}"
+            ) from None
         if isinstance(work, Train):
             trained = {**state.trained, work.round: update.adapter} if method.client_state else {}
             kept = moments if self.rules.local.optimizer_state == "keep" else None
-            self.state = ClientState(state.copy, trained, kept, work.round, reply)
+            self.state = ClientState(state.copy, trained, kept, _question(work.request), reply)
         self._work = self._model = None
         return reply
 
@@ -261,3 +268,8 @@ class Client:
         client = cls(rules, name, first, shared)
         client.state = client_state_of(*unpack("client", payload), first, base_of)
         return client
+
+
+def _question(request: Request) -> Question:
+    """What an answer is the answer to; the same round of another run, or of a server that lost rounds, is another question."""
+    return request.run, request.round, request.history

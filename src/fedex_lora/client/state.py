@@ -2,16 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas, scalings_of, under, unflatten_adapter, unflatten_deltas
+from fedex_lora.aggregation.flatten import (
+    flatten_adapter,
+    flatten_deltas,
+    scalings_of,
+    under,
+    undotted,
+    unflatten_adapter,
+    unflatten_deltas,
+)
 from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import ModelCopy
-from fedex_lora.protocol.frame import MAGIC
 from fedex_lora.types import Adapter, Delta
+
+Question: TypeAlias = tuple[str, int, str]
+"""A run, a round and its history."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,15 +32,20 @@ class ClientState:
         copy: of the global model.
         trained: round -> what it trained in it, where the method has it keep factors.
         moments: Adam's, as `Optimizer.state_dict` has them, where they are kept.
-        round: the round that it answered last.
+        answered: the run, the round and its history that it answered last.
         reply: its answer.
     """
 
     copy: ModelCopy
     trained: Mapping[int, Adapter] = field(default_factory=dict)
     moments: Mapping[str, Any] | None = None
-    round: int = 0
+    answered: Question = ("", 0, "")
     reply: bytes = b""
+
+    @property
+    def round(self) -> int:
+        """The round that it answered last."""
+        return self.answered[1]
 
 
 def client_table(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,7 +64,8 @@ def client_table(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], di
     for prefix, adapter in (("adapter", state.copy.adapter), *((f"trained{number}", one) for number, one in state.trained.items())):
         tensors |= flatten_adapter(prefix, adapter)
     about = {
-        "round": state.round,
+        "answered": list(state.answered),
+        "history": state.copy.history,
         "version": state.copy.version,
         "lossy": sorted(state.copy.lossy),
         "whole": whole,
@@ -75,25 +91,23 @@ def client_state_of(
         StorageError: something is missing, or does not fit together.
     """
     try:
-        delta = _base(tensors) if about["whole"] else base_of(about["version"])
+        delta = unflatten_deltas("base", undotted(tensors)) if about["whole"] else base_of(about["version"])
         lossy = frozenset(about["lossy"])
         adapter = first if about["adapter"] is None else unflatten_adapter("adapter", about["adapter"], tensors)
         reply = tensors["reply"].numpy().tobytes()
+        if "answered" not in about and about["optimizer"] is not None and about["round"]:
+            raise StorageError("its answer is an older version's, and what came before it is lost: resume with that version")
         return ClientState(
-            copy=ModelCopy(adapter=first) if delta is None else ModelCopy(about["version"], delta, adapter, lossy),
+            copy=ModelCopy(adapter=first)
+            if delta is None
+            else ModelCopy(about["version"], delta, adapter, lossy, about.get("history", "")),
             trained={number: unflatten_adapter(f"trained{number}", scalings, tensors) for number, scalings in about["trained"]},
             moments=_moments(about, tensors),
-            round=about["round"] if reply[:4] == MAGIC else 0,  # an answer that no server of today would read is worked out again
+            answered=tuple(about.get("answered", ("", 0, ""))),  # older versions' answers can be read no more, and are worked out again
             reply=reply,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StorageError(f"it is no client's state of this version ({error!r}): resume with the version that began the run") from None
-
-
-def _base(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """The base's deltas; older versions wrote a dot before the part."""
-    parts = {name if "|" in name else "|".join(name.rpartition(".")[::2]): tensor for name, tensor in under("base", tensors).items()}
-    return unflatten_deltas("base", {f"base|{name}": tensor for name, tensor in parts.items()})
 
 
 def _moments(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

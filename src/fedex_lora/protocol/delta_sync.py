@@ -59,12 +59,14 @@ class ModelCopy:
         delta: module path -> D.
         adapter: the global adapter; at version 0 the initial one.
         lossy: the modules whose D is the server's within rounding or the tolerance only, not bit for bit.
+        history: what it came from, as the server said.
     """
 
     version: int = 0
     delta: Mapping[str, Delta] = field(default_factory=dict)
     adapter: Adapter = field(default_factory=dict)
     lossy: frozenset[str] = frozenset()
+    history: str = ""
 
 
 @dataclass(frozen=True, eq=False)

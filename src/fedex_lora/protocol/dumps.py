@@ -21,13 +21,19 @@ def pack(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> 
         >>> unpack("client", pack("client", {"x": torch.ones(2)}, {"round": 3}))
         ({'x': tensor([1., 1.])}, {'round': 3})
     """
+    plain = apart(tensors)
+    total = _digest(plain, blake3(json.dumps(about).encode()))
+    return save(plain, metadata={kind: json.dumps({"blake3": total, "about": about})})  # one key: their order would be any
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a safetensors file can have them: on the CPU, contiguous, none of them in another's memory."""
     plain, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         there = tensor.detach().cpu().contiguous()
-        plain[name] = there.clone() if there.data_ptr() in seen else there  # one file has every tensor once
-        seen.add(there.data_ptr())
-    total = _digest(plain, blake3(json.dumps(about).encode()))
-    return save(plain, metadata={kind: json.dumps({"blake3": total, "about": about})})  # one key: their order would be any
+        plain[name] = there.clone() if there.untyped_storage().data_ptr() in seen else there
+        seen.add(there.untyped_storage().data_ptr())
+    return plain
 
 
 def unpack(kind: str, payload: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,6 +54,11 @@ def unpack(kind: str, payload: bytes) -> tuple[dict[str, Tensor], dict[str, Any]
     if _digest(tensors, digest) != total:
         raise StorageError("it has changed since it was written: remove it, and what it held is asked for anew")
     return tensors, about
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Of a text and of all bits of named tensors, in 32 hexadecimal digits."""
+    return _digest({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, blake3(text.encode()))[:32]
 
 
 def _digest(tensors: Mapping[str, Tensor], digest: Any) -> str:

@@ -73,7 +73,7 @@ def split(payload: bytes, envelope_limit: int) -> tuple[str, memoryview]:
     if blake3(text).digest() != payload[8:PREFIX]:
         raise WireError("the checksum of the message's envelope is wrong: it was altered on the way; send it again")
     try:
-        return text.decode(), memoryview(payload)[PREFIX + size :]
+        return str(text, "utf-8"), memoryview(payload)[PREFIX + size :]
     except UnicodeDecodeError:
         raise WireError("the message's envelope is not UTF-8") from None
 

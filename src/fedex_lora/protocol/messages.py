@@ -18,6 +18,7 @@ from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.server_state import fresh_adapter
 from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.dumps import apart
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.frame import BodyEntry, digest, join, read_body_table, require_digest, require_same_names, shown, split
 from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header
@@ -87,6 +88,15 @@ def envelope_of(payload: bytes, kind: type[Kind], limit: int = ENVELOPE) -> tupl
     return envelope, body
 
 
+def answer_in(payload: bytes) -> Answer | Apology | None:
+    """What an answer says of itself; None where it says nothing that can be read."""
+    try:
+        envelope = parse_envelope(split(payload, ENVELOPE)[0])
+    except WireError:
+        return None
+    return None if isinstance(envelope, Request) else envelope
+
+
 def encode_body(body: Body, omit: str = "") -> Encoded:
     """The bytes of a request's body; `omit` names the factors ("A", "B", "AB") that the clients have already, or draw themselves."""
     factors = "".join(part for part in "AB" if part not in omit)
@@ -142,6 +152,7 @@ def encode_update(update: ClientUpdate, sent: Request, method: str, base_version
         run=sent.run,
         round=sent.round,
         client=update.client_id,
+        phase=sent.kind,
         base_version=base_version,
         num_examples=update.num_examples,
         metrics={name: float(value) for name, value in update.metrics.items() if abs(value) <= LARGEST},
@@ -199,6 +210,7 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
         ("round", answer.round, request.round),
         ("base version", answer.base_version, body.catch_up.version),
         ("client", answer.client, request.client),
+        ("phase", answer.phase, request.kind),
         ("method", header.method, body.method),
         ("scalings", header.scalings, scalings_of(adapter)),
     ):
@@ -255,8 +267,7 @@ def _adapter(scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> di
 
 
 def _encode(header: BodyHeader, tensors: Mapping[str, Tensor]) -> Encoded:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    payload = save(plain, metadata={"header": header.model_dump_json()})
+    payload = save(apart(tensors), metadata={"header": header.model_dump_json()})
     return Encoded(payload, digest(payload))
 
 

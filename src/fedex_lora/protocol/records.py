@@ -10,7 +10,18 @@ from fedex_lora.protocol.frame import shown, strict_json
 
 SCHEMA = 2
 METRICS, METRIC = 64, re.compile(r"[A-Za-z0-9_.@/ +-]{1,64}")
-RESERVED_METRICS = {"event", "time", "path", "self", "round", "client", "num_examples", "bytes_up"}  # names of an event's own fields
+RESERVED_METRICS = {
+    "event",
+    "time",
+    "path",
+    "self",
+    "round",
+    "client",
+    "num_examples",
+    "bytes_up",
+    "late",
+    "name",
+}  # names of an event's own fields
 LARGEST = 1e100  # of a metric: sums of such numbers stay finite
 
 
@@ -47,6 +58,8 @@ class Request(_Envelope):
         full: the server does not know what the client holds: it forgets its base delta, and the body brings all of it.
         accepted: the last round in which the client's update was part of the mean; what it trained since did not count.
         rejected: why its last update was rejected, where it was.
+        history: what the server's model of this round came from; two servers, or one that lost rounds, differ in it.
+        base_history: the same of the model that the body counts from.
     """
 
     kind: Literal["train", "evaluate"]
@@ -54,18 +67,22 @@ class Request(_Envelope):
     full: bool = False
     accepted: int = Field(0, ge=0)
     rejected: str = ""
+    history: str = ""
+    base_history: str = ""
 
 
 class Answer(_Envelope):
     """Client to server: what it trained, or only numbers where it was asked for these.
 
     Attributes:
+        phase: what was asked.
         base_version: of the base that it trained on.
         num_examples: its training rows.
         metrics: what it measured.
     """
 
     kind: Literal["update"] = "update"
+    phase: Literal["train", "evaluate"] = "train"
     base_version: int = Field(ge=0)
     num_examples: int = Field(0, ge=0)
     metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
@@ -89,6 +106,20 @@ class Apology(_Envelope):
 
 Envelope: TypeAlias = Request | Answer | Apology
 _ENVELOPE: TypeAdapter[Envelope] = TypeAdapter(Annotated[Envelope, Field(discriminator="kind")])
+
+
+def elsewhere(said: Answer | Apology, asked: Request) -> str:
+    """Why an answer is to something else than what was asked; "" where it is not.
+
+    A client that could not read its message says neither run nor round.
+    """
+    unread = ("run", "round") if isinstance(said, Apology) and not said.run else ()
+    for name in (name for name in ("run", "round", "client") if name not in unread):
+        if getattr(said, name) != getattr(asked, name):
+            return f"the update's {name} is {shown(getattr(said, name))}, this round declared {shown(getattr(asked, name))}"
+    if isinstance(said, Answer) and said.phase != asked.kind:
+        return f"the update's phase is {said.phase}, this round declared {asked.kind}"
+    return ""
 
 
 class BodyHeader(_Record):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedex_lora.runs.emit import Emit
 from fedex_lora.server.round import Round
-from fedex_lora.server.verdicts import Accepted, Duplicate, NeedsFull, Verdict
+from fedex_lora.server.verdicts import Accepted, Ignored, NeedsFull, Verdict
 from fedex_lora.storage.events import ClientRejected, Waiting, Warned, record
 from fedex_lora.types import ClientUpdate
 
@@ -110,7 +110,7 @@ def tell(verdict: Verdict, round: int, size: int, emit: Emit) -> None:
         )
     elif isinstance(verdict, NeedsFull):
         emit(Warned(round=round, client=verdict.client, message=f"{verdict.client} is sent everything, because: {verdict.reason}"))
-    elif isinstance(verdict, Duplicate):
+    elif isinstance(verdict, Ignored):
         emit(Warned(round=round, client=verdict.client, message=f"an answer came again, and is ignored: {verdict.reason}"))
     else:
         emit(ClientRejected(round=verdict.round, client=verdict.client, reason=verdict.reason))

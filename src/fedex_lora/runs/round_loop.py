@@ -179,7 +179,7 @@ def _gather(round: Round, federation: Federation, config: Config, emit: Emit) ->
             raise TrainingError(f"{ready.reason}: asking again is of no use: mend the run's configuration, and begin a new run")
         if not waits:
             return _Gathered(ready, [], down, up)
-        asking, pause = [client for client in round.participants if client not in round.receipts], min(PAUSE, 2.0 ** min(attempt, 10))
+        asking, pause = [client for client in round.participants if client not in ready.clients], min(PAUSE, 2.0 ** min(attempt, 10))
         emit(Waiting(round=round.number, clients=asking, since=time.time(), reason=ready.reason, seconds=pause))
         time.sleep(pause)
         round.ask_again(asking)

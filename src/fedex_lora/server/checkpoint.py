@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
-from fedex_lora.errors import StorageError
+from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.server.dump import base_delta_of, server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.storage.result import DELTA, read_result
@@ -55,6 +55,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         StorageError: something is missing or altered.
+        UsageError: another version wrote it.
     """
     result, (tensors, about) = read_result(folder), _read(folder)
     stored = ServerState(
@@ -64,10 +65,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         base_delta=result.base_delta,
         other=result.other,
     )
-    state, registry = server_state_of(tensors, about, stored)
     try:
+        state, registry = server_state_of(tensors, about, stored)
         return Checkpoint(state, registry, dict(about["held_out"]), about["done"], about["skipped"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (StorageError, KeyError, ValueError, TypeError) as error:
         raise _odd(folder, error) from None
 
 
@@ -92,8 +93,9 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise _odd(folder, error) from None
 
 
-def _odd(folder: Path, error: Exception) -> StorageError:
-    return StorageError(f"{folder / FILE} is not what this version writes ({error!r}): resume with the version that began the run")
+def _odd(folder: Path, error: Exception) -> UsageError:
+    """Its sums are right, so it is another version's: it is not broken, and stays where it is."""
+    return UsageError(f"{folder / FILE} is not what this version writes ({error!r}): resume with the version that began the run")
 
 
 def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -11,44 +11,59 @@ from fedex_lora.errors import ConfigError
 
 
 def require_consistent(config: Config, clients: int) -> None:
-    """What single keys cannot say: do method, ranks, truncation and optimiser state go together?
+    """What single keys cannot say: do method, ranks, precision, truncation and optimiser state go together?
 
     Raises:
-        UsageError: unknown method or gauge.
+        UsageError: unknown method or factorization.
         ConfigError: they do not.
     """
     method = get_method(config.method)
     _require_ranks(config, method, clients)
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
-    _require_pace(config, method)
-    if len(method.trained_schedule) > 1 and config.local.optimizer_state == "keep":
-        raise ConfigError(f"local.optimizer_state = 'keep' does not go with {config.method}, which trains factors in turn: use 'reset'")
-    if method.refactorises and config.local.optimizer_state == "keep":
+    require_rules(config, clients, bool(config.clients.ranks))
+
+
+def require_rules(rules: Rules, clients: int, ranks: bool) -> None:
+    """The part of it that needs no model.
+
+    Args:
+        rules: of the run.
+        clients: how many.
+        ranks: do they differ in rank?
+
+    Raises:
+        UsageError, ConfigError: see `require_consistent`.
+    """
+    method = get_method(rules.method)
+    _require_pace(rules, method)
+    if len(method.trained_schedule) > 1 and rules.local.optimizer_state == "keep":
+        raise ConfigError(f"local.optimizer_state = 'keep' does not go with {rules.method}, which trains factors in turn: use 'reset'")
+    if method.refactorises and rules.local.optimizer_state == "keep":
         raise ConfigError(
-            f"local.optimizer_state = 'keep' does not go with {config.method}, which re-writes the adapter's factors each round: "
+            f"local.optimizer_state = 'keep' does not go with {rules.method}, which re-writes the adapter's factors each round: "
             "Adam's moments would belong to other coordinates; use 'reset'"
         )
-    asked = participants(config.clients.fraction, clients)
-    if config.clients.min_clients > asked and not method.centralised:
-        raise ConfigError(f"clients.min_clients = {config.clients.min_clients} and {asked} clients take part in a round: lower it")
-    _require_late(config, method)
-    if config.truncation != Truncation() and method.residual_policy != "truncate":
-        raise ConfigError(f"[truncation] is for fedex-svd, and the method is {config.method}: remove it, or set method = 'fedex-svd'")
+    asked = participants(rules.clients.fraction, clients)
+    if rules.clients.min_clients > asked and not method.centralised:
+        raise ConfigError(f"clients.min_clients = {rules.clients.min_clients} and {asked} clients take part in a round: lower it")
+    _require_late(rules, method, ranks)
+    if rules.truncation != Truncation() and method.residual_policy != "truncate":
+        raise ConfigError(f"[truncation] is for fedex-svd, and the method is {rules.method}: remove it, or set method = 'fedex-svd'")
 
 
-def _require_pace(config: Config, method: Method) -> None:
+def _require_pace(rules: Rules, method: Method) -> None:
     """Momentum and a server's learning rate act on one global model that the base can make up for."""
-    pace = config.server
+    pace = rules.server
     if not pace.moves:
         if pace != ServerOptimizer():
             raise ConfigError("server.momentum_on and momentum_of say nothing without server.momentum: set that, or remove them")
         return
     if not method.momentum:
         able = ", ".join(name for name, row in METHODS.items() if row.momentum)
-        raise ConfigError(f"server.momentum and server.learning_rate do not go with {config.method}: remove them, or use one of {able}")
-    if pace.momentum_of == "factors" and config.method != "fedit":
-        raise ConfigError(f"server.momentum_of = 'factors' is a control for fedit, and the method is {config.method}: use 'products'")
+        raise ConfigError(f"server.momentum and server.learning_rate do not go with {rules.method}: remove them, or use one of {able}")
+    if pace.momentum_of == "factors" and rules.method != "fedit":
+        raise ConfigError(f"server.momentum_of = 'factors' is a control for fedit, and the method is {rules.method}: use 'products'")
 
 
 def participants(fraction: float, clients: int) -> int:
@@ -61,15 +76,15 @@ def quorum(rules: Rules, asked: int) -> int:
     return min(asked, max(rules.clients.min_clients, math.ceil(rules.clients.quorum * asked - 1e-9)))
 
 
-def _require_late(config: Config, method: Method) -> None:
+def _require_late(rules: Rules, method: Method, ranks: bool) -> None:
     """An update of the round before can be part of a mean only where its factors are in the coordinates of that mean."""
-    if config.clients.late == "refuse":
+    if rules.clients.late == "refuse":
         return
     other_coordinates = (
         method.client_state or len(method.trained_schedule) > 1 or (method.trained_schedule != ("AB",) and method.refactorises)
     )
-    if other_coordinates or config.clients.ranks:
-        what = "clients.ranks" if config.clients.ranks else f"method {config.method}"
+    if other_coordinates or ranks:
+        what = "clients.ranks" if ranks else f"method {rules.method}"
         raise ConfigError(f"clients.late = 'next' does not go with {what}: use 'refuse'")
 
 

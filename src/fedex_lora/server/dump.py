@@ -5,11 +5,44 @@ from typing import Any
 
 from torch import Tensor
 
-from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas, scalings_of, under, unflatten_adapter, unflatten_deltas
+from fedex_lora.aggregation.flatten import (
+    flatten_adapter,
+    flatten_deltas,
+    scalings_of,
+    under,
+    undotted,
+    unflatten_adapter,
+    unflatten_deltas,
+)
 from fedex_lora.errors import StorageError
-from fedex_lora.protocol.delta_sync import Log
+from fedex_lora.protocol.delta_sync import CatchUp, Log
+from fedex_lora.protocol.messages import Body, Download
+from fedex_lora.protocol.records import Request
+from fedex_lora.server.context import Unanswered
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.types import Delta, LoRAPair, LowRank, MovingDense, MovingLowRank, ServerState
+
+
+def unanswered_table(unanswered: Unanswered) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The messages of the round before that nobody answered, as far as an answer needs it. They have one body: where answers may be late,
+    ranks do not differ."""
+    if not unanswered.downloads:
+        return {}, {}
+    body = next(iter(unanswered.downloads.values())).body
+    tensors = flatten_adapter("asked", body.adapter) | {f"asked_other|{name}": tensor for name, tensor in body.other.items()}
+    tensors |= flatten_deltas("gained", unanswered.gained)
+    about = {"scalings": scalings_of(body.adapter), "version": body.catch_up.version, "gained": list(unanswered.gained)}
+    return tensors, {**about, "requests": [sent.request.model_dump() for sent in unanswered.downloads.values()]}
+
+
+def unanswered_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any], method: str) -> Unanswered:
+    """The inverse of `unanswered_table`."""
+    if not about:
+        return Unanswered()
+    adapter, version = unflatten_adapter("asked", about["scalings"], tensors), about["version"]
+    body = Body(method, adapter, under("asked_other", tensors), CatchUp(version, version))
+    requests = [Request(**request) for request in about["requests"]]
+    return Unanswered({sent.client: Download(sent, body) for sent in requests}, _products("gained", about["gained"], tensors))
 
 
 def server_table(state: ServerState, registry: ClientRegistry, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,6 +82,7 @@ def server_table(state: ServerState, registry: ClientRegistry, whole: bool) -> t
         "lost": sorted(registry.unknown_state),
         "accepted": registry.last_accepted,
         "told": registry.pending_rejection,
+        "history": list(registry.history.items()),
     }
     return tensors, about
 
@@ -85,7 +119,7 @@ def server_state_of(
             velocity=under("velocity", tensors),
         )
         log = Log(
-            gains={int(number): _gains(number, modules, tensors) for number, modules in about["log"].items()},
+            gains={int(number): _products(f"log|{number}", modules, tensors) for number, modules in about["log"].items()},
             whole=about["whole"],
             adapters={number: unflatten_adapter(f"past{number}", scalings, tensors) for number, scalings in about.get("past", ())},
             halts=tuple(about.get("halts", ())),
@@ -97,6 +131,7 @@ def server_state_of(
             unknown_state=frozenset(about["lost"]),
             last_accepted=about["accepted"],
             pending_rejection=about["told"],
+            history=dict(about.get("history", ())),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StorageError(
@@ -105,8 +140,8 @@ def server_state_of(
     return state, registry
 
 
-def _gains(number: str, modules: list[str], tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    found = unflatten_deltas(f"log|{number}", tensors)
+def _products(prefix: str, modules: list[str], tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    found = unflatten_deltas(prefix, tensors)
     return {module: LowRank(U=delta.U, V=delta.V) for module in modules if isinstance(delta := found[module], LowRank)}
 
 
@@ -116,5 +151,5 @@ def base_delta_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any], store
     Raises:
         KeyError, ValueError: something is missing.
     """
-    moving = unflatten_deltas("moving", tensors)
+    moving = unflatten_deltas("moving", undotted(tensors))
     return {module: moving.get(module) or stored[module] for module in about["base_delta"]}

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas
 from fedex_lora.config import Rules
 from fedex_lora.protocol.delta_sync import CatchUp, Log, lacking, pruned
+from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.types import Adapter, Aggregate, ServerState
 
 
@@ -21,6 +23,7 @@ class ClientRegistry:
         unknown_state: the clients that gave no valid answer when last asked: what they hold is not known.
         last_accepted: client -> the last round in which its update was part of the mean.
         pending_rejection: client -> why its last update was rejected, until it is told.
+        history: version -> a digest of all that made it, of the versions that some client may have.
     """
 
     log: Log = field(default_factory=Log)
@@ -29,6 +32,7 @@ class ClientRegistry:
     unknown_state: frozenset[str] = frozenset()
     last_accepted: Mapping[str, int] = field(default_factory=dict)
     pending_rejection: Mapping[str, str] = field(default_factory=dict)
+    history: Mapping[int, str] = field(default_factory=dict)
 
     def record_replies(self, version: int, asked: Collection[str], valid: Collection[str], rejected: Mapping[str, str]) -> "ClientRegistry":
         """After messages that bring base and adapter of `version`: who answered validly has them; what the others hold is not known."""
@@ -63,14 +67,22 @@ class ClientRegistry:
                 part: after.round if _changed(part, before.adapter, after.adapter) else last for part, last in self.last_changed.items()
             },
             last_accepted={**self.last_accepted, **dict.fromkeys(accepted, after.round)},
+            history=self._history(before, after, result),
         )
 
     def after_skip(self, before: ServerState, after: ServerState, clients: Collection[str], rules: Rules) -> "ClientRegistry":
         """After a round without a mean, which ends what momentum there was."""
         if not rules.server.through_base:
-            return self
+            return replace(self, history=self._history(before, after))
         log = replace(self.log, halts=[*self.log.halts, after.round], adapters=self._adapters(before, rules))
-        return replace(self, log=self._pruned(log, after, clients, rules))
+        return replace(self, log=self._pruned(log, after, clients, rules), history=self._history(before, after))
+
+    def _history(self, before: ServerState, after: ServerState, result: Aggregate | None = None) -> dict[int, str]:
+        """With the new version's: the one before, and what the round changed. Of a skipped round only its number."""
+        made = flatten_adapter("adapter", after.adapter) | dict(after.other) | flatten_deltas("residual", result.residual if result else {})
+        digest = tensors_digest(made if result else {}, f"{self.history.get(before.round, '')} {after.round}")
+        known = {version: found for version, found in self.history.items() if version in self.version.values()}
+        return {**known, after.round: digest}
 
     def _pruned(self, log: Log, after: ServerState, clients: Collection[str], rules: Rules) -> Log:
         oldest = min(self.version.get(client, 0) for client in clients)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
+from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.messages import Body, Download, Encoded, encode_body, message
 from fedex_lora.protocol.records import Request
 from fedex_lora.server.context import ServerContext
@@ -66,6 +67,7 @@ class Requests:
     def __init__(self, server: ServerContext, phase: Phase) -> None:
         self._server, self._phase = server, phase
         self.asked = dict[str, Asked]()
+        self._syncs = dict[int, CatchUp]()
         self._bodies, self._encoded = dict[_Version, Body](), dict[tuple[_Version, str], Encoded]()
 
     def ask(self, clients: Sequence[str]) -> LazyMessages:
@@ -81,10 +83,16 @@ class Requests:
                 full=client in registry.unknown_state,
                 accepted=registry.last_accepted.get(client, 0),
                 rejected=registry.pending_rejection.get(client, ""),
+                history=registry.history.get(server.state.round, ""),
+                base_history=registry.history.get(registry.version.get(client, 0), ""),
             )
             omit = "AB" if self._drawn else registry.unchanged_factors(client)
             self.asked[client] = Asked(request, registry.version.get(client, 0), omit)
-        return LazyMessages(self, clients)
+        return LazyMessages(self, sorted(clients, key=self._key))  # those of one body after one another: it is encoded once
+
+    def _key(self, client: str) -> tuple[int, int, str, str]:
+        asked = self.asked[client]
+        return asked.since, asked.request.rank or 0, asked.omit, client
 
     @property
     def _drawn(self) -> bool:
@@ -94,9 +102,10 @@ class Requests:
         state, rank = self._server.state, asked.request.rank
         version = asked.since, None if get_method(state.method).holds_tail or self._drawn else rank
         if version not in self._bodies:
+            if asked.since not in self._syncs:
+                self._syncs[asked.since] = self._server.registry.sync_for(asked.since, state, self._server.rules)
             adapter = state.adapter if version[1] is None else states.start_of(state.method, state.adapter, rank, None)[0]
-            catch_up = self._server.registry.sync_for(asked.since, state, self._server.rules)
-            self._bodies[version] = Body(state.method, adapter, state.other, catch_up, state.seed if self._drawn else None)
+            self._bodies[version] = Body(state.method, adapter, state.other, self._syncs[asked.since], state.seed if self._drawn else None)
         return version, self._bodies[version]
 
     def message(self, client: str) -> bytes:
@@ -117,3 +126,11 @@ class Requests:
         """What a client starts from, and what it holds beside the common base."""
         own = self._server.state.personal.get(sent.request.client)
         return states.start_of(sent.body.method, sent.body.adapter, sent.request.rank, own)
+
+    def table(self) -> list[list[Any]]:
+        """What was asked, as JSON."""
+        return [[one.request.model_dump(), one.since, one.omit] for one in self.asked.values()]
+
+    def take(self, table: Sequence[Sequence[Any]]) -> None:
+        """The inverse of `table`."""
+        self.asked = {request["client"]: Asked(Request(**request), since, omit) for request, since, omit in table}

@@ -7,35 +7,22 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.messages import Download, decode_update, envelope_of
-from fedex_lora.protocol.records import Answer, Apology, Request
+from fedex_lora.protocol.messages import Download, answer_in, decode_update
+from fedex_lora.protocol.records import Apology, elsewhere
 from fedex_lora.server.checks import below_quorum, quorum
 from fedex_lora.server.context import ServerContext, Unanswered
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
-from fedex_lora.server.requests import Asked, LazyMessages, Phase, Requests
+from fedex_lora.server.requests import LazyMessages, Phase, Requests
 from fedex_lora.server.result import Result, result_of
-from fedex_lora.server.verdicts import (
-    Accepted,
-    Complete,
-    Duplicate,
-    Failed,
-    Late,
-    NeedsFull,
-    Receipt,
-    Rejected,
-    Short,
-    Verdict,
-    one_line,
-    printable,
-)
+from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Receipt, Rejected, Short, Verdict
 from fedex_lora.types import ClientUpdate, LowRank
 
-TWICE = "its first answer counts"
+TWICE, NOT_ASKED = "its first answer counts", "it was not asked in this round"
 _SETS = ("missing", "needs_full", "failed", "hopeless", "_unsettled", "_silent")
 
 
 class Round:
-    """A round, as `Server.open_round` makes it.
+    """A round, as `Server.open_round` makes it. It has ended once it is closed or skipped, or another one is opened.
 
     Attributes:
         phase: "train", or "evaluate" (clients answer with numbers only).
@@ -45,19 +32,17 @@ class Round:
         missing: who of them is still waited for.
         receipts: client -> what is remembered of its valid update.
         late: the same, of updates of the round before.
-        rejections: what is no part of the mean, as it came.
         needs_full: who does not have what its message counts on: see `ask_again`.
         failed: who said that it has no update, or is gone.
     """
 
     def __init__(self, server: ServerContext, phase: Phase, participants: Sequence[str]) -> None:
         self._server, self.phase, self.participants = server, phase, list(participants)
-        self.number = server.state.round + 1
+        self.number, self.ended = server.state.round + 1, False
         self.receipts, self.late = dict[str, Receipt](), dict[str, Receipt]()
-        self.rejections, self.missing, self.needs_full = list[Rejected](), set[str](), set[str]()
-        self.failed, self.hopeless = set[str](), set[str]()
-        self._requests, self._unsettled, self._again, self._silent = Requests(server, phase), set[str](), dict[str, str](), set[str]()
-        self._complete: Complete | None = None
+        self.missing, self.needs_full, self.failed, self.hopeless = set[str](), set[str](), set[str](), set[str]()
+        self._requests, self._rejections = Requests(server, phase), list[Rejected]()
+        self._unsettled, self._silent, self._ignored = set[str](), set[str](), dict[str, str]()
         self._ask(self.participants)
 
     def _ask(self, clients: Sequence[str]) -> None:
@@ -66,10 +51,14 @@ class Round:
         self._unsettled |= set(clients)
         self._silent -= set(clients)
         self.needs_full -= set(clients)
-        self._complete = None
+
+    def _require_open(self) -> None:
+        if self.ended:
+            raise UsageError(f"round {self.number} has ended: open the next one")
 
     def receive(self, client: str, payload: bytes) -> Verdict:
         """See `Server.receive`."""
+        self._require_open()
         verdict = self._judged(client, payload)
         self._record(verdict)
         return verdict
@@ -81,16 +70,17 @@ class Round:
             client, reason: who and why.
             round: that it was asked in; None: this one.
         """
-        name, number, reason = printable(client), self.number, one_line(reason)
+        self._require_open()
+        number = self.number
         verdict: Verdict
         if round not in (None, number):
-            verdict = Rejected(name, round or 0, f"it failed, too late to matter: {reason}")
+            verdict = Rejected(client, round or 0, f"it failed, too late to matter: {reason}")
         elif client in self.receipts:
-            verdict = Duplicate(name, number, TWICE)
+            verdict = Ignored(client, number, TWICE)
         elif client not in self._requests.asked:
-            verdict = Rejected(name, number, "it was not asked in this round")
+            verdict = Rejected(client, number, NOT_ASKED)
         else:
-            verdict = Failed(name, number, f"it failed: {reason}")
+            verdict = Failed(client, number, f"it failed: {reason}")
         self._record(verdict)
         return verdict
 
@@ -100,33 +90,32 @@ class Round:
         self._silent |= set(silent)
         if not reason:
             return []
-        rejected = [Rejected(client, self.number, self._again.get(client, reason)) for client in silent if client not in self.late]
-        self.rejections += rejected
+        rejected = [Rejected(client, self.number, self._ignored.get(client, reason)) for client in silent if client not in self.late]
+        self._rejections += rejected
         return rejected
 
     def _judged(self, client: str, payload: bytes) -> Verdict:
-        number, claimed = self.number, _round_of(payload)
+        number, said = self.number, answer_in(payload)
         if self.phase == "train" and (verdict := self._of_the_round_before(client, payload)):
             return verdict
         if client in self.receipts:
-            return Duplicate(client, number, TWICE)
+            return Ignored(client, number, TWICE)
         if client not in self._requests.asked:
-            kind = Duplicate if claimed is not None and claimed < number else Rejected
-            return kind(printable(client), number, "it was not asked in this round")
-        try:
-            return self._apology(client, envelope_of(payload, Apology)[0])
-        except WireError:
-            pass  # then it is an update, or nothing
+            kind = Ignored if said is not None and said.round < number else Rejected
+            return kind(client, number, NOT_ASKED)
         sent = self._requests.download(client)
+        if said is not None and (why := elsewhere(said, sent.request)):
+            return Ignored(client, number, why)
+        if isinstance(said, Apology):
+            return self._apology(client, Failure(said.code, said.rows))
         try:
             return Accepted(client, number, self._decoded(payload, sent))
         except WireError as error:
-            kind = Duplicate if 0 < sent.request.accepted == claimed else Rejected
-            return kind(client, number, one_line(str(error)))
+            return Rejected(client, number, str(error))
 
     def _decoded(self, payload: bytes, sent: Download) -> ClientUpdate:
-        stays = get_method(sent.body.method).withheld(sent.request.round)
-        return decode_update(payload, sent, stays, self._server.rules.messages.max_examples)
+        withheld = get_method(sent.body.method).withheld(sent.request.round)
+        return decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
 
     def _of_the_round_before(self, client: str, payload: bytes) -> Verdict | None:
         """What a valid answer to a message of the round before is; None: it is no such answer."""
@@ -138,18 +127,13 @@ class Round:
         except WireError:
             return None
         number = sent.request.round
-        if client in self.late:
-            return Duplicate(client, number, TWICE)
+        if client in self.late or client in self.receipts:
+            return Ignored(client, number, TWICE)
         if self._server.rules.clients.late == "next":
             return Late(client, number, update)
         return Rejected(client, number, f"it answered in round {self.number} only: too late (clients.late = 'refuse')")
 
-    def _apology(self, client: str, apology: Apology) -> Verdict:
-        failure = Failure(apology.code, apology.rows)
-        if apology.round not in (0, self.number):
-            return Rejected(client, apology.round, f"it failed, too late to matter: {failure}")
-        if apology.run not in ("", self._server.run) or apology.client != client:
-            return Rejected(client, self.number, "its failure is of another run, or of another client")
+    def _apology(self, client: str, failure: Failure) -> Verdict:
         if failure.lacks and not self._requests.asked[client].request.full:
             return NeedsFull(client, self.number, str(failure))
         return Failed(client, self.number, f"it failed: {failure}", failure.of_the_run)
@@ -162,13 +146,13 @@ class Round:
             self.receipts[client] = self._receipt(verdict.update, self._requests.download(client))
             for heard in (self.needs_full, self.missing, self.failed, self.hopeless):
                 heard.discard(client)
-        elif isinstance(verdict, Duplicate):
-            self._again.setdefault(client, verdict.reason)
+        elif isinstance(verdict, Ignored):
+            self._ignored.setdefault(client, verdict.reason)
         elif isinstance(verdict, NeedsFull):
             self.needs_full |= {client} & self.missing
             self.missing.discard(client)
         elif verdict.round == self.number and client in self._requests.asked:
-            self.rejections.append(verdict)
+            self._rejections.append(verdict)
             self.failed |= {client} if isinstance(verdict, Failed) else set()
             self.hopeless |= {client} if isinstance(verdict, Failed) and verdict.hopeless else set()
             self.missing.discard(client)
@@ -178,42 +162,54 @@ class Round:
         return Receipt(update.num_examples, update.metrics, size_of(update, first, sent.body.other))
 
     def ask_again(self, clients: Collection[str], full: bool = False) -> LazyMessages:
-        """Ask some clients once more; with `full` their messages bring everything."""
-        self._settle()
+        """Ask some clients once more, whatever they answered; with `full` their messages bring everything.
+
+        Raises:
+            UsageError: they were not asked before, or the round has ended.
+        """
+        self._require_open()
+        if odd := set(clients) - set(self._requests.asked):
+            raise UsageError(f"{min(odd)} was not asked in this round: ask its participants")
+        self._settle(clients)
         if full:
             self._server.registry = self._server.registry.record_replies(self._server.state.round, clients, (), {})
-        self.rejections = [one for one in self.rejections if one.client not in clients]
+        self._rejections = [one for one in self._rejections if one.client not in clients]
         self.failed -= set(clients)
         self.hopeless -= set(clients)
+        self.receipts = {client: receipt for client, receipt in self.receipts.items() if client not in clients}
         self._ask(sorted(clients))
         return self.messages
 
-    def _settle(self) -> None:
-        """The registry learns what the answers say of who holds what."""
-        reasons = {one.client: one.reason for one in self.rejections}
-        valid = self.receipts.keys() & self._unsettled
-        self._server.registry = self._server.registry.record_replies(self._server.state.round, self._unsettled, valid, reasons)
-        self._unsettled = set()
+    def _settle(self, clients: Collection[str]) -> None:
+        """The registry learns what the answers of these clients say of who holds what, and whom to tell of a rejection."""
+        reasons, valid, large = {one.client: one.reason for one in self._rejections}, self.receipts.keys() & set(clients), self._large()
+        registry = self._server.registry.record_replies(self._server.state.round, self._unsettled & set(clients), valid, reasons)
+        rejected = {client: reason for client, reason in large.items() if client in clients}
+        self._server.registry = registry.record_rejections(rejected)
+        self._unsettled -= set(clients)
+
+    def _large(self) -> dict[str, str]:
+        """Client -> why its valid update is far larger than the others'."""
+        receipts = {**self.late, **self.receipts}
+        sizes = {client: receipt.size for client, receipt in receipts.items()}
+        return norm_rejected(sizes, self._server.rules.messages.norm_bound)
+
+    @property
+    def rejections(self) -> list[Rejected]:
+        """What is no part of the mean, and why, as far as it has been heard."""
+        large = [Rejected(client, self.number, reason) for client, reason in self._large().items()]
+        return [one for one in self._rejections if one.client not in self.receipts] + large
 
     def ready(self) -> Complete | Short:
-        """Are there enough updates? Those that are far larger than the others are rejected before they are counted."""
-        if self._complete:
-            return self._complete
-        self._settle()
-        rules, asked = self._server.rules, len(self.participants)
-        late = {client: receipt for client, receipt in self.late.items() if client not in self.receipts}
-        sizes = {client: receipt.size for client, receipt in {**late, **self.receipts}.items()}
-        large = norm_rejected(sizes, rules.messages.norm_bound)
-        rejected = [Rejected(client, self.number, one_line(reason)) for client, reason in large.items()]
-        self.rejections = [one for one in self.rejections if one.client not in self.receipts] + rejected
-        self._server.registry = self._server.registry.record_rejections(large)
-        self.receipts = {client: receipt for client, receipt in self.receipts.items() if client not in large}
-        self.late = {client: receipt for client, receipt in late.items() if client not in large}
+        """Are there enough updates of those that have come? Those that are far larger than the others do not count."""
+        rules, asked, large = self._server.rules, len(self.participants), self._large()
+        on_time, late = (sorted(client for client in found if client not in large) for found in (self.receipts, self.late))
+        rejected = [Rejected(client, self.number, reason) for client, reason in large.items()]
         reasons = [(one.client, one.reason) for one in self.rejections]
-        if reason := below_quorum(self.number, len(self.receipts), asked, reasons, rules):
-            return Short(reason, len(self.hopeless) > asked - quorum(rules, asked), rejected)
-        self._complete = Complete(sorted([*self.receipts, *self.late]), frozenset(self.late), rejected)
-        return self._complete
+        if reason := below_quorum(self.number, len(on_time), asked, reasons, rules):
+            return Short(reason, on_time, len(self.hopeless) > asked - quorum(rules, asked), rejected)
+        late = [client for client in late if client not in self.receipts]
+        return Complete(sorted([*on_time, *late]), frozenset(late), rejected)
 
     def close(self, updates: Sequence[ClientUpdate]) -> Result:
         """End the round with the mean of the updates: the server goes on from it.
@@ -223,39 +219,61 @@ class Round:
 
         Raises:
             TrainingError: there are too few: see `ready`.
-            UsageError: they are other clients'.
+            UsageError: they are other clients', the round has ended, or it only evaluates.
             AggregationError: see `server_state.step`.
         """
+        self._require_open()
         ready, server = self.ready(), self._server
+        if self.phase == "evaluate":
+            raise UsageError("an evaluation is not closed: read its receipts, and open the next round")
         if isinstance(ready, Short):
             raise TrainingError(ready.reason)
         updates = sorted(updates, key=lambda update: update.client_id)
         if [update.client_id for update in updates] != list(ready.clients):
             raise UsageError(f"the round is closed with the updates of {', '.join(ready.clients)}, each once, and no others")
-        before, rules = server.state, server.rules
+        before, rules, sent = server.state, server.rules, self._requests.download
         behind = {module: LowRank(U=-gain.U, V=gain.V) for module, gain in server.unanswered.gained.items()}
-        held = {
-            client: behind if client in ready.late else self._requests.start(self._requests.download(client))[1] for client in ready.clients
-        }
+        held = {client: behind if client in ready.late else self._requests.start(sent(client))[1] for client in ready.clients}
         late = {client: held[client] for client in ready.late}
         state, aggregate = states.step(before, updates, rules.weights, rules.truncation, late, rules.server)
-        registry = server.registry.after_round(before, state, aggregate, ready.clients, server.clients, rules)
-        silent = self._downloads_of_the_silent()
+        silent = self.leave()
+        server.registry = server.registry.after_round(before, state, aggregate, ready.clients, server.clients, rules)
         gain = states.gained_in(before, state, aggregate, rules.server) if silent else {}
-        server.state, server.registry, server.unanswered = state, registry, Unanswered(silent, gain)
+        server.state, server.unanswered = state, Unanswered(silent, gain)
         return result_of(before, state, aggregate, updates, held, rules.server)
 
+    def skip(self) -> None:
+        """End the round without a mean: the server is as before it, and its number is used up.
+
+        Raises:
+            UsageError: the round has ended.
+        """
+        self._require_open()
+        server, before, state = self._server, self._server.state, states.skip(self._server.state)
+        silent = self.leave()
+        server.registry = server.registry.after_skip(before, state, server.clients, server.rules)
+        server.state, server.unanswered = state, Unanswered(silent)
+
+    def leave(self) -> dict[str, Download]:
+        """End the round; the registry has learnt from its answers. Returns the messages that nobody answered."""
+        self._settle(self._unsettled | self.receipts.keys())
+        self.ended = True
+        silent = sorted((self._silent | self.missing) - self.receipts.keys())
+        return {client: self._requests.download(client) for client in silent} if self.phase == "train" else {}
+
     def dump(self) -> bytes:
-        """What the round has heard so far; the updates are the caller's, and late ones are heard again. See `Server.reopen`."""
-        asked = [[one.request.model_dump(), one.since, one.omit] for one in self._requests.asked.values()]
-        return json.dumps({
+        """What the round has heard so far; the updates are the caller's. See `Server.reopen`."""
+        receipts = {name: {client: list(one) for client, one in getattr(self, name).items()} for name in ("receipts", "late")}
+        about = {
             "phase": self.phase,
+            "number": self.number,
             "participants": self.participants,
-            "asked": asked,
-            "receipts": {client: [one.num_examples, dict(one.metrics), one.size] for client, one in self.receipts.items()},
-            "rejections": [[one.client, one.round, one.reason] for one in self.rejections],
+            "asked": self._requests.table(),
+            "rejections": [[one.client, one.round, one.reason] for one in self._rejections],
+            **receipts,
             **{name: sorted(getattr(self, name)) for name in _SETS},
-        }).encode()  # fmt: skip
+        }
+        return json.dumps(about).encode()
 
     @classmethod
     def restore(cls, server: ServerContext, payload: bytes) -> "Round":
@@ -263,31 +281,15 @@ class Round:
         try:
             about = json.loads(payload)
             round = cls(server, about["phase"], about["participants"])
-            for request, since, omit in about["asked"]:
-                round._requests.asked[request["client"]] = Asked(Request(**request), since, omit)
-            round.receipts = {client: Receipt(count, metrics, Size(*size)) for client, (count, metrics, size) in about["receipts"].items()}
-            round.rejections = [Rejected(*one) for one in about["rejections"]]
+            if about["number"] != round.number:
+                raise StorageError(f"it is the dump of round {about['number']}, and the server is at round {round.number}")
+            round._requests.take(about["asked"])
+            for name in ("receipts", "late"):
+                found = {client: Receipt(count, metrics, Size(*size)) for client, (count, metrics, size) in about[name].items()}
+                setattr(round, name, found)
+            round._rejections = [Rejected(*one) for one in about["rejections"]]
             for name in _SETS:
                 setattr(round, name, set(about[name]))
         except (KeyError, ValueError, TypeError) as error:
             raise StorageError(f"it is no dump of a round ({error!r}): give what dump() returned") from None
         return round
-
-    def skip(self) -> None:
-        """End the round without a mean: the server is as before it, and its number is used up."""
-        self._settle()
-        before, state = self._server.state, states.skip(self._server.state)
-        silent = self._downloads_of_the_silent()
-        registry = self._server.registry.after_skip(before, state, self._server.clients, self._server.rules)
-        self._server.state, self._server.registry, self._server.unanswered = state, registry, Unanswered(silent)
-
-    def _downloads_of_the_silent(self) -> dict[str, Download]:
-        return {client: self._requests.download(client) for client in sorted(self._silent | self.missing) if client not in self.receipts}
-
-
-def _round_of(payload: bytes) -> int | None:
-    """The round that an answer says it is of; None where it says nothing that can be read."""
-    try:
-        return envelope_of(payload, Answer)[0].round
-    except WireError:
-        return None

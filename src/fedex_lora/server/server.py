@@ -1,6 +1,7 @@
 """The server of a federation as a protocol object: it gets bytes and gives bytes, and never reads, writes or waits."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -8,13 +9,13 @@ from fedex_lora.aggregation.server_state import init
 from fedex_lora.config import Rules
 from fedex_lora.errors import UsageError
 from fedex_lora.protocol.dumps import pack, unpack
-from fedex_lora.server.checks import sample
-from fedex_lora.server.context import ServerContext
-from fedex_lora.server.dump import server_state_of, server_table
+from fedex_lora.server.checks import require_rules, sample
+from fedex_lora.server.context import ServerContext, Unanswered
+from fedex_lora.server.dump import server_state_of, server_table, unanswered_of, unanswered_table
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.server.requests import Phase
 from fedex_lora.server.round import Round
-from fedex_lora.server.verdicts import Rejected, Verdict, printable
+from fedex_lora.server.verdicts import Rejected, Verdict
 from fedex_lora.types import Adapter, ServerState
 
 
@@ -78,22 +79,35 @@ class Server(ServerContext):
         """Take off a client that is gone for good, or add one, between two rounds. A new one is sent everything.
 
         Raises:
-            UsageError: nobody is left, or two have one name.
+            UsageError: nobody is left, two have one name, or the rules do not go with them.
         """
         if not clients or len(set(clients)) < len(clients):
             raise UsageError("a server needs clients, each under a name of its own")
+        require_rules(self.rules, len(clients), bool(self.ranks))
         self.clients = sorted(clients)
         self.registry = self.registry.with_clients(self.clients)
+        here = self.unanswered
+        stay = {client: sent for client, sent in here.downloads.items() if client in self.clients}
+        self.unanswered = Unanswered(stay, here.gained)
+        personal = {client: own for client, own in self.state.personal.items() if client in self.clients}
+        self.state = replace(self.state, personal=personal)
 
     def open_round(self, participants: Sequence[str] | None = None, phase: Phase = "train") -> Round:
-        """Begin a round. One that is open and was not closed is given up: nothing of it is kept.
+        """Begin a round. One that is open and was not closed is given up; of it only is kept who holds what now.
 
         Args:
             participants: whom to ask; by default the share of the clients that `clients.fraction` says, drawn by the run's seed.
             phase: "evaluate" asks for numbers on the clients' own rows, of the model as it is; such a round is not closed.
+
+        Raises:
+            UsageError: participants that are none, or come twice, or are no clients.
         """
         if participants is None:
             participants = sample(self.clients, self.rules.clients.fraction, self.rules.seed, self.state.round + 1)
+        if not participants or len(set(participants)) < len(participants) or not set(participants) <= set(self.clients):
+            raise UsageError(f"a round asks some of {', '.join(self.clients)}, each once")
+        if self.round is not None and not self.round.ended:
+            self.round.leave()
         self.round = Round(self, phase, participants)
         return self.round
 
@@ -111,13 +125,15 @@ class Server(ServerContext):
 
         The caller keeps the update of an `Accepted` or `Late` verdict for `Round.close`.
         """
-        if self.round is None:
-            return Rejected(printable(client), self.state.round, "no round is open")
+        if self.round is None or self.round.ended:
+            return Rejected(client, self.state.round, "no round is open")
         return self.round.receive(client, payload)
 
     def dump(self) -> bytes:
         """Everything that the server knows between two rounds; a round that is open has a dump of its own."""
-        return pack("server", *server_table(self.state, self.registry, whole=True))
+        tensors, about = server_table(self.state, self.registry, whole=True)
+        more, said = unanswered_table(self.unanswered)
+        return pack("server", tensors | more, about | {"unanswered": said})
 
     @classmethod
     def restore(
@@ -128,5 +144,8 @@ class Server(ServerContext):
         Raises:
             StorageError: it is no such dump.
         """
-        state, registry = server_state_of(*unpack("server", payload))
-        return cls(rules, state, clients, ranks, run, registry)
+        tensors, about = unpack("server", payload)
+        state, registry = server_state_of(tensors, about)
+        server = cls(rules, state, clients, ranks, run, registry)
+        server.unanswered = unanswered_of(tensors, about.get("unanswered", {}), state.method)
+        return server

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from fedex_lora.protocol.frame import shown
 from fedex_lora.server.norm_filter import Size
@@ -31,9 +31,14 @@ class Late(Accepted):
 
 @dataclass(frozen=True, eq=False)
 class Rejected(_Verdict):
-    """What came is no part of a mean, and why: safe to print, on one line."""
+    """What came is no part of a mean, and why: name and reason are made safe to print, the reason one line of at most 500 characters."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        name = self.client if self.client.isprintable() and len(self.client) < 200 else shown(self.client)
+        object.__setattr__(self, "client", name)
+        object.__setattr__(self, "reason", " ".join(self.reason.split())[:500])
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +58,14 @@ class NeedsFull(Rejected):
 
 
 @dataclass(frozen=True, eq=False)
-class Duplicate(Rejected):
-    """An answer of this client is there already, so this one is ignored."""
+class Ignored(Rejected):
+    """An answer of this client is there already, or this one answers something else than what was asked: it changes nothing."""
 
 
-Verdict: TypeAlias = Accepted | Late | Rejected | Failed | NeedsFull | Duplicate
+Verdict: TypeAlias = Accepted | Late | Rejected | Failed | NeedsFull | Ignored
 
 
-@dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What a round remembers of a valid update, whose tensors are the caller's."""
 
     num_examples: int
@@ -90,20 +94,12 @@ class Short:
 
     Attributes:
         reason: who is missing and why.
+        clients: whose updates count so far.
         hopeless: so many clients blame the run's configuration that asking again is of no use.
         rejected: see `Complete`.
     """
 
     reason: str
+    clients: Sequence[str] = ()
     hopeless: bool = False
     rejected: Sequence[Rejected] = ()
-
-
-def printable(client: str) -> str:
-    """A client's name that is safe to print."""
-    return client if client.isprintable() and len(client) < 200 else shown(client)
-
-
-def one_line(reason: str) -> str:
-    """What somebody else said, on one line of at most 500 characters."""
-    return " ".join(reason.split())[:500]

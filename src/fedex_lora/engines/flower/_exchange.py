@@ -98,7 +98,7 @@ class GridExchange:
         while (unsent or open) and (deadline is None or time.monotonic() - began < deadline):
             here = self._roster.present()
             self._seen |= here.keys()
-            for client in sorted(unsent & here.keys()):
+            for client in [client for client in messages if client in unsent & here.keys()]:
                 since[client] = time.monotonic()
                 if (round := self._send(client, here[client], messages)) is not None:
                     open[client] = round

@@ -34,7 +34,7 @@ def log_of(node: Mapping[str, Any]) -> logging.Logger:
     """The log of the party whose node config this is; in the default folder where its settings are wrong."""
     try:
         return party_log(node_settings(node).folder)
-    except ConfigError:
+    except (ConfigError, RuntimeError):
         return party_log(NodeSettings().folder)
 
 
@@ -44,7 +44,7 @@ def _handler(path: Path) -> logging.Handler:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    except OSError:
+    except (OSError, ValueError, RuntimeError):
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
