@@ -63,7 +63,12 @@ def unflatten_deltas(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, De
 
 
 def undotted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tables of earlier files had `PREFIX|MODULE.PART`."""
+    """Tables of earlier files had `PREFIX|MODULE.PART`.
+
+    Example:
+        >>> list(undotted({"base|h.0.q.U": 1, "base|h.0.q|V": 2}))
+        ['base|h.0.q|U', 'base|h.0.q|V']
+    """
     return {name if name.count("|") > 1 else "|".join(name.rpartition(".")[::2]): tensor for name, tensor in tensors.items()}
 
 
