@@ -307,6 +307,18 @@ def test_an_evaluation_between_two_rounds_costs_nobody_anything():
     assert one_round(server, clients).exactness.max_relative_error < 1e-6
 
 
+def test_a_message_that_comes_twice_before_it_is_answered_costs_nothing():
+    server, clients = federation()
+    one_round(server, clients)
+    one_round(server, clients)
+    round = server.open_round(list("abc"))
+    for name in "abc":
+        clients[name].receive(round.messages[name])
+    result = round.close([server.receive(name, answer(clients[name], round.messages[name])).update for name in "abc"])
+    assert result.exactness.max_relative_error < 1e-6
+    assert off(server, clients) == 0
+
+
 def test_a_stale_model_is_no_answer():
     server, clients = federation()
     model = SimpleNamespace(load=lambda *args: None, read=lambda: (FIRST, HEAD))

@@ -136,7 +136,7 @@ class Client:
     def _begun(self, request: Request, payload: memoryview) -> Train | Evaluate:
         """Bring the copy of the global model to the message's version, and say what is trained."""
         copy = ModelCopy(adapter=self.first) if request.full else self.state.copy
-        if not request.full and copy.history != request.base_history:
+        if not request.full and copy.history not in (request.base_history, request.history):
             raise LacksError(f"the base is at version {copy.version}, and the message counts from a model that this client does not have")
         key = request.body, copy.history, request.rank  # the factors that did not travel are those of the copy
         if self._shared.body is None or self._shared.body[0] != key:
@@ -154,7 +154,9 @@ class Client:
         return kind(request.round, start, states.advance(copy.delta, held), body.other, moments, request, body.method)
 
     def _synced(self, copy: ModelCopy, body: Body, request: Request) -> ModelCopy:
-        """The copy after a message; of what has the server's bits there is one in this process."""
+        """The copy after a message, which may come again; of what has the server's bits there is one in this process."""
+        if request.history and copy.history == request.history:
+            return copy
         if copy.lossy or body.catch_up.gain or not request.history:
             return replace(caught_up(copy, body.catch_up, body.adapter, self.rules.server), history=request.history)
         require_next(copy, body.catch_up)
