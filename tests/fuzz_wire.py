@@ -184,7 +184,7 @@ def mutant(rng, subject):
         try:
             payload = mutate(rng, payload, rng.choice(subject.others)) or b""
             names.append(mutate.__name__)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error, WireError):
             continue  # there is no JSON left to edit
     right = rng.random() < 0.5
     if right:

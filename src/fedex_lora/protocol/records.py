@@ -170,6 +170,7 @@ def _checked(what: str, text: str, adapter: TypeAdapter[T]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or what
-        raise WireError(f"the message's {what} is wrong: {shown(where)[1:-1]}: {first['msg']}") from None
+        why = first["msg"] if first["msg"].isprintable() and len(first["msg"]) < 300 else shown(first["msg"])  # it may quote what arrived
+        raise WireError(f"the message's {what} is wrong: {shown(where)[1:-1]}: {why}") from None
     except (ValueError, RecursionError):
         raise WireError(f"the message's {what} is wrong: it is not JSON") from None
