@@ -207,6 +207,38 @@ def test_a_party_is_taken_off_for_good_and_another_one_joins():
             server.set_clients(wrong)
 
 
+def test_own_factors_of_who_was_taken_off_are_forgotten():
+    server, clients = federation(method="keep")
+    for _ in range(2):
+        one_round(server, clients)
+    server.set_clients(["a", "b"])
+    assert server.state.personal.keys() == {"a", "b"}
+    server.set_clients(["a", "b", "c"])
+    clients["c"] = Client(server.rules, "c", FIRST)
+    assert one_round(server, clients).exactness.max_relative_error < 1e-6
+    assert off(server, {**clients}) < 1e-6
+
+
+def test_where_versions_alternate_each_body_is_encoded_once(monkeypatch):
+    from fedex_lora.server import requests
+
+    server, clients = federation("abcdef")
+    one_round(server, clients)
+    one_round(server, clients, absent="ace")
+    made, encode = [], requests.encode_body
+    monkeypatch.setattr(requests, "encode_body", lambda *args: made.append(args) or encode(*args))
+    assert len(dict(server.open_round(list("abcdef")).messages)) == 6
+    assert len(made) == 2
+
+
+def test_a_client_of_an_odd_name_is_no_longer_missing_once_it_has_failed():
+    """A name may be a value of a column: it is printed as it is by its own run, and known by it."""
+    server, _ = federation(["a", "b\nc"])
+    round = server.open_round(["a", "b\nc"])
+    round.lost("b\nc", "gone")
+    assert (round.missing, round.failed) == ({"a"}, {"b\nc"})
+
+
 def test_one_body_is_shared_by_the_messages_of_a_version():
     server, clients = federation()
     one_round(server, clients)

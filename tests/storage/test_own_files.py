@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from tests.cli.test_cli import call, one_line
 from tests.experiments.test_compare import outcomes
 from tests.finished_runs import small_run
@@ -22,9 +21,8 @@ from fedex_lora.offline.verify import verify
 from fedex_lora.runs import run as runner
 from fedex_lora.runs.run import run
 from fedex_lora.storage import files as storage
-from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_text
+from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_bytes, write_text
 from fedex_lora.storage.run_folder import remove, remove_temporaries, strays
-from fedex_lora.storage.tensors import write_tensors
 
 THEIRS = {
     ".git/HEAD": "ref: refs/heads/main",
@@ -302,7 +300,7 @@ def test_temporaries_have_a_name_that_nobody_else_gives(tmp_path, monkeypatch):
     assert (tmp_path / ".x.toml.tmp").read_text() == "mine"
 
 
-@pytest.mark.parametrize("write", [lambda path: write_text(path, "ours"), lambda path: write_tensors(path, {"x": torch.ones(2)}, {})])
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "ours"), lambda path: write_bytes(path, b"ours")])
 def test_a_link_under_a_temporary_s_name_is_not_followed(write, tmp_path, monkeypatch):
     """Whatever name is drawn; and a file that cannot be written leaves none behind."""
     (tmp_path / "theirs").write_text("mine")

@@ -220,9 +220,7 @@ class Client:
         try:
             reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round))
         except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"a reply has rows from 0 and at most 64 metrics, plain names of numbers: {str(error).splitlines()[0]}"
-            ) from None
+            raise UsageError(f"a reply has rows from 0, and at most 64 metrics: {str(error).splitlines()[0]}") from None
         if isinstance(work, Train):
             trained = {**state.trained, work.round: update.adapter} if method.client_state else {}
             kept = moments if self.rules.local.optimizer_state == "keep" else None

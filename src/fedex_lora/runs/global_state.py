@@ -22,8 +22,8 @@ def undone() -> Iterator[None]:
     environment, threads = dict(os.environ), torch.get_num_threads()
     verbosity, level = transformers.logging.get_verbosity(), logging.getLogger(BITSANDBYTES).level
     bars = transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    with warnings.catch_warnings():
+    states = random.getstate(), np.random.get_state()
+    with warnings.catch_warnings(), torch.random.fork_rng(range(torch.cuda.device_count())):
         silence_libraries()
         try:
             yield
@@ -39,4 +39,3 @@ def undone() -> Iterator[None]:
                     library.enable_progress_bar() if library is transformers.logging else library.enable_progress_bars()
             random.setstate(states[0])
             np.random.set_state(states[1])
-            torch.set_rng_state(states[2])

@@ -111,6 +111,6 @@ def tell(verdict: Verdict, round: int, size: int, emit: Emit) -> None:
     elif isinstance(verdict, NeedsFull):
         emit(Warned(round=round, client=verdict.client, message=f"{verdict.client} is sent everything, because: {verdict.reason}"))
     elif isinstance(verdict, Ignored):
-        emit(Warned(round=round, client=verdict.client, message=f"an answer came again, and is ignored: {verdict.reason}"))
+        emit(Warned(round=round, client=verdict.client, message=f"an answer is ignored: {verdict.reason}"))
     else:
         emit(ClientRejected(round=verdict.round, client=verdict.client, reason=verdict.reason))

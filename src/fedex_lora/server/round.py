@@ -14,7 +14,7 @@ from fedex_lora.server.context import ServerContext, Unanswered
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
 from fedex_lora.server.requests import LazyMessages, Phase, Requests
 from fedex_lora.server.result import Result, result_of
-from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Receipt, Rejected, Short, Verdict
+from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Receipt, Rejected, Short, Verdict, printable
 from fedex_lora.types import ClientUpdate, LowRank
 
 TWICE, NOT_ASKED = "its first answer counts", "it was not asked in this round"
@@ -78,7 +78,7 @@ class Round:
         elif client in self.receipts:
             verdict = Ignored(client, number, TWICE)
         elif client not in self._requests.asked:
-            verdict = Rejected(client, number, NOT_ASKED)
+            verdict = Rejected(printable(client), number, NOT_ASKED)
         else:
             verdict = Failed(client, number, f"it failed: {reason}")
         self._record(verdict)
@@ -102,7 +102,7 @@ class Round:
             return Ignored(client, number, TWICE)
         if client not in self._requests.asked:
             kind = Ignored if said is not None and said.round < number else Rejected
-            return kind(client, number, NOT_ASKED)
+            return kind(printable(client), number, NOT_ASKED)
         sent = self._requests.download(client)
         if said is not None and (why := elsewhere(said, sent.request)):
             return Ignored(client, number, why)

@@ -15,7 +15,7 @@ from fedex_lora.server.dump import server_state_of, server_table, unanswered_of,
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.server.requests import Phase
 from fedex_lora.server.round import Round
-from fedex_lora.server.verdicts import Rejected, Verdict
+from fedex_lora.server.verdicts import Rejected, Verdict, printable
 from fedex_lora.types import Adapter, ServerState
 
 
@@ -126,7 +126,7 @@ class Server(ServerContext):
         The caller keeps the update of an `Accepted` or `Late` verdict for `Round.close`.
         """
         if self.round is None or self.round.ended:
-            return Rejected(client, self.state.round, "no round is open")
+            return Rejected(printable(client), self.state.round, "no round is open")
         return self.round.receive(client, payload)
 
     def dump(self) -> bytes:

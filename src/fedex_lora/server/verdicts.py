@@ -31,13 +31,11 @@ class Late(Accepted):
 
 @dataclass(frozen=True, eq=False)
 class Rejected(_Verdict):
-    """What came is no part of a mean, and why: name and reason are made safe to print, the reason one line of at most 500 characters."""
+    """What came is no part of a mean, and why: one line of at most 500 characters, safe to print."""
 
     reason: str
 
     def __post_init__(self) -> None:
-        name = self.client if self.client.isprintable() and len(self.client) < 200 else shown(self.client)
-        object.__setattr__(self, "client", name)
         object.__setattr__(self, "reason", " ".join(self.reason.split())[:500])
 
 
@@ -103,3 +101,8 @@ class Short:
     clients: Sequence[str] = ()
     hopeless: bool = False
     rejected: Sequence[Rejected] = ()
+
+
+def printable(client: str) -> str:
+    """The name of somebody who was not asked, safe to print."""
+    return client if client.isprintable() and len(client) < 200 else shown(client)

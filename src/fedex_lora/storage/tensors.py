@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import finite, from_parts
 from fedex_lora.errors import StorageError
-from fedex_lora.storage.files import cannot_write, fsync, replacing
+from fedex_lora.storage.files import cannot_write
 from fedex_lora.storage.safetensors_io import opened
 from fedex_lora.types import Delta, Dense, LowRank
 
@@ -29,18 +29,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}))
     except (OSError, SafetensorError) as error:
-        raise cannot_write(path, error) from None
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file in one step: beside, synced, then renamed over."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_tensors(temporary, tensors, metadata)
-            fsync(temporary)
-        fsync(path.parent)
-    except OSError as error:
         raise cannot_write(path, error) from None
 
 
