@@ -39,6 +39,8 @@ def test_what_a_run_changes_in_its_process_is_undone(fails, tmp_path, monkeypatc
     datasets.enable_progress_bars()
     transformers.logging.enable_progress_bar()
     transformers.logging.set_verbosity_info()
+    logging.getLogger(BITSANDBYTES).setLevel(logging.NOTSET)
+    monkeypatch.setattr(warnings, "filters", [])  # other commands of this process may have silenced the libraries before
     before = state()
 
     def home(config, emit):
