@@ -23,7 +23,8 @@ def undone() -> Iterator[None]:
     verbosity, level = transformers.logging.get_verbosity(), logging.getLogger(BITSANDBYTES).level
     bars = transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
     states = random.getstate(), np.random.get_state()
-    with warnings.catch_warnings(), torch.random.fork_rng(range(torch.cuda.device_count())):
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with warnings.catch_warnings(), torch.random.fork_rng(gpus):
         silence_libraries()
         try:
             yield
