@@ -17,7 +17,7 @@ from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.exactness.algebra import norm
-from fedex_lora.models.build import base_for, build_model, model_kind, new_tokens, read_global
+from fedex_lora.models.build import base_for, build_model, fitted, model_kind, new_tokens, read_global
 from fedex_lora.models.loading import is_encoder
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
@@ -60,6 +60,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
     """
     result = _exportable(source, form, rank)
     name = base or str(result.manifest.get("base_model"))
+    result, said = fitted(result, name)
     whole = concat_adapter(result.adapter, result.base_delta)
     adapter, update_error = (whole, 0.0) if rank is None else _cut(whole, rank)
     facts = {
@@ -88,7 +89,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name, out)
     rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
-    return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm}
+    return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm, "notes": [said] if said else []}
 
 
 def _logits_with_and_without(result: StoredResult, name: str) -> tuple[Tensor, Tensor]:

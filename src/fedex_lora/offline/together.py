@@ -14,6 +14,8 @@ from fedex_lora.models.fingerprint import CONFIG
 from fedex_lora.models.pristine import cached_folder
 from fedex_lora.storage.adapter_folder import AdapterHeader
 from fedex_lora.storage.layout import LINEAR
+from fedex_lora.storage.renaming import Renaming, find_renaming, shapes_of
+from fedex_lora.types import Adapter
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
 ROWS = 4  # of each tensor that are compared
@@ -170,6 +172,12 @@ def _some(path: Path, name: str) -> Tensor | None:
 def _equal(one: Tensor, other: Tensor) -> bool:
     coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(one.to(coarser), other.to(coarser))
+
+
+def one_naming(adapters: Sequence[Adapter], like: Adapter | None = None) -> list[Renaming | None]:
+    """For each adapter what gives its modules the names of `like`, or else of the first one; None where they have them, or none fits."""
+    names = shapes_of(like or adapters[0])
+    return [find_renaming(adapter, names) for adapter in adapters]
 
 
 def one_task(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> int:
