@@ -133,7 +133,8 @@ def fitted(result: StoredResult, base: str | PreTrainedModel) -> tuple[StoredRes
         return result, None
     found = modules_of(Base(model=base), model_kind(result, base)) if isinstance(base, str) else dict(base.named_modules())
     sizes = {name: _sizes(module) for name, module in found.items()}
-    rule = find_renaming(result.adapter, sizes, all_of_them=False)
+    known = {f"{name}.{leaf}" for name, module in found.items() for leaf, _ in module.named_parameters(recurse=False)}
+    rule = find_renaming(result.adapter, sizes, {**result.other, **result.format.frozen}, known, all_of_them=False)
     return (result.renamed(rule), rule.told("the result")) if rule else (result, None)
 
 

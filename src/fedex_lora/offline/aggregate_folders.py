@@ -172,7 +172,7 @@ def _described(folders: Sequence[Path], base: str | None, before: StoredResult |
     speaker = one_task(folders, configs)
     if any(not config.get("task_type") for config in configs):
         described = describe_adapter_folders(folders, configs[speaker].get("task_type"))
-    rules = one_naming([one.folder.adapter for one in described], before.adapter if before else None)
+    rules = one_naming([one.folder for one in described], before)
     described = [one.renamed(rule) if rule else one for one, rule in zip(described, rules, strict=True)]
     config = rule.config(configs[speaker]) if (rule := rules[speaker]) else configs[speaker]
     require_same_frozen(folders, [one.folder.format.frozen for one in described], lambda index, name: described[index].tensor(name))

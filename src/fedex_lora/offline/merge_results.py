@@ -39,7 +39,7 @@ def merge_folders(
     require_apart(folders, out, parties)
     results, names = [read_result(folder) for folder in folders], distinct_names(folders)
     base_model = one_base(folders, [result.manifest.get("base_model") for result in results], base)
-    rules = one_naming([result.adapter for result in results])
+    rules = one_naming(results)
     results = [result.renamed(rule) if rule else result for result, rule in zip(results, rules, strict=True)]
     require_same_frozen(folders, [one.format.frozen for one in results], lambda index, name: results[index].format.frozen[name])
     _require_at_rest(folders, results)

@@ -54,13 +54,19 @@ def shapes_of(adapter: Mapping[str, LoRAPair]) -> dict[str, Collection[tuple[int
 
 
 def find_renaming(
-    adapter: Mapping[str, LoRAPair], onto: Mapping[str, Collection[tuple[int, int]]], all_of_them: bool = True
+    adapter: Mapping[str, LoRAPair],
+    onto: Mapping[str, Collection[tuple[int, int]]],
+    others: Collection[str] = (),
+    known: Collection[str] = (),
+    all_of_them: bool = True,
 ) -> Renaming | None:
     """The one renaming of a wrapper under which every module of an adapter is another one of the same shape.
 
     Args:
         adapter: module path -> factors.
         onto: module path -> shapes, one of which its update must have.
+        others, known: tensors beside the adapter, and those beside `onto`: of several ways to say one renaming of the modules, the one by
+            which most of these have their names, too.
         all_of_them: every module of `onto` is wanted, too.
 
     Returns:
@@ -69,14 +75,16 @@ def find_renaming(
     first = next((name for name in adapter if name not in onto), None)
     if first is None or (all_of_them and len(adapter) != len(onto)):
         return None
-    found: dict[tuple[str, ...], Renaming] = {}
-    rules = {rule for name in onto for rule in _rules(first, name)}
-    for rule in sorted(rules, key=lambda rule: len(rule.old)):
+    found: dict[tuple[str, ...], list[Renaming]] = {}
+    for rule in {rule for name in onto for rule in _rules(first, name)}:
         names = tuple(map(rule, adapter))
         fits = all(pair.shape in onto.get(name, ()) for name, pair in zip(names, adapter.values(), strict=True))
         if fits and len(set(names)) == len(names):
-            found.setdefault(names, rule)
-    return next(iter(found.values())) if len(found) == 1 else None
+            found.setdefault(names, []).append(rule)
+    if len(found) != 1:
+        return None
+    (rules,) = found.values()
+    return max(rules, key=lambda rule: (sum(rule(name) in known for name in others), len(rule.old), len(rule.new)))
 
 
 def _rules(one: str, other: str) -> Iterator[Renaming]:

@@ -204,7 +204,7 @@ def read_result(folder: Path, check: bool = True) -> StoredResult:
         other, _ = load_tensors(folder / WHOLE)
     previous = folder / PREVIOUS
     weights = {entry["client"]: entry["weight"] for entry in inputs}
-    updates = [_named_alike(update, adapter) for update in read_updates(folder, weights)]
+    updates = [_named_alike(update, adapter, other) for update in read_updates(folder, weights)]
     if updates and {update.client_id for update in updates} != weights.keys():
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
     if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):
@@ -226,9 +226,9 @@ def read_result(folder: Path, check: bool = True) -> StoredResult:
     return result
 
 
-def _named_alike(update: ClientUpdate, adapter: Adapter) -> ClientUpdate:
+def _named_alike(update: ClientUpdate, adapter: Adapter, other: Mapping[str, Tensor]) -> ClientUpdate:
     """An adapter that was kept as it came, by the names of the result."""
-    rule = find_renaming(update.adapter, shapes_of(adapter))
+    rule = find_renaming(update.adapter, shapes_of(adapter), update.other, other)
     return rule.update(update) if rule else update
 
 
