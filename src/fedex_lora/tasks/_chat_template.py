@@ -158,15 +158,19 @@ def _require_learnt(text: str, offsets: Sequence[tuple[int, int]], learnt: Seque
 
 
 def _first_missing(messages: Sequence[Message], text: str) -> Message | None:
-    """The first message whose content or calls are not in the text, after those of the messages before it; white space does not count."""
+    """The first message whose content or calls are not in the text, after those of the messages before it; white space does not count.
+
+    Instructions may stand anywhere: some templates write them into the user's last turn.
+    """
     plain, place = _compact(text), 0
     for message in messages:
+        anywhere = message["role"] in ("system", "developer")
         reached = place
         for forms in _parts(message):
-            ends = [at + len(form) for form in forms if (at := plain.find(form, place)) >= 0]
+            ends = [at + len(form) for form in forms if (at := plain.find(form, 0 if anywhere else place)) >= 0]
             if not ends:
                 return message
-            reached = max(reached, min(ends))
+            reached = reached if anywhere else max(reached, min(ends))
         place = reached
     return None
 

@@ -119,10 +119,15 @@ def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
     """As TRL reads it: an explicit prompt, or the messages that both answers begin with."""
     given = _as_turns(row.get("prompt"), "user") or []
     chosen, rejected = (_as_turns(row.get(name), "assistant") or [] for name in ("chosen", "rejected"))
-    alike = common_length(chosen[:-1], rejected[:-1])  # whole conversations; a prompt beside them is what they begin with
-    given = chosen[:alike] or given
-    chosen, rejected = chosen[alike:], rejected[alike:]
+    repeated = not isinstance(row.get("prompt"), list) or chosen[: len(given)] == given
+    if repeated and not any(_role(side[0]) == "assistant" for side in (chosen, rejected) if side):  # whole conversations
+        alike = common_length(chosen[:-1], rejected[:-1])
+        given, chosen, rejected = chosen[:alike], chosen[alike:], rejected[alike:]
     return {"messages": [*given, *chosen], "prompt": given, "chosen": chosen, "rejected": rejected}
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def _as_turns(cell: Any, role: str) -> Any:
