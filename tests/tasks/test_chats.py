@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tests.runs.test_run import events_of, ignore
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from typer.testing import CliRunner
 
@@ -49,6 +49,9 @@ DROPS_SYSTEM = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+PATTERN = (  # Llama 3's and Qwen2.5's: new lines that follow each other are one token, whatever comes then
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MARKERS = {
     "llama3": ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "qwen2_5": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
@@ -59,7 +62,7 @@ MARKERS = {
 WORDS = [
     "What colour has the sky? It is blue, at night it is black.",
     "system user assistant model tool",
-    "You are brief.\n\n Yes. No.\n",
+    "brief\n\n Yes\n No.\n",
 ] * 3
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Now", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -86,10 +89,11 @@ def template_of(name):
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def tokenizer_of(name, template, trim=False):
+def tokenizer_of(name, template, trim=False, pattern=PATTERN):
     """A byte-level BPE of a few words, with the family's own markers; as real ones, it puts its begin token before a text by itself."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=list(MARKERS[name])))
@@ -230,11 +234,22 @@ def test_a_long_chat_is_cut_at_its_right_end_and_counted():
     assert notes == [f"a: 1 of 2 rows are cut at task.max_length = {len(whole) - 1} (the longest has {len(whole)} tokens)"]
 
 
-def slow(tokenizer):
-    class Slow:
-        is_fast, chat_template, name_or_path = False, SMOLLM2, "slow"
+def test_a_prompt_that_has_other_tokens_alone_is_said():
+    """Under GPT-2's rule two new lines are two tokens before a word and one at the end, where Llama 3's template stops to ask."""
+    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    for pattern, torn in ((PATTERN, False), (gpt2, True)):
+        tokenizer = tokenizer_of("llama3", template_of("llama3"), pattern=pattern)
+        alone = tokenizer.apply_chat_template(PLAIN[:1], add_generation_prompt=True)["input_ids"]
+        whole, _ = ours(tokenizer, PLAIN)
+        assert (whole[: len(alone)] != alone) == torn
+        _, notes = usable(tokenize_chats(tokenizer, [Chat(PLAIN)], 512), TaskSettings(name="custom", kind="chat"), "a")
+        assert [note.startswith("a: in 1 of 1 rows what asks for the answer has other tokens") for note in notes] == [True] * torn
 
-    return Slow()
+
+class Slow:
+    """All that is asked of a tokenizer without offsets before it is refused."""
+
+    is_fast, chat_template, name_or_path = False, SMOLLM2, "slow"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +282,7 @@ def test_a_tool_that_the_template_leaves_out_and_tokenizers_without_a_template_o
     with pytest.raises(DataError, match="leaves out the tools"):
         tokenize_chats(tokenizer, [Chat(CHATS["single"], TOOLS)], 512)
     with pytest.raises(ModelError, match="the tokenizer of slow does not say where its tokens are in the text"):
-        tokenize_chats(slow(tokenizer), [Chat(CHATS["single"])], 512)
+        tokenize_chats(Slow(), [Chat(CHATS["single"])], 512)
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="has no chat template: use a model that was made for chats"):
         tokenize_chats(tokenizer, [Chat(CHATS["single"])], 512)
@@ -450,7 +465,7 @@ def configuration(base, data, **changes):
             "task": task,
             "lora": {"r": 8, "alpha": 16, "target_modules": "all-linear"},
             "clients": {"partition": "column", "column": "site", "holdout": 0.0},
-            "training": {"learning_rate": 1e-2, "num_train_epochs": 40, "per_device_train_batch_size": 6},
+            "training": {"learning_rate": 5e-3, "num_train_epochs": 40, "per_device_train_batch_size": 6},
         }
     )
 
@@ -466,18 +481,21 @@ def learnt(base, tmp_path_factory):
     return data
 
 
-def test_two_parties_learn_chats_exactly(learnt, base):
-    done = events_of(learnt / "run", "round_done")
-    losses = [event["metrics"]["loss"] for event in done]
-    assert losses[-1] < 0.5 < 3 < losses[0]
-    assert all(event["exactness_error"] < 1e-6 for event in done)
-    assert verify(learnt / "run", str(base))["update_error"] < 1e-6
-
-
 def evaluated(*arguments):
     result = CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
+
+
+def test_two_parties_learn_chats_exactly(learnt, base):
+    done = events_of(learnt / "run", "round_done")
+    losses = [event["metrics"]["loss"] for event in done]
+    (learnt / "chats.toml").write_text(write_config(configuration(base, learnt)))
+    before = evaluated(base, "--config", learnt / "chats.toml")
+    assert losses[1] < losses[0] < 0.5 < 3 < before["loss"]
+    assert (done[-1]["metrics"]["token_accuracy"], before["rows"]) == (1.0, 6.0)
+    assert all(event["exactness_error"] < 1e-6 for event in done)
+    assert verify(learnt / "run", str(base))["max_relative_error"] < 1e-6
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ P, and W with E. Then E without P is learnt: what the assistant says, and what e
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
 from fedex_lora.errors import DataError, ModelError
-from fedex_lora.tasks._completions import IGNORED, token_rows
+from fedex_lora.tasks._completions import IGNORED, TORN, plain_ids, token_rows
 from fedex_lora.tasks._rows import some
 
 Message = Mapping[str, Any]
@@ -49,12 +49,15 @@ class _RefusedError(Exception):
 
 
 def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Dataset:
-    """Causal-LM inputs, with labels on what the assistant says; its columns are those of `tokenize_completions`.
+    """Causal-LM inputs, with labels on what the assistant says; its columns are those of `tokenize_completions`, and one.
 
     Args:
         tokenizer: the model's, with its chat template.
         chats: one a row.
         max_length: tokens, at most; a longer chat is cut at its right end.
+
+    Returns:
+        One column more, `torn`: the words that ask for the answer have other tokens when it is not there yet.
 
     Raises:
         ModelError: the tokenizer has no chat template, or does not say where in the text its tokens are.
@@ -70,7 +73,20 @@ def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Da
     if refused:
         reasons = "; ".join(reason.replace("{where}", f"({some(places)})") for reason, places in refused.items())
         raise DataError(f"the chat template of {tokenizer.name_or_path} {reasons}", "rows", sum(map(len, refused.values())))
-    return token_rows(tokenizer, made, max_length)
+    added = set(tokenizer.added_tokens_decoder)
+    torn = [_is_torn(tokenizer, added, *row) for row in made]
+    return token_rows(tokenizer, made, max_length).add_column(TORN, torn)  # type: ignore[call-arg]
+
+
+def _is_torn(tokenizer: Any, added: Collection[int], ids: Sequence[int], labels: Sequence[int]) -> bool:
+    """Has what stands before the last answer, from its last marker on, other tokens when no answer follows?
+
+    So it is where a tokenizer makes one token of two new lines, but two tokens where a word follows them.
+    """
+    begin = next((place for place in reversed(range(1, len(ids))) if labels[place] != IGNORED == labels[place - 1]), 0)
+    start = next((place for place in reversed(range(begin)) if ids[place] in added), 0)
+    head = list(ids[start:begin])
+    return head != plain_ids(tokenizer, [tokenizer.decode(head, clean_up_tokenization_spaces=False)])[0]
 
 
 def require_template(tokenizer: Any) -> None:

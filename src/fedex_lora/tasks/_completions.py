@@ -10,6 +10,7 @@ from transformers import EvalPrediction
 IGNORED = -100  # the label that transformers leaves out of the loss
 FULL = "full_length"  # a column: tokens of a row before it was cut
 UNKNOWN = "unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
+TORN = "torn"  # a column: is a row's prompt, when it stands alone, of other tokens?
 ANCHORS = ("=", "\n", "a")  # a completion is tokenised behind one of them where its own prompt's last token would change
 
 
