@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import _trainer
-from fedex_lora.config import IMAGES
 from fedex_lora.errors import ConfigError, ModelError
 
 
@@ -21,7 +20,7 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
         ConfigError: settings that the trainer refuses, rows longer than the model has positions for.
         ModelError: the model takes something else than the tokenizer or image processor gives, or its loss is not finite.
     """
-    if work.task.kind != IMAGES:
+    if work.task.reads_text:
         require_fitting(model, rows, work)
     with _trainer(model, work, 0, rows, None) as trainer:
         try:
@@ -36,8 +35,8 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
                 loss: Tensor = trainer.compute_loss(model.train(), batch)  # type: ignore[assignment]
             loss.backward()  # type: ignore[no-untyped-call]
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            part = "image processor" if work.task.kind == IMAGES else "tokenizer"
-            mend = "correct preprocessor_config.json" if work.task.kind == IMAGES else "are both of one model?"
+            part = "tokenizer" if work.task.reads_text else "image processor"
+            mend = "are both of one model?" if work.task.reads_text else "correct preprocessor_config.json"
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ModelError(f"{name}: its {part} and its model do not fit together: {reason}: {mend}") from None
         finally:

@@ -2,9 +2,10 @@
 
 from fedex_lora.config.reading import flat, nearest, overridden, parse_config, plain_value, put, read_config, write_config
 from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours
-from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
+from fedex_lora.config.tables import CHAT, DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
 
 __all__ = [
+    "CHAT",
     "DEMO",
     "IMAGES",
     "Base",

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from fedex_lora.config.run import Config
-from fedex_lora.config.tables import DEMO
+from fedex_lora.config.tables import DEMO, WRITTEN
 from fedex_lora.errors import ConfigError, UsageError
 
 WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
@@ -24,7 +24,7 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     clients, training = tree.get("clients", {}), tree.get("training", {})
     if not all(isinstance(table, Mapping) for table in (task, lora, clients, training)):
         return made  # the models say what is wrong
-    read = task.get("kind", "classification") != "causal-lm" and str(task.get("name", "")).startswith(("custom", "glue/"))
+    read = task.get("kind", "classification") not in WRITTEN and str(task.get("name", "")).startswith(("custom", "glue/"))
     ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
     rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
     made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}

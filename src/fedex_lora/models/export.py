@@ -121,19 +121,26 @@ def _write(folder: Path, form: str, result: StoredResult, adapter: Adapter, name
     format = replace(result.format, config=config, frozen=result.format.frozen if form == "adapter" else {})
     base = base_for(result, name)
     if form == "adapter":
+        _save_processor(result, name, folder)
         write_adapter_folder(folder, adapter, result.other, format)
         return logits(PeftModel.from_pretrained(in_float32(base), folder))  # type: ignore[arg-type]
     gained = {module: pair.low_rank() for module, pair in adapter.items()} if form == "merged" else result.base_delta
     whole: Any = plain_model(base, gained, result.other, tied=not result.adapter)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
-    with contextlib.suppress(ModelError):  # a base without a tokenizer is exported without
-        save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), where)
+    _save_processor(result, name, where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)
     write_adapter_folder(folder / ADAPTER, result.adapter, result.other, format)
+    _save_processor(result, name, folder / ADAPTER)
     return logits(PeftModel.from_pretrained(reloaded, folder / ADAPTER))
+
+
+def _save_processor(result: StoredResult, name: str, folder: Path) -> None:
+    """The tokenizer with its chat template, or the image processor; a base without one is exported without."""
+    with contextlib.suppress(ModelError):
+        save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), folder)
 
 
 def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:

@@ -131,7 +131,7 @@ class GlobalModel:
         """What has a default that depends on the task, as it is."""
         config, place = self.place.config, self.place
         lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if get_method(config.method).lora else {}
-        length = {} if place.work.task.kind == IMAGES else {"max_length": limit(config.task, place.work.processor)}
+        length = {"max_length": limit(config.task, place.work.processor)} if place.work.task.reads_text else {}
         return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
 
     def facts(self, train_rows: Mapping[str, int]) -> dict[str, Any]:

@@ -110,8 +110,6 @@ class Node:
 
 def _held(data: ClientData, labels: Sequence[object], task: Task) -> str:
     rows = f"{len(data.train)} rows to train on, {len(data.held_out)} held out"
-    if task.kind == "causal-lm":
-        return rows
     names = dict(enumerate(labels)) or task.model_config.get("id2label", {})
     classes = Counter(names.get(label, label) for label in data.train["labels"]) if task.model_config.get("num_labels", 1) > 1 else {}
     return rows + "".join(f", {count} of class {name}" for name, count in sorted(classes.items(), key=str))
