@@ -193,7 +193,10 @@ def _force(trainer: Trainer, given: Mapping[str, Any]) -> None:
 
 
 def with_columns(tokens: Dataset, rows: pd.DataFrame) -> Dataset:
-    """Tokenised rows, and beside them the columns that they were made of; messages and other nested objects as they were."""
+    """Tokenised rows, and beside them the columns that they were made of.
+
+    Nested objects (messages, tool calls) come back with the keys that each had, whatever others have; fractions in them with ten decimals.
+    """
     names = [name for name in map(str, rows.columns) if name not in tokens.column_names and name not in REPLACED]
     beside = [tokens]
     for name in names:

@@ -109,7 +109,8 @@ def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Map
     name, local = config.local.trainer, config.local
     if local.schedule == "run" and trainer.lr_scheduler is not None:
         raise ConfigError(f"local.trainer = {name!r} brings its own schedule, and local.schedule = 'run' sets ours: leave out one", CODE)
-    key, optimizer = "optimizer_state = 'keep'", trainer.create_optimizer()
+    made: Any = trainer.create_optimizer()
+    key, optimizer = "optimizer_state = 'keep'", trainer.optimizer if made is None else made  # those of subclasses may only set it
     try:
         if optimizer_state is not None:
             kept = deepcopy(dict(optimizer_state))  # Adam changes moments in place, and training may fail half-way

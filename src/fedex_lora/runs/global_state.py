@@ -18,8 +18,8 @@ from fedex_lora.client.training import BITSANDBYTES, silence_libraries
 
 @contextmanager
 def undone() -> Iterator[None]:
-    """Silence the libraries within; afterwards the environment, the folders of modules, warning filters, loggers, progress bars, CPU threads
-    and the states of the random generators are what they were before."""
+    """Silence the libraries within; afterwards the environment, the folders of modules, warning filters, loggers, progress bars, CPU
+    threads and the states of the random generators are what they were before."""
     environment, threads, folders = dict(os.environ), torch.get_num_threads(), list(sys.path)
     verbosity, level = transformers.logging.get_verbosity(), logging.getLogger(BITSANDBYTES).level
     bars = transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
