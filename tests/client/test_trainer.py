@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import math
+import threading
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 
-import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
 from tests.client.test_first_batch import base
+from tests.fake_accelerator import accelerator
 from tests.runs.test_resume import StopError, stopping
-from tests.runs.test_run import assert_same_bits, ignore
+from tests.runs.test_run import assert_same_bits, events_of, ignore
 from tests.tasks.test_rows import bytewise
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import DPOConfig, SFTConfig
@@ -408,7 +413,7 @@ def log_probabilities(model, tokenizer, rows, answer):
 
 @pytest.fixture(scope="module")
 def preferred(work, tmp_path_factory):
-    """Three rounds of DPO (the first moves B only, so that the base gains nothing), each of one step on all of a client's rows, with steps that are felt."""
+    """Three rounds of DPO, each of one step on all of a client's rows. The first moves B only, so the base gains something in the second."""
     training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2, "beta": 0.5}
     config = setting(work, "trl:DPOTrainer", rounds=3, training=training, task={"completion": "{chosen}"})
     out, stamps = tmp_path_factory.mktemp("preferred") / "run", []
@@ -473,18 +478,24 @@ def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi", "name": "Ann"}],
     ]
     frame = pd.DataFrame(
-        {"messages": chats, "tools": [None, [{"name": "look"}]], "label": ["x", "y"], "text": ["a", float("nan")], "n": [1, 2]}
+        {
+            "messages": chats,
+            "tools": [None, [{"name": "look"}]],
+            "array": [np.array([{"a": np.int64(1)}]), None],
+            "label": ["x", "y"],
+            "text": ["a", float("nan")],
+            "n": [1, 2],
+        }
     )
     made = with_columns(load_tokens(2), frame)
     assert made["messages"][:] == chats
     assert made["tools"][:] == [None, [{"name": "look"}]]
+    assert made["array"][:] == [[{"a": 1}], None]
     assert (made["text"][:], made["n"][:]) == (["a", None], [1, 2])
     assert "label" not in made.column_names  # Trainer would take it for the labels
 
 
 def load_tokens(rows):
-    from datasets import Dataset
-
     return Dataset.from_dict({"input_ids": [[1, 2]] * rows, "attention_mask": [[1, 1]] * rows, "labels": [[-100, 2]] * rows})
 
 
@@ -511,7 +522,8 @@ def test_dpo_of_chats(work):
     text = "[user]say 0[assistant]yes"
     ids = place.work.processor(text, add_special_tokens=False)["input_ids"]
     untouched = AutoModelForCausalLM.from_pretrained(work / "base").eval()
-    logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    with torch.no_grad():
+        logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
     assert float(found["chosen"][0]) == pytest.approx(sum(float(logits[i - 1, ids[i]]) for i in range(len(ids) - 3, len(ids))), rel=1e-4)
 
 
@@ -551,11 +563,17 @@ def make(model, rows, processor, arguments):
 
 
 def test_nobody_is_told(work, tmp_path, monkeypatch):
-    """TRL's trainers tell the hub that they run, unless this is set before it is imported, or here."""
+    """TRL's trainers tell the hub that they run, unless this was set before it was imported; the run sees to it, and undoes it."""
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", queue := Queue())
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_THREAD", threading.current_thread())  # so that nobody empties it
     finished(setting(work, "trl:SFTTrainer"), tmp_path / "run")
-    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+    assert queue.empty()
+    assert not constants.HF_HUB_DISABLE_TELEMETRY
+    _telemetry.send_telemetry("trl/SFTTrainer")
+    assert not queue.empty()  # the check can fail
 
 
 def test_only_one_module_imports_trl():
@@ -569,4 +587,16 @@ def test_packed_rows_train(work, tmp_path):
     )
     steps = {event.steps for event in of_kind(read_events(out / "events.jsonl"), ClientDone)}
     assert np.isfinite(size(moved(out)))
-    assert steps < {3}  # of 12 rows by 4
+    assert max(steps) < 3  # of 12 rows by 4
+
+
+@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "trl:DPOTrainer"])
+def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(trainer, work, tmp_path):
+    """On an emulated one, with the base in 16 bits, so that it gains beside its weights."""
+    more = {"base": {"model": "base", "dtype": "bfloat16"}, "task": {"completion": "{chosen}"}, "training": {"use_cpu": False}}
+    config = setting(work, trainer, rounds=3, **more)
+    cpu = finished(config, tmp_path / "cpu")
+    with accelerator():
+        device = finished(config, tmp_path / "device")
+    assert [event for event in events_of(device, "started")][0]["device"].startswith("fake")
+    assert_same_bits(cpu, device)

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset, Features, Json, concatenate_datasets
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
@@ -168,12 +170,11 @@ def trainer_of_party(
         own.finish(trainer, place)
         yield trainer
         _refuse(own, guard.end(trainer.model))
-    except (FedexLoraError, MemoryError):
+    except FedexLoraError:
         raise
     except Exception as error:
-        if "OutOfMemory" in type(error).__name__:
-            raise
-        raise TrainingError(f"local.trainer = {own.name!r} raised {told(error)}", CODE) from error
+        code = "memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else CODE
+        raise TrainingError(f"local.trainer = {own.name!r} raised {told(error)}", code) from error
 
 
 def _refuse(own: PartyTrainer, changed: str) -> None:
@@ -200,7 +201,18 @@ def with_columns(tokens: Dataset, rows: pd.DataFrame) -> Dataset:
     names = [name for name in map(str, rows.columns) if name not in tokens.column_names and name not in REPLACED]
     beside = [tokens]
     for name in names:
-        values = [None if value is None or value is pd.NA or value != value else value for value in rows[name]]
+        values = [_plain(value) for value in rows[name]]
         nested = any(isinstance(value, list | dict) for value in values)
         beside.append(Dataset.from_dict({name: values}, Features({name: Json()}) if nested else None, on_mixed_types="use_json"))
     return concatenate_datasets(beside, axis=1)
+
+
+def _plain(value: Any) -> Any:
+    """A cell without pandas' and NumPy's kinds (parquet gives arrays); None where it is empty."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or value is pd.NA or value != value:
+        return None
+    return value.item() if isinstance(value, np.generic) else value

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import constants
 
 from fedex_lora.client.training import BITSANDBYTES, silence_libraries
 
@@ -24,6 +25,7 @@ def undone() -> Iterator[None]:
     verbosity, level = transformers.logging.get_verbosity(), logging.getLogger(BITSANDBYTES).level
     bars = transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
     states = random.getstate(), np.random.get_state()
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
     gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     with warnings.catch_warnings(), torch.random.fork_rng(gpus):
         silence_libraries()
@@ -33,7 +35,7 @@ def undone() -> Iterator[None]:
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
-            sys.path[:] = folders
+            sys.path[:], constants.HF_HUB_DISABLE_TELEMETRY = folders, telemetry
             torch.set_num_threads(threads)
             transformers.logging.set_verbosity(verbosity)
             logging.getLogger(BITSANDBYTES).setLevel(level)
