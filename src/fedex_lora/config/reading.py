@@ -11,7 +11,7 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedex_lora.config.run import Config
+from fedex_lora.config.run import Config, trainer_parts
 from fedex_lora.config.tables import DEMO, WRITTEN
 from fedex_lora.errors import ConfigError, UsageError
 
@@ -85,7 +85,23 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
     else:
         files = {name: absolute(f"task.{name}", value) for name in ("train", "eval") if (value := getattr(task, name))}
         task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
-    return config.model_copy(update={"base": base, "task": task})
+    local, folders = config.local, [Path()] if "local.trainer" in given else [folder, Path()]
+    if local.trainer:
+        local = local.model_copy(update={"trainer": located(local.trainer, folders)})
+    return config.model_copy(update={"base": base, "task": task, "local": local})
+
+
+def located(trainer: str, folders: Sequence[Path]) -> str:
+    """`local.trainer` with the absolute folder of its module, of those named the first that has it; what none has must be installed."""
+    try:
+        folder, module, function = trainer_parts(trainer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    path = Path(*module.split("."))
+    for one in (folders[0] / folder,) if folder else folders:
+        if folder or (one / path.with_suffix(".py")).is_file() or (one / path / "__init__.py").is_file():
+            return f"{os.path.abspath(one)}/{module}:{function}"
+    return f"{module}:{function}"
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

@@ -14,6 +14,7 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.probe import check_trainer
+from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.exactness.measure import Exactness
@@ -43,12 +44,19 @@ class ModelContext:
     """
 
     def __init__(self, config: Config, task: Task) -> None:
-        method = get_method(config.method)
-        training_arguments(config)
+        own = find_trainer(config.local.trainer)
+        training_arguments(config, own=own)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         self.config = config
-        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind))
+        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind), trainer=own)
+        self.build()
+
+    def build(self) -> None:
+        """The model as it was before anybody trained it; one that was there is let go."""
+        config, task, method = self.config, self.work.task, get_method(self.config.method)
+        for name in ("adapted", "model", "base"):
+            vars(self).pop(name, None)  # two of them might not fit
         set_seed(config.seed)
         loaded = load_base(config.base, task.kind, **task.model_config)
         model: nn.Module = loaded.model
@@ -80,7 +88,7 @@ class GlobalModel:
     def __init__(self, place: ModelContext, ranks: Mapping[str, int]) -> None:
         self.place, self.ranks = place, ranks
         task = place.work.task
-        rows = task.tokenize(place.work.processor, task.eval)
+        rows = place.work.tokens(task.eval)
         self.eval: Dataset
         self.eval, notes = usable(rows, place.config.task, "the rows to measure on")
         self.notes = [*task.notes, *notes]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora.client.arguments import spare_devices
+from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import left, log_failure, log_of
@@ -80,7 +81,8 @@ class Node:
                     f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
                     "base",
                 )
-            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
+            learner = ModelLearner(place, {request.client: data}, self._emit)
+            learner.folder, pool = folder, ClientPool(place.config, learner, alone=True)
             _remember(pool, folder, mine / FILE)
             return pool.answer(request.client, request.payload)
 
@@ -103,6 +105,8 @@ class Node:
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
             data = _rows(place, request.client, dealt, log)
+            if place.work.trainer is not None:
+                check_trainer(place.model, data.train, place.work)
             log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
             self._made = (key, place, data)
         return self._made[1], self._made[2]
@@ -144,7 +148,7 @@ def _rows(place: ModelContext, client: str, dealt: bool, log: logging.Logger) ->
         mine, held = parts[client]
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
-    rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
+    rows = place.work.tokens(task.train.iloc[[*mine, *held]].reset_index(drop=True))
     (train, notes), (measured, _) = (
         usable(rows.select(np.arange(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
     )

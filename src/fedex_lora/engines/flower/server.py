@@ -10,6 +10,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedex_lora.client.arguments import without_trainer
 from fedex_lora.config import Config, read_config
 from fedex_lora.engines.flower._exchange import GridExchange
 from fedex_lora.engines.flower._settings import run_settings
@@ -61,6 +62,9 @@ class Deployment:
 
     def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
         require_federated(config)
+        if config.local.trainer:
+            log(INFO, "local.trainer is each party's own word: a node that has not said trainer= does not train")
+        config = without_trainer(config)
         task = load_task(config.task, config.seed)
         self._rows = dict.fromkeys(names, 0) or _dealt(config, task)
         require_consistent(config, len(self._rows))
