@@ -1,8 +1,6 @@
 """A plain TRL script: one hospital's chats, one LoRA adapter. Run it: python examples/join/script.py bone"""
 
-import json
 import sys
-from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -11,15 +9,15 @@ from trl import SFTConfig, SFTTrainer
 
 from fedex_lora.config import base_folder
 
-BASE = str(base_folder())  # a tiny Llama that the package carries: yours is "Qwen/Qwen2.5-0.5B-Instruct", say
-CHATS = Path(__file__).parents[1] / "notes" / "train.jsonl"
+BASE = str(base_folder())  # a tiny Llama that the package carries; yours is "Qwen/Qwen2.5-0.5B-Instruct", say
+SIGNS = {"bone": "sprain limp fracture", "chest": "sniffle wheeze collapse", "skin": "itch hives burn"}
 
 
 def chats(name):
-    """The rows of one hospital, as messages."""
-    notes = [note for note in map(json.loads, CHATS.read_text().splitlines()) if note["hospital"] == name]
-    roles = {"user": "note", "assistant": "colour"}
-    return Dataset.from_list([{"messages": [{"role": role, "content": note[key]} for role, key in roles.items()]} for note in notes])
+    """One hospital's rows; yours are a JSONL file of messages."""
+    signs = zip(SIGNS[name].split(), ("green", "yellow", "red"), strict=True)
+    said = [(f"the {who} has {sign} . triage :", colour) for sign, colour in signs for who in ("woman", "man", "girl", "boy")]
+    return Dataset.from_list([{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in said])
 
 
 def prepare(name):
