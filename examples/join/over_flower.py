@@ -1,4 +1,4 @@
-"""Three parties over Flower, in its simulation. Run it: python examples/join/over_flower.py (or, on any SuperLink: flwr run examples/join)"""
+"""Three parties over Flower, in its simulation. Run it: python examples/join/over_flower.py (on a SuperLink: flwr run examples/join)"""
 
 import os
 import time

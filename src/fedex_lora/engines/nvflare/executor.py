@@ -45,8 +45,8 @@ class PartyExecutor(Executor):
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """The answer to a message, from the site that NVFlare has authenticated."""
         name, payload = fl_ctx.get_identity_name(), shareable.get(PAYLOAD)
-        root = fl_ctx.get_engine().get_workspace().get_root_dir()
-        folder = Path(ConfigService.get_str_var(FOLDER, conf=SystemConfigs.RESOURCES_CONF, default="") or f"{root}/fedex-lora")
+        own = ConfigService.get_str_var(FOLDER, conf=SystemConfigs.RESOURCES_CONF, default="")
+        folder = Path(own or f"{fl_ctx.get_engine().get_workspace().get_root_dir()}/fedex-lora")
         log = party_log(folder)
         try:
             answer = self._answer(name, payload, folder)
