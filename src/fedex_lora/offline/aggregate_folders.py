@@ -101,9 +101,9 @@ class Outcome:
 def aggregate_folders(
     folders: Sequence[Path],
     out: Path,
-    method: str,
-    weights: Sequence[float] | None,
-    previous: Path | None,
+    method: str = "fedex",
+    weights: Sequence[float] | None = None,
+    previous: Path | None = None,
     truncation: Truncation | None = None,
     keep_updates: bool = True,
     audit: How = "auto",

@@ -14,7 +14,7 @@ from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
-from fedex_lora.engines.flower._log import left, log_failure, log_of
+from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
@@ -24,6 +24,7 @@ from fedex_lora.runs.clients import FILE, ClientPool
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
+from fedex_lora.runs.party_log import left, log_failure
 from fedex_lora.storage.result import safe_name
 from fedex_lora.storage.run_folder import locked
 from fedex_lora.tasks import Task, load_task, usable
