@@ -524,7 +524,7 @@ def test_evaluate_measures_and_writes_samples(learnt, base, tmp_path):
         output = model.generate(**asked, do_sample=False, max_new_tokens=20)[0, asked["input_ids"].shape[1] :]
         assert sample["output"] == tokenizer.decode(output, skip_special_tokens=True).strip()
         assert sample["reference"] == chat[-1]["content"]
-        assert sample["MR"] == tokenizer.decode(asked["input_ids"][0])
+        assert sample["prompt"] == tokenizer.decode(asked["input_ids"][0])
     assert [sample["output"] for sample in samples] == [chat[-1]["content"] for chat in chats]  # learnt, and the turn's end too
 
 
