@@ -258,6 +258,7 @@ class Slow:
         (DROPS_SYSTEM, CHATS["system"], r"leaves out, changes or moves a turn of the role system \(a.jsonl:1, a.jsonl:2\): save with"),
         (MISTRAL, CHATS["system"], r"refuses chats: Conversation roles must alternate"),
         (MISTRAL, said("user: a", "tool: b", "assistant: c"), r"refuses chats: Only user and assistant roles"),
+        ("deepseek_r1_distill", PLAIN, "asks for an answer in other words than it writes before one"),
         (MISTRAL_V3, [*CHATS["system"], *CHATS["single"]], "writes a turn in another way once others follow it"),
         ("qwen3", [*CHATS["single"], *CHATS["several"]], r"writes a turn in another way once others follow it.*\{% generation %\}"),
         ("qwen2_5", said("developer: Brief.", "user: a", "assistant: b"), "leaves out, changes or moves a turn of the role developer"),
