@@ -251,5 +251,6 @@ def test_a_run_s_base_is_told_by_its_own_names(bases, tmp_path):
     aggregate_folders([folder], tmp_path / "out", "fedex", None, None)
     path = tmp_path / "out" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "0" * 64, "versions": {"transformers": "4.50.0"}}))
-    with pytest.raises(FedexLoraError, match=r"can be told only by its own names: use transformers 4\.50\.0$"), pytest.warns(UserWarning, match="read as"):
+    line = r"can be told only by its own names: use transformers 4\.50\.0$"
+    with pytest.raises(FedexLoraError, match=line), pytest.warns(UserWarning, match="read as"):
         load_model(tmp_path / "out", bases / "llama")

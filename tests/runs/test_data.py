@@ -1,4 +1,4 @@
-"""`fedex-lora data`: rows as the model sees them, and their numbers, against what stands in the files; the outputs on the docs page."""
+"""`fedex-lora data`: rows as the model sees them, and their numbers, against what stands in the files; the outputs on the docs' pages."""
 
 import csv
 import io
@@ -23,7 +23,6 @@ from fedex_lora.errors import UsageError
 from fedex_lora.runs.data import describe_rows, pieces
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "own-data.md"
 TEXTS = ["no wifi", "the printer smells of ⟦ink⟧", "mouse is dead", "vpn fails\tand\x1b[31m fails", "slow page", "café is closed"]
 LABELS = ["network", "hardware", "hardware", "network", "network", "kitchen"]
 
@@ -217,18 +216,19 @@ def test_many_classes_are_told_in_words(tmp_path, byte_base):
     assert "s: 1 network, 1 hardware, 1 kitchen\n" in invoke(path, "--rows", 0).stdout
 
 
-# What the page shows
+# What the pages show
 
-SHOWN = re.findall(r"```sh\n(fedex-lora data [^\n]*)\n```\n+```text\n(.*?)```", PAGE.read_text(), flags=re.S)
+PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+SHOWN = re.findall(r"```sh\n(fedex-lora data [^\n]*)\n```\n+```text\n(.*?)```", PAGES, flags=re.S)
 
 
-def test_the_page_shows_outputs():
+def test_the_pages_show_outputs():
     assert len(SHOWN) >= 3
 
 
 @pytest.mark.parametrize("command", [command for command, _ in SHOWN])
-def test_outputs_on_the_page_are_what_the_commands_print(command, request, tmp_path, monkeypatch):
-    """MRPC with MiniLM's tokenizer, E2E with GPT-2's, chats with SmolLM2's: of those bases only tokenizer and config are there."""
+def test_outputs_on_the_pages_are_what_the_commands_print(command, request, tmp_path, monkeypatch):
+    """MRPC with MiniLM's tokenizer, E2E with GPT-2's, of which only a config is beside it; the others with the demo's."""
     monkeypatch.chdir(ROOT)
     line = command
     if "mrpc" in command:
