@@ -18,7 +18,7 @@ from huggingface_hub.utils import _telemetry
 from tests.client.test_first_batch import base
 from tests.fake_accelerator import accelerator
 from tests.runs.test_resume import StopError, stopping
-from tests.runs.test_run import assert_same_bits, events_of, ignore
+from tests.runs.test_run import assert_same_bits, events_of, ignore, tensors
 from tests.tasks.test_rows import bytewise
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import DPOConfig, SFTConfig
@@ -209,7 +209,7 @@ def size(tensors):
 
 def distance(left, right):
     assert left.keys() == right.keys()
-    return size({name: left[name] - right[name] for name in left}) / size(right)
+    return size({name: left[name].double() - right[name].double() for name in left}) / size(right)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +229,20 @@ def test_another_trainer_of_the_same_loss_gives_the_same_update(trainer, work, o
     assert distance({name: 2 * one for name, one in theirs.items()}, mine) > 0.9  # the measure can fail
     assert strays(out) == []
     assert_same_bits(out, finished(setting(work, trainer, rounds=2), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("method", ["ffa", "rolora", "full-ft"])
+def test_what_a_method_freezes_stays_frozen(method, work, tmp_path):
+    """PEFT makes all factors trainable when adapters are added or switched, which TRL does."""
+    trainers = [None, "trl:SFTTrainer"] + (["trl:DPOTrainer"] if method != "full-ft" else [])
+    settings = [setting(work, one, rounds=2, method=method, task={"completion": "{chosen}"}) for one in trainers]
+    outs = [finished(one, tmp_path / f"run-{number}") for number, one in enumerate(settings)]
+    mine, theirs = (tensors(out) for out in outs[:2])
+    assert distance(theirs, mine) < 1e-5
+    if method == "ffa":
+        start = ModelContext(settings[2], load_task(settings[2].task, 0)).first
+        after = read_result(outs[2] / "final").adapter
+        assert all(torch.equal(after[name].A, pair.A) and not torch.equal(after[name].B, pair.B) for name, pair in start.items())
 
 
 @pytest.mark.parametrize("local", [{"optimizer_state": "keep"}, {"schedule": "run"}], ids=lambda local: next(iter(local)))
@@ -498,6 +512,19 @@ def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
 
 def load_tokens(rows):
     return Dataset.from_dict({"input_ids": [[1, 2]] * rows, "attention_mask": [[1, 1]] * rows, "labels": [[-100, 2]] * rows})
+
+
+def test_heads_that_are_trained_whole_are_not_in_the_reference(work, tmp_path):
+    config = setting(work, "trl:DPOTrainer", task={"completion": "{chosen}"}, lora={"modules_to_save": ["lm_head"]})
+    learner = LocalSimulation(config, ignore).pool.learner
+    found = []
+    for step in (0.0, 0.1):
+        learner.folder = tmp_path / str(step)
+        (learner.folder / "client-0").mkdir(parents=True)
+        learner.load(learner.first, {}, {name: one + step * torch.arange(len(one))[:, None] for name, one in learner.read()[1].items()})
+        learner.train("client-0", 1, None)
+        found.append(reference(learner.folder / "client-0"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("chosen", "rejected"))
 
 
 def test_dpo_of_chats(work):

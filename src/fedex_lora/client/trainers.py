@@ -165,9 +165,9 @@ def trainer_of_party(
     if trainer.model is not model:
         raise ConfigError(f"local.trainer = {own.name!r} returned a Trainer of another model: give it the model that it is given", CODE)
     try:
-        _refuse(own, guard.begin())
         _force(trainer, kept)
         own.finish(trainer, place)
+        _refuse(own, guard.begin())
         yield trainer
         _refuse(own, guard.end(trainer.model))
     except FedexLoraError:
