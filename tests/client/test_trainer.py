@@ -18,7 +18,7 @@ from huggingface_hub.utils import _telemetry
 from tests.client.test_first_batch import base
 from tests.fake_accelerator import accelerator
 from tests.runs.test_resume import StopError, stopping
-from tests.runs.test_run import assert_same_bits, events_of, ignore
+from tests.runs.test_run import assert_same_bits, events_of, ignore, tensors
 from tests.tasks.test_rows import bytewise
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import DPOConfig, SFTConfig
@@ -209,7 +209,7 @@ def size(tensors):
 
 def distance(left, right):
     assert left.keys() == right.keys()
-    return size({name: left[name] - right[name] for name in left}) / size(right)
+    return size({name: left[name].double() - right[name].double() for name in left}) / size(right)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +229,20 @@ def test_another_trainer_of_the_same_loss_gives_the_same_update(trainer, work, o
     assert distance({name: 2 * one for name, one in theirs.items()}, mine) > 0.9  # the measure can fail
     assert strays(out) == []
     assert_same_bits(out, finished(setting(work, trainer, rounds=2), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("method", ["ffa", "rolora", "full-ft"])
+def test_what_a_method_freezes_stays_frozen(method, work, tmp_path):
+    """PEFT makes all factors trainable when adapters are added or switched, which TRL does."""
+    trainers = [None, "trl:SFTTrainer"] + (["trl:DPOTrainer"] if method != "full-ft" else [])
+    settings = [setting(work, one, rounds=2, method=method, task={"completion": "{chosen}"}) for one in trainers]
+    outs = [finished(one, tmp_path / f"run-{number}") for number, one in enumerate(settings)]
+    mine, theirs = (tensors(out) for out in outs[:2])
+    assert distance(theirs, mine) < 1e-5
+    if method == "ffa":
+        start = ModelContext(settings[2], load_task(settings[2].task, 0)).first
+        after = read_result(outs[2] / "final").adapter
+        assert all(torch.equal(after[name].A, pair.A) and not torch.equal(after[name].B, pair.B) for name, pair in start.items())
 
 
 @pytest.mark.parametrize("local", [{"optimizer_state": "keep"}, {"schedule": "run"}], ids=lambda local: next(iter(local)))
@@ -254,7 +268,7 @@ def test_the_model_is_given_back_as_it_was(trainer, work):
     """TRL patches `forward`, turns dropout off, adds `ref`, sets flags and tokens: none of it stays."""
     config = setting(work, trainer, task={"completion": "{chosen}"}, lora={"dropout": 0.25}, training={"gradient_checkpointing": True})
     home = LocalSimulation(config, ignore)
-    learner, place = home._learner, home._learner.place
+    learner, place = home.pool.learner, home.pool.learner.place
     before = described(place)
     learner.load(place.first, {}, {})
     update, _ = learner.train("client-0", 1, None)
@@ -280,12 +294,12 @@ def described(place):
 def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
     """TRL casts the adapters of a quantised model to bfloat16."""
     home = LocalSimulation(setting(work, "trl:SFTTrainer", base={"model": "base", "quantization": "nf4"}), ignore)
-    home._learner.load(home.host.place.first, {}, {})
-    update, _ = home._learner.train("client-0", 1, None)
+    home.pool.learner.load(home.host.place.first, {}, {})
+    update, _ = home.pool.learner.train("client-0", 1, None)
     assert {layer.factor("A").dtype for layer in lora_layers(home.host.place.model).values()} == {torch.float32}
     plain = LocalSimulation(setting(work, base={"model": "base", "quantization": "nf4"}), ignore)
-    plain._learner.load(plain.host.place.first, {}, {})
-    mine, _ = plain._learner.train("client-0", 1, None)
+    plain.pool.learner.load(plain.host.place.first, {}, {})
+    mine, _ = plain.pool.learner.train("client-0", 1, None)
     pairs = [({name: pair.delta() for name, pair in one.adapter.items()}) for one in (update, mine)]
     assert distance(*pairs) < 1e-4
 
@@ -354,6 +368,7 @@ def test_where_a_module_is_looked_for(work, tmp_path, monkeypatch):
         find_trainer(f"{tmp_path}/json:dumps")
     overrides = ["local.trainer=mine/trainers_of_mine:make"]
     assert read_config(work / "config.toml", overrides).local.trainer == f"{tmp_path}/mine/trainers_of_mine:make"
+    assert read_config(work / "config.toml", ["local.trainer=plain_trainer:make"]).local.trainer == f"{work}/plain_trainer:make"
     assert read_config(work / "config.toml", ["local.trainer=trl:SFTTrainer"]).local.trainer == "trl:SFTTrainer"
 
 
@@ -372,7 +387,7 @@ def test_where_a_module_is_looked_for(work, tmp_path, monkeypatch):
 )
 def test_what_a_trainer_may_not_change_is_refused_and_the_next_client_is_as_ever(trainer, words, work, ours):
     home = LocalSimulation(setting(work, f"wrong_trainer:{trainer}"), ignore)
-    learner, first = home._learner, home._learner.first
+    learner, first = home.pool.learner, home.pool.learner.first
     learner.load(first, {}, {})
     with pytest.raises(TrainingError, match=words) as caught:
         learner.train("client-1", 1, None)
@@ -413,7 +428,7 @@ def log_probabilities(model, tokenizer, rows, answer):
 
 @pytest.fixture(scope="module")
 def preferred(work, tmp_path_factory):
-    """Three rounds of DPO, each of one step on all of a client's rows. The first moves B only, so the base gains something in the second."""
+    """Three rounds of DPO, each of one step on all of a client's rows. The first moves B only: the base gains in the second."""
     training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2, "beta": 0.5}
     config = setting(work, "trl:DPOTrainer", rounds=3, training=training, task={"completion": "{chosen}"})
     out, stamps = tmp_path_factory.mktemp("preferred") / "run", []
@@ -428,7 +443,7 @@ def preferred(work, tmp_path_factory):
 
 def rows_of(place, client, config):
     home = LocalSimulation(config, ignore)
-    return [dict(row) for row in home._learner.data[client].train.select_columns(["prompt", "chosen", "rejected"])]
+    return [dict(row) for row in home.pool.learner.data[client].train.select_columns(["prompt", "chosen", "rejected"])]
 
 
 def test_the_reference_of_dpo_is_the_model_at_the_run_s_start(work, preferred, tmp_path):
@@ -459,7 +474,7 @@ def test_the_loss_of_later_rounds_is_dpo_s_against_that_reference(work, preferre
     losses = {(event.round, event.client): event.train_loss for event in of_kind(read_events(preferred.out / "events.jsonl"), ClientDone)}
     assert losses[1, "client-0"] == pytest.approx(math.log(2), abs=1e-6)
     home, result = LocalSimulation(preferred.config, ignore), read_result(round_folder(preferred.out, 2))
-    home._learner.load(result.adapter, load_base_delta(round_folder(preferred.out, 2)), {})
+    home.pool.learner.load(result.adapter, load_base_delta(round_folder(preferred.out, 2)), {})
     model, rows = home.host.place.model.eval(), rows_of(preferred.out, "client-0", preferred.config)
     now = {answer: log_probabilities(model, bytewise(), rows, answer) for answer in ("chosen", "rejected")}
     start = reference(preferred.out / "clients" / "client-0")
@@ -497,6 +512,19 @@ def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
 
 def load_tokens(rows):
     return Dataset.from_dict({"input_ids": [[1, 2]] * rows, "attention_mask": [[1, 1]] * rows, "labels": [[-100, 2]] * rows})
+
+
+def test_heads_that_are_trained_whole_are_not_in_the_reference(work, tmp_path):
+    config = setting(work, "trl:DPOTrainer", task={"completion": "{chosen}"}, lora={"modules_to_save": ["lm_head"]})
+    learner = LocalSimulation(config, ignore).pool.learner
+    found = []
+    for step in (0.0, 0.1):
+        learner.folder = tmp_path / str(step)
+        (learner.folder / "client-0").mkdir(parents=True)
+        learner.load(learner.first, {}, {name: one + step * torch.arange(len(one))[:, None] for name, one in learner.read()[1].items()})
+        learner.train("client-0", 1, None)
+        found.append(reference(learner.folder / "client-0"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("chosen", "rejected"))
 
 
 def test_dpo_of_chats(work):
@@ -581,6 +609,12 @@ def test_only_one_module_imports_trl():
     assert [path.name for path in sorted(root.rglob("*.py")) if "from trl" in path.read_text()] == ["trl_trainers.py"]
 
 
+def test_the_function_on_the_page_is_the_example():
+    root = Path(__file__).parents[2]
+    text = (root / "examples" / "z_trainer.py").read_text().partition("\n\n")[2]
+    assert f"```python\n{text}```" in (root / "docs" / "trainers.md").read_text()
+
+
 def test_packed_rows_train(work, tmp_path):
     out = finished(
         setting(work, "trl:SFTTrainer", training={"packing": True, "packing_strategy": "wrapped", "max_length": 64}), tmp_path / "run"
@@ -590,13 +624,12 @@ def test_packed_rows_train(work, tmp_path):
     assert max(steps) < 3  # of 12 rows by 4
 
 
-@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "trl:DPOTrainer"])
-def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(trainer, work, tmp_path):
-    """On an emulated one, with the base in 16 bits, so that it gains beside its weights."""
-    more = {"base": {"model": "base", "dtype": "bfloat16"}, "task": {"completion": "{chosen}"}, "training": {"use_cpu": False}}
-    config = setting(work, trainer, rounds=3, **more)
+def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(work, tmp_path):
+    """On an emulated one (which TRL's own kernel does not run on), with the base in 16 bits, so that it gains beside its weights."""
+    more = {"base": {"model": "base", "dtype": "bfloat16"}, "training": {"use_cpu": False}}
+    config = setting(work, "plain_trainer:make", rounds=3, **more)
     cpu = finished(config, tmp_path / "cpu")
     with accelerator():
         device = finished(config, tmp_path / "device")
-    assert [event for event in events_of(device, "started")][0]["device"].startswith("fake")
+    assert events_of(device, "started")[0]["device"].startswith("fake")
     assert_same_bits(cpu, device)

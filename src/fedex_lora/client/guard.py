@@ -78,7 +78,7 @@ class Guard:
         odd = [name for name, one in self._parameters.items() if (tuple(one.shape), one.dtype) != self._kinds[name]]
         if odd:
             return f"changed shape or precision of {_some(odd)}"
-        more = [name for name, one in self._model.named_parameters() if one.requires_grad and name not in self._trained]
+        more = [name for name, one in self._model.named_parameters() if one.requires_grad and name not in self._parameters]
         if more:
             return f"trained {_some(more)}, which this run does not train"
         adapters = _adapters(self._model)

@@ -85,7 +85,7 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
     else:
         files = {name: absolute(f"task.{name}", value) for name in ("train", "eval") if (value := getattr(task, name))}
         task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
-    local, folders = config.local, [Path()] if "local.trainer" in given else [folder, Path()]
+    local, folders = config.local, [Path(), folder] if "local.trainer" in given else [folder, Path()]
     if local.trainer:
         local = local.model_copy(update={"trainer": located(local.trainer, folders)})
     return config.model_copy(update={"base": base, "task": task, "local": local})
