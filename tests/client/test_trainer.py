@@ -25,6 +25,7 @@ from trl import DPOConfig, SFTConfig
 
 from fedex_lora.client.arguments import training_arguments, without_trainer
 from fedex_lora.client.trainers import find_trainer, with_columns
+from fedex_lora.client.training import local_update
 from fedex_lora.config import parse_config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError
 from fedex_lora.models.lora import lora_layers
@@ -155,6 +156,44 @@ frozen, merged, shape, replaced, scaling, adapter, swapped, fails = map(
 '''
 
 
+LITTER = (
+    PLAIN.replace("make(", "plain(")
+    + """
+
+import torch
+
+
+def make(model, rows, processor, arguments):
+    made = plain(model, rows, processor, arguments)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output + 1e3)
+    embeddings.extra = torch.nn.Linear(2, 2).requires_grad_(False)
+    for one in model.parameters():
+        if one.requires_grad:
+            one.register_hook(lambda gradient: 0 * gradient)
+            one.register_post_accumulate_grad_hook(nine)
+    made.train = lambda: train(made)
+    return made
+
+
+def nine(parameter):
+    parameter.data.fill_(9.0)
+
+
+def train(made):
+    from transformers import Trainer
+
+    done = Trainer.train(made)
+    made.model.config.use_cache = not made.model.config.use_cache
+    made.processing_class and made.processing_class.add_tokens(["<new>"])
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    return done
+"""
+)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A tiny Llama, 24 preference rows, and modules with trainers beside the configuration."""
@@ -168,6 +207,7 @@ def work(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     (folder / "plain_trainer.py").write_text(PLAIN)
     (folder / "wrong_trainer.py").write_text(WRONG)
+    (folder / "litter_trainer.py").write_text(LITTER)
     (folder / "wrong_helper.py").write_text("NOTHING = None\n")
     (folder / "broken_trainer.py").write_text("import a_module_that_nobody_has\n")
     return folder
@@ -278,6 +318,35 @@ def test_the_model_is_given_back_as_it_was(trainer, work):
     assert {module.p for module in place.model.modules() if isinstance(module, torch.nn.Dropout)} >= {0.25}
 
 
+def test_what_is_left_lying_about_is_taken_away(work):
+    """Hooks of modules, of gradients and of parameters, modules, flags, settings of torch: the next client has none of it."""
+    learner = LocalSimulation(setting(work, "litter_trainer:make"), ignore).pool.learner
+    place, plain = learner.place, LocalSimulation(setting(work), ignore).pool.learner
+    before, process = described(place), (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+    learner.load(learner.first, {}, {})
+    spoiled, _ = learner.train("client-0", 1, None)
+    assert (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()) == process
+    assert described(place) == before
+    updates = []
+    for one in (learner, plain):
+        one.load(one.first, {}, {})
+        ours_again = dataclasses.replace(one.place.work, trainer=None)
+        updates.append(local_update(one.place.model, "client-1", 1, one.data["client-1"], ours_again)[0].adapter)
+    assert all(torch.equal(updates[0][name].B, updates[1][name].B) for name in updates[1])
+    assert float(next(iter(spoiled.adapter.values())).A.max()) == 9.0  # the hooks were at work
+
+
+def test_classes_and_columns_of_their_name(work, ours, tmp_path):
+    """A column `label` beside the tokens would be taken for the labels."""
+    rows = [{"text": f"it is {n}", "label": "odd" if n % 2 else "even", "n": n} for n in range(24)]
+    (work / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = "Trainer(model, arguments, None, rows, processing_class=processor)"
+    (work / "class_trainer.py").write_text(PLAIN[: PLAIN.index("Trainer(model")] + call)
+    task = {"kind": "classification", "train": "classes.jsonl", "eval": "classes.jsonl"}
+    outs = [finished(setting(work, trainer, task=task), tmp_path / str(trainer)[:5]) for trainer in (None, "class_trainer:make")]
+    assert_same_bits(*outs)
+
+
 def described(place):
     model, configs = place.model, (place.model.config, place.model.generation_config)
     return (
@@ -309,7 +378,11 @@ def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
     [
         ("nowhere:make", {}, "there is no module nowhere beside the configuration"),
         ("nowhere.trainer:make", {}, r"there is no module nowhere\.trainer"),
-        ("broken_trainer:make", {}, "broken_trainer cannot be imported: ModuleNotFoundError: .*a_module_that_nobody_has"),
+        (
+            "broken_trainer:make",
+            {},
+            "cannot be imported: ModuleNotFoundError: .*nobody_has' .broken_trainer.py, line 1.",
+        ),
         ("plain_trainer:mike", {}, "there is no mike: did you mean make"),
         ("trl:SFTrainer", {}, "did you mean SFTTrainer"),
         ("wrong_trainer:NUMBER", {}, "NUMBER is a int: name a function"),

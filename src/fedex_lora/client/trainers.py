@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -133,9 +135,10 @@ def _imported(folder: str, module: str, name: str) -> ModuleType:
 
 
 def _told(error: BaseException) -> str:
-    """An error of somebody else's code in one line, with where it was raised."""
-    lines = str(error).strip().splitlines()
-    last = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+    """An error of somebody else's code in one line, with the last place in that code."""
+    lines, frames = str(error).strip().splitlines(), traceback.extract_tb(error.__traceback__)
+    libraries = ("<frozen", *sysconfig.get_paths().values(), str(Path(__file__).parents[1]))
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith(libraries)), frames[-1] if frames else None)
     where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
     return f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}{where}"
 
@@ -152,7 +155,7 @@ def trainer_of_party(
     """
     guard, kept = Guard(model), dict(vars(arguments))
     try:
-        trainer = own.make(model, rows, processor, arguments)
+        trainer = own.make(model, rows, deepcopy(processor), arguments)
     except FedexLoraError:
         raise
     except Exception as error:
