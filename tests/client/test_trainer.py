@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 from queue import Queue
@@ -20,7 +21,7 @@ from tests.fake_accelerator import accelerator
 from tests.runs.test_resume import StopError, stopping
 from tests.runs.test_run import assert_same_bits, events_of, ignore, tensors
 from tests.tasks.test_rows import bytewise
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from fedex_lora.client.arguments import training_arguments, without_trainer
@@ -29,6 +30,7 @@ from fedex_lora.client.training import local_update
 from fedex_lora.config import parse_config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError
 from fedex_lora.models.lora import lora_layers
+from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.dumps import unpack
 from fedex_lora.protocol.failures import WORDS, failure_of
 from fedex_lora.runs.context import ModelContext
@@ -211,6 +213,10 @@ def work(tmp_path_factory):
     (folder / "wrong_helper.py").write_text("NOTHING = None\n")
     (folder / "broken_trainer.py").write_text("import a_module_that_nobody_has\n")
     return folder
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TURNS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
 
 def setting(work, trainer=None, rounds=1, training=None, task=None, local=None, lora=None, **more):
@@ -607,9 +613,7 @@ def test_dpo_of_chats(work):
         for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
             frame[name] = [[{"role": role, "content": text.strip()}] for text in frame[name]]
     place = ModelContext(config, dataclasses.replace(task, tokenize=lambda tokenizer, rows: load_tokens(len(rows))))
-    place.work.processor.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    place.work.processor.chat_template = TEMPLATE
     rows = place.work.tokens(place.work.task.train.iloc[:12])
     learner = ModelLearner(place, {"a": SimpleNamespace(train=rows)}, ignore)
     learner.folder = Path(work / "parties")
@@ -626,6 +630,41 @@ def test_dpo_of_chats(work):
     with torch.no_grad():
         logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
     assert float(found["chosen"][0]) == pytest.approx(sum(float(logits[i - 1, ids[i]]) for i in range(len(ids) - 3, len(ids))), rel=1e-4)
+
+
+def test_dpo_of_a_chat_file(work, tmp_path):
+    """`task.kind = "chat"` and preferences, from the file: two rounds, one reference, its loss, an exact result."""
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    tokenizer.chat_template = TEMPLATE.replace("}}{% endfor", "}}.{% endfor")
+    tokenizer.save_pretrained(shutil.copytree(work / "base", work / "chat_base", dirs_exist_ok=True))
+    turns = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    rows = [{name: [{"role": role, "content": row[name].strip()}] for name, role in TURNS.items()} for row in turns]
+    (work / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"kind": "chat", "train": "chats.jsonl", "eval": "chats.jsonl"}
+    training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2, "beta": 0.5}
+    config = setting(work, "trl:DPOTrainer", rounds=2, task=task, training=training, base={"model": "chat_base"})
+    out, stamps = tmp_path / "run", []
+
+    def listen(event):
+        if isinstance(event, ClientDone):
+            stamps.append({path: path.stat().st_mtime_ns for path in out.glob("clients/*/reference*")})
+
+    run(config, out, listen)
+    assert len(stamps[1]) == 2
+    assert stamps[1] == stamps[-1]  # the reference of round 2 is that of round 1
+    losses = {(event.round, event.client): event.train_loss for event in of_kind(read_events(out / "events.jsonl"), ClientDone)}
+    assert losses[1, "client-0"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[2, "client-0"] < 0.99 * math.log(2)  # of a copy of the round's start it would be log 2
+    assert verify(out)["max_relative_error"] < 1e-6
+    first = LocalSimulation(config, ignore).pool.learner.data["client-0"].train[0]
+    asked, said = (first[name][0]["content"] for name in ("prompt", "chosen"))
+    ids = tokenizer(f"[user]{asked}.[assistant]{said}.", add_special_tokens=False)["input_ids"]
+    assert first["input_ids"] == ids  # ours are TRL's tokens
+    untouched, answer = AutoModelForCausalLM.from_pretrained(work / "base").eval(), sum(label != -100 for label in first["labels"])
+    with torch.no_grad():
+        logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    want = sum(float(logits[place - 1, ids[place]]) for place in range(len(ids) - answer, len(ids)))
+    assert float(reference(out / "clients" / "client-0")["chosen"][0]) == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize(("trainer", "kind"), [("trl:SFTTrainer", SFTConfig), ("trl:DPOTrainer", DPOConfig)])
