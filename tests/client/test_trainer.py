@@ -407,6 +407,11 @@ def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
         ),
         ("plain_trainer:make", {"training": {"packing": True}}, "unknown key training.packing"),
         ("trl:DPOTrainer", {"training": {"sync_ref_model": True}}, "training.sync_ref_model is not for trl:DPOTrainer, for the reference"),
+        (
+            "trl:SFTTrainer",
+            {"training": {"max_length": 16}},
+            "would cut or drop rows that count in the mean, and say nothing: set task.max",
+        ),
         ("trl:DPOTrainer", {"training": {"beta": "high"}}, "training.beta = 'high': give a finite number"),
         ("trl:DPOTrainer", {"method": "full-ft"}, "needs adapters"),
         ("trl:DPOTrainer", {"task": {"train": "plain.jsonl", "eval": "plain.jsonl"}}, "chosen, rejected not there"),
@@ -676,7 +681,9 @@ def test_trl_s_defaults_are_ours(trainer, kind, work):
     assert set(odd) <= {"logging_dir"}
     assert not found.gradient_checkpointing
     assert kind(output_dir="out", use_cpu=True).gradient_checkpointing  # which TRL has otherwise
-    packed = setting(work, "trl:SFTTrainer", training={"packing": True, "max_length": 32, "gradient_checkpointing": True})
+    packed = setting(
+        work, "trl:SFTTrainer", training={"packing": True, "max_length": 32, "gradient_checkpointing": True}, task={"max_length": 32}
+    )
     assert training_arguments(packed, own=find_trainer("trl:SFTTrainer")).gradient_checkpointing
     assert "packing" not in without_trainer(packed).training
 

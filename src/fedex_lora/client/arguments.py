@@ -47,6 +47,11 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0, ow
         if own and key in own.refused:
             raise ConfigError(f"training.{key} is not for {own.name}, for {own.refused[key]}: remove it")
         _require_sensible(key, value, kind)
+    length = config.training.get("max_length") if own else None
+    if length is not None and length < config.task.length and config.training.get("packing_strategy") != "wrapped":
+        raise ConfigError(
+            f"training.max_length = {length} would cut or drop rows that count in the mean, and say nothing: set task.max_length = {length}"
+        )
     ours: dict[str, Any] = {
         "output_dir": output,
         "seed": seed,
