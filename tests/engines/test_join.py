@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 
 from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_result
 from fedex_lora.config import base_folder
-from fedex_lora.engines.nvflare import PartyExecutor, federation_job, simulate
+from fedex_lora.engines.nvflare import FederationController, PartyExecutor, federation_job, simulate
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
 from fedex_lora.errors import ConfigError, UsageError
 from fedex_lora.offline.verify import verify
@@ -31,6 +31,8 @@ from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.protocol.messages import answer_in
 from fedex_lora.protocol.records import Apology
 from fedex_lora.server.verdicts import Accepted, Failed
+from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.files import write_bytes
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.tensors import delta_tensors
 
@@ -101,9 +103,14 @@ def test_in_nvflare_s_simulator_it_ends_in_the_same_bits(one_process, tmp_path):
     assert "round 3 done: exactness error" in (workspace / "server" / "log.txt").read_text()
 
 
-def model():
-    torch.manual_seed(0)
-    return get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
+def model(seed=0, alpha=8):
+    torch.manual_seed(seed)
+    return get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"]))
+
+
+def saved(folder, **kind):
+    model(**kind).save_pretrained(folder)
+    return folder
 
 
 def prepare(name):
@@ -201,6 +208,36 @@ def test_jobs_that_cannot_work_are_refused_before_they_are_written():
         with pytest.raises(error) as caught:
             federation_job("job", **{"start": "start", "clients": ["a", "b"], **wrong})
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_of_another_federation_is_refused(tmp_path):
+    """Another start, method or site would go on with what it did not make; more rounds, or another quorum, are the same federation."""
+    start = read_adapter_folder(saved(tmp_path / "start"))
+    scaled, other = (read_adapter_folder(saved(tmp_path / name, **kind)) for name, kind in (("scaled", {"alpha": 3}), ("other", {"seed": 1})))
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def server(rules=None, start=start, clients=("a", "b"), rounds=1):
+        return FederationController("start", clients, rounds)._server(out, rules or Rules(), start)
+
+    write_bytes(out / "server.dump", (first := server()).dump())
+    waiting = Rules(clients={"quorum": 0.5, "below_quorum": "wait"})
+    assert {server(rounds=9).run, server(waiting).run, server(clients=("b", "a")).run} == {first.run}
+    for wrong, word in (
+        ({"start": other}, "start"),
+        ({"start": scaled}, "start"),
+        ({"rules": Rules(method="ffa")}, "rules"),
+        ({"rules": Rules(weights="uniform")}, "rules"),
+        ({"clients": ("a", "c")}, "clients"),
+    ):
+        with pytest.raises(UsageError, match=f"a federation with other {word}: give another out") as caught:
+            server(**wrong)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UsageError, match="the dump is of method fedex, and the rules say ffa"):
+        Server.restore((out / "server.dump").read_bytes(), Rules(method="ffa"), ["a", "b"])
+    (out / "federation.json").unlink()
+    with pytest.raises(UsageError, match="something else than a federation"):
+        server()
 
 
 @pytest.mark.campaign
