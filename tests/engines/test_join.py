@@ -137,6 +137,16 @@ def no_rows(name):
     return model(), lambda round: None
 
 
+def leaving(name):
+    if isinstance(SECRET, BaseException):
+        raise SECRET
+    sys.exit(SECRET)
+
+
+def leaving_later(name):
+    return model(), lambda round: sys.exit(SECRET)
+
+
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     """What a site that NVFlare knows as `a` answers, and what its log says."""
@@ -180,6 +190,16 @@ def test_what_a_site_cannot_do_is_a_code_outside_and_a_line_inside(party, code, 
     assert words in log
     assert SECRET.encode() not in answer
     assert isinstance(asked.server.receive("a", answer), Failed)
+
+
+def test_an_exit_of_a_party_s_code_is_a_failure_and_an_interrupt_ends_the_process(asked, monkeypatch):
+    """NVFlare's client would end without an answer, and everybody wait for it."""
+    for party in ("leaving", "leaving_later"):
+        answer, log = asked.ask(f"{HERE}:{party}")
+        assert (answer_in(answer).code, SECRET in log, SECRET.encode() in answer) == ("unexpected", True, False)
+    monkeypatch.setattr(f"{HERE}.SECRET", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        asked.ask(f"{HERE}:leaving")
 
 
 def test_a_message_for_another_site_or_of_no_kind_is_answered_by_a_code(asked):
@@ -273,6 +293,54 @@ def test_a_job_that_is_submitted_again_goes_on(tmp_path):
         result = round.close(updates)
     save_result(tmp_path / "alone", result, AdaptedModel(model()).format)
     assert digest(tmp_path / "alone") == digest(out / "final")
+
+
+@pytest.fixture
+def flower_app(tmp_path):
+    """The example's ClientApp, called as Flower's process calls it."""
+    pytest.importorskip("flwr")
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    with place(tmp_path):
+        made = runpy.run_path(str(JOIN / "over_flower.py"))
+
+        def ask(content, prepare, node):
+            made["answer"].__globals__["prepare"] = prepare
+            context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
+            asked = Message(RecordDict({"fedex-lora": ConfigRecord(content)}), dst_node_id=1, message_type="train")
+            return made["client_app"](asked, context).content["fedex-lora"]["answer"]
+
+        yield ask
+
+
+def test_over_flower_only_codes_leave_and_a_party_s_name_is_its_own_word(flower_app, tmp_path):
+    server, names = Server.start(Rules(), *AdaptedModel(model()).read(), ["a", "b"]), []
+    messages = server.open_round().messages
+
+    def failing(error):
+        def prepare(name):
+            names.append(name)
+            raise error
+
+        return prepare
+
+    for error, code in ((ValueError(SECRET), "unexpected"), (SystemExit(SECRET), "unexpected"), (FileNotFoundError(SECRET), "file")):
+        answer = flower_app({"message": messages["a"], "name": "../../x"}, failing(error), {"client": "a"})
+        assert (answer_in(answer).code, SECRET.encode() in answer) == (code, False)
+        assert isinstance(server.receive("a", answer), Failed)
+    assert set(names) == {"a"}
+    assert SECRET in (tmp_path / "trained" / "a" / "party.log").read_text()
+    for content, node, code in (
+        ({"message": messages["b"]}, {"client": "a"}, "message"),
+        ({"nothing": 1}, {"client": "a"}, "unexpected"),
+        ({"message": messages["a"]}, {}, "unexpected"),
+    ):
+        assert answer_in(flower_app(content, prepare, node)).code == code
+    assert isinstance(server.receive("a", flower_app({"message": messages["a"]}, prepare, {"client": "a"})), Accepted)
+    with pytest.raises(KeyboardInterrupt):
+        flower_app({"message": messages["a"]}, failing(KeyboardInterrupt()), {"client": "a"})
 
 
 def test_the_page_shows_the_files():

@@ -16,7 +16,7 @@ from fedex_lora.config import Rules
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
 from fedex_lora.engines.nvflare._party import ScriptLearner, party_of
 from fedex_lora.errors import StorageError, WireError
-from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of, envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.clients import FILE, ClientPool
@@ -51,9 +51,9 @@ class PartyExecutor(Executor):
         try:
             answer = self._answer(name, payload, folder)
             left(log, answer, name)
-        except (KeyboardInterrupt, SystemExit):  # this process is told to end
-            raise
-        except BaseException as error:  # a panic of a library is no Exception
+        except BaseException as error:  # a panic of a library is no Exception, nor is an exit of the party's own code
+            if told_to_end(error):
+                raise
             failure = failure_of(error)
             log_failure(log, error, failure, name)
             answer = answer_of(payload if isinstance(payload, bytes) else b"", name, failure)
