@@ -25,7 +25,7 @@ from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_res
 from fedex_lora.config import base_folder
 from fedex_lora.engines.nvflare import FederationController, PartyExecutor, federation_job, simulate
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
-from fedex_lora.errors import ConfigError, UsageError
+from fedex_lora.errors import ConfigError, StorageError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.protocol.messages import answer_in
@@ -217,23 +217,64 @@ def test_a_site_that_was_killed_sends_the_same_answer_again(asked):
     assert isinstance(asked.server.receive("a", again), Accepted)
 
 
-def test_jobs_that_cannot_work_are_refused_before_they_are_written():
-    for wrong, error in (
-        ({"clients": ["a", "a"]}, UsageError),
-        ({"clients": []}, UsageError),
-        ({"rounds": 0}, UsageError),
-        ({"rules": {"method": "nothing"}}, UsageError),
-        ({"rules": {"clients": {"quorun": 1}}}, ConfigError),
+def test_jobs_that_cannot_work_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved("start")
+    for wrong, error, words in (
+        ({"clients": ["a", "a"]}, UsageError, "each named once"),
+        ({"clients": []}, UsageError, "no sites"),
+        ({"rounds": 0}, UsageError, "0 rounds"),
+        ({"rules": {"method": "nothing"}}, UsageError, "nothing"),
+        ({"rules": {"clients": {"quorun": 1}}}, ConfigError, "clients.quorun"),
+        ({"rules": {"local": {"optimizer_state": "keep", "schedule": "run"}}}, UsageError, "local.schedule, local.optimizer_state: over"),
+        ({"rules": {"local": {"trainer": "trl:SFTTrainer"}}}, UsageError, "local.trainer: over NVFlare each site's own script"),
+        ({"rules": {"clients": {"ranks": [2, 4], "holdout": 0.2}}}, UsageError, "clients.ranks, clients.holdout"),
+        ({"rules": {"clients": {"count": 2}}}, UsageError, "clients.count"),
+        ({"rules": {"clients": {"partition": "column", "column": "ward"}}}, UsageError, "clients.partition, clients.column"),
+        ({"start": "nope"}, StorageError, "nope is not a PEFT adapter"),
+        ({"start": str(tmp_path)}, StorageError, "give one of the 1 folders in it"),
     ):
-        with pytest.raises(error) as caught:
+        with pytest.raises(error, match=words) as caught:
             federation_job("job", **{"start": "start", "clients": ["a", "b"], **wrong})
         assert len(str(caught.value).splitlines()) == 1
+    federation_job("job", "/srv/of-the-server/start", ["a", "b"])
+
+
+def test_paths_of_a_job_are_those_of_who_writes_it(tmp_path, monkeypatch):
+    """The server's process runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    saved("start")
+    federation_job("job", "start", ["a", "b"], out="out").export_job("jobs")
+    server = next(path for path in Path("jobs").rglob("config_fed_server.json")).read_text()
+    assert f'"{tmp_path}/start"' in server
+    assert f'"{tmp_path}/out"' in server
+
+
+def test_a_folder_that_is_no_simulation_of_ours_is_not_emptied(tmp_path):
+    ran = []
+    job = SimpleNamespace(simulator_run=lambda folder, **more: ran.append(folder) or 0)
+    precious = tmp_path / "mine" / "local" / "resources.json"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    with pytest.raises(UsageError, match="holds something else than a simulation, and NVFlare empties it"):
+        simulate(job, tmp_path / "mine", ["a"])
+    assert precious.read_text() == "precious"
+    for clients in (["a"], ["b"]):
+        assert simulate(job, tmp_path / "new", clients) == 0
+        (tmp_path / "new" / clients[0]).mkdir()
+    (tmp_path / "new" / "precious.txt").touch()
+    for wrong in (tmp_path / "new", precious):
+        with pytest.raises(UsageError, match="give another workspace"):
+            simulate(job, wrong, ["a", "b"])
+    assert ran == [str(tmp_path / "new")] * 2
 
 
 def test_a_folder_of_another_federation_is_refused(tmp_path):
     """Another start, method or site would go on with what it did not make; more rounds, or another quorum, are the same federation."""
     start = read_adapter_folder(saved(tmp_path / "start"))
-    scaled, other = (read_adapter_folder(saved(tmp_path / name, **kind)) for name, kind in (("scaled", {"alpha": 3}), ("other", {"seed": 1})))
+    scaled, other = (
+        read_adapter_folder(saved(tmp_path / name, **kind)) for name, kind in (("scaled", {"alpha": 3}), ("other", {"seed": 1}))
+    )
     out = tmp_path / "out"
     out.mkdir()
 

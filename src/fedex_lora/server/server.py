@@ -148,7 +148,7 @@ class Server(ServerContext):
         tensors, about = unpack("server", payload)
         state, registry = server_state_of(tensors, about)
         if state.method != rules.method:
-            raise UsageError(f"the dump is of method {state.method}, and the rules say {rules.method}: give the rules that it was made with")
+            raise UsageError(f"the dump is of method {state.method}, and the rules say {rules.method}: give those that it was made with")
         server = cls(rules, state, clients, ranks, run, registry)
         server.unanswered = unanswered_of(tensors, about.get("unanswered", {}), state.method)
         return server

@@ -14,6 +14,7 @@ from nvflare.apis.signal import Signal
 from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of
 from fedex_lora.config import Rules
 from fedex_lora.engines.nvflare._exchange import TaskExchange
+from fedex_lora.engines.nvflare._party import rules_of
 from fedex_lora.errors import FedexLoraError, StorageError, UsageError
 from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.emit import Emit, log_line
@@ -70,7 +71,7 @@ class FederationController(Controller):
         for site in sorted({client.name for client in engine.get_clients()} - set(self.clients)):
             self.log_warning(fl_ctx, f"site {site} has a part in the job and none in the federation: it is asked nothing")
         try:
-            rules, start = Rules.model_validate(self.rules), read_adapter_folder(Path(self.start))
+            rules, start = rules_of(self.rules), read_adapter_folder(Path(self.start))
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 server = self._server(folder, rules, start)
