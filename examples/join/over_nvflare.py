@@ -10,9 +10,9 @@ from fedex_lora.engines.nvflare import federation_job, simulate
 
 if __name__ == "__main__":
     prepare(NAMES[0])[0].save_pretrained("trained/start")  # from which all begin
-    folder, out = Path(__file__).parent, Path("trained/over-nvflare").absolute()
+    folder = Path(__file__).parent
     os.environ["NVFLARE_FEDEX_LORA_PARTY"] = "script:prepare"  # each site's own setting; here all are on this machine
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     os.environ["OMP_NUM_THREADS"] = "1"
-    job = federation_job("join", str(Path("trained/start").absolute()), NAMES, ROUNDS, RULES.model_dump(exclude_defaults=True), str(out))
+    job = federation_job("join", "trained/start", NAMES, ROUNDS, RULES.model_dump(exclude_defaults=True), "trained/over-nvflare")
     raise SystemExit(simulate(job, "trained/nvflare-workspace", NAMES))

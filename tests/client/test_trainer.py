@@ -69,6 +69,10 @@ def raises(model, rows, processor, arguments):
     raise KeyError("no such thing")
 
 
+def exits(model, rows, processor, arguments):
+    raise SystemExit
+
+
 def a_list(model, rows, processor, arguments):
     return [NOTHING]
 
@@ -152,8 +156,12 @@ def _raises(self):
     raise ValueError("in the middle")
 
 
-frozen, merged, shape, replaced, scaling, adapter, swapped, fails = map(
-    after, (_frozen, _merged, _shape, _replaced, _scaling, _adapter, _swapped, _raises)
+def _exits(self):
+    raise SystemExit("in the middle")
+
+
+frozen, merged, shape, replaced, scaling, adapter, swapped, fails, leaves = map(
+    after, (_frozen, _merged, _shape, _replaced, _scaling, _adapter, _swapped, _raises, _exits)
 )
 '''
 
@@ -394,6 +402,7 @@ def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
         ("wrong_trainer:NUMBER", {}, "NUMBER is a int: name a function"),
         ("wrong_trainer:two", {}, r"it must take \(model, rows, processor, arguments\)"),
         ("wrong_trainer:raises", {}, r"raised KeyError: 'no such thing' \(wrong_trainer.py, line 17\)"),
+        ("wrong_trainer:exits", {}, r"raised SystemExit \(wrong_trainer.py, line 21\)"),
         ("wrong_trainer:a_list", {}, "returned a list: return a transformers.Trainer"),
         ("wrong_trainer:another_model", {}, "returned a Trainer of another model"),
         ("wrong_trainer:no_steps", {}, "made no step"),
@@ -467,6 +476,7 @@ def test_where_a_module_is_looked_for(work, tmp_path, monkeypatch):
         ("adapter", "trained .*lora_A.mine.weight .* which this run does not train"),
         ("swapped", "trained another model"),
         ("fails", r"raised ValueError: in the middle \(wrong_trainer.py, line"),
+        ("leaves", r"raised SystemExit: in the middle \(wrong_trainer.py, line"),
     ],
 )
 def test_what_a_trainer_may_not_change_is_refused_and_the_next_client_is_as_ever(trainer, words, work, ours):

@@ -23,14 +23,16 @@ from peft import LoraConfig, get_peft_model
 
 from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_result
 from fedex_lora.config import base_folder
-from fedex_lora.engines.nvflare import PartyExecutor, federation_job, simulate
+from fedex_lora.engines.nvflare import FederationController, PartyExecutor, federation_job, simulate
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
-from fedex_lora.errors import ConfigError, UsageError
+from fedex_lora.errors import ConfigError, StorageError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.protocol.messages import answer_in
 from fedex_lora.protocol.records import Apology
 from fedex_lora.server.verdicts import Accepted, Failed
+from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.files import write_bytes
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.tensors import delta_tensors
 
@@ -101,9 +103,14 @@ def test_in_nvflare_s_simulator_it_ends_in_the_same_bits(one_process, tmp_path):
     assert "round 3 done: exactness error" in (workspace / "server" / "log.txt").read_text()
 
 
-def model():
-    torch.manual_seed(0)
-    return get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
+def model(seed=0, alpha=8):
+    torch.manual_seed(seed)
+    return get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"]))
+
+
+def saved(folder, **kind):
+    model(**kind).save_pretrained(folder)
+    return folder
 
 
 def prepare(name):
@@ -128,6 +135,16 @@ def nothing(name):
 
 def no_rows(name):
     return model(), lambda round: None
+
+
+def leaving(name):
+    if isinstance(SECRET, BaseException):
+        raise SECRET
+    sys.exit(SECRET)
+
+
+def leaving_later(name):
+    return model(), lambda round: sys.exit(SECRET)
 
 
 @pytest.fixture
@@ -175,6 +192,16 @@ def test_what_a_site_cannot_do_is_a_code_outside_and_a_line_inside(party, code, 
     assert isinstance(asked.server.receive("a", answer), Failed)
 
 
+def test_an_exit_of_a_party_s_code_is_a_failure_and_an_interrupt_ends_the_process(asked, monkeypatch):
+    """NVFlare's client would end without an answer, and everybody wait for it."""
+    for party in ("leaving", "leaving_later"):
+        answer, log = asked.ask(f"{HERE}:{party}")
+        assert (answer_in(answer).code, SECRET in log, SECRET.encode() in answer) == ("unexpected", True, False)
+    monkeypatch.setattr(f"{HERE}.SECRET", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        asked.ask(f"{HERE}:leaving")
+
+
 def test_a_message_for_another_site_or_of_no_kind_is_answered_by_a_code(asked):
     for payload in (asked.server.open_round().messages["b"], b"", b"no message", "text"):
         answer, _ = asked.ask(f"{HERE}:prepare", payload)
@@ -190,17 +217,88 @@ def test_a_site_that_was_killed_sends_the_same_answer_again(asked):
     assert isinstance(asked.server.receive("a", again), Accepted)
 
 
-def test_jobs_that_cannot_work_are_refused_before_they_are_written():
-    for wrong, error in (
-        ({"clients": ["a", "a"]}, UsageError),
-        ({"clients": []}, UsageError),
-        ({"rounds": 0}, UsageError),
-        ({"rules": {"method": "nothing"}}, UsageError),
-        ({"rules": {"clients": {"quorun": 1}}}, ConfigError),
+def test_jobs_that_cannot_work_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved("start")
+    for wrong, error, words in (
+        ({"clients": ["a", "a"]}, UsageError, "each named once"),
+        ({"clients": []}, UsageError, "no sites"),
+        ({"rounds": 0}, UsageError, "0 rounds"),
+        ({"rules": {"method": "nothing"}}, UsageError, "nothing"),
+        ({"rules": {"clients": {"quorun": 1}}}, ConfigError, "clients.quorun"),
+        ({"rules": {"local": {"optimizer_state": "keep", "schedule": "run"}}}, UsageError, "local.schedule, local.optimizer_state: over"),
+        ({"rules": {"local": {"trainer": "trl:SFTTrainer"}}}, UsageError, "local.trainer: over NVFlare each site's own script"),
+        ({"rules": {"clients": {"ranks": [2, 4], "holdout": 0.2}}}, UsageError, "clients.ranks, clients.holdout"),
+        ({"rules": {"clients": {"count": 2}}}, UsageError, "clients.count"),
+        ({"rules": {"clients": {"partition": "column", "column": "ward"}}}, UsageError, "clients.partition, clients.column"),
+        ({"start": "nope"}, StorageError, "nope is not a PEFT adapter"),
+        ({"start": str(tmp_path)}, StorageError, "give one of the 1 folders in it"),
     ):
-        with pytest.raises(error) as caught:
+        with pytest.raises(error, match=words) as caught:
             federation_job("job", **{"start": "start", "clients": ["a", "b"], **wrong})
         assert len(str(caught.value).splitlines()) == 1
+    federation_job("job", "/srv/of-the-server/start", ["a", "b"])
+
+
+def test_paths_of_a_job_are_those_of_who_writes_it(tmp_path, monkeypatch):
+    """The server's process runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    saved("start")
+    federation_job("job", "start", ["a", "b"], out="out").export_job("jobs")
+    server = next(path for path in Path("jobs").rglob("config_fed_server.json")).read_text()
+    assert f'"{tmp_path}/start"' in server
+    assert f'"{tmp_path}/out"' in server
+
+
+def test_a_folder_that_is_no_simulation_of_ours_is_not_emptied(tmp_path):
+    ran = []
+    job = SimpleNamespace(simulator_run=lambda folder, **more: ran.append(folder) or 0)
+    precious = tmp_path / "mine" / "local" / "resources.json"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    with pytest.raises(UsageError, match="holds something else than a simulation, and NVFlare empties it"):
+        simulate(job, tmp_path / "mine", ["a"])
+    assert precious.read_text() == "precious"
+    for clients in (["a"], ["b"]):
+        assert simulate(job, tmp_path / "new", clients) == 0
+        (tmp_path / "new" / clients[0]).mkdir()
+    (tmp_path / "new" / "precious.txt").touch()
+    for wrong in (tmp_path / "new", precious):
+        with pytest.raises(UsageError, match="give another workspace"):
+            simulate(job, wrong, ["a", "b"])
+    assert ran == [str(tmp_path / "new")] * 2
+
+
+def test_a_folder_of_another_federation_is_refused(tmp_path):
+    """Another start, method or site would go on with what it did not make; more rounds, or another quorum, are the same federation."""
+    start = read_adapter_folder(saved(tmp_path / "start"))
+    scaled, other = (
+        read_adapter_folder(saved(tmp_path / name, **kind)) for name, kind in (("scaled", {"alpha": 3}), ("other", {"seed": 1}))
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def server(rules=None, start=start, clients=("a", "b"), rounds=1):
+        return FederationController("start", clients, rounds)._server(out, rules or Rules(), start)
+
+    write_bytes(out / "server.dump", (first := server()).dump())
+    waiting = Rules(clients={"quorum": 0.5, "below_quorum": "wait"})
+    assert {server(rounds=9).run, server(waiting).run, server(clients=("b", "a")).run} == {first.run}
+    for wrong, word in (
+        ({"start": other}, "start"),
+        ({"start": scaled}, "start"),
+        ({"rules": Rules(method="ffa")}, "rules"),
+        ({"rules": Rules(weights="uniform")}, "rules"),
+        ({"clients": ("a", "c")}, "clients"),
+    ):
+        with pytest.raises(UsageError, match=f"a federation with other {word}: give another out") as caught:
+            server(**wrong)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UsageError, match="the dump is of method fedex, and the rules say ffa"):
+        Server.restore((out / "server.dump").read_bytes(), Rules(method="ffa"), ["a", "b"])
+    (out / "federation.json").unlink()
+    with pytest.raises(UsageError, match="something else than a federation"):
+        server()
 
 
 @pytest.mark.campaign
@@ -236,6 +334,54 @@ def test_a_job_that_is_submitted_again_goes_on(tmp_path):
         result = round.close(updates)
     save_result(tmp_path / "alone", result, AdaptedModel(model()).format)
     assert digest(tmp_path / "alone") == digest(out / "final")
+
+
+@pytest.fixture
+def flower_app(tmp_path):
+    """The example's ClientApp, called as Flower's process calls it."""
+    pytest.importorskip("flwr")
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    with place(tmp_path):
+        made = runpy.run_path(str(JOIN / "over_flower.py"))
+
+        def ask(content, prepare, node):
+            made["answer"].__globals__["prepare"] = prepare
+            context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
+            asked = Message(RecordDict({"fedex-lora": ConfigRecord(content)}), dst_node_id=1, message_type="train")
+            return made["client_app"](asked, context).content["fedex-lora"]["answer"]
+
+        yield ask
+
+
+def test_over_flower_only_codes_leave_and_a_party_s_name_is_its_own_word(flower_app, tmp_path):
+    server, names = Server.start(Rules(), *AdaptedModel(model()).read(), ["a", "b"]), []
+    messages = server.open_round().messages
+
+    def failing(error):
+        def prepare(name):
+            names.append(name)
+            raise error
+
+        return prepare
+
+    for error, code in ((ValueError(SECRET), "unexpected"), (SystemExit(SECRET), "unexpected"), (FileNotFoundError(SECRET), "file")):
+        answer = flower_app({"message": messages["a"], "name": "../../x"}, failing(error), {"client": "a"})
+        assert (answer_in(answer).code, SECRET.encode() in answer) == (code, False)
+        assert isinstance(server.receive("a", answer), Failed)
+    assert set(names) == {"a"}
+    assert SECRET in (tmp_path / "trained" / "a" / "party.log").read_text()
+    for content, node, code in (
+        ({"message": messages["b"]}, {"client": "a"}, "message"),
+        ({"nothing": 1}, {"client": "a"}, "unexpected"),
+        ({"message": messages["a"]}, {}, "unexpected"),
+    ):
+        assert answer_in(flower_app(content, prepare, node)).code == code
+    assert isinstance(server.receive("a", flower_app({"message": messages["a"]}, prepare, {"client": "a"})), Accepted)
+    with pytest.raises(KeyboardInterrupt):
+        flower_app({"message": messages["a"]}, failing(KeyboardInterrupt()), {"client": "a"})
 
 
 def test_the_page_shows_the_files():

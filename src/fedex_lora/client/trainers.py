@@ -25,6 +25,7 @@ from fedex_lora.client.guard import Guard
 from fedex_lora.config import Config, nearest, trainer_parts
 from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError, require_extra
 from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.protocol.failures import told_to_end
 
 TrainerFunction: TypeAlias = Callable[[nn.Module, Dataset, Any, Any], Trainer]
 """(model, rows, processor, arguments) -> a Trainer of this model."""
@@ -158,7 +159,9 @@ def trainer_of_party(
         trainer = own.make(model, rows, deepcopy(processor), arguments)
     except FedexLoraError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if told_to_end(error):
+            raise
         raise ConfigError(f"local.trainer = {own.name!r} raised {_told(error)}", CODE) from error
     if not isinstance(trainer, Trainer):
         raise ConfigError(
@@ -175,7 +178,9 @@ def trainer_of_party(
         _refuse(own, guard.end(trainer.model))
     except FedexLoraError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if told_to_end(error):
+            raise
         code = "memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else CODE
         raise TrainingError(f"local.trainer = {own.name!r} raised {_told(error)}", code) from error
 

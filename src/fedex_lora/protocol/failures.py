@@ -4,6 +4,7 @@ Texts of errors quote what they are about: a cell, a column, a file. They stay i
 """
 
 import errno
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -51,6 +52,7 @@ OF_THE_RUN: Final = ("config", "labels-unset")
 """Faults of the run's configuration: whoever is asked again says the same."""
 
 MOST_ROWS = 10**9
+ENGINES = ("flwr", "nvflare")  # packages whose handlers of signals end a process by SystemExit
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,19 @@ class Failure:
     def lacks(self) -> bool:
         """Could it not even begin, for want of what the message counts on?"""
         return self.code == "lacks"
+
+
+def told_to_end(error: BaseException) -> bool:
+    """Is this process to end? An interrupt says so, and an engine's exit; one that a party's own code calls is a failure of that code.
+
+    Example:
+        >>> told_to_end(KeyboardInterrupt()), told_to_end(SystemExit(1))
+        (True, False)
+    """
+    if not isinstance(error, SystemExit):
+        return isinstance(error, KeyboardInterrupt)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).partition(".")[0] in ENGINES
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -143,9 +143,12 @@ class Server(ServerContext):
 
         Raises:
             StorageError: it is no such dump.
+            UsageError: it is of another method.
         """
         tensors, about = unpack("server", payload)
         state, registry = server_state_of(tensors, about)
+        if state.method != rules.method:
+            raise UsageError(f"the dump is of method {state.method}, and the rules say {rules.method}: give those that it was made with")
         server = cls(rules, state, clients, ranks, run, registry)
         server.unanswered = unanswered_of(tensors, about.get("unanswered", {}), state.method)
         return server

@@ -18,7 +18,7 @@ from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
-from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import FILE, ClientPool
 from fedex_lora.runs.context import ModelContext
@@ -49,9 +49,9 @@ class Node:
             payload = self.answer(request, node_settings(request.node))
             left(log, payload, request.client)
             return payload
-        except (KeyboardInterrupt, SystemExit):  # this process is told to end
-            raise
-        except BaseException as error:  # a panic of a library is no Exception
+        except BaseException as error:  # a panic of a library is no Exception, nor is an exit of the party's own code
+            if told_to_end(error):
+                raise
             failure = failure_of(error)
             log_failure(log, error, failure, request.client)
             return answer_of(request.payload, request.client, failure)

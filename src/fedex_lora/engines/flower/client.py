@@ -10,7 +10,7 @@ from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
-from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of, encode_failure
 from fedex_lora.runs.party_log import log_failure
 
@@ -27,9 +27,9 @@ def client_app(config: Path) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         try:
             reply = _answer(config, message, context)
-        except (KeyboardInterrupt, SystemExit):  # Flower ends its process so
-            raise
-        except BaseException as error:
+        except BaseException as error:  # a panic of a library is no Exception, nor is an exit of the party's own code
+            if told_to_end(error):
+                raise
             failure, asked = failure_of(error), from_record(message)
             log_failure(log_of(context.node_config), error, failure, "this node")
             reply = answer_of(asked.payload, asked.about.get("client", ""), failure) if asked else encode_failure(failure, "")

@@ -7,14 +7,41 @@ from typing import Any
 
 from nvflare.apis.fl_constant import SystemConfigs
 from nvflare.fuel.utils.config_service import ConfigService
+from pydantic import ValidationError
 from torch import Tensor
 
-from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.config import Rules
+from fedex_lora.errors import ConfigError, TrainingError, UsageError
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 PARTY = "fedex_lora_party"
 HOW = "set NVFLARE_FEDEX_LORA_PARTY=module:function in the site's environment, or fedex_lora_party in its local/resources.json"
+
+
+OF_RUNS = {
+    "local": {"schedule", "optimizer_state", "trainer"},
+    "clients": {"count", "partition", "dirichlet_alpha", "column", "ranks", "holdout"},
+}
+"""Rules that only a run keeps which deals the rows, makes the model and trains it: here each site's script does."""
+
+
+def rules_of(given: Mapping[str, Any]) -> Rules:
+    """The rules of a federation of scripts.
+
+    Raises:
+        ConfigError: a key or value that they do not have.
+        UsageError: they say what a site's script alone decides.
+    """
+    try:
+        rules = Rules.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"rules: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    said = rules.model_dump(exclude_defaults=True)
+    if theirs := [f"{table}.{key}" for table, keys in OF_RUNS.items() for key in said.get(table, {}) if key in keys]:
+        raise UsageError(f"rules: {', '.join(theirs)}: over NVFlare each site's own script decides that: remove it from the rules")
+    return rules
 
 
 class ScriptLearner:

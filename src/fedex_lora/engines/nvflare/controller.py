@@ -1,5 +1,6 @@
 """NVFlare's controller around `Server`: rounds, what becomes of answers, and a folder from which a job that is started again goes on."""
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from logging import WARNING
@@ -10,9 +11,12 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.signal import Signal
 
+from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of
 from fedex_lora.config import Rules
 from fedex_lora.engines.nvflare._exchange import TaskExchange
-from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.engines.nvflare._party import rules_of
+from fedex_lora.errors import FedexLoraError, StorageError, UsageError
+from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.emit import Emit, log_line
 from fedex_lora.runs.listening import Exchange
 from fedex_lora.runs.round_loop import gather, hand_on, skip_or_stop
@@ -22,9 +26,13 @@ from fedex_lora.server.verdicts import Short
 from fedex_lora.storage.adapter_folder import AdapterFolder, read_adapter_folder
 from fedex_lora.storage.events import Event
 from fedex_lora.storage.files import ROUNDS, write_bytes, write_text
-from fedex_lora.storage.run_folder import locked, remove, round_folder, run_rounds_of
+from fedex_lora.storage.run_folder import barely_begun, locked, remove, round_folder, run_rounds_of
 
-DUMP, RUN = "server.dump", "run-id"  # files of the folder: the server between two rounds, and what clients know the run by
+DUMP, FEDERATION = "server.dump", "federation.json"  # files of the folder: the server between two rounds, and whose rounds they are
+ADMISSION: Any = {  # of the rules: whose updates count, which may change when a job goes on
+    "clients": {"quorum", "min_clients", "deadline", "below_quorum", "late"},
+    "messages": {"norm_bound", "max_examples"},
+}
 
 
 class FederationController(Controller):
@@ -63,7 +71,7 @@ class FederationController(Controller):
         for site in sorted({client.name for client in engine.get_clients()} - set(self.clients)):
             self.log_warning(fl_ctx, f"site {site} has a part in the job and none in the federation: it is asked nothing")
         try:
-            rules, start = Rules.model_validate(self.rules), read_adapter_folder(Path(self.start))
+            rules, start = rules_of(self.rules), read_adapter_folder(Path(self.start))
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 server = self._server(folder, rules, start)
@@ -78,13 +86,39 @@ class FederationController(Controller):
             self.system_panic(str(error), fl_ctx)
 
     def _server(self, folder: Path, rules: Rules, start: AdapterFolder) -> Server:
-        """The server before the first round, or after the last one that is whole."""
-        if not (folder / RUN).exists():
-            write_text(folder / RUN, f"{folder.name}-{uuid.uuid4().hex[:12]}\n")
-        run = (folder / RUN).read_text(encoding="utf-8").strip()
+        """The server before the first round, or after the last one that is whole.
+
+        Raises:
+            UsageError: the folder is another federation's.
+        """
+        run = self._run_of(folder, rules, start)
         if (folder / DUMP).exists():
             return Server.restore((folder / DUMP).read_bytes(), rules, self.clients, run=run)
         return Server.start(rules, start.adapter, start.other, self.clients, run)
+
+    def _run_of(self, folder: Path, rules: Rules, start: AdapterFolder) -> str:
+        """What the clients know the run by, once the folder is this federation's: the same start, rules and sites, however many rounds."""
+        mine = {
+            "start": tensors_digest(
+                flatten_adapter("", start.adapter) | start.other | dict(start.format.frozen), json.dumps(scalings_of(start.adapter))
+            ),
+            "clients": sorted(self.clients),
+            "rules": rules.model_dump(mode="json", exclude=ADMISSION),
+        }
+        if not (path := folder / FEDERATION).exists():
+            if not barely_begun(folder):
+                raise UsageError(f"{folder} holds something else than a federation: give another out")
+            run = f"{folder.name}-{uuid.uuid4().hex[:12]}"
+            write_text(path, json.dumps({"run": run, **mine}, indent=1) + "\n")
+            return run
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            run, other = str(theirs["run"]), [key for key, value in mine.items() if theirs[key] != value]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read ({type(error).__name__}): give another out") from None
+        if other:
+            raise UsageError(f"{folder} has rounds of a federation with other {' and '.join(other)}: give another out, or the same again")
+        return run
 
     def _one_round(
         self, folder: Path, server: Server, exchange: Exchange, tell: Emit, start: AdapterFolder, fl_ctx: FLContext

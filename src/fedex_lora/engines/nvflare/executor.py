@@ -12,11 +12,10 @@ from nvflare.apis.signal import Signal
 from nvflare.fuel.utils.config_service import ConfigService
 
 from fedex_lora.client.client import ENVELOPE
-from fedex_lora.config import Rules
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
-from fedex_lora.engines.nvflare._party import ScriptLearner, party_of
+from fedex_lora.engines.nvflare._party import ScriptLearner, party_of, rules_of
 from fedex_lora.errors import StorageError, WireError
-from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of, envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.clients import FILE, ClientPool
@@ -51,9 +50,9 @@ class PartyExecutor(Executor):
         try:
             answer = self._answer(name, payload, folder)
             left(log, answer, name)
-        except (KeyboardInterrupt, SystemExit):  # this process is told to end
-            raise
-        except BaseException as error:  # a panic of a library is no Exception
+        except BaseException as error:  # a panic of a library is no Exception, nor is an exit of the party's own code
+            if told_to_end(error):
+                raise
             failure = failure_of(error)
             log_failure(log, error, failure, name)
             answer = answer_of(payload if isinstance(payload, bytes) else b"", name, failure)
@@ -74,7 +73,7 @@ class PartyExecutor(Executor):
             (run / safe_name(name)).mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise StorageError(f"this site cannot keep its state in {run}: {error.strerror}: set {FOLDER}") from None
-        pool = ClientPool(Rules.model_validate(self.rules), self._made, alone=True)
+        pool = ClientPool(rules_of(self.rules), self._made, alone=True)
         try:
             pool.remember_in(run, lambda version: {})
         except StorageError:  # it is asked for anew
