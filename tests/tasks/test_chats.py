@@ -22,6 +22,7 @@ from fedex_lora.runs.check import check
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.tasks import IGNORED, load_task, usable
 from fedex_lora.tasks._chat_template import Chat, chat_tokens, tokenize_chats, turn_ends
+from fedex_lora.tasks._completions import FULL
 from fedex_lora.tasks._files import as_text
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
@@ -229,7 +230,7 @@ def test_a_long_chat_is_cut_at_its_right_end_and_counted():
     tokenizer = tokenizer_of("smollm2", SMOLLM2)
     whole, labels = ours(tokenizer, CHATS["several"])
     rows = tokenize_chats(tokenizer, [Chat(CHATS["several"]), Chat(CHATS["single"])], len(whole) - 1)
-    assert (rows[0]["input_ids"], rows[0]["labels"], rows[0]["full_length"]) == (whole[:-1], labels[:-1], len(whole))
+    assert (rows[0]["input_ids"], rows[0]["labels"], rows[0][FULL]) == (whole[:-1], labels[:-1], len(whole))
     _, notes = usable(rows, TaskSettings(name="custom", kind="chat"), "a")
     assert notes == [f"a: 1 of 2 rows are cut at task.max_length = {len(whole) - 1} (the longest has {len(whole)} tokens)"]
 

@@ -57,7 +57,7 @@ def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Da
         max_length: tokens, at most; a longer chat is cut at its right end.
 
     Returns:
-        One column more, `torn`: the words that ask for the answer have other tokens when it is not there yet.
+        One column more, `TORN`: the words that ask for the answer have other tokens when it is not there yet.
 
     Raises:
         ModelError: the tokenizer has no chat template, or does not say where in the text its tokens are.
