@@ -82,6 +82,7 @@ CHATS = {
     "edges": said("user:   Größe 🙂?\n", "assistant: \n 你好 – “ok” 🙂🙂  \n\n", "user: \tand\r\n", "assistant: ü"),
 }
 PLAIN = said("user: Sky?", "assistant: Blue.")
+SYSTEM = [{"role": "system", "content": "Brief."}, *PLAIN]
 LEFT_OUT = {"llama3": {"tool"}, "gemma": {"tool", "system"}, "qwen2_5": set()}  # what these templates do not write
 
 
@@ -263,7 +264,12 @@ class Slow:
         (MISTRAL_V3, [*CHATS["system"], *CHATS["single"]], "writes a turn in another way once others follow it"),
         ("qwen3", [*CHATS["single"], *CHATS["several"]], r"writes a turn in another way once others follow it.*\{% generation %\}"),
         ("qwen2_5", said("developer: Brief.", "user: a", "assistant: b"), "leaves out, changes or moves a turn of the role developer"),
-        (SMOLLM2, CHATS["tool"], "refuses chats: .*content|leaves out"),
+        (SMOLLM2, CHATS["tool"], r"refuses chats: UndefinedError \("),
+        (  # nothing of a row is said
+            "{{ raise_exception('Only a user may say: ' + messages[0]['content']) }}",
+            said("user: a secret", "assistant: b"),
+            r"refuses chats: Only a user may say: \(",
+        ),
         ("{% for message in messages %}{{ message['content'] }}", CHATS["single"], "refuses chats: "),
         ("{% for one in messages %}{{ one['content'] }}{% endfor %}{% generation %}{% endgeneration %}", PLAIN, "does not mark all"),
     ],
@@ -316,6 +322,9 @@ def written(folder, rows, name="rows.jsonl"):
             "ShareGPT",
         ),
         ({"conversations": PLAIN}, PLAIN, "ShareGPT"),
+        ({"conversations": SYSTEM, "system": "Brief."}, SYSTEM, "ShareGPT"),
+        ({"messages": PLAIN, "system": "Brief."}, SYSTEM, "the column system is the first turn of each chat that has no system turn"),
+        ({"instruction": "Sky?", "output": "Blue.", "system": "Brief."}, SYSTEM, "Alpaca"),
         ({"instruction": "Sky?", "input": "", "output": "Blue."}, PLAIN, "Alpaca's instruction, input and output"),
         ({"instruction": "Sky?", "output": "Blue."}, PLAIN, "Alpaca"),
         ({"instruction": "A", "input": "B", "output": "C"}, said("user: A\n\nB", "assistant: C"), "Alpaca"),
@@ -325,7 +334,8 @@ def test_layouts_are_recognised_and_said(row, messages, note, tmp_path):
     task = written(tmp_path, [{**row, "site": "north"}, {**row, "site": "south"}])
     assert list(task.train["messages"]) == [messages, messages]
     assert list(task.train["site"]) == ["north", "south"]
-    assert [f"rows.jsonl: {note}" in one for one in task.notes] == ([True] if note else [])
+    assert len(task.notes) == bool(note) + ("system" in row and "messages" not in row)
+    assert any(f"rows.jsonl: {note}" in one for one in task.notes) == bool(note)
     assert not {"conversations", "instruction", "input", "output", "system"} & set(task.train.columns)
 
 
@@ -370,6 +380,12 @@ def test_a_shared_call_after_an_explicit_prompt_stays_in_the_answers(tmp_path):
     assert tokenizer.decode(learnt).count("<|im_end|>") == 2
 
 
+def test_a_function_call_as_openai_had_it_is_a_tool_call(tmp_path):
+    old = {"role": "assistant", "content": "Let me see.", "function_call": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    chats = written(tmp_path, [{"messages": [CHATS["tool"][0], old, *CHATS["tool"][2:]]}]).train["messages"]
+    assert chats[0][1] == {"role": "assistant", "content": "Let me see.", "tool_calls": CALLED}
+
+
 def test_calls_and_tools_as_text_and_frames_of_the_hub_are_read_the_same(tmp_path):
     """OpenAI writes a call's arguments as JSON text, parquet gives every message every key, the hub's frames have arrays."""
     text = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}]
@@ -401,6 +417,15 @@ BAD = [
     ({"messages": said("user: a")}, "no assistant turn: there is nothing to learn"),
     ({"messages": said("assistant: a")}, "nothing before the assistant's first turn"),
     ({"messages": [PLAIN[0], {"role": "assistant", "tool_calls": [{"id": 1}]}]}, "tool calls that are no list of functions with names"),
+    ({"messages": [PLAIN[0], {**PLAIN[1], "mood": "good"}]}, "a message with the key 'mood', which is not read"),
+    ({"messages": [PLAIN[0], {**PLAIN[1], "thinking": ["b"]}]}, "thinking that is not text"),
+    ({"messages": PLAIN, "system": ["Brief."]}, "a column 'system' that is not text"),
+    (
+        {"messages": said("system: A.", "user: b", "assistant: c"), "system": "B."},
+        "a column 'system' that says other things than the chat's system turn",
+    ),
+    ({"instruction": "a", "input": ["b"], "output": "c"}, "a column 'input' that is not text"),
+    ({"instruction": "a", "output": "c", "history": [["d", "e"]]}, "a history, which is not read: write its turns as messages"),
     ({"messages": PLAIN, "tools": "weather"}, "tools that are no list of functions with names"),
     ({"prompt": "a", "chosen": "b", "rejected": None}, "no 'rejected' answer"),
     ({"prompt": "a", "chosen": "b"}, "no 'rejected' answer"),
@@ -414,6 +439,7 @@ BAD = [
 def test_rows_that_cannot_be_used(row, words, tmp_path):
     """Refused in one line before anything is written, or left out and counted."""
     usable_row = {"prompt": "x", "chosen": "y", "rejected": "z"} if {"chosen", "rejected"} & set(row) else {"messages": PLAIN}
+    usable_row = {"instruction": "a", "output": "b", "history": []} if "instruction" in row else usable_row
     with pytest.raises(DataError) as raised:
         written(tmp_path, [usable_row, row, row])
     assert str(raised.value).startswith(f"rows.jsonl: 2 rows with {words}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from fedex_lora.errors import DataError, ModelError
 from fedex_lora.tasks._completions import IGNORED, TORN, plain_ids, token_rows
@@ -124,9 +125,18 @@ def _render(tokenizer: Any, chat: Chat, count: int, ask: bool = False) -> str:
     try:
         text: str = tokenizer.apply_chat_template(list(chat.messages[:count]), tools=chat.tools, tokenize=False, add_generation_prompt=ask)
     except Exception as error:  # templates raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise _RefusedError(f"refuses chats: {reason}", TAKES) from None
+        raise _RefusedError(f"refuses chats: {_own_words(error, tokenizer.get_chat_template(tools=chat.tools))}", TAKES) from None
     return text
+
+
+def _own_words(error: Exception, template: str) -> str:
+    """What a template says of its own accord: the beginning of what it raises, as far as it stands in the template; nothing of a row."""
+    if isinstance(error, TemplateSyntaxError):  # said before any row is looked at
+        return (str(error).splitlines() or [""])[0][:120]
+    words = str(error).partition("\n")[0][:120] if type(error) is TemplateError else ""
+    while words and words not in template:
+        words = words[:-1]
+    return words.strip() or type(error).__name__
 
 
 def _marked(tokenizer: Any, chat: Chat) -> tuple[Any, list[bool]]:
