@@ -22,6 +22,7 @@ from fedex_lora.runs.check import check
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.tasks import IGNORED, load_task, usable
 from fedex_lora.tasks._chat_template import Chat, chat_tokens, tokenize_chats, turn_ends
+from fedex_lora.tasks._chat_words import THOUGHTS
 from fedex_lora.tasks._completions import FULL
 from fedex_lora.tasks._files import as_text
 
@@ -248,6 +249,47 @@ def test_a_prompt_that_has_other_tokens_alone_is_said():
         assert [note.startswith("a: in 1 of 1 rows what asks for the answer has other tokens") for note in notes] == [True] * torn
 
 
+LEAVES = r"leaves out, changes or moves a turn of the role {} \("
+NAMES_CALLS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{{ message.content }}{% for call in message.tool_calls %}"
+    "{{ 'CALL ' + call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def called(**arguments):
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize("written", ["{{ call.function.arguments | tojson }}", "{% for k, v in args %}{{ k }}={{ v }} {% endfor %}"])
+def test_arguments_of_calls_are_found_in_every_form(written):
+    """As JSON, and each by itself; and what the assistant thinks, where a template writes it."""
+    more = "{% set args = call.function.arguments.items() %}" + written
+    template = NAMES_CALLS.replace("{% endfor %}{{ '<|im_end|>", f"{more}{{% endfor %}}{{{{ '<|im_end|>", 1)
+    tokenizer = tokenizer_of("qwen2_5", template.replace("{{ message.content", "{{ message.thinking }}{{ message.content", 1))
+    call = called(city='Bonn "am Rhein"\n', days=2, dry=True, where={"x": [0.5, "ü"]} if "tojson" in written else "ü", none=None)
+    ids, labels = chat_tokens(tokenizer, Chat([*said("user: Rain?"), {**call, "thinking": "Is it?"}, *said("tool: dry", "assistant: No.")]))
+    learnt = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert (len(ids) > len(learnt.split()), learnt.startswith("Is it?CALL weather"), "am Rhein" in learnt) == (True, True, True)
+
+
+def test_an_answer_without_a_learnt_end_is_said():
+    """GLM-4-MoE's turns end where the next begins; TRL's template for it marks that; here also marks that leave the end out."""
+    marked = SMOLLM2.replace("message['content'] +", "'' }}{% generation %}{{ message['content'] }}{% endgeneration %}{{")
+    for name, template, is_open in (
+        ("qwen2_5", template_of("glm4moe"), True),
+        ("qwen2_5", template_of("glm4moe_training"), False),
+        ("qwen2_5", template_of("qwen2_5"), False),
+        ("qwen2_5", template_of("qwen2_5_training"), False),
+        ("smollm2", SMOLLM2, False),
+        ("smollm2", marked, True),
+        ("mistral", MISTRAL, False),
+    ):
+        rows = tokenize_chats(tokenizer_of(name, template), [Chat(PLAIN)], 512)
+        _, notes = usable(rows, TaskSettings(name="custom", kind="chat"), "a")
+        assert [note.startswith("a: in 1 of 1 rows the chat template ends an answer with nothing") for note in notes] == [True] * is_open
+
+
 class Slow:
     """All that is asked of a tokenizer without offsets before it is refused."""
 
@@ -258,6 +300,11 @@ class Slow:
     ("template", "chat", "message"),
     [
         (DROPS_SYSTEM, CHATS["system"], r"leaves out, changes or moves a turn of the role system \(a.jsonl:1, a.jsonl:2\): save with"),
+        (DROPS_SYSTEM, said("system: Be kind.", "user: Be kind. Sky?", "assistant: b"), LEAVES.format("system")),
+        (DROPS_SYSTEM.replace("'system'", "'tool'"), said("user: a", "tool: is", "assistant: b"), LEAVES.format("tool")),
+        *((SMOLLM2, [PLAIN[0], {**PLAIN[1], name: "It is day."}], LEAVES.format("assistant")) for name in THOUGHTS),
+        (NAMES_CALLS, [*CHATS["tool"][:2], *said("tool: city Bonn", "assistant: No.")], LEAVES.format("(tool|assistant)")),
+        (NAMES_CALLS, [*said("user: a"), called(days=1), *said("assistant: days 1")], LEAVES.format("assistant")),
         (MISTRAL, CHATS["system"], r"refuses chats: Conversation roles must alternate"),
         (MISTRAL, said("user: a", "tool: b", "assistant: c"), r"refuses chats: Only user and assistant roles"),
         ("deepseek_r1_distill", PLAIN, "asks for an answer in other words than it writes before one"),

@@ -12,6 +12,7 @@ IGNORED = -100  # the label that transformers leaves out of the loss
 FULL = "fedex-lora:full_length"  # a column: tokens of a row before it was cut
 UNKNOWN = "fedex-lora:unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
 TORN = "fedex-lora:torn"  # a column: is a row's prompt, when it stands alone, of other tokens?
+OPEN = "fedex-lora:open"  # a column: is nothing learnt that ends a row's answer?
 ANCHORS = ("=", "\n", "a")  # a completion is tokenised behind one of them where its own prompt's last token would change
 
 

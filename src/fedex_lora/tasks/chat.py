@@ -20,6 +20,7 @@ import pandas as pd
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks._chat_template import Chat, chat_answer, chat_prompt, common_length, tokenize_chats, turn_ends
+from fedex_lora.tasks._chat_words import THOUGHTS
 from fedex_lora.tasks._completions import plain_ids
 from fedex_lora.tasks._files import Rows
 from fedex_lora.tasks._rows import Problem, RowTable
@@ -28,8 +29,7 @@ from fedex_lora.tasks._task import Generation, Task, causal_task, limit
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # others are called as OpenAI calls them
 ALPACA = frozenset({"instruction", "input", "output", "history"})
-REASONING = ("reasoning_content", "reasoning", "thinking")
-KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", *REASONING}  # of a message
+KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", *THOUGHTS}  # of a message
 WHERE = "file:line"  # a column: where a row is from, for complaints
 MOST_NEW_TOKENS = 256
 
@@ -268,7 +268,7 @@ def _turn_fault(message: Any) -> tuple[str, str] | None:
         return "rows", "tool calls that are no list of functions with names"
     if content is not None and not isinstance(content, str):
         return "rows", "content that is not text"
-    if name := next((name for name in REASONING if not isinstance(message.get(name, ""), str)), None):
+    if name := next((name for name in THOUGHTS if not isinstance(message.get(name, ""), str)), None):
         return "rows", f"{name} that is not text"
     if name := next((name for name, value in message.items() if name not in KEYS and value not in ("", [], {})), None):
         return "rows", f"a message with the key {name[:40]!r}, which is not read"
