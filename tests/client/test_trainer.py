@@ -604,6 +604,17 @@ def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
     assert "label" not in made.column_names  # Trainer would take it for the labels
 
 
+def test_columns_of_the_file_are_never_taken_for_ours(work):
+    """`usable` counts what is cut in columns of its own, whatever the file's are called."""
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    names = {"torn": "no", "full_length": "x", "unknown_tokens": "y"}
+    (work / "names.jsonl").write_text("".join(json.dumps(row | names) + "\n" for row in rows))
+    config = setting(work, "plain_trainer:make", task={"train": "names.jsonl", "eval": "names.jsonl"})
+    made = LocalSimulation(config, ignore).pool.learner.data["client-0"].train
+    assert {name: made[0][name] for name in names} == names
+    assert not any(name.startswith("fedex-lora:") for name in made.column_names)
+
+
 def load_tokens(rows):
     return Dataset.from_dict({"input_ids": [[1, 2]] * rows, "attention_mask": [[1, 1]] * rows, "labels": [[-100, 2]] * rows})
 

@@ -22,6 +22,8 @@ from fedex_lora.runs.check import check
 from fedex_lora.runs.run import LocalSimulation, run
 from fedex_lora.tasks import IGNORED, load_task, usable
 from fedex_lora.tasks._chat_template import Chat, chat_tokens, tokenize_chats, turn_ends
+from fedex_lora.tasks._chat_words import THOUGHTS
+from fedex_lora.tasks._completions import FULL
 from fedex_lora.tasks._files import as_text
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
@@ -81,6 +83,7 @@ CHATS = {
     "edges": said("user:   Größe 🙂?\n", "assistant: \n 你好 – “ok” 🙂🙂  \n\n", "user: \tand\r\n", "assistant: ü"),
 }
 PLAIN = said("user: Sky?", "assistant: Blue.")
+SYSTEM = [{"role": "system", "content": "Brief."}, *PLAIN]
 LEFT_OUT = {"llama3": {"tool"}, "gemma": {"tool", "system"}, "qwen2_5": set()}  # what these templates do not write
 
 
@@ -229,7 +232,7 @@ def test_a_long_chat_is_cut_at_its_right_end_and_counted():
     tokenizer = tokenizer_of("smollm2", SMOLLM2)
     whole, labels = ours(tokenizer, CHATS["several"])
     rows = tokenize_chats(tokenizer, [Chat(CHATS["several"]), Chat(CHATS["single"])], len(whole) - 1)
-    assert (rows[0]["input_ids"], rows[0]["labels"], rows[0]["full_length"]) == (whole[:-1], labels[:-1], len(whole))
+    assert (rows[0]["input_ids"], rows[0]["labels"], rows[0][FULL]) == (whole[:-1], labels[:-1], len(whole))
     _, notes = usable(rows, TaskSettings(name="custom", kind="chat"), "a")
     assert notes == [f"a: 1 of 2 rows are cut at task.max_length = {len(whole) - 1} (the longest has {len(whole)} tokens)"]
 
@@ -246,6 +249,47 @@ def test_a_prompt_that_has_other_tokens_alone_is_said():
         assert [note.startswith("a: in 1 of 1 rows what asks for the answer has other tokens") for note in notes] == [True] * torn
 
 
+LEAVES = r"leaves out, changes or moves a turn of the role {} \("
+NAMES_CALLS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{{ message.content }}{% for call in message.tool_calls %}"
+    "{{ 'CALL ' + call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def called(**arguments):
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize("written", ["{{ call.function.arguments | tojson }}", "{% for k, v in args %}{{ k }}={{ v }} {% endfor %}"])
+def test_arguments_of_calls_are_found_in_every_form(written):
+    """As JSON, and each by itself; and what the assistant thinks, where a template writes it."""
+    more = "{% set args = call.function.arguments.items() %}" + written
+    template = NAMES_CALLS.replace("{% endfor %}{{ '<|im_end|>", f"{more}{{% endfor %}}{{{{ '<|im_end|>", 1)
+    tokenizer = tokenizer_of("qwen2_5", template.replace("{{ message.content", "{{ message.thinking }}{{ message.content", 1))
+    call = called(city='Bonn "am Rhein"\n', days=2, dry=True, where={"x": [0.5, "ü"]} if "tojson" in written else "ü", none=None)
+    ids, labels = chat_tokens(tokenizer, Chat([*said("user: Rain?"), {**call, "thinking": "Is it?"}, *said("tool: dry", "assistant: No.")]))
+    learnt = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert (len(ids) > len(learnt.split()), learnt.startswith("Is it?CALL weather"), "am Rhein" in learnt) == (True, True, True)
+
+
+def test_an_answer_without_a_learnt_end_is_said():
+    """GLM-4-MoE's turns end where the next begins; TRL's template for it marks that; here also marks that leave the end out."""
+    marked = SMOLLM2.replace("message['content'] +", "'' }}{% generation %}{{ message['content'] }}{% endgeneration %}{{")
+    for name, template, is_open in (
+        ("qwen2_5", template_of("glm4moe"), True),
+        ("qwen2_5", template_of("glm4moe_training"), False),
+        ("qwen2_5", template_of("qwen2_5"), False),
+        ("qwen2_5", template_of("qwen2_5_training"), False),
+        ("smollm2", SMOLLM2, False),
+        ("smollm2", marked, True),
+        ("mistral", MISTRAL, False),
+    ):
+        rows = tokenize_chats(tokenizer_of(name, template), [Chat(PLAIN)], 512)
+        _, notes = usable(rows, TaskSettings(name="custom", kind="chat"), "a")
+        assert [note.startswith("a: in 1 of 1 rows the chat template ends an answer with nothing") for note in notes] == [True] * is_open
+
+
 class Slow:
     """All that is asked of a tokenizer without offsets before it is refused."""
 
@@ -256,13 +300,23 @@ class Slow:
     ("template", "chat", "message"),
     [
         (DROPS_SYSTEM, CHATS["system"], r"leaves out, changes or moves a turn of the role system \(a.jsonl:1, a.jsonl:2\): save with"),
+        (DROPS_SYSTEM, said("system: Be kind.", "user: Be kind. Sky?", "assistant: b"), LEAVES.format("system")),
+        (DROPS_SYSTEM.replace("'system'", "'tool'"), said("user: a", "tool: is", "assistant: b"), LEAVES.format("tool")),
+        *((SMOLLM2, [PLAIN[0], {**PLAIN[1], name: "It is day."}], LEAVES.format("assistant")) for name in THOUGHTS),
+        (NAMES_CALLS, [*CHATS["tool"][:2], *said("tool: city Bonn", "assistant: No.")], LEAVES.format("(tool|assistant)")),
+        (NAMES_CALLS, [*said("user: a"), called(days=1), *said("assistant: days 1")], LEAVES.format("assistant")),
         (MISTRAL, CHATS["system"], r"refuses chats: Conversation roles must alternate"),
         (MISTRAL, said("user: a", "tool: b", "assistant: c"), r"refuses chats: Only user and assistant roles"),
         ("deepseek_r1_distill", PLAIN, "asks for an answer in other words than it writes before one"),
         (MISTRAL_V3, [*CHATS["system"], *CHATS["single"]], "writes a turn in another way once others follow it"),
         ("qwen3", [*CHATS["single"], *CHATS["several"]], r"writes a turn in another way once others follow it.*\{% generation %\}"),
         ("qwen2_5", said("developer: Brief.", "user: a", "assistant: b"), "leaves out, changes or moves a turn of the role developer"),
-        (SMOLLM2, CHATS["tool"], "refuses chats: .*content|leaves out"),
+        (SMOLLM2, CHATS["tool"], r"refuses chats: UndefinedError \("),
+        (  # nothing of a row is said
+            "{{ raise_exception('Only a user may say: ' + messages[0]['content']) }}",
+            said("user: a secret", "assistant: b"),
+            r"refuses chats: Only a user may say: \(",
+        ),
         ("{% for message in messages %}{{ message['content'] }}", CHATS["single"], "refuses chats: "),
         ("{% for one in messages %}{{ one['content'] }}{% endfor %}{% generation %}{% endgeneration %}", PLAIN, "does not mark all"),
     ],
@@ -315,6 +369,9 @@ def written(folder, rows, name="rows.jsonl"):
             "ShareGPT",
         ),
         ({"conversations": PLAIN}, PLAIN, "ShareGPT"),
+        ({"conversations": SYSTEM, "system": "Brief."}, SYSTEM, "ShareGPT"),
+        ({"messages": PLAIN, "system": "Brief."}, SYSTEM, "the column system is the first turn of each chat that has no system turn"),
+        ({"instruction": "Sky?", "output": "Blue.", "system": "Brief."}, SYSTEM, "Alpaca"),
         ({"instruction": "Sky?", "input": "", "output": "Blue."}, PLAIN, "Alpaca's instruction, input and output"),
         ({"instruction": "Sky?", "output": "Blue."}, PLAIN, "Alpaca"),
         ({"instruction": "A", "input": "B", "output": "C"}, said("user: A\n\nB", "assistant: C"), "Alpaca"),
@@ -324,7 +381,8 @@ def test_layouts_are_recognised_and_said(row, messages, note, tmp_path):
     task = written(tmp_path, [{**row, "site": "north"}, {**row, "site": "south"}])
     assert list(task.train["messages"]) == [messages, messages]
     assert list(task.train["site"]) == ["north", "south"]
-    assert [f"rows.jsonl: {note}" in one for one in task.notes] == ([True] if note else [])
+    assert len(task.notes) == bool(note) + ("system" in row and "messages" not in row)
+    assert any(f"rows.jsonl: {note}" in one for one in task.notes) == bool(note)
     assert not {"conversations", "instruction", "input", "output", "system"} & set(task.train.columns)
 
 
@@ -369,6 +427,12 @@ def test_a_shared_call_after_an_explicit_prompt_stays_in_the_answers(tmp_path):
     assert tokenizer.decode(learnt).count("<|im_end|>") == 2
 
 
+def test_a_function_call_as_openai_had_it_is_a_tool_call(tmp_path):
+    old = {"role": "assistant", "content": "Let me see.", "function_call": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    chats = written(tmp_path, [{"messages": [CHATS["tool"][0], old, *CHATS["tool"][2:]]}]).train["messages"]
+    assert chats[0][1] == {"role": "assistant", "content": "Let me see.", "tool_calls": CALLED}
+
+
 def test_calls_and_tools_as_text_and_frames_of_the_hub_are_read_the_same(tmp_path):
     """OpenAI writes a call's arguments as JSON text, parquet gives every message every key, the hub's frames have arrays."""
     text = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}]
@@ -400,6 +464,15 @@ BAD = [
     ({"messages": said("user: a")}, "no assistant turn: there is nothing to learn"),
     ({"messages": said("assistant: a")}, "nothing before the assistant's first turn"),
     ({"messages": [PLAIN[0], {"role": "assistant", "tool_calls": [{"id": 1}]}]}, "tool calls that are no list of functions with names"),
+    ({"messages": [PLAIN[0], {**PLAIN[1], "mood": "good"}]}, "a message with the key 'mood', which is not read"),
+    ({"messages": [PLAIN[0], {**PLAIN[1], "thinking": ["b"]}]}, "thinking that is not text"),
+    ({"messages": PLAIN, "system": ["Brief."]}, "a column 'system' that is not text"),
+    (
+        {"messages": said("system: A.", "user: b", "assistant: c"), "system": "B."},
+        "a column 'system' that says other things than the chat's system turn",
+    ),
+    ({"instruction": "a", "input": ["b"], "output": "c"}, "a column 'input' that is not text"),
+    ({"instruction": "a", "output": "c", "history": [["d", "e"]]}, "a history, which is not read: write its turns as messages"),
     ({"messages": PLAIN, "tools": "weather"}, "tools that are no list of functions with names"),
     ({"prompt": "a", "chosen": "b", "rejected": None}, "no 'rejected' answer"),
     ({"prompt": "a", "chosen": "b"}, "no 'rejected' answer"),
@@ -413,6 +486,7 @@ BAD = [
 def test_rows_that_cannot_be_used(row, words, tmp_path):
     """Refused in one line before anything is written, or left out and counted."""
     usable_row = {"prompt": "x", "chosen": "y", "rejected": "z"} if {"chosen", "rejected"} & set(row) else {"messages": PLAIN}
+    usable_row = {"instruction": "a", "output": "b", "history": []} if "instruction" in row else usable_row
     with pytest.raises(DataError) as raised:
         written(tmp_path, [usable_row, row, row])
     assert str(raised.value).startswith(f"rows.jsonl: 2 rows with {words}")

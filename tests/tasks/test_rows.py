@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks import load_task, usable
-from fedex_lora.tasks._completions import IGNORED, prompt_ids, tokenize_completions
+from fedex_lora.tasks._completions import FULL, IGNORED, prompt_ids, tokenize_completions
 from fedex_lora.tasks._files import read_rows
 from fedex_lora.tasks._rows import classes_of
 
@@ -254,9 +254,31 @@ def test_rows_that_are_cut_are_counted_and_those_that_lose_all_are_not_trained_o
         usable(tokenised, short, "here")
     rows, notes = usable(tokenised, short.model_copy(update={"on_bad_row": "drop"}), "here")
     assert (len(rows), [len(one) for one in rows["input_ids"]]) == (2, [10, 12])
-    assert "full_length" not in rows.column_names
+    assert FULL not in rows.column_names
     assert notes[1] == "here: 1 of 2 rows are cut at task.max_length = 12 (the longest has 15 tokens)"
     assert settings(tmp_path, kind="causal-lm").length == 1024
     bounded = bytewise()
     bounded.model_max_length = 16
     assert max(map(len, load_task(settings(tmp_path, kind="causal-lm"), 0).tokenize(bounded, task.train)["input_ids"])) == 16
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "causal-lm", "chat"])
+def test_half_a_character_is_a_fault_of_its_row(tmp_path, kind):
+    """JSON can have one half of an emoji alone, which no tokenizer takes; both halves are one character."""
+    half = "bad \ud83d"
+    rows = [
+        {"text": text, "label": label, "prompt": text, "completion": "b", "messages": [{"role": "user", "content": text}, ANSWERED]}
+        for text, label in (("\ud83d\ude42 good", "1"), (half, "0.5"), ("good", half), ("é", "1"))
+    ]
+    written(tmp_path, rows)
+    with pytest.raises(DataError, match=r"2 rows with text that is not Unicode: half a character \(line 2, 3\)") as caught:
+        load_task(settings(tmp_path, kind=kind), 0)
+    assert (caught.value.code, str(caught.value).isprintable()) == ("encoding", True)
+    task = load_task(settings(tmp_path, kind=kind, on_bad_row="drop"), 0)
+    assert (list(task.train["text"]), list(task.lines)) == (["🙂 good", "é"], [1, 4])
+    written(tmp_path, [{"text": "a", "label": "1", half: ""}])
+    with pytest.raises(DataError, match="line 1 has a column name that is not Unicode: half a character"):
+        load_task(settings(tmp_path, kind=kind), 0)
+
+
+ANSWERED = {"role": "assistant", "content": "Yes."}

@@ -12,7 +12,7 @@ from fedex_lora import config
 from fedex_lora.config import Clients, base_folder
 from fedex_lora.errors import DataError
 from fedex_lora.tasks import TASKS, load_task
-from fedex_lora.tasks._completions import IGNORED, completion_metrics, tokenize_completions
+from fedex_lora.tasks._completions import FULL, IGNORED, completion_metrics, tokenize_completions
 from fedex_lora.tasks._metrics import class_metrics
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.partition import partition
@@ -161,7 +161,7 @@ def test_the_loss_is_on_the_completion_only():
     cut = tokenize_completions(tokenizer, ["bed 4 : the man has itch , rash and burn . triage :"], [" red red red red"], len(ids) + 1)
     assert cut[0]["input_ids"][: len(ids)] == ids  # the beginning stays
     assert cut[0]["labels"][len(ids) - 1 :] == [labels[-1]] * 2
-    assert (len(cut[0]["input_ids"]), cut[0]["full_length"]) == (len(ids) + 1, len(ids) + 4)
+    assert (len(cut[0]["input_ids"]), cut[0][FULL]) == (len(ids) + 1, len(ids) + 4)
 
 
 def test_completion_metrics_by_hand():

@@ -5,19 +5,19 @@ what stands before it, with the words that ask for an answer, E the text up to i
 P, and W with E. Then E without P is learnt: what the assistant says, and what ends its turn. W is tokenised once.
 """
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from fedex_lora.errors import DataError, ModelError
-from fedex_lora.tasks._completions import IGNORED, TORN, plain_ids, token_rows
+from fedex_lora.tasks._chat_words import Message, first_missing, name_of, strange
+from fedex_lora.tasks._completions import IGNORED, OPEN, TORN, plain_ids, token_rows
 from fedex_lora.tasks._rows import some
 
-Message = Mapping[str, Any]
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKED = "save with the tokenizer a template that marks what the assistant says by {% generation %}"
 TAKES = "save with the tokenizer a template that takes them, or mend or leave out these rows"
@@ -49,7 +49,7 @@ class _RefusedError(Exception):
 
 
 def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Dataset:
-    """Causal-LM inputs, with labels on what the assistant says; its columns are those of `tokenize_completions`, and one.
+    """Causal-LM inputs, with labels on what the assistant says; its columns are those of `tokenize_completions`, and two.
 
     Args:
         tokenizer: the model's, with its chat template.
@@ -57,7 +57,8 @@ def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Da
         max_length: tokens, at most; a longer chat is cut at its right end.
 
     Returns:
-        One column more, `torn`: the words that ask for the answer have other tokens when it is not there yet.
+        Two columns more: `TORN`: the words that ask for the answer have other tokens when it is not there yet; `OPEN`: nothing that ends
+        the last answer is learnt.
 
     Raises:
         ModelError: the tokenizer has no chat template, or does not say where in the text its tokens are.
@@ -75,7 +76,18 @@ def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Da
         raise DataError(f"the chat template of {tokenizer.name_or_path} {reasons}", "rows", sum(map(len, refused.values())))
     added = set(tokenizer.added_tokens_decoder)
     torn = [_is_torn(tokenizer, added, *row) for row in made]
-    return token_rows(tokenizer, made, max_length).add_column(TORN, torn)  # type: ignore[call-arg]
+    is_open = [_is_open(tokenizer, *row, chat) for row, chat in zip(made, chats, strict=True)]
+    return token_rows(tokenizer, made, max_length).add_column(TORN, torn).add_column(OPEN, is_open)  # type: ignore[call-arg]
+
+
+def _is_open(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], chat: Chat) -> bool:
+    """Does what is learnt of the last answer end with its own last word, so that a model never learns to end it?"""
+    words = (chat.messages[-1].get("content") or "").split()
+    if not words or chat.messages[-1].get("tool_calls"):
+        return False
+    end = next(place for place in reversed(range(len(ids))) if labels[place] != IGNORED) + 1
+    learnt = tokenizer.decode(ids[max(0, end - len(words[-1]) - 8) : end], clean_up_tokenization_spaces=False)
+    return bool("".join(learnt.split()).endswith(words[-1]))
 
 
 def _is_torn(tokenizer: Any, added: Collection[int], ids: Sequence[int], labels: Sequence[int]) -> bool:
@@ -105,10 +117,8 @@ def require_template(tokenizer: Any) -> None:
 def chat_tokens(tokenizer: Any, chat: Chat) -> tuple[list[int], list[int]]:
     """The chat's tokens, and their labels."""
     text = _render(tokenizer, chat, len(chat.messages))
-    if (missing := _first_missing(chat.messages, text)) is not None:
-        raise _RefusedError(f"leaves out, changes or moves a turn of the role {missing['role']}", TAKES)
-    if any(_name(tool) not in text for tool in chat.tools or []):
-        raise _RefusedError("leaves out the tools", TAKES)
+    _require_written(chat, text)
+    _require_written(*_strange(tokenizer, chat, text))
     if GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
         encoded, learnt = _marked(tokenizer, chat)
     else:
@@ -119,14 +129,41 @@ def chat_tokens(tokenizer: Any, chat: Chat) -> tuple[list[int], list[int]]:
     return ids, [token if on else IGNORED for token, on in zip(ids, learnt, strict=True)]
 
 
+def _require_written(chat: Chat, text: str) -> None:
+    """The text has all turns and tools."""
+    if (missing := first_missing(chat.messages, text)) is not None:
+        raise _RefusedError(f"leaves out, changes or moves a turn of the role {missing['role']}", TAKES)
+    if any(name_of(tool) not in text for tool in chat.tools or []):
+        raise _RefusedError("leaves out the tools", TAKES)
+
+
+def _strange(tokenizer: Any, chat: Chat, text: str) -> tuple[Chat, str]:
+    """The chat in other words, for words that a template leaves out may stand elsewhere; as it is where the template refuses them."""
+    messages, tools = strange(chat.messages, chat.tools, text)
+    other = replace(chat, messages=messages, tools=tools)
+    try:
+        return other, _render(tokenizer, other, len(messages))
+    except _RefusedError:
+        return chat, text
+
+
 def _render(tokenizer: Any, chat: Chat, count: int, ask: bool = False) -> str:
     """The text of the first messages; `ask`: with the words that ask the assistant to go on."""
     try:
         text: str = tokenizer.apply_chat_template(list(chat.messages[:count]), tools=chat.tools, tokenize=False, add_generation_prompt=ask)
     except Exception as error:  # templates raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise _RefusedError(f"refuses chats: {reason}", TAKES) from None
+        raise _RefusedError(f"refuses chats: {_own_words(error, tokenizer.get_chat_template(tools=chat.tools))}", TAKES) from None
     return text
+
+
+def _own_words(error: Exception, template: str) -> str:
+    """What a template says of its own accord: the beginning of what it raises, as far as it stands in the template; nothing of a row."""
+    if isinstance(error, TemplateSyntaxError):  # said before any row is looked at
+        return (str(error).splitlines() or [""])[0][:120]
+    words = str(error).partition("\n")[0][:120] if type(error) is TemplateError else ""
+    while words and words not in template:
+        words = words[:-1]
+    return words.strip() or type(error).__name__
 
 
 def _marked(tokenizer: Any, chat: Chat) -> tuple[Any, list[bool]]:
@@ -171,38 +208,8 @@ def _require_learnt(text: str, offsets: Sequence[tuple[int, int]], learnt: Seque
     for (start, end), on in zip(offsets, learnt, strict=True):
         said[start:end] = bytes([on]) * (end - start) if on else said[start:end]
     heard = "".join(letter for letter, on in zip(text, said, strict=True) if on)
-    if _first_missing([message for message in chat.messages[chat.given :] if message["role"] == "assistant"], heard) is not None:
+    if first_missing([message for message in chat.messages[chat.given :] if message["role"] == "assistant"], heard) is not None:
         raise _RefusedError("does not mark all that the assistant says, or its tokenizer does not say where its tokens are", MARKED)
-
-
-def _first_missing(messages: Sequence[Message], text: str) -> Message | None:
-    """The first message whose content or calls are not in the text, after those of the messages before it; white space does not count.
-
-    Instructions may stand anywhere: some templates write them into the user's last turn.
-    """
-    plain, place = _compact(text), 0
-    for message in messages:
-        anywhere = message["role"] in ("system", "developer")
-        reached = place
-        for forms in _parts(message):
-            ends = [at + len(form) for form in forms if (at := plain.find(form, 0 if anywhere else place)) >= 0]
-            if not ends:
-                return message
-            reached = reached if anywhere else max(reached, min(ends))
-        place = reached
-    return None
-
-
-def _parts(message: Message) -> Iterator[tuple[str, ...]]:
-    """What must be found of a message: its content, as it is or as JSON has it, and the names of what it calls."""
-    content = message.get("content") or ""
-    yield _compact(content), _compact(json.dumps(content, ensure_ascii=False)[1:-1])
-    yield from ((_compact(_name(call)),) for call in message.get("tool_calls") or [])
-
-
-def _name(tool: Any) -> str:
-    """The name of a tool or of a call, in a `function` or plain."""
-    return str(tool.get("function", tool).get("name"))
 
 
 def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
@@ -213,10 +220,6 @@ def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
     """
     most = min(len(left), len(right))
     return next((place for place in range(most) if left[place] != right[place]), most)
-
-
-def _compact(text: str) -> str:
-    return "".join(text.split())
 
 
 def chat_prompt(tokenizer: Any, chat: Chat) -> str:

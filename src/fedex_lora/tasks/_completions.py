@@ -8,9 +8,11 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 IGNORED = -100  # the label that transformers leaves out of the loss
-FULL = "full_length"  # a column: tokens of a row before it was cut
-UNKNOWN = "unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
-TORN = "torn"  # a column: is a row's prompt, when it stands alone, of other tokens?
+# Columns beside tokens, until `usable` has read them; their names are none that a file's own columns have.
+FULL = "fedex-lora:full_length"  # a column: tokens of a row before it was cut
+UNKNOWN = "fedex-lora:unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
+TORN = "fedex-lora:torn"  # a column: is a row's prompt, when it stands alone, of other tokens?
+OPEN = "fedex-lora:open"  # a column: is nothing learnt that ends a row's answer?
 ANCHORS = ("=", "\n", "a")  # a completion is tokenised behind one of them where its own prompt's last token would change
 
 
@@ -82,8 +84,7 @@ def tokenize_completions(tokenizer: Any, prompts: Sequence[str], completions: Se
         end: put the end token behind the completion.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (`IGNORED` on the prompt), `full_length`, a row's tokens before it was cut, and
-        `unknown_tokens`, those of them that stand for words that the tokenizer does not have.
+        `input_ids`, `attention_mask`, `labels` (`IGNORED` on the prompt), `FULL` and `UNKNOWN`.
     """
     tail = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     heads, answers = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, prompts, completions)

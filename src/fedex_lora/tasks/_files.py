@@ -36,6 +36,7 @@ from fedex_lora.errors import DataError
 
 Rows: TypeAlias = pd.DataFrame
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+HALF = re.compile("[\ud800-\udfff]")  # a character of two halves, such as an emoji, of which JSON can have one alone
 Numbered: TypeAlias = Iterator[tuple[int, dict[str, Any]]]
 csv.field_size_limit(sys.maxsize)
 
@@ -138,6 +139,8 @@ def _parsed(text: str) -> Any:
 def _record(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no object: write a row as {{{chr(34)}column{chr(34)}: value}}")
+    if HALF.search("".join(row)):
+        raise ValueError(f"{where} has a column name that is not Unicode: half a character")
     return {name: _cell(value) for name, value in row.items()}
 
 

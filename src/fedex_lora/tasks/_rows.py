@@ -1,11 +1,12 @@
 """What is wrong with single rows: found all at once, then refused in one line, or left out and counted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedex_lora import config
 from fedex_lora.errors import DataError, counted
-from fedex_lora.tasks._files import Rows
+from fedex_lora.tasks._files import HALF, Rows
 from fedex_lora.tasks._templates import text_of
 
 SHOWN = 5  # lines, or values, that a complaint names
@@ -60,6 +61,19 @@ def empty(rows: Rows, columns: Sequence[str]) -> list[Problem]:
         for column in columns
         for problem in found("empty", f"no {column!r}", rows, (not text_of(cell).strip() for cell in rows[column]))
     ]
+
+
+def halved(rows: Rows) -> list[Problem]:
+    """Rows with text that no tokenizer takes and no file can be written with."""
+    return found("encoding", "text that is not Unicode: half a character", rows, map(_is_halved, rows.to_numpy().tolist()))
+
+
+def _is_halved(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and HALF.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_is_halved(name) or _is_halved(inner) for name, inner in value.items())
+    return isinstance(value, list | tuple) and any(map(_is_halved, value))
 
 
 def outside(rows: Rows, column: str, classes: Sequence[str]) -> list[Problem]:
@@ -131,14 +145,14 @@ def require_columns(rows: Rows, columns: Sequence[str], where: str) -> None:
 
 
 def require_values(rows: Rows, columns: Sequence[str], where: str) -> None:
-    """Every column is there, with a value in every row.
+    """Every column is there, with a value in every row, and all text is Unicode.
 
     Raises:
         DataError: else.
     """
     require_columns(rows, columns, where)
-    if problems := empty(rows, columns):
-        raise refusal(where, problems, "fill them in, or leave these rows out")
+    if problems := [*halved(rows), *empty(rows, columns)]:
+        raise refusal(where, problems, "mend them, or leave these rows out")
 
 
 def classes_of(labels: Iterable[str]) -> list[str]:

@@ -11,10 +11,26 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import FULL, IGNORED, TORN, UNKNOWN, completion_metrics, prompt_ids, tokenize_completions, unknown_id
+from fedex_lora.tasks._completions import (
+    FULL,
+    IGNORED,
+    OPEN,
+    TORN,
+    UNKNOWN,
+    completion_metrics,
+    prompt_ids,
+    tokenize_completions,
+    unknown_id,
+)
 from fedex_lora.tasks._files import Rows
 
 Array: TypeAlias = NDArray[Any]
+TOLD = {  # of rows of which a column says so
+    TORN: "what asks for the answer has other tokens when no answer follows, so the model will be asked in another way than it learns: "
+    "use a chat template of this tokenizer's family",
+    OPEN: "the chat template ends an answer with nothing that is learnt, so the model will not learn where to stop: "
+    "save with the tokenizer a template that marks the end of a turn, too, by {% generation %}",
+}
 STRANGE = 0.2  # more unknown words than this are not those of rows that a model can read
 
 
@@ -189,13 +205,11 @@ def usable(rows: Dataset, settings: config.TaskSettings, source: str) -> tuple[D
         notes.append(
             f"{source}: {unknown:.0%} of the tokens in these rows are unknown to this tokenizer: is it of this language, or of this model?"
         )
-    if TORN in rows.column_names:
-        torn, rows = sum(rows[TORN]), rows.remove_columns([TORN])
-        if torn:
-            notes.append(
-                f"{source}: in {torn} of {len(rows)} rows what asks for the answer has other tokens when no answer follows, so the model "
-                "will be asked in another way than it learns: use a chat template of this tokenizer's family"
-            )
+    for column, words in TOLD.items():
+        if column in rows.column_names:
+            such, rows = sum(rows[column]), rows.remove_columns([column])
+            if such:
+                notes.append(f"{source}: in {such} of {len(rows)} rows {words}")
     rows, room = rows.remove_columns([FULL, UNKNOWN]), f"task.max_length = {settings.max_length or int(lengths.max())}"
     if isinstance(rows[0]["labels"], list):  # of a token each
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])

@@ -20,6 +20,7 @@ import pandas as pd
 from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks._chat_template import Chat, chat_answer, chat_prompt, common_length, tokenize_chats, turn_ends
+from fedex_lora.tasks._chat_words import THOUGHTS
 from fedex_lora.tasks._completions import plain_ids
 from fedex_lora.tasks._files import Rows
 from fedex_lora.tasks._rows import Problem, RowTable
@@ -27,6 +28,8 @@ from fedex_lora.tasks._task import Generation, Task, causal_task, limit
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # others are called as OpenAI calls them
+ALPACA = frozenset({"instruction", "input", "output", "history"})
+KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", *THOUGHTS}  # of a message
 WHERE = "file:line"  # a column: where a row is from, for complaints
 MOST_NEW_TOKENS = 256
 
@@ -61,16 +64,20 @@ def chat_table(source: str, rows: Rows) -> RowTable:
             f"or prompt, chosen and rejected (preferences); it has {', '.join(map(str, rows.columns))}",
             "column",
         )
-    read = [layout.read(row) for row in rows.to_dict(orient="records")]
+    records = rows.to_dict(orient="records")
+    read = [_with_system(row.get("system"), layout.read(row)) for row in records]
     if "tools" in rows.columns:
         read = [{**row, "tools": _json(cell) or None} for row, cell in zip(read, rows["tools"], strict=True)]
-    kept = rows.drop(columns=[name for name in rows.columns if name in layout.used or name in read[0]])
+    kept = rows.drop(columns=[name for name in rows.columns if name in {"system", *layout.used, *read[0]}])
     names = list(read[0])
     made = pd.DataFrame([[row[name] for name in names] for row in read], columns=names, index=rows.index, dtype=object)
     made = pd.concat([made, kept], axis=1).assign(**{WHERE: [f"{source}:{line}" for line in rows.index]})
     notes = [f"{source}: {layout.note}"] if layout.note else []
+    if "system" in rows.columns:
+        notes.append(f"{source}: the column system is the first turn of each chat that has no system turn")
     inputs = [name for name in ("messages", "rejected", "tools") if name in names]
-    return RowTable(source, made, _problems(read, [int(line) for line in rows.index]), inputs, notes=notes)
+    faults = [_cell_fault(record, layout, row) or _fault(row) for record, row in zip(records, read, strict=True)]
+    return RowTable(source, made, _problems(faults, [int(line) for line in rows.index]), inputs, notes=notes)
 
 
 def chat_task(settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
@@ -99,20 +106,23 @@ def _chats(rows: Rows) -> list[Chat]:
     return [Chat(row["messages"], row.get("tools"), len(row["prompt"]) if preferred else 0, row[WHERE]) for row in records]
 
 
-def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"messages": _with_system(row, _messages(row["conversations"]))}
-
-
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     parts = [part for name in ("instruction", "input") if isinstance(part := row.get(name), str) and part.strip()]
     turns = [{"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row["output"]}]
-    return {"messages": _with_system(row, _messages(turns))}
+    return {"messages": _messages(turns)}
 
 
-def _with_system(row: Mapping[str, Any], messages: Any) -> Any:
-    """The messages, behind the text of a column `system`."""
-    system = row.get("system")
-    return [{"role": "system", "content": system}, *messages] if isinstance(system, str) and system.strip() else messages
+def _with_system(system: Any, read: dict[str, Any]) -> dict[str, Any]:
+    """The messages behind the text of a column `system`, where none of them is of that role."""
+    messages = read["messages"]
+    if not isinstance(system, str) or not system.strip() or not isinstance(messages, list) or _systems(messages):
+        return read
+    first = {"role": "system", "content": system}
+    return {**read, **{name: [first, *read[name]] for name in ("messages", "prompt") if name in read}}
+
+
+def _systems(messages: Sequence[Any]) -> list[Any]:
+    return [message.get("content") for message in messages if _role(message) in ("system", "developer")]
 
 
 def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,12 +153,15 @@ LAYOUTS = (
     ),
     ChatLayout(frozenset({"messages"}), lambda row: {"messages": _messages(row["messages"])}),
     ChatLayout(
-        frozenset({"conversations"}), _sharegpt, frozenset({"conversations", "system"}), "ShareGPT's conversations, read as messages"
+        frozenset({"conversations"}),
+        lambda row: {"messages": _messages(row["conversations"])},
+        frozenset({"conversations"}),
+        "ShareGPT's conversations, read as messages",
     ),
     ChatLayout(
         frozenset({"instruction", "output"}),
         _alpaca,
-        frozenset({"instruction", "input", "output", "system"}),
+        ALPACA,
         "Alpaca's instruction, input and output, read as messages",
     ),
     ChatLayout(frozenset({"chosen"}), _preference),  # one column of two: each row has the same fault
@@ -170,7 +183,10 @@ def _message(written: Mapping[str, Any]) -> dict[str, Any]:
     parts = made.get("content")
     if isinstance(parts, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         made["content"] = "".join(part["text"] for part in parts)
-    if calls := _json(made.pop("tool_calls", None)):
+    calls, old = _json(made.pop("tool_calls", None)), _json(made.pop("function_call", None))
+    if old:  # what OpenAI had before tool calls
+        calls = [*(calls if isinstance(calls, list) else []), {"type": "function", "function": old}]
+    if calls:
         made["tool_calls"] = [_call(one) for one in calls] if isinstance(calls, list) else calls
     return made
 
@@ -193,13 +209,26 @@ def _json(cell: Any) -> Any:
         return cell
 
 
-def _problems(rows: Sequence[Mapping[str, Any]], lines: Sequence[int]) -> list[Problem]:
+def _problems(faults: Sequence[tuple[str, str] | None], lines: Sequence[int]) -> list[Problem]:
     """Each row's first fault, by kind."""
-    faults: dict[tuple[str, str], list[int]] = {}
-    for row, line in zip(rows, lines, strict=True):
-        if fault := _fault(row):
-            faults.setdefault(fault, []).append(line)
-    return [Problem(code, words, tuple(bad)) for (code, words), bad in faults.items()]
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for fault, line in zip(faults, lines, strict=True):
+        if fault:
+            kinds.setdefault(fault, []).append(line)
+    return [Problem(code, words, tuple(bad)) for (code, words), bad in kinds.items()]
+
+
+def _cell_fault(record: Mapping[str, Any], layout: ChatLayout, read: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Cells that no turn is made of."""
+    texts = ["system"] + (["instruction", "input"] if layout.used == ALPACA else [])
+    if name := next((name for name in texts if record.get(name) and not isinstance(record[name], str)), None):
+        return "rows", f"a column {name!r} that is not text"
+    if layout.used == ALPACA and _json(record.get("history")):
+        return "rows", "a history, which is not read: write its turns as messages"
+    system, turns = record.get("system"), read["messages"]
+    if isinstance(system, str) and system.strip() and isinstance(turns, list) and any(said != system for said in _systems(turns)):
+        return "rows", "a column 'system' that says other things than the chat's system turn"
+    return None
 
 
 def _fault(row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -239,6 +268,10 @@ def _turn_fault(message: Any) -> tuple[str, str] | None:
         return "rows", "tool calls that are no list of functions with names"
     if content is not None and not isinstance(content, str):
         return "rows", "content that is not text"
+    if name := next((name for name in THOUGHTS if not isinstance(message.get(name, ""), str)), None):
+        return "rows", f"{name} that is not text"
+    if name := next((name for name, value in message.items() if name not in KEYS and value not in ("", [], {})), None):
+        return "rows", f"a message with the key {name[:40]!r}, which is not read"
     if role == "assistant":
         return None if calls or (content or "").strip() else ("empty", "an empty assistant turn")
     return None if (content or "").strip() or (role == "tool" and content is not None) else ("empty", "a message without content")

@@ -30,7 +30,7 @@ from fedex_lora.models.processor import require_pillow
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
 from fedex_lora.tasks._metrics import measuring
-from fedex_lora.tasks._rows import Problem, RowTable, alike, classes_of, empty, found, outside, require_columns, usable_rows
+from fedex_lora.tasks._rows import Problem, RowTable, alike, classes_of, empty, found, halved, outside, require_columns, usable_rows
 from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
 from fedex_lora.tasks._templates import columns_of, filled, text_of
 from fedex_lora.tasks.chat import chat_table, chat_task
@@ -69,7 +69,8 @@ def row_tables(settings: config.TaskSettings) -> tuple[RowTable, RowTable]:
     chats = settings.kind == config.CHAT
     sources = {str(source): read_rows(str(source), settings.data) for source in (settings.train, settings.eval)}
     made = {source: chat_table(source, rows) for source, rows in sources.items()} if chats else _tables(settings, sources)
-    return made[settings.train], made[settings.eval]
+    told = {source: replace(table, problems=[*halved(table.rows), *table.problems]) for source, table in made.items()}
+    return told[settings.train], told[settings.eval]
 
 
 def _tables(settings: config.TaskSettings, sources: Mapping[str, Rows]) -> dict[str, RowTable]:
