@@ -50,6 +50,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="A TOML file.")],
     set_: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,  # noqa: UP045
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Short for --set rounds=N; with --resume a run gets more.")] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted, to the same bits.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -58,7 +59,8 @@ def run(
     from fedex_lora.config import read_config
 
     out = out or Path("runs") / config.stem
-    settings = read_config(config, set_ or [], begun=out if resume else None)
+    overrides = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
+    settings = read_config(config, overrides, begun=out if resume else None)
     from fedex_lora.cli.console import Display
     from fedex_lora.runs.run import run as run_here
     from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind

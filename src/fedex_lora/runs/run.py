@@ -24,9 +24,9 @@ from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base_delta, require_space
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, RunDone, Warned, read_events, record
+from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, Warned, is_over, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, strays
+from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, run_rounds_of, strays
 from fedex_lora.tasks import load_task, usable
 from fedex_lora.tasks.partition import Indices, partition
 from fedex_lora.types import Delta, ServerState
@@ -136,6 +136,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         out: the run folder.
         emit: told of everything.
         resume: go on with what `out` holds, if anything: the last whole round, and the answers of clients that finished in the next one.
+            A run that is done goes on, too, where the configuration has more rounds.
         home: makes the place where the run lives.
 
     Raises:
@@ -171,7 +172,15 @@ def _require_run(out: Path, config: Config) -> None:
         return  # killed before anything was in its place
     if not _is_run(out):
         raise UsageError(f"{out} holds something that is no run: give another --out")
-    here, there = (_keys(_resume_identity(one)) for one in (config, read_config(out / "config.toml")))
+    if (rounds := run_rounds_of(out)) and config.rounds < (done := int(rounds[0].name)):
+        raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give --rounds {done} or more")
+    begun = read_config(out / "config.toml")
+    if config.rounds != begun.rounds and "run" in (config.local.schedule, begun.local.schedule):
+        raise UsageError(
+            f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they would '
+            "have been other rounds: give as many, or another --out"
+        )
+    here, there = (_keys(_resume_identity(one)) for one in (config, begun))
     if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
         raise UsageError(
@@ -197,12 +206,12 @@ def _is_run(out: Path) -> bool:
 
 
 def _resume_identity(config: Config) -> Config:
-    """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
+    """What makes a run's bits: without what only says how long it goes, whose updates count and what is kept, which may change."""
     messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
     clients = config.clients.model_copy(
         update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
     )
-    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
+    return config.model_copy(update={"messages": messages, "clients": clients, "rounds": 1, "keep_rounds": None, "trackers": []})
 
 
 def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
@@ -215,8 +224,7 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
     events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round
-        ended = any(isinstance(event, RunDone) for event in events)
-        if ended and number == config.rounds and handed_on(out, number):
+        if is_over(events) and number == config.rounds and handed_on(out, number):
             emit(Finished(rounds=number))
             return checkpoint.state
         emit(Resumed(round=number + 1, rounds=config.rounds))
