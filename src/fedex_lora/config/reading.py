@@ -27,7 +27,12 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     read = task.get("kind", "classification") != "causal-lm" and str(task.get("name", "")).startswith(("custom", "glue/"))
     ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
     rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
-    made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
+    base = tree.get("base", {})
+    if isinstance(base, Mapping) and base.get("start"):
+        if odd := sorted(lora.keys() - {"dropout"}):
+            raise ConfigError(f"lora.{odd[0]}: the adapter of base.start goes on as it is: remove the key (only lora.dropout counts)")
+    else:
+        made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
     if tree.get("method") != "full-ft":
         made["training"] = {"learning_rate": READ_RATE if read else WRITTEN_RATE, **training}
     return made
@@ -80,6 +85,8 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
     base, task = config.base, config.task
     if base.model != DEMO and (there := absolute("base.model", base.model)).is_dir():
         base = base.model_copy(update={"model": str(there)})
+    if base.start is not None:
+        base = base.model_copy(update={"start": absolute("base.start", base.start)})
     if task.data is not None:
         task = task.model_copy(update={"data": absolute("task.data", task.data)})
     else:
@@ -106,7 +113,10 @@ def _without_past_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Config) -> str:
     """The configuration as TOML, complete but for what is unset."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    tree = config.model_dump(mode="json", exclude_none=True)
+    if config.base.start is not None:
+        tree["lora"] = {"dropout": config.lora.dropout}  # the rest is the start's
+    return tomli_w.dumps(tree)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

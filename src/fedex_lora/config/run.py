@@ -143,6 +143,12 @@ class Config(Rules):
         "default 1e-3, for texts that are written 3e-4: what suits LoRA, ten times and more of what suits full fine-tuning.",
     )
 
+    @model_validator(mode="after")
+    def _start_has_one_rank(self) -> "Config":
+        if self.base.start is not None and self.clients.ranks:
+            raise ValueError("base.start goes on with one adapter for all: remove clients.ranks")
+        return self
+
     @field_validator("training")
     @classmethod
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:

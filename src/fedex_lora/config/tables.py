@@ -27,6 +27,11 @@ class Base(ConfigTable):
     model: str = Field(
         min_length=1, description='Hub name, local folder in Transformers format, or "demo", the tiny model that comes with the package.'
     )
+    start: Path | None = Field(
+        None,
+        description="Go on from a result: a run folder, a round's, `final/`, or the OUT of `aggregate`, of adapters trained anywhere. Its "
+        "adapter, heads and base delta are where every client starts; of [lora] only `dropout` counts.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the weights that are not quantised, and of the computation. Adapters and heads stay float32."
     )

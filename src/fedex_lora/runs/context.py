@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import set_seed
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
+from fedex_lora.aggregation.flatten import flatten_adapter
 from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import evaluate
@@ -22,6 +24,8 @@ from fedex_lora.models.build import IMAGE_TASK
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
+from fedex_lora.models.start import adapted_as, read_start, require_base, standing
+from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.listening import Exchange
 from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
@@ -38,6 +42,11 @@ class ModelContext:
         config: the run.
         task: its task, loaded.
 
+    Attributes:
+        first, start: the adapter, and what the frozen base has gained, before the first round.
+        identity: the same for all who have the base, and the result that the run goes on from.
+        stands_on: what is to be said of the result that the run goes on from; nothing where it begins at the base.
+
     Raises:
         FedexLoraError: settings or a model that do not work.
     """
@@ -50,17 +59,27 @@ class ModelContext:
         self.config = config
         self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind))
         set_seed(config.seed)
+        names, folder = list(task.model_config.get("id2label", {}).values()), config.base.start
+        start = None if folder is None else read_start(folder, task.kind, config.base.model, method, names)
         loaded = load_base(config.base, task.kind, **task.model_config)
         model: nn.Module = loaded.model
         if (padding := getattr(self.work.processor, "pad_token_id", None)) is not None:
             model.config.pad_token_id = padding  # type: ignore[union-attr]
         if method.lora:
             set_seed(config.seed)
-            model = add_lora(loaded, config.lora, task.kind)
+            model = add_lora(loaded, config.lora, task.kind) if start is None else adapted_as(start, loaded, config.lora.dropout)
             set_trained(model, method.trained(1))
         self.adapted = AdaptedModel(model, config.base.delta)
-        self.model, self.base = model, self.adapted.base
+        self.model, self.base, self.start = model, self.adapted.base, dict[str, Delta]()
+        if start is not None:
+            require_base(start, self.base.fingerprint(), folder)
+            self.start = dict(start.base_delta)
+            self.adapted.load(start.adapter, self.start, start.other)
         self.first = read_model(model)
+        self.identity = self.base.fingerprint() + (
+            f" {tensors_digest(flatten_adapter('first', self.first), start.mark or '')}" if start else ""
+        )
+        self.stands_on = {} if start is None else standing(start, folder)
 
 
 class GlobalModel:
@@ -89,7 +108,8 @@ class GlobalModel:
     def initial(self) -> ServerState:
         """The state before round 1."""
         place = self.place
-        return server.init(place.first, read_other(place.model), place.config.method, place.config.seed)
+        fresh = server.init(place.first, read_other(place.model), place.config.method, place.config.seed)
+        return replace(fresh, base_delta=place.start)
 
     def federation(self, train_rows: Mapping[str, int], exchange: Exchange, **more: Any) -> Federation:
         """What the round loop needs of this place.
@@ -130,7 +150,8 @@ class GlobalModel:
     def _settings(self) -> dict[str, Any]:
         """What has a default that depends on the task, as it is."""
         config, place = self.place.config, self.place
-        lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if get_method(config.method).lora else {}
+        pairs = place.first.values()
+        lora = {"rank": max(pair.rank for pair in pairs), "alpha": max(pair.scaling * pair.rank for pair in pairs)} if pairs else {}
         length = {} if place.work.task.kind == IMAGES else {"max_length": limit(config.task, place.work.processor)}
         return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
 
@@ -155,6 +176,7 @@ class GlobalModel:
             "base_dtype": config.base.dtype,
             "base_quantization": config.base.quantization,
             **({"base_random_seed": config.seed} if config.base.random_weights else {}),
+            **({"start": place.stands_on} if place.stands_on else {}),
             "base_delta": place.base.homes,
             "train_rows": dict(train_rows),
             "torch_threads": torch.get_num_threads(),

@@ -29,6 +29,10 @@ class ModelLearner:
         return self.place.first
 
     @property
+    def base(self) -> Mapping[str, Delta]:
+        return self.place.start
+
+    @property
     def rows(self) -> Mapping[str, int]:
         return {client: len(data.train) for client, data in self.data.items()}
 

@@ -75,7 +75,7 @@ class LocalSimulation:
         Raises:
             StorageError: one of them is broken.
         """
-        bases: dict[int, Mapping[str, Delta] | None] = {0: {}}
+        bases: dict[int, Mapping[str, Delta] | None] = {0: self.pool.learner.base}
 
         def base_of(version: int) -> Mapping[str, Delta] | None:
             if version not in bases:
@@ -177,8 +177,8 @@ def _require_run(out: Path, config: Config) -> None:
     begun = read_config(out / "config.toml")
     if config.rounds != begun.rounds and "run" in (config.local.schedule, begun.local.schedule):
         raise UsageError(
-            f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they would '
-            "have been other rounds: give as many, or another --out"
+            f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they '
+            "would have been other rounds: give as many, or another --out"
         )
     here, there = (_keys(_resume_identity(one)) for one in (config, begun))
     if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):

@@ -60,6 +60,7 @@ class Started(Event, name="started"):
     base_random_seed: int | None = None
     base_delta: dict[str, int] = {}
     base_bytes: int | None = None
+    start: dict[str, str | int] = {}
     task: str = ""
     task_type: str = ""
     headline: str = "loss"

@@ -75,9 +75,9 @@ class Node:
             raise StorageError(f"this node cannot keep its state in {settings.folder}: {error.strerror}: give another state=") from None
         with _alone(mine):
             place, data = self._ready(request, settings)
-            if request.base and request.base != place.base.fingerprint():
+            if request.base and request.base != place.identity:
                 raise ModelError(
-                    f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
+                    f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
             pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)

@@ -22,6 +22,7 @@ class NodeSettings:
         data: the folder of this party's rows (`task.data`).
         train: the file of them, for task custom (`task.train`).
         model: this party's copy of the base (`base.model`).
+        start: this party's copy of the result that the run goes on from (`base.start`).
         state: the folder where it keeps its base delta, optimiser state and last answer.
         threads: CPU threads (`torch_threads`).
         worker: the socket of a `fedex-lora flower worker`, which keeps the base in memory between messages.
@@ -35,6 +36,7 @@ class NodeSettings:
     data: str = ""
     train: str = ""
     model: str = ""
+    start: str = ""
     state: str = ""
     threads: int = 0
     worker: str = ""
@@ -61,6 +63,7 @@ class NodeSettings:
         """
         base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
         base |= {"model": self.model} if self.model else {}
+        base |= {"start": Path(self.start)} if self.start else {}
         config = config.model_copy(update={"base": config.base.model_copy(update=base)})
         if self.threads:
             config = config.model_copy(update={"torch_threads": self.threads})

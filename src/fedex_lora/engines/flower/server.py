@@ -86,7 +86,7 @@ class Deployment:
         """Clients keep their own memory; they know this run, and no other under the same name, by a word in the run folder."""
         if not (out / RUN).exists():
             write_text(out / RUN, f"{out.name}-{uuid.uuid4().hex[:12]}\n")
-        about = {"run": (out / RUN).read_text(encoding="utf-8").strip(), "base": self.host.place.base.fingerprint()}
+        about = {"run": (out / RUN).read_text(encoding="utf-8").strip(), "base": self.host.place.identity}
         self._transport = GridExchange(self._grid, list(self._rows), about)
 
 
