@@ -31,7 +31,7 @@ def first(tmp_path_factory):
 
 def going_on(start, **changes):
     tree = configuration(**changes).model_dump(mode="json", exclude_none=True)
-    tree["base"]["start"], tree["lora"] = str(start), {}
+    tree["base"]["start"], tree["lora"] = str(start), changes.get("lora", {"r": 2, "target_modules": "all-linear"})
     return parse_config(tree)
 
 
@@ -123,14 +123,13 @@ def test_what_does_not_go_on_is_refused_in_one_line(first, gpt2, tmp_path):
             run(config, tmp_path / "run", ignore)
         assert not (tmp_path / "run").exists()
 
-    with pytest.raises(ConfigError, match=r"lora\.r: the adapter of base\.start goes on as it is: remove the key"):
-        parse_config({"base": {"model": "demo", "start": "out"}, "lora": {"r": 4}, "task": {"name": "demo"}})
+    refused(ModelError, r"lora\.r = 4, and that of base\.start .* is 2: remove the key", going_on(first, lora={"r": 4}))
     with pytest.raises(ConfigError, match=r"remove clients\.ranks"):
         going_on(first, clients={"ranks": [1, 2, 2]})
     refused(ModelError, "method fedsa keeps adapters for the untouched base", going_on(first, method="fedsa"))
     refused(ModelError, "trained by adapters, and this method trains the whole model", going_on(first, method="full-ft"))
     aggregate_folders(adapters(gpt2, tmp_path), tmp_path / "out", "fedex", None, None)
-    refused(ModelError, r"base\.start does not fit this base: .* is it another model\?", going_on(tmp_path / "out"))
+    refused(ModelError, r"base\.start does not fit this base: .* is it another model\?", going_on(tmp_path / "out", lora={}))
     other = going_on(first).model_dump(mode="json", exclude_none=True)
     other["base"] |= {"random_weights": True}
     other["lora"] = {}

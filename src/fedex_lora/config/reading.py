@@ -28,10 +28,7 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
     rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
     base = tree.get("base", {})
-    if isinstance(base, Mapping) and base.get("start"):
-        if odd := sorted(lora.keys() - {"dropout"}):
-            raise ConfigError(f"lora.{odd[0]}: the adapter of base.start goes on as it is: remove the key (only lora.dropout counts)")
-    else:
+    if not (isinstance(base, Mapping) and base.get("start")):  # whose adapter goes on as it is
         made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
     if tree.get("method") != "full-ft":
         made["training"] = {"learning_rate": READ_RATE if read else WRITTEN_RATE, **training}
@@ -82,7 +79,7 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
     def absolute(key: str, value: str | Path) -> Path:
         return Path(os.path.abspath((Path() if key in given else folder) / value))
 
-    base, task = config.base, config.task
+    base, task, clients = config.base, config.task, config.clients
     if base.model != DEMO and (there := absolute("base.model", base.model)).is_dir():
         base = base.model_copy(update={"model": str(there)})
     if base.start is not None:
@@ -92,7 +89,9 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
     else:
         files = {name: absolute(f"task.{name}", value) for name in ("train", "eval") if (value := getattr(task, name))}
         task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
-    return config.model_copy(update={"base": base, "task": task})
+        own = {client: absolute(f"clients.data.{client}", file) for client, file in clients.data.items()}
+        clients = clients.model_copy(update={"data": {**clients.data, **{name: str(file) for name, file in own.items() if file.is_file()}}})
+    return config.model_copy(update={"base": base, "task": task, "clients": clients})
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -115,7 +114,7 @@ def write_config(config: Config) -> str:
     """The configuration as TOML, complete but for what is unset."""
     tree = config.model_dump(mode="json", exclude_none=True)
     if config.base.start is not None:
-        tree["lora"] = {"dropout": config.lora.dropout}  # the rest is the start's
+        tree["lora"] = config.lora.model_dump(mode="json", exclude_unset=True)  # what is not said is the start's
     return tomli_w.dumps(tree)
 
 

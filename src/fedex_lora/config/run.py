@@ -144,6 +144,14 @@ class Config(Rules):
     )
 
     @model_validator(mode="after")
+    def _files_of_clients(self) -> "Config":
+        if self.clients.data and (self.task.name != "custom" or self.task.train):
+            raise ValueError('clients.data names the training rows of task "custom": remove task.train, or clients.data')
+        if self.clients.data and self.task.needs_labels:
+            raise ValueError("task.labels is not set: name all classes there, for a client's own file may lack some")
+        return self
+
+    @model_validator(mode="after")
     def _start_has_one_rank(self) -> "Config":
         if self.base.start is not None and self.clients.ranks:
             raise ValueError("base.start goes on with one adapter for all: remove clients.ranks")

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from torch import nn
 
 from fedex_lora.aggregation.methods import Method
+from fedex_lora.config import Lora
 from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.models.build import model_kind, read_global
 from fedex_lora.models.loading import Kind, Loaded
@@ -17,7 +18,7 @@ from fedex_lora.storage.result import StoredResult
 from fedex_lora.types import LowRank
 
 
-def read_start(folder: Path, kind: Kind, name: str, method: Method, labels: list[str]) -> StoredResult:
+def read_start(folder: Path, kind: Kind, name: str, method: Method, lora: Lora, labels: list[str]) -> StoredResult:
     """The result that a run goes on from.
 
     Args:
@@ -25,6 +26,7 @@ def read_start(folder: Path, kind: Kind, name: str, method: Method, labels: list
         kind: of model that the run trains.
         name: of its base.
         method: the run's.
+        lora: what is set of it must be so in the result.
         labels: names of the run's classes, in their order; none where they have no names.
 
     Raises:
@@ -41,6 +43,10 @@ def read_start(folder: Path, kind: Kind, name: str, method: Method, labels: list
         raise ModelError(f"base.start {folder} is a model for {found}, and the task needs {kind}: give a task of its kind")
     if (known := list(result.manifest.get("labels", []))) and labels and known != labels:
         raise ModelError(f"base.start {folder} tells {', '.join(known)} apart, in this order: set task.labels to them")
+    alphas = [pair.rank * pair.scaling for pair in result.adapter.values()]
+    for key, said, values in (("r", lora.r, [pair.rank for pair in result.adapter.values()]), ("alpha", lora.alpha, alphas)):
+        if key in lora.model_fields_set and values and not min(values) * (1 - 1e-6) <= said <= max(values) * (1 + 1e-6):
+            raise ModelError(f"lora.{key} = {said:g}, and that of base.start {folder} is {max(values):g}: remove the key")
     return result
 
 

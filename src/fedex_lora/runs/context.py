@@ -60,7 +60,7 @@ class ModelContext:
         self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind))
         set_seed(config.seed)
         names, folder = list(task.model_config.get("id2label", {}).values()), config.base.start
-        start = None if folder is None else read_start(folder, task.kind, config.base.model, method, names)
+        start = None if folder is None else read_start(folder, task.kind, config.base.model, method, config.lora, names)
         loaded = load_base(config.base, task.kind, **task.model_config)
         model: nn.Module = loaded.model
         if (padding := getattr(self.work.processor, "pad_token_id", None)) is not None:

@@ -27,8 +27,9 @@ from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, Warned, is_over, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
 from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, run_rounds_of, strays
-from fedex_lora.tasks import load_task, usable
-from fedex_lora.tasks.partition import Indices, partition
+from fedex_lora.tasks import usable
+from fedex_lora.tasks.dealt import dealt
+from fedex_lora.tasks.partition import Indices
 from fedex_lora.types import Delta, ServerState
 
 CENTRAL_CLIENT = "all"  # the one client of a centralised run
@@ -46,8 +47,7 @@ class LocalSimulation:
     """
 
     def __init__(self, config: Config, emit: Emit) -> None:
-        task = load_task(config.task, config.seed)
-        parts = partition(task, config.clients, config.seed)
+        task, parts = dealt(config)
         require_consistent(config, len(parts))
         place = ModelContext(config, task)
         rows, notes = _rows(place, parts)
