@@ -7,6 +7,7 @@ __all__ = [
     "METHODS",
     "AdaptedModel",
     "Aggregate",
+    "AggregatedFolders",
     "Client",
     "ClientUpdate",
     "LoRAPair",
@@ -19,7 +20,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fedex_lora.aggregation import METHODS, aggregate
+    from fedex_lora.aggregation import METHODS
+    from fedex_lora.api.aggregating import AggregatedFolders, aggregate
     from fedex_lora.client.client import Client
     from fedex_lora.config import Rules
     from fedex_lora.models.adapted import AdaptedModel
@@ -33,7 +35,8 @@ _HOMES = {
     "Client": "client.client",
     "Rules": "config",
     "Server": "server.server",
-    "aggregate": "aggregation",
+    "AggregatedFolders": "api.aggregating",
+    "aggregate": "api.aggregating",
     "load_model": "models.build",
 }
 

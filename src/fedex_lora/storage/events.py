@@ -273,8 +273,7 @@ def of_kind(events: Sequence[Event], kind: type[Kind]) -> list[Kind]:
 
 def is_over(events: Sequence[Event]) -> bool:
     """Is a run done, and was it given no more rounds since?"""
-    ends = [event for event in events if isinstance(event, RunDone | Resumed)]
-    return bool(ends) and isinstance(ends[-1], RunDone)
+    return isinstance(next((event for event in reversed(events) if isinstance(event, RunDone | Resumed)), None), RunDone)
 
 
 def tail_events(path: Path, every: float | None) -> Iterator[Event | None]:
@@ -291,12 +290,10 @@ def tail_events(path: Path, every: float | None) -> Iterator[Event | None]:
         raise UsageError(f"{path} does not exist: give the folder of a run that has begun")
     read, seen = 0, list[Event]()
     while True:
-        text = path.read_bytes()[read:]
-        whole = text[: text.rfind(b"\n") + 1]
-        read += len(whole)
-        found = [event for line in whole.splitlines() if (event := _read(line)) is not None]
+        whole = path.read_bytes()[read:].rpartition(b"\n")[0]
+        read += len(whole) + 1 if whole else 0
+        seen += (found := [event for line in whole.splitlines() if (event := _read(line)) is not None])
         yield from found
-        seen += (event for event in found if isinstance(event, RunDone | Resumed))
         if every is None or is_over(seen):
             return
         yield None
