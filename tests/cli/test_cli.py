@@ -258,7 +258,7 @@ def test_where_it_does_not_run_is_said_at_the_start(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="this is Windows: use it in WSL 2"):
         require_system("win32")
     require_system("darwin")
-    with pytest.raises(ConfigError, match="set training.use_cpu = true"):
+    with pytest.raises(ConfigError, match=r"set training\.use_cpu = true"):
         require_device("mps")
     require_device("cuda")
     monkeypatch.setattr("fedex_lora.cli._shared.require_system", lambda: require_system("win32"))
