@@ -17,6 +17,7 @@ __all__ = [
     "ServerState",
     "aggregate",
     "load_model",
+    "save_result",
 ]
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fedex_lora.config import Rules
     from fedex_lora.models.adapted import AdaptedModel
     from fedex_lora.models.build import load_model
+    from fedex_lora.server.result import save_result
     from fedex_lora.server.server import Server
     from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
@@ -38,6 +40,7 @@ _HOMES = {
     "AggregatedFolders": "api.aggregating",
     "aggregate": "api.aggregating",
     "load_model": "models.build",
+    "save_result": "server.result",
 }
 
 

@@ -41,6 +41,7 @@ from fedex_lora.engines.flower._settings import node_settings, run_settings  # n
 from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
 from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
+from fedex_lora.engines.flower.server import Deployment  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
 from fedex_lora.protocol.messages import envelope_of  # noqa: E402
 from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
@@ -51,6 +52,7 @@ from fedex_lora.runs.listening import Reply  # noqa: E402
 from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
 from fedex_lora.runs.run import LocalSimulation, run  # noqa: E402
 from fedex_lora.storage.events import RoundDone, of_kind, read_events  # noqa: E402
+from fedex_lora.storage.tensors import load_tensors  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402
 
 
@@ -378,6 +380,59 @@ def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes,
     assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
     errors = [event.exactness_error for event in of_kind(read_events(tmp_path / "alone" / "events.jsonl"), RoundDone)]
     assert config.method == "fedsa" or (len(errors) == config.rounds and all(error < 1e-6 for error in errors))
+
+
+def preferences(tmp_path, trainer):
+    made = [{"prompt": f"bed {n} :", "completion": " red", "chosen": " red" * (1 + n % 2), "rejected": " blue"} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    files = dict.fromkeys(("train", "eval"), str(tmp_path / "rows.jsonl"))
+    task = {"name": "custom", "kind": "causal-lm", "completion": "{chosen}", "train_rows": None, "eval_rows": 9, **files}
+    return small(rounds=3, task=task, clients={"partition": "iid", "column": None, "count": 2}, local={"trainer": trainer})
+
+
+def test_a_node_trains_with_its_own_trainer_and_keeps_its_reference(tmp_path):
+    """DPO, each message answered by a new `Node`: the bits of one process; the log-probabilities of the run's start do not leave."""
+    pytest.importorskip("trl")
+    config, answers = preferences(tmp_path, "trl:DPOTrainer"), []
+
+    def answer(request):
+        mine = Path(request.node["state"]) / "this-run" / request.client / "reference.safetensors"
+        before = mine.stat().st_mtime_ns if mine.exists() else 0
+        said = NodeRequest(**{**vars(request), "node": {**request.node, "trainer": "trl:DPOTrainer"}})
+        answers.append(Node(ignore).reply(said))
+        assert not before or mine.stat().st_mtime_ns == before  # worked out once
+        found = load_tensors(mine)[0]
+        assert found["chosen"].abs().min() > 0
+        assert all(one.numpy().tobytes() not in answers[-1] for one in found.values())
+        return answers[-1]
+
+    assert alone(config, tmp_path / "alone", answer) == []
+    run(config, tmp_path / "together", ignore)
+    assert len(answers) == 6
+    assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+
+
+def test_a_trainer_is_the_node_s_word_and_never_the_server_s(tmp_path, monkeypatch):
+    """The server's machine does not load it; a node that names none does not train by ours instead; one that does takes its own."""
+    (tmp_path / "ward_trainer.py").write_text("def make(model, rows, processor, arguments): ...")
+    (tmp_path / "spy_trainer.py").write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')\ndef make(model, rows, processor, arguments): ...")
+    config = preferences(tmp_path, f"{tmp_path}/spy_trainer:make")
+    config = config.model_copy(update={"training": {**config.training, "beta": 0.2}})
+    server = Deployment(config, None, [])
+    assert server.host.place.work.trainer is None
+    assert server.host.place.config.training == {key: value for key, value in config.training.items() if key != "beta"}
+    dealt = {"rows": "dealt"}
+    with pytest.raises(ConfigError, match=r"start it with --node-config 'trainer=") as caught:
+        node_settings(dealt).applied(config)
+    assert caught.value.code == "settings"
+    monkeypatch.chdir(tmp_path)
+    for said in ("ward_trainer:make", f"{tmp_path}/ward_trainer:make"):
+        assert node_settings(dealt | {"trainer": said}).applied(config).local.trainer == f"{tmp_path}/ward_trainer:make"
+    assert node_settings(dealt | {"trainer": "trl:SFTTrainer"}).applied(small()).local.trainer == "trl:SFTTrainer"
+    assert node_settings(dealt).applied(small()).local.trainer is None
+    with pytest.raises(ConfigError, match=r"write it as package\.module:function"):
+        node_settings(dealt | {"trainer": "make"}).applied(config)
+    assert not (tmp_path / "was-here").exists()
 
 
 def test_a_lost_or_broken_memory_is_asked_for_anew(tmp_path):

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import random
+import sys
 import warnings
 
 import datasets
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from tests.fake import Fake, setting
 from tests.runs.test_run import ignore
 
@@ -22,6 +24,8 @@ from fedex_lora.runs.run import run
 def state():
     return {
         "environment": dict(os.environ),
+        "folders": list(sys.path),
+        "telemetry": constants.HF_HUB_DISABLE_TELEMETRY,
         "filters": list(warnings.filters),
         "verbosity": transformers.logging.get_verbosity(),
         "bars": (transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()),
@@ -36,6 +40,7 @@ def state():
 def test_what_a_run_changes_in_its_process_is_undone(fails, tmp_path, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     datasets.enable_progress_bars()
     transformers.logging.enable_progress_bar()
     transformers.logging.set_verbosity_info()
@@ -48,6 +53,7 @@ def test_what_a_run_changes_in_its_process_is_undone(fails, tmp_path, monkeypatc
         transformers.set_seed(99)
         torch.set_num_threads(before["threads"] + 1)
         os.environ["A_LIBRARY"] = "was here"
+        sys.path.append(str(tmp_path))
         within = state()
         assert [name for name in before if name != "frozen" and within[name] == before[name]] == []  # the check can fail
         if fails:

@@ -14,7 +14,7 @@ from fedex_lora.aggregation.factors import Factors
 from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.methods import METHODS, Method, get_method
 from fedex_lora.aggregation.truncation import truncate
-from fedex_lora.config import Truncation
+from fedex_lora.config import Truncation, nearest
 from fedex_lora.errors import AggregationError, counted
 from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
@@ -175,8 +175,10 @@ def require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None
 def _require_same_names(who: str, what: str, left: Mapping[str, object], right: Mapping[str, object]) -> None:
     if left.keys() != right.keys():
         odd = sorted(left.keys() ^ right.keys())
+        near = nearest(odd[0], sorted(right if odd[0] in left else left))
+        like = f"; in the other {near} is the nearest" if near else ""
         raise AggregationError(
-            f"{who} have different {what} ({odd[0]} and {len(odd) - 1} more in one only): train the same ones everywhere"
+            f"{who} have different {what} ({odd[0]} and {len(odd) - 1} more in one only{like}): train the same ones everywhere"
         )
 
 

@@ -72,6 +72,7 @@ def _print_result(console: Any, result: dict[str, Any], out: Path) -> None:
         lines = [_errors(result)]
         lines += [f"the truncation dropped {result['tail']:.1%} of the norm of what it cut"] if result["tail"] else []
         lines += [f"! {result['warning']}"] if result["warning"] else []
+    lines += [f"! {note}" for note in result["notes"]]
     train = result.get("for_parties") or f"{out / 'trainable'} with base_delta.safetensors"
     lines.append((f"stand-alone adapter: {out / 'adapter'}   " if result["adapter"] else "") + f"to train on: {train}")
     if not result["adapter"]:
@@ -143,6 +144,8 @@ def verify(
     if as_json:
         print_json(result)
     else:
+        for note in result["notes"]:
+            consoles(False).print(f"! {note}", highlight=False)
         _print_verified(consoles(False), result, modules, exact=why is None)
     if why:
         fail(f"error: {why}", 1)
@@ -240,3 +243,5 @@ def export(
         highlight=False,
     )
     console.print(f"vLLM: {result['vllm']}", highlight=False)
+    for note in result["notes"]:
+        console.print(f"! {note}", highlight=False)

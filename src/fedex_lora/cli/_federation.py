@@ -106,6 +106,8 @@ def check(
     else:
         for finding in found:
             consoles(False).print(f"{'!' if finding.stops else ' '} {finding.words}", highlight=False, markup=False)
+        if not found:
+            consoles(False).print("no problem found; `fedex-lora data` shows the rows", highlight=False)
     if stops:
         fail(f"{stops} of {len(found)} finding{'' if len(found) == 1 else 's'} would stop a run (marked !)", 1)
 

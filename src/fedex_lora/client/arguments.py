@@ -6,28 +6,47 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
 
+from fedex_lora.client.trainers import PartyTrainer, with_columns
 from fedex_lora.config import IMAGES, Config, is_ours, nearest
 from fedex_lora.errors import ConfigError
 from fedex_lora.tasks import Task
+from fedex_lora.tasks._files import Rows
 
 
-def training_arguments(config: Config, output: str = "unused", seed: int = 0) -> TrainingArguments:
+def without_trainer(config: Config) -> Config:
+    """The same for our own trainer: without `local.trainer` and what only its arguments know."""
+    if config.local.trainer is None:
+        return config
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    training = {key: value for key, value in config.training.items() if key in known}
+    return config.model_copy(update={"local": config.local.model_copy(update={"trainer": None}), "training": training})
+
+
+def training_arguments(config: Config, output: str = "unused", seed: int = 0, own: PartyTrainer | None = None) -> TrainingArguments:
     """`transformers.TrainingArguments` from `[training]`, with what is ours set by us, for one device (see `spare_devices`).
+
+    Args:
+        config: the run.
+        output: a folder for whatever is written.
+        seed: of dropout and of the order of rows.
+        own: the party's trainer, which may have arguments of its own kind; None: those of ours, and what only others know is left out.
 
     Raises:
         ConfigError: an unknown field (the nearest is named), or a value that transformers refuses.
     """
-    fields = [field.name for field in dataclasses.fields(TrainingArguments)]
-    for key in config.training:
+    kind, config = own.arguments if own else TrainingArguments, config if own else without_trainer(config)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key, value in config.training.items():
         if key not in fields:
             near = nearest(key, [field for field in fields if not is_ours(field)])
-            raise ConfigError(
-                f"unknown key training.{key}" + (f": did you mean training.{near}?" if near else ": see transformers.TrainingArguments")
-            )
-    for key, value in config.training.items():
-        _require_sensible(key, value)
+            known = "transformers.TrainingArguments" if kind is TrainingArguments else f"trl.{kind.__name__}"
+            raise ConfigError(f"unknown key training.{key}" + (f": did you mean training.{near}?" if near else f": see {known}"))
+        if own and key in own.refused:
+            raise ConfigError(f"training.{key} is not for {own.name}, for {own.refused[key]}: remove it")
+        _require_sensible(key, value, kind)
     ours: dict[str, Any] = {
         "output_dir": output,
         "seed": seed,
@@ -38,11 +57,11 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0) ->
         "eval_strategy": "no",
         "disable_tqdm": True,
     }
-    defaults = {"dataloader_pin_memory": torch.cuda.is_available()}
+    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), **(own.defaults(config) if own else {})}
     if config.task.kind == IMAGES:
         ours["remove_unused_columns"] = False  # the model does not know the column `image`; the collator does
     try:
-        arguments = TrainingArguments(**{**defaults, **config.training, **ours})
+        arguments = kind(**{**defaults, **config.training, **ours})
     except (ValueError, TypeError, ImportError) as error:
         hint = " (on a CPU also set training.use_cpu = true)" if "use_cpu" in str(error) else ""
         raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}{hint}") from None
@@ -70,9 +89,9 @@ def spare_devices(config: Config) -> str:
     return f"one of {count} GPUs is used, for a batch shared among them would be another batch: choose it by CUDA_VISIBLE_DEVICES"
 
 
-def _require_sensible(key: str, value: Any) -> None:
+def _require_sensible(key: str, value: Any, kind: type[TrainingArguments]) -> None:
     """The right kind of value, finite, and positive where it must be: transformers would say so in the middle of a round only."""
-    default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
+    default = next(field.default for field in dataclasses.fields(kind) if field.name == key)
     number = isinstance(default, int | float) and not isinstance(default, bool)
     if number and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
         raise ConfigError(f"training.{key} = {value!r}: give a finite number")
@@ -83,8 +102,14 @@ def _require_sensible(key: str, value: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TrainingContext:
-    """What every client of a run shares: settings, task, tokenizer or image processor."""
+    """What every client of a run shares: settings, task, tokenizer or image processor, and a trainer that is not ours."""
 
     config: Config
     task: Task
     processor: Any
+    trainer: PartyTrainer | None = None
+
+    def tokens(self, rows: Rows) -> Dataset:
+        """Rows tokenised; for a trainer that is not ours with their own columns beside."""
+        made = self.task.tokenize(self.processor, rows)
+        return with_columns(made, rows) if self.trainer else made

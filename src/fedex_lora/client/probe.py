@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
 from fedex_lora.client.arguments import TrainingContext
-from fedex_lora.client.training import _trainer
-from fedex_lora.config import IMAGES
+from fedex_lora.client.trainers import CODE
+from fedex_lora.client.training import _trainer, continued
 from fedex_lora.errors import ConfigError, ModelError
 
 
@@ -21,8 +22,11 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
         ConfigError: settings that the trainer refuses, rows longer than the model has positions for.
         ModelError: the model takes something else than the tokenizer or image processor gives, or its loss is not finite.
     """
-    if work.task.kind != IMAGES:
+    if work.task.reads_text:
         require_fitting(model, rows, work)
+    if work.trainer is not None:
+        _require_step(model, rows, work)
+        return
     with _trainer(model, work, 0, rows, None) as trainer:
         try:
             trainer.create_optimizer()
@@ -36,8 +40,8 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
                 loss: Tensor = trainer.compute_loss(model.train(), batch)  # type: ignore[assignment]
             loss.backward()  # type: ignore[no-untyped-call]
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            part = "image processor" if work.task.kind == IMAGES else "tokenizer"
-            mend = "correct preprocessor_config.json" if work.task.kind == IMAGES else "are both of one model?"
+            part = "tokenizer" if work.task.reads_text else "image processor"
+            mend = "are both of one model?" if work.task.reads_text else "correct preprocessor_config.json"
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ModelError(f"{name}: its {part} and its model do not fit together: {reason}: {mend}") from None
         finally:
@@ -45,6 +49,35 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
             model.train(training)
     if not math.isfinite(value := float(loss.detach())):
         raise ModelError(f"{name}: the loss of the untrained model is {value}: is the checkpoint whole? Or set base.dtype = 'float32'")
+
+
+@torch.no_grad()
+def _require_step(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:
+    """One step of a party's own trainer, on a batch with the hardest rows, after which the model is as it was."""
+    name, kept = work.config.local.trainer, {key: one.clone() for key, one in model.named_parameters() if one.requires_grad}
+    few = rows.select(sorted({*_hardest_rows(rows), *range(min(len(rows), 8))}))
+    with torch.enable_grad(), _trainer(model, work, 0, few, None) as trainer:
+        trainer.args.max_steps, trainer.args.dataloader_drop_last = 1, False
+        optimizer = continued(trainer, work.config, 1, None)
+        output = trainer.train()
+        loss = getattr(output, "training_loss", None)
+        if loss is None or trainer.state.global_step < 1:
+            raise ConfigError(f"local.trainer = {name!r}: its train() made no step, or gives no TrainOutput", CODE)
+        if not math.isfinite(loss):
+            raise ConfigError(f"local.trainer = {name!r}: the loss of the untrained model is {loss}", CODE)
+        if work.config.local.optimizer_state == "keep":
+            _require_keepable(optimizer, name)
+        del trainer, optimizer
+    for key, one in model.named_parameters():
+        if key in kept:
+            one.copy_(kept[key])
+
+
+def _require_keepable(optimizer: torch.optim.Optimizer, name: str | None) -> None:
+    state = optimizer.state_dict()["state"]
+    odd = [value for values in state.values() for value in values.values() if not isinstance(value, Tensor | int | float | str | None)]
+    if odd or not state:
+        raise ConfigError(f"local.trainer = {name!r} has an optimiser that cannot be kept: set local.optimizer_state = 'reset'", CODE)
 
 
 def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:
@@ -71,8 +104,11 @@ def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> N
 
 
 def _hardest(rows: Dataset) -> list[dict[str, Any]]:
+    return [rows[row] for row in _hardest_rows(rows)]
+
+
+def _hardest_rows(rows: Dataset) -> list[int]:
     if "input_ids" not in rows.column_names:
-        return [rows[0]]
+        return [0]
     ids = rows["input_ids"]
-    picked = {max(range(len(ids)), key=lambda row: len(ids[row])), max(range(len(ids)), key=lambda row: max(ids[row]))}
-    return [rows[row] for row in sorted(picked)]
+    return sorted({max(range(len(ids)), key=lambda row: len(ids[row])), max(range(len(ids)), key=lambda row: max(ids[row]))})

@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from logging import getLogger
@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
+from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, get_scheduler, logging, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
 
 from fedex_lora.aggregation import derive_seed, get_method
 from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.metrics import argmax_and_loss, first_output, token_loss
-from fedex_lora.errors import TrainingError
+from fedex_lora.client.trainers import CODE, Place, trainer_of_party
+from fedex_lora.config import IMAGES, Config
+from fedex_lora.errors import ConfigError, TrainingError
 from fedex_lora.models.lora import read_model, read_other, set_trained
 from fedex_lora.tasks import collator
 from fedex_lora.types import ClientUpdate
@@ -48,6 +51,7 @@ def local_update(
     work: TrainingContext,
     optimizer_state: Mapping[str, Any] | None = None,
     on_step: StepHook | None = None,
+    place: Place | None = None,
 ) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
     """Train the model, as it stands, for one round.
 
@@ -58,22 +62,19 @@ def local_update(
         work: settings, task, tokenizer or image processor.
         optimizer_state: Adam's moments from the client's last round; None: start anew.
         on_step: told of every step.
+        place: what some trainers need beside model and rows.
 
     Returns:
         The update, and the optimiser's state after it where `local.optimizer_state` is "keep"; both on the CPU, wherever the model is.
 
     Raises:
-        TrainingError: the loss is not finite, or memory ran out.
+        TrainingError: the loss is not finite, or memory ran out; or the party's own trainer failed, or changed what it may not: the model
+            must be built anew then.
     """
     seed, started = derive_seed(work.config.seed, round, client_id), time.perf_counter()
     set_trained(model, get_method(work.config.method).trained(round))
-    with _trainer(model, work, seed, data.train, on_step) as trainer:
-        optimizer = trainer.create_optimizer()
-        if optimizer_state is not None:
-            kept = deepcopy(dict(optimizer_state))  # Adam changes moments in place, and training may fail half-way
-            optimizer.load_state_dict({**kept, "param_groups": _current_rates(kept, optimizer)})
-        if work.config.local.schedule == "run":
-            trainer.lr_scheduler = _run_schedule(trainer, optimizer, round, work.config.rounds)
+    with _trainer(model, work, seed, data.train, on_step, place) as trainer:
+        optimizer = continued(trainer, work.config, round, optimizer_state)
         set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
         try:
             output = trainer.train()
@@ -99,6 +100,31 @@ def local_update(
     return update, state
 
 
+def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Mapping[str, Any] | None) -> torch.optim.Optimizer:
+    """The trainer's optimiser and schedule, as `[local]` has them go on from the last round.
+
+    Raises:
+        ConfigError: a trainer that is not ours has an optimiser or a schedule that cannot.
+    """
+    name, local = config.local.trainer, config.local
+    if local.schedule == "run" and trainer.lr_scheduler is not None:
+        raise ConfigError(f"local.trainer = {name!r} brings its own schedule, and local.schedule = 'run' sets ours: leave out one", CODE)
+    made: Any = trainer.create_optimizer()
+    key, optimizer = "optimizer_state = 'keep'", trainer.optimizer if made is None else made  # those of subclasses may only set it
+    try:
+        if optimizer_state is not None:
+            kept = deepcopy(dict(optimizer_state))  # Adam changes moments in place, and training may fail half-way
+            optimizer.load_state_dict({**kept, "param_groups": _current_rates(kept, optimizer)})
+        if local.schedule == "run":
+            key = "schedule = 'run'"
+            trainer.lr_scheduler = _run_schedule(trainer, optimizer, round, config.rounds)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if name is None:
+            raise
+        raise ConfigError(f"local.trainer = {name!r} does not go with local.{key} ({type(error).__name__}): remove it", CODE) from error
+    return optimizer
+
+
 def evaluate(model: nn.Module, rows: Dataset, work: TrainingContext) -> dict[str, float]:
     """The task's metrics and the loss of the model on tokenised rows, with `rows` their number; nothing for no rows."""
     if not len(rows):
@@ -112,22 +138,38 @@ def evaluate(model: nn.Module, rows: Dataset, work: TrainingContext) -> dict[str
 
 
 @contextmanager
-def _trainer(model: nn.Module, work: TrainingContext, seed: int, rows: Dataset | None, on_step: StepHook | None) -> Iterator[Trainer]:
-    """A Trainer for one call, in a temporary folder that stays empty."""
-    with tempfile.TemporaryDirectory(prefix="fedex-lora-") as folder, warnings.catch_warnings(), _old_objects_left_alone():
+def _trainer(
+    model: nn.Module, work: TrainingContext, seed: int, rows: Dataset | None, on_step: StepHook | None, place: Place | None = None
+) -> Iterator[Trainer]:
+    """A Trainer for one call, in a temporary folder that stays empty: the party's for its rows, ours to measure and by default."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedex-lora-"))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(work.config, folder, seed),
-            train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=collator(work.task.kind, work.processor),
-            compute_metrics=lambda prediction: {**work.task.metrics(first_output(prediction)), **token_loss(prediction, work.task.kind)},
-            preprocess_logits_for_metrics=argmax_and_loss if work.task.kind == "causal-lm" else None,  # type: ignore[arg-type]
-            callbacks=[_Steps(on_step)] if on_step else None,
-        )
+        stack.enter_context(_old_objects_left_alone())
+        if rows is None or work.trainer is None:
+            trainer = _ours(model, work, training_arguments(work.config, folder, seed), rows)
+        else:
+            arguments = training_arguments(work.config, folder, seed, work.trainer)
+            trainer = stack.enter_context(trainer_of_party(work.trainer, model, rows, work.processor, arguments, place))
+        if on_step:
+            trainer.add_callback(_Steps(on_step))
         trainer.remove_callback(PrinterCallback)
         yield trainer
         del trainer
+
+
+def _ours(model: nn.Module, work: TrainingContext, arguments: TrainingArguments, rows: Dataset | None) -> Trainer:
+    if work.task.kind != IMAGES:
+        arguments.remove_unused_columns = True  # what stands beside the tokens is for others
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=collator(work.task.kind, work.processor),
+        compute_metrics=lambda prediction: {**work.task.metrics(first_output(prediction)), **token_loss(prediction, work.task.kind)},
+        preprocess_logits_for_metrics=argmax_and_loss if work.task.kind == "causal-lm" else None,  # type: ignore[arg-type]
+    )
 
 
 @contextmanager
@@ -190,7 +232,8 @@ def _run_schedule(trainer: Trainer, optimizer: torch.optim.Optimizer, round: int
 def silence_libraries() -> None:
     """No progress bars, telemetry or tokenizer threads of the libraries: ours are enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") == "1":
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # read once, when the library is imported; TRL's trainers would tell the hub of each
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right by itself
     getLogger(BITSANDBYTES).setLevel("ERROR")  # int8 layers say at every call that they compute in float16

@@ -1,10 +1,11 @@
 """The configuration: pydantic models read from TOML."""
 
-from fedex_lora.config.reading import flat, nearest, overridden, parse_config, plain_value, put, read_config, write_config
-from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours
-from fedex_lora.config.tables import DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
+from fedex_lora.config.reading import flat, located, nearest, overridden, parse_config, plain_value, put, read_config, write_config
+from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours, trainer_parts
+from fedex_lora.config.tables import CHAT, DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
 
 __all__ = [
+    "CHAT",
     "DEMO",
     "IMAGES",
     "Base",
@@ -20,11 +21,13 @@ __all__ = [
     "base_folder",
     "flat",
     "is_ours",
+    "located",
     "nearest",
     "overridden",
     "parse_config",
     "plain_value",
     "put",
     "read_config",
+    "trainer_parts",
     "write_config",
 ]

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedex_lora.config.run import Config
-from fedex_lora.config.tables import DEMO
+from fedex_lora.config.run import Config, trainer_parts
+from fedex_lora.config.tables import DEMO, WRITTEN
 from fedex_lora.errors import ConfigError, UsageError
 
 WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
@@ -24,7 +24,7 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     clients, training = tree.get("clients", {}), tree.get("training", {})
     if not all(isinstance(table, Mapping) for table in (task, lora, clients, training)):
         return made  # the models say what is wrong
-    read = task.get("kind", "classification") != "causal-lm" and str(task.get("name", "")).startswith(("custom", "glue/"))
+    read = task.get("kind", "classification") not in WRITTEN and str(task.get("name", "")).startswith(("custom", "glue/"))
     ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
     rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
     base = tree.get("base", {})
@@ -91,7 +91,23 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
         task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
         own = {client: absolute(f"clients.data.{client}", file) for client, file in clients.data.items()}
         clients = clients.model_copy(update={"data": {**clients.data, **{name: str(file) for name, file in own.items() if file.is_file()}}})
-    return config.model_copy(update={"base": base, "task": task, "clients": clients})
+    local, folders = config.local, [Path()] if "local.trainer" in given else [folder, Path()]
+    if local.trainer:
+        local = local.model_copy(update={"trainer": located(local.trainer, folders)})
+    return config.model_copy(update={"base": base, "task": task, "clients": clients, "local": local})
+
+
+def located(trainer: str, folders: Sequence[Path]) -> str:
+    """`local.trainer` with the absolute folder of its module, of those named the first that has it; what none has must be installed."""
+    try:
+        folder, module, function = trainer_parts(trainer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    path = Path(*module.split("."))
+    for one in (folders[0] / folder,) if folder else folders:
+        if folder or (one / path.with_suffix(".py")).is_file() or (one / path / "__init__.py").is_file():
+            return f"{os.path.abspath(one)}/{module}:{function}"
+    return f"{module}:{function}"
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

@@ -53,6 +53,36 @@ class Local(ConfigTable):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="Adam's moments start anew each round, or each client keeps its own."
     )
+    trainer: str | None = Field(
+        None,
+        description="What trains instead of `transformers.Trainer`: `package.module:function` of your own, beside the file, in the working "
+        'folder or installed; or "trl:SFTTrainer", "trl:DPOTrainer" (docs/trainers.md). Over Flower each node names its own.',
+    )
+
+    @field_validator("trainer")
+    @classmethod
+    def _is_a_function(cls, value: str | None) -> str | None:
+        if value is not None:
+            trainer_parts(value)
+        return value
+
+
+def trainer_parts(name: str) -> tuple[str, str, str]:
+    """Folder ("" for what is installed), module and function of `[FOLDER/]package.module:function`.
+
+    Raises:
+        ValueError: it is not written so.
+
+    Example:
+        >>> trainer_parts("/srv/ward-a/my_trainer:make")
+        ('/srv/ward-a', 'my_trainer', 'make')
+    """
+    path, _, function = name.rpartition(":")
+    folder, slash, module = path.rpartition("/")
+    module = module.removesuffix(".py")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"local.trainer = {name!r}: write it as package.module:function")
+    return folder or slash, module, function
 
 
 class Truncation(ConfigTable):

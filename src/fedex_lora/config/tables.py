@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 DEMO = "demo"
 IMAGES: Final = "image-classification"
+CHAT: Final = "chat"
+WRITTEN: Final = ("causal-lm", CHAT)  # kinds of custom tasks whose answer is a text, which takes more than a class
 
 
 def base_folder() -> Path:
@@ -92,8 +94,9 @@ class TaskSettings(ConfigTable):
         'and Commonsense170K; "" for no training rows.',
     )
     eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
-    kind: Literal["classification", "regression", "causal-lm", "image-classification"] = Field(
-        "classification", description="custom: what is predicted: a class, a score, a text, the class of an image."
+    kind: Literal["classification", "regression", "causal-lm", "chat", "image-classification"] = Field(
+        "classification",
+        description="custom: what is predicted: a class, a score, a text, what the assistant says in a chat, the class of an image.",
     )
     text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom classification: one or two text columns.")
     image: str | None = Field(
@@ -127,11 +130,11 @@ class TaskSettings(ConfigTable):
     eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
 
     @model_validator(mode="after")
-    def _images_are_for_images(self) -> "TaskSettings":
+    def _kinds_go_with_the_rest(self) -> "TaskSettings":
         if self.image is not None and self.kind != IMAGES:
             raise ValueError(f'task.image is for task.kind = "{IMAGES}", and the kind is {self.kind}: set the kind, or remove task.image')
-        if self.kind == IMAGES and self.name != "custom":
-            raise ValueError(f'task.kind = "{IMAGES}" is for task custom, and the task is {self.name}: set task.name = "custom"')
+        if self.kind in (IMAGES, CHAT) and self.name != "custom":
+            raise ValueError(f'task.kind = "{self.kind}" is for task custom, and the task is {self.name}: set task.name = "custom"')
         return self
 
     @property
@@ -142,7 +145,7 @@ class TaskSettings(ConfigTable):
     @property
     def length(self) -> int:
         """Tokens of a row, at most."""
-        written = self.kind == "causal-lm" or not self.name.startswith(("glue/", "custom"))
+        written = self.kind in WRITTEN or not self.name.startswith(("glue/", "custom"))
         return self.max_length or (1024 if written else 256)
 
 

@@ -13,8 +13,8 @@ from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import evaluate
 from fedex_lora.errors import UsageError
 from fedex_lora.evaluation._generation import generate
-from fedex_lora.evaluation._model import open_source
-from fedex_lora.tasks import load_task, usable
+from fedex_lora.evaluation._model import Opened, open_source
+from fedex_lora.tasks import Generation, Task, load_task, usable
 from fedex_lora.tasks.scoring import write_predictions
 
 
@@ -42,7 +42,8 @@ class Options:
 def evaluate_source(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0) -> dict[str, float]:
     """The task's metrics of a model.
 
-    Tasks with `generation` (`e2e`, `arithmetic/*`, `commonsense/*`) are measured on what the model writes, others on what it predicts.
+    Tasks with `generation` (`e2e`, `arithmetic/*`, `commonsense/*`) are measured on what the model writes, others on what it predicts;
+    chats on both, where `predictions` or `generation` ask for texts.
 
     Args:
         source: see `open_source`.
@@ -60,26 +61,39 @@ def evaluate_source(source: str, settings: config.TaskSettings, options: Options
     """
     if options.predictions and os.path.lexists(options.predictions):
         raise UsageError(f"{options.predictions} exists, and is not overwritten: remove it, or give --predictions elsewhere")
-    task = load_task(settings, seed)
+    task, wanted = load_task(settings, seed), bool(options.generation or options.predictions)
     asked = task.generation
-    if asked is None and (options.generation or options.predictions):
+    if asked is None and wanted:
         raise UsageError(f"task {settings.name} is measured on predictions, not on texts: leave out --generate and --predictions")
     if asked is not None and options.score:
         asked.require()
     opened = open_source(source, task.kind, options.base, **task.model_config)
-    if asked is None:
-        training = {"per_device_eval_batch_size": options.batch_size}
-        work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
-        rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
-        return evaluate(opened.model, rows, work)
-    prompts = asked.prompts(opened.processor, asked.rows)
-    sampling = {**asked.settings, **(options.generation or {})}
-    texts, cut = generate(opened.model, opened.processor, prompts, sampling, options.batch_size, options.tell)
+    numbers = _predicted(opened, task, settings, options) if options.score and (asked is None or asked.asked_for) else {}
+    if asked is None or (asked.asked_for and not wanted):
+        return numbers
+    return numbers | _written(opened, asked, options)
+
+
+def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> dict[str, float]:
+    training = {"per_device_eval_batch_size": options.batch_size}
+    work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
+    rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
+    return evaluate(opened.model, rows, work)
+
+
+def _written(opened: Opened, asked: Generation, options: Options) -> dict[str, float]:
+    """What the model writes, beside what it could have written, and the score of it."""
+    model, tokenizer, rows = opened.model, opened.processor, asked.rows
+    prompts = asked.prompts(tokenizer, rows)
+    references = asked.references(tokenizer, rows) if asked.references else None
+    ends = {"eos_token_id": asked.ends(tokenizer, model)} if asked.ends else {}
+    sampling = {**asked.settings, **ends, **(options.generation or {})}
+    texts, cut = generate(model, tokenizer, prompts, sampling, options.batch_size, options.tell, asked.tokens)
     if not PartialState().is_main_process:
         return {}
     if options.predictions:
-        write_predictions(options.predictions, list(asked.rows[asked.column]), texts)
-    return {**(asked.score(texts, asked.rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
+        write_predictions(options.predictions, list(rows[asked.column]) if asked.column else prompts, texts, references)
+    return {**(asked.score(texts, rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
 
 
 def task_of(source: str, name: str | None, data: Path | None, rows: int | None, file: Path | None = None) -> config.TaskSettings:

@@ -34,16 +34,19 @@ def generate(
     settings: Mapping[str, Any],
     batch_size: int = 16,
     tell: Callable[[int, int], None] | None = None,
+    tokens: Callable[[Any, Sequence[str]], list[list[int]]] = prompt_ids,
 ) -> tuple[list[str], int]:
     """What a causal LM writes after each prompt, up to its end token.
 
     Args:
         model: in evaluation mode; moved to this process's device.
         tokenizer: the model's.
-        prompts: tokenised as in training.
-        settings: fields of `transformers.GenerationConfig`, over `GREEDY`; `max_new_tokens` among them.
+        prompts: what it reads.
+        settings: fields of `transformers.GenerationConfig`, over `GREEDY`; `max_new_tokens` among them. A text ends with the tokenizer's
+            end token, unless they say otherwise.
         batch_size: prompts at once; those of like length go together.
         tell: (done, of how many), in this process.
+        tokens: (tokenizer, prompts) -> their tokens, as in training.
 
     Returns:
         The texts, in the order of the prompts, stripped; and how many prompts had to lose their beginning to fit into the model's context.
@@ -60,15 +63,15 @@ def generate(
     room = (context or 10**9) - config.max_new_tokens
     if room < 1:
         raise UsageError(f"max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in a context of {context}: lower it")
-    tokens = prompt_ids(tokenizer, prompts)
+    asked = tokens(tokenizer, prompts)
     begin = int(
-        tokenizer.bos_token_id is not None and all(ids[:1] == [tokenizer.bos_token_id] for ids in tokens)
+        tokenizer.bos_token_id is not None and all(ids[:1] == [tokenizer.bos_token_id] for ids in asked)
     )  # stays where a prompt is cut
-    order = sorted(range(len(prompts)), key=lambda row: (-len(tokens[row]), row))[state.process_index :: state.num_processes]
+    order = sorted(range(len(prompts)), key=lambda row: (-len(asked[row]), row))[state.process_index :: state.num_processes]
     written = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = [ids if len(ids) <= room else ids[:begin] + ids[len(ids) - room + begin :] for ids in (tokens[row] for row in rows)]
+        batch = [ids if len(ids) <= room else ids[:begin] + ids[len(ids) - room + begin :] for ids in (asked[row] for row in rows)]
         width = max(map(len, batch))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(one)) + one for one in batch], device=state.device)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch], device=state.device)
@@ -78,7 +81,7 @@ def generate(
         written += [(row, text.strip()) for row, text in zip(rows, texts, strict=True)]
         if tell:
             tell(start + len(rows), len(order))
-    return [text for _, text in sorted(gather_object(written))], sum(len(one) > room for one in tokens)
+    return [text for _, text in sorted(gather_object(written))], sum(len(one) > room for one in asked)
 
 
 def _config(settings: Mapping[str, Any], tokenizer: Any) -> GenerationConfig:
@@ -89,6 +92,6 @@ def _config(settings: Mapping[str, Any], tokenizer: Any) -> GenerationConfig:
     if not isinstance(settings.get("max_new_tokens"), int) or settings["max_new_tokens"] < 1:
         raise UsageError("max_new_tokens must be a whole number, one or more")
     try:
-        return GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        return GenerationConfig(**{"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, **settings})
     except (ValueError, TypeError) as error:
         raise UsageError(f"transformers refuses the generation settings: {str(error).splitlines()[0]}") from None

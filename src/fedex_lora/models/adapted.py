@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fedex_lora.models.base_weights import FrozenBase, Where
-from fedex_lora.models.lora import read_model, read_other, write_model
+from fedex_lora.models.lora import format_of, read_model, read_other, write_model
+from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.types import Adapter, Delta
 
 
@@ -35,3 +36,8 @@ class AdaptedModel:
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
         """Copies of the factors and of the other trained tensors, on the CPU."""
         return read_model(self.model), read_other(self.model)
+
+    @property
+    def format(self) -> Format:
+        """How its adapter is written: see `save_result`."""
+        return format_of(self.model)

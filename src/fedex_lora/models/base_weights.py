@@ -1,7 +1,8 @@
 """The frozen base `W0 + D`: D folded into the weight where that is exact, or kept beside it where it is not."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -69,6 +70,16 @@ class FrozenBase:
             if not same_bits(self._now.get(name), base_delta.get(name)):
                 home.set(base_delta.get(name))
         self._now = dict(base_delta)
+
+    @contextmanager
+    def pristine(self) -> Iterator[None]:
+        """The base as it was before it gained anything, within; afterwards what it had gained is there again, to the bit."""
+        now = self._now
+        self.set({})
+        try:
+            yield
+        finally:
+            self.set(now)
 
     @property
     def homes(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The model that a result folder describes: the base, with what it gained, under the adapter."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,21 @@ from typing import Any
 import transformers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import IMAGES, Base
+from fedex_lora.config import IMAGES, Base, nearest
 from fedex_lora.errors import ModelError
 from fedex_lora.models.base_weights import FrozenBase
-from fedex_lora.models.loading import Kind, has_modules, load_base, pad, takes_images
+from fedex_lora.models.loading import Kind, load_base, modules_of, pad, takes_images
 from fedex_lora.models.lora import TASK_TYPES, wrap, write_model
 from fedex_lora.models.resized import resized
 from fedex_lora.storage.adapter_folder import adapter_config
 from fedex_lora.storage.files import FINAL
+from fedex_lora.storage.renaming import find_renaming
 from fedex_lora.storage.result import StoredResult, read_result
+from fedex_lora.types import Adapter
 
 IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
 KINDS: dict[str | None, Kind] = {kind: name for name, kind in TASK_TYPES.items() if kind}
@@ -79,6 +82,9 @@ def build_model(result: StoredResult, base: str | Path | PreTrainedModel) -> tup
         raise ModelError(
             f"a {type(base).__name__} with adapters, or not of transformers, is no base: give its name or folder, or load it anew"
         )
+    result, said = fitted(result, base if isinstance(base, PreTrainedModel) else str(base))
+    if said:
+        warnings.warn(said, stacklevel=3)
     if isinstance(base, PreTrainedModel):
         pad(base, Base(model=base.config._name_or_path or "a model"))
         model: Any = resized(base, result.format.frozen, result.other)
@@ -90,9 +96,8 @@ def build_model(result: StoredResult, base: str | Path | PreTrainedModel) -> tup
         try:
             model = wrap(model, Grounded(**known, fedex_lora_base_delta=result.mark or ""))
         except ValueError as error:
-            raise ModelError(
-                f"this base has not the modules of the adapter: {str(error).splitlines()[0][:200]}: is it another model?"
-            ) from None
+            why = f"{str(error).splitlines()[0][:200]}: is it another model?{_nearest(model, result.adapter)}"
+            raise ModelError(f"this base has not the modules of the adapter: {why}") from None
     frozen = FrozenBase(model)
     fingerprint = result.manifest.get("base_fingerprint")
     if fingerprint is not None and result.adapter and fingerprint != frozen.fingerprint():
@@ -119,7 +124,36 @@ def model_kind(result: StoredResult, name: str) -> Kind:
     if _head_rows(result) and takes_images(Base(model=name)):
         return IMAGES
     candidates: tuple[Kind, ...] = ("features", "causal-lm", "classification")
-    return next((kind for kind in candidates if has_modules(Base(model=name), kind, result.adapter)), "features")
+    return next((kind for kind in candidates if result.adapter.keys() <= modules_of(Base(model=name), kind).keys()), "features")
+
+
+def fitted(result: StoredResult, base: str | PreTrainedModel) -> tuple[StoredResult, str | None]:
+    """A result by the names that a base has for its modules, where the two differ by a wrapper only; and what is to be said of that."""
+    if not result.adapter:
+        return result, None
+    found = modules_of(Base(model=base), model_kind(result, base)) if isinstance(base, str) else dict(base.named_modules())
+    sizes = {name: _sizes(module) for name, module in found.items()}
+    known = {f"{name}.{leaf}" for name, module in found.items() for leaf, _ in module.named_parameters(recurse=False)}
+    rule = find_renaming(result.adapter, sizes, {**result.other, **result.format.frozen}, known, all_of_them=False)
+    return (result.renamed(rule), rule.told("the result")) if rule else (result, None)
+
+
+def _nearest(model: nn.Module, adapter: Adapter) -> str:
+    names = [name for name, _ in model.named_modules()]
+    odd = next((name for name in adapter if name not in names), "")
+    return f" (the nearest to {odd} is {near})" if (near := nearest(odd, names)) else ""
+
+
+def _sizes(module: Any) -> list[tuple[int, int]]:
+    """What shapes an update of a module may have: as it stores its weight, or the other way round; of packed weights as they were."""
+    weight = getattr(module, "weight", None)
+    if hasattr(module, "out_features") and hasattr(module, "in_features"):
+        out, inner = int(module.out_features), int(module.in_features)
+    elif isinstance(weight, Tensor) and weight.ndim > 1:
+        out, inner = len(weight), weight[0].numel()
+    else:
+        return []
+    return [(out, inner), (inner, out)]
 
 
 def _head_rows(result: StoredResult) -> list[int]:

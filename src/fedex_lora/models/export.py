@@ -17,7 +17,7 @@ from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
 from fedex_lora.exactness.algebra import norm
-from fedex_lora.models.build import base_for, build_model, model_kind, new_tokens, read_global
+from fedex_lora.models.build import base_for, build_model, fitted, model_kind, new_tokens, read_global
 from fedex_lora.models.loading import is_encoder
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
@@ -60,6 +60,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
     """
     result = _exportable(source, form, rank)
     name = base or str(result.manifest.get("base_model"))
+    result, said = fitted(result, name)
     whole = concat_adapter(result.adapter, result.base_delta)
     adapter, update_error = (whole, 0.0) if rank is None else _cut(whole, rank)
     facts = {
@@ -88,7 +89,7 @@ def export(source: Path, form: str, out: Path, base: str | None = None, rank: in
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name, out)
     rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
-    return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm}
+    return {"as": form, "out": str(out), "base_model": name, **numbers, **rounds, "vllm": vllm, "notes": [said] if said else []}
 
 
 def _logits_with_and_without(result: StoredResult, name: str) -> tuple[Tensor, Tensor]:
@@ -120,19 +121,26 @@ def _write(folder: Path, form: str, result: StoredResult, adapter: Adapter, name
     format = replace(result.format, config=config, frozen=result.format.frozen if form == "adapter" else {})
     base = base_for(result, name)
     if form == "adapter":
+        _save_processor(result, name, folder)
         write_adapter_folder(folder, adapter, result.other, format)
         return logits(PeftModel.from_pretrained(in_float32(base), folder))  # type: ignore[arg-type]
     gained = {module: pair.low_rank() for module, pair in adapter.items()} if form == "merged" else result.base_delta
     whole: Any = plain_model(base, gained, result.other, tied=not result.adapter)
     where = folder if form == "merged" else folder / BASE
     whole.save_pretrained(where)
-    with contextlib.suppress(ModelError):  # a base without a tokenizer is exported without
-        save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), where)
+    _save_processor(result, name, where)
     reloaded = type(whole).from_pretrained(where)
     if form == "merged":
         return logits(reloaded)
     write_adapter_folder(folder / ADAPTER, result.adapter, result.other, format)
+    _save_processor(result, name, folder / ADAPTER)
     return logits(PeftModel.from_pretrained(reloaded, folder / ADAPTER))
+
+
+def _save_processor(result: StoredResult, name: str, folder: Path) -> None:
+    """The tokenizer with its chat template, or the image processor; a base without one is exported without."""
+    with contextlib.suppress(ModelError):
+        save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), folder)
 
 
 def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:

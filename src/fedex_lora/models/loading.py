@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -119,14 +119,14 @@ def _config(base: Base) -> Any:
         return None
 
 
-def has_modules(base: Base, kind: Kind, names: Iterable[str]) -> bool:
-    """Does a model of this kind, of the base's config, have modules of these paths? (Nothing is loaded.)"""
+def modules_of(base: Base, kind: Kind) -> dict[str, nn.Module]:
+    """The modules of a model of this kind, of the base's config, by their paths; nothing is loaded, and they hold no numbers."""
     try:
         with torch.device("meta"):
             model = getattr(transformers, AUTO[kind]).from_config(_config(base), trust_remote_code=base.trust_remote_code)
     except Exception:  # no such head; whoever loads it says why
-        return False
-    return set(names) <= {name for name, _ in model.named_modules()}
+        return {}
+    return dict(model.named_modules())
 
 
 def takes_images(base: Base) -> bool:

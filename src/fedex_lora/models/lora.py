@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedex_lora.config import IMAGES, Lora
+from fedex_lora.config import IMAGES, Lora, nearest
 from fedex_lora.errors import AdapterError
 from fedex_lora.models.layers import ADAPTER, Layer, copied, is_quantised, layer_of
 from fedex_lora.models.loading import HEADS, Kind, Loaded, head_modules
@@ -180,7 +180,9 @@ def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor])
     layers, parameters = lora_layers(model), other_parameters(model)
     if layers.keys() != adapter.keys() or parameters.keys() != other.keys():
         odd = sorted((layers.keys() ^ adapter.keys()) | (parameters.keys() ^ other.keys()))
-        raise AdapterError(f"the adapter does not fit the model: {odd[0]} ({len(odd)} such) is in one of them only")
+        near = nearest(odd[0], sorted({*layers, *parameters, *adapter, *other} - {odd[0]}))
+        like = f"; the nearest is {near}" if near else ""
+        raise AdapterError(f"the adapter does not fit the model: {odd[0]} ({len(odd)} such) is in one of them only{like}")
     for name, layer in layers.items():
         if layer.rank != adapter[name].rank:
             layer.resize(adapter[name].rank)

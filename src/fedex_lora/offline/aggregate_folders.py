@@ -19,6 +19,7 @@ from fedex_lora.offline.streaming import StreamJob, audit_is_cheap, streamable, 
 from fedex_lora.offline.together import (
     distinct_names,
     one_base,
+    one_naming,
     one_task,
     require_apart,
     require_fits,
@@ -100,9 +101,9 @@ class Outcome:
 def aggregate_folders(
     folders: Sequence[Path],
     out: Path,
-    method: str,
-    weights: Sequence[float] | None,
-    previous: Path | None,
+    method: str = "fedex",
+    weights: Sequence[float] | None = None,
+    previous: Path | None = None,
     truncation: Truncation | None = None,
     keep_updates: bool = True,
     audit: How = "auto",
@@ -139,10 +140,10 @@ def aggregate_folders(
     require_apart(folders, out, parties)
     if parties is not None:
         require_several([1.0] * len(folders) if weights is None else weights)
-    described, like = _described(folders, base)
     if previous is not None and row.client_state:
         raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
     before = None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
+    described, like = _described(folders, base, before)
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
     names = distinct_names(folders)
     files = dict(zip(names, described, strict=True))
@@ -155,23 +156,27 @@ def aggregate_folders(
         "base_model": like.config["base_model_name_or_path"],
         **outcome.numbers(),
         "weights": {name: outcome.weights[name] for name in names},
+        "notes": [one.rule.told(str(folder)) for folder, one in zip(folders, described, strict=True) if one.rule],
         "out": str(out),
         **({"for_parties": str(parties)} if parties else {}),
     }
 
 
-def _described(folders: Sequence[Path], base: str | None) -> tuple[list[AdapterHeader], Format]:
-    """The adapters, which belong together, and how their mean is written."""
+def _described(folders: Sequence[Path], base: str | None, before: StoredResult | None) -> tuple[list[AdapterHeader], Format]:
+    """The adapters, which belong together, by the names of the earlier result or of the first one; and how their mean is written."""
     described = describe_adapter_folders(folders)
     base_model = one_base(folders, [one.folder.base_model for one in described], base)
     if base:
         require_fits(folders, described, base)
     configs = [one.folder.config for one in described]
-    speaker = configs[one_task(folders, configs)]
+    speaker = one_task(folders, configs)
     if any(not config.get("task_type") for config in configs):
-        described = describe_adapter_folders(folders, speaker.get("task_type"))
+        described = describe_adapter_folders(folders, configs[speaker].get("task_type"))
+    rules = one_naming([one.folder for one in described], before)
+    described = [one.renamed(rule) if rule else one for one, rule in zip(described, rules, strict=True)]
+    config = rule.config(configs[speaker]) if (rule := rules[speaker]) else configs[speaker]
     require_same_frozen(folders, [one.folder.format.frozen for one in described], lambda index, name: described[index].tensor(name))
-    return described, replace(described[0].folder.format, config={**speaker, "base_model_name_or_path": base_model})
+    return described, replace(described[0].folder.format, config={**config, "base_model_name_or_path": base_model})
 
 
 def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Format) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fedex_lora.aggregation.lowrank import linear_combination, smallest
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness import measure
-from fedex_lora.offline.together import distinct_names, one_base, require_apart, require_same_frozen, require_several
+from fedex_lora.offline.together import distinct_names, one_base, one_naming, require_apart, require_same_frozen, require_several
 from fedex_lora.storage.handout import for_parties
 from fedex_lora.storage.result import StoredResult, read_result, write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank
@@ -39,6 +39,8 @@ def merge_folders(
     require_apart(folders, out, parties)
     results, names = [read_result(folder) for folder in folders], distinct_names(folders)
     base_model = one_base(folders, [result.manifest.get("base_model") for result in results], base)
+    rules = one_naming(results)
+    results = [result.renamed(rule) if rule else result for result, rule in zip(results, rules, strict=True)]
     require_same_frozen(folders, [one.format.frozen for one in results], lambda index, name: results[index].format.frozen[name])
     _require_at_rest(folders, results)
     totals = [_total(folder, result) for folder, result in zip(folders, results, strict=True)] if weights is None else list(weights)
@@ -77,6 +79,7 @@ def merge_folders(
         "adapter": standalone,
         "max_relative_error": errors.max_relative_error,
         "total_relative_error": errors.total_relative_error,
+        "notes": [rule.told(str(folder)) for folder, rule in zip(folders, rules, strict=True) if rule],
         "out": str(out),
         **({"for_parties": str(parties)} if parties else {}),
     }

@@ -12,8 +12,10 @@ from torch import Tensor
 from fedex_lora.errors import AggregationError, UsageError
 from fedex_lora.models.fingerprint import CONFIG
 from fedex_lora.models.pristine import cached_folder
-from fedex_lora.storage.adapter_folder import AdapterHeader
+from fedex_lora.storage.adapter_folder import AdapterFolder, AdapterHeader
 from fedex_lora.storage.layout import LINEAR
+from fedex_lora.storage.renaming import Renaming, find_renaming, shapes_of
+from fedex_lora.storage.result import StoredResult
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
 ROWS = 4  # of each tensor that are compared
@@ -170,6 +172,13 @@ def _some(path: Path, name: str) -> Tensor | None:
 def _equal(one: Tensor, other: Tensor) -> bool:
     coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(one.to(coarser), other.to(coarser))
+
+
+def one_naming(read: Sequence[AdapterFolder | StoredResult], like: StoredResult | None = None) -> list[Renaming | None]:
+    """For each adapter what gives its modules the names of `like`, or else of the first one; None where they have them, or none fits."""
+    first = like if like and like.adapter else read[0]
+    names, known = shapes_of(first.adapter), {**first.other, **first.format.frozen}
+    return [find_renaming(one.adapter, names, {**one.other, **one.format.frozen}, known) for one in read]
 
 
 def one_task(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedex_lora.aggregation import get_method
 from fedex_lora.errors import StorageError
 from fedex_lora.exactness import algebra, measure
-from fedex_lora.models.build import base_for, build_model
+from fedex_lora.models.build import base_for, build_model, fitted
 from fedex_lora.models.lora import write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.storage.files import MANIFEST, read_manifest, unlisted
@@ -56,8 +56,8 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
             raise StorageError(f"{folder} is of method {result.manifest['method']}, which has no global model: nothing to verify")
         if "inputs" in result.manifest and not (result.updates and result.adapter):
             raise StorageError(f"{folder} holds no clients' LoRA updates, so the ideal cannot be recomputed: nothing to verify")
-        rows.append(_verify_one(folder, result, base))
-        last = result
+        last, said = fitted(result, base) if base else (result, None)
+        rows.append(_verify_one(folder, last, base))
     if not rows:
         raise StorageError(f"every round in {path} was skipped: nothing to verify")
     if final is not None:
@@ -74,7 +74,12 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     if base:
         summary |= {key: algebra.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
-    return summary | {"final": str(final) if final else None, "best_round": best_round(path), "rounds": rows}
+    return summary | {
+        "notes": [said] if said else [],
+        "final": str(final) if final else None,
+        "best_round": best_round(path),
+        "rounds": rows,
+    }
 
 
 def export_form(path: Path) -> str | None:

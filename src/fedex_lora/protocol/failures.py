@@ -41,6 +41,7 @@ WORDS: Final[Mapping[str, str]] = {
     "size": "the message is larger than its node takes",
     "storage": "its own files cannot be read or written",
     "table": "its rows cannot be read",
+    "trainer": "its own trainer does not work, or changed what it may not change",
     "training": "local training failed",
     "worker": "its worker does not answer",
 }

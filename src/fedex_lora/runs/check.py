@@ -1,19 +1,20 @@
-"""`fedex-lora check`: every problem of rows, labels, lengths, duplicates and classes, at each client, in one go; nothing is trained."""
+"""`fedex-lora check`: every problem of rows, labels, lengths, duplicates and classes, at each client, in one go; nothing is trained.
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+What the rows are, problems or none, is shown by `fedex_lora.runs.data`.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from fedex_lora.config import IMAGES, Config
+from fedex_lora.config import Config
 from fedex_lora.config import TaskSettings as Settings
 from fedex_lora.errors import DataError, FedexLoraError, counted
 from fedex_lora.models.processor import load_processor
 from fedex_lora.tasks import Task, custom, load_task, usable
-from fedex_lora.tasks._files import Rows
-from fedex_lora.tasks._rows import lines_of, told
+from fedex_lora.tasks._rows import RowTable, lines_of, told
 from fedex_lora.tasks._templates import text_of
 from fedex_lora.tasks.dealt import dealt
 from fedex_lora.tasks.partition import Indices
@@ -37,9 +38,8 @@ def check(config: Config) -> list[Finding]:
 
     Example:
         >>> from fedex_lora.config import parse_config
-        >>> findings = check(parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}, "clients": {"count": 2}}))
-        >>> [finding.words for finding in findings if finding.words.startswith("client-0")]
-        ['client-0: 540 rows to train on, 60 held out']
+        >>> check(parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}, "clients": {"count": 2}}))
+        []
     """
     found: list[Finding] = []
     try:
@@ -71,11 +71,12 @@ def _rows(settings: Settings) -> Iterator[Finding]:
     for table in (train, held) if held.source != train.source else (train,):
         stops = settings.on_bad_row == "refuse"
         yield from (Finding(f"{table.source}: {told(problem)}", stops) for problem in table.problems)
-    inputs = [column for column in custom.columns(settings) if column != settings.label or settings.kind == "causal-lm"]
-    yield from _repeated(train.rows, inputs, settings)
-    if held.source != train.source and settings.kind != IMAGES:
-        known = set(_keys(train.rows, inputs))
-        both = {key: line for line, key in zip(held.rows.index, _keys(held.rows, inputs), strict=True) if key in known}
+    if not train.inputs:
+        return
+    yield from _repeated(train)
+    if held.source != train.source:
+        known = set(_keys(train))
+        both = {key: line for line, key in zip(held.rows.index, _keys(held), strict=True) if key in known}
         if both:
             count = counted(len(both), "input")
             yield Finding(
@@ -83,36 +84,32 @@ def _rows(settings: Settings) -> Iterator[Finding]:
             )
 
 
-def _repeated(rows: Rows, inputs: Sequence[str], settings: Settings) -> Iterator[Finding]:
-    if settings.kind == IMAGES:
-        return
-    keys = _keys(rows, inputs)
+def _repeated(table: RowTable) -> Iterator[Finding]:
+    rows, keys = table.rows, _keys(table)
     again = [line for line, twice in zip(rows.index, pd.Series(keys, dtype=object).duplicated(), strict=True) if twice]
     if again:
         verb = "repeats" if len(again) == 1 else "repeat"
-        yield Finding(f"{settings.train}: {counted(len(again), 'row')} {verb} the input of another {lines_of(again)}")
-    if settings.kind != "causal-lm":
+        yield Finding(f"{table.source}: {counted(len(again), 'row')} {verb} the input of another {lines_of(again)}")
+    if table.label:
         labels: dict[tuple[str, ...], dict[str, int]] = {}
-        for line, key, label in zip(rows.index, keys, rows[settings.label], strict=True):
+        for line, key, label in zip(rows.index, keys, rows[table.label], strict=True):
             labels.setdefault(key, {}).setdefault(text_of(label), line)
         if torn := [lines for lines in labels.values() if len(lines) > 1]:
             where = lines_of(sorted(line for lines in torn for line in lines.values()))
-            yield Finding(f"{settings.train}: {counted(len(torn), 'input')} with different labels {where}")
+            yield Finding(f"{table.source}: {counted(len(torn), 'input')} with different labels {where}")
 
 
-def _keys(rows: Rows, inputs: Sequence[str]) -> list[tuple[str, ...]]:
-    return [tuple(text_of(cell) for cell in row) for row in rows[list(inputs)].itertuples(index=False)]
+def _keys(table: RowTable) -> list[tuple[str, ...]]:
+    return [tuple(text_of(cell) for cell in row) for row in table.rows[list(table.inputs)].itertuples(index=False)]
 
 
 def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> Iterator[Finding]:
     names: Mapping[int, str] = task.model_config.get("id2label", {})
     rows = task.tokenize(load_processor(config.base, task.kind), task.train)
     settings = config.task.model_copy(update={"on_bad_row": "drop"})
-    for client, (train, held) in parts.items():
-        counts = Counter(names[int(label)] for label in task.classes[train]) if names else Counter[str]()
-        shown = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        yield Finding(f"{client}: {counted(len(train), 'row')} to train on, {len(held)} held out" + (f" ({shown})" if shown else ""))
-        if absent := [name for name in names.values() if name not in counts]:
+    for client, (train, _) in parts.items():
+        present = set(task.classes[train].tolist())
+        if absent := [name for label, name in names.items() if label not in present]:
             yield Finding(
                 f"{client}: no row of class {', '.join(absent[:5])}" + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
             )

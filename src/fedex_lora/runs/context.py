@@ -16,6 +16,7 @@ from fedex_lora.aggregation import server_state as server
 from fedex_lora.aggregation.flatten import flatten_adapter
 from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.probe import check_trainer
+from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.exactness.measure import Exactness
@@ -52,12 +53,19 @@ class ModelContext:
     """
 
     def __init__(self, config: Config, task: Task) -> None:
-        method = get_method(config.method)
-        training_arguments(config)
+        own = find_trainer(config.local.trainer)
+        training_arguments(config, own=own)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         self.config = config
-        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind))
+        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind), trainer=own)
+        self.build()
+
+    def build(self) -> None:
+        """The model as it was before anybody trained it; one that was there is let go."""
+        config, task, method = self.config, self.work.task, get_method(self.config.method)
+        for name in ("adapted", "model", "base"):
+            vars(self).pop(name, None)  # two of them might not fit
         set_seed(config.seed)
         names, folder = list(task.model_config.get("id2label", {}).values()), config.base.start
         start = None if folder is None else read_start(folder, task.kind, config.base.model, method, config.lora, names)
@@ -99,7 +107,7 @@ class GlobalModel:
     def __init__(self, place: ModelContext, ranks: Mapping[str, int]) -> None:
         self.place, self.ranks = place, ranks
         task = place.work.task
-        rows = task.tokenize(place.work.processor, task.eval)
+        rows = place.work.tokens(task.eval)
         self.eval: Dataset
         self.eval, notes = usable(rows, place.config.task, "the rows to measure on")
         self.notes = [*task.notes, *notes]
@@ -152,7 +160,7 @@ class GlobalModel:
         config, place = self.place.config, self.place
         pairs = place.first.values()
         lora = {"rank": max(pair.rank for pair in pairs), "alpha": max(pair.scaling * pair.rank for pair in pairs)} if pairs else {}
-        length = {} if place.work.task.kind == IMAGES else {"max_length": limit(config.task, place.work.processor)}
+        length = {"max_length": limit(config.task, place.work.processor)} if place.work.task.reads_text else {}
         return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
 
     def facts(self, train_rows: Mapping[str, int]) -> dict[str, Any]:

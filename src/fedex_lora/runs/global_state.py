@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +12,20 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import constants
 
 from fedex_lora.client.training import BITSANDBYTES, silence_libraries
 
 
 @contextmanager
 def undone() -> Iterator[None]:
-    """Silence the libraries within; afterwards the environment, warning filters, loggers, progress bars, CPU threads and the states of the
-    random generators are what they were before."""
-    environment, threads = dict(os.environ), torch.get_num_threads()
+    """Silence the libraries within; afterwards the environment, the folders of modules, warning filters, loggers, progress bars, CPU
+    threads and the states of the random generators are what they were before."""
+    environment, threads, folders = dict(os.environ), torch.get_num_threads(), list(sys.path)
     verbosity, level = transformers.logging.get_verbosity(), logging.getLogger(BITSANDBYTES).level
     bars = transformers.logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
     states = random.getstate(), np.random.get_state()
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
     gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     with warnings.catch_warnings(), torch.random.fork_rng(gpus):
         silence_libraries()
@@ -32,6 +35,7 @@ def undone() -> Iterator[None]:
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
+            sys.path[:], constants.HF_HUB_DISABLE_TELEMETRY = folders, telemetry
             torch.set_num_threads(threads)
             transformers.logging.set_verbosity(verbosity)
             logging.getLogger(BITSANDBYTES).setLevel(level)

@@ -1,14 +1,17 @@
 """What trains: a model with the clients' rows in this process; or, in tests, whatever moves factors."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fedex_lora.client.trainers import REFERENCE, Place
 from fedex_lora.client.training import ClientData, evaluate, local_update
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.storage.events import Step
+from fedex_lora.storage.result import safe_name
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 
@@ -19,7 +22,12 @@ class ModelLearner:
         place: the model.
         data: client -> its rows.
         emit: told of training steps.
+
+    Attributes:
+        folder: where clients keep their files, in a folder each; None: nowhere.
     """
+
+    folder: Path | None = None
 
     def __init__(self, place: ModelContext, data: Mapping[str, ClientData], emit: Emit) -> None:
         self.place, self.data, self._emit = place, data, emit
@@ -47,13 +55,19 @@ class ModelLearner:
         return {f"held_out_{name}": value for name, value in metrics.items()}
 
     def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
-        tell = self._emit
-        return local_update(
-            self.place.model,
-            client,
-            round,
-            self.data[client],
-            self.place.work,
-            optimizer,
-            lambda step, steps: tell(Step(round=round, client=client, step=step, steps=steps)),
-        )
+        tell, place = self._emit, self.place
+        try:
+            return local_update(
+                place.model,
+                client,
+                round,
+                self.data[client],
+                place.work,
+                optimizer,
+                lambda step, steps: tell(Step(round=round, client=client, step=step, steps=steps)),
+                Place(place.base, self.folder and self.folder / safe_name(client) / REFERENCE),
+            )
+        except Exception:
+            if place.work.trainer is not None:  # whatever it has done to the model
+                place.build()
+            raise

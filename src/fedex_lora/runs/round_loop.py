@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedex_lora import __version__
-from fedex_lora.config import Config
+from fedex_lora.config import Config, Rules
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.exactness.measure import Exactness, Held
 from fedex_lora.runs.emit import Emit
@@ -58,7 +58,7 @@ class Federation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Gathered:
+class Gathered:
     """What a round's messages brought.
 
     Attributes:
@@ -104,12 +104,13 @@ def _one_round(number: int, here: Checkpoint, server: Server, federation: Federa
     participants = sample(federation.clients, config.clients.fraction, config.seed, number)
     emit(RoundStarted(round=number, clients=participants))
     round = server.open_round(participants)
-    got = _gather(round, federation, config, emit)
+    got = gather(round, federation.exchange, config, emit)
     rejected = [{"client": one.client, "reason": one.reason} for one in round.rejections]
     facts = {**federation.facts, "participants": participants, "refused": rejected}
     facts |= {"momentum": config.server.model_dump(mode="json")} if config.server.moves else {}
     if isinstance(got.ready, Short):
-        ended = _skipped(round, got.ready, config, emit)
+        skip_or_stop(round, got.ready, config, emit)
+        ended = _Ended({"skipped": got.ready.reason}, {"skipped": got.ready.reason}, {}, {}, None)
         here = replace(here, skipped=[*here.skipped, number])
     else:
         measured_by = {client: round.receipts[client].metrics for client in got.ready.clients if client in round.receipts}
@@ -143,13 +144,17 @@ class _Ended(NamedTuple):
     motion: Motion | None
 
 
-def _skipped(round: Round, short: Short, config: Config, emit: Emit) -> _Ended:
-    if config.clients.below_quorum != "skip":
+def skip_or_stop(round: Round, short: Short, rules: Rules, emit: Emit) -> None:
+    """End a round that has too few updates, where the rules say so.
+
+    Raises:
+        TrainingError: the run is to stop.
+    """
+    if rules.clients.below_quorum != "skip":
         hint = "mend that, or lower clients.quorum and clients.min_clients, or set clients.below_quorum"
         raise TrainingError(f"{short.reason}: {hint}")
     round.skip()
     emit(Warned(round=round.number, message=f"the round is skipped: {short.reason.partition(':')[0]}"))
-    return _Ended({"skipped": short.reason}, {"skipped": short.reason}, {}, {}, None)
 
 
 def _closed(round: Round, ready: Complete, result: Result, federation: Federation, emit: Emit) -> _Ended:
@@ -158,14 +163,24 @@ def _closed(round: Round, ready: Complete, result: Result, federation: Federatio
     return _Ended(done, facts, result.aggregate.weights, result.held, result.motion)
 
 
-def _gather(round: Round, federation: Federation, config: Config, emit: Emit) -> _Gathered:
-    """Ask the participants; again those who lacked what their message counts on; and while the quorum is awaited, who has no update."""
-    asked, waits = len(round.participants), config.clients.below_quorum == "wait"
-    spare = math.inf if waits else asked - quorum(config, asked)
+def gather(round: Round, exchange: Exchange, rules: Rules, emit: Emit) -> Gathered:
+    """Ask the participants; again those who lacked what their message counts on; and while the quorum is awaited, who has no update.
+
+    Args:
+        round: that was opened just now.
+        exchange: the transport.
+        rules: of the server; their table `clients` says how long is waited, and for how many.
+        emit: told of each answer.
+
+    Raises:
+        TrainingError: so many clients blame the run's configuration that asking again is of no use.
+    """
+    asked, deadline, waits = len(round.participants), rules.clients.deadline, rules.clients.below_quorum == "wait"
+    spare = math.inf if waits else asked - quorum(rules, asked)
     updates, down, up = dict[str, ClientUpdate](), 0, 0
     for attempt in count():
         messages = round.messages
-        up += listen(round, federation.exchange(messages, config.clients.deadline), config.clients.deadline, emit, updates, spare)
+        up += listen(round, exchange(messages, deadline), deadline, emit, updates, spare)
         down += messages.size
         if round.needs_full and len(round.failed) <= spare:
             round.ask_again(round.needs_full)
@@ -174,11 +189,11 @@ def _gather(round: Round, federation: Federation, config: Config, emit: Emit) ->
         for verdict in ready.rejected:
             tell(verdict, round.number, 0, emit)
         if isinstance(ready, Complete):
-            return _Gathered(ready, [updates[client] for client in ready.clients], down, up)
+            return Gathered(ready, [updates[client] for client in ready.clients], down, up)
         if ready.hopeless:
             raise TrainingError(f"{ready.reason}: asking again is of no use: mend the run's configuration, and begin a new run")
         if not waits:
-            return _Gathered(ready, [], down, up)
+            return Gathered(ready, [], down, up)
         asking, pause = [client for client in round.participants if client not in ready.clients], min(PAUSE, 2.0 ** min(attempt, 10))
         emit(Waiting(round=round.number, clients=asking, since=time.time(), reason=ready.reason, seconds=pause))
         time.sleep(pause)
@@ -189,17 +204,22 @@ def _gather(round: Round, federation: Federation, config: Config, emit: Emit) ->
 def _finish(here: Checkpoint, server: Server, federation: Federation, config: Config, out: Path, emit: Emit) -> None:
     """What comes after the last round: the clients measure the final model, `out/final` is there, and the run is said to be done."""
     held_out = {**here.held_out, config.rounds: _final_held_out(config, server, federation, emit)}
-    if not handed_on(out, config.rounds):
-        if (out / FINAL).exists():
-            remove(out, FINAL)
-        with for_parties(round_folder(out, config.rounds), out / FINAL, leaves=False):
-            pass
+    hand_on(out, config.rounds)
     federation.finish(here.state, out)
     if words := learnt_nothing(held_out, federation.facts):
         emit(Warned(round=config.rounds, message=words))
     best = best_of(held_out, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
     emit(RunDone(rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {})))
+
+
+def hand_on(out: Path, last: int) -> None:
+    """Make `out/final` what the last round left."""
+    if not handed_on(out, last):
+        if (out / FINAL).exists():
+            remove(out, FINAL)
+        with for_parties(round_folder(out, last), out / FINAL, leaves=False):
+            pass
 
 
 def handed_on(out: Path, last: int) -> bool:

@@ -51,7 +51,8 @@ class LocalSimulation:
         require_consistent(config, len(parts))
         place = ModelContext(config, task)
         rows, notes = _rows(place, parts)
-        self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit)), emit
+        self._learner = ModelLearner(place, rows, emit)
+        self.pool, self._emit = ClientPool(config, self._learner), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
             emit(Warned(message=note))  # for the console: events say nothing of rows
@@ -83,6 +84,7 @@ class LocalSimulation:
                 bases[version] = load_base_delta(folder) if folder.exists() else None
             return bases[version]
 
+        self._learner.folder = out / "clients"
         self.pool.remember_in(out / "clients", base_of)
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
@@ -97,7 +99,7 @@ class LocalSimulation:
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
     """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
-    train, config = place.work.task.tokenize(place.work.processor, place.work.task.train), place.config
+    train, config = place.work.tokens(place.work.task.train), place.config
     if get_method(place.config.method).centralised:
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
         parts = {CENTRAL_CLIENT: (together[0], together[1])}

@@ -14,6 +14,7 @@ from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
+from fedex_lora.storage.renaming import Renaming
 from fedex_lora.storage.safetensors_io import Entry, TensorTable, file_identity, read_table, read_tensor
 from fedex_lora.storage.tensors import load_tensors, save_tensors
 from fedex_lora.types import Adapter, Delta, LoRAPair
@@ -34,6 +35,10 @@ class Format:
     config: Mapping[str, Any]
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def renamed(self, rule: Renaming) -> "Format":
+        """For modules of other names."""
+        return Format(config=rule.config(self.config), layouts=rule.keys(self.layouts), frozen=rule.keys(self.frozen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,10 @@ class AdapterFolder:
         """The base delta that it says it stands on."""
         return self.config.get(MARK) or None
 
+    def renamed(self, rule: Renaming) -> "AdapterFolder":
+        """The same with other names."""
+        return AdapterFolder(adapter=rule.keys(self.adapter), other=rule.keys(self.other), format=self.format.renamed(rule))
+
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
     """Read a PEFT LoRA adapter.
@@ -83,12 +92,20 @@ class AdapterHeader:
         folder: as `read_adapter_folder` gives it, with tensors that have a shape and no numbers.
         entries: where each tensor lies, by its name in the model.
         identity: of the file when it was described (`safetensors_io.file_identity`).
+        rule: what has given other names to the file's; its configuration stays as it is.
     """
 
     path: Path
     folder: AdapterFolder
     entries: Mapping[str, Entry]
     identity: tuple[int, ...] | None = None
+    rule: Renaming | None = None
+
+    def renamed(self, rule: Renaming) -> "AdapterHeader":
+        """The same file, read by other names."""
+        folder = self.folder.renamed(rule)
+        kept = replace(folder, format=replace(folder.format, config=self.folder.config))
+        return replace(self, folder=kept, entries=rule.keys(self.entries), rule=rule)
 
     def factor(self, module: str, part: str) -> Entry:
         """A or B of a linear layer."""
@@ -100,7 +117,8 @@ class AdapterHeader:
 
     def read(self) -> AdapterFolder:
         """All of it, read."""
-        return _parsed(self.path.parent, self.folder.config, load_tensors(self.path)[0])
+        read = _parsed(self.path.parent, self.folder.config, load_tensors(self.path)[0])
+        return read.renamed(self.rule) if self.rule else read
 
     def require_unchanged(self) -> None:
         """What has been read since is what was described.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedex_lora.storage.adapter_folder import (
 )
 from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
 from fedex_lora.storage.motion import motion_tensors, read_motion
+from fedex_lora.storage.renaming import Renaming, find_renaming, shapes_of
 from fedex_lora.storage.run_folder import run_rounds_of
 from fedex_lora.storage.tensors import Tensors, delta_tensors, load_delta, load_tensors, not_finite, save_delta, save_tensors
 from fedex_lora.storage.updates import UPDATES, keep_adapters, read_updates, save_update
@@ -29,6 +30,7 @@ from fedex_lora.types import Adapter, ClientUpdate, Delta, LoRAPair, Motion, Ser
 
 TRAINABLE, STANDALONE, HELD = "trainable", "adapter", "held"
 DELTA, PREVIOUS, MOTION, WHOLE = (f"{name}.safetensors" for name in ("base_delta", "previous_delta", "motion", "model"))
+MOVED = ("adapter", "change", "other", "other_change")  # what a motion has by names of modules and tensors
 README = """# Only right on top of the base delta
 
 This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, round {round}) go on with. The run also changed the
@@ -73,6 +75,20 @@ class StoredResult:
     def mark(self) -> str | None:
         """What adapters trained on top of it say in their `adapter_config.json`; None where the base gained nothing."""
         return str(self.manifest["files"][DELTA]) if self.base_delta else None
+
+    def renamed(self, rule: Renaming) -> "StoredResult":
+        """The same with other names of modules."""
+        moved: dict[str, Any] = {key: rule.keys(getattr(self.motion, key)) for key in MOVED if self.motion}
+        return replace(
+            self,
+            **{key: rule.keys(getattr(self, key)) for key in ("adapter", "base_delta", "other", "previous_delta")},
+            held={client: rule.keys(delta) for client, delta in self.held.items()},
+            motion=self.motion and replace(self.motion, **moved),
+            updates=[rule.update(update) for update in self.updates],
+            standalone=self.standalone and self.standalone.renamed(rule),
+            manifest={**self.manifest, **({"frozen": [*map(rule, self.manifest["frozen"])]} if "frozen" in self.manifest else {})},
+            format=self.format.renamed(rule),
+        )
 
 
 def write_result(
@@ -188,7 +204,7 @@ def read_result(folder: Path, check: bool = True) -> StoredResult:
         other, _ = load_tensors(folder / WHOLE)
     previous = folder / PREVIOUS
     weights = {entry["client"]: entry["weight"] for entry in inputs}
-    updates = read_updates(folder, weights)
+    updates = [_named_alike(update, adapter, other) for update in read_updates(folder, weights)]
     if updates and {update.client_id for update in updates} != weights.keys():
         raise StorageError(f"{folder} names other clients in its manifest than in its updates: copy the folder again")
     if not all(isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()):
@@ -208,6 +224,12 @@ def read_result(folder: Path, check: bool = True) -> StoredResult:
     )
     _require_finite(folder, result)
     return result
+
+
+def _named_alike(update: ClientUpdate, adapter: Adapter, other: Mapping[str, Tensor]) -> ClientUpdate:
+    """An adapter that was kept as it came, by the names of the result."""
+    rule = find_renaming(update.adapter, shapes_of(adapter), update.other, other)
+    return rule.update(update) if rule else update
 
 
 def _require_finite(folder: Path, result: StoredResult) -> None:

@@ -20,7 +20,7 @@ _TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|motion
 _RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
 _OURS = re.compile(
     rf"{CONFIG}|{EVENTS}|run-id|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
-    rf"|{CLIENTS}(/[^/]+(/(memory\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
+    rf"|{CLIENTS}(/[^/]+(/((memory|reference)\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
 )
 
 

@@ -10,6 +10,7 @@ from transformers import EvalPrediction
 IGNORED = -100  # the label that transformers leaves out of the loss
 FULL = "full_length"  # a column: tokens of a row before it was cut
 UNKNOWN = "unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
+TORN = "torn"  # a column: is a row's prompt, when it stands alone, of other tokens?
 ANCHORS = ("=", "\n", "a")  # a completion is tokenised behind one of them where its own prompt's last token would change
 
 
@@ -27,7 +28,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
     A begin token that the prompt holds already is not put in front again.
     """
-    whole, plain = _ids(tokenizer, prompts, True), _ids(tokenizer, prompts, False)
+    whole, plain = _ids(tokenizer, prompts, True), plain_ids(tokenizer, prompts)
     begin = tokenizer.bos_token_id
     made = []
     for ids, own in zip(whole, plain, strict=True):
@@ -43,8 +44,8 @@ def completion_ids(tokenizer: Any, prompts: Sequence[str], completions: Sequence
     The text of both is tokenised as one; where that would change the prompt's own tokens, which generation sees as they are, the completion
     is tokenised behind an anchor whose tokens it leaves alone.
     """
-    plain = _ids(tokenizer, prompts, False)
-    both = _ids(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], False)
+    plain = plain_ids(tokenizer, prompts)
+    both = plain_ids(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
     return [
         whole[len(own) :] if whole[: len(own)] == own and len(whole) > len(own) else _behind_anchor(tokenizer, completion)
         for own, whole, completion in zip(plain, both, completions, strict=True)
@@ -53,10 +54,15 @@ def completion_ids(tokenizer: Any, prompts: Sequence[str], completions: Sequence
 
 def _behind_anchor(tokenizer: Any, completion: str) -> list[int]:
     for anchor in ANCHORS:
-        own, whole = _ids(tokenizer, [anchor, anchor + completion], False)
+        own, whole = plain_ids(tokenizer, [anchor, anchor + completion])
         if whole[: len(own)] == own and len(whole) > len(own):
             return whole[len(own) :]
-    return _ids(tokenizer, [completion], False)[0]
+    return plain_ids(tokenizer, [completion])[0]
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Each text's tokens and no others: none that the tokenizer puts around a text."""
+    return _ids(tokenizer, texts, False)
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -81,11 +87,15 @@ def tokenize_completions(tokenizer: Any, prompts: Sequence[str], completions: Se
     """
     tail = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     heads, answers = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, prompts, completions)
+    both = zip(heads, answers, strict=True)
+    return token_rows(tokenizer, [([*head, *answer, *tail], [IGNORED] * len(head) + [*answer, *tail]) for head, answer in both], max_length)
+
+
+def token_rows(tokenizer: Any, made: Sequence[tuple[list[int], list[int]]], max_length: int) -> Dataset:
+    """Tokens and labels of each row, cut at the right end; its columns are those of `tokenize_completions`."""
     rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], FULL: [], UNKNOWN: []}
     unknown = unknown_id(tokenizer)
-    for head, answer in zip(heads, answers, strict=True):
-        ids = [*head, *answer, *tail]
-        labels = [IGNORED] * len(head) + [*answer, *tail]
+    for ids, labels in made:
         rows["input_ids"].append(ids[:max_length])
         rows["attention_mask"].append([1] * min(len(ids), max_length))
         rows["labels"].append(labels[:max_length])

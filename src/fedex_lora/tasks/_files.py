@@ -27,6 +27,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from datasets import load_dataset
@@ -149,6 +150,8 @@ def _cell(value: Any) -> Any:
     """A cell as text; no value as None; bytes, lists and objects as they are, with numbers in them."""
     if isinstance(value, str):
         return str(value)
+    if isinstance(value, np.ndarray):  # a list, as the hub's frames have it
+        return _number(value)
     if isinstance(value, bool | int | float):
         return None if value != value else json.dumps(value)  # not a number: what a frame has for no value
     if isinstance(value, dict):
@@ -165,6 +168,7 @@ def _number(value: Any) -> Any:
         return json.loads(value)
     if isinstance(value, dict):
         return {name: _number(inner) for name, inner in value.items()}
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     return [_number(inner) for inner in value] if isinstance(value, list) else value
 
 

@@ -26,6 +26,27 @@ class Problem:
     rows: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """A file's rows, with what is wrong with single ones.
+
+    Attributes:
+        source: its name.
+        rows: with lines as index.
+        problems: in the order in which they are told.
+        inputs: columns that say what a row is about, for comparing rows; none where that cannot be told.
+        label: the column with the answer, where one input has only one right answer.
+        notes: what is to be said of the file.
+    """
+
+    source: str
+    rows: Rows
+    problems: Sequence[Problem]
+    inputs: Sequence[str] = ()
+    label: str | None = None
+    notes: Sequence[str] = ()
+
+
 def found(code: str, words: str, rows: Rows, bad: Iterable[bool]) -> list[Problem]:
     """One problem, if some rows have it."""
     lines = tuple(int(line) for line, is_bad in zip(rows.index, bad, strict=True) if is_bad)
@@ -49,7 +70,7 @@ def outside(rows: Rows, column: str, classes: Sequence[str]) -> list[Problem]:
     folded = {name.strip().casefold(): name for name in classes}
     near = {value: config.nearest(value.strip().casefold(), list(folded), 0.7) for value in values}
     shown = [f"{value!r}, did you mean {folded[like]!r}?" if (like := near[value]) else repr(value) for value in values]
-    return found("label", f"a label outside {list(classes)} ({_some(shown)})", rows, bad)
+    return found("label", f"a label outside {list(classes)} ({some(shown)})", rows, bad)
 
 
 def usable_rows(rows: Rows, source: str, problems: Sequence[Problem], on_bad_row: str) -> tuple[Rows, list[str]]:
@@ -88,10 +109,11 @@ def told(problem: Problem) -> str:
 
 def lines_of(rows: Sequence[int]) -> str:
     """Some of a file's lines, in brackets."""
-    return f"(line {_some([str(row) for row in rows])})"
+    return f"(line {some([str(row) for row in rows])})"
 
 
-def _some(values: Sequence[str]) -> str:
+def some(values: Sequence[str]) -> str:
+    """The first of the values, and how many more there are."""
     return ", ".join(values[:SHOWN]) + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
 
 

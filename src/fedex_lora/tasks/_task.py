@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import FULL, IGNORED, UNKNOWN, completion_metrics, tokenize_completions, unknown_id
+from fedex_lora.tasks._completions import FULL, IGNORED, TORN, UNKNOWN, completion_metrics, prompt_ids, tokenize_completions, unknown_id
 from fedex_lora.tasks._files import Rows
 
 Array: TypeAlias = NDArray[Any]
@@ -28,7 +28,11 @@ class Generation:
         score: (texts, rows) -> name -> number; a text without an answer counts as wrong, and is counted in `unanswered`.
         settings: fields of `transformers.GenerationConfig`; repeated n-grams are those of the written text only.
         require: raises, before anything is generated, where `score` could not be computed here.
-        column: of `rows`, what a text is an answer to.
+        column: of `rows`, what a text is an answer to; None: to the prompt.
+        tokens: (tokenizer, prompts) -> the tokens of each.
+        ends: (tokenizer, model) -> tokens that end a text; None: the tokenizer's end token.
+        references: (tokenizer, rows) -> what could be written, to stand beside it.
+        asked_for: the task is measured on predictions, and writes only where it is asked to.
     """
 
     rows: Rows
@@ -36,7 +40,11 @@ class Generation:
     score: Callable[[list[str], Rows], dict[str, float]]
     settings: Mapping[str, Any]
     require: Callable[[], None]
-    column: str
+    column: str | None
+    tokens: Callable[[Any, Sequence[str]], list[list[int]]] = prompt_ids
+    ends: Callable[[Any, Any], list[int]] | None = None
+    references: Callable[[Any, Rows], list[str]] | None = None
+    asked_for: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +77,11 @@ class Task:
     generation: Generation | None = None
     notes: Sequence[str] = ()
     lines: Sequence[int] = ()
+
+    @property
+    def reads_text(self) -> bool:
+        """Does a tokenizer make its rows into inputs?"""
+        return self.kind != config.IMAGES
 
     def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
         """The same task with at most so many rows, drawn at random and kept in their order."""
@@ -110,13 +123,20 @@ def written_task(
         classes: see `Task`; by default all rows are of one.
         more: of `Task`.
     """
+
+    def tokenize(tokenizer: Any, rows: Rows) -> Dataset:
+        return tokenize_completions(tokenizer, prompts(tokenizer, rows), completions(rows), limit(settings, tokenizer))
+
+    return causal_task(rows, tokenize, classes, **more)
+
+
+def causal_task(rows: tuple[Rows, Rows], tokenize: Callable[[Any, Rows], Dataset], classes: Array | None = None, **more: Any) -> Task:
+    """The task of a causal LM with labels on what it must say; see `written_task` and `Task`."""
     return Task(
         kind="causal-lm",
         train=rows[0],
         eval=rows[1],
-        tokenize=lambda tokenizer, rows: tokenize_completions(
-            tokenizer, prompts(tokenizer, rows), completions(rows), limit(settings, tokenizer)
-        ),
+        tokenize=tokenize,
         metrics=completion_metrics,
         headline="loss",
         model_config={},
@@ -169,6 +189,13 @@ def usable(rows: Dataset, settings: config.TaskSettings, source: str) -> tuple[D
         notes.append(
             f"{source}: {unknown:.0%} of the tokens in these rows are unknown to this tokenizer: is it of this language, or of this model?"
         )
+    if TORN in rows.column_names:
+        torn, rows = sum(rows[TORN]), rows.remove_columns([TORN])
+        if torn:
+            notes.append(
+                f"{source}: in {torn} of {len(rows)} rows what asks for the answer has other tokens when no answer follows, so the model "
+                "will be asked in another way than it learns: use a chat template of this tokenizer's family"
+            )
     rows, room = rows.remove_columns([FULL, UNKNOWN]), f"task.max_length = {settings.max_length or int(lengths.max())}"
     if isinstance(rows[0]["labels"], list):  # of a token each
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])

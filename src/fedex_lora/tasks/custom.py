@@ -1,4 +1,5 @@
-"""Your own rows: classes or scores of texts, classes of images, or a causal LM with a prompt template and the loss on the completion only.
+"""Your own rows: classes or scores of texts, classes of images, chats (see `chat`), or a causal LM with a prompt template and the loss on
+the completion only.
 
 A configuration and a row of its file::
 
@@ -14,8 +15,8 @@ A configuration and a row of its file::
     "name[The Vaults], eatType[pub]",The Vaults is a pub.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,26 +30,12 @@ from fedex_lora.models.processor import require_pillow
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
 from fedex_lora.tasks._metrics import measuring
-from fedex_lora.tasks._rows import Problem, alike, classes_of, empty, found, outside, require_columns, usable_rows
+from fedex_lora.tasks._rows import Problem, RowTable, alike, classes_of, empty, found, outside, require_columns, usable_rows
 from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
 from fedex_lora.tasks._templates import columns_of, filled, text_of
+from fedex_lora.tasks.chat import chat_table, chat_task
 
 SCORES = "set task.kind = 'regression' for scores, or name all classes in task.labels"
-
-
-@dataclass(frozen=True, eq=False)
-class RowTable:
-    """A file's rows, with what is wrong with single ones.
-
-    Attributes:
-        source: its name.
-        rows: with lines as index.
-        problems: in the order in which they are told.
-    """
-
-    source: str
-    rows: Rows
-    problems: Sequence[Problem]
 
 
 def load(settings: config.TaskSettings) -> Task:
@@ -63,8 +50,8 @@ def load(settings: config.TaskSettings) -> Task:
     for table in row_tables(settings):
         rows, said = usable_rows(table.rows, table.source, table.problems, settings.on_bad_row)
         kept.append(rows)
-        notes += said
-    kinds = {"regression": _regression, "causal-lm": _causal_lm}
+        notes += [*(note for note in table.notes if note not in notes), *said]
+    kinds = {"regression": _regression, "causal-lm": _causal_lm, config.CHAT: chat_task}
     train, held = (rows.reset_index(drop=True) for rows in kept)
     return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
 
@@ -79,19 +66,22 @@ def row_tables(settings: config.TaskSettings) -> tuple[RowTable, RowTable]:
         raise DataError("task custom needs task.train and task.eval: files (jsonl, json, csv, tsv, parquet) or HUB_NAME:SPLIT")
     if settings.kind == config.IMAGES:
         require_pillow()
+    chats = settings.kind == config.CHAT
     sources = {str(source): read_rows(str(source), settings.data) for source in (settings.train, settings.eval)}
-    for source, rows in sources.items():
-        require_columns(rows, columns(settings), source)
-    classes = class_names(settings, sources[settings.train])
-    made = {source: RowTable(source, rows, _problems(settings, rows, classes)) for source, rows in sources.items()}
+    made = {source: chat_table(source, rows) for source, rows in sources.items()} if chats else _tables(settings, sources)
     return made[settings.train], made[settings.eval]
 
 
-def columns(settings: config.TaskSettings) -> list[str]:
-    """The columns that a task reads."""
-    if settings.kind == "causal-lm":
-        return list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)]))
-    return [settings.image or "image", settings.label] if settings.kind == config.IMAGES else [*settings.text, settings.label]
+def _tables(settings: config.TaskSettings, sources: Mapping[str, Rows]) -> dict[str, RowTable]:
+    """The files of any kind but chats."""
+    written, images = settings.kind == "causal-lm", settings.kind == config.IMAGES
+    inputs = list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)])) if written else settings.text
+    label = None if written else settings.label
+    for source, rows in sources.items():
+        require_columns(rows, [*([settings.image or "image"] if images else inputs), *([label] if label else [])], source)
+    classes = class_names(settings, sources[str(settings.train)])
+    compared = [] if images else inputs
+    return {source: RowTable(source, rows, _problems(settings, rows, classes), compared, label) for source, rows in sources.items()}
 
 
 def class_names(settings: config.TaskSettings, train: Rows) -> list[str]:

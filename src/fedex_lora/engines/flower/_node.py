@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora.client.arguments import spare_devices
+from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
-from fedex_lora.engines.flower._log import left, log_failure, log_of
+from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
 from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
@@ -23,6 +24,7 @@ from fedex_lora.runs.clients import FILE, ClientPool
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
+from fedex_lora.runs.party_log import left, log_failure
 from fedex_lora.storage.result import safe_name
 from fedex_lora.storage.run_folder import locked
 from fedex_lora.tasks import Task, load_task, usable
@@ -81,7 +83,8 @@ class Node:
                     f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
-            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
+            learner = ModelLearner(place, {request.client: data}, self._emit)
+            learner.folder, pool = folder, ClientPool(place.config, learner, alone=True)
             _remember(pool, folder, mine / FILE)
             return pool.answer(request.client, request.payload)
 
@@ -104,6 +107,8 @@ class Node:
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
             data = _rows(place, request.client, parts, log)
+            if place.work.trainer is not None:
+                check_trainer(place.model, data.train, place.work)
             log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
             self._made = (key, place, data)
         return self._made[1], self._made[2]
@@ -111,8 +116,6 @@ class Node:
 
 def _held(data: ClientData, labels: Sequence[object], task: Task) -> str:
     rows = f"{len(data.train)} rows to train on, {len(data.held_out)} held out"
-    if task.kind == "causal-lm":
-        return rows
     names = dict(enumerate(labels)) or task.model_config.get("id2label", {})
     classes = Counter(names.get(label, label) for label in data.train["labels"]) if task.model_config.get("num_labels", 1) > 1 else {}
     return rows + "".join(f", {count} of class {name}" for name, count in sorted(classes.items(), key=str))
@@ -146,7 +149,7 @@ def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, I
         mine, held = parts[client]
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
-    rows = task.tokenize(place.work.processor, task.train.iloc[[*mine, *held]].reset_index(drop=True))
+    rows = place.work.tokens(task.train.iloc[[*mine, *held]].reset_index(drop=True))
     (train, notes), (measured, _) = (
         usable(rows.select(np.arange(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedex_lora.config import DEMO, Config, nearest
+from fedex_lora.config import DEMO, Config, located, nearest
 from fedex_lora.errors import ConfigError
 
 SIMULATION = ("partition-id", "num-partitions")  # Flower's own keys: in a simulation all rows are on this machine
@@ -29,6 +29,7 @@ class NodeSettings:
         max_rows: train on no more rows than this.
         max_megabytes: refuse a message that is larger.
         trust_remote_code: let the base run code of its own, if the run says so too.
+        trainer: what this party trains with (`local.trainer`); a folder in front is better absolute.
         rows: "own", or "dealt": this party's share of the rows that the run's configuration names (experiments on one machine).
     """
 
@@ -43,6 +44,7 @@ class NodeSettings:
     max_rows: int = 0
     max_megabytes: float = 4096.0
     trust_remote_code: bool = False
+    trainer: str = ""
     rows: str = "own"
 
     def deals(self, config: Config) -> bool:
@@ -59,12 +61,13 @@ class NodeSettings:
         """The run's configuration on this party's machine: what the server says of paths and code does not count here.
 
         Raises:
-            ConfigError: this party has not said where its rows are, or the run has not said which classes there are.
+            ConfigError: this party has not said where its rows are or with what it trains, or the run has not said which classes there are.
         """
         base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
         base |= {"model": self.model} if self.model else {}
         base |= {"start": Path(self.start)} if self.start else {}
         config = config.model_copy(update={"base": config.base.model_copy(update=base)})
+        config = config.model_copy(update={"local": config.local.model_copy(update={"trainer": self._trainer(config)})})
         if self.threads:
             config = config.model_copy(update={"torch_threads": self.threads})
         if self.deals(config):
@@ -80,6 +83,16 @@ class NodeSettings:
         train = self.train or Path(config.task.train or "").name or None
         task = config.task.model_copy(update={"data": Path(self.data), "train": train, "eval": train, "train_rows": self.max_rows or None})
         return config.model_copy(update={"task": task})
+
+    def _trainer(self, config: Config) -> str | None:
+        """This party's own, never the server's; but ours is no substitute for another."""
+        if config.local.trainer and not self.trainer:
+            raise ConfigError(
+                f"this run is trained by {config.local.trainer}, and this node has not said that it does: start it with "
+                "--node-config 'trainer=\"trl:SFTTrainer\"' or a function of its own",
+                "settings",
+            )
+        return located(self.trainer, [Path.cwd()]) if self.trainer else None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
     took = time.perf_counter() - began
     tell(f"done in {took:.0f} s; now a SuperLink with TLS and {len(clients)} SuperNodes with registered keys, logs in {root / 'logs'}")
     write_app(root / "app", config, str(root / "deployed"), [])
-    with local_deployment(root, clients, {client: {"rows": "dealt"} for client in clients}) as deployment:
+    node = {"rows": "dealt", **({"trainer": config.local.trainer} if config.local.trainer else {})}
+    with local_deployment(root, clients, dict.fromkeys(clients, node)) as deployment:
         began = time.perf_counter()
         status = deployment.finish(deployment.submit(root / "app"), root / "deployed", seconds)
         result = {"seconds_in_process": took, "seconds_deployed": time.perf_counter() - began, **bytes_sent(root / "deployed", status)}

@@ -5,13 +5,14 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedex_lora.engines.flower._log import log_failure, log_of
+from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of, encode_failure
+from fedex_lora.runs.party_log import log_failure
 
 
 def client_app(config: Path) -> ClientApp:

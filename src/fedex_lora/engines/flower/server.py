@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Iterator, Mapping
-from logging import INFO, WARNING
+from logging import INFO
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,18 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedex_lora.client.arguments import without_trainer
 from fedex_lora.config import Config, read_config
 from fedex_lora.engines.flower._exchange import GridExchange
 from fedex_lora.engines.flower._settings import run_settings
 from fedex_lora.engines.flower.app_folder import require_federated
 from fedex_lora.runs.context import GlobalModel, ModelContext
+from fedex_lora.runs.emit import log_line
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import ranks_of, run
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.storage.events import ClientDone, ClientRejected, Event, Finished, Resumed, RoundDone, Started, Waiting, Warned
+from fedex_lora.storage.events import Event
 from fedex_lora.storage.files import write_text
 from fedex_lora.tasks import load_task
 from fedex_lora.tasks.dealt import dealt
@@ -61,6 +63,9 @@ class Deployment:
 
     def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
         require_federated(config, names)
+        if config.local.trainer:
+            log(INFO, "local.trainer is each party's own word: a node that has not said trainer= does not train")
+        config = without_trainer(config)
         task, parts = (load_task(config.task, config.seed), {}) if names else dealt(config)
         self._rows = dict.fromkeys(names, 0) or {client: len(mine) for client, (mine, _) in parts.items()}
         require_consistent(config, len(self._rows))
@@ -92,21 +97,5 @@ class Deployment:
 
 def narrate(event: Event) -> None:
     """Events as lines of Flower's log."""
-    match event:
-        case Warned(message=message):
-            log(WARNING, "%s", message)
-        case ClientRejected(client=client, reason=reason):
-            log(WARNING, "client %s is rejected: %s", client, reason)
-        case Waiting(clients=clients, reason=reason):  # without a reason a round takes its time, which is no trouble
-            log(WARNING if reason else INFO, "waiting for %s", ", ".join(clients))
-        case Started(method=method, rounds=rounds, clients=clients):
-            log(INFO, "%s: %d rounds, clients %s", method, rounds, ", ".join(clients))
-        case Finished():
-            log(INFO, "all rounds are there: nothing is left to do")
-        case Resumed(round=number, rounds=rounds):
-            log(INFO, "resuming with round %d of %d", number, rounds)
-        case ClientDone(round=number, client=client, bytes_up=size):
-            log(INFO, "round %d: %s answered, %.2f MB", number, client, (size or 0) / 1e6)
-        case RoundDone(round=number, metrics=metrics, exactness_error=error, seconds=seconds):
-            numbers = ({} if error is None else {"exactness error": error}) | metrics
-            log(INFO, "round %d done: %s; %.1f s", number, ", ".join(f"{name} {value:.3g}" for name, value in numbers.items()), seconds)
+    if line := log_line(event):
+        log(line[0], "%s", line[1])

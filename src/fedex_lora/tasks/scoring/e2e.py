@@ -138,12 +138,13 @@ def read_predictions(path: Path, references: Mapping[str, Any]) -> list[str]:
     return [found[mr] for mr in references]
 
 
-def write_predictions(path: Path, mrs: Sequence[str], texts: Sequence[str]) -> None:
-    """A TSV file that `read_predictions` reads."""
+def write_predictions(path: Path, mrs: Sequence[str], texts: Sequence[str], references: Sequence[str] | None = None) -> None:
+    """A TSV file that `read_predictions` reads, with the references beside the texts, if any."""
+    more = {} if references is None else {"reference": references}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["MR", "output"])
-        writer.writerows(zip(mrs, texts, strict=True))
+        writer.writerow(["MR", "output", *more])
+        writer.writerows(zip(mrs, texts, *more.values(), strict=True))
 
 
 def _read(path: Path, separator: str, columns: tuple[str, str]) -> list[tuple[int, tuple[str, str]]]:

@@ -1,0 +1,23 @@
+"""Three parties in one process. Run it: python examples/join/in_process.py"""
+
+from party import NAMES, ROUNDS, RULES, join
+from script import prepare
+
+from fedex_lora import AdaptedModel, Server, save_result
+
+
+def federate(ask, out):
+    """All rounds. `ask` takes everybody's message and gives everybody's answer."""
+    start = AdaptedModel(prepare(NAMES[0])[0])
+    server = Server.start(RULES, *start.read(), NAMES)
+    for number in range(1, ROUNDS + 1):
+        round = server.open_round()
+        updates = [server.receive(name, answer).update for name, answer in ask(round.messages).items()]
+        result = round.close(updates)
+        print(f"round {number}: exactness error {result.exactness.max_relative_error:.1e}")
+    save_result(out, result, start.format)
+
+
+if __name__ == "__main__":
+    answers = {name: join(name) for name in NAMES}
+    federate(lambda messages: {name: answers[name](message) for name, message in messages.items()}, "trained/in-process")

@@ -1,0 +1,70 @@
+"""What a site trains: a function of its own, which gives a PEFT model and what trains it."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from nvflare.apis.fl_constant import SystemConfigs
+from nvflare.fuel.utils.config_service import ConfigService
+from torch import Tensor
+
+from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.models.adapted import AdaptedModel
+from fedex_lora.types import Adapter, ClientUpdate, Delta
+
+PARTY = "fedex_lora_party"
+HOW = "set NVFLARE_FEDEX_LORA_PARTY=module:function in the site's environment, or fedex_lora_party in its local/resources.json"
+
+
+class ScriptLearner:
+    """The `Learner` of a site: a PEFT model, and a function that trains it in place.
+
+    Args:
+        name: of the site.
+        model: as `peft.get_peft_model` gives it.
+        train: (round) -> how many rows it was trained on.
+    """
+
+    def __init__(self, name: str, model: Any, train: Callable[[int], int]) -> None:
+        self._model, self._train = AdaptedModel(model), train
+        self.rows, self.first = {name: 0}, self._model.read()[0]
+        self.base = dict[str, Delta]()
+
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+        self._model.load(start, delta, other)
+
+    def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
+        return self._model.read()
+
+    def measure(self, client: str) -> dict[str, float]:
+        return {}
+
+    def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, None]:
+        rows = self._train(round)
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+            raise TrainingError(f"the party's train(round) gave {type(rows).__name__}: let it return how many rows it trained on")
+        adapter, other = self._model.read()
+        return ClientUpdate(client, adapter, rows, other), None
+
+
+def party_of(name: str) -> ScriptLearner:
+    """What trains at a site, as its own setting says: `module:function`, a function (name) -> (model, train).
+
+    Raises:
+        UsageError: it says nothing, names what is not there, or gives another thing.
+    """
+    said = ConfigService.get_str_var(PARTY, conf=SystemConfigs.RESOURCES_CONF, default="")
+    module, _, function = said.partition(":")
+    if not (module and function):
+        raise UsageError(f"this site has not said what trains ({PARTY} is {said!r}): {HOW}")
+    try:
+        prepare = getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        hint = "is its folder in PYTHONPATH?" if error.name == module else "install it at this site"
+        raise UsageError(f"{PARTY} = {said!r}: no module {error.name}: {hint}", "package") from None
+    except AttributeError:
+        raise UsageError(f"{PARTY} = {said!r}: module {module} has no {function}: {HOW}") from None
+    made = prepare(name)
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
+        raise UsageError(f"{said} gave {type(made).__name__}: let it return (model, train), a PEFT model and a function of the round")
+    return ScriptLearner(name, *made)

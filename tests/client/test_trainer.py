@@ -1,0 +1,602 @@
+"""A trainer of the party's own: the same training as ours where it says so, held to the adapter, and DPO against the run's start."""
+
+import dataclasses
+import json
+import math
+import threading
+from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
+from tests.client.test_first_batch import base
+from tests.fake_accelerator import accelerator
+from tests.runs.test_resume import StopError, stopping
+from tests.runs.test_run import assert_same_bits, events_of, ignore
+from tests.tasks.test_rows import bytewise
+from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+from fedex_lora.client.arguments import training_arguments, without_trainer
+from fedex_lora.client.trainers import find_trainer, with_columns
+from fedex_lora.config import parse_config, read_config, write_config
+from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError
+from fedex_lora.models.lora import lora_layers
+from fedex_lora.protocol.dumps import unpack
+from fedex_lora.protocol.failures import WORDS, failure_of
+from fedex_lora.runs.context import ModelContext
+from fedex_lora.runs.learner import ModelLearner
+from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.server.checkpoint import load_base_delta
+from fedex_lora.storage.events import ClientDone, of_kind, read_events
+from fedex_lora.storage.result import read_result
+from fedex_lora.storage.run_folder import round_folder, strays
+from fedex_lora.storage.updates import read_updates
+from fedex_lora.tasks import load_task
+
+PLAIN = """
+from transformers import DataCollatorForSeq2Seq, Trainer
+
+
+def make(model, rows, processor, arguments):
+    return Trainer(model, arguments, DataCollatorForSeq2Seq(processor, label_pad_token_id=-100), rows)
+"""
+WRONG = '''
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from transformers import DataCollatorForSeq2Seq, Trainer
+from wrong_helper import NOTHING
+
+NUMBER = 3
+
+
+def two(model, rows):
+    return model
+
+
+def raises(model, rows, processor, arguments):
+    raise KeyError("no such thing")
+
+
+def a_list(model, rows, processor, arguments):
+    return [NOTHING]
+
+
+def another_model(model, rows, processor, arguments):
+    return trainer(deepcopy(model), rows, processor, arguments)
+
+
+def trainer(model, rows, processor, arguments, kind=Trainer, **more):
+    return kind(model, arguments, DataCollatorForSeq2Seq(processor, label_pad_token_id=-100), rows, **more)
+
+
+def own_schedule(model, rows, processor, arguments):
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.1)
+    return trainer(model, rows, processor, arguments, optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)))
+
+
+def no_state(model, rows, processor, arguments):
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.1)
+    return trainer(model, rows, processor, arguments, optimizers=(optimizer, None))
+
+
+def no_steps(model, rows, processor, arguments):
+    class Idle(Trainer):
+        def train(self):
+            return None
+
+    return trainer(model, rows, processor, arguments, Idle)
+
+
+def after(change):
+    """A Trainer that does something to the model once it has trained on the rows of client-1 (the probe's are fewer)."""
+
+    def make(model, rows, processor, arguments):
+        class Careless(Trainer):
+            def train(self):
+                done = super().train()
+                if len(rows) == 12 and rows[0]["prompt"] == "say 0":
+                    with torch.no_grad():
+                        change(self)
+                return done
+
+        return trainer(model, rows, processor, arguments, Careless)
+
+    return make
+
+
+def _frozen(self):
+    self.model.get_input_embeddings().weight.data[3] += 1e-3
+
+
+def _merged(self):
+    self.model.merge_adapter()
+
+
+def _shape(self):
+    layer = self.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").lora_A["default"]
+    layer.weight.data = torch.zeros(3, layer.weight.shape[1])
+
+
+def _replaced(self):
+    layer = self.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").lora_A["default"]
+    layer.weight = torch.nn.Parameter(layer.weight.clone())
+
+
+def _scaling(self):
+    self.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").scaling["default"] *= 2
+
+
+def _adapter(self):
+    self.model.add_adapter("mine", self.model.peft_config["default"])
+    self.model.set_adapter("mine")
+
+
+def _swapped(self):
+    self.model = deepcopy(self.model)
+
+
+def _raises(self):
+    self.model.get_input_embeddings().weight.data[3] += 1e-3
+    raise ValueError("in the middle")
+
+
+frozen, merged, shape, replaced, scaling, adapter, swapped, fails = map(
+    after, (_frozen, _merged, _shape, _replaced, _scaling, _adapter, _swapped, _raises)
+)
+'''
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny Llama, 24 preference rows, and modules with trainers beside the configuration."""
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(3)
+    base(folder / "base", bytewise())
+    made = [
+        {"prompt": f"say {n}", "completion": " word" * (n % 5 + 1), "chosen": " yes" * (n % 3 + 1), "rejected": " no" * (n % 4 + 1), "n": n}
+        for n in range(24)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    (folder / "plain_trainer.py").write_text(PLAIN)
+    (folder / "wrong_trainer.py").write_text(WRONG)
+    (folder / "wrong_helper.py").write_text("NOTHING = None\n")
+    (folder / "broken_trainer.py").write_text("import a_module_that_nobody_has\n")
+    return folder
+
+
+def setting(work, trainer=None, rounds=1, training=None, task=None, local=None, lora=None, **more):
+    tree = {
+        "rounds": rounds,
+        "torch_threads": 1,
+        "base": {"model": "base"},
+        "task": {"name": "custom", "kind": "causal-lm", "train": "rows.jsonl", "eval": "rows.jsonl", **(task or {})},
+        "clients": {"count": 2, "holdout": 0.0},
+        "lora": {"r": 2, "target_modules": ["q_proj", "down_proj"], **(lora or {})},
+        "training": {"per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 5e-3, "use_cpu": True, **(training or {})},
+        "local": {**({"trainer": trainer} if trainer else {}), **(local or {})},
+        **more,
+    }
+    (work / "config.toml").write_text(write_config(parse_config(tree)))
+    return read_config(work / "config.toml")
+
+
+def finished(config, out):
+    run(config, out, ignore)
+    return out
+
+
+def moved(out, number=1):
+    """What each client's update adds to each weight, in fp64."""
+    return {
+        (update.client_id, name): pair.delta()
+        for update in read_updates(round_folder(out, number), [])
+        for name, pair in update.adapter.items()
+    }
+
+
+def size(tensors):
+    return math.sqrt(sum(float(one.double().norm()) ** 2 for one in tensors.values()))
+
+
+def distance(left, right):
+    assert left.keys() == right.keys()
+    return size({name: left[name] - right[name] for name in left}) / size(right)
+
+
+@pytest.fixture(scope="module")
+def ours(work, tmp_path_factory):
+    return finished(setting(work, rounds=2), tmp_path_factory.mktemp("ours") / "run")
+
+
+@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "plain_trainer:make"])
+def test_another_trainer_of_the_same_loss_gives_the_same_update(trainer, work, ours, tmp_path):
+    """fp32, no checkpointing, no dropout, no packing, the same batches."""
+    out = finished(setting(work, trainer, rounds=2), tmp_path / "run")
+    theirs, mine = moved(out), moved(ours)
+    print(f"{trainer}: sizes {size(theirs):.6f} and {size(mine):.6f}, apart by {distance(theirs, mine):.1e} of it")
+    assert size(mine) > 1e-3
+    assert distance(theirs, mine) < 1e-5
+    assert distance(moved(out, 2), moved(ours, 2)) < 1e-4  # from round 2 on Adam has felt the rounding
+    assert distance({name: 2 * one for name, one in theirs.items()}, mine) > 0.9  # the measure can fail
+    assert strays(out) == []
+    assert_same_bits(out, finished(setting(work, trainer, rounds=2), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("local", [{"optimizer_state": "keep"}, {"schedule": "run"}], ids=lambda local: next(iter(local)))
+def test_moments_and_schedules_go_on_under_another_trainer(local, work, ours, tmp_path):
+    mine = finished(setting(work, rounds=2, local=local), tmp_path / "ours")
+    theirs = finished(setting(work, "trl:SFTTrainer", rounds=2, local=local), tmp_path / "theirs")
+    assert distance(moved(theirs, 2), moved(mine, 2)) < 1e-4
+    assert distance(moved(theirs, 2), moved(ours, 2)) > 1e-3  # without them it is another round
+
+
+@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "trl:DPOTrainer"])
+def test_a_run_that_was_interrupted_ends_in_the_same_bits(trainer, work, tmp_path):
+    config = setting(work, trainer, rounds=2, task={"completion": "{chosen}"})
+    whole = finished(config, tmp_path / "whole")
+    with pytest.raises(StopError):
+        run(config, tmp_path / "run", stopping("client_done", 3))
+    run(config, tmp_path / "run", ignore, resume=True)
+    assert_same_bits(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "trl:DPOTrainer"])
+def test_the_model_is_given_back_as_it_was(trainer, work):
+    """TRL patches `forward`, turns dropout off, adds `ref`, sets flags and tokens: none of it stays."""
+    config = setting(work, trainer, task={"completion": "{chosen}"}, lora={"dropout": 0.25}, training={"gradient_checkpointing": True})
+    home = LocalSimulation(config, ignore)
+    learner, place = home._learner, home._learner.place
+    before = described(place)
+    learner.load(place.first, {}, {})
+    update, _ = learner.train("client-0", 1, None)
+    assert size({name: pair.B for name, pair in update.adapter.items()}) > 0
+    assert described(place) == before
+    assert list(place.model.peft_config) == ["default"]
+    assert {module.p for module in place.model.modules() if isinstance(module, torch.nn.Dropout)} >= {0.25}
+
+
+def described(place):
+    model, configs = place.model, (place.model.config, place.model.generation_config)
+    return (
+        {
+            name: (type(module).__name__, sorted(vars(module)), module.training, len(module._forward_hooks))
+            for name, module in model.named_modules()
+        },
+        {name: (tuple(one.shape), one.dtype, one.requires_grad, one.grad is None) for name, one in model.named_parameters()},
+        [config.to_dict() for config in configs],
+        (place.work.processor.pad_token, place.work.processor.eos_token, place.work.processor.chat_template),
+    )
+
+
+def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
+    """TRL casts the adapters of a quantised model to bfloat16."""
+    home = LocalSimulation(setting(work, "trl:SFTTrainer", base={"model": "base", "quantization": "nf4"}), ignore)
+    home._learner.load(home.host.place.first, {}, {})
+    update, _ = home._learner.train("client-0", 1, None)
+    assert {layer.factor("A").dtype for layer in lora_layers(home.host.place.model).values()} == {torch.float32}
+    plain = LocalSimulation(setting(work, base={"model": "base", "quantization": "nf4"}), ignore)
+    plain._learner.load(plain.host.place.first, {}, {})
+    mine, _ = plain._learner.train("client-0", 1, None)
+    pairs = [({name: pair.delta() for name, pair in one.adapter.items()}) for one in (update, mine)]
+    assert distance(*pairs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("trainer", "more", "message"),
+    [
+        ("nowhere:make", {}, "there is no module nowhere beside the configuration"),
+        ("nowhere.trainer:make", {}, r"there is no module nowhere\.trainer"),
+        ("broken_trainer:make", {}, "broken_trainer cannot be imported: ModuleNotFoundError: .*a_module_that_nobody_has"),
+        ("plain_trainer:mike", {}, "there is no mike: did you mean make"),
+        ("trl:SFTrainer", {}, "did you mean SFTTrainer"),
+        ("wrong_trainer:NUMBER", {}, "NUMBER is a int: name a function"),
+        ("wrong_trainer:two", {}, r"it must take \(model, rows, processor, arguments\)"),
+        ("wrong_trainer:raises", {}, r"raised KeyError: 'no such thing' \(wrong_trainer.py, line 17\)"),
+        ("wrong_trainer:a_list", {}, "returned a list: return a transformers.Trainer"),
+        ("wrong_trainer:another_model", {}, "returned a Trainer of another model"),
+        ("wrong_trainer:no_steps", {}, "made no step"),
+        ("wrong_trainer:own_schedule", {"local": {"schedule": "run"}}, "brings its own schedule"),
+        ("wrong_trainer:no_state", {"local": {"optimizer_state": "keep"}}, "optimiser that cannot be kept"),
+        ("trl:SFTTrainer", {"training": {"packin": True}}, "unknown key training.packin: did you mean training.packing"),
+        (
+            "trl:SFTTrainer",
+            {"training": {"assistant_only_loss": True}},
+            "training.assistant_only_loss is not for trl:SFTTrainer, for the rows",
+        ),
+        ("plain_trainer:make", {"training": {"packing": True}}, "unknown key training.packing"),
+        ("trl:DPOTrainer", {"training": {"sync_ref_model": True}}, "training.sync_ref_model is not for trl:DPOTrainer, for the reference"),
+        ("trl:DPOTrainer", {"training": {"beta": "high"}}, "training.beta = 'high': give a finite number"),
+        ("trl:DPOTrainer", {"method": "full-ft"}, "needs adapters"),
+        ("trl:DPOTrainer", {"task": {"train": "plain.jsonl", "eval": "plain.jsonl"}}, "chosen, rejected not there"),
+        ("trl:DPOTrainer", {"task": {"train": "empty.jsonl", "eval": "empty.jsonl"}}, "1 of 6 rows have no chosen or no rejected answer"),
+        ("trl:SFTTrainer", {"task": {"kind": "classification", "text": ["prompt"], "label": "completion"}}, "task.kind = 'causal-lm'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and ":" in value and " " not in value else "",
+)
+def test_one_line_before_anything_is_written(trainer, more, message, work, tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    (work / "plain.jsonl").write_text(6 * (json.dumps(row) + "\n"))
+    full = row | {"chosen": "c", "rejected": "d"}
+    (work / "empty.jsonl").write_text(5 * (json.dumps(full) + "\n") + json.dumps(full | {"rejected": ""}) + "\n")
+    with pytest.raises(FedexLoraError, match=message) as caught:
+        run(setting(work, trainer, **more), tmp_path / "run", ignore)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["make", "package.:make", ":make", "plain_trainer:", "plain_trainer:make()"])
+def test_a_name_is_a_module_and_a_function(name, work):
+    with pytest.raises(ConfigError, match=r"write it as package\.module:function"):
+        setting(work, name)
+
+
+def test_where_a_module_is_looked_for(work, tmp_path, monkeypatch):
+    """Beside the configuration, then where the command runs; what is installed is last, and no file of a folder hides it."""
+    assert setting(work, "plain_trainer:make").local.trainer == f"{work}/plain_trainer:make"
+    assert setting(work, "plain_trainer.py:make").local.trainer == f"{work}/plain_trainer:make"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "trainers_of_mine.py").write_text(PLAIN)
+    (tmp_path / "json.py").write_text("def dumps(model, rows, processor, arguments): ...")
+    monkeypatch.chdir(tmp_path)
+    assert setting(work, "mine.trainers_of_mine:make").local.trainer == f"{tmp_path}/mine.trainers_of_mine:make"
+    assert find_trainer(f"{tmp_path}/mine.trainers_of_mine:make").make.__module__ == "mine.trainers_of_mine"
+    assert setting(work, "json:dumps").local.trainer == f"{tmp_path}/json:dumps"
+    with pytest.raises(ConfigError, match="another module is called json"):
+        find_trainer(f"{tmp_path}/json:dumps")
+    overrides = ["local.trainer=mine/trainers_of_mine:make"]
+    assert read_config(work / "config.toml", overrides).local.trainer == f"{tmp_path}/mine/trainers_of_mine:make"
+    assert read_config(work / "config.toml", ["local.trainer=trl:SFTTrainer"]).local.trainer == "trl:SFTTrainer"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ("frozen", "changed base_model.model.model.embed_tokens.weight, which is frozen"),
+        ("merged", "merged"),
+        ("shape", "changed shape or precision of .*lora_A.default.weight"),
+        ("replaced", "replaced or removed the parameter .*lora_A.default.weight"),
+        ("scaling", "rank or scaling of model.layers.0.self_attn.q_proj"),
+        ("adapter", "trained .*lora_A.mine.weight .* which this run does not train"),
+        ("swapped", "trained another model"),
+        ("fails", r"raised ValueError: in the middle \(wrong_trainer.py, line"),
+    ],
+)
+def test_what_a_trainer_may_not_change_is_refused_and_the_next_client_is_as_ever(trainer, words, work, ours):
+    home = LocalSimulation(setting(work, f"wrong_trainer:{trainer}"), ignore)
+    learner, first = home._learner, home._learner.first
+    learner.load(first, {}, {})
+    with pytest.raises(TrainingError, match=words) as caught:
+        learner.train("client-1", 1, None)
+    assert "\n" not in str(caught.value)
+    assert (failure_of(caught.value).code, "trainer" in WORDS) == ("trainer", True)
+    learner.load(first, {}, {})
+    update, _ = learner.train("client-0", 1, None)
+    plain = {name: pair for (client, name), pair in moved(ours).items() if client == "client-0"}
+    assert plain
+    assert all(torch.equal(update.adapter[name].delta(), want) for name, want in plain.items())
+
+
+def test_a_party_whose_trainer_is_refused_sends_nothing(work, tmp_path):
+    failed = []
+    config = setting(work, "wrong_trainer:frozen", clients={"count": 2, "holdout": 0.0, "quorum": 0.5})
+    run(config, tmp_path / "run", lambda event: failed.append(event) if hasattr(event, "message") else None)
+    assert [event.client for event in failed] == ["client-1"]
+    assert [update.client_id for update in read_updates(round_folder(tmp_path / "run", 1), [])] == ["client-0"]
+    assert "embed_tokens" not in (tmp_path / "run" / "events.jsonl").read_text()
+
+
+def reference(folder):
+    return unpack("reference", (folder / "reference.safetensors").read_bytes())[0]
+
+
+def log_probabilities(model, tokenizer, rows, answer):
+    """Plain torch: the sum of log-softmax over the answer's tokens."""
+    sums = []
+    for row in rows:
+        head = tokenizer(row["prompt"])["input_ids"]
+        ids = tokenizer(row["prompt"] + row[answer] + tokenizer.eos_token)["input_ids"]
+        assert ids[: len(head)] == head
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        sums.append(sum(float(logits[place - 1, ids[place]]) for place in range(len(head), len(ids))))
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def preferred(work, tmp_path_factory):
+    """Three rounds of DPO, each of one step on all of a client's rows. The first moves B only, so the base gains something in the second."""
+    training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2, "beta": 0.5}
+    config = setting(work, "trl:DPOTrainer", rounds=3, training=training, task={"completion": "{chosen}"})
+    out, stamps = tmp_path_factory.mktemp("preferred") / "run", []
+
+    def listen(event):
+        if isinstance(event, ClientDone):
+            stamps.append({path: path.stat().st_mtime_ns for path in out.glob("clients/*/reference*")})
+
+    run(config, out, listen)
+    return SimpleNamespace(config=config, out=out, stamps=stamps)
+
+
+def rows_of(place, client, config):
+    home = LocalSimulation(config, ignore)
+    return [dict(row) for row in home._learner.data[client].train.select_columns(["prompt", "chosen", "rejected"])]
+
+
+def test_the_reference_of_dpo_is_the_model_at_the_run_s_start(work, preferred, tmp_path):
+    """In all rounds, as plain torch has it of the untouched base; and worked out anew in round 3, it is the same."""
+    out, tokenizer = preferred.out, bytewise()
+    untouched = AutoModelForCausalLM.from_pretrained(work / "base").eval()
+    assert len(preferred.stamps[-1]) == 2
+    assert preferred.stamps[1] == preferred.stamps[-1]  # written once
+    assert load_base_delta(round_folder(out, 2))  # so round 3 does not begin with the untouched base
+    for client in ("client-0", "client-1"):
+        found, rows = reference(out / "clients" / client), rows_of(out, client, preferred.config)
+        for answer in ("chosen", "rejected"):
+            want = log_probabilities(untouched, tokenizer, rows, answer)
+            print(f"{client} {answer}: {float((found[answer] - want).abs().max()):.1e} off, of {float(want.abs().max()):.1f}")
+            assert torch.allclose(found[answer].double(), want, atol=1e-3, rtol=1e-5)
+    with pytest.raises(StopError):
+        run(preferred.config, tmp_path / "run", stopping("client_done", 5))
+    kept = reference(tmp_path / "run" / "clients" / "client-1")
+    (tmp_path / "run" / "clients" / "client-1" / "reference.safetensors").write_bytes(b"broken")
+    run(preferred.config, tmp_path / "run", ignore, resume=True)
+    again = reference(tmp_path / "run" / "clients" / "client-1")
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert_same_bits(out, tmp_path / "run")
+
+
+def test_the_loss_of_later_rounds_is_dpo_s_against_that_reference(work, preferred):
+    """-log sigmoid(beta (margin of the model - margin of the reference)), by plain torch, of the model that round 2 made."""
+    losses = {(event.round, event.client): event.train_loss for event in of_kind(read_events(preferred.out / "events.jsonl"), ClientDone)}
+    assert losses[1, "client-0"] == pytest.approx(math.log(2), abs=1e-6)
+    home, result = LocalSimulation(preferred.config, ignore), read_result(round_folder(preferred.out, 2))
+    home._learner.load(result.adapter, load_base_delta(round_folder(preferred.out, 2)), {})
+    model, rows = home.host.place.model.eval(), rows_of(preferred.out, "client-0", preferred.config)
+    now = {answer: log_probabilities(model, bytewise(), rows, answer) for answer in ("chosen", "rejected")}
+    start = reference(preferred.out / "clients" / "client-0")
+    margin = 0.5 * ((now["chosen"] - now["rejected"]) - (start["chosen"].double() - start["rejected"].double()))
+    want = float(-torch.nn.functional.logsigmoid(margin).mean())
+    print(f"round 3: {losses[3, 'client-0']:.6f}, by plain torch {want:.6f}")
+    assert abs(want - math.log(2)) > 1e-3  # it would be log 2 against a copy of the round's start
+    assert losses[3, "client-0"] == pytest.approx(want, rel=1e-4)
+
+
+def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
+    """Nested objects with other keys in each row, and DPO on chats through the tokenizer's template."""
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"place": "Oslo", "when": 59.9139}}}]
+    chats = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}],
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi", "name": "Ann"}],
+    ]
+    frame = pd.DataFrame(
+        {
+            "messages": chats,
+            "tools": [None, [{"name": "look"}]],
+            "array": [np.array([{"a": np.int64(1)}]), None],
+            "label": ["x", "y"],
+            "text": ["a", float("nan")],
+            "n": [1, 2],
+        }
+    )
+    made = with_columns(load_tokens(2), frame)
+    assert made["messages"][:] == chats
+    assert made["tools"][:] == [None, [{"name": "look"}]]
+    assert made["array"][:] == [[{"a": 1}], None]
+    assert (made["text"][:], made["n"][:]) == (["a", None], [1, 2])
+    assert "label" not in made.column_names  # Trainer would take it for the labels
+
+
+def load_tokens(rows):
+    return Dataset.from_dict({"input_ids": [[1, 2]] * rows, "attention_mask": [[1, 1]] * rows, "labels": [[-100, 2]] * rows})
+
+
+def test_dpo_of_chats(work):
+    config = setting(work, "trl:DPOTrainer", task={"completion": "{chosen}"})
+    task = load_task(config.task, config.seed)
+    for frame in (task.train, task.eval):
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+            frame[name] = [[{"role": role, "content": text.strip()}] for text in frame[name]]
+    place = ModelContext(config, dataclasses.replace(task, tokenize=lambda tokenizer, rows: load_tokens(len(rows))))
+    place.work.processor.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    rows = place.work.tokens(place.work.task.train.iloc[:12])
+    learner = ModelLearner(place, {"a": SimpleNamespace(train=rows)}, ignore)
+    learner.folder = Path(work / "parties")
+    (learner.folder / "a").mkdir(parents=True)
+    learner.load(place.first, {}, {})
+    update, _ = learner.train("a", 1, None)
+    assert size({name: pair.B for name, pair in update.adapter.items()}) > 0
+    assert update.metrics["train_loss"] == pytest.approx(math.log(2), abs=0.01)
+    found = reference(learner.folder / "a")
+    assert torch.isfinite(found["chosen"]).all()
+    text = "[user]say 0[assistant]yes"
+    ids = place.work.processor(text, add_special_tokens=False)["input_ids"]
+    untouched = AutoModelForCausalLM.from_pretrained(work / "base").eval()
+    with torch.no_grad():
+        logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    assert float(found["chosen"][0]) == pytest.approx(sum(float(logits[i - 1, ids[i]]) for i in range(len(ids) - 3, len(ids))), rel=1e-4)
+
+
+@pytest.mark.parametrize(("trainer", "kind"), [("trl:SFTTrainer", SFTConfig), ("trl:DPOTrainer", DPOConfig)])
+def test_trl_s_defaults_are_ours(trainer, kind, work):
+    config = setting(work, trainer)
+    found, plain = training_arguments(config, "out", 5, find_trainer(trainer)), training_arguments(config, "out", 5)
+    assert isinstance(found, kind)
+    odd = [field.name for field in dataclasses.fields(TrainingArguments) if getattr(found, field.name) != getattr(plain, field.name)]
+    assert set(odd) <= {"logging_dir"}
+    assert not found.gradient_checkpointing
+    assert kind(output_dir="out", use_cpu=True).gradient_checkpointing  # which TRL has otherwise
+    packed = setting(work, "trl:SFTTrainer", training={"packing": True, "max_length": 32, "gradient_checkpointing": True})
+    assert training_arguments(packed, own=find_trainer("trl:SFTTrainer")).gradient_checkpointing
+    assert "packing" not in without_trainer(packed).training
+
+
+def test_what_is_ours_stays_ours(work, tmp_path, monkeypatch):
+    """A function that makes arguments of its own gets our seeds, writes nowhere, and reports to nobody."""
+    (work / "headstrong_trainer.py").write_text(
+        PLAIN.replace("make(", "plain(")
+        + f"""
+
+from transformers import TrainingArguments
+
+
+def make(model, rows, processor, arguments):
+    mine = TrainingArguments({str(tmp_path / "theirs")!r}, seed=99, learning_rate=arguments.learning_rate, use_cpu=True,
+        save_strategy="steps", save_steps=1, per_device_train_batch_size=4, num_train_epochs=1, report_to="tensorboard", logging_steps=1)
+    return plain(model, rows, processor, mine)
+"""
+    )
+    out = finished(setting(work, "headstrong_trainer:make"), tmp_path / "run")
+    plain = finished(setting(work), tmp_path / "plain")
+    assert distance(moved(out), moved(plain)) < 1e-5
+    assert not [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()]
+
+
+def test_nobody_is_told(work, tmp_path, monkeypatch):
+    """TRL's trainers tell the hub that they run, unless this was set before it was imported; the run sees to it, and undoes it."""
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", queue := Queue())
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_THREAD", threading.current_thread())  # so that nobody empties it
+    finished(setting(work, "trl:SFTTrainer"), tmp_path / "run")
+    assert queue.empty()
+    assert not constants.HF_HUB_DISABLE_TELEMETRY
+    _telemetry.send_telemetry("trl/SFTTrainer")
+    assert not queue.empty()  # the check can fail
+
+
+def test_only_one_module_imports_trl():
+    root = Path(find_trainer.__code__.co_filename).parents[1]
+    assert [path.name for path in sorted(root.rglob("*.py")) if "from trl" in path.read_text()] == ["trl_trainers.py"]
+
+
+def test_packed_rows_train(work, tmp_path):
+    out = finished(
+        setting(work, "trl:SFTTrainer", training={"packing": True, "packing_strategy": "wrapped", "max_length": 64}), tmp_path / "run"
+    )
+    steps = {event.steps for event in of_kind(read_events(out / "events.jsonl"), ClientDone)}
+    assert np.isfinite(size(moved(out)))
+    assert max(steps) < 3  # of 12 rows by 4
+
+
+@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "trl:DPOTrainer"])
+def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(trainer, work, tmp_path):
+    """On an emulated one, with the base in 16 bits, so that it gains beside its weights."""
+    more = {"base": {"model": "base", "dtype": "bfloat16"}, "task": {"completion": "{chosen}"}, "training": {"use_cpu": False}}
+    config = setting(work, trainer, rounds=3, **more)
+    cpu = finished(config, tmp_path / "cpu")
+    with accelerator():
+        device = finished(config, tmp_path / "device")
+    assert [event for event in events_of(device, "started")][0]["device"].startswith("fake")
+    assert_same_bits(cpu, device)

@@ -1,0 +1,248 @@
+"""The joins of docs/join.md: the same script in one process, over pipes and in NVFlare's simulator ends in the same bits."""
+
+import os
+import runpy
+import subprocess
+import sys
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the extra trl is not installed")
+pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
+
+from nvflare.apis.fl_context import FLContextManager
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+from nvflare.fuel.utils.config_service import ConfigService
+from peft import LoraConfig, get_peft_model
+
+from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_result
+from fedex_lora.config import base_folder
+from fedex_lora.engines.nvflare import PartyExecutor, federation_job, simulate
+from fedex_lora.engines.nvflare._exchange import PAYLOAD
+from fedex_lora.errors import ConfigError, UsageError
+from fedex_lora.offline.verify import verify
+from fedex_lora.protocol.dumps import tensors_digest
+from fedex_lora.protocol.messages import answer_in
+from fedex_lora.protocol.records import Apology
+from fedex_lora.server.verdicts import Accepted, Failed
+from fedex_lora.storage.result import read_result
+from fedex_lora.storage.tensors import delta_tensors
+
+JOIN = Path(__file__).parents[2] / "examples" / "join"
+SECRET = "Mrs Miller has a rash"
+
+
+def digest(folder):
+    """Of all bits that a result folder's model has beside the base."""
+    result = read_result(folder)
+    factors = {f"{module}.{part}": getattr(pair, part) for module, pair in result.adapter.items() for part in "AB"}
+    return tensors_digest(factors | delta_tensors(result.base_delta) | dict(result.other))
+
+
+@contextmanager
+def place(folder, **environment):
+    """A reader's shell in `folder`: what it sets is forgotten afterwards."""
+    modules, paths, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", **environment}
+    with chdir(folder), mock.patch.dict(os.environ, environment):
+        sys.path.insert(0, str(JOIN))
+        try:
+            yield
+        finally:
+            sys.path[:] = paths
+            torch.set_num_threads(threads)
+            for name in ("script", "party", "in_process"):
+                if name not in modules:
+                    sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("join")
+    with place(folder):
+        runpy.run_path(str(JOIN / "in_process.py"), run_name="__main__")
+    return folder / "trained" / "in-process"
+
+
+def test_in_one_process_it_is_exact_and_can_be_used(one_process):
+    """Its error is recomputed by `verify`, and the saved model gives other answers than the base."""
+    assert verify(one_process, str(base_folder()))["max_relative_error"] < 1e-6
+    model, ids = load_model(one_process, base_folder()), torch.arange(4, 12)[None]
+    after = model(ids).logits
+    with model.disable_adapter():
+        assert (after - model(ids).logits).abs().max() > 1e-2
+    assert len(read_result(one_process).updates) == 3
+
+
+@pytest.mark.campaign
+def test_over_pipes_it_ends_in_the_same_bits(one_process, tmp_path):
+    with place(tmp_path):
+        done = subprocess.run([sys.executable, JOIN / "over_pipes.py"], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "trained" / "over-pipes") == digest(one_process)
+
+
+def test_in_nvflare_s_simulator_it_ends_in_the_same_bits(one_process, tmp_path):
+    """Three sites, three threads, a controller and an executor; the run folder verifies, all rounds of it."""
+    with place(tmp_path), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(JOIN / "over_nvflare.py"), run_name="__main__")
+    assert ended.value.code == 0
+    out, workspace = tmp_path / "trained" / "over-nvflare", tmp_path / "trained" / "nvflare-workspace"
+    assert digest(out / "final") == digest(one_process)
+    assert len(verify(out)["rounds"]) == 3
+    assert verify(out)["max_relative_error"] < 1e-6
+    assert "round 3 done: exactness error" in (workspace / "server" / "log.txt").read_text()
+
+
+def model():
+    torch.manual_seed(0)
+    return get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
+
+
+def prepare(name):
+    """A site whose training fails where a file says so, and quotes a row."""
+    made = model()
+
+    def train(round):
+        mark = Path(os.environ["FAIL"]) if "FAIL" in os.environ else None
+        if mark and mark.exists() and name == "a":
+            mark.unlink()
+            raise ValueError(SECRET)
+        with torch.no_grad():
+            made.base_model.model[0].lora_B["default"].weight.add_(round + ord(name[0]) / 100)
+        return 5
+
+    return made, train
+
+
+def nothing(name):
+    return model()
+
+
+def no_rows(name):
+    return model(), lambda round: None
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """What a site that NVFlare knows as `a` answers, and what its log says."""
+    server = Server.start(Rules(), *AdaptedModel(model()).read(), ["a", "b"])
+    manager = FLContextManager(engine=SimpleNamespace(get_workspace=None), identity_name="a", job_id="1")
+
+    def ask(party, payload=None, executor=None):
+        monkeypatch.setattr(ConfigService, "_var_values", {})
+        monkeypatch.setenv("NVFLARE_FEDEX_LORA_FOLDER", str(tmp_path))
+        monkeypatch.setenv("NVFLARE_FEDEX_LORA_PARTY", party)
+        message = server.open_round().messages["a"] if payload is None else payload
+        with manager.new_context() as context:
+            reply = (executor or PartyExecutor()).execute("fedex_lora", Shareable({PAYLOAD: message}), context, Signal())
+        return reply[PAYLOAD], (tmp_path / "party.log").read_text()
+
+    return SimpleNamespace(ask=ask, server=server)
+
+
+HERE = "tests.engines.test_join"
+
+
+@pytest.mark.parametrize(
+    ("party", "code", "words"),
+    [
+        ("", "settings", "has not said what trains"),
+        ("script", "settings", "has not said what trains"),
+        ("no_such_module:prepare", "package", "no module no_such_module: is its folder in PYTHONPATH"),
+        (f"{HERE}:no_such_function", "settings", "has no no_such_function"),
+        (f"{HERE}:nothing", "settings", "let it return (model, train)"),
+        (f"{HERE}:no_rows", "training", "let it return how many rows"),
+        (f"{HERE}:prepare", "unexpected", SECRET),
+    ],
+)
+def test_what_a_site_cannot_do_is_a_code_outside_and_a_line_inside(party, code, words, asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", str(tmp_path / "fail"))
+    (tmp_path / "fail").touch()
+    answer, log = asked.ask(party)
+    said = answer_in(answer)
+    assert isinstance(said, Apology)
+    assert said.code == code
+    assert words in log
+    assert SECRET.encode() not in answer
+    assert isinstance(asked.server.receive("a", answer), Failed)
+
+
+def test_a_message_for_another_site_or_of_no_kind_is_answered_by_a_code(asked):
+    for payload in (asked.server.open_round().messages["b"], b"", b"no message", "text"):
+        answer, _ = asked.ask(f"{HERE}:prepare", payload)
+        assert answer_in(answer).code == "message"
+
+
+def test_a_site_that_was_killed_sends_the_same_answer_again(asked):
+    """What it remembers is in its file before the answer leaves: a new process of it does not train again."""
+    message = asked.server.open_round().messages["a"]
+    first, _ = asked.ask(f"{HERE}:prepare", message, PartyExecutor())
+    again, _ = asked.ask(f"{HERE}:no_rows", message, PartyExecutor())
+    assert first == again
+    assert isinstance(asked.server.receive("a", again), Accepted)
+
+
+def test_jobs_that_cannot_work_are_refused_before_they_are_written():
+    for wrong, error in (
+        ({"clients": ["a", "a"]}, UsageError),
+        ({"clients": []}, UsageError),
+        ({"rounds": 0}, UsageError),
+        ({"rules": {"method": "nothing"}}, UsageError),
+        ({"rules": {"clients": {"quorun": 1}}}, ConfigError),
+    ):
+        with pytest.raises(error) as caught:
+            federation_job("job", **{"start": "start", "clients": ["a", "b"], **wrong})
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.campaign
+def test_a_job_that_is_submitted_again_goes_on(tmp_path):
+    """In the simulator: a site that fails once is asked again, one that nobody expects is asked nothing, and nothing of an error's text is
+    at the server; the second job ends where one alone would."""
+    model().save_pretrained(tmp_path / "start")
+    (tmp_path / "fail").touch()
+    rules, out = {"clients": {"below_quorum": "wait"}}, tmp_path / "out"
+    own = {"NVFLARE_FEDEX_LORA_PARTY": f"{HERE}:prepare", "NVFLARE_FEDEX_LORA_FOLDER": str(tmp_path / "state")}
+    with place(tmp_path, FAIL=str(tmp_path / "fail"), **own):
+        for rounds in (1, 3):
+            job = federation_job("job", str(tmp_path / "start"), ["a", "b"], rounds, rules, str(out))
+            assert simulate(job, tmp_path / f"workspace-{rounds}", ["a", "b", "stranger"]) == 0
+    first, second = ((tmp_path / f"workspace-{rounds}" / "server" / "log.txt").read_text() for rounds in (1, 3))
+    assert "site stranger has a part in the job and none in the federation" in first
+    assert "client a is rejected: it failed: an error that was not foreseen" in first
+    assert "round 1 done" not in second
+    assert "round 3 done" in second
+    assert SECRET in (tmp_path / "state" / "party.log").read_text()
+    for path in (tmp_path / "workspace-1").rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+    server = Server.start(Rules(), *AdaptedModel(model()).read(), ["a", "b"])
+    parties = {name: prepare(name) for name in "ab"}
+    clients = {name: Client(Rules(), name, AdaptedModel(made).read()[0]) for name, (made, _) in parties.items()}
+    for _ in range(3):
+        round, updates = server.open_round(), []
+        for name, message in round.messages.items():
+            work, trained = clients[name].receive(message), AdaptedModel(parties[name][0])
+            clients[name].load(trained)
+            updates.append(server.receive(name, clients[name].reply(parties[name][1](work.round), {})).update)
+        result = round.close(updates)
+    save_result(tmp_path / "alone", result, AdaptedModel(model()).format)
+    assert digest(tmp_path / "alone") == digest(out / "final")
+
+
+def test_the_page_shows_the_files():
+    """The script and the server on the page are the examples'; the six lines are the party's."""
+    page = (JOIN.parents[1] / "docs" / "join.md").read_text()
+    for name in ("script.py", "in_process.py"):
+        assert f"```python\n{(JOIN / name).read_text()}```" in page
+    lines = [line.removeprefix("+").replace("answer =", "return") for line in page.splitlines() if line.startswith("+")]
+    party = (JOIN / "party.py").read_text()
+    assert len(lines) == 6
+    assert all(line in party for line in lines)
