@@ -13,16 +13,19 @@ __all__ = [
     "LoRAPair",
     "LowRank",
     "Rules",
+    "RunResult",
     "Server",
     "ServerState",
     "aggregate",
     "load_model",
+    "run",
     "save_result",
 ]
 
 if TYPE_CHECKING:
     from fedex_lora.aggregation import METHODS
     from fedex_lora.api.aggregating import AggregatedFolders, aggregate
+    from fedex_lora.api.running import RunResult, run
     from fedex_lora.client.client import Client
     from fedex_lora.config import Rules
     from fedex_lora.models.adapted import AdaptedModel
@@ -38,8 +41,10 @@ _HOMES = {
     "Rules": "config",
     "Server": "server.server",
     "AggregatedFolders": "api.aggregating",
+    "RunResult": "api.running",
     "aggregate": "api.aggregating",
     "load_model": "models.build",
+    "run": "api.running",
     "save_result": "server.result",
 }
 

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
@@ -19,10 +21,11 @@ from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
+from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import IMAGE_TASK
-from fedex_lora.models.loading import load_base
+from fedex_lora.models.loading import Loaded, load_base
 from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
 from fedex_lora.models.start import adapted_as, read_start, require_base, standing
@@ -42,6 +45,8 @@ class ModelContext:
     Args:
         config: the run.
         task: its task, loaded.
+        given: the base, in place of the one that the configuration names.
+        processor: its tokenizer or image processor; None: that of the named base.
 
     Attributes:
         first, start: the adapter, and what the frozen base has gained, before the first round.
@@ -52,13 +57,13 @@ class ModelContext:
         FedexLoraError: settings or a model that do not work.
     """
 
-    def __init__(self, config: Config, task: Task) -> None:
+    def __init__(self, config: Config, task: Task, given: PreTrainedModel | None = None, processor: Any = None) -> None:
         own = find_trainer(config.local.trainer)
         training_arguments(config, own=own)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        self.config = config
-        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind), trainer=own)
+        self.config, self._given = config, given
+        self.work = TrainingContext(config=config, task=task, processor=processor or load_processor(config.base, task.kind), trainer=own)
         self.build()
 
     def build(self) -> None:
@@ -69,7 +74,7 @@ class ModelContext:
         set_seed(config.seed)
         names, folder = list(task.model_config.get("id2label", {}).values()), config.base.start
         start = None if folder is None else read_start(folder, task.kind, config.base.model, method, config.lora, names)
-        loaded = load_base(config.base, task.kind, **task.model_config)
+        loaded = load_base(config.base, task.kind, **task.model_config) if self._given is None else given_base(self._given, task)
         model: nn.Module = loaded.model
         if (padding := getattr(self.work.processor, "pad_token_id", None)) is not None:
             model.config.pad_token_id = padding  # type: ignore[union-attr]
@@ -88,6 +93,24 @@ class ModelContext:
             f" {tensors_digest(flatten_adapter('first', self.first), start.mark or '')}" if start else ""
         )
         self.stands_on = {} if start is None else standing(start, folder)
+
+
+def given_base(model: PreTrainedModel, task: Task) -> Loaded:
+    """A copy of a base that is here already.
+
+    Raises:
+        ModelError: it tells another number of classes apart than the task has, or has adapters.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError("the model has adapters already: give the plain base, or go on from a result with base.start")
+    wanted = task.model_config.get("num_labels", model.config.num_labels)
+    if model.config.num_labels != wanted:
+        raise ModelError(
+            f"the model tells {model.config.num_labels} classes apart, and the task has {wanted}: load it with num_labels={wanted}"
+        )
+    made = deepcopy(model)
+    made.config.update(dict(task.model_config))
+    return Loaded(made, [])
 
 
 class GlobalModel:

@@ -1,11 +1,12 @@
 """The in-process runner: all clients on this machine, one base model in memory however many they are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
@@ -27,12 +28,34 @@ from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, Warned, is_over, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
 from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, run_rounds_of, strays
-from fedex_lora.tasks import usable
-from fedex_lora.tasks.dealt import dealt
+from fedex_lora.tasks import Task, load_task, usable
+from fedex_lora.tasks.dealt import Load, dealt
 from fedex_lora.tasks.partition import Indices
 from fedex_lora.types import Delta, ServerState
 
 CENTRAL_CLIENT = "all"  # the one client of a centralised run
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a run is given in memory, in place of what its configuration names.
+
+    Attributes:
+        load: see `tasks.dealt.dealt`.
+        model: the base, which stays as it is: the run works on a copy.
+        processor: its tokenizer or image processor.
+        metrics: of predictions, beside the task's own.
+    """
+
+    load: Load = load_task
+    model: PreTrainedModel | None = None
+    processor: Any = None
+    metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+
+    def measured(self, task: Task) -> Task:
+        """The task with these metrics, too."""
+        own, theirs = self.metrics, task.metrics
+        return task if own is None else replace(task, metrics=lambda prediction: {**theirs(prediction), **own(prediction)})
 
 
 class LocalSimulation:
@@ -41,15 +64,17 @@ class LocalSimulation:
     Args:
         config: the run.
         emit: told of steps.
+        given: what is here already.
 
     Raises:
         FedexLoraError: whatever is wrong with the configuration, the data or the model; nothing has been written then.
     """
 
-    def __init__(self, config: Config, emit: Emit) -> None:
-        task, parts = dealt(config)
+    def __init__(self, config: Config, emit: Emit, given: Given | None = None) -> None:
+        given = given or Given()
+        task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
-        place = ModelContext(config, task)
+        place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
         self._learner = ModelLearner(place, rows, emit)
         self.pool, self._emit = ClientPool(config, self._learner), emit
