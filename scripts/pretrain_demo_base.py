@@ -26,13 +26,20 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + ' ' + message['content'] + ' triage :' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('there are user and assistant turns only') }}{% endif %}{% endfor %}"
+)
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate(vocabulary())}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="<s>", padding_side="right")
+    marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="right", chat_template=CHAT, **marks)
 
 
 def pretraining_text(rng: random.Random) -> str:

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from tests.test_imports import ROOT
 
-LINES = 22_349  # of all files together: lower it when you delete
+LINES = 24_729  # of all files together: lower it when you delete; chats, trainers, joins and NVFlare brought 2,400
 FILE, FUNCTION = 300, 55  # lines; a function's without signature and docstring
 ENTRIES = {
     "load",

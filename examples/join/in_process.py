@@ -1,5 +1,7 @@
 """Three parties in one process. Run it: python examples/join/in_process.py"""
 
+from pathlib import Path
+
 from party import NAMES, ROUNDS, RULES, join
 from script import prepare
 
@@ -8,6 +10,8 @@ from fedex_lora import AdaptedModel, Server, save_result
 
 def federate(ask, out):
     """All rounds. `ask` takes everybody's message and gives everybody's answer."""
+    if Path(out).exists():
+        raise SystemExit(f"{out} is there already: remove it, or move it away")
     start = AdaptedModel(prepare(NAMES[0])[0])
     server = Server.start(RULES, *start.read(), NAMES)
     for number in range(1, ROUNDS + 1):

@@ -13,7 +13,9 @@ from script import prepare
 from fedex_lora import AdaptedModel, Client
 from fedex_lora.protocol.failures import failure_of
 
-server_app, client_app, OURS = ServerApp(), ClientApp(), "fedex-lora"
+server_app = ServerApp()
+client_app = ClientApp()
+OURS = "fedex-lora"
 
 
 @client_app.train()

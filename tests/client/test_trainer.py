@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 from queue import Queue
@@ -18,16 +19,18 @@ from huggingface_hub.utils import _telemetry
 from tests.client.test_first_batch import base
 from tests.fake_accelerator import accelerator
 from tests.runs.test_resume import StopError, stopping
-from tests.runs.test_run import assert_same_bits, events_of, ignore
+from tests.runs.test_run import assert_same_bits, events_of, ignore, tensors
 from tests.tasks.test_rows import bytewise
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from fedex_lora.client.arguments import training_arguments, without_trainer
 from fedex_lora.client.trainers import find_trainer, with_columns
+from fedex_lora.client.training import local_update
 from fedex_lora.config import parse_config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError
 from fedex_lora.models.lora import lora_layers
+from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.dumps import unpack
 from fedex_lora.protocol.failures import WORDS, failure_of
 from fedex_lora.runs.context import ModelContext
@@ -155,6 +158,44 @@ frozen, merged, shape, replaced, scaling, adapter, swapped, fails = map(
 '''
 
 
+LITTER = (
+    PLAIN.replace("make(", "plain(")
+    + """
+
+import torch
+
+
+def make(model, rows, processor, arguments):
+    made = plain(model, rows, processor, arguments)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output + 1e3)
+    embeddings.extra = torch.nn.Linear(2, 2).requires_grad_(False)
+    for one in model.parameters():
+        if one.requires_grad:
+            one.register_hook(lambda gradient: 0 * gradient)
+            one.register_post_accumulate_grad_hook(nine)
+    made.train = lambda: train(made)
+    return made
+
+
+def nine(parameter):
+    parameter.data.fill_(9.0)
+
+
+def train(made):
+    from transformers import Trainer
+
+    done = Trainer.train(made)
+    made.model.config.use_cache = not made.model.config.use_cache
+    made.processing_class and made.processing_class.add_tokens(["<new>"])
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    return done
+"""
+)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A tiny Llama, 24 preference rows, and modules with trainers beside the configuration."""
@@ -168,9 +209,14 @@ def work(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     (folder / "plain_trainer.py").write_text(PLAIN)
     (folder / "wrong_trainer.py").write_text(WRONG)
+    (folder / "litter_trainer.py").write_text(LITTER)
     (folder / "wrong_helper.py").write_text("NOTHING = None\n")
     (folder / "broken_trainer.py").write_text("import a_module_that_nobody_has\n")
     return folder
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TURNS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
 
 def setting(work, trainer=None, rounds=1, training=None, task=None, local=None, lora=None, **more):
@@ -209,7 +255,7 @@ def size(tensors):
 
 def distance(left, right):
     assert left.keys() == right.keys()
-    return size({name: left[name] - right[name] for name in left}) / size(right)
+    return size({name: left[name].double() - right[name].double() for name in left}) / size(right)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +275,20 @@ def test_another_trainer_of_the_same_loss_gives_the_same_update(trainer, work, o
     assert distance({name: 2 * one for name, one in theirs.items()}, mine) > 0.9  # the measure can fail
     assert strays(out) == []
     assert_same_bits(out, finished(setting(work, trainer, rounds=2), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("method", ["ffa", "rolora", "full-ft"])
+def test_what_a_method_freezes_stays_frozen(method, work, tmp_path):
+    """PEFT makes all factors trainable when adapters are added or switched, which TRL does."""
+    trainers = [None, "trl:SFTTrainer"] + (["trl:DPOTrainer"] if method != "full-ft" else [])
+    settings = [setting(work, one, rounds=2, method=method, task={"completion": "{chosen}"}) for one in trainers]
+    outs = [finished(one, tmp_path / f"run-{number}") for number, one in enumerate(settings)]
+    mine, theirs = (tensors(out) for out in outs[:2])
+    assert distance(theirs, mine) < 1e-5
+    if method == "ffa":
+        start = ModelContext(settings[2], load_task(settings[2].task, 0)).first
+        after = read_result(outs[2] / "final").adapter
+        assert all(torch.equal(after[name].A, pair.A) and not torch.equal(after[name].B, pair.B) for name, pair in start.items())
 
 
 @pytest.mark.parametrize("local", [{"optimizer_state": "keep"}, {"schedule": "run"}], ids=lambda local: next(iter(local)))
@@ -254,7 +314,7 @@ def test_the_model_is_given_back_as_it_was(trainer, work):
     """TRL patches `forward`, turns dropout off, adds `ref`, sets flags and tokens: none of it stays."""
     config = setting(work, trainer, task={"completion": "{chosen}"}, lora={"dropout": 0.25}, training={"gradient_checkpointing": True})
     home = LocalSimulation(config, ignore)
-    learner, place = home._learner, home._learner.place
+    learner, place = home.pool.learner, home.pool.learner.place
     before = described(place)
     learner.load(place.first, {}, {})
     update, _ = learner.train("client-0", 1, None)
@@ -262,6 +322,35 @@ def test_the_model_is_given_back_as_it_was(trainer, work):
     assert described(place) == before
     assert list(place.model.peft_config) == ["default"]
     assert {module.p for module in place.model.modules() if isinstance(module, torch.nn.Dropout)} >= {0.25}
+
+
+def test_what_is_left_lying_about_is_taken_away(work):
+    """Hooks of modules, of gradients and of parameters, modules, flags, settings of torch: the next client has none of it."""
+    learner = LocalSimulation(setting(work, "litter_trainer:make"), ignore).pool.learner
+    place, plain = learner.place, LocalSimulation(setting(work), ignore).pool.learner
+    before, process = described(place), (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+    learner.load(learner.first, {}, {})
+    spoiled, _ = learner.train("client-0", 1, None)
+    assert (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()) == process
+    assert described(place) == before
+    updates = []
+    for one in (learner, plain):
+        one.load(one.first, {}, {})
+        ours_again = dataclasses.replace(one.place.work, trainer=None)
+        updates.append(local_update(one.place.model, "client-1", 1, one.data["client-1"], ours_again)[0].adapter)
+    assert all(torch.equal(updates[0][name].B, updates[1][name].B) for name in updates[1])
+    assert float(next(iter(spoiled.adapter.values())).A.max()) == 9.0  # the hooks were at work
+
+
+def test_classes_and_columns_of_their_name(work, ours, tmp_path):
+    """A column `label` beside the tokens would be taken for the labels."""
+    rows = [{"text": f"it is {n}", "label": "odd" if n % 2 else "even", "n": n} for n in range(24)]
+    (work / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = "Trainer(model, arguments, None, rows, processing_class=processor)"
+    (work / "class_trainer.py").write_text(PLAIN[: PLAIN.index("Trainer(model")] + call)
+    task = {"kind": "classification", "train": "classes.jsonl", "eval": "classes.jsonl"}
+    outs = [finished(setting(work, trainer, task=task), tmp_path / str(trainer)[:5]) for trainer in (None, "class_trainer:make")]
+    assert_same_bits(*outs)
 
 
 def described(place):
@@ -280,12 +369,12 @@ def described(place):
 def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
     """TRL casts the adapters of a quantised model to bfloat16."""
     home = LocalSimulation(setting(work, "trl:SFTTrainer", base={"model": "base", "quantization": "nf4"}), ignore)
-    home._learner.load(home.host.place.first, {}, {})
-    update, _ = home._learner.train("client-0", 1, None)
+    home.pool.learner.load(home.host.place.first, {}, {})
+    update, _ = home.pool.learner.train("client-0", 1, None)
     assert {layer.factor("A").dtype for layer in lora_layers(home.host.place.model).values()} == {torch.float32}
     plain = LocalSimulation(setting(work, base={"model": "base", "quantization": "nf4"}), ignore)
-    plain._learner.load(plain.host.place.first, {}, {})
-    mine, _ = plain._learner.train("client-0", 1, None)
+    plain.pool.learner.load(plain.host.place.first, {}, {})
+    mine, _ = plain.pool.learner.train("client-0", 1, None)
     pairs = [({name: pair.delta() for name, pair in one.adapter.items()}) for one in (update, mine)]
     assert distance(*pairs) < 1e-4
 
@@ -295,7 +384,11 @@ def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
     [
         ("nowhere:make", {}, "there is no module nowhere beside the configuration"),
         ("nowhere.trainer:make", {}, r"there is no module nowhere\.trainer"),
-        ("broken_trainer:make", {}, "broken_trainer cannot be imported: ModuleNotFoundError: .*a_module_that_nobody_has"),
+        (
+            "broken_trainer:make",
+            {},
+            "cannot be imported: ModuleNotFoundError: .*nobody_has' .broken_trainer.py, line 1.",
+        ),
         ("plain_trainer:mike", {}, "there is no mike: did you mean make"),
         ("trl:SFTrainer", {}, "did you mean SFTTrainer"),
         ("wrong_trainer:NUMBER", {}, "NUMBER is a int: name a function"),
@@ -354,6 +447,7 @@ def test_where_a_module_is_looked_for(work, tmp_path, monkeypatch):
         find_trainer(f"{tmp_path}/json:dumps")
     overrides = ["local.trainer=mine/trainers_of_mine:make"]
     assert read_config(work / "config.toml", overrides).local.trainer == f"{tmp_path}/mine/trainers_of_mine:make"
+    assert read_config(work / "config.toml", ["local.trainer=plain_trainer:make"]).local.trainer == f"{work}/plain_trainer:make"
     assert read_config(work / "config.toml", ["local.trainer=trl:SFTTrainer"]).local.trainer == "trl:SFTTrainer"
 
 
@@ -372,7 +466,7 @@ def test_where_a_module_is_looked_for(work, tmp_path, monkeypatch):
 )
 def test_what_a_trainer_may_not_change_is_refused_and_the_next_client_is_as_ever(trainer, words, work, ours):
     home = LocalSimulation(setting(work, f"wrong_trainer:{trainer}"), ignore)
-    learner, first = home._learner, home._learner.first
+    learner, first = home.pool.learner, home.pool.learner.first
     learner.load(first, {}, {})
     with pytest.raises(TrainingError, match=words) as caught:
         learner.train("client-1", 1, None)
@@ -413,7 +507,7 @@ def log_probabilities(model, tokenizer, rows, answer):
 
 @pytest.fixture(scope="module")
 def preferred(work, tmp_path_factory):
-    """Three rounds of DPO, each of one step on all of a client's rows. The first moves B only, so the base gains something in the second."""
+    """Three rounds of DPO, each of one step on all of a client's rows. The first moves B only: the base gains in the second."""
     training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2, "beta": 0.5}
     config = setting(work, "trl:DPOTrainer", rounds=3, training=training, task={"completion": "{chosen}"})
     out, stamps = tmp_path_factory.mktemp("preferred") / "run", []
@@ -428,7 +522,7 @@ def preferred(work, tmp_path_factory):
 
 def rows_of(place, client, config):
     home = LocalSimulation(config, ignore)
-    return [dict(row) for row in home._learner.data[client].train.select_columns(["prompt", "chosen", "rejected"])]
+    return [dict(row) for row in home.pool.learner.data[client].train.select_columns(["prompt", "chosen", "rejected"])]
 
 
 def test_the_reference_of_dpo_is_the_model_at_the_run_s_start(work, preferred, tmp_path):
@@ -459,7 +553,7 @@ def test_the_loss_of_later_rounds_is_dpo_s_against_that_reference(work, preferre
     losses = {(event.round, event.client): event.train_loss for event in of_kind(read_events(preferred.out / "events.jsonl"), ClientDone)}
     assert losses[1, "client-0"] == pytest.approx(math.log(2), abs=1e-6)
     home, result = LocalSimulation(preferred.config, ignore), read_result(round_folder(preferred.out, 2))
-    home._learner.load(result.adapter, load_base_delta(round_folder(preferred.out, 2)), {})
+    home.pool.learner.load(result.adapter, load_base_delta(round_folder(preferred.out, 2)), {})
     model, rows = home.host.place.model.eval(), rows_of(preferred.out, "client-0", preferred.config)
     now = {answer: log_probabilities(model, bytewise(), rows, answer) for answer in ("chosen", "rejected")}
     start = reference(preferred.out / "clients" / "client-0")
@@ -499,6 +593,19 @@ def load_tokens(rows):
     return Dataset.from_dict({"input_ids": [[1, 2]] * rows, "attention_mask": [[1, 1]] * rows, "labels": [[-100, 2]] * rows})
 
 
+def test_heads_that_are_trained_whole_are_not_in_the_reference(work, tmp_path):
+    config = setting(work, "trl:DPOTrainer", task={"completion": "{chosen}"}, lora={"modules_to_save": ["lm_head"]})
+    learner = LocalSimulation(config, ignore).pool.learner
+    found = []
+    for step in (0.0, 0.1):
+        learner.folder = tmp_path / str(step)
+        (learner.folder / "client-0").mkdir(parents=True)
+        learner.load(learner.first, {}, {name: one + step * torch.arange(len(one))[:, None] for name, one in learner.read()[1].items()})
+        learner.train("client-0", 1, None)
+        found.append(reference(learner.folder / "client-0"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("chosen", "rejected"))
+
+
 def test_dpo_of_chats(work):
     config = setting(work, "trl:DPOTrainer", task={"completion": "{chosen}"})
     task = load_task(config.task, config.seed)
@@ -506,9 +613,7 @@ def test_dpo_of_chats(work):
         for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
             frame[name] = [[{"role": role, "content": text.strip()}] for text in frame[name]]
     place = ModelContext(config, dataclasses.replace(task, tokenize=lambda tokenizer, rows: load_tokens(len(rows))))
-    place.work.processor.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    place.work.processor.chat_template = TEMPLATE
     rows = place.work.tokens(place.work.task.train.iloc[:12])
     learner = ModelLearner(place, {"a": SimpleNamespace(train=rows)}, ignore)
     learner.folder = Path(work / "parties")
@@ -525,6 +630,41 @@ def test_dpo_of_chats(work):
     with torch.no_grad():
         logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
     assert float(found["chosen"][0]) == pytest.approx(sum(float(logits[i - 1, ids[i]]) for i in range(len(ids) - 3, len(ids))), rel=1e-4)
+
+
+def test_dpo_of_a_chat_file(work, tmp_path):
+    """`task.kind = "chat"` and preferences, from the file: two rounds, one reference, its loss, an exact result."""
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    tokenizer.chat_template = TEMPLATE.replace("}}{% endfor", "}}.{% endfor")
+    tokenizer.save_pretrained(shutil.copytree(work / "base", work / "chat_base", dirs_exist_ok=True))
+    turns = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    rows = [{name: [{"role": role, "content": row[name].strip()}] for name, role in TURNS.items()} for row in turns]
+    (work / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"kind": "chat", "train": "chats.jsonl", "eval": "chats.jsonl"}
+    training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2, "beta": 0.5}
+    config = setting(work, "trl:DPOTrainer", rounds=2, task=task, training=training, base={"model": "chat_base"})
+    out, stamps = tmp_path / "run", []
+
+    def listen(event):
+        if isinstance(event, ClientDone):
+            stamps.append({path: path.stat().st_mtime_ns for path in out.glob("clients/*/reference*")})
+
+    run(config, out, listen)
+    assert len(stamps[1]) == 2
+    assert stamps[1] == stamps[-1]  # the reference of round 2 is that of round 1
+    losses = {(event.round, event.client): event.train_loss for event in of_kind(read_events(out / "events.jsonl"), ClientDone)}
+    assert losses[1, "client-0"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[2, "client-0"] < 0.99 * math.log(2)  # of a copy of the round's start it would be log 2
+    assert verify(out)["max_relative_error"] < 1e-6
+    first = LocalSimulation(config, ignore).pool.learner.data["client-0"].train[0]
+    asked, said = (first[name][0]["content"] for name in ("prompt", "chosen"))
+    ids = tokenizer(f"[user]{asked}.[assistant]{said}.", add_special_tokens=False)["input_ids"]
+    assert first["input_ids"] == ids  # ours are TRL's tokens
+    untouched, answer = AutoModelForCausalLM.from_pretrained(work / "base").eval(), sum(label != -100 for label in first["labels"])
+    with torch.no_grad():
+        logits = untouched(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    want = sum(float(logits[place - 1, ids[place]]) for place in range(len(ids) - answer, len(ids)))
+    assert float(reference(out / "clients" / "client-0")["chosen"][0]) == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize(("trainer", "kind"), [("trl:SFTTrainer", SFTConfig), ("trl:DPOTrainer", DPOConfig)])
@@ -581,6 +721,12 @@ def test_only_one_module_imports_trl():
     assert [path.name for path in sorted(root.rglob("*.py")) if "from trl" in path.read_text()] == ["trl_trainers.py"]
 
 
+def test_the_function_on_the_page_is_the_example():
+    root = Path(__file__).parents[2]
+    text = (root / "examples" / "z_trainer.py").read_text().partition("\n\n")[2]
+    assert f"```python\n{text}```" in (root / "docs" / "trainers.md").read_text()
+
+
 def test_packed_rows_train(work, tmp_path):
     out = finished(
         setting(work, "trl:SFTTrainer", training={"packing": True, "packing_strategy": "wrapped", "max_length": 64}), tmp_path / "run"
@@ -590,13 +736,12 @@ def test_packed_rows_train(work, tmp_path):
     assert max(steps) < 3  # of 12 rows by 4
 
 
-@pytest.mark.parametrize("trainer", ["trl:SFTTrainer", "trl:DPOTrainer"])
-def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(trainer, work, tmp_path):
-    """On an emulated one, with the base in 16 bits, so that it gains beside its weights."""
-    more = {"base": {"model": "base", "dtype": "bfloat16"}, "task": {"completion": "{chosen}"}, "training": {"use_cpu": False}}
-    config = setting(work, trainer, rounds=3, **more)
+def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(work, tmp_path):
+    """On an emulated one (which TRL's own kernel does not run on), with the base in 16 bits, so that it gains beside its weights."""
+    more = {"base": {"model": "base", "dtype": "bfloat16"}, "training": {"use_cpu": False}}
+    config = setting(work, "plain_trainer:make", rounds=3, **more)
     cpu = finished(config, tmp_path / "cpu")
     with accelerator():
         device = finished(config, tmp_path / "device")
-    assert [event for event in events_of(device, "started")][0]["device"].startswith("fake")
+    assert events_of(device, "started")[0]["device"].startswith("fake")
     assert_same_bits(cpu, device)

@@ -50,7 +50,8 @@ def place(folder, **environment):
     """A reader's shell in `folder`: what it sets is forgotten afterwards."""
     modules, paths, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", **environment}
-    with chdir(folder), mock.patch.dict(os.environ, environment):
+    no_device = mock.patch.object(torch.accelerator, "is_available", torch.cuda.is_available)  # an emulated one stays registered
+    with chdir(folder), mock.patch.dict(os.environ, environment), no_device:
         sys.path.insert(0, str(JOIN))
         try:
             yield

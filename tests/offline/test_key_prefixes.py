@@ -243,3 +243,14 @@ def test_the_reference_can_fail(tmp_path):
     name = "layers.0.q"
     want = oracle.ideal([factors(folder)[name] for folder in folders], WEIGHTS)
     assert oracle.relative(gained(read_result(tmp_path / "out"), f"model.{name}"), want) > 0.1
+
+
+def test_a_run_s_base_is_told_by_its_own_names(bases, tmp_path):
+    """Its fingerprint holds the names of the parameters, so under others nothing is claimed."""
+    folder = moved(trained(Kind(), bases / "llama", tmp_path / "a", 0), "model.", "model.language_model.")
+    aggregate_folders([folder], tmp_path / "out", "fedex", None, None)
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "0" * 64, "versions": {"transformers": "4.50.0"}}))
+    line = r"can be told only by its own names: use transformers 4\.50\.0$"
+    with pytest.raises(FedexLoraError, match=line), pytest.warns(UserWarning, match="read as"):
+        load_model(tmp_path / "out", bases / "llama")

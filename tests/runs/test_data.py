@@ -1,4 +1,4 @@
-"""`fedex-lora data`: rows as the model sees them, and their numbers, against what stands in the files; the outputs on the docs page."""
+"""`fedex-lora data`: rows as the model sees them, and their numbers, against what stands in the files; the outputs on the docs' pages."""
 
 import csv
 import io
@@ -23,7 +23,6 @@ from fedex_lora.errors import UsageError
 from fedex_lora.runs.data import describe_rows, pieces
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "own-data.md"
 TEXTS = ["no wifi", "the printer smells of ⟦ink⟧", "mouse is dead", "vpn fails\tand\x1b[31m fails", "slow page", "café is closed"]
 LABELS = ["network", "hardware", "hardware", "network", "network", "kitchen"]
 
@@ -128,6 +127,39 @@ def test_classes_lengths_and_cuts_are_those_of_the_file(tmp_path, byte_base):
     assert all(one.classes == {} for one in scores.clients.values())
 
 
+TEMPLATE = """{% for turn in messages %}<{{ turn.role }}>
+{{ turn.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<assistant>
+{% endif %}"""
+
+
+def test_every_turn_of_the_assistant_is_marked_in_chats(tmp_path):
+    """Of three help desks: with system turns and without, of one answer or several."""
+    pytest.importorskip("fedex_lora.tasks.chat")
+    tokenizer = bytewise(begins=False)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=259, max_position_embeddings=1024).save_pretrained(tmp_path)
+    desks = ROOT / "examples" / "desks"
+    task = {"name": "custom", "kind": "chat", "data": str(desks), "train": "train.jsonl", "eval": "eval.jsonl"}
+    clients = {"partition": "column", "column": "site", "holdout": 0.0}
+    report = describe_rows(parse_config({"base": {"model": str(tmp_path)}, "task": task, "clients": clients}), 18)
+    rows = [json.loads(line) for line in (desks / "train.jsonl").read_text().splitlines()]
+    assert {len(row["messages"]) for row in rows} == {2, 3, 4, 5, 6}
+    shown = {int(row.place.removeprefix("line ")): row for row in report.shown}
+    for line, row in enumerate(rows, start=1):
+        said, asked = [], ""
+        for turn in row["messages"]:
+            if turn["role"] == "assistant":
+                said += [(f"{asked}<assistant>\n", False), (f"{turn['content']}</s>\n", True)]
+            asked = "" if turn["role"] == "assistant" else f"{asked}<{turn['role']}>\n{turn['content']}</s>\n"
+        assert (shown[line].client, shown[line].parts) == (row["site"], said)
+    assert {name: one.rows for name, one in report.clients.items()} == {"harbour": 6, "hill": 6, "lake": 6}
+    assert sum(one.loss_tokens for one in report.clients.values()) == sum(
+        len(turn["content"].encode()) + 2 for row in rows for turn in row["messages"] if turn["role"] == "assistant"
+    )
+
+
 def test_texts_that_leave_nothing_to_learn_are_counted_and_not_shown(tmp_path, byte_base):
     task = {"kind": "causal-lm", "prompt": "{text}", "completion": " {label}"}
     report = describe_rows(configuration(tmp_path, byte_base, **task, max_length=20), 6)
@@ -217,18 +249,19 @@ def test_many_classes_are_told_in_words(tmp_path, byte_base):
     assert "s: 1 network, 1 hardware, 1 kitchen\n" in invoke(path, "--rows", 0).stdout
 
 
-# What the page shows
+# What the pages show
 
-SHOWN = re.findall(r"```sh\n(fedex-lora data [^\n]*)\n```\n+```text\n(.*?)```", PAGE.read_text(), flags=re.S)
+PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+SHOWN = re.findall(r"```sh\n(fedex-lora data [^\n]*)\n```\n+```text\n(.*?)```", PAGES, flags=re.S)
 
 
-def test_the_page_shows_outputs():
+def test_the_pages_show_outputs():
     assert len(SHOWN) >= 3
 
 
 @pytest.mark.parametrize("command", [command for command, _ in SHOWN])
-def test_outputs_on_the_page_are_what_the_commands_print(command, request, tmp_path, monkeypatch):
-    """MRPC with MiniLM's tokenizer, E2E with GPT-2's, chats with SmolLM2's: of those bases only tokenizer and config are there."""
+def test_outputs_on_the_pages_are_what_the_commands_print(command, request, tmp_path, monkeypatch):
+    """MRPC with MiniLM's tokenizer, E2E with GPT-2's, of which only a config is beside it; the others with the demo's."""
     monkeypatch.chdir(ROOT)
     line = command
     if "mrpc" in command:

@@ -373,6 +373,9 @@ def test_odd_metrics_are_refused_in_a_line():
         clients["a"].receive(server.open_round(list("abc")).messages["a"])
         with pytest.raises(UsageError, match="at most 64 metrics"):
             clients["a"].reply(10, metrics, update=ClientUpdate("a", FIRST, 10, HEAD))
+    clients["a"].receive(server.open_round(list("abc")).messages["a"])
+    with pytest.raises(UsageError, match="a reply has rows from 0"):
+        clients["a"].reply(None, {}, update=ClientUpdate("a", FIRST, 10, HEAD))
 
 
 def test_a_client_says_what_it_cannot_do():

@@ -258,6 +258,7 @@ class Slow:
         (DROPS_SYSTEM, CHATS["system"], r"leaves out, changes or moves a turn of the role system \(a.jsonl:1, a.jsonl:2\): save with"),
         (MISTRAL, CHATS["system"], r"refuses chats: Conversation roles must alternate"),
         (MISTRAL, said("user: a", "tool: b", "assistant: c"), r"refuses chats: Only user and assistant roles"),
+        ("deepseek_r1_distill", PLAIN, "asks for an answer in other words than it writes before one"),
         (MISTRAL_V3, [*CHATS["system"], *CHATS["single"]], "writes a turn in another way once others follow it"),
         ("qwen3", [*CHATS["single"], *CHATS["several"]], r"writes a turn in another way once others follow it.*\{% generation %\}"),
         ("qwen2_5", said("developer: Brief.", "user: a", "assistant: b"), "leaves out, changes or moves a turn of the role developer"),
@@ -524,7 +525,7 @@ def test_evaluate_measures_and_writes_samples(learnt, base, tmp_path):
         output = model.generate(**asked, do_sample=False, max_new_tokens=20)[0, asked["input_ids"].shape[1] :]
         assert sample["output"] == tokenizer.decode(output, skip_special_tokens=True).strip()
         assert sample["reference"] == chat[-1]["content"]
-        assert sample["MR"] == tokenizer.decode(asked["input_ids"][0])
+        assert sample["prompt"] == tokenizer.decode(asked["input_ids"][0])
     assert [sample["output"] for sample in samples] == [chat[-1]["content"] for chat in chats]  # learnt, and the turn's end too
 
 

@@ -218,9 +218,9 @@ class Client:
                 raise UsageError("load a model before the reply, or give the update")
             adapter, other = self._model.read()
             update = ClientUpdate(self.name, adapter, num_examples, other, metrics)
-        update = replace(update, num_examples=int(num_examples), metrics=metrics)
         method = get_method(work.method)
         try:
+            update = replace(update, num_examples=int(num_examples), metrics=metrics)
             reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round))
         except (TypeError, ValueError) as error:
             raise UsageError(f"a reply has rows from 0, and at most 64 metrics: {str(error).splitlines()[0]}") from None

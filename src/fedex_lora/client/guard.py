@@ -14,6 +14,7 @@ from fedex_lora.models.lora import lora_layers
 from fedex_lora.protocol.dumps import tensors_digest
 
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of parameters
 CONFIGS = (PretrainedConfig, GenerationConfig, PeftConfig)
 
 
@@ -36,6 +37,8 @@ class Guard:
         self._frozen = {name: one for name, one in self._parameters.items() if name not in self._trained} | dict(model.named_buffers())
         self._digests = _digests(self._frozen)
         self._adapters = _adapters(model)
+        self._hooks = {name: [dict(getattr(one, kind) or {}) for kind in HOOKS] for name, one in self._parameters.items()}
+        self._process = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
 
     @torch.no_grad()
     def begin(self) -> str:
@@ -61,8 +64,16 @@ class Guard:
         if wrong:
             return wrong
         self._structure.restore()
+        dtype, grad, threads = self._process
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        torch.set_num_threads(threads)
         for name, parameter in self._parameters.items():
             parameter.grad = None
+            for kind, kept in zip(HOOKS, self._hooks[name], strict=True):
+                if there := getattr(parameter, kind):
+                    there.clear()
+                    there.update(kept)
             parameter.requires_grad_(name in self._trained)
         after = _digests(self._frozen)
         changed = [name for name, digest in self._digests.items() if after[name] != digest]
@@ -78,7 +89,7 @@ class Guard:
         odd = [name for name, one in self._parameters.items() if (tuple(one.shape), one.dtype) != self._kinds[name]]
         if odd:
             return f"changed shape or precision of {_some(odd)}"
-        more = [name for name, one in self._model.named_parameters() if one.requires_grad and name not in self._trained]
+        more = [name for name, one in self._model.named_parameters() if one.requires_grad and name not in self._parameters]
         if more:
             return f"trained {_some(more)}, which this run does not train"
         adapters = _adapters(self._model)

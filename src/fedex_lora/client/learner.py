@@ -1,6 +1,7 @@
 """What trains: a model with the clients' rows in this process; or, in tests, whatever moves factors."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from fedex_lora.client.client import Model
@@ -8,7 +9,13 @@ from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 
 class Learner(Model, Protocol):
-    """One model on which clients train in turn."""
+    """One model on which clients train in turn.
+
+    Attributes:
+        folder: where they keep their files, in a folder each; set by whoever drives them.
+    """
+
+    folder: Path | None
 
     @property
     def first(self) -> Adapter:

@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -125,17 +127,18 @@ def _imported(folder: str, module: str, name: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             where = f"in {folder}" if folder else "beside the configuration, in the working folder or installed"
             raise ConfigError(f"local.trainer = {name!r}: there is no module {module} {where}", CODE) from None
-        raise ConfigError(f"local.trainer = {name!r}: {module} cannot be imported: {told(error)}", CODE) from error
+        raise ConfigError(f"local.trainer = {name!r}: {module} cannot be imported: {_told(error)}", CODE) from error
     origin = Path(found.__file__ or "").resolve()
     if folder and Path(folder).resolve() not in origin.parents:
         raise ConfigError(f"local.trainer = {name!r}: another module is called {module} ({origin}): rename yours", CODE)
     return found
 
 
-def told(error: BaseException) -> str:
-    """An error of somebody else's code in one line, with where it was raised."""
-    lines = str(error).strip().splitlines()
-    last = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+def _told(error: BaseException) -> str:
+    """An error of somebody else's code in one line, with the last place in that code."""
+    lines, frames = str(error).strip().splitlines(), traceback.extract_tb(error.__traceback__)
+    libraries = ("<frozen", *sysconfig.get_paths().values(), str(Path(__file__).parents[1]))
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith(libraries)), frames[-1] if frames else None)
     where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
     return f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}{where}"
 
@@ -152,11 +155,11 @@ def trainer_of_party(
     """
     guard, kept = Guard(model), dict(vars(arguments))
     try:
-        trainer = own.make(model, rows, processor, arguments)
+        trainer = own.make(model, rows, deepcopy(processor), arguments)
     except FedexLoraError:
         raise
     except Exception as error:
-        raise ConfigError(f"local.trainer = {own.name!r} raised {told(error)}", CODE) from error
+        raise ConfigError(f"local.trainer = {own.name!r} raised {_told(error)}", CODE) from error
     if not isinstance(trainer, Trainer):
         raise ConfigError(
             f"local.trainer = {own.name!r} returned a {type(trainer).__name__}: return a transformers.Trainer of its model",
@@ -165,16 +168,16 @@ def trainer_of_party(
     if trainer.model is not model:
         raise ConfigError(f"local.trainer = {own.name!r} returned a Trainer of another model: give it the model that it is given", CODE)
     try:
-        _refuse(own, guard.begin())
         _force(trainer, kept)
         own.finish(trainer, place)
+        _refuse(own, guard.begin())
         yield trainer
         _refuse(own, guard.end(trainer.model))
     except FedexLoraError:
         raise
     except Exception as error:
         code = "memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else CODE
-        raise TrainingError(f"local.trainer = {own.name!r} raised {told(error)}", code) from error
+        raise TrainingError(f"local.trainer = {own.name!r} raised {_told(error)}", code) from error
 
 
 def _refuse(own: PartyTrainer, changed: str) -> None:

@@ -100,7 +100,7 @@ def local_update(
     return update, state
 
 
-def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Mapping[str, Any] | None) -> torch.optim.Optimizer:
+def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Mapping[str, Any] | None) -> Any:
     """The trainer's optimiser and schedule, as `[local]` has them go on from the last round.
 
     Raises:
@@ -110,7 +110,8 @@ def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Map
     if local.schedule == "run" and trainer.lr_scheduler is not None:
         raise ConfigError(f"local.trainer = {name!r} brings its own schedule, and local.schedule = 'run' sets ours: leave out one", CODE)
     made: Any = trainer.create_optimizer()
-    key, optimizer = "optimizer_state = 'keep'", trainer.optimizer if made is None else made  # those of subclasses may only set it
+    optimizer: Any = trainer.optimizer if made is None else made  # those of subclasses may only set it
+    key = "optimizer_state = 'keep'"
     try:
         if optimizer_state is not None:
             kept = deepcopy(dict(optimizer_state))  # Adam changes moments in place, and training may fail half-way

@@ -102,6 +102,9 @@ def build_model(result: StoredResult, base: str | Path | PreTrainedModel) -> tup
     fingerprint = result.manifest.get("base_fingerprint")
     if fingerprint is not None and result.adapter and fingerprint != frozen.fingerprint():
         name = base if isinstance(base, str | Path) else "the model given"
+        if said:
+            used = result.manifest.get("versions", {}).get("transformers", "that the run had")
+            raise ModelError(f"{said}; whether {name} is the base of this run can be told only by its own names: use transformers {used}")
         raise ModelError(
             f"{name} is not the base of this result: its weights differ from those of {result.manifest.get('base_model')}; give that one"
         )

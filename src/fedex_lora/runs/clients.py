@@ -47,7 +47,7 @@ class ClientPool:
         Raises:
             StorageError: one of them is broken.
         """
-        self._folder = folder
+        self._folder = self.learner.folder = folder
         for name in self.clients:
             if (path := self._path(name)).exists():
                 self.clients[name] = self._forgetting(self._restored(path, name, base_of))

@@ -76,8 +76,7 @@ class LocalSimulation:
         require_consistent(config, len(parts))
         place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
-        self._learner = ModelLearner(place, rows, emit)
-        self.pool, self._emit = ClientPool(config, self._learner), emit
+        self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit)), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
             emit(Warned(message=note))  # for the console: events say nothing of rows
@@ -109,7 +108,6 @@ class LocalSimulation:
                 bases[version] = load_base_delta(folder) if folder.exists() else None
             return bases[version]
 
-        self._learner.folder = out / "clients"
         self.pool.remember_in(out / "clients", base_of)
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:

@@ -147,7 +147,9 @@ def _spans(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
         if message["role"] != "assistant" or turn < chat.given:
             continue
         before, whole = _render(tokenizer, chat, turn, ask=True), _render(tokenizer, chat, turn + 1)
-        if not (reached <= len(before) < len(whole) and whole.startswith(before) and text.startswith(whole)):
+        if not whole.startswith(before) or len(before) < reached:
+            raise _RefusedError("asks for an answer in other words than it writes before one", MARKED)
+        if not text.startswith(whole) or len(whole) == len(before):
             raise _RefusedError("writes a turn in another way once others follow it, so that what is learnt cannot be told", MARKED)
         reached = len(whole)
         spans.append((len(before), reached))

@@ -32,7 +32,7 @@ MOST_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChatLayout:
     """How a file has its chats.
 
     Attributes:
@@ -138,19 +138,21 @@ def _as_turns(cell: Any, role: str) -> Any:
 
 
 LAYOUTS = (
-    Layout(
+    ChatLayout(
         frozenset({"chosen", "rejected"}), _preference, note="preferences: the loss and what is measured are those of the chosen answers"
     ),
-    Layout(frozenset({"messages"}), lambda row: {"messages": _messages(row["messages"])}),
-    Layout(frozenset({"conversations"}), _sharegpt, frozenset({"conversations", "system"}), "ShareGPT's conversations, read as messages"),
-    Layout(
+    ChatLayout(frozenset({"messages"}), lambda row: {"messages": _messages(row["messages"])}),
+    ChatLayout(
+        frozenset({"conversations"}), _sharegpt, frozenset({"conversations", "system"}), "ShareGPT's conversations, read as messages"
+    ),
+    ChatLayout(
         frozenset({"instruction", "output"}),
         _alpaca,
         frozenset({"instruction", "input", "output", "system"}),
         "Alpaca's instruction, input and output, read as messages",
     ),
-    Layout(frozenset({"chosen"}), _preference),  # one column of two: each row has the same fault
-    Layout(frozenset({"rejected"}), _preference),
+    ChatLayout(frozenset({"chosen"}), _preference),  # one column of two: each row has the same fault
+    ChatLayout(frozenset({"rejected"}), _preference),
 )
 
 

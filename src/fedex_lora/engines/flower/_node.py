@@ -83,8 +83,7 @@ class Node:
                     f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
-            learner = ModelLearner(place, {request.client: data}, self._emit)
-            learner.folder, pool = folder, ClientPool(place.config, learner, alone=True)
+            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
             _remember(pool, folder, mine / FILE)
             return pool.answer(request.client, request.payload)
 

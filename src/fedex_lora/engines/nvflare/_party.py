@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from nvflare.apis.fl_constant import SystemConfigs
@@ -24,6 +25,8 @@ class ScriptLearner:
         model: as `peft.get_peft_model` gives it.
         train: (round) -> how many rows it was trained on.
     """
+
+    folder: Path | None = None  # the script keeps its own files
 
     def __init__(self, name: str, model: Any, train: Callable[[int], int]) -> None:
         self._model, self._train = AdaptedModel(model), train

@@ -139,11 +139,11 @@ def read_predictions(path: Path, references: Mapping[str, Any]) -> list[str]:
 
 
 def write_predictions(path: Path, mrs: Sequence[str], texts: Sequence[str], references: Sequence[str] | None = None) -> None:
-    """A TSV file that `read_predictions` reads, with the references beside the texts, if any."""
-    more = {} if references is None else {"reference": references}
+    """A TSV file that `read_predictions` reads; of prompts and texts with references beside them, one for people to read."""
+    first, more = ("MR", {}) if references is None else ("prompt", {"reference": references})
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["MR", "output", *more])
+        writer.writerow([first, "output", *more])
         writer.writerows(zip(mrs, texts, *more.values(), strict=True))
 
 
