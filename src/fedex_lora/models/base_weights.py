@@ -72,10 +72,10 @@ class FrozenBase:
         self._now = dict(base_delta)
 
     @contextmanager
-    def pristine(self) -> Iterator[None]:
-        """The base as it was before it gained anything, within; afterwards what it had gained is there again, to the bit."""
+    def holding(self, base_delta: Mapping[str, Delta]) -> Iterator[None]:
+        """The base with another base delta, within; afterwards what it had gained is there again, to the bit."""
         now = self._now
-        self.set({})
+        self.set(base_delta)
         try:
             yield
         finally:

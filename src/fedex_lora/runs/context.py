@@ -50,6 +50,7 @@ class ModelContext:
 
     Attributes:
         first, start: the adapter, and what the frozen base has gained, before the first round.
+        beginning: adapter, other tensors and base delta of the result that the run goes on from, for trainers that need a reference.
         identity: the same for all who have the base, and the result that the run goes on from.
         stands_on: what is to be said of the result that the run goes on from; nothing where it begins at the base.
 
@@ -89,6 +90,8 @@ class ModelContext:
             self.start = dict(start.base_delta)
             self.adapted.load(start.adapter, self.start, start.other)
         self.first = read_model(model)
+        kept = start is not None and self.work.trainer is not None
+        self.beginning = (self.first, read_other(model), self.start) if kept else ({}, {}, {})
         self.identity = self.base.fingerprint() + (
             f" {tensors_digest(flatten_adapter('first', self.first), start.mark or '')}" if start else ""
         )

@@ -65,7 +65,7 @@ class ModelLearner:
                 place.work,
                 optimizer,
                 lambda step, steps: tell(Step(round=round, client=client, step=step, steps=steps)),
-                Place(place.base, self.folder and self.folder / safe_name(client) / REFERENCE),
+                Place(place.base, self.folder and self.folder / safe_name(client) / REFERENCE, *place.beginning),
             )
         except Exception:
             if place.work.trainer is not None:  # whatever it has done to the model
