@@ -10,7 +10,7 @@ from fedex_lora.config import DEMO, Config, nearest
 from fedex_lora.errors import ConfigError
 
 SIMULATION = ("partition-id", "num-partitions")  # Flower's own keys: in a simulation all rows are on this machine
-T = TypeVar("T", bound="NodeSettings | RunSettings")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
         ConfigError: an unknown key (the nearest is named), or a value of another kind.
     """
     simulated = any(key in given for key in SIMULATION)
-    settings = _read(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
+    settings = read_settings(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
     if settings.rows not in ("own", "dealt"):
         raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"', "settings")
     if low := next((name for name in ("threads", "max_rows", "max_megabytes") if not getattr(settings, name) >= 0), None):
@@ -121,11 +121,22 @@ def run_settings(given: Mapping[str, Any]) -> RunSettings:
     Raises:
         ConfigError: see `node_settings`.
     """
-    return _read(RunSettings(), given, "run config")
+    return read_settings(RunSettings(), given, "run config")
 
 
-def _read(default: T, given: Mapping[str, Any], where: str) -> T:
-    known = {field.name: type(getattr(default, field.name)) for field in fields(default)}
+def read_settings(default: T, given: Mapping[str, Any], where: str) -> T:
+    """A record of settings with the values that are `given`, of its own kinds.
+
+    Args:
+        default: a dataclass of plain values.
+        given: field -> value; "-" stands for "_".
+        where: it is from, in words.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), or a value of another kind.
+    """
+    record: Any = default
+    known = {field.name: type(getattr(record, field.name)) for field in fields(record)}
     found = {}
     for key, value in given.items():
         name = key.replace("-", "_")
@@ -139,4 +150,5 @@ def _read(default: T, given: Mapping[str, Any], where: str) -> T:
         if type(value) is not kind:
             raise ConfigError(f"{where} {key} = {value!r}: give a value of kind {kind.__name__} (text in double quotes)", "settings")
         found[name] = value
-    return replace(default, **found)
+    changed: T = replace(record, **found)
+    return changed
