@@ -136,7 +136,7 @@ class LocalDeployment:
 
     def _from_file(self, kind: str, given: Mapping[str, Any], name: str = "server") -> list[str]:
         """The command that starts what a new file of this name, beside the keys, says."""
-        file = self.folder / "keys" / f"{name}.toml"
+        file = self.folder / "keys" / f"{name}.{kind}.toml"
         file.write_text(tomli_w.dumps(given), encoding="utf-8")
         return [sys.executable, "-m", "fedex_lora.cli", "flower", kind, str(file)]
 
