@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 flower = typer.Typer(no_args_is_help=True, help="The same federation between organisations, over Flower. Needs the extra `flower`.")
 app.add_typer(flower, name="flower")
+ITSELF = ("localhost", "127.0.0.1")  # as which nginx and Flower's own processes reach the server
 SERVER = ("ca.crt", "ca.key", "server.pem", "server.key", "server.toml")
 ENDS = ("", ".pub", ".toml")  # of a node's key, what the server gets of it, and what starts the node
 Show = Annotated[bool, typer.Option("--show", help="Print Flower's command line, and start nothing.")]
@@ -81,7 +82,7 @@ def keys(
     if there := next((path for path in wanted if path.exists()), None):
         raise UsageError(f"{there} exists and is not overwritten: remove it, or give another folder")
     if named:
-        make_certificates(folder, named)
+        make_certificates(folder, list(dict.fromkeys([*named, *ITSELF])))
         write_text(folder / "server.toml", SERVER_EXAMPLE)
     for name in nodes:
         make_node_key(folder / name)
@@ -124,9 +125,10 @@ def register(
 
     found = server_file(file)
     _refuse(found, file)
+    console = consoles(False)
+    register_nodes(found, lambda line: console.print(line, highlight=False, markup=False))
     if not found.nodes:
-        raise UsageError(f'{file} names no nodes: add lines such as ward-a = "ward-a.pub" to its table [nodes]')
-    register_nodes(found, lambda line: consoles(False).print(line, highlight=False))
+        console.print(f'{file} names no nodes: add lines such as ward-a = "ward-a.pub" to its table [nodes]', highlight=False, markup=False)
 
 
 @flower.command()
@@ -199,7 +201,7 @@ def try_(
 @flower.command()
 @one_line_errors
 def worker(
-    socket: Annotated[Path, typer.Argument(help="The socket; the node's own settings name it: --node-config 'worker=\"SOCKET\"'.")],
+    socket: Annotated[Path, typer.Argument(help='The socket, which the node\'s file names: worker = "SOCKET".')],
     debug: Debug = False,
 ) -> None:
     """Keep a party's base in memory between messages. Flower starts a process for every message."""

@@ -111,6 +111,9 @@ def server_file(path: Path) -> Startable:
     given, problems = _read(tree, folder, Superlink)
     given = {"host": Superlink.host, "port": Superlink.port, **given}
     problems += [f"{name} is missing: add it" for name in _names(Superlink) if name.startswith("ssl_") and not given.get(name)]
+    host, certificate = own_host(given["host"]), Path(given.get("ssl_certfile", ""))
+    if certificate.is_file() and not CHECKS["ssl_certfile"](certificate) and host not in _hosts(certificate):
+        problems.append(f"ssl_certfile: {certificate} is not for {host}, where Flower's own processes reach it (see flower keys)")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         problems.append('nodes: write a table [nodes] with lines such as ward-a = "ward-a.pub"')
         named = {}
@@ -121,6 +124,15 @@ def server_file(path: Path) -> Startable:
     twice = [name for name, key in keys.items() if Counter(keys.values())[key] > 1]
     problems += [f"nodes: {' and '.join(twice)} have the same key: each party makes its own"] if twice else []
     return Startable(["flower-superlink", *_options(given, Superlink), *SAFE], problems, given, nodes)
+
+
+def own_host(host: str) -> str:
+    """Where a SuperLink's own machine reaches it.
+
+    >>> own_host("0.0.0.0"), own_host("192.0.2.1")
+    ('127.0.0.1', '192.0.2.1')
+    """
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def node_words(settings: Mapping[str, Any]) -> str:
@@ -223,6 +235,16 @@ def _certificate(path: Path) -> str:
     except ValueError:
         return f"{path} holds no certificate (fedex-lora flower keys makes them)"
     return "" if ends > datetime.datetime.now(datetime.UTC) else f"the certificate {path} expired on {ends:%Y-%m-%d}"
+
+
+def _hosts(certificate: Path) -> list[str]:
+    """The names and addresses that a server's certificate is for."""
+    one = x509.load_pem_x509_certificate(certificate.read_bytes())
+    try:
+        names = one.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
 def _key(path: Path, load: Callable[[bytes], object], kind: type, what: str) -> str:

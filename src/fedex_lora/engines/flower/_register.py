@@ -11,16 +11,15 @@ from pathlib import Path
 
 import tomli_w
 
-from fedex_lora.engines.flower._files import Startable, flower_environment
+from fedex_lora.engines.flower._files import Startable, flower_environment, own_host
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.storage.files import write_text
 
 CONNECTION_NAME = "federation"  # as which the `flwr` command knows the server of a file
-LOCAL = ("127.0.0.1", "::1", "0.0.0.0", "::")  # hosts of a SuperLink that its own machine reaches as localhost
 KNOWN = "key already in use"  # in Flower's words for a node that is registered
 
 
-def register_nodes(server: Startable, tell: Callable[[str], None], patience: float = 90.0) -> None:
+def register_nodes(server: Startable, tell: Callable[[str], None], patience: float = 60.0) -> None:
     """Tell the `flwr` command where the SuperLink is, wait until it listens, and register those nodes that it does not know.
 
     Args:
@@ -32,10 +31,9 @@ def register_nodes(server: Startable, tell: Callable[[str], None], patience: flo
         UsageError: Flower's configuration has another server under this name.
         FedexLoraError: the SuperLink does not listen, or does not take a node.
     """
-    host, port = str(server.given["host"]), int(server.given["port"])
-    host = "localhost" if host in LOCAL else host
+    host, port = own_host(server.given["host"]), int(server.given["port"])
     home = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
-    connect(home / "config.toml", f"{host}:{port}", server.given["ssl_ca_certfile"])
+    connect(home / "config.toml", f"[{host}]:{port}" if ":" in host else f"{host}:{port}", server.given["ssl_ca_certfile"])
     end = time.monotonic() + patience
     while not _listens(host, port):
         if time.monotonic() > end:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A party's own settings, `flower-supernode --node-config 'client="ward-a" data="/srv/ward-a"'`; the server has no say in them.
+    """A party's own settings, of its file or `flower-supernode --node-config 'client="ward-a"'`; the server has no say in them.
 
     Attributes:
         client: who this is; a message for somebody else is refused.
@@ -70,9 +70,7 @@ class NodeSettings:
         if self.deals(config):
             return config
         if not self.data:
-            raise ConfigError(
-                'this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")', "no-data"
-            )
+            raise ConfigError('this node has not said where its rows are: give it data = "FOLDER" (or rows = "dealt")', "no-data")
         if config.task.needs_labels:
             raise ConfigError(
                 "task.labels is not set: name all classes there, or a party whose rows lack one would train another head", "labels-unset"
