@@ -251,10 +251,10 @@ def _key(path: Path, load: Callable[[bytes], object], kind: type, what: str) -> 
     if fault := _file(path):
         return fault
     try:
-        key = load(path.read_bytes())
+        fits = isinstance(load(path.read_bytes()), kind)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
-        key = None
-    return "" if isinstance(key, kind) else f"{path} is no {what} (fedex-lora flower keys makes them)"
+        fits = False
+    return "" if fits else f"{path} is no {what} (fedex-lora flower keys makes them)"
 
 
 def _node_key(path: Path) -> str:
