@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import tomllib
 from dataclasses import fields
@@ -233,13 +234,13 @@ def test_the_process_becomes_flower_s(made, tmp_path):
     """With the words of the file, in the same process, telling nobody; the program is looked for beside the interpreter first."""
     bin = tmp_path / "bin"
     bin.mkdir()
-    (bin / "python").symlink_to(shutil.which("python3"))
+    (bin / "python").symlink_to(sys.executable)
     program = bin / "flower-supernode"
     program.write_text('#!/bin/sh\necho $$ "$FLWR_TELEMETRY_ENABLED" "$FLWR_DISABLE_UPDATE_CHECK" "$2"\nexit 7\n')
     program.chmod(0o755)
     code = f"import sys; sys.executable = {str(bin / 'python')!r}; from fedex_lora.cli import main; main()"
     process = subprocess.Popen(
-        [shutil.which("python3"), "-c", code, "flower", "node", node(made, "")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "flower", "node", node(made, "")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     out, err = process.communicate(timeout=60)
     assert out.split() == [str(process.pid), "0", "1", "example.org:443"]
