@@ -22,6 +22,8 @@ class AggregatedFolders:
     Attributes:
         folders: of the adapters, in the order given.
         numbers: what `fedex-lora aggregate --json` prints: method, weights, ranks, `max_relative_error` in fp64.
+
+    Example: see `fedex_lora.aggregate`, which gives one.
     """
 
     def __init__(self, folders: Sequence[Path], **options: Any) -> None:

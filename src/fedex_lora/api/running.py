@@ -39,6 +39,8 @@ class RunResult:
         events: what happened.
         metrics: a row a round: metrics, errors, bytes, seconds.
         clients: a row a client and round.
+
+    Example: see `fedex_lora.run`, which gives one.
     """
 
     def __init__(self, folder: Path, state: ServerState, model: PreTrainedModel | None, mine: TemporaryDirectory[str] | None) -> None:

@@ -135,7 +135,12 @@ def is_ours(key: str) -> bool:
 
 
 class Rules(ConfigTable):
-    """What server and clients of a run agree on: all but the model, the rows and how they are trained on."""
+    """What server and clients of a run agree on: all but the model, the rows and how they are trained on.
+
+    Example:
+        >>> Rules(method="fedex", clients={"quorum": 0.6}).clients.quorum
+        0.6
+    """
 
     method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
