@@ -1,6 +1,7 @@
 """The notebook and README's Python: executed, and typed under mypy's strict rules."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,15 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     assert (tmp_path / "notebook-run" / "final").is_dir()
 
 
-def test_the_notebook_is_typed(tmp_path):
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("text", ["\n".join(CELLS), README[0]], ids=["notebook", "README"])
+def test_it_is_typed(text, tmp_path):
     pytest.importorskip("mypy")
-    (tmp_path / "notebook.py").write_text("\n".join(CELLS))
+    (tmp_path / "example.py").write_text(text)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "notebook.py")],
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "example.py")],
         capture_output=True,
         text=True,
         cwd=ROOT,
