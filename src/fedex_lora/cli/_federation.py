@@ -23,6 +23,8 @@ from fedex_lora.errors import UsageError, require_extra
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedex_lora.types import ServerState
+
 
 @app.command()
 @one_line_errors
@@ -74,15 +76,31 @@ def run(
 
     try:
         with Display(console) as display:
-            run_here(settings, out, both, resume)
+            state = run_here(settings, out, both, resume)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
-    console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
+    for line in _ending(state, out):
+        console.print(line, highlight=False)
     if as_json:
         last = {name: value for event in ends for name, value in event.fields().items()}
         print_json({"method": settings.method, "out": str(out), **last})
     if failed := [str(event.round) for event in of_kind(ends, RoundDone) if event.not_finite]:
         fail(f"error: the errors of round {', '.join(failed)} cannot be computed: see the warnings, and {out / 'events.jsonl'}", 1)
+
+
+def _ending(state: "ServerState", out: Path) -> list[str]:
+    """Where the model of a run is, and how large it is as one adapter."""
+    from fedex_lora.aggregation import get_method
+    from fedex_lora.aggregation.growth import growth
+    from fedex_lora.storage.events import Started, of_kind, read_events
+
+    lines = [f"final model: {out / 'final'}   check it: fedex-lora verify {out}"]
+    started = next(iter(of_kind(read_events(out / "events.jsonl"), Started)), None)
+    if not state.adapter or started is None or get_method(state.method).exactness == "personalised":
+        return lines
+    numbers = (started.total_parameters or 0) - (started.trainable_parameters or 0)
+    grown = growth(state.adapter, state.base_delta, state.round, numbers, int(started.start.get("base_rank", 0)))
+    return [*lines, f"{grown.line()}; see fedex-lora export --help"]
 
 
 @app.command()
