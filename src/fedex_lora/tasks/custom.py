@@ -66,7 +66,8 @@ def load(settings: config.TaskSettings) -> Task:
         notes += said
     kinds = {"regression": _regression, "causal-lm": _causal_lm}
     train, held = (rows.reset_index(drop=True) for rows in kept)
-    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
+    lines, eval_lines = (tuple(int(line) for line in rows.index) for rows in kept)
+    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), eval_lines=eval_lines, lines=lines)
 
 
 def row_tables(settings: config.TaskSettings) -> tuple[RowTable, RowTable]:
