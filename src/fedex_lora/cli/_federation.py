@@ -1,6 +1,7 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -22,8 +23,6 @@ from fedex_lora.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from fedex_lora.types import ServerState
 
 
 @app.command()
@@ -54,6 +53,7 @@ def run(
     out: Annotated[Optional[Path], typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,  # noqa: UP045
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Short for --set rounds=N; with --resume a run gets more.")] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted, to the same bits.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything, and say what the run will take.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -63,11 +63,16 @@ def run(
     out = out or Path("runs") / config.stem
     overrides = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
     settings = read_config(config, overrides, begun=out if resume else None)
+    from fedex_lora.cli._around_run import dry_run_of, ending_lines, said_before
     from fedex_lora.cli.console import Display
+    from fedex_lora.runs.run import LocalSimulation
     from fedex_lora.runs.run import run as run_here
     from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 
     console, ends = consoles(as_json), list[Event]()
+    if dry_run:
+        dry_run_of(settings, console, as_json)
+        return
 
     def both(event: Event) -> None:
         if isinstance(event, RoundDone | RunDone):
@@ -76,31 +81,17 @@ def run(
 
     try:
         with Display(console) as display:
-            state = run_here(settings, out, both, resume)
+            home = LocalSimulation if resume else partial(said_before, console=console)
+            state = run_here(settings, out, both, resume, home)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
-    for line in _ending(state, out):
+    for line in ending_lines(state, out):
         console.print(line, highlight=False)
     if as_json:
         last = {name: value for event in ends for name, value in event.fields().items()}
         print_json({"method": settings.method, "out": str(out), **last})
     if failed := [str(event.round) for event in of_kind(ends, RoundDone) if event.not_finite]:
         fail(f"error: the errors of round {', '.join(failed)} cannot be computed: see the warnings, and {out / 'events.jsonl'}", 1)
-
-
-def _ending(state: "ServerState", out: Path) -> list[str]:
-    """Where the model of a run is, and how large it is as one adapter."""
-    from fedex_lora.aggregation import get_method
-    from fedex_lora.aggregation.growth import growth
-    from fedex_lora.storage.events import Started, of_kind, read_events
-
-    lines = [f"final model: {out / 'final'}   check it: fedex-lora verify {out}"]
-    started = next(iter(of_kind(read_events(out / "events.jsonl"), Started)), None)
-    if not state.adapter or started is None or get_method(state.method).exactness == "personalised":
-        return lines
-    numbers = (started.total_parameters or 0) - (started.trainable_parameters or 0)
-    grown = growth(state.adapter, state.base_delta, state.round, numbers, int(started.start.get("base_rank", 0)))
-    return [*lines, f"{grown.line()}; see fedex-lora export --help"]
 
 
 @app.command()
