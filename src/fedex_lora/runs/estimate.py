@@ -113,10 +113,8 @@ def bytes_of(config: Config, state: ServerState, clients: int, ranks: Mapping[st
 
     A client that was not asked for some rounds catches up on them; with a fraction f, that is on 1 / f rounds at a time.
     """
-    row, taking_part = (
-        get_method(config.method),
-        1 if get_method(config.method).centralised else participants(config.clients.fraction, clients),
-    )
+    row = get_method(config.method)
+    taking_part = 1 if row.centralised else participants(config.clients.fraction, clients)
     largest = sorted(ranks.values(), reverse=True)[:taking_part]
     missed = math.ceil(1 / config.clients.fraction)
     other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
