@@ -91,6 +91,10 @@ class FrozenBase:
         """The base's name: see `fedex_lora.models.fingerprint`. Taken when it is first asked for."""
         return self._fingerprint
 
+    def pristine(self, name: str) -> Tensor:
+        """A module's W0, `out x in`, on the CPU; of a quantised one its values."""
+        return self._homes[name].w0()
+
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self._model, {name: home.w0 for name, home in self._homes.items()})

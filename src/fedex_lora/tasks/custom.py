@@ -62,7 +62,8 @@ def load(settings: config.TaskSettings, read: Reader = read_rows) -> Task:
         notes += [*(note for note in table.notes if note not in notes), *said]
     kinds = {"regression": _regression, "causal-lm": _causal_lm, config.CHAT: chat_task}
     train, held = (rows.reset_index(drop=True) for rows in kept)
-    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
+    lines, eval_lines = (tuple(int(line) for line in rows.index) for rows in kept)
+    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), eval_lines=eval_lines, lines=lines)
 
 
 def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple[RowTable, RowTable]:
