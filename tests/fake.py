@@ -70,7 +70,7 @@ class Noise:
             name: LoRAPair(torch.randn(rank, inner, generator=generator) / inner**0.5, torch.zeros(out, rank), SCALING)
             for name, (out, inner) in SHAPES.items()
         }
-        self.first = first if self.method.lora else {}
+        self.first, self.base = first if self.method.lora else {}, {}
         self.other = {HEAD: torch.randn(3, 5, generator=generator)}
 
     def only(self, client):

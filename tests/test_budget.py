@@ -5,9 +5,13 @@ from collections import defaultdict
 
 from tests.test_imports import ROOT
 
-LINES = 24_729  # of all files together: lower it when you delete; chats, trainers, joins and NVFlare brought 2,400
+LINES = 27_332  # of all files together: lower it when you delete; chats, trainers, joins, NVFlare, Python and what comes out brought 4,900
 FILE, FUNCTION = 300, 55  # lines; a function's without signature and docstring
-ENTRIES = {"load", "NeedsFull"}  # every task's module has a `load`, which `tasks.load_task` calls; client and server name one message
+ENTRIES = {
+    "load",
+    "NeedsFull",
+    "aggregate",
+}  # each task module's `load`; one message of client and server; the mathematics and its public face
 
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 

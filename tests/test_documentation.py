@@ -121,7 +121,7 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
         with mock.patch.dict(METHODS):  # a page adds one
             names = runpy.run_path(str(path))
         if "state" in names:
-            assert names["result"]["max_relative_error"] < 1e-6
+            assert names["result"].numbers["max_relative_error"] < 1e-6
         if "residual" in names:
             assert names["result"].residual["q_proj"].rank == 8
 

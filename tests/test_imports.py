@@ -23,7 +23,7 @@ LEVELS = [
     client server offline
     runs evaluation report
     engines experiments
-    cli
+    api cli
     """.strip().splitlines()
 ]
 LEVEL = {package: number for number, level in enumerate(LEVELS) for package in level}

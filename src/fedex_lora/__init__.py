@@ -7,20 +7,25 @@ __all__ = [
     "METHODS",
     "AdaptedModel",
     "Aggregate",
+    "AggregatedFolders",
     "Client",
     "ClientUpdate",
     "LoRAPair",
     "LowRank",
     "Rules",
+    "RunResult",
     "Server",
     "ServerState",
     "aggregate",
     "load_model",
+    "run",
     "save_result",
 ]
 
 if TYPE_CHECKING:
-    from fedex_lora.aggregation import METHODS, aggregate
+    from fedex_lora.aggregation import METHODS
+    from fedex_lora.api.aggregating import AggregatedFolders, aggregate
+    from fedex_lora.api.running import RunResult, run
     from fedex_lora.client.client import Client
     from fedex_lora.config import Rules
     from fedex_lora.models.adapted import AdaptedModel
@@ -35,8 +40,11 @@ _HOMES = {
     "Client": "client.client",
     "Rules": "config",
     "Server": "server.server",
-    "aggregate": "aggregation",
+    "AggregatedFolders": "api.aggregating",
+    "RunResult": "api.running",
+    "aggregate": "api.aggregating",
     "load_model": "models.build",
+    "run": "api.running",
     "save_result": "server.result",
 }
 

@@ -14,6 +14,7 @@ FedexLoraError              exit 1: the work failed
 """
 
 import importlib.util
+import sys
 
 
 class FedexLoraError(Exception):
@@ -104,6 +105,16 @@ def counted(count: int, name: str) -> str:
     ('1 row', '2 rows')
     """
     return f"{count} {name}{'' if count == 1 else 's'}"
+
+
+def require_system(platform: str = sys.platform) -> None:
+    """This is a system on which folders can be locked, synced and renamed as runs need it.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if platform == "win32":
+        raise UsageError("fedex-lora runs on Linux and macOS, and this is Windows: use it in WSL 2", "package")
 
 
 def require_extra(module: str, extra: str, what: str) -> None:

@@ -69,7 +69,13 @@ class LoRAPair:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LowRank:
-    """A matrix `U V` kept as its factors: `U` is `out x q`, `V` is `q x in`; any scaling is inside."""
+    """A matrix `U V` kept as its factors: `U` is `out x q`, `V` is `q x in`; any scaling is inside.
+
+    Example:
+        >>> import torch
+        >>> LowRank(U=torch.ones(3, 2), V=torch.ones(2, 5)).dense().shape
+        torch.Size([3, 5])
+    """
 
     U: Tensor
     V: Tensor
@@ -175,6 +181,12 @@ class ClientUpdate:
         num_examples: training rows, the usual weight.
         other: every other trained tensor by name (classification head, biases, `modules_to_save`).
         metrics: numbers that the client reports (loss, its own held-out accuracy); never used in the aggregate.
+
+    Example:
+        >>> import torch
+        >>> update = ClientUpdate("north", {"q_proj": LoRAPair(A=torch.ones(2, 5), B=torch.ones(3, 2))}, num_examples=120)
+        >>> update.adapter["q_proj"].rank
+        2
     """
 
     client_id: str
@@ -195,6 +207,8 @@ class Aggregate:
         weights: client id -> p_i, float64, summing to one.
         method: the method's name.
         dropped: module path -> Frobenius norm of what a truncation left out, scaling included; empty for methods that truncate nothing.
+
+    Example: see `fedex_lora.aggregate`, which gives one.
     """
 
     adapter: Adapter
@@ -218,6 +232,8 @@ class ServerState:
         seed: of the run, for factors that start anew.
         personal: client -> its own factors, for methods whose clients keep them (and let the server know them).
         velocity: tensor -> its last change, of those that have a momentum of their own: other tensors by name, factors as `MODULE|A`.
+
+    Example: see `fedex_lora.aggregation.server_state.step`, which makes the next one.
     """
 
     method: str

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from fedex_lora import __version__
 from fedex_lora.cli import app, demo, main
+from fedex_lora.client.arguments import require_device
 from fedex_lora.config import base_folder, overridden, parse_config
+from fedex_lora.errors import ConfigError, UsageError, require_system
 from fedex_lora.report.analysis import sent
 from fedex_lora.storage.events import read_events
 
@@ -249,3 +251,16 @@ def test_wrong_arguments_are_one_line(arguments, line, monkeypatch, capsys):
         main()
     assert left.value.code == 2
     assert capsys.readouterr() == ("", line)
+
+
+def test_where_it_does_not_run_is_said_at_the_start(tmp_path, monkeypatch):
+    """Windows has no locks, syncs and renames of folders as runs need them; Apple's GPUs have no fp64."""
+    with pytest.raises(UsageError, match="this is Windows: use it in WSL 2"):
+        require_system("win32")
+    require_system("darwin")
+    with pytest.raises(ConfigError, match=r"set training\.use_cpu = true"):
+        require_device("mps")
+    require_device("cuda")
+    monkeypatch.setattr("fedex_lora.cli._shared.require_system", lambda: require_system("win32"))
+    assert "this is Windows" in one_line(call("run", "examples/quickstart.toml", "--out", tmp_path / "run"), 2)
+    assert not (tmp_path / "run").exists()

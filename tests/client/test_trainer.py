@@ -24,6 +24,7 @@ from tests.tasks.test_rows import bytewise
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from fedex_lora import load_model
 from fedex_lora.client.arguments import training_arguments, without_trainer
 from fedex_lora.client.trainers import find_trainer, with_columns
 from fedex_lora.client.training import local_update
@@ -577,6 +578,23 @@ def test_the_loss_of_later_rounds_is_dpo_s_against_that_reference(work, preferre
     print(f"round 3: {losses[3, 'client-0']:.6f}, by plain torch {want:.6f}")
     assert abs(want - math.log(2)) > 1e-3  # it would be log 2 against a copy of the round's start
     assert losses[3, "client-0"] == pytest.approx(want, rel=1e-4)
+
+
+def test_the_reference_of_a_run_that_goes_on_from_a_result_is_that_result(work, tmp_path):
+    """Learn what is preferred, then by preferences: the reference is what was learnt, adapter and base delta, in both rounds."""
+    training = {"per_device_train_batch_size": 12, "learning_rate": 5e-2}
+    learnt = finished(setting(work, rounds=2, training=training, task={"completion": "{chosen}"}), tmp_path / "learnt")
+    base = {"model": "base", "start": str(learnt)}
+    config = setting(work, "trl:DPOTrainer", rounds=2, training={**training, "beta": 0.5}, task={"completion": "{chosen}"}, base=base)
+    out = finished(config, tmp_path / "run")
+    found, rows = reference(out / "clients" / "client-1"), rows_of(out, "client-1", config)
+    for answer in ("chosen", "rejected"):
+        want = log_probabilities(load_model(learnt, str(work / "base")), bytewise(), rows, answer)
+        untouched = log_probabilities(AutoModelForCausalLM.from_pretrained(work / "base").eval(), bytewise(), rows, answer)
+        assert (found[answer] - want).norm() < 0.01 * (want - untouched).norm()
+    losses = {(event.round, event.client): event.train_loss for event in of_kind(read_events(out / "events.jsonl"), ClientDone)}
+    assert losses[1, "client-0"] == pytest.approx(math.log(2), abs=1e-6)
+    assert verify(out)["max_relative_error"] < 1e-6
 
 
 def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):

@@ -14,6 +14,7 @@ from fedex_lora.config import read_config
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.storage.events import is_over, read_events
 from fedex_lora.storage.files import checksum, read_manifest
 from fedex_lora.storage.run_folder import locked
 
@@ -119,6 +120,41 @@ def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):
     again = CliRunner().invoke(app, ["run", str(want / "config.toml"), "--out", str(tmp_path / "run"), "--resume"])
     assert again.exit_code == 0, again.output
     assert "nothing is left to do" in again.output
+
+
+MORE = {name: change for name, change in CASES.items() if name not in ("moments kept, uneven scaling", "full-ft")} | {
+    "momentum": {"server": {"momentum": 0.5}},
+    "moments kept": {"local": {"optimizer_state": "keep"}},
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_a_finished_run_with_more_rounds_ends_as_one_that_had_them_at_once(case, tmp_path):
+    """1 round, then 2 more, are 3 rounds: the same bits, and its log says when it was over."""
+    home, config = (LocalSimulation, configuration) if case in ("fedex", "moments kept") else (Fake, without_model)
+    run(config(rounds=3, **MORE[case]), tmp_path / "want", ignore, home=home)
+    out = tmp_path / "run"
+    run(config(rounds=1, **MORE[case]), out, ignore, home=home)
+    first = [event["round"] for event in events_of(out, "round_done")]
+    over = []
+    run(config(rounds=3, **MORE[case]), out, lambda event: over.append(is_over(read_events(out / "events.jsonl"))), True, home)
+    assert (first, [event["round"] for event in events_of(out, "round_done")]) == ([1], [1, 2, 3])
+    assert_same_bits(out, tmp_path / "want")
+    assert not any(over[1:-1])  # it was over before, and is again at its end
+    assert [event["rounds"] for event in events_of(out, "run_done")] == [1, 3]
+    assert read_config(out / "config.toml").rounds == 3
+
+
+def test_rounds_that_cannot_be_added_are_refused(whole, tmp_path):
+    config, want, home = whole("reinit")
+    out = shutil.copytree(want, tmp_path / "run")
+    with pytest.raises(UsageError, match="has 3 rounds already, and rounds = 2: give --rounds 3 or more"):
+        run(config.model_copy(update={"rounds": 2}), out, ignore, True, home)
+    config, want, home = whole("moments kept, uneven scaling")
+    again = CliRunner().invoke(app, ["run", str(want / "config.toml"), "--out", str(want), "--rounds", "5", "--resume"])
+    assert again.exit_code == 2
+    assert 'local.schedule = "run" spreads the learning rate' in " ".join(again.output.split())
+    assert read_config(out / "config.toml").rounds == read_config(want / "config.toml").rounds == 3
 
 
 @pytest.mark.parametrize("lost", ["final", "final/base_delta.safetensors", "rounds/0003", "an update in final"])

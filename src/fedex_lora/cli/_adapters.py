@@ -218,6 +218,8 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
     base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
     rank: Annotated[Optional[int], typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,  # noqa: UP045
+    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16 or float16; what that costs is printed.")] = None,
+    max_shard_size: Annotated[Optional[str], typer.Option(help="The largest size of a model's file, such as 2GB.")] = None,  # noqa: UP045
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -226,7 +228,7 @@ def export(
     from fedex_lora.models.export import export as export_here
 
     silence_libraries()
-    result = export_here(source, form, out, base, rank)
+    result = export_here(source, form, out, base, rank, dtype, max_shard_size)
     if as_json:
         print_json(result)
         return
@@ -237,11 +239,20 @@ def export(
         console.print(
             f"the base must have {result['tokens']} tokens first: base.resize_token_embeddings({result['tokens']})", highlight=False
         )
-    console.print(
-        f"reloaded: logits within {result['output_error']:.1e} of the largest logit of the run's, "
-        f"{result['change_error']:.1e} of what the update changes",
-        highlight=False,
-    )
+    for line in (_reloaded(result), result["growth"]):
+        if line:
+            console.print(line, highlight=False)
     console.print(f"vLLM: {result['vllm']}", highlight=False)
     for note in result["notes"]:
         console.print(f"! {note}", highlight=False)
+
+
+def _reloaded(result: dict[str, Any]) -> str:
+    """How far the export is from the run, and whether its dtype explains that."""
+    error, bound, change = result["output_error"], result["output_bound"], result["change_error"]
+    line = f"reloaded: logits within {error:.1e} of the largest logit of the run's, {change:.1e} of what the update changes"
+    if bound is None:
+        return line
+    line += f"; every weight is the nearest in {result['dtype']}, whose rounding explains up to {bound:.1e}"
+    line += " (this is more: measure the export by `evaluate`)" if error > bound else ""
+    return line + ("; rounding outweighs the update: --dtype float32 keeps it" if change > 1 else "")

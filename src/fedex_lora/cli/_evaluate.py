@@ -12,7 +12,10 @@ from fedex_lora.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedex_lora.evaluation import Measured
+
 COUNTS = ("rows", "unanswered", "prompts_cut")
+MATRIX = 10  # classes that a confusion matrix is printed of
 
 
 @app.command()
@@ -28,6 +31,11 @@ def evaluate(
         typer.Option(help="Take the task from this TOML file: one of your own, for an export, an adapter or a model."),
     ] = None,
     data: Annotated[Optional[Path], typer.Option(help="Folder of the task's data; by default as the run says, else the hub.")] = None,  # noqa: UP045
+    file: Annotated[Optional[Path], typer.Option(help="Measure on the rows of this file, which has the columns of the task's.")] = None,  # noqa: UP045
+    beside: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODEL", help="Measure this model too, on the same rows; `base`: what the first was trained from."),
+    ] = None,
     lm_eval: Annotated[Optional[str], typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of --task.")] = None,  # noqa: UP045
     include_path: Annotated[Optional[Path], typer.Option(help="--lm-eval: a folder with task files of your own.")] = None,  # noqa: UP045
     base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
@@ -37,7 +45,11 @@ def evaluate(
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="KEY=VALUE", help="A field of GenerationConfig, such as num_beams=1, over the task's own."),
     ] = None,
-    predictions: Annotated[Optional[Path], typer.Option(help="Write what the model wrote to this TSV file.")] = None,  # noqa: UP045
+    predictions: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write what the model wrote to this TSV file; of classes or scores a line a row, as .tsv or .jsonl."),
+    ] = None,
+    with_rows: Annotated[bool, typer.Option("--with-rows", help="--predictions: with the rows' own columns, such as their text.")] = False,
     score: Annotated[bool, typer.Option(help="--no-score: only write --predictions, to be scored elsewhere.")] = True,
     as_json: Json = False,
     debug: Debug = False,
@@ -45,10 +57,12 @@ def evaluate(
     """Measure a model by official metrics. Those of a task here, or of tasks of lm-evaluation-harness."""
     own = dict(map(_setting, generate or []))
     _require_sense(task, config, lm_eval, include_path, predictions, score, own)
+    if lm_eval and (file or beside or with_rows):
+        raise UsageError("--file, --beside and --with-rows are for --task: lm-evaluation-harness has its own rows")
     from accelerate import PartialState
 
     from fedex_lora.client.training import silence_libraries
-    from fedex_lora.evaluation import Options, evaluate_harness, evaluate_source, task_of
+    from fedex_lora.evaluation import Measured, Options, evaluate_harness, measure, task_of
 
     silence_libraries()
     console = consoles(as_json)
@@ -56,14 +70,15 @@ def evaluate(
         if lm_eval:
             names = [name.strip() for name in lm_eval.split(",")]
             found = evaluate_harness(source, names, base, batch_size, rows, include_path)
-            result: dict[str, Any] = {"model": source, "lm_eval": found}
+            measured, result = {task: Measured(numbers) for task, numbers in found.items()}, {"model": source, "lm_eval": found}
         else:
-            settings = task_of(source, task, data, rows, config)
-            options = Options(base, batch_size, own, predictions, score, lambda done, of: status.update(f"{done} of {of} texts"))
-            found = {settings.name: evaluate_source(source, settings, options)}
-            result = {"model": source, "task": settings.name, **found[settings.name]}
+            settings = task_of(source, task, data, rows, config, file)
+            tell = lambda done, of: status.update(f"{done} of {of} texts")  # noqa: E731
+            options = Options(base, batch_size, own, predictions, score, tell, with_rows)
+            measured = {settings.name: measure(source, settings, options, beside=beside)}
+            result = {"model": source, "task": settings.name, **_as_json(measured[settings.name], beside)}
     if PartialState().is_main_process:
-        print_json(result) if as_json else _show(source, found, console)
+        print_json(result) if as_json else _show(source, measured, console, beside)
 
 
 def _require_sense(
@@ -90,15 +105,56 @@ def _require_sense(
         raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
 
 
-def _show(source: str, found: Mapping[str, Mapping[str, float]], console: "Console") -> None:
+def _as_json(measured: "Measured", beside: str | None) -> dict[str, Any]:
+    """The metrics, each class, the confusion matrix; and those of the model beside it, with the differences."""
+    made: dict[str, Any] = dict(measured.numbers)
+    if measured.classes:
+        made |= {"classes": [one._asdict() for one in measured.classes.classes], "confusion": measured.classes.confusion}
+    if measured.beside:
+        made["beside"] = {"model": beside, **_as_json(measured.beside, None), "difference": measured.difference}
+    return made
+
+
+def _show(source: str, found: Mapping[str, "Measured"], console: "Console", beside: str | None) -> None:
     from fedex_lora.cli.console import console_table
 
+    more = [beside, "difference"] if beside else []
+    lines = []
+    for name, measured in found.items():
+        others = (measured.beside.numbers, measured.difference) if measured.beside else ()
+        for metric, value in measured.numbers.items():
+            more_cells = [_cell(metric, other[metric], sign) if metric in other else "" for sign, other in enumerate(others)]
+            lines.append([name, metric, _cell(metric, value), *more_cells])
+    console.print(console_table(source, ["task", "metric", "value" if not beside else source, *more], lines))
+    for measured in found.values():
+        if measured.classes:
+            _show_classes(measured, console, beside)
+
+
+def _cell(metric: str, value: float, sign: int = 0) -> str:
+    return f"{value:.0f}" if metric in COUNTS else f"{value:+.4f}" if sign else f"{value:.4f}"
+
+
+def _show_classes(measured: "Measured", console: "Console", beside: str | None) -> None:
+    """A line a class; and where rows went, as a matrix where it fits, else the most frequent confusions."""
+    from fedex_lora.cli.console import console_table
+
+    scores = measured.classes
+    assert scores is not None
+    other = measured.beside.classes if measured.beside else None
+    columns = ["class", "precision", "recall", "F1", *([f"F1 of {beside}"] if other else []), "rows"]
+    names = [one.name for one in scores.classes]
     lines = [
-        [name, metric, f"{value:.0f}" if metric in COUNTS else f"{value:.4f}"]
-        for name, numbers in found.items()
-        for metric, value in numbers.items()
+        [one.name, *(f"{value:.4f}" for value in one[1:4]), *([f"{other.classes[index].f1:.4f}"] if other else []), str(one.support)]
+        for index, one in enumerate(scores.classes)
     ]
-    console.print(console_table(source, ["task", "metric", "value"], lines))
+    console.print(console_table("by class", columns, lines))
+    if len(names) <= MATRIX:
+        rows = [[name, *map(str, row)] for name, row in zip(names, scores.confusion, strict=True)]
+        console.print(console_table("rows by label (down) and what was predicted (across)", ["", *names], rows))
+    elif worst := scores.most_confused(MATRIX):
+        confused = [[label, predicted, str(count)] for label, predicted, count in worst]
+        console.print(console_table("most confused", ["label", "predicted", "rows"], confused))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -1,6 +1,7 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -50,7 +51,9 @@ def run(
     config: Annotated[Path, typer.Argument(help="A TOML file.")],
     set_: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,  # noqa: UP045
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Short for --set rounds=N; with --resume a run gets more.")] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted, to the same bits.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything, and say what the run will take.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -58,12 +61,18 @@ def run(
     from fedex_lora.config import read_config
 
     out = out or Path("runs") / config.stem
-    settings = read_config(config, set_ or [], begun=out if resume else None)
+    overrides = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
+    settings = read_config(config, overrides, begun=out if resume else None)
+    from fedex_lora.cli._around_run import dry_run_of, ending_lines, said_before
     from fedex_lora.cli.console import Display
+    from fedex_lora.runs.run import LocalSimulation
     from fedex_lora.runs.run import run as run_here
     from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 
     console, ends = consoles(as_json), list[Event]()
+    if dry_run:
+        dry_run_of(settings, console, as_json)
+        return
 
     def both(event: Event) -> None:
         if isinstance(event, RoundDone | RunDone):
@@ -72,10 +81,12 @@ def run(
 
     try:
         with Display(console) as display:
-            run_here(settings, out, both, resume)
+            home = LocalSimulation if resume else partial(said_before, console=console)
+            state = run_here(settings, out, both, resume, home)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
-    console.print(f"final model: {out / 'final'}   check it: fedex-lora verify {out}", highlight=False)
+    for line in ending_lines(state, out):
+        console.print(line, highlight=False)
     if as_json:
         last = {name: value for event in ends for name, value in event.fields().items()}
         print_json({"method": settings.method, "out": str(out), **last})

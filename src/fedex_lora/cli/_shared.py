@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 import typer.core
 
-from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.errors import FedexLoraError, UsageError, require_system
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def guarded(*args: Any, **options: Any) -> None:
         try:
+            require_system()
             command(*args, **options)
         except KeyboardInterrupt:
             fail("interrupted", 130)

@@ -53,6 +53,9 @@ class Display:
         if event.disk_bytes is not None:
             line += f", up to {event.disk_bytes / 1e6:.0f} MB of disk"
         self._print(line)
+        if event.start:
+            on = event.start
+            self._print(f"goes on from {on['folder']}: round {on['round']} of {on['method']}, whose base gained rank {on['base_rank']}")
         if event.settings:
             self._print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in event.settings.items()))
         self._print(f"round 0/{self._rounds}  {numbers(event.metrics)}")

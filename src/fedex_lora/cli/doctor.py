@@ -85,16 +85,23 @@ def _flower() -> tuple[dict[str, str], list[str]]:
     on = [f"{name}={value}" for name, value in off.items() if os.environ.get(name) != value]
     facts["flwr telemetry, update checks"] = "off" if not on else f"on unless {' '.join(on)} (flower try switches them off)"
     for words in commands_of_this_machine("flower-superlink"):
-        if (host := _option(words, "--host", "127.0.0.1")) not in ("127.0.0.1", "localhost", "::1"):
-            problems.append(
-                f"a SuperLink listens on {host}: whoever reaches it can submit code to every node: give it --host 127.0.0.1, and let "
-                "nodes in by a proxy (docs/deployment.md)"
-            )
-        if "--enable-supernode-auth" not in words and "--simulation" not in words:
-            problems.append("a SuperLink takes any node: start it with --enable-supernode-auth and register keys (docs/deployment.md)")
-        if "--disable-runtime-dependency-installation" not in words:
-            problems.append("a SuperLink fetches packages at every run: start it with --disable-runtime-dependency-installation")
+        problems += superlink_problems(words)
     return facts, problems
+
+
+def superlink_problems(words: list[str]) -> list[str]:
+    """What is unsafe about a command line of `flower-superlink`."""
+    problems = []
+    if (host := _option(words, "--host", "127.0.0.1")) not in ("127.0.0.1", "localhost", "::1"):
+        problems.append(
+            f"a SuperLink listens on {host}: whoever reaches it can submit code to every node: give it --host 127.0.0.1, and let "
+            "nodes in by a proxy (docs/deployment.md)"
+        )
+    if "--enable-supernode-auth" not in words and "--simulation" not in words:
+        problems.append("a SuperLink takes any node: start it with --enable-supernode-auth and register keys (docs/deployment.md)")
+    if "--disable-runtime-dependency-installation" not in words:
+        problems.append("a SuperLink fetches packages at every run: start it with --disable-runtime-dependency-installation")
+    return problems
 
 
 def commands_of_this_machine(name: str) -> list[list[str]]:

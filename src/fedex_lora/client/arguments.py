@@ -70,9 +70,20 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0, ow
     except (ValueError, TypeError, ImportError) as error:
         hint = " (on a CPU also set training.use_cpu = true)" if "use_cpu" in str(error) else ""
         raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}{hint}") from None
+    require_device(arguments.device.type)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or Trainer would wrap the model in DataParallel, whose batches are so many times as large
     return arguments
+
+
+def require_device(device: str) -> None:
+    """The base delta is taken up in fp64, which Apple's GPUs do not have.
+
+    Raises:
+        ConfigError: the device is one of them.
+    """
+    if device == "mps":
+        raise ConfigError("an Apple GPU (mps) has no fp64, so the base would not take up its delta exactly: set training.use_cpu = true")
 
 
 def spare_devices(config: Config) -> str:

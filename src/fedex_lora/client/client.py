@@ -99,6 +99,7 @@ class Client:
         name: under which the server knows it.
         first: the initial adapter: the same for everyone who has the configuration and the base.
         shared: of the clients in this process.
+        base: what the frozen base has gained before the first round, where a run starts from a result: the same for everyone, too.
 
     Attributes:
         state: what it remembers from round to round.
@@ -106,9 +107,11 @@ class Client:
     Example: see `fedex_lora.server.server.Server`.
     """
 
-    def __init__(self, rules: Rules, name: str, first: Adapter, shared: Shared | None = None) -> None:
-        self.rules, self.name, self.first = rules, name, first
-        self.state = ClientState(ModelCopy(adapter=first))
+    def __init__(
+        self, rules: Rules, name: str, first: Adapter, shared: Shared | None = None, base: Mapping[str, Delta] | None = None
+    ) -> None:
+        self.rules, self.name, self.first = rules, name, ModelCopy(adapter=first, delta=base or {})
+        self.state = ClientState(self.first)
         self._shared = shared or Shared()
         self._request: Request | None = None
         self._work: _Work | None = None
@@ -135,7 +138,7 @@ class Client:
 
     def _begun(self, request: Request, payload: memoryview) -> Train | Evaluate:
         """Bring the copy of the global model to the message's version, and say what is trained."""
-        copy = ModelCopy(adapter=self.first) if request.full else self.state.copy
+        copy = self.first if request.full else self.state.copy
         if not request.full and copy.history not in (request.base_history, request.history):
             raise LacksError(f"the base is at version {copy.version}, and the message counts from a model that this client does not have")
         key = request.body, copy.history, request.rank  # the factors that did not travel are those of the copy
@@ -254,19 +257,20 @@ class Client:
         first: Adapter,
         shared: Shared | None = None,
         base_of: Callable[[int], Mapping[str, Delta] | None] = lambda version: None,
+        base: Mapping[str, Delta] | None = None,
     ) -> "Client":
         """The inverse of `dump`.
 
         Args:
             payload: what `dump` gave.
-            rules, name, first, shared: see the class.
+            rules, name, first, shared, base: see the class.
             base_of: gives the server's base delta of a version, for dumps that are not whole; None: it is gone, and asked for anew.
 
         Raises:
             StorageError: it is no such dump.
         """
-        client = cls(rules, name, first, shared)
-        client.state = client_state_of(*unpack("client", payload), first, base_of)
+        client = cls(rules, name, first, shared, base)
+        client.state = client_state_of(*unpack("client", payload), client.first, base_of)
         return client
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedex_lora.client.client import Model
-from fedex_lora.types import Adapter, ClientUpdate
+from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 
 class Learner(Model, Protocol):
@@ -20,6 +20,10 @@ class Learner(Model, Protocol):
     @property
     def first(self) -> Adapter:
         """The initial adapter: the same for everyone who has the configuration and the base."""
+
+    @property
+    def base(self) -> Mapping[str, Delta]:
+        """What the frozen base has gained before the first round; as `first`."""
 
     @property
     def rows(self) -> Mapping[str, int]:

@@ -78,14 +78,14 @@ def client_table(state: ClientState, whole: bool) -> tuple[dict[str, Tensor], di
 
 
 def client_state_of(
-    tensors: Mapping[str, Tensor], about: Mapping[str, Any], first: Adapter, base_of: Callable[[int], Mapping[str, Delta] | None]
+    tensors: Mapping[str, Tensor], about: Mapping[str, Any], first: ModelCopy, base_of: Callable[[int], Mapping[str, Delta] | None]
 ) -> ClientState:
     """The inverse of `client_table`.
 
     Args:
         tensors, about: what `client_table` gave.
-        first: the initial adapter.
-        base_of: gives the server's base delta of a version, or None: then the client has the pristine model.
+        first: the global model before the first round.
+        base_of: gives the server's base delta of a version, or None: then the client has what it had before the first round.
 
     Raises:
         StorageError: something is missing, or does not fit together.
@@ -93,14 +93,12 @@ def client_state_of(
     try:
         delta = unflatten_deltas("base", undotted(tensors)) if about["whole"] else base_of(about["version"])
         lossy = frozenset(about["lossy"])
-        adapter = first if about["adapter"] is None else unflatten_adapter("adapter", about["adapter"], tensors)
+        adapter = first.adapter if about["adapter"] is None else unflatten_adapter("adapter", about["adapter"], tensors)
         reply = tensors["reply"].numpy().tobytes()
         if "answered" not in about and about["optimizer"] is not None and about["round"]:
             raise StorageError("its answer is an older version's, and what came before it is lost: resume with that version")
         return ClientState(
-            copy=ModelCopy(adapter=first)
-            if delta is None
-            else ModelCopy(about["version"], delta, adapter, lossy, about.get("history", "")),
+            copy=first if delta is None else ModelCopy(about["version"], delta, adapter, lossy, about.get("history", "")),
             trained={number: unflatten_adapter(f"trained{number}", scalings, tensors) for number, scalings in about["trained"]},
             moments=_moments(about, tensors),
             answered=tuple(about.get("answered", ("", 0, ""))),  # older versions' answers can be read no more, and are worked out again

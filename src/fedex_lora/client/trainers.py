@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, Features, Json, concatenate_datasets
-from torch import nn
+from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -26,6 +26,7 @@ from fedex_lora.config import Config, nearest, trainer_parts
 from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError, require_extra
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.protocol.failures import told_to_end
+from fedex_lora.types import Adapter, Delta
 
 TrainerFunction: TypeAlias = Callable[[nn.Module, Dataset, Any, Any], Trainer]
 """(model, rows, processor, arguments) -> a Trainer of this model."""
@@ -50,10 +51,19 @@ REPLACED = ("label", "label_ids", "labels", "input_ids", "attention_mask")  # Tr
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a party trains: the base under its model, and the file in which its own reference is kept (None: nowhere)."""
+    """Where a party trains.
+
+    Attributes:
+        base: under its model.
+        file: in which its own reference is kept; None: nowhere.
+        first, other, gained: the adapter, the other trained tensors and the base delta of the run's start, where it starts from a result.
+    """
 
     base: FrozenBase
     file: Path | None = None
+    first: Adapter = field(default_factory=dict)
+    other: Mapping[str, Tensor] = field(default_factory=dict)
+    gained: Mapping[str, Delta] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from fedex_lora.aggregation.flatten import flatten_adapter
 from fedex_lora.client.trainers import CODE, PartyTrainer, Place
 from fedex_lora.errors import ConfigError, StorageError
+from fedex_lora.models.lora import write_model
 from fedex_lora.protocol.dumps import pack, tensors_digest, unpack
 from fedex_lora.storage.files import write_bytes
 
@@ -59,14 +62,14 @@ def _dpo(model: Any, rows: Dataset, processor: Any, arguments: Any) -> Trainer:
 def _with_reference(trainer: Any, place: Place | None) -> None:
     """Give each row the log-probabilities of its answers under the model at the run's start, from the party's file if it is there.
 
-    At the run's start adapters add nothing, so its model is the base as it was, without adapters.
+    At its start adapters add nothing, so its model is the base as it was, without adapters; unless it starts from a result.
     """
     rows, file = trainer.train_dataset, place.file if place else None
     if not len(rows):
         raise ConfigError("trl:DPOTrainer: no row has a prompt that leaves room for an answer: raise training.max_length", CODE)
     args = trainer.args
     said = [list(rows[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    base = place.base.fingerprint() if place else ""
+    base = place.base.fingerprint() + (tensors_digest(flatten_adapter("first", place.first)) if place.first else "") if place else ""
     key = tensors_digest({}, json.dumps([said, args.max_length, args.truncation_mode, args.ld_alpha, base]))
     found = _read(file, key)
     if found is None:
@@ -91,12 +94,33 @@ def _computed(trainer: Any, place: Place | None) -> dict[str, Tensor]:
     size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
     parts = list[tuple[Tensor, Tensor]]()
     trainer.model.eval()
-    with place.base.pristine() if place else nullcontext():
+    with _at_start(trainer.model, place) if place else nullcontext():
         for batch in DataLoader(trainer.train_dataset, batch_size=size, collate_fn=trainer.data_collator):
             there = {name: value.to(trainer.args.device) for name, value in batch.items()}
             parts.append(trainer.compute_ref_log_probs(trainer.model, there))
     chosen, rejected = (torch.cat(list(column)).float().cpu() for column in zip(*parts, strict=True))
     return {"chosen": chosen, "rejected": rejected}
+
+
+@contextmanager
+def _at_start(model: PeftModel, place: Place) -> Iterator[None]:
+    """What TRL takes for the reference is the model at the run's start: the base without adapters, or with the start's, called `ref`."""
+    with place.base.holding(place.gained):
+        if not place.first:
+            yield
+            return
+        mine = {name: parameter for name, parameter in model.named_parameters() if ".default." in name}
+        now = {name: parameter.detach().clone() for name, parameter in mine.items()}
+        write_model(model, place.first, place.other)
+        model.add_adapter("ref", model.peft_config["default"])
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                model.get_parameter(name.replace(".default.", ".ref.")).copy_(parameter)
+                parameter.copy_(now[name])
+        try:
+            yield
+        finally:
+            model.delete_adapter("ref")
 
 
 def _plain(kind: type[TrainingArguments]) -> dict[str, Any]:

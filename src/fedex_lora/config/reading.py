@@ -27,7 +27,9 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     read = task.get("kind", "classification") not in WRITTEN and str(task.get("name", "")).startswith(("custom", "glue/"))
     ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
     rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
-    made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
+    base = tree.get("base", {})
+    if not (isinstance(base, Mapping) and base.get("start")):  # whose adapter goes on as it is
+        made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
     if tree.get("method") != "full-ft":
         made["training"] = {"learning_rate": READ_RATE if read else WRITTEN_RATE, **training}
     return made
@@ -77,18 +79,22 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
     def absolute(key: str, value: str | Path) -> Path:
         return Path(os.path.abspath((Path() if key in given else folder) / value))
 
-    base, task = config.base, config.task
+    base, task, clients = config.base, config.task, config.clients
     if base.model != DEMO and (there := absolute("base.model", base.model)).is_dir():
         base = base.model_copy(update={"model": str(there)})
+    if base.start is not None:
+        base = base.model_copy(update={"start": absolute("base.start", base.start)})
     if task.data is not None:
         task = task.model_copy(update={"data": absolute("task.data", task.data)})
     else:
         files = {name: absolute(f"task.{name}", value) for name in ("train", "eval") if (value := getattr(task, name))}
         task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
+        own = {client: absolute(f"clients.data.{client}", file) for client, file in clients.data.items()}
+        clients = clients.model_copy(update={"data": {**clients.data, **{name: str(file) for name, file in own.items() if file.is_file()}}})
     local, folders = config.local, [Path(), folder] if "local.trainer" in given else [folder, Path()]
     if local.trainer:
         local = local.model_copy(update={"trainer": located(local.trainer, folders)})
-    return config.model_copy(update={"base": base, "task": task, "local": local})
+    return config.model_copy(update={"base": base, "task": task, "clients": clients, "local": local})
 
 
 def located(trainer: str, folders: Sequence[Path]) -> str:
@@ -122,7 +128,10 @@ def _without_past_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Config) -> str:
     """The configuration as TOML, complete but for what is unset."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    tree = config.model_dump(mode="json", exclude_none=True)
+    if config.base.start is not None:
+        tree["lora"] = config.lora.model_dump(mode="json", exclude_unset=True)  # what is not said is the start's
+    return tomli_w.dumps(tree)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -135,7 +135,12 @@ def is_ours(key: str) -> bool:
 
 
 class Rules(ConfigTable):
-    """What server and clients of a run agree on: all but the model, the rows and how they are trained on."""
+    """What server and clients of a run agree on: all but the model, the rows and how they are trained on.
+
+    Example:
+        >>> Rules(method="fedex", clients={"quorum": 0.6}).clients.quorum
+        0.6
+    """
 
     method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
@@ -172,6 +177,20 @@ class Config(Rules):
         description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting. `learning_rate` is by "
         "default 1e-3, for texts that are written 3e-4: what suits LoRA, ten times and more of what suits full fine-tuning.",
     )
+
+    @model_validator(mode="after")
+    def _files_of_clients(self) -> "Config":
+        if self.clients.data and (self.task.name != "custom" or self.task.train):
+            raise ValueError('clients.data names the training rows of task "custom": remove task.train, or clients.data')
+        if self.clients.data and self.task.needs_labels:
+            raise ValueError("task.labels is not set: name all classes there, for a client's own file may lack some")
+        return self
+
+    @model_validator(mode="after")
+    def _start_has_one_rank(self) -> "Config":
+        if self.base.start is not None and self.clients.ranks:
+            raise ValueError("base.start goes on with one adapter for all: remove clients.ranks")
+        return self
 
     @field_validator("training")
     @classmethod

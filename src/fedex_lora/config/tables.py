@@ -29,6 +29,11 @@ class Base(ConfigTable):
     model: str = Field(
         min_length=1, description='Hub name, local folder in Transformers format, or "demo", the tiny model that comes with the package.'
     )
+    start: Path | None = Field(
+        None,
+        description="Go on from a result: a run folder, a round's, `final/`, or the OUT of `aggregate`, of adapters trained anywhere. Its "
+        "adapter, heads and base delta are where every client starts; `lora.r` and `lora.alpha`, where set, must be the adapter's.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the weights that are not quantised, and of the computation. Adapters and heads stay float32."
     )
@@ -154,6 +159,11 @@ class Clients(ConfigTable):
     column: str | None = Field(
         None, description="column: one client for each of its values; dirichlet: the classes (the task's label by default)."
     )
+    data: dict[str, str] = Field(
+        {},
+        description="custom: client -> the file of its training rows, as in `task.train`, which is then left out; on one machine. "
+        "`task.train_rows` and the checks of rows are each file's.",
+    )
     ranks: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="A rank for each client, in the order of their names; the largest is lora.r."
     )
@@ -185,6 +195,8 @@ class Clients(ConfigTable):
 
     @model_validator(mode="after")
     def _column_is_named(self) -> "Clients":
+        if self.data and (self.partition != "iid" or self.column):
+            raise ValueError("clients.data says who holds which rows: remove partition and column from [clients]")
         if self.partition == "column" and not self.column:
             raise ValueError('partition = "column" needs clients.column')
         return self

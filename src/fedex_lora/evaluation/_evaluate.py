@@ -2,18 +2,20 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import EvalPrediction
 
 from fedex_lora import config
 from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import evaluate
 from fedex_lora.errors import UsageError
+from fedex_lora.evaluation._classes import ClassScores, class_scores, require_writable, write_rows
 from fedex_lora.evaluation._generation import generate
-from fedex_lora.evaluation._model import Opened, open_source
+from fedex_lora.evaluation._model import BASE, Opened, labels_of, open_base, open_source, run_folders
 from fedex_lora.tasks import Generation, Task, load_task, usable
 from fedex_lora.tasks.scoring import write_predictions
 
@@ -26,9 +28,10 @@ class Options:
         base: the model below an adapter or a result; None: as the folder says.
         batch_size: rows at once.
         generation: over the task's settings.
-        predictions: where what the model wrote goes, as a TSV file.
+        predictions: where what the model wrote goes, as a TSV file; of tasks that are measured on predictions, a line a row.
         score: False: only write `predictions`, where the metrics cannot be computed.
         tell: (texts written, of how many).
+        with_rows: the file of predictions has the rows' own columns, too.
     """
 
     base: str | None = None
@@ -37,6 +40,28 @@ class Options:
     predictions: Path | None = None
     score: bool = True
     tell: Callable[[int, int], None] | None = None
+    with_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring a model gave.
+
+    Attributes:
+        numbers: metric -> value, and `rows`; see `evaluate_source`.
+        classes: each class and the confusion matrix, where the task has classes.
+        beside: the same of another model, on the same rows.
+    """
+
+    numbers: Mapping[str, float]
+    classes: ClassScores | None = None
+    beside: "Measured | None" = None
+
+    @property
+    def difference(self) -> dict[str, float]:
+        """Metric -> how much more this model has than the one beside it."""
+        other = self.beside.numbers if self.beside else {}
+        return {name: value - other[name] for name, value in self.numbers.items() if name in other and name != "rows"}
 
 
 def evaluate_source(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0) -> dict[str, float]:
@@ -59,26 +84,64 @@ def evaluate_source(source: str, settings: config.TaskSettings, options: Options
         UsageError: options that the task has no use for; predictions that exist; a metric that cannot be computed here.
         DataError, ModelError, StorageError: see `load_task` and `open_source`.
     """
+    return dict(measure(source, settings, options, seed).numbers)
+
+
+def measure(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0, beside: str | None = None) -> Measured:
+    """The task's metrics of a model, each class's, and if asked for the same of another model on the same rows.
+
+    Args:
+        source, settings, options, seed: see `evaluate_source`.
+        beside: another source, or "base": what the model of a run or of an adapter was trained from, with the head that it began with.
+
+    Raises:
+        FedexLoraError: see `evaluate_source`.
+    """
     if options.predictions and os.path.lexists(options.predictions):
         raise UsageError(f"{options.predictions} exists, and is not overwritten: remove it, or give --predictions elsewhere")
-    task, wanted = load_task(settings, seed), bool(options.generation or options.predictions)
+    task = load_task(settings, seed)
     asked = task.generation
-    if asked is None and wanted:
+    if asked is None and (options.generation or (options.predictions and task.kind == "causal-lm")):
         raise UsageError(f"task {settings.name} is measured on predictions, not on texts: leave out --generate and --predictions")
+    if options.with_rows and (asked is not None or not options.predictions):
+        raise UsageError("--with-rows is for --predictions of classes or scores: give the file, or leave it out")
+    if options.predictions and asked is None:
+        require_writable(options.predictions)
     if asked is not None and options.score:
         asked.require()
     opened = open_source(source, task.kind, options.base, **task.model_config)
-    numbers = _predicted(opened, task, settings, options) if options.score and (asked is None or asked.asked_for) else {}
+    measured = _measured(opened, task, settings, options)
+    if beside is None:
+        return measured
+    del opened  # two models might not fit
+    other = open_base(source, task, options.base) if beside == BASE else open_source(beside, task.kind, **task.model_config)
+    return replace(measured, beside=_measured(other, task, settings, replace(options, predictions=None)))
+
+
+def _measured(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> Measured:
+    asked, wanted = task.generation, bool(options.generation or options.predictions)
+    predicts = asked is None or (asked.asked_for and options.score)
+    found = _predicted(opened, task, settings, options) if predicts else Measured({})
     if asked is None or (asked.asked_for and not wanted):
-        return numbers
-    return numbers | _written(opened, asked, options)
+        return found
+    return replace(found, numbers={**found.numbers, **_written(opened, asked, options)})
 
 
-def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> dict[str, float]:
-    training = {"per_device_eval_batch_size": options.batch_size}
-    work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), task, opened.processor)
+def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> Measured:
+    """On what it predicts."""
+    seen: list[EvalPrediction] = []
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction)
+        return task.metrics(prediction)
+
+    training, watched = {"per_device_eval_batch_size": options.batch_size}, replace(task, metrics=metrics)
+    work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), watched, opened.processor)
     rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
-    return evaluate(opened.model, rows, work)
+    numbers = evaluate(opened.model, rows, work)
+    if options.predictions and task.generation is None and PartialState().is_main_process:
+        write_rows(options.predictions, task, seen[0], options.with_rows)
+    return Measured(numbers, class_scores(task, seen[0]) if seen else None)
 
 
 def _written(opened: Opened, asked: Generation, options: Options) -> dict[str, float]:
@@ -96,28 +159,41 @@ def _written(opened: Opened, asked: Generation, options: Options) -> dict[str, f
     return {**(asked.score(texts, rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
 
 
-def task_of(source: str, name: str | None, data: Path | None, rows: int | None, file: Path | None = None) -> config.TaskSettings:
+def task_of(
+    source: str, name: str | None, data: Path | None, rows: int | None, file: Path | None = None, rows_file: Path | None = None
+) -> config.TaskSettings:
     """The task to measure: that of the configuration `file`, else of the run that `source` belongs to, else the named one.
 
     One that a configuration describes is meant where it has this name or none is given.
 
-    It is measured on all its rows but for `rows`, also where the run's rounds used fewer.
+    It is measured on all its rows but for `rows`, also where the run's rounds used fewer; with `rows_file`, on the rows of that file, and
+    where the classes are known (from the configuration, or the model's folder) the training rows are not needed then.
 
     Raises:
-        UsageError: no name, and `source` is no run.
+        UsageError: no name, and `source` is no run; `rows_file` for a task that is not of the user's own rows.
     """
-    folder = Path(source)
-    runs = [one for one in (folder, folder.parent, folder.parent.parent) if folder.exists() and (one / "config.toml").is_file()]
-    described = file or (runs[0] / "config.toml" if runs else None)
-    own = config.read_config(described).task if described else None
+    described = file or next((one / "config.toml" for one in run_folders(source)), None)
+    own = config.read_config(described) if described else None
     changes: dict[str, Any] = {"eval_rows": rows}
     if data:
         changes["data"] = data
-    if own is not None and name in (None, own.name):
-        return own.model_copy(update=changes)
+    if own is not None and name in (None, own.task.name):
+        changes |= {"train": own.task.train or next(iter(own.clients.data.values()), None)}
+        return _on(own.task.model_copy(update=changes), rows_file, source)
     if name is None:
         raise UsageError(f"{source} is no run, so it does not say what to measure: give --config, --task or --lm-eval")
     if file:
-        raise UsageError(f"{file} describes task {own.name if own else ''}, and --task is {name}: leave --task out")
+        raise UsageError(f"{file} describes task {own.task.name if own else ''}, and --task is {name}: leave --task out")
     changes |= {} if name == "custom" else {"train": ""}  # training rows are not needed
-    return config.TaskSettings.model_validate({"name": name, **changes})
+    return _on(config.TaskSettings.model_validate({"name": name, **changes}), rows_file, source)
+
+
+def _on(settings: config.TaskSettings, rows_file: Path | None, source: str) -> config.TaskSettings:
+    """The same task, measured on the rows of a file."""
+    if rows_file is None:
+        return settings
+    if settings.name != "custom":
+        raise UsageError(f"--file is for rows of your own (task custom), and the task is {settings.name}: leave it out")
+    there = str(rows_file.absolute())
+    known = settings.model_copy(update={"labels": settings.labels or labels_of(source)})
+    return known.model_copy(update={"eval": there, **({} if known.needs_labels else {"train": there, "train_rows": None})})

@@ -6,15 +6,20 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel
 from torch import nn
+from transformers import set_seed
 
-from fedex_lora.config import Base
+from fedex_lora.config import Base, read_config
 from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.models.build import build_model, model_kind, read_global
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.processor import load_processor
-from fedex_lora.storage.files import MANIFEST, read_manifest
+from fedex_lora.storage.files import FINAL, MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK
 from fedex_lora.storage.result import DELTA
+from fedex_lora.storage.run_folder import CONFIG as RUN
+from fedex_lora.tasks import Task
+
+BASE = "base"  # in place of a model: what the one that is measured was trained from
 
 
 class Opened(NamedTuple):
@@ -57,6 +62,53 @@ def open_source(source: str, kind: Any, base: str | None = None, **config: Any) 
         raise ModelError(f"{source} tells {has} classes apart, and the task has {wanted}: give a model of this task")
     opened.model.eval()
     return opened
+
+
+def open_base(source: str, task: Task, base: str | None = None) -> Opened:
+    """What the model of a folder was trained from. A new head is the one that the run began with, drawn from its seed.
+
+    Args:
+        source: a run folder, one of its parts, a result, an adapter, or an export.
+        task: says which head it needs.
+        base: its name; by default as the folder says.
+
+    Raises:
+        ModelError: the folder does not say what its base is, or is of no run, and the base has no head for the task.
+    """
+    runs, options = run_folders(source), task.model_config
+    if not runs:
+        name = base or _facts_of(Path(source)).get("base_model")
+        if not name:
+            raise ModelError(f"{source} does not say what its base is: give that one by --beside MODEL")
+        return _plain(str(name), task.kind, dict(options))
+    config = read_config(runs[0] / RUN)
+    if config.base.start is not None:
+        raise ModelError(f"{runs[0]} went on from a result: give that one by --beside {config.base.start}")
+    table = config.base.model_copy(update={"model": base}) if base else config.base
+    set_seed(config.seed)
+    model = load_base(table, task.kind, **options).model.eval()
+    return Opened(model, load_processor(table, task.kind), table.model)
+
+
+def run_folders(source: str) -> list[Path]:
+    """The folder of the run that a folder is, or is in; none for others."""
+    folder = Path(source)
+    return [one for one in (folder, folder.parent, folder.parent.parent) if folder.exists() and (one / RUN).is_file()]
+
+
+def labels_of(source: str) -> list[str] | None:
+    """The names of a model's classes, in their order, as its folder has them; None where it does not say."""
+    return _facts_of(Path(source)).get("labels")
+
+
+def _facts_of(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says, or of an adapter its configuration."""
+    for one in (folder / FINAL, folder):
+        if (one / MANIFEST).is_file():
+            return read_manifest(one, check=False)
+    if (folder / "adapter_config.json").is_file():
+        return {"base_model": json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")}
+    return {}
 
 
 def _result(folder: Path, kind: Any, base: str | None) -> Opened:

@@ -19,6 +19,9 @@ class AdaptedModel:
 
     Raises:
         AdapterError, ModelError: an adapter or a base that the algebra does not cover.
+
+    Example:
+        >>> model = AdaptedModel(get_peft_model(base, LoraConfig(r=8)))                   # doctest: +SKIP
     """
 
     def __init__(self, model: nn.Module, where: Where = "auto") -> None:

@@ -72,10 +72,10 @@ class FrozenBase:
         self._now = dict(base_delta)
 
     @contextmanager
-    def pristine(self) -> Iterator[None]:
-        """The base as it was before it gained anything, within; afterwards what it had gained is there again, to the bit."""
+    def holding(self, base_delta: Mapping[str, Delta]) -> Iterator[None]:
+        """The base with another base delta, within; afterwards what it had gained is there again, to the bit."""
         now = self._now
-        self.set({})
+        self.set(base_delta)
         try:
             yield
         finally:
@@ -90,6 +90,10 @@ class FrozenBase:
     def fingerprint(self) -> str:
         """The base's name: see `fedex_lora.models.fingerprint`. Taken when it is first asked for."""
         return self._fingerprint
+
+    def pristine(self, name: str) -> Tensor:
+        """A module's W0, `out x in`, on the CPU; of a quantised one its values."""
+        return self._homes[name].w0()
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -124,7 +124,7 @@ def model_kind(result: StoredResult, name: str) -> Kind:
         return KINDS[task_type]
     if task_type is not None:
         raise ModelError(f"no head for task type {task_type}: load the base yourself and pass the model to fedex_lora.load_model")
-    if _head_rows(result) and takes_images(Base(model=name)):
+    if head_rows(result) and takes_images(Base(model=name)):
         return IMAGES
     candidates: tuple[Kind, ...] = ("features", "causal-lm", "classification")
     return next((kind for kind in candidates if result.adapter.keys() <= modules_of(Base(model=name), kind).keys()), "features")
@@ -159,14 +159,15 @@ def _sizes(module: Any) -> list[tuple[int, int]]:
     return [(out, inner), (inner, out)]
 
 
-def _head_rows(result: StoredResult) -> list[int]:
+def head_rows(result: StoredResult) -> list[int]:
+    """How many classes, or scores, the heads that were trained whole have."""
     heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "qa_outputs.weight")
     return [tensor.shape[0] for key, tensor in result.other.items() if key in heads]
 
 
 def base_for(result: StoredResult, name: str) -> PreTrainedModel:
     """The base with the head that the result was trained with."""
-    kind, options, rows = model_kind(result, name), dict[str, Any](), _head_rows(result)
+    kind, options, rows = model_kind(result, name), dict[str, Any](), head_rows(result)
     if kind in ("classification", IMAGES, "token-classification", "question-answering"):
         options = {"num_labels": rows[0]} if rows else {}
     if labels := dict(enumerate(result.manifest.get("labels", []))):

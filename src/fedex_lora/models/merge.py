@@ -35,16 +35,14 @@ def plain_model(
     if stored:
         base = base.dequantize()
     nn.Module.to(base, "cpu")  # where there is float64
-    nn.Module.to(base, dtype)
     for name, weight in stored.items():
-        base.get_submodule(name).weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        base.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     for name, gained in delta.items():
         module = _found(base, name)
-        weight = stored_weight(module)
-        total = (weight.double() + gained.dense()).to(dtype)
-        replaced = torch.empty_like(module.weight)
-        module.weight = nn.Parameter(replaced, requires_grad=False)
+        total = (stored_weight(module).double() + gained.dense()).to(dtype)  # rounded once, to the dtype asked for
+        module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=dtype), requires_grad=False)
         stored_weight(module).copy_(total)
+    nn.Module.to(base, dtype)
     for name, tensor in other.items():
         path, _, leaf = name.rpartition(".")
         module = _found(base, path)

@@ -33,7 +33,7 @@ WORDS: Final[Mapping[str, str]] = {
     "memory": "out of memory: lower training.per_device_train_batch_size",
     "message": "the message is not what it expects: is fedex-lora the same version everywhere?",
     "model": "its model cannot be used",
-    "no-data": "its node has not said where its rows are: start it with --node-config 'data=\"FOLDER\"'",
+    "no-data": "its node has not said where its rows are: give its node data = 'FOLDER'",
     "no-rows": "a file without rows",
     "package": "a package that the run needs is not installed there",
     "rows": "its rows do not fit the task",

@@ -16,7 +16,8 @@ from fedex_lora.models.processor import load_processor
 from fedex_lora.tasks import Task, custom, load_task, usable
 from fedex_lora.tasks._rows import RowTable, lines_of, told
 from fedex_lora.tasks._templates import text_of
-from fedex_lora.tasks.partition import Indices, partition
+from fedex_lora.tasks.dealt import dealt
+from fedex_lora.tasks.partition import Indices
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,23 @@ def check(config: Config) -> list[Finding]:
         found.extend(_everything(config))
     except FedexLoraError as error:  # what is said so far stays
         found.append(Finding(str(error), stops=True))
-    return sorted(found, key=lambda finding: not finding.stops)
+    return sorted(dict.fromkeys(found), key=lambda finding: not finding.stops)
 
 
 def _everything(config: Config) -> Iterator[Finding]:
     if config.task.name == "custom":
-        yield from _rows(config.task)
-    task = load_task(config.task.model_copy(update={"on_bad_row": "drop"}), config.seed)
-    yield from (Finding(note) for note in task.notes if "are left out" not in note)
+        for file in config.clients.data.values() or [config.task.train]:
+            yield from _rows(config.task.model_copy(update={"train": file}))
+    lenient = config.model_copy(update={"task": config.task.model_copy(update={"on_bad_row": "drop"})})
     try:
-        parts = partition(task, config.clients, config.seed)
+        task, parts = dealt(lenient)
     except DataError as error:
+        if config.clients.data:
+            raise
+        task = load_task(lenient.task, config.seed)
         yield Finding(str(error), stops=True)
         parts = {"all clients": (np.arange(len(task.train)), np.arange(0))}
+    yield from (Finding(note) for note in task.notes if "are left out" not in note)
     yield from _clients(config, task, parts)
 
 

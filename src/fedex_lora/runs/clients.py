@@ -54,7 +54,7 @@ class ClientPool:
 
     def forget(self, name: str) -> None:
         """The client knows nothing any more, as one that begins anew."""
-        self.clients[name] = Client(self._rules, name, self.learner.first, self._shared)
+        self.clients[name] = Client(self._rules, name, self.learner.first, self._shared, self.learner.base)
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None
@@ -62,7 +62,8 @@ class ClientPool:
 
     def _restored(self, path: Path, name: str, base_of: Callable[[int], Mapping[str, Delta] | None]) -> Client:
         try:
-            return Client.restore(path.read_bytes(), self._rules, name, self.learner.first, self._shared, base_of)
+            learner = self.learner
+            return Client.restore(path.read_bytes(), self._rules, name, learner.first, self._shared, base_of, learner.base)
         except (StorageError, OSError) as error:
             raise StorageError(f"{path}: {error}") from None
 

@@ -2,27 +2,34 @@
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
+from fedex_lora.aggregation.flatten import flatten_adapter
 from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import IMAGES, Config
+from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import IMAGE_TASK
-from fedex_lora.models.loading import load_base
+from fedex_lora.models.loading import Loaded, load_base
 from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
+from fedex_lora.models.start import adapted_as, read_start, require_base, standing
+from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.listening import Exchange
 from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
@@ -38,18 +45,26 @@ class ModelContext:
     Args:
         config: the run.
         task: its task, loaded.
+        given: the base, in place of the one that the configuration names.
+        processor: its tokenizer or image processor; None: that of the named base.
+
+    Attributes:
+        first, start: the adapter, and what the frozen base has gained, before the first round.
+        beginning: adapter, other tensors and base delta of the result that the run goes on from, for trainers that need a reference.
+        identity: the same for all who have the base, and the result that the run goes on from.
+        stands_on: what is to be said of the result that the run goes on from; nothing where it begins at the base.
 
     Raises:
         FedexLoraError: settings or a model that do not work.
     """
 
-    def __init__(self, config: Config, task: Task) -> None:
+    def __init__(self, config: Config, task: Task, given: PreTrainedModel | None = None, processor: Any = None) -> None:
         own = find_trainer(config.local.trainer)
         training_arguments(config, own=own)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        self.config = config
-        self.work = TrainingContext(config=config, task=task, processor=load_processor(config.base, task.kind), trainer=own)
+        self.config, self._given = config, given
+        self.work = TrainingContext(config=config, task=task, processor=processor or load_processor(config.base, task.kind), trainer=own)
         self.build()
 
     def build(self) -> None:
@@ -58,17 +73,47 @@ class ModelContext:
         for name in ("adapted", "model", "base"):
             vars(self).pop(name, None)  # two of them might not fit
         set_seed(config.seed)
-        loaded = load_base(config.base, task.kind, **task.model_config)
+        names, folder = list(task.model_config.get("id2label", {}).values()), config.base.start
+        start = None if folder is None else read_start(folder, task.kind, config.base.model, method, config.lora, names)
+        loaded = load_base(config.base, task.kind, **task.model_config) if self._given is None else given_base(self._given, task)
         model: nn.Module = loaded.model
         if (padding := getattr(self.work.processor, "pad_token_id", None)) is not None:
             model.config.pad_token_id = padding  # type: ignore[union-attr]
         if method.lora:
             set_seed(config.seed)
-            model = add_lora(loaded, config.lora, task.kind)
+            model = add_lora(loaded, config.lora, task.kind) if start is None else adapted_as(start, loaded, config.lora.dropout)
             set_trained(model, method.trained(1))
         self.adapted = AdaptedModel(model, config.base.delta)
-        self.model, self.base = model, self.adapted.base
+        self.model, self.base, self.start = model, self.adapted.base, dict[str, Delta]()
+        if start is not None:
+            require_base(start, self.base.fingerprint(), folder)
+            self.start = dict(start.base_delta)
+            self.adapted.load(start.adapter, self.start, start.other)
         self.first = read_model(model)
+        kept = start is not None and self.work.trainer is not None
+        self.beginning = (self.first, read_other(model), self.start) if kept else ({}, {}, {})
+        self.identity = self.base.fingerprint() + (
+            f" {tensors_digest(flatten_adapter('first', self.first), start.mark or '')}" if start else ""
+        )
+        self.stands_on = {} if start is None else standing(start, folder)
+
+
+def given_base(model: PreTrainedModel, task: Task) -> Loaded:
+    """A copy of a base that is here already.
+
+    Raises:
+        ModelError: it tells another number of classes apart than the task has, or has adapters.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError("the model has adapters already: give the plain base, or go on from a result with base.start")
+    wanted = task.model_config.get("num_labels", model.config.num_labels)
+    if model.config.num_labels != wanted:
+        raise ModelError(
+            f"the model tells {model.config.num_labels} classes apart, and the task has {wanted}: load it with num_labels={wanted}"
+        )
+    made = deepcopy(model)
+    made.config.update(dict(task.model_config))
+    return Loaded(made, [])
 
 
 class GlobalModel:
@@ -97,7 +142,8 @@ class GlobalModel:
     def initial(self) -> ServerState:
         """The state before round 1."""
         place = self.place
-        return server.init(place.first, read_other(place.model), place.config.method, place.config.seed)
+        fresh = server.init(place.first, read_other(place.model), place.config.method, place.config.seed)
+        return replace(fresh, base_delta=place.start)
 
     def federation(self, train_rows: Mapping[str, int], exchange: Exchange, **more: Any) -> Federation:
         """What the round loop needs of this place.
@@ -138,7 +184,8 @@ class GlobalModel:
     def _settings(self) -> dict[str, Any]:
         """What has a default that depends on the task, as it is."""
         config, place = self.place.config, self.place
-        lora = {"rank": config.lora.r, "alpha": config.lora.alpha} if get_method(config.method).lora else {}
+        pairs = place.first.values()
+        lora = {"rank": max(pair.rank for pair in pairs), "alpha": max(pair.scaling * pair.rank for pair in pairs)} if pairs else {}
         length = {"max_length": limit(config.task, place.work.processor)} if place.work.task.reads_text else {}
         return {**lora, "learning_rate": training_arguments(config).learning_rate, **length}
 
@@ -163,6 +210,7 @@ class GlobalModel:
             "base_dtype": config.base.dtype,
             "base_quantization": config.base.quantization,
             **({"base_random_seed": config.seed} if config.base.random_weights else {}),
+            **({"start": place.stands_on} if place.stands_on else {}),
             "base_delta": place.base.homes,
             "train_rows": dict(train_rows),
             "torch_threads": torch.get_num_threads(),

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from fedex_lora.config import IMAGES, Config, nearest
 from fedex_lora.errors import UsageError
 from fedex_lora.models.processor import load_processor
-from fedex_lora.tasks import IGNORED, Task, limit, load_task
+from fedex_lora.tasks import IGNORED, Task, limit
 from fedex_lora.tasks._completions import FULL
 from fedex_lora.tasks._images import decode
-from fedex_lora.tasks.partition import Indices, partition
+from fedex_lora.tasks.dealt import dealt
+from fedex_lora.tasks.partition import Indices
 
 SHORTER = tuple(2**power for power in range(4, 20))  # tokens, to which rows might be cut instead
 
@@ -118,8 +119,7 @@ def describe_rows(config: Config, rows: int = 3, client: str | None = None) -> R
         >>> report.shown[0].parts[1], report.clients["client-0"].rows
         ((' yellow', True), 540)
     """
-    task = load_task(config.task.model_copy(update={"on_bad_row": "drop"}), config.seed)
-    parts = partition(task, config.clients, config.seed)
+    task, parts = dealt(config.model_copy(update={"task": config.task.model_copy(update={"on_bad_row": "drop"})}))
     if client is not None:
         parts = {client: parts[client]} if client in parts else _unknown(client, list(parts))
     processor = load_processor(config.base, task.kind)

@@ -37,6 +37,10 @@ class ModelLearner:
         return self.place.first
 
     @property
+    def base(self) -> Mapping[str, Delta]:
+        return self.place.start
+
+    @property
     def rows(self) -> Mapping[str, int]:
         return {client: len(data.train) for client, data in self.data.items()}
 
@@ -61,7 +65,7 @@ class ModelLearner:
                 place.work,
                 optimizer,
                 lambda step, steps: tell(Step(round=round, client=client, step=step, steps=steps)),
-                Place(place.base, self.folder and self.folder / safe_name(client) / REFERENCE),
+                Place(place.base, self.folder and self.folder / safe_name(client) / REFERENCE, *place.beginning),
             )
         except Exception:
             if place.work.trainer is not None:  # whatever it has done to the model

@@ -1,11 +1,12 @@
 """The in-process runner: all clients on this machine, one base model in memory however many they are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
@@ -24,14 +25,37 @@ from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base_delta, require_space
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, RunDone, Warned, read_events, record
+from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, Warned, is_over, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, strays
-from fedex_lora.tasks import load_task, usable
-from fedex_lora.tasks.partition import Indices, partition
+from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, run_rounds_of, strays
+from fedex_lora.tasks import Task, load_task, usable
+from fedex_lora.tasks.dealt import Load, dealt
+from fedex_lora.tasks.partition import Indices
 from fedex_lora.types import Delta, ServerState
 
 CENTRAL_CLIENT = "all"  # the one client of a centralised run
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a run is given in memory, in place of what its configuration names.
+
+    Attributes:
+        load: see `tasks.dealt.dealt`.
+        model: the base, which stays as it is: the run works on a copy.
+        processor: its tokenizer or image processor.
+        metrics: of predictions, beside the task's own.
+    """
+
+    load: Load = load_task
+    model: PreTrainedModel | None = None
+    processor: Any = None
+    metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+
+    def measured(self, task: Task) -> Task:
+        """The task with these metrics, too."""
+        own, theirs = self.metrics, task.metrics
+        return task if own is None else replace(task, metrics=lambda prediction: {**theirs(prediction), **own(prediction)})
 
 
 class LocalSimulation:
@@ -40,16 +64,17 @@ class LocalSimulation:
     Args:
         config: the run.
         emit: told of steps.
+        given: what is here already.
 
     Raises:
         FedexLoraError: whatever is wrong with the configuration, the data or the model; nothing has been written then.
     """
 
-    def __init__(self, config: Config, emit: Emit) -> None:
-        task = load_task(config.task, config.seed)
-        parts = partition(task, config.clients, config.seed)
+    def __init__(self, config: Config, emit: Emit, given: Given | None = None) -> None:
+        given = given or Given()
+        task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
-        place = ModelContext(config, task)
+        place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
         self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit)), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
@@ -75,7 +100,7 @@ class LocalSimulation:
         Raises:
             StorageError: one of them is broken.
         """
-        bases: dict[int, Mapping[str, Delta] | None] = {0: {}}
+        bases: dict[int, Mapping[str, Delta] | None] = {0: self.pool.learner.base}
 
         def base_of(version: int) -> Mapping[str, Delta] | None:
             if version not in bases:
@@ -136,6 +161,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         out: the run folder.
         emit: told of everything.
         resume: go on with what `out` holds, if anything: the last whole round, and the answers of clients that finished in the next one.
+            A run that is done goes on, too, where the configuration has more rounds.
         home: makes the place where the run lives.
 
     Raises:
@@ -171,7 +197,15 @@ def _require_run(out: Path, config: Config) -> None:
         return  # killed before anything was in its place
     if not _is_run(out):
         raise UsageError(f"{out} holds something that is no run: give another --out")
-    here, there = (_keys(_resume_identity(one)) for one in (config, read_config(out / "config.toml")))
+    if (rounds := run_rounds_of(out)) and config.rounds < (done := int(rounds[0].name)):
+        raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give --rounds {done} or more")
+    begun = read_config(out / "config.toml")
+    if config.rounds != begun.rounds and "run" in (config.local.schedule, begun.local.schedule):
+        raise UsageError(
+            f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they '
+            "would have been other rounds: give as many, or another --out"
+        )
+    here, there = (_keys(_resume_identity(one)) for one in (config, begun))
     if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
         raise UsageError(
@@ -197,12 +231,12 @@ def _is_run(out: Path) -> bool:
 
 
 def _resume_identity(config: Config) -> Config:
-    """What makes a run's bits: without what only says whose updates count and what is kept, which may change when a run goes on."""
+    """What makes a run's bits: without what only says how long it goes, whose updates count and what is kept, which may change."""
     messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
     clients = config.clients.model_copy(
         update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
     )
-    return config.model_copy(update={"messages": messages, "clients": clients, "keep_rounds": None, "trackers": []})
+    return config.model_copy(update={"messages": messages, "clients": clients, "rounds": 1, "keep_rounds": None, "trackers": []})
 
 
 def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
@@ -215,8 +249,7 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
     events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round
-        ended = any(isinstance(event, RunDone) for event in events)
-        if ended and number == config.rounds and handed_on(out, number):
+        if is_over(events) and number == config.rounds and handed_on(out, number):
             emit(Finished(rounds=number))
             return checkpoint.state
         emit(Resumed(round=number + 1, rounds=config.rounds))

@@ -14,12 +14,13 @@ from torch import Tensor
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
 from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.server.checks import participants
 from fedex_lora.server.dump import base_delta_of, server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
 from fedex_lora.storage.result import DELTA, read_result
 from fedex_lora.storage.run_folder import run_rounds_of
 from fedex_lora.storage.tensors import Tensors, load_delta, load_tensors
-from fedex_lora.types import Delta, ServerState
+from fedex_lora.types import Adapter, Delta, ServerState
 
 FILE = "server.safetensors"
 
@@ -113,18 +114,27 @@ def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     """About what a run folder holds in the end, from above: rounds with their updates, base deltas and log; `final`; clients' memories."""
-    row = get_method(config.method)
-    taking_part = max(1, math.ceil(config.clients.fraction * clients - 1e-9))
-    other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
-    adapter = other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
-
-    def base_delta(round: int) -> int:
-        columns = (taking_part if row.residual_policy != "drop" else 0) * round + (2 * round if config.server.through_base else 0)
-        return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in state.adapter.values())
-
-    rounds = [adapter * (1 + taking_part) + 3 * base_delta(number) for number in range(1, config.rounds + 1)]
+    taking_part = participants(config.clients.fraction, clients)
+    own = 1 if get_method(config.method).client_state else 0  # what a client alone holds
+    adapter = adapter_bytes(state)
+    gained = [gained_bytes(config, state.adapter, taking_part, number) for number in range(config.rounds + 1)]
+    rounds = [adapter * (1 + taking_part * (1 + own)) + 3 * size for size in gained[1:]]
     kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds :]
-    return sum(kept) + adapter + base_delta(config.rounds) + clients * adapter * 5
+    return sum(kept) + adapter + gained[-1] + clients * adapter * (5 + own)
+
+
+def adapter_bytes(state: ServerState) -> int:
+    """Of the factors and of what is trained whole."""
+    other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
+    return other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
+
+
+def gained_bytes(config: Config, adapter: Adapter, taking_part: int, rounds: int) -> int:
+    """What the base has gained after so many rounds, from above: factors, or the matrix where that is smaller."""
+    row = get_method(config.method)
+    products = taking_part * (2 if row.client_state else 1) if row.residual_policy != "drop" else 0  # two, where the start is their own
+    columns = rounds * (products + (2 if config.server.through_base else 0))
+    return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in adapter.values())
 
 
 def require_space(out: Path, needed: int) -> None:

@@ -89,6 +89,9 @@ def save_result(folder: str | Path, result: Result, format: Format) -> None:
     Raises:
         UsageError: the folder is not empty.
         AggregationError: a result that is not finite.
+
+    Example:
+        >>> save_result("trained", round.close(updates), model.format)                    # doctest: +SKIP
     """
     named, motion = {"base_model": "base_model_name_or_path", "task_type": "task_type"}, result.motion
     facts: dict[str, Any] = {fact: format.config.get(key) for fact, key in named.items()} | {"versions": {"fedex-lora": __version__}}

@@ -60,6 +60,7 @@ class Started(Event, name="started"):
     base_random_seed: int | None = None
     base_delta: dict[str, int] = {}
     base_bytes: int | None = None
+    start: dict[str, str | int] = {}
     task: str = ""
     task_type: str = ""
     headline: str = "loss"
@@ -75,7 +76,7 @@ class Started(Event, name="started"):
 
 
 class Resumed(Event, name="resumed"):
-    """An interrupted run goes on, with its first unfinished round."""
+    """A run goes on, with its first unfinished round: it was interrupted, or it gets more rounds."""
 
     round: int
     rounds: int
@@ -270,8 +271,13 @@ def of_kind(events: Sequence[Event], kind: type[Kind]) -> list[Kind]:
     return [event for event in events if isinstance(event, kind)]
 
 
+def is_over(events: Sequence[Event]) -> bool:
+    """Is a run done, and was it given no more rounds since?"""
+    return isinstance(next((event for event in reversed(events) if isinstance(event, RunDone | Resumed)), None), RunDone)
+
+
 def tail_events(path: Path, every: float | None) -> Iterator[Event | None]:
-    """The events of a run as they are written, until its last one; None each time that there is nothing new.
+    """The events of a run as they are written, until it is over; None each time that there is nothing new.
 
     Args:
         path: `events.jsonl`.
@@ -282,18 +288,13 @@ def tail_events(path: Path, every: float | None) -> Iterator[Event | None]:
     """
     if not path.is_file():
         raise UsageError(f"{path} does not exist: give the folder of a run that has begun")
-    read = 0
+    read, seen = 0, list[Event]()
     while True:
-        text = path.read_bytes()[read:]
-        whole = text[: text.rfind(b"\n") + 1]
-        read += len(whole)
-        for line in whole.splitlines():
-            if (event := _read(line)) is None:
-                continue
-            yield event
-            if isinstance(event, RunDone):
-                return
-        if every is None:
+        whole = path.read_bytes()[read:].rpartition(b"\n")[0]
+        read += len(whole) + 1 if whole else 0
+        seen += (found := [event for line in whole.splitlines() if (event := _read(line)) is not None])
+        yield from found
+        if every is None or is_over(seen):
             return
         yield None
         time.sleep(every)

@@ -78,6 +78,7 @@ class Task:
         greater_is_better: of the headline.
         generation: for tasks that are measured by what the model writes.
         notes: what is to be said of the rows before anything is trained.
+        eval_lines: of `eval` in its file, where there is one; else the rows' numbers, from 1, where some are left out.
         lines: of `train` in its file, where there is one.
     """
 
@@ -92,6 +93,7 @@ class Task:
     greater_is_better: bool = True
     generation: Generation | None = None
     notes: Sequence[str] = ()
+    eval_lines: Sequence[int] = ()
     lines: Sequence[int] = ()
 
     @property
@@ -102,11 +104,13 @@ class Task:
     def limited(self, train_rows: int | None, eval_rows: int | None, seed: int) -> "Task":
         """The same task with at most so many rows, drawn at random and kept in their order."""
         kept, asked = _draw(len(self.train), train_rows, seed), self.generation
+        places = self.eval_lines or range(1, len(self.eval) + 1)
         return replace(
             self,
             train=self.train.iloc[kept].reset_index(drop=True),
             eval=_drawn(self.eval, eval_rows, seed),
             classes=self.classes[kept],
+            eval_lines=[places[row] for row in _draw(len(self.eval), eval_rows, seed)],
             lines=[self.lines[row] for row in kept] if self.lines else (),
             generation=replace(asked, rows=_drawn(asked.rows, eval_rows, seed)) if asked else None,
         )

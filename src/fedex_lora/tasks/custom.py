@@ -18,7 +18,8 @@ A configuration and a row of its file::
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -38,8 +39,16 @@ from fedex_lora.tasks.chat import chat_table, chat_task
 SCORES = "set task.kind = 'regression' for scores, or name all classes in task.labels"
 
 
-def load(settings: config.TaskSettings) -> Task:
+Reader: TypeAlias = Callable[[str, Path | None], Rows]
+"""(source, the folder that files are in) -> its rows."""
+
+
+def load(settings: config.TaskSettings, read: Reader = read_rows) -> Task:
     """The task that the settings describe.
+
+    Args:
+        settings: of the task.
+        read: what `task.train` and `task.eval` name.
 
     Raises:
         DataError: a file or column is missing, rows cannot be used (`task.on_bad_row`), or none is left.
@@ -47,16 +56,17 @@ def load(settings: config.TaskSettings) -> Task:
     """
     notes: list[str] = []
     kept = []
-    for table in row_tables(settings):
+    for table in row_tables(settings, read):
         rows, said = usable_rows(table.rows, table.source, table.problems, settings.on_bad_row)
         kept.append(rows)
         notes += [*(note for note in table.notes if note not in notes), *said]
     kinds = {"regression": _regression, "causal-lm": _causal_lm, config.CHAT: chat_task}
     train, held = (rows.reset_index(drop=True) for rows in kept)
-    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), lines=tuple(int(line) for line in kept[0].index))
+    lines, eval_lines = (tuple(int(line) for line in rows.index) for rows in kept)
+    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), eval_lines=eval_lines, lines=lines)
 
 
-def row_tables(settings: config.TaskSettings) -> tuple[RowTable, RowTable]:
+def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple[RowTable, RowTable]:
     """The rows to learn from and those that only measure, with all that is wrong with single ones.
 
     Raises:
@@ -67,7 +77,7 @@ def row_tables(settings: config.TaskSettings) -> tuple[RowTable, RowTable]:
     if settings.kind == config.IMAGES:
         require_pillow()
     chats = settings.kind == config.CHAT
-    sources = {str(source): read_rows(str(source), settings.data) for source in (settings.train, settings.eval)}
+    sources = {str(source): read(str(source), settings.data) for source in (settings.train, settings.eval)}
     made = {source: chat_table(source, rows) for source, rows in sources.items()} if chats else _tables(settings, sources)
     told = {source: replace(table, problems=[*halved(table.rows), *table.problems]) for source, table in made.items()}
     return told[settings.train], told[settings.eval]

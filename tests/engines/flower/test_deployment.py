@@ -175,11 +175,7 @@ def test_strangers_are_not_let_in(federation, tmp_path):
     make_certificates(tmp_path, ["localhost", "127.0.0.1"])
     deployment.start_node("stranger")
     deployment.start_node(
-        "elsewhere",
-        "--root-certificates",
-        str(tmp_path / "ca.crt"),
-        "--auth-supernode-private-key",
-        str(deployment.folder / "keys" / COLD),
+        "elsewhere", root_certificates=str(tmp_path / "ca.crt"), auth_supernode_private_key=str(deployment.folder / "keys" / COLD)
     )
     try:
         wait_for(lambda: "PermissionDenied" in deployment.log("stranger") or deployment.processes["stranger"].poll() is not None)

@@ -70,7 +70,7 @@ def test_a_node_behind_nginx_takes_part_and_a_run_cannot_be_submitted_there(fede
     port, folder = proxy
     deployment = federation.deployment
     deployment.stop("skin")
-    deployment.start_node("skin", "--superlink", f"127.0.0.1:{port}")
+    deployment.start_node("skin", superlink=f"127.0.0.1:{port}")
     try:
         wait_for(lambda: "SuperNode ID" in deployment.log("skin").rsplit("Starting Flower SuperNode", 1)[-1])
         _, out = federation.submit(configuration(1), "proxied")

@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "deployment.md"
 
 def test_the_page(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 4
     script = "\n".join(blocks)
     for old, new in (("PORT=8000", f"PORT={free_port()}"), ("rounds = 2", "rounds = 1")):  # a message costs each node eight seconds
         assert old in script

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import tomli_w
 
-from fedex_lora.engines.flower import ENVIRONMENT
+from fedex_lora.engines.flower._files import flower_environment
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
 from fedex_lora.errors import FedexLoraError, TrainingError
 from fedex_lora.storage.events import RunDone, read_events
@@ -62,9 +63,7 @@ class LocalDeployment:
     @property
     def environment(self) -> dict[str, str]:
         """Of every process: Flower's own files in our folder, nothing told to anybody, our interpreter's commands first."""
-        bin = str(Path(sys.executable).parent)
-        more = {"FLWR_HOME": str(self.folder / "flwr"), "PATH": os.pathsep.join([bin, os.environ.get("PATH", "")])}
-        return {**os.environ, **ENVIRONMENT, **more, "PYTHONUNBUFFERED": "1"}
+        return {**flower_environment(), "FLWR_HOME": str(self.folder / "flwr"), "PYTHONUNBUFFERED": "1"}
 
     def start(self, name: str, command: Sequence[str]) -> None:
         """Start a process that logs to `logs/NAME.log`."""
@@ -115,26 +114,31 @@ class LocalDeployment:
         (home / "config.toml").write_text(text, encoding="utf-8")
 
     def start_superlink(self, *options: str) -> None:
-        """The server's process, by default with TLS, for registered nodes only; it is ready when this returns."""
-        keys = self.folder / "keys"
-        tls = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
-        safe = ["--enable-supernode-auth", *(part for option, file in tls.items() for part in (f"--ssl-{option}", str(keys / file)))]
-        place = ["--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"]
-        self.start("superlink", ["flower-superlink", *place, *(options or safe)])
+        """The server's process, by default `flower server`; with options a SuperLink of those. It is ready when this returns."""
+        if options:
+            place = ["--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"]
+            self.start("superlink", ["flower-superlink", *place, *options])
+        else:
+            files = {"ssl_certfile": "server.pem", "ssl_keyfile": "server.key", "ssl_ca_certfile": "ca.crt"}
+            self.start("superlink", self._from_file("server", {"port": self.port, **files}))
         self.wait_for(lambda: _listens(self.port), 90, "the SuperLink does not listen", "superlink")
 
-    def start_node(self, client: str, *options: str) -> None:
-        """A party's process; of `flower-supernode`'s options the later ones hold."""
-        given = {"client": client, "state": str(self.folder / "state" / client), **self.node_config.get(client, {})}
-        words = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
-        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config", words]
-        keys = [
-            "--root-certificates",
-            str(self.folder / "keys" / "ca.crt"),
-            "--auth-supernode-private-key",
-            str(self.folder / "keys" / client),
-        ]
-        self.start(client, [*command, *keys, *options])
+    def start_node(self, client: str, **options: str) -> None:
+        """A party's process, `flower node`; `options` are of its file, and hold over what it has else."""
+        link = {
+            "superlink": f"127.0.0.1:{self.port}",
+            "port": free_port(),
+            "root_certificates": "ca.crt",
+            "auth_supernode_private_key": client,
+        }
+        about = {"client": client, "state": str(self.folder / "state" / client), **self.node_config.get(client, {})}
+        self.start(client, self._from_file("node", {**link, **about, **options}, client))
+
+    def _from_file(self, kind: str, given: Mapping[str, Any], name: str = "server") -> list[str]:
+        """The command that starts what a new file of this name, beside the keys, says."""
+        file = self.folder / "keys" / f"{name}.{kind}.toml"
+        file.write_text(tomli_w.dumps(given), encoding="utf-8")
+        return [sys.executable, "-m", "fedex_lora.cli", "flower", kind, str(file)]
 
     def flwr(self, *words: str) -> dict[str, Any]:
         """What a `flwr` command says, as JSON.

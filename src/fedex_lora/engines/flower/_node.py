@@ -4,7 +4,7 @@ import logging
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from fedex_lora.runs.party_log import left, log_failure
 from fedex_lora.storage.result import safe_name
 from fedex_lora.storage.run_folder import locked
 from fedex_lora.tasks import Task, load_task, usable
-from fedex_lora.tasks.partition import held_out, partition
+from fedex_lora.tasks.dealt import dealt
+from fedex_lora.tasks.partition import Indices, held_out
 
 
 class Node:
@@ -77,9 +78,9 @@ class Node:
             raise StorageError(f"this node cannot keep its state in {settings.folder}: {error.strerror}: give another state=") from None
         with _alone(mine):
             place, data = self._ready(request, settings)
-            if request.base and request.base != place.base.fingerprint():
+            if request.base and request.base != place.identity:
                 raise ModelError(
-                    f"the base {place.config.base.model} of this node is not the server's: give both the same revision of the model",
+                    f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
             pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
@@ -93,18 +94,18 @@ class Node:
             self._made = None  # two bases would not fit
             silence_libraries()
             given = parse_config(tomllib.loads(request.config))
-            config, dealt = settings.applied(given), settings.deals(given)
+            config, deals = settings.applied(given), settings.deals(given)
             own_file = Path(settings.data) / str(config.task.train)
-            if config.task.name == "custom" and not (dealt or settings.train or own_file.is_file()):
+            if config.task.name == "custom" and not (deals or settings.train or own_file.is_file()):
                 raise UsageError(
                     f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
                 )
-            task = load_task(config.task, config.seed)
+            task, parts = dealt(config) if deals else (load_task(config.task, config.seed), {})
             place = ModelContext(config, task)
             log = log_of(request.node)
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
-            data = _rows(place, request.client, dealt, log)
+            data = _rows(place, request.client, parts, log)
             if place.work.trainer is not None:
                 check_trainer(place.model, data.train, place.work)
             log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
@@ -137,10 +138,9 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _rows(place: ModelContext, client: str, dealt: bool, log: logging.Logger) -> ClientData:
+def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, Indices]], log: logging.Logger) -> ClientData:
     config, task = place.config, place.work.task
-    if dealt:
-        parts = partition(task, config.clients, config.seed)
+    if parts:
         if client not in parts:
             raise UsageError(
                 f"the run's rows are dealt to {', '.join(parts)}, and none to {client!r}: give this node its own data", "dealt"

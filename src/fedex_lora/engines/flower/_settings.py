@@ -10,18 +10,19 @@ from fedex_lora.config import DEMO, Config, located, nearest
 from fedex_lora.errors import ConfigError
 
 SIMULATION = ("partition-id", "num-partitions")  # Flower's own keys: in a simulation all rows are on this machine
-T = TypeVar("T", bound="NodeSettings | RunSettings")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A party's own settings, `flower-supernode --node-config 'client="ward-a" data="/srv/ward-a"'`; the server has no say in them.
+    """A party's own settings, of its file or `flower-supernode --node-config 'client="ward-a"'`; the server has no say in them.
 
     Attributes:
         client: who this is; a message for somebody else is refused.
         data: the folder of this party's rows (`task.data`).
         train: the file of them, for task custom (`task.train`).
         model: this party's copy of the base (`base.model`).
+        start: this party's copy of the result that the run goes on from (`base.start`).
         state: the folder where it keeps its base delta, optimiser state and last answer.
         threads: CPU threads (`torch_threads`).
         worker: the socket of a `fedex-lora flower worker`, which keeps the base in memory between messages.
@@ -36,6 +37,7 @@ class NodeSettings:
     data: str = ""
     train: str = ""
     model: str = ""
+    start: str = ""
     state: str = ""
     threads: int = 0
     worker: str = ""
@@ -63,6 +65,7 @@ class NodeSettings:
         """
         base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
         base |= {"model": self.model} if self.model else {}
+        base |= {"start": Path(self.start)} if self.start else {}
         config = config.model_copy(update={"base": config.base.model_copy(update=base)})
         config = config.model_copy(update={"local": config.local.model_copy(update={"trainer": self._trainer(config)})})
         if self.threads:
@@ -70,9 +73,7 @@ class NodeSettings:
         if self.deals(config):
             return config
         if not self.data:
-            raise ConfigError(
-                'this node has not said where its rows are: start it with --node-config \'data="FOLDER"\' (or rows="dealt")', "no-data"
-            )
+            raise ConfigError('this node has not said where its rows are: give it data = "FOLDER" (or rows = "dealt")', "no-data")
         if config.task.needs_labels:
             raise ConfigError(
                 "task.labels is not set: name all classes there, or a party whose rows lack one would train another head", "labels-unset"
@@ -85,8 +86,8 @@ class NodeSettings:
         """This party's own, never the server's; but ours is no substitute for another."""
         if config.local.trainer and not self.trainer:
             raise ConfigError(
-                f"this run is trained by {config.local.trainer}, and this node has not said that it does: start it with "
-                "--node-config 'trainer=\"trl:SFTTrainer\"' or a function of its own",
+                f"this run is trained by {config.local.trainer}, and this node has not said that it does: set "
+                'trainer = "trl:SFTTrainer", or a function of its own, in its file',
                 "settings",
             )
         return located(self.trainer, [Path.cwd()]) if self.trainer else None
@@ -117,7 +118,7 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
         ConfigError: an unknown key (the nearest is named), or a value of another kind.
     """
     simulated = any(key in given for key in SIMULATION)
-    settings = _read(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
+    settings = read_settings(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
     if settings.rows not in ("own", "dealt"):
         raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"', "settings")
     if low := next((name for name in ("threads", "max_rows", "max_megabytes") if not getattr(settings, name) >= 0), None):
@@ -131,11 +132,22 @@ def run_settings(given: Mapping[str, Any]) -> RunSettings:
     Raises:
         ConfigError: see `node_settings`.
     """
-    return _read(RunSettings(), given, "run config")
+    return read_settings(RunSettings(), given, "run config")
 
 
-def _read(default: T, given: Mapping[str, Any], where: str) -> T:
-    known = {field.name: type(getattr(default, field.name)) for field in fields(default)}
+def read_settings(default: T, given: Mapping[str, Any], where: str) -> T:
+    """A record of settings with the values that are `given`, of its own kinds.
+
+    Args:
+        default: a dataclass of plain values.
+        given: field -> value; "-" stands for "_".
+        where: it is from, in words.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), or a value of another kind.
+    """
+    record: Any = default
+    known = {field.name: type(getattr(record, field.name)) for field in fields(record)}
     found = {}
     for key, value in given.items():
         name = key.replace("-", "_")
@@ -149,4 +161,5 @@ def _read(default: T, given: Mapping[str, Any], where: str) -> T:
         if type(value) is not kind:
             raise ConfigError(f"{where} {key} = {value!r}: give a value of kind {kind.__name__} (text in double quotes)", "settings")
         found[name] = value
-    return replace(default, **found)
+    changed: T = replace(record, **found)
+    return changed

@@ -17,9 +17,8 @@ from fedex_lora.runs.run import run
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.files import FINAL
 from fedex_lora.storage.tensors import load_tensors
-from fedex_lora.tasks import load_task
+from fedex_lora.tasks.dealt import dealt
 from fedex_lora.tasks.demo import configuration
-from fedex_lora.tasks.partition import partition
 
 
 def short_demo(overrides: Sequence[str] = ()) -> Config:
@@ -48,7 +47,7 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is not empty: give another --out")
     root = (folder or Path(tempfile.mkdtemp(prefix="fedex-lora-try-"))).absolute()
-    clients = sorted(partition(load_task(config.task, config.seed), config.clients, config.seed))
+    clients = sorted(dealt(config)[1])
     began = time.perf_counter()
     tell(f"in process: {config.rounds} rounds, clients {', '.join(clients)}")
     run(config, root / "in-process", lambda event: None)

@@ -1,6 +1,7 @@
 """The app folder that `flwr run` takes: three small files and the run's configuration."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
@@ -22,12 +23,14 @@ APPS = {
 }
 
 
-def require_federated(config: Config) -> None:
-    """The method leaves rows where they are.
+def require_federated(config: Config, clients: Sequence[str]) -> None:
+    """The method leaves rows where they are, and parties that hold rows of their own (`clients`) say themselves where.
 
     Raises:
         UsageError: else.
     """
+    if clients and config.clients.data:
+        raise UsageError("clients.data names files of one machine: remove it; each node names its own, by data= and train=")
     if get_method(config.method).centralised:
         raise UsageError(f"method {config.method} pools all rows in one place, so it has no federation: run it by fedex-lora run")
 
@@ -46,7 +49,7 @@ def write_app(folder: Path, config: Config, out: str, clients: list[str]) -> Non
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty: give another folder, or remove it")
-    require_federated(config)
+    require_federated(config, clients)
     if len(set(clients)) < len(clients) or any('"' in client for client in clients):
         raise UsageError(f"clients {', '.join(clients)}: give each name once, without double quotes")
     if clients and config.task.needs_labels:

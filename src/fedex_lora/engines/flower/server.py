@@ -23,8 +23,8 @@ from fedex_lora.runs.run import ranks_of, run
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Event
 from fedex_lora.storage.files import write_text
-from fedex_lora.tasks import Task, load_task
-from fedex_lora.tasks.partition import partition
+from fedex_lora.tasks import load_task
+from fedex_lora.tasks.dealt import dealt
 from fedex_lora.types import ServerState
 
 RUN = "run-id"  # a file of the run folder: what clients know the run by
@@ -62,12 +62,12 @@ class Deployment:
     """
 
     def __init__(self, config: Config, grid: Grid, names: list[str]) -> None:
-        require_federated(config)
+        require_federated(config, names)
         if config.local.trainer:
             log(INFO, "local.trainer is each party's own word: a node that has not said trainer= does not train")
         config = without_trainer(config)
-        task = load_task(config.task, config.seed)
-        self._rows = dict.fromkeys(names, 0) or _dealt(config, task)
+        task, parts = (load_task(config.task, config.seed), {}) if names else dealt(config)
+        self._rows = dict.fromkeys(names, 0) or {client: len(mine) for client, (mine, _) in parts.items()}
         require_consistent(config, len(self._rows))
         self.host = GlobalModel(ModelContext(config, task), ranks_of(config, self._rows))
         self._grid, self._transport = grid, GridExchange(grid, list(self._rows), {})
@@ -91,12 +91,8 @@ class Deployment:
         """Clients keep their own memory; they know this run, and no other under the same name, by a word in the run folder."""
         if not (out / RUN).exists():
             write_text(out / RUN, f"{out.name}-{uuid.uuid4().hex[:12]}\n")
-        about = {"run": (out / RUN).read_text(encoding="utf-8").strip(), "base": self.host.place.base.fingerprint()}
+        about = {"run": (out / RUN).read_text(encoding="utf-8").strip(), "base": self.host.place.identity}
         self._transport = GridExchange(self._grid, list(self._rows), about)
-
-
-def _dealt(config: Config, task: Task) -> dict[str, int]:
-    return {client: len(mine) for client, (mine, _) in partition(task, config.clients, config.seed).items()}
 
 
 def narrate(event: Event) -> None:

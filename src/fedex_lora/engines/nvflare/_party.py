@@ -58,6 +58,7 @@ class ScriptLearner:
     def __init__(self, name: str, model: Any, train: Callable[[int], int]) -> None:
         self._model, self._train = AdaptedModel(model), train
         self.rows, self.first = {name: 0}, self._model.read()[0]
+        self.base = dict[str, Delta]()
 
     def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
         self._model.load(start, delta, other)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedex_lora.config import flat
 from fedex_lora.errors import StorageError, UsageError
-from fedex_lora.storage.events import Event, HeldOut, Resumed, RoundStarted, RunDone, Started, Unreadable, of_kind, read_events
+from fedex_lora.storage.events import Event, HeldOut, Resumed, RoundStarted, Started, Unreadable, is_over, of_kind, read_events
 from fedex_lora.storage.run_folder import CONFIG, EVENTS
 
 QUIET = ("seed", "keep_rounds", "torch_threads", "trackers")  # settings that do not make two runs different ones
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(of_kind(self.events, RunDone))
+        return is_over(self.events)
 
 
 def read_run(folder: Path) -> Run:

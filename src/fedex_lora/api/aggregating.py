@@ -1,0 +1,133 @@
+"""`fedex_lora.aggregate`: of updates in memory, or of adapter folders."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, overload
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedex_lora.aggregation import engine
+from fedex_lora.config import Truncation
+from fedex_lora.errors import UsageError
+from fedex_lora.models.build import load_model
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.types import Aggregate, ClientUpdate, ServerState
+
+
+class AggregatedFolders:
+    """The mean of adapters in folders.
+
+    Attributes:
+        folders: of the adapters, in the order given.
+        numbers: what `fedex-lora aggregate --json` prints: method, weights, ranks, `max_relative_error` in fp64.
+
+    Example: see `fedex_lora.aggregate`, which gives one.
+    """
+
+    def __init__(self, folders: Sequence[Path], **options: Any) -> None:
+        self.folders, self._options = list(folders), options
+        self._here = TemporaryDirectory(prefix="fedex-lora-")
+        self.numbers = aggregate_folders(self.folders, Path(self._here.name) / "out", **options)
+
+    def __repr__(self) -> str:
+        said, error = self.numbers, self.numbers["max_relative_error"]
+        found = "not measured" if error is None else f"{error:.0e}"
+        ranks = f"rank {said['trainable_rank']} + {said['residual_rank']}"
+        return f"<{said['method']} of {len(self.folders)} adapters: {said['modules']} modules, {ranks}, error {found}>"
+
+    def model(self, base: str | Path | PreTrainedModel) -> nn.Module:
+        """The base with the mean in it; see `load_model`."""
+        return load_model(Path(self._here.name) / "out", base)
+
+    def save(self, out: str | Path, for_parties: str | Path | None = None) -> "AggregatedFolders":
+        """Write the result folder that `fedex-lora aggregate` writes: `verify` checks it, `export` and `load_model` open it.
+
+        Args:
+            out: must not exist, or be empty.
+            for_parties: a folder to write beside it, for the parties to go on from: nothing of single adapters is in it.
+
+        Raises:
+            UsageError: a folder that holds something, or lies in one that is read.
+        """
+        aggregate_folders(self.folders, Path(out), **self._options, parties=None if for_parties is None else Path(for_parties))
+        return self
+
+
+@overload
+def aggregate(
+    updates: Sequence[ClientUpdate],
+    method: str = ...,
+    weights: engine.WeightRule | None = ...,
+    truncation: Truncation | None = ...,
+    state: ServerState | None = ...,
+) -> Aggregate: ...
+
+
+@overload
+def aggregate(
+    updates: Sequence[str | Path],
+    method: str = ...,
+    weights: Literal["uniform"] | Sequence[float] | Mapping[str, float] | None = ...,
+    truncation: Truncation | None = ...,
+    state: str | Path | None = ...,
+    base: str | None = ...,
+) -> AggregatedFolders: ...
+
+
+def aggregate(
+    updates: Sequence[Any],
+    method: str = "fedex",
+    weights: Any = None,
+    truncation: Truncation | None = None,
+    state: Any = None,
+    base: Any = None,
+) -> Any:
+    """The exact mean of LoRA adapters: of `ClientUpdate`s, or of PEFT folders that were trained anywhere.
+
+    Per module `adapter.scaling * B @ A + residual = sum_i p_i s_i B_i A_i` (FedEx-LoRA, eq. 7-9), to fp32 rounding.
+
+    Args:
+        updates: one `ClientUpdate` a client, or one adapter folder.
+        method: a name in `METHODS`, or METHOD+GAUGE.
+        weights: of updates "num_examples" (the default), "uniform" or one number each; of folders one number each, in their order or by
+            the folder's name, or nothing for equal ones.
+        truncation: of the residual, for `fedex-svd`.
+        state: of updates the `ServerState` that the clients went on from; of folders the result folder that they were trained on top of.
+        base: of folders: the base of all adapters, where they name it differently.
+
+    Returns:
+        An `Aggregate` of updates, an `AggregatedFolders` of folders.
+
+    Raises:
+        FedexLoraError: an adapter that is broken or does not fit the others, or weights that are impossible.
+
+    Example:
+        >>> aggregate(["north", "south"], weights=[120, 80]).save("out")                  # doctest: +SKIP
+        <fedex of 2 adapters: 60 modules, rank 8 + 8, error 3e-08>
+    """
+    updates = list(updates)
+    if not updates or not all(isinstance(one, str | Path) for one in updates):
+        if base is not None:
+            raise UsageError("base= is for adapter folders")
+        return engine.aggregate(updates, method, "num_examples" if weights is None else weights, truncation, state)
+    folders = [Path(folder) for folder in updates]
+    shares = None if weights is None or isinstance(weights, str) else _shares(folders, weights)
+    if isinstance(weights, str) and weights != "uniform":
+        raise UsageError(f"weights = {weights!r}: folders do not say how many rows they were trained on: give one number a folder")
+    return AggregatedFolders(
+        folders, method=method, weights=shares, previous=None if state is None else Path(state), truncation=truncation, base=base
+    )
+
+
+def _shares(folders: Sequence[Path], weights: Sequence[float] | Mapping[str, float]) -> list[float]:
+    """One weight a folder, in their order."""
+    if not isinstance(weights, Mapping):
+        return [float(weight) for weight in weights]
+    names = [folder.resolve().name for folder in folders]
+    if sorted(names) != sorted(weights):
+        raise UsageError(
+            f"weights name {', '.join(sorted(weights))}, and the folders are {', '.join(sorted(names))}: name each folder once"
+        )
+    return [float(weights[name]) for name in names]

@@ -1,0 +1,50 @@
+"""What `run` says before a run and after it."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation.growth import growth
+from fedex_lora.cli._shared import print_json
+from fedex_lora.cli.console import Display
+from fedex_lora.config import Config
+from fedex_lora.errors import FedexLoraError
+from fedex_lora.runs.emit import Emit
+from fedex_lora.runs.estimate import estimate
+from fedex_lora.runs.global_state import undone
+from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.storage.events import Started, of_kind, read_events
+from fedex_lora.types import ServerState
+
+
+def said_before(config: Config, emit: Emit, console: Console) -> LocalSimulation:
+    """The place of a run, after what the run will take was said; where the first steps fail, the run itself says why."""
+    place = LocalSimulation(config, emit)
+    with suppress(FedexLoraError):
+        for line in estimate(place).lines():
+            console.print(line, highlight=False)
+    return place
+
+
+def dry_run_of(config: Config, console: Console, as_json: bool) -> None:
+    """Everything before round 1, without a folder."""
+    with undone(), Display(console) as display:
+        place = LocalSimulation(config, display)
+        found = estimate(place)
+    for line in found.lines():
+        console.print(line, highlight=False)
+    if as_json:
+        print_json(vars(found))
+
+
+def ending_lines(state: ServerState, out: Path) -> list[str]:
+    """Where the model of a run is, and how large it is as one adapter."""
+    lines = [f"final model: {out / 'final'}   check it: fedex-lora verify {out}"]
+    started = next(iter(of_kind(read_events(out / "events.jsonl"), Started)), None)
+    if not state.adapter or started is None or get_method(state.method).exactness == "personalised":
+        return lines
+    numbers = (started.total_parameters or 0) - (started.trainable_parameters or 0)
+    grown = growth(state.adapter, state.base_delta, state.round, numbers, int(started.start.get("base_rank", 0)))
+    return [*lines, f"{grown.line()}; see fedex-lora export --help"]

@@ -1,0 +1,59 @@
+"""A run's task, and which client holds which of its rows: one file that is dealt out, or a file for each client."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from fedex_lora.config import Clients, Config, TaskSettings
+from fedex_lora.errors import DataError
+from fedex_lora.tasks import Task, load_task
+from fedex_lora.tasks.partition import Indices, partition
+
+HOLDER = "\0client"  # a column that no file has: whose row it is
+
+
+Load: TypeAlias = Callable[[TaskSettings, int], Task]
+"""(settings, the run's seed) -> the task."""
+
+
+def dealt(config: Config, load: Load = load_task) -> tuple[Task, dict[str, tuple[Indices, Indices]]]:
+    """The task, and client -> (training rows, held-out rows), as indices into its `train`.
+
+    Three files (`clients.data`) are dealt as one file with a column that names the client.
+
+    Raises:
+        DataError: see `load_task` and `partition`; of several files, what is wrong with each.
+    """
+    if not config.clients.data:
+        task = load(config.task, config.seed)
+        return task, partition(task, config.clients, config.seed)
+    task = _together(_tasks(config, load))
+    column = Clients(partition="column", column=HOLDER, holdout=config.clients.holdout)
+    return task, partition(task, column, config.seed)
+
+
+def _tasks(config: Config, load: Load) -> dict[str, Task]:
+    """Each client's own, checked as on a machine of its own."""
+    found, wrong = dict[str, Task](), list[DataError]()
+    for client, file in sorted(config.clients.data.items()):
+        try:
+            found[client] = load(config.task.model_copy(update={"train": file}), config.seed)
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        raise DataError("; ".join(dict.fromkeys(str(error) for error in wrong)), wrong[0].code, wrong[0].rows)
+    return found
+
+
+def _together(tasks: Mapping[str, Task]) -> Task:
+    tables = [task.train.assign(**{HOLDER: client}) for client, task in tasks.items()]
+    return replace(
+        next(iter(tasks.values())),
+        train=pd.concat(tables, ignore_index=True),
+        classes=np.concatenate([task.classes for task in tasks.values()]),
+        notes=list(dict.fromkeys(note for task in tasks.values() for note in task.notes)),
+        lines=(),
+    )

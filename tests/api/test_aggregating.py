@@ -1,0 +1,62 @@
+"""`fedex_lora.aggregate` on folders: what the command does, from Python."""
+
+import pytest
+import torch
+from tests.offline.test_streaming import SHAPES, write_adapter
+
+from fedex_lora import AggregatedFolders, aggregate
+from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.offline.verify import verify
+from fedex_lora.storage.adapter_folder import read_adapter_folder
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sites")
+    return [str(write_adapter(root / name, seed)) for seed, name in enumerate(("north", "south"))]
+
+
+def test_folders_are_aggregated_saved_and_verified(sites, tmp_path):
+    result = aggregate(sites, weights={"south": 80, "north": 120})
+    assert isinstance(result, AggregatedFolders)
+    assert repr(result).startswith("<fedex of 2 adapters: 6 modules, rank 4 + 4, error ")
+    assert len(repr(result)) < 100
+    assert result.numbers["weights"] == {"north": 0.6, "south": 0.4}
+    assert result.save(tmp_path / "out", for_parties=tmp_path / "send") is result
+    assert verify(tmp_path / "out")["max_relative_error"] < 1e-6
+    whole = read_adapter_folder(tmp_path / "out" / "adapter").adapter
+    inputs = [read_adapter_folder(tmp_path / site).adapter for site in sites]
+    for module in SHAPES:
+        want = sum(
+            p * one[module].scaling * one[module].B.double() @ one[module].A.double() for p, one in zip((0.6, 0.4), inputs, strict=True)
+        )
+        assert (whole[module].delta() - want).norm() <= 1e-6 * want.norm()
+    assert not (tmp_path / "send" / "updates").exists()
+    assert (tmp_path / "send" / "trainable").is_dir()
+
+
+def test_a_second_round_stands_on_the_first(sites, tmp_path):
+    aggregate(sites).save(tmp_path / "out")
+    again = aggregate(sites, state=tmp_path / "out").save(tmp_path / "second")
+    assert again.numbers["max_relative_error"] < 1e-6
+    with pytest.raises(UsageError, match="is not empty"):
+        again.save(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "num_examples"}, "give one number a folder"),
+        ({"weights": {"north": 1}}, "weights name north, and the folders are north, south"),
+        ({"weights": [1.0]}, "weight"),
+        ({"method": "fedx"}, "fedex"),
+    ],
+)
+def test_what_cannot_be_is_refused(sites, options, words):
+    with pytest.raises(FedexLoraError, match=words):
+        aggregate(sites, **options)
+
+
+def test_updates_are_aggregated_as_before(sites):
+    with pytest.raises(UsageError, match="base= is for adapter folders"):
+        aggregate([torch.zeros(1)], base="x")

@@ -1,0 +1,133 @@
+"""`fedex_lora.run`: rows, a model, metrics and a listener that are here already."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from tests.runs.test_run import assert_same_bits, ignore
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import fedex_lora
+from fedex_lora.config import base_folder
+from fedex_lora.errors import DataError, FedexLoraError, ModelError, UsageError
+from fedex_lora.offline.verify import verify
+from fedex_lora.storage.events import RoundDone, of_kind
+
+NOTES = Path(__file__).parents[2] / "examples" / "notes"
+TREE = {
+    "rounds": 2,
+    "torch_threads": 1,
+    "base": {"model": str(base_folder())},
+    "task": {"kind": "causal-lm", "prompt": "{note}", "completion": " {colour}", "max_length": 64},
+    "lora": {"r": 2, "target_modules": "all-linear"},
+    "training": {"learning_rate": 5e-3, "num_train_epochs": 1, "per_device_train_batch_size": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def notes():
+    """Client -> its rows, and the rows that only measure."""
+    rows = [json.loads(line) for line in (NOTES / "train.jsonl").read_text().splitlines()][::4]
+    parts = {}
+    for row in rows:
+        parts.setdefault(row["hospital"], []).append(row)
+    return parts, [json.loads(line) for line in (NOTES / "eval.jsonl").read_text().splitlines()][:30]
+
+
+@pytest.fixture(scope="module")
+def plain(notes, tmp_path_factory):
+    parts, held = notes
+    return fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore, out=tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_rows_in_memory_are_rows_in_files(notes, plain, tmp_path):
+    """Lists, a data frame and a data set: the same bits as a file for each client, by the command's own path."""
+    parts, held = notes
+    (one, first), (two, second), (three, third) = sorted(parts.items())
+    mixed = {three: third, one: Dataset.from_list(first), two: pd.DataFrame(second)}
+    again = fedex_lora.run(TREE, rows=mixed, eval=Dataset.from_list(held), on_event=ignore)
+    assert_same_bits(again.folder, plain.folder)
+    for name, rows in {**parts, "held": held}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in parts}
+    tree = {**TREE, "task": {**TREE["task"], "name": "custom", "eval": str(tmp_path / "held.jsonl")}, "clients": {"data": files}}
+    read = fedex_lora.run(tree, on_event=ignore)
+    assert_same_bits(read.folder, plain.folder)
+
+
+def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
+    assert list(plain.metrics["round"]) == [0, 1, 2]
+    assert plain.metrics["exactness_error"].max() < 1e-6
+    assert len(plain.clients) == 6
+    assert repr(plain).startswith("<fedex: 2 rounds, loss ")
+    assert len(repr(plain).partition("'")[0]) < 80
+    assert plain.state.round == 2
+    saved = plain.save(tmp_path / "saved")
+    assert verify(saved)["max_relative_error"] < 1e-6
+    with pytest.raises(UsageError, match="exists: give another folder"):
+        plain.save(saved)
+    ids = torch.arange(3, 27).reshape(2, 12)
+    plain.export(tmp_path / "merged")
+    with torch.no_grad():
+        want, got = plain.model()(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_a_listener_a_metric_and_a_model_of_the_users_own(notes, plain):
+    parts, held = notes
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base_folder()), AutoTokenizer.from_pretrained(base_folder())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    heard = []
+    tree = {**TREE, "base": {}}
+    result = fedex_lora.run(
+        tree,
+        rows=parts,
+        eval=held,
+        model=model,
+        processor=tokenizer,
+        metrics=lambda prediction: {"predicted": float(np.size(prediction.label_ids))},
+        on_event=heard.append,
+    )
+    assert result.metrics["predicted"].min() > 0
+    assert [event.round for event in of_kind(heard, RoundDone)] == [1, 2]
+    assert_same_bits(result.folder, plain.folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    ids = torch.arange(3, 27).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(result.model()(ids).logits, plain.model()(ids).logits)
+
+
+def test_a_classifier_in_memory(tmp_path):
+    rows = [{"text": f"word {i} {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(16)]
+    model = AutoModelForSequenceClassification.from_pretrained(base_folder(), num_labels=2)
+    tree = {"rounds": 1, "base": {"model": str(base_folder())}, "task": {"labels": [0, 1]}, "training": {"num_train_epochs": 1}}
+    here = {"rows": {"a": rows[:8], "b": rows[8:]}, "eval": rows, "model": model, "on_event": ignore}
+    result = fedex_lora.run(tree, **here, out=tmp_path / "run")
+    assert result.metrics["exactness_error"].max() < 1e-6
+    more = fedex_lora.run({**tree, "rounds": 2}, **here, out=tmp_path / "run", resume=True)
+    assert more.state.round == 2
+    with pytest.raises(ModelError, match="tells 2 classes apart, and the task has 3"):
+        fedex_lora.run({**tree, "task": {"labels": [0, 1, 2]}}, **here)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"eval": None}, UsageError, "give rows and eval together"),
+        ({"rows": {}}, UsageError, "give a table for each client"),
+        ({"rows": {"a": []}}, UsageError, "a table is empty"),
+        ({"rows": {"a": "notes.csv"}}, UsageError, "a data frame or a list of dictionaries"),
+        ({"rows": {"a": [{"nota": "x", "colour": "red"}]}}, DataError, "a has no column 'note': did you mean 'nota'"),
+        ({"resume": True}, UsageError, "give out, too"),
+        ({"config": "nowhere.toml"}, FedexLoraError, "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_one_line(notes, change, error, words):
+    parts, held = notes
+    with pytest.raises(error, match=words) as caught:
+        fedex_lora.run(**{"config": TREE, "rows": parts, "eval": held, "on_event": ignore, **change})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,136 @@
+"""A run goes on from a result: of another run, or of adapters that were trained anywhere."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.runs.test_resume import StopError, stopping
+from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from fedex_lora import load_model
+from fedex_lora.cli import app
+from fedex_lora.config import base_folder, parse_config, read_config
+from fedex_lora.errors import ConfigError, ModelError
+from fedex_lora.models.export import export
+from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.verify import verify
+from fedex_lora.runs.run import run
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    out = tmp_path_factory.mktemp("first") / "run"
+    run(configuration(), out, ignore)
+    return out
+
+
+def going_on(start, **changes):
+    tree = configuration(**changes).model_dump(mode="json", exclude_none=True)
+    tree["base"]["start"], tree["lora"] = str(start), changes.get("lora", {"r": 2, "target_modules": "all-linear"})
+    return parse_config(tree)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+@pytest.mark.parametrize("method", ["fedex", "reinit", "fedsvd", "ffa"])
+def test_a_run_goes_on_from_another(method, first, tmp_path):
+    """It begins where that one ended, and what it ends in is one exact update of the untouched base."""
+    out = tmp_path / "run"
+    run(going_on(first, method=method), out, ignore)
+    started = events_of(out, "started")[0]
+    assert started["start"] == {"folder": "run", "method": "fedex", "round": 2, "base_rank": 8}  # two rounds, three clients, rank 2
+    assert started["metrics"] == events_of(first, "round_done")[-1]["metrics"]
+    report = verify(out)
+    if method in ("fedex", "reinit"):
+        assert report["max_relative_error"] < 1e-6
+        assert [event["realised_error"] < 1e-6 for event in events_of(out, "round_done")] == [True, True]
+    export(out, "adapter", tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base_folder())
+    plain.load_adapter(str(tmp_path / "adapter"))
+    want = logits(load_model(out, base_folder()))
+    assert (logits(plain.eval()) - want).norm() <= 1e-5 * want.norm()
+    assert (want - logits(load_model(first, base_folder()))).norm() > 1e-3 * want.norm()  # and it learnt something
+
+
+def test_a_run_that_goes_on_is_resumed_to_the_same_bits(first, tmp_path):
+    config = going_on(first, clients={"fraction": 0.6}, rounds=3)
+    run(config, tmp_path / "want", ignore)
+    with pytest.raises(StopError):
+        run(config, tmp_path / "run", stopping("client_done", 3))
+    run(read_config(tmp_path / "run" / "config.toml"), tmp_path / "run", ignore, True)
+    assert_same_bits(tmp_path / "run", tmp_path / "want")
+
+
+def adapters(base, folder):
+    """Two sites' adapters, as PEFT saves them."""
+    for number, name in enumerate(("site-a", "site-b")):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, target_modules=["c_attn"], task_type="CAUSAL_LM")
+        )
+        generator = torch.Generator().manual_seed(number)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(folder / name)
+    return [folder / "site-a", folder / "site-b"]
+
+
+def test_a_run_goes_on_from_aggregated_adapters(gpt2, tmp_path):
+    """By the command line: `aggregate`, then `run` on the OUT."""
+    aggregate_folders(adapters(gpt2, tmp_path), tmp_path / "out", "fedex", None, None)
+    words = [word for word in AutoTokenizer.from_pretrained(gpt2).get_vocab() if word.isalpha()]
+    rows = [{"prompt": words[i], "completion": " " + words[i + 1]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.toml").write_text(
+        f'rounds = 2\ntorch_threads = 1\n[base]\nmodel = "{gpt2}"\nstart = "out"\n[task]\nname = "custom"\nkind = "causal-lm"\n'
+        'train = "rows.jsonl"\neval = "rows.jsonl"\n[clients]\ncount = 2\n'
+    )
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert "goes on from out: round 1 of fedex, whose base gained rank 3" in done.output
+    assert "rank 3, alpha 8" in done.output
+    begun = events_of(tmp_path / "run", "round_done")
+    assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
+    assert begun[-1]["metrics"]["loss"] < events_of(tmp_path / "run", "started")[0]["metrics"]["loss"]
+    with torch.no_grad():
+        mean = sum(load_model_of(gpt2, folder) for folder in (tmp_path / "site-a", tmp_path / "site-b")) / 2
+        block = load_model(tmp_path / "out", str(gpt2)).base_model.model.transformer.h[0].attn.c_attn
+        got = block(torch.eye(32))
+    assert (got - mean).norm() <= 1e-6 * mean.norm()  # what it started from, by the plain formula
+
+
+def load_model_of(base, folder):
+    """What the first layer of one site's model computes on the unit vectors, in fp64."""
+    from safetensors.torch import load_file
+
+    layer = AutoModelForCausalLM.from_pretrained(base).transformer.h[0].attn.c_attn
+    held = load_file(folder / "adapter_model.safetensors")
+    (A,), (B,) = ([held[key].double() for key in held if "h.0." in key and f"lora_{part}" in key] for part in "AB")
+    return (layer.weight.double() + (8 / 3) * (B @ A).T + layer.bias.double()).float()
+
+
+def test_what_does_not_go_on_is_refused_in_one_line(first, gpt2, tmp_path):
+    def refused(error, words, config):
+        with pytest.raises(error, match=words):
+            run(config, tmp_path / "run", ignore)
+        assert not (tmp_path / "run").exists()
+
+    refused(ModelError, r"lora\.r = 4, and that of base\.start .* is 2: remove the key", going_on(first, lora={"r": 4}))
+    with pytest.raises(ConfigError, match=r"remove clients\.ranks"):
+        going_on(first, clients={"ranks": [1, 2, 2]})
+    refused(ModelError, "method fedsa keeps adapters for the untouched base", going_on(first, method="fedsa"))
+    refused(ModelError, "trained by adapters, and this method trains the whole model", going_on(first, method="full-ft"))
+    aggregate_folders(adapters(gpt2, tmp_path), tmp_path / "out", "fedex", None, None)
+    refused(ModelError, r"base\.start does not fit this base: .* is it another model\?", going_on(tmp_path / "out", lora={}))
+    other = going_on(first).model_dump(mode="json", exclude_none=True)
+    other["base"] |= {"random_weights": True}
+    other["lora"] = {}
+    refused(ModelError, r"base\.model is not the base of base\.start", parse_config(other))

@@ -1,0 +1,86 @@
+"""Every client its own file, on one machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.runs.test_run import assert_same_bits, ignore
+
+from fedex_lora.config import parse_config, read_config
+from fedex_lora.errors import ConfigError, DataError
+from fedex_lora.runs.check import check
+from fedex_lora.runs.run import run
+
+NOTES = Path(__file__).parents[2] / "examples" / "notes.toml"
+ROWS = NOTES.parent / "notes"
+
+
+def split(folder):
+    """The notes as three files, one a hospital, and a configuration beside them."""
+    files = {}
+    for line in (ROWS / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        files.setdefault(row.pop("hospital"), []).append(json.dumps(row) + "\n")
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / "eval.jsonl").write_text((ROWS / "eval.jsonl").read_text())
+    text = NOTES.read_text().replace('data = "notes"', "").replace('train = "train.jsonl"', "")
+    own = "".join(f'{name} = "{name}.jsonl"\n' for name in sorted(files, reverse=True))
+    (folder / "own.toml").write_text(
+        text.replace('partition = "column"\ncolumn = "hospital"', "").replace("[training]", f"[clients.data]\n{own}\n[training]")
+    )
+    return folder / "own.toml", sorted(files)
+
+
+def test_three_files_are_one_file_with_a_column(tmp_path):
+    file, names = split(tmp_path)
+    small = ["rounds=1", "training.num_train_epochs=1", "task.eval_rows=20"]
+    run(read_config(NOTES, small), tmp_path / "column", ignore)
+    config = read_config(file, small)
+    assert sorted(config.clients.data) == names
+    assert len(names) == 3
+    run(config, tmp_path / "files", ignore)
+    assert_same_bits(tmp_path / "files", tmp_path / "column")
+    run(read_config(tmp_path / "files" / "config.toml"), tmp_path / "files", ignore, True)  # as it was written
+
+
+def test_what_is_wrong_with_each_file_is_said_in_one_line(tmp_path):
+    file, names = split(tmp_path)
+    (tmp_path / f"{names[0]}.jsonl").write_text('{"note": "a", "color": "red"}\n')
+    (tmp_path / f"{names[1]}.jsonl").write_text("")
+    config = read_config(file)
+    with pytest.raises(
+        DataError, match=rf"{names[0]}\.jsonl has no column 'colour': did you mean 'color'\?; .*{names[1]}\.jsonl has no rows"
+    ) as caught:
+        run(config, tmp_path / "run", ignore)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_check_looks_into_every_file(tmp_path):
+    file, names = split(tmp_path)
+    text = (tmp_path / f"{names[1]}.jsonl").read_text()
+    (tmp_path / f"{names[1]}.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    found = [finding.words for finding in check(read_config(file))]
+    assert any("repeats the input of another" in words and f"{names[1]}.jsonl" in words for words in found)
+    assert [words.partition(":")[0] for words in found if "rows to train on" in words] == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": {"train": "all.jsonl"}}, r"remove task\.train, or clients\.data"),
+        ({"clients": {"partition": "dirichlet"}}, r"remove partition and column from \[clients\]"),
+        ({"task": {"kind": "classification"}}, r"task\.labels is not set"),
+    ],
+)
+def test_what_contradicts_it_is_refused(changes, words):
+    tree = {
+        "base": {"model": "demo"},
+        "task": {"name": "custom", "kind": "causal-lm", "eval": "eval.jsonl"},
+        "clients": {"data": {"a": "a.jsonl"}},
+    }
+    for table, more in changes.items():
+        tree[table] = {**tree[table], **more}
+    with pytest.raises(ConfigError, match=words):
+        parse_config(tree)
