@@ -5,12 +5,13 @@ from collections import defaultdict
 
 from tests.test_imports import ROOT
 
-LINES = 27_332  # of all files together: lower it when you delete; chats, trainers, joins, NVFlare, Python and what comes out brought 4,900
+LINES = 27_335  # of all files together: lower it when you delete; chats, trainers, joins, NVFlare, Python and what comes out brought 4,900
 FILE, FUNCTION = 300, 55  # lines; a function's without signature and docstring
 ENTRIES = {
     "load",
     "NeedsFull",
     "aggregate",
+    "run",
 }  # each task module's `load`; one message of client and server; the mathematics and its public face
 
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}

@@ -422,7 +422,7 @@ def test_a_trainer_is_the_node_s_word_and_never_the_server_s(tmp_path, monkeypat
     assert server.host.place.work.trainer is None
     assert server.host.place.config.training == {key: value for key, value in config.training.items() if key != "beta"}
     dealt = {"rows": "dealt"}
-    with pytest.raises(ConfigError, match=r"start it with --node-config 'trainer=") as caught:
+    with pytest.raises(ConfigError, match=r'set trainer = "trl:SFTTrainer", or a function of its own, in its file') as caught:
         node_settings(dealt).applied(config)
     assert caught.value.code == "settings"
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from tests.runs.test_run import assert_same_bits, ignore
 from fedex_lora.config import parse_config, read_config
 from fedex_lora.errors import ConfigError, DataError
 from fedex_lora.runs.check import check
+from fedex_lora.runs.data import describe_rows
 from fedex_lora.runs.run import run
 
 NOTES = Path(__file__).parents[2] / "examples" / "notes.toml"
@@ -63,7 +64,7 @@ def test_the_check_looks_into_every_file(tmp_path):
     (tmp_path / f"{names[1]}.jsonl").write_text(text + text.splitlines()[0] + "\n")
     found = [finding.words for finding in check(read_config(file))]
     assert any("repeats the input of another" in words and f"{names[1]}.jsonl" in words for words in found)
-    assert [words.partition(":")[0] for words in found if "rows to train on" in words] == names
+    assert list(describe_rows(read_config(file), rows=0).clients) == names
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,6 @@ class ModelContext:
     Attributes:
         first, start: the adapter, and what the frozen base has gained, before the first round.
         beginning: adapter, other tensors and base delta of the result that the run goes on from, for trainers that need a reference.
-        identity: the same for all who have the base, and the result that the run goes on from.
         stands_on: what is to be said of the result that the run goes on from; nothing where it begins at the base.
 
     Raises:
@@ -92,10 +91,14 @@ class ModelContext:
         self.first = read_model(model)
         kept = start is not None and self.work.trainer is not None
         self.beginning = (self.first, read_other(model), self.start) if kept else ({}, {}, {})
-        self.identity = self.base.fingerprint() + (
-            f" {tensors_digest(flatten_adapter('first', self.first), start.mark or '')}" if start else ""
-        )
+        self._mark = None if start is None else start.mark or ""
         self.stands_on = {} if start is None else standing(start, folder)
+
+    @property
+    def identity(self) -> str:
+        """The same for all who have the base, and the result that the run goes on from."""
+        begun = "" if self._mark is None else f" {tensors_digest(flatten_adapter('first', self.first), self._mark)}"
+        return self.base.fingerprint() + begun
 
 
 def given_base(model: PreTrainedModel, task: Task) -> Loaded:
