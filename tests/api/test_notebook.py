@@ -1,4 +1,4 @@
-"""The notebook and README's Python: executed, and typed under mypy's strict rules."""
+"""The notebook and README's Python: executed, and typed by the strict rules of pyproject.toml (with `make check`'s cache)."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_it_is_typed(text, tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "example.py").write_text(text)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "example.py")],
+        [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "example.py")],
         capture_output=True,
         text=True,
         cwd=ROOT,
