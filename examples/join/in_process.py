@@ -6,6 +6,7 @@ from party import NAMES, ROUNDS, RULES, join
 from script import prepare
 
 from fedex_lora import AdaptedModel, Server, save_result
+from fedex_lora.server.verdicts import Accepted
 
 
 def federate(ask, out):
@@ -16,8 +17,8 @@ def federate(ask, out):
     server = Server.start(RULES, *start.read(), NAMES)
     for number in range(1, ROUNDS + 1):
         round = server.open_round()
-        updates = [server.receive(name, answer).update for name, answer in ask(round.messages).items()]
-        result = round.close(updates)
+        verdicts = [server.receive(name, answer) for name, answer in ask(round.messages).items()]
+        result = round.close([verdict.update for verdict in verdicts if isinstance(verdict, Accepted)])
         print(f"round {number}: exactness error {result.exactness.max_relative_error:.1e}")
     save_result(out, result, start.format)
 

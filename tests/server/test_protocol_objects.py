@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests import oracle
 from tests.conftest import make_pair
 from tests.protocol.test_hostile import bits, equal
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedex_lora import Client, ClientUpdate, LoRAPair, Rules, Server
+from fedex_lora import AdaptedModel, Client, ClientUpdate, LoRAPair, Rules, Server
 from fedex_lora.client.client import NeedsFull as ClientLacks
 from fedex_lora.client.client import StoredAnswer
-from fedex_lora.errors import ConfigError, StorageError, TrainingError, UsageError, WireError
+from fedex_lora.errors import AdapterError, ConfigError, StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.frame import split
 from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Rejected, Short
 
@@ -392,3 +394,12 @@ def test_a_client_says_what_it_cannot_do():
         round.close([])
     assert isinstance(round.ready(), Short)
     assert not isinstance(round.ready(), Complete)
+
+
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_what_has_no_exact_mean_is_no_adapted_model(setting):
+    """Its factors alone are not what it does: the mean of them would be called exact, and be off."""
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **setting))
+    with pytest.raises(AdapterError, match=r"the adapter of this model: .*train with"):
+        AdaptedModel(model)

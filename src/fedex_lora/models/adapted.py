@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from fedex_lora.models.base_weights import FrozenBase, Where
 from fedex_lora.models.lora import format_of, read_model, read_other, write_model
 from fedex_lora.storage.adapter_folder import Format
+from fedex_lora.storage.peft_rules import require_plain_lora
 from fedex_lora.types import Adapter, Delta
 
 
@@ -18,13 +20,15 @@ class AdaptedModel:
         where: see `FrozenBase`.
 
     Raises:
-        AdapterError, ModelError: an adapter or a base that the algebra does not cover.
+        AdapterError, ModelError: an adapter or a base that the algebra does not cover (DoRA, PiSSA, trained biases).
 
     Example:
         >>> model = AdaptedModel(get_peft_model(base, LoraConfig(r=8)))                   # doctest: +SKIP
     """
 
     def __init__(self, model: nn.Module, where: Where = "auto") -> None:
+        if isinstance(model, PeftModel):
+            require_plain_lora(model.peft_config[model.active_adapter].to_dict(), "the adapter of this model")
         self.model, self.base = model, FrozenBase(model, where)
 
     def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
