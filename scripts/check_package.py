@@ -4,7 +4,7 @@
     python scripts/check_package.py --release  they are installed by pip (some minutes, and what PyTorch weighs), and version, changelog
                                                and git are those of a release
 
-What must hold: the sdist is what git has, and its tests can be run; the wheel has no tests; with the core alone the README's example, a run
+What must hold: the sdist is what git has, and its tests can be run; the wheel has no tests; with the core alone the example of docs/exactness.md, a run
 and `verify` work, and `report` says which extra it needs; with the extras `tasks` and `report` the demo works.
 """
 
@@ -112,10 +112,10 @@ def link(site, distributions):
 
 
 def try_core(commands, folder, version):
-    """The core alone: the README's example, a run, `verify`; `report` names its extra."""
+    """The core alone: the example of docs/exactness.md, a run, `verify`; `report` names its extra."""
     cli = commands / "fedex-lora"
     assert call(cli, "--version").strip() == version
-    example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[0]
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "exactness.md").read_text(), flags=re.S)[0]
     averaged, exact = call(commands / "python", "-c", example, cwd=folder).split()[-2:]
     assert float(exact) < 1e-6 < float(averaged.rstrip("%")) / 100, (averaged, exact)
     call(cli, "run", ROOT / "examples" / "quickstart.toml", "--set", "rounds=1", "--out", "run", cwd=folder)
@@ -158,7 +158,7 @@ def main():
         check_sdist(sdist, folder / "sdist")
         print("the sdist is what git has, and its tests can be run; the wheel has the package alone")
         try_core(environment(folder / "core", wheel, (), release), folder, version)
-        print("the core alone: README, run, verify")
+        print("the core alone: aggregate, run, verify")
         try_demo(environment(folder / "more", wheel, ("tasks", "report"), release), folder)
         print("with tasks and report: the demo")
 
