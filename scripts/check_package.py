@@ -4,7 +4,7 @@
     python scripts/check_package.py --release  they are installed by pip (some minutes, and what PyTorch weighs), and version, changelog
                                                and git are those of a release
 
-What must hold: the sdist is what git has, and its tests can be run; the wheel has no tests; with the core alone an example of the docs, a run
+What must hold: the sdist is what git has, and its tests can be run; the wheel has no tests; with the core alone a page's example, a run
 and `verify` work, and `report` says which extra it needs; with the extras `tasks` and `report` the demo works.
 """
 
