@@ -1,6 +1,7 @@
 """`fedex_lora.run`: rows, a model, metrics and a listener that are here already."""
 
 import json
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,14 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
     with torch.no_grad():
         want, got = plain.model()(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_an_error_that_cannot_be_computed_is_said(plain):
+    odd = copy(plain)
+    last = of_kind(plain.events, RoundDone)[-1]
+    odd.events = [*plain.events, last.model_copy(update={"not_finite": ["exactness_error"]})]
+    assert "errors of round 2 not finite" in repr(odd)
+    assert "not finite" not in repr(plain)
 
 
 def test_a_listener_a_metric_and_a_model_of_the_users_own(notes, plain):

@@ -21,7 +21,7 @@ from fedex_lora.models.build import load_model
 from fedex_lora.report.analysis import clients, read_run, rounds
 from fedex_lora.runs import run as running
 from fedex_lora.runs.emit import Emit, log_line
-from fedex_lora.storage.events import Event
+from fedex_lora.storage.events import Event, RoundDone, of_kind
 from fedex_lora.tasks import Task, custom, load_task
 from fedex_lora.tasks._files import Rows, as_text
 from fedex_lora.types import ServerState
@@ -52,6 +52,8 @@ class RunResult:
     def __repr__(self) -> str:
         last = self.metrics.iloc[-1]
         said = [f"{name} {last[name]:.3g}" for name in (self._headline, "exactness_error") if name in last and pd.notna(last[name])]
+        odd = [str(event.round) for event in of_kind(self.events, RoundDone) if event.not_finite]
+        said += [f"errors of round {', '.join(odd)} not finite"] if odd else []
         return f"<{self.state.method}: {self.state.round} rounds, {', '.join(said)}, {str(self.folder)!r}>"
 
     @property
