@@ -4,6 +4,7 @@ FedexLoraError              exit 1: the work failed
 |- AggregationError         updates that cannot be averaged: names, shapes, scalings, weights, values
 |- AdapterError             an adapter folder or model that the algebra does not cover
 |- StorageError             a file or folder that is missing, truncated or altered
+|  `- UnreadableError       the system does not let a file be read now; it may be whole
 |- WireError                a message that is not what the round declared
 |  `- LacksError            a message that counts on something that this client does not have
 |- DataError                rows, columns, labels, partitions
@@ -53,6 +54,10 @@ class StorageError(FedexLoraError):
     """A file or folder that is missing, truncated or altered."""
 
     code = "storage"
+
+
+class UnreadableError(StorageError):
+    """The system does not let a file be read now; nothing says that it is broken."""
 
 
 class WireError(FedexLoraError):

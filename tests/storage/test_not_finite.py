@@ -1,9 +1,11 @@
 """A check that cannot be computed has failed: NaN and infinity are refused or said, wherever they come from, in one line."""
 
+import errno
 import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from fedex_lora import LoRAPair, aggregate, load_model
 from fedex_lora.aggregation import merge
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.config import Base, Lora, base_folder, write_config
-from fedex_lora.errors import AggregationError, StorageError
+from fedex_lora.errors import AggregationError, StorageError, UnreadableError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.base_weights import FrozenBase
@@ -27,6 +29,7 @@ from fedex_lora.models.lora import add_lora
 from fedex_lora.offline.verify import complaint
 from fedex_lora.report import write_report
 from fedex_lora.runs.run import run
+from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.storage.files import MANIFEST, checksum
 from fedex_lora.storage.result import read_result, write_result
 from fedex_lora.storage.tensors import load_tensors
@@ -118,6 +121,24 @@ def test_a_round_that_was_set_aside_is_no_round(finished, tmp_path):
     found = call("verify", out, "--json")
     assert found.exit_code == 0, found.stderr
     assert [row["round"] for row in json.loads(found.stdout)["rounds"]] == [1, 2]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "adapter_config.json"])
+def test_what_cannot_be_read_now_is_not_set_aside(file, finished, tmp_path, monkeypatch):
+    """A disk that fails to read once says nothing of the round."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    read = Path.read_text
+
+    def failing(path, *args, **options):
+        if path.name == file:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(UnreadableError, match="Input/output error"):
+        patch.setattr(Path, "read_text", failing)
+        last_checkpoint(out)
+    checkpoint, complaints = last_checkpoint(out)
+    assert (checkpoint.state.round, complaints) == (2, [])
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 0])

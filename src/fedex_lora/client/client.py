@@ -151,7 +151,8 @@ class Client:
         own = get_method(body.method).client_state
         kept = self._last_accepted_factors(request.accepted) if own else {}
         start, held = states.start_of(body.method, copy.adapter, request.rank, kept.get(request.accepted))
-        moments, new = self.state.moments, request.kind == "train" and request.round > self.state.round
+        new = request.kind == "train" and request.round > self.state.round
+        moments = self.state.moments if new else None  # those of a round that the server lost are of another model
         self.state = replace(self.state, copy=copy, trained=kept if new else self.state.trained)
         kind = Train if request.kind == "train" else Evaluate
         return kind(request.round, start, states.advance(copy.delta, held), body.other, moments, request, body.method)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
-from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.errors import StorageError, UnreadableError, UsageError
 from fedex_lora.server.checks import participants
 from fedex_lora.server.dump import base_delta_of, server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
@@ -100,11 +100,17 @@ def _odd(folder: Path, error: Exception) -> UsageError:
 
 
 def last_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that is whole; broken ones before it are renamed to NAME.broken, and what was wrong is returned."""
+    """The newest checkpoint of a run that is whole; broken ones before it are renamed to NAME.broken, and what was wrong is returned.
+
+    Raises:
+        UnreadableError: one of them cannot be read now: it stays where it is.
+    """
     complaints: list[str] = []
     for folder in run_rounds_of(out):
         try:
             return load_checkpoint(folder), complaints
+        except UnreadableError:
+            raise
         except StorageError as error:
             aside = (folder.with_name(f"{folder.name}.broken{number or ''}") for number in count())
             folder.rename(next(path for path in aside if not path.exists()))  # a round may break again

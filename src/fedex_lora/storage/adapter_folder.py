@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.lowrank import concatenate, factorise
-from fedex_lora.errors import AdapterError, AggregationError, StorageError
+from fedex_lora.errors import AdapterError, AggregationError, StorageError, UnreadableError
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
 from fedex_lora.storage.renaming import Renaming
@@ -193,7 +193,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StorageError(f"{folder} is not a PEFT adapter: it has no {CONFIG}{_remedy(folder)}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UnreadableError(f"{folder / CONFIG} cannot be read: {error}") from None
+    except ValueError as error:
         raise StorageError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise StorageError(f"{folder / CONFIG} is not a JSON object")

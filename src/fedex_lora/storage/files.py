@@ -14,7 +14,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.errors import StorageError, UnreadableError, UsageError
 
 MANIFEST = "manifest.json"
 ROUNDS, FINAL = "rounds", "final"
@@ -119,7 +119,9 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StorageError(f"{folder} has no {MANIFEST}: give a folder that fedex-lora wrote") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise StorageError(f"{path} is no manifest of fedex-lora: copy the folder again")
