@@ -20,7 +20,7 @@ R, SIZE, K = 4, 768, 3
 def trained(row: Method) -> str:
     if not row.lora:
         return "the whole model"
-    return ", then ".join({"AB": "A and B", "A": "A", "B": "B"}[part] for part in row.trained_schedule)
+    return ", then ".join({"AB": "A and B", "A": "A", "B": "B", "C": "C"}[part] for part in row.trained_schedule)
 
 
 def travels(row: Method) -> str:
