@@ -28,12 +28,8 @@ CASES = {
     "moments kept, uneven scaling": {"local": {"optimizer_state": "keep", "schedule": "run"}, "lora": {"alpha": 1.1}},
     "full-ft": {"method": "full-ft", "training": {"learning_rate": 1e-3}},
 }
-TRAINED = (
-    "fedex",
-    "cores, moments kept",
-    "moments kept, uneven scaling",
-    "full-ft",
-)  # of them, those that train a model; the others move factors by noise
+# Of them, those that train a model; the others move factors by noise.
+TRAINED = ("fedex", "cores, moments kept", "moments kept, uneven scaling", "full-ft")
 
 
 class StopError(Exception):
