@@ -35,6 +35,7 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.exactness.algebra import worst as largest
 from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.core import core_start
 from fedex_lora.models.lora import read_model, write_model
 
 RANK, SCALING, ROUNDS = 4, 2.5, 3
@@ -85,12 +86,13 @@ def trained(method: str, round: int, start: Any, scaling: float, generator: torc
     """A client's factors after training: moved away from where they started, only those that the method trains, on the client's scaling."""
     parts, moved = get_method(method).trained(round), {}
     for module, pair in start.items():
-        A, B = pair.A.clone(), pair.B * (pair.scaling / scaling)
+        inner = pair.inner  # of a core C between U and A, the pair (A, C)
+        A, B = inner.A.clone(), inner.B * (pair.scaling / scaling)
         if "A" in parts:
             A = A + 0.1 * torch.randn(A.shape, generator=generator)
-        if "B" in parts:
+        if parts != "A":
             B = B + 0.1 * torch.randn(B.shape, generator=generator)
-        moved[module] = LoRAPair(A=A, B=B, scaling=scaling)
+        moved[module] = pair.around(LoRAPair(A=A, B=B, scaling=scaling))
     return moved
 
 
@@ -129,6 +131,7 @@ class Federation:
         self.generator, self.net = torch.Generator().manual_seed(seed), model(max(ranks))
         self.base, first = FrozenBase(self.net), read_model(self.net)
         self.w0 = {name: effective(self.net, name) for name in first}
+        first = core_start(self.base.pristine, first) if self.row.core else first
         self.state = server.init(first, {}, method, seed=seed)
         self.gained = {name: np.zeros_like(weight) for name, weight in self.w0.items()}  # E - W0
         self.own: dict[int, Any] = {}

@@ -20,7 +20,7 @@ R, SIZE, K = 4, 768, 3
 def trained(row: Method) -> str:
     if not row.lora:
         return "the whole model"
-    return ", then ".join({"AB": "A and B", "A": "A", "B": "B"}[part] for part in row.trained_schedule)
+    return ", then ".join({"AB": "A and B", "A": "A", "B": "B", "C": "a core C"}[part] for part in row.trained_schedule)
 
 
 def travels(row: Method) -> str:
@@ -32,7 +32,7 @@ def travels(row: Method) -> str:
         row.message_size(ranks, 0, (SIZE, SIZE), round, truncated=R if row.residual_policy == "truncate" else None) for round in (3, 4)
     ]
     unit = R * 2 * SIZE
-    return " / ".join(f"{sum(getattr(one, way) for one in numbers) / 2 / unit:g}" for way in ("down", "up"))
+    return " / ".join(f"{sum(getattr(one, way) for one in numbers) / 2 / unit:.3g}" for way in ("down", "up"))
 
 
 def methods() -> list[str]:

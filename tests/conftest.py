@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation.core_pair import CorePair
 from fedex_lora.types import ClientUpdate, LoRAPair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +24,19 @@ def make_pair(seed: int, out: int = 12, inner: int = 20, rank: int = 3, scaling:
         B=torch.randn(out, rank, generator=generator, dtype=dtype),
         scaling=scaling,
     )
+
+
+def cored(adapter, method):
+    """The adapter that a method starts from: where it trains cores, with random orthonormal U and A around cores of zero."""
+    if not get_method(method).core:
+        return adapter
+
+    def around(pair):
+        generator, rank = torch.Generator().manual_seed(pair.A.numel()), pair.rank
+        U, V = (torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q for size in pair.shape)
+        return CorePair(A=V.mT.contiguous(), U=U, C=torch.zeros(rank, rank), scaling=pair.scaling)
+
+    return {name: around(pair) for name, pair in adapter.items()}
 
 
 def make_updates(k: int, seed: int = 0, shapes=((12, 20), (20, 12), (16, 16)), rank: int = 3, scalings=None) -> list[ClientUpdate]:

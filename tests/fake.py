@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from tests.conftest import cored
 from tests.messages import told, with_tensors
 from tests.runs.test_run import configuration
 
@@ -92,8 +93,10 @@ class Noise:
         self.emit(Step(client=client, step=1, steps=1))
         adapter = {}
         for name, pair in given.start.items():
-            dA, dB = (0.1 * torch.randn(factor.shape, generator=generator) for factor in (pair.A, pair.B))
-            adapter[name] = LoRAPair(pair.A + dA * ("A" in parts), pair.B + dB * ("B" in parts), pair.scaling)
+            noise = {part: 0.1 * torch.randn(factor.shape, generator=generator) for part, factor in pair.parts.items()}
+            adapter[name] = pair
+            for part in parts:
+                adapter[name] = adapter[name].with_part(part, pair.parts[part] + noise[part])
         other = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in given.other.items()}
         given.round, given.trained = round, ClientUpdate(client, adapter, self.rows[client], other, {"train_loss": 1.0 / round})
         return given.trained, None
@@ -107,7 +110,7 @@ class FakeHost:
         self.ranks = ranks_of(config, learner.rows)
 
     def initial(self):
-        return server.init(self.learner.first, self.learner.other, self.config.method, self.config.seed)
+        return server.init(cored(self.learner.first, self.config.method), self.learner.other, self.config.method, self.config.seed)
 
     def facts(self, rows):
         return {"headline": "loss", "greater_is_better": False, "disk_bytes": 0, "base_bytes": 1000, "train_rows": dict(rows)}

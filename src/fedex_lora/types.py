@@ -4,8 +4,8 @@ Orientation is that of `nn.Linear` everywhere: a module's weight `W` is `out x i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,6 +49,25 @@ class LoRAPair:
     def shape(self) -> tuple[int, int]:
         """(out, in) of the module's weight."""
         return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What the pair is made of, by letters: what travels, is trained and is kept."""
+        return {"A": self.A, "B": self.B}
+
+    @property
+    def inner(self) -> "LoRAPair":
+        """What is averaged of it: itself."""
+        return self
+
+    def around(self, inner: "LoRAPair") -> "LoRAPair":
+        """The pair of this kind whose inner one that is."""
+        return inner
+
+    def with_part(self, part: str, tensor: Tensor) -> "LoRAPair":
+        """The same with another factor."""
+        changed: dict[str, Any] = {part: tensor}
+        return replace(self, **changed)
 
     def first(self, rank: int) -> "LoRAPair":
         """The first components only."""

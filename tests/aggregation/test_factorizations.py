@@ -16,7 +16,7 @@ from fedex_lora.errors import UsageError
 GAUGED = [
     name
     for name, row in METHODS.items()
-    if row.lora and not row.centralised and row.client_state != "B" and (row.client_state or not row.reinitialises)
+    if row.lora and not row.centralised and not row.core and row.client_state != "B" and (row.client_state or not row.reinitialises)
 ]
 
 

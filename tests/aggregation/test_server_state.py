@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests import oracle
-from tests.conftest import make_pair, make_updates
+from tests.conftest import cored, make_pair, make_updates
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair
 from fedex_lora.aggregation import server_state as server
@@ -25,21 +25,19 @@ def trained(state, k, round):
     parts, updates = METHODS[state.method].trained(state.round + 1), []
     for update in make_updates(k, seed=round):
         start, _ = server.start_of(state.method, state.adapter, None, state.personal.get(update.client_id))
-        moved = {
-            name: LoRAPair(
-                A=start[name].A + ("A" in parts) * 0.1 * pair.A, B=start[name].B + ("B" in parts) * 0.1 * pair.B, scaling=pair.scaling
-            )
-            for name, pair in update.adapter.items()
-        }
+        moved = dict(start)
+        for name, pair in update.adapter.items():
+            for part in parts:
+                step = 0.1 * (pair.B[: pair.rank] if part == "C" else getattr(pair, part))
+                moved[name] = moved[name].with_part(part, moved[name].parts[part] + step)
         updates.append(replace(update, adapter=moved))
     return updates
 
 
 def start(method):
     first = make_updates(1, seed=99)[0]
-    return server.init(
-        {name: LoRAPair(A=pair.A, B=torch.zeros_like(pair.B), scaling=2.0) for name, pair in first.adapter.items()}, first.other, method
-    )
+    zero = {name: LoRAPair(A=pair.A, B=torch.zeros_like(pair.B), scaling=2.0) for name, pair in first.adapter.items()}
+    return server.init(cored(zero, method), first.other, method)
 
 
 def matrix(delta):

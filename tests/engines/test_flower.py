@@ -367,10 +367,11 @@ def alone(config, folder, answer):
         {},
         {"local": {"optimizer_state": "keep"}},
         {"method": "fedsa"},
+        {"method": "fed-sb", "local": {"optimizer_state": "keep"}, "clients": {"fraction": 0.67}, "rounds": 4},
         {"clients": {"holdout": 0.0}},
         {"server": {"momentum": 0.5}, "clients": {"fraction": 0.67}, "rounds": 5},
     ],
-    ids=["fedex", "moments kept", "fedsa", "no held-out rows", "momentum, one absent in each round"],
+    ids=["fedex", "moments kept", "fedsa", "fed-sb, one absent", "no held-out rows", "momentum, one absent in each round"],
 )
 def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes, tmp_path):
     """Every message is answered by a new `Node`, as by a new process: what it knows comes from its folder."""

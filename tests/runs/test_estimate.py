@@ -27,6 +27,7 @@ RUNS = {
     "keep": {},
     "fedit": {},
     "ffa": {},
+    "fed-sb": {},
     "fedsa": {},
     "fedex-best": {"clients": {"partition": "iid", "count": 3, "column": None, "ranks": [1, 2, 4]}, "lora": {"r": 4}},
     "centralised": {},

@@ -24,10 +24,12 @@ CASES = {
     "fedsa": {"method": "fedsa"},
     "ranks": {"method": "fedex-best", "clients": {"ranks": [1, 2, 4]}},
     "reinit": {"method": "reinit"},
+    "cores, moments kept": {"method": "fed-sb", "local": {"optimizer_state": "keep"}, "lora": {"alpha": 1.1}},
     "moments kept, uneven scaling": {"local": {"optimizer_state": "keep", "schedule": "run"}, "lora": {"alpha": 1.1}},
     "full-ft": {"method": "full-ft", "training": {"learning_rate": 1e-3}},
 }
-TRAINED = ("fedex", "moments kept, uneven scaling", "full-ft")  # of them, those that train a model; the others move factors by noise
+# Of them, those that train a model; the others move factors by noise.
+TRAINED = ("fedex", "cores, moments kept", "moments kept, uneven scaling", "full-ft")
 
 
 class StopError(Exception):

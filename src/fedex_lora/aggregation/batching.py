@@ -32,11 +32,12 @@ class Batch(NamedTuple):
 
 
 def rescaled(pair: LoRAPair, scaling: float) -> LoRAPair:
-    """The same product on another scaling: `B <- (s_i / s) B`, in fp64 and back in a dtype of at least fp32."""
+    """The same product on another scaling: `B <- (s_i / s) B` (of a core, C), in fp64 and back in a dtype of at least fp32."""
     if pair.scaling == scaling:
         return pair
-    dtype = torch.promote_types(pair.B.dtype, torch.float32)
-    return LoRAPair(A=pair.A, B=(pair.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling)
+    inner = pair.inner
+    dtype = torch.promote_types(inner.B.dtype, torch.float32)
+    return pair.around(LoRAPair(A=inner.A, B=(inner.B.double() * (pair.scaling / scaling)).to(dtype), scaling=scaling))
 
 
 def shape_batches(updates: Sequence[ClientUpdate], state: ServerState | None = None) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,6 +56,8 @@ def aggregate(
     row = get_method(method)
     updates, p = in_order(updates, normalised_weights(updates, weights))
     require_same_structure(updates, row)
+    like = updates[0].adapter
+    updates = [replace(update, adapter={module: pair.inner for module, pair in update.adapter.items()}) for update in updates]
     adapter: dict[str, LoRAPair] = {}
     residual: dict[str, LowRank] = {}
     dropped: dict[str, float] = {}
@@ -67,7 +70,7 @@ def aggregate(
             dropped |= {module: abs(part.scaling) * norm for module, norm in zip(part.modules, _norms(part.rest), strict=True)}
         elif part.rest is not None:
             residual.update(_gains(part.modules, part.rest))
-    adapter = {module: adapter[module] for module in updates[0].adapter}
+    adapter = {module: pair.around(adapter[module]) for module, pair in like.items()}
     if row.residual_policy == "truncate":
         residual, dropped = truncate(residual, truncation or Truncation(), max((pair.rank for pair in adapter.values()), default=1))
     return Aggregate(
@@ -165,6 +168,10 @@ def require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None
                     f"{who} differ in {module}: shape {reference.shape} rank {reference.rank} "
                     f"against shape {pair.shape} rank {pair.rank}{mend}"
                 )
+            if pair.parts.keys() != reference.parts.keys() or (
+                "U" in pair.parts and not torch.equal(pair.parts["U"], reference.parts["U"])
+            ):
+                raise AggregationError(f"{who} do not share the frozen U of {module}, so their cores have no mean: use method fedex")
             if not math.isfinite(pair.scaling) or pair.scaling == 0:
                 raise AggregationError(f"client {update.client_id} has scaling {pair.scaling} in {module}: it must be finite and not zero")
         for name, tensor in update.other.items():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fedex_lora.aggregation.core_pair import CorePair
 from fedex_lora.aggregation.lowrank import from_parts, parts
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
@@ -13,16 +14,22 @@ def scalings_of(adapter: Adapter) -> dict[str, float]:
     return {module: pair.scaling for module, pair in adapter.items()}
 
 
-def flatten_adapter(prefix: str, adapter: Adapter, factors: str = "AB") -> dict[str, Tensor]:
-    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B`, of `factors` only.
+def flatten_adapter(prefix: str, adapter: Adapter, omit: str = "") -> dict[str, Tensor]:
+    """The adapter's factors as `PREFIX|MODULE|A` and `PREFIX|MODULE|B` (or U and C, of cores), without those in `omit`.
 
     Example:
         >>> import torch
         >>> pair = LoRAPair(A=torch.ones(1, 3), B=torch.zeros(2, 1))
-        >>> sorted(flatten_adapter("adapter", {"q": pair})), list(flatten_adapter("adapter", {"q": pair}, "B"))
+        >>> sorted(flatten_adapter("adapter", {"q": pair})), list(flatten_adapter("adapter", {"q": pair}, "A"))
         (['adapter|q|A', 'adapter|q|B'], ['adapter|q|B'])
     """
-    return {f"{prefix}|{module}|{part}": getattr(pair, part) for part in "AB" if part in factors for module, pair in adapter.items()}
+    return {
+        f"{prefix}|{module}|{part}": pair.parts[part]
+        for part in "ABUC"
+        if part not in omit
+        for module, pair in adapter.items()
+        if part in pair.parts
+    }
 
 
 def unflatten_adapter(prefix: str, scalings: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
@@ -32,10 +39,11 @@ def unflatten_adapter(prefix: str, scalings: Mapping[str, float], tensors: Mappi
         KeyError: a factor is missing.
         AggregationError: the two of a module do not chain.
     """
-    return {
-        module: LoRAPair(A=tensors[f"{prefix}|{module}|A"], B=tensors[f"{prefix}|{module}|B"], scaling=scaling)
-        for module, scaling in scalings.items()
-    }
+    adapter: dict[str, LoRAPair] = {}
+    for module, scaling in scalings.items():
+        kind, factors = (CorePair, "AUC") if f"{prefix}|{module}|C" in tensors else (LoRAPair, "AB")
+        adapter[module] = kind(**{part: tensors[f"{prefix}|{module}|{part}"] for part in factors}, scaling=scaling)
+    return adapter
 
 
 def flatten_deltas(prefix: str, deltas: Mapping[str, Delta]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from fedex_lora.aggregation.decompositions import (
 from fedex_lora.aggregation.factorizations import ALIGNED, GAUGES
 from fedex_lora.errors import UsageError
 
-Part: TypeAlias = Literal["AB", "A", "B"]
+Part: TypeAlias = Literal["AB", "A", "B", "C"]
 Exactness: TypeAlias = Literal["exact", "truncated", "rank-r-optimal", "inexact", "personalised"]
 
 
@@ -68,6 +68,7 @@ class Method:
         per_client_ranks: may clients have different ranks?
         momentum: may the server's next model repeat its last change (`aggregation.momentum`)?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
+        core: True where an r x r core C between frozen factors U and A is trained (`B = U C`), which the server takes from the base.
         centralised: one client holds all rows: the reference.
         paper: where it comes from.
     """
@@ -86,7 +87,13 @@ class Method:
     per_client_ranks: bool = False
     momentum: bool = False
     lora: bool = True
+    core: bool = False
     centralised: bool = False
+
+    @property
+    def parts(self) -> str:
+        """The factors that an adapter is made of."""
+        return "AUC" if self.core else "AB"
 
     @property
     def exact(self) -> bool:
@@ -122,7 +129,7 @@ class Method:
 
     def withheld(self, round: int) -> str:
         """The factors that do not travel up in a round."""
-        return "".join(part for part in "AB" if part not in self.uploaded(round))
+        return "".join(part for part in self.parts if part not in self.uploaded(round))
 
     def message_size(
         self, ranks: Sequence[int], client: int, shape: tuple[int, int], round: int, truncated: int | None = None
@@ -140,9 +147,9 @@ class Method:
             >>> METHODS["fedex"].message_size([4, 4, 4], client=0, shape=(768, 768), round=2)  # k r N down, r N up
             MessageSize(down=18432, up=6144)
         """
-        size = {"B": shape[0], "A": shape[1]}
         rank = max(ranks) if self.holds_tail else ranks[client]
-        changed = "AB" if round == 1 or self.refactorises else [part for part in self.trained(round - 1) if part in self.shared]
+        size = {"B": shape[0], "A": shape[1], "U": shape[0], "C": rank}
+        changed = self.parts if round == 1 or self.refactorises else [part for part in self.trained(round - 1) if part in self.shared]
         down = 0 if self.reinitialises and round > 1 else rank * sum(size[part] for part in changed)
         if self.residual_rank and round > 1:
             twice = self.client_state and round > 2  # with its own start, each product is two
@@ -174,6 +181,7 @@ METHODS: dict[str, Method] = {
         ),
         Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True),
         Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trained_schedule=("B",), momentum=True),
+        Method("fed-sb", "exact", factor_means, "Fed-SB, arXiv 2502.15436", trained_schedule=("C",), shared="C", core=True),
         Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trained_schedule=("B", "A")),
         Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trained_schedule=("B",), gauge="orthonormal-a", momentum=True),
         Method("flexlora", "rank-r-optimal", best_rank, "FlexLoRA, arXiv 2402.11505", adapter="svd", per_client_ranks=True),
@@ -206,9 +214,11 @@ def get_method(name: str) -> Method:
     if gauge in REMOVED:
         raise UsageError(f"method {name!r}: the gauge {gauge} was removed: {REMOVED[gauge]}")
     _require_known("gauge", gauge, GAUGES)
-    if not row.lora or row.client_state == "B" or (row.reinitialises and not row.client_state):
+    if not row.lora or row.core or row.client_state == "B" or (row.reinitialises and not row.client_state):
         reason = (
-            "its clients share one A"
+            "its factors are frozen"
+            if row.core
+            else "its clients share one A"
             if row.client_state
             else "its adapter is drawn anew, with a product of zero"
             if row.reinitialises

@@ -198,7 +198,7 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
         own = regauged(own, row.gauge)
         return own, {module: LowRank(U=-pair.scaling * pair.B, V=pair.A) for module, pair in own.items()}
     if own is not None and row.client_state:
-        return {module: _with_own(pair, own[module], row.client_state) for module, pair in adapter.items()}, {}
+        return {module: pair.with_part(row.client_state, own[module].parts[row.client_state]) for module, pair in adapter.items()}, {}
     if rank is None or all(pair.rank <= rank for pair in adapter.values()):
         return adapter, {}
     first = {module: pair.first(rank) for module, pair in adapter.items()}
@@ -206,30 +206,26 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
     return first, held
 
 
-def _with_own(pair: LoRAPair, own: LoRAPair, part: str) -> LoRAPair:
-    return replace(pair, A=own.A) if part == "A" else replace(pair, B=own.B)
-
-
 def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
     """The update on the scalings of the global adapter, if it continues that adapter."""
     row = get_method(state.method)
-    frozen = [part for part in "AB" if part not in row.trained(state.round + 1)]
+    trained = row.trained(state.round + 1)
     kept: dict[str, LoRAPair] = {}
     for module, pair in state.adapter.items():
         sent = update.adapter.get(module)
-        fits = sent is not None and sent.shape == pair.shape
+        fits = sent is not None and sent.shape == pair.shape and sent.parts.keys() == pair.parts.keys()
         if sent is None or not fits or sent.rank > pair.rank or (sent.rank < pair.rank and not row.per_client_ranks):
             raise AggregationError(
                 f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
             )
         kept[module] = rescaled(sent, pair.scaling)
-        for part in frozen:
-            ours, theirs = getattr(pair, part), getattr(kept[module], part)
+        for part in (part for part in pair.parts if part not in trained):
+            ours, theirs = pair.parts[part], kept[module].parts[part]
             if not (
                 torch.equal(ours, theirs) or torch.allclose(ours.to(theirs.dtype), theirs, rtol=1e-6, atol=0)
             ):  # another scaling rounds
                 raise AggregationError(f"client {update.client_id} changed {part} of {module}, which method {state.method} freezes")
-            kept[module] = _with_own(kept[module], pair, part)
+            kept[module] = kept[module].with_part(part, ours)
     if len(kept) < len(update.adapter):
         raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have")
     return replace(update, adapter=kept)

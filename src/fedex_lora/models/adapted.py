@@ -6,6 +6,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedex_lora.models.base_weights import FrozenBase, Where
+from fedex_lora.models.core import core_start
 from fedex_lora.models.lora import format_of, read_model, read_other, write_model
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.peft_rules import require_plain_lora
@@ -43,6 +44,10 @@ class AdaptedModel:
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
         """Copies of the factors and of the other trained tensors, on the CPU."""
         return read_model(self.model), read_other(self.model)
+
+    def cores(self) -> Adapter:
+        """What a run of a method that trains cores starts from: see `core_start`. The model stays as it is."""
+        return core_start(self.base.pristine, read_model(self.model))
 
     @property
     def format(self) -> Format:

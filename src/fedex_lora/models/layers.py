@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fedex_lora.aggregation.core_pair import CorePair
 from fedex_lora.errors import AdapterError
+from fedex_lora.models.core import Core
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.types import LoRAPair
 
@@ -64,18 +66,40 @@ class Layer:
         """(out, in) of the weight as a matrix."""
         return (self.base.out_features, self.base.in_features) if self.quantised else tuple(self.weight().shape)  # type: ignore[return-value]
 
+    @property
+    def parts(self) -> str:
+        """What its factors are made of: see `LoRAPair.parts`."""
+        held = getattr(self.peft, self.factors[1])
+        return "AUC" if ADAPTER in held and isinstance(held[ADAPTER], Core) else "AB"
+
+    def hold_core(self) -> None:
+        """From now on B is `U C`, with the present B as U, and C zero.
+
+        Raises:
+            AdapterError: the layer is not linear.
+        """
+        if self.layout != LINEAR:
+            kind = type(self.base).__name__
+            raise AdapterError(f"{self.name} is a {kind}, and cores are for linear layers: leave it out of lora.target_modules")
+        if self.parts == "AB":
+            self.peft.lora_B[ADAPTER] = Core(self.factor("B").clone())
+
     def parameter(self, part: str) -> nn.Parameter:
-        """The parameter that holds A or B."""
-        holder = getattr(self.peft, self.factors["AB".index(part)])[ADAPTER]
-        return holder if isinstance(holder, nn.Parameter) else holder.weight
+        """The parameter that holds A, B or C."""
+        holder = getattr(self.peft, self.factors[part != "A"])[ADAPTER]
+        return holder if isinstance(holder, nn.Parameter) else holder.inner.weight if part == "C" else holder.weight
 
     def factor(self, part: str) -> Tensor:
-        """A, `r x in`, or B, `out x r`."""
-        return self.parameter(part).detach()
+        """A, `r x in`, or B, `out x r`; of a layer with a core A, U or C."""
+        if part not in self.parts:
+            raise AdapterError(f"the adapter does not fit the model: {self.name} is made of {', '.join(self.parts)}, and not of {part}")
+        held: Tensor = self.peft.lora_B[ADAPTER].outer if part == "U" else self.parameter(part)
+        return held.detach()
 
     def pair(self) -> LoRAPair:
         """The factors, as copies on the CPU."""
-        return LoRAPair(A=copied(self.factor("A")), B=copied(self.factor("B")), scaling=self.peft.scaling[ADAPTER])
+        kind = CorePair if "C" in self.parts else LoRAPair
+        return kind(**{part: copied(self.factor(part)) for part in self.parts}, scaling=self.peft.scaling[ADAPTER])
 
     def weight(self) -> Tensor:
         """The base's weight, `out x in`: a view, or its dequantised values."""

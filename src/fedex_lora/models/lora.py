@@ -123,10 +123,20 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def set_trained(model: nn.Module, factors: str) -> None:
-    """Train the named factors ("AB", "A" or "B") of every adapter, and freeze the others."""
+    """Train the named factors ("AB", "A", "B" or "C") of every adapter, and freeze the others."""
     for layer in lora_layers(model).values():
-        for part in "AB":
+        for part in layer.parts.replace("U", ""):  # which is no parameter
             layer.parameter(part).requires_grad_(part in factors)
+
+
+def hold_cores(model: nn.Module) -> None:
+    """Every adapter gets a core between fixed factors, `B = U C`.
+
+    Raises:
+        AdapterError: a layer that is not linear.
+    """
+    for layer in lora_layers(model).values():
+        layer.hold_core()
 
 
 def lora_layers(model: nn.Module) -> dict[str, Layer]:
@@ -186,8 +196,10 @@ def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor])
     for name, layer in layers.items():
         if layer.rank != adapter[name].rank:
             layer.resize(adapter[name].rank)
-        _copy(name, layer.factor("A"), adapter[name].A)
-        _copy(name, layer.factor("B"), adapter[name].B)
+        if "C" in adapter[name].parts:
+            layer.hold_core()
+        for part, tensor in adapter[name].parts.items():
+            _copy(name, layer.factor(part), tensor)
         layer.peft.scaling[ADAPTER] = adapter[name].scaling
     for name, parameter in parameters.items():
         _copy(name, parameter, other[name])

@@ -36,6 +36,8 @@ def read_start(folder: Path, kind: Kind, name: str, method: Method, lora: Lora, 
     result = read_global(folder)
     if result.base_delta and method.exactness == "personalised":
         raise ModelError(f"method {method.name} keeps adapters for the untouched base, and that of base.start {folder} gained something")
+    if method.core:
+        raise ModelError(f"method {method.name} takes its factors from the base's own weights: remove base.start, or use another method")
     if bool(result.adapter) != method.lora:
         one, other = ("whole", "adapters") if method.lora else ("by adapters", "the whole model")
         raise ModelError(f"base.start {folder} was trained {one}, and this method trains {other}: give a start of the same kind")

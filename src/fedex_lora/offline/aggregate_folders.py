@@ -142,6 +142,10 @@ def aggregate_folders(
         require_several([1.0] * len(folders) if weights is None else weights)
     if previous is not None and row.client_state:
         raise UsageError(f"method {method} with --state needs every client's own last factors, which result folders do not hold: use fedex")
+    if previous is not None and row.core:
+        raise UsageError(
+            f"method {method} with --state needs cores, and adapter folders hold B = U C: go on with method ffa, which averages B"
+        )
     before = None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
     described, like = _described(folders, base, before)
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)

@@ -99,8 +99,7 @@ def answer_in(payload: bytes) -> Answer | Apology | None:
 
 def encode_body(body: Body, omit: str = "") -> Encoded:
     """The bytes of a request's body; `omit` names the factors ("A", "B", "AB") that the clients have already, or draw themselves."""
-    factors = "".join(part for part in "AB" if part not in omit)
-    tensors = flatten_adapter("adapter", body.adapter, factors) | {f"other|{name}": tensor for name, tensor in body.other.items()}
+    tensors = flatten_adapter("adapter", body.adapter, omit) | {f"other|{name}": tensor for name, tensor in body.other.items()}
     tensors |= catch_up_tensors(body.catch_up, body.adapter)
     header = BodyHeader(
         method=body.method,
@@ -146,8 +145,7 @@ def encode_update(update: ClientUpdate, sent: Request, method: str, base_version
         base_version: of the base that it trained on.
         omit: the factors that stay: frozen in this round (the server knows them), or private.
     """
-    factors = "".join(part for part in "AB" if part not in omit)
-    tensors = flatten_adapter("adapter", update.adapter, factors) | {f"other|{name}": tensor for name, tensor in update.other.items()}
+    tensors = flatten_adapter("adapter", update.adapter, omit) | {f"other|{name}": tensor for name, tensor in update.other.items()}
     answer = Answer(
         run=sent.run,
         round=sent.round,
@@ -196,8 +194,7 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
     adapter, other = (body.adapter, body.other) if request.kind == "train" else ({}, {})  # an evaluation answers with numbers only
     if request.rank is not None:
         adapter = {module: pair.first(request.rank) for module, pair in adapter.items()}
-    factors = "".join(part for part in "AB" if part not in omit)
-    expected = flatten_adapter("adapter", adapter, factors) | {f"other|{name}": tensor for name, tensor in other.items()}
+    expected = flatten_adapter("adapter", adapter, omit) | {f"other|{name}": tensor for name, tensor in other.items()}
     header_limit, most = declared_bytes(expected)
     if len(payload) > most:
         raise WireError(f"{len(payload)} bytes arrived where at most {most} were declared")

@@ -1,7 +1,6 @@
 """What brings a client's base up to date, as the tensors of a message's body, and back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,10 +78,10 @@ def _past(tensors: Mapping[str, Tensor], adapter: Adapter, logged: bool) -> dict
     found: dict[str, LoRAPair] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition("|")
-        now = getattr(adapter[module], part) if module in adapter and part in ("A", "B") else None
+        now = adapter[module].parts.get(part) if module in adapter else None
         if now is None or not logged or now.shape != tensor.shape or now.dtype != tensor.dtype:
             what = f"tensor {shown(name)} {list(tensor.shape)}"
             raise WireError(f"{what} is no factor of a past round's adapter: is the message of another run?")
         pair = found.get(module, adapter[module])
-        found[module] = replace(pair, A=tensor) if part == "A" else replace(pair, B=tensor)
+        found[module] = pair.with_part(part, tensor)
     return found

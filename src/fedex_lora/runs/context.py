@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import IMAGE_TASK
 from fedex_lora.models.loading import Loaded, load_base
-from fedex_lora.models.lora import add_lora, format_of, frozen_bytes, read_model, read_other, set_trained, trainable_parameters
+from fedex_lora.models.lora import (
+    add_lora,
+    format_of,
+    frozen_bytes,
+    hold_cores,
+    read_model,
+    read_other,
+    set_trained,
+    trainable_parameters,
+)
 from fedex_lora.models.processor import load_processor
 from fedex_lora.models.start import adapted_as, read_start, require_base, standing
 from fedex_lora.protocol.dumps import tensors_digest
@@ -34,7 +44,7 @@ from fedex_lora.runs.listening import Exchange
 from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
 from fedex_lora.tasks import Task, limit, usable
-from fedex_lora.types import Delta, ServerState
+from fedex_lora.types import Adapter, Delta, ServerState
 
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
 
@@ -81,6 +91,8 @@ class ModelContext:
         if method.lora:
             set_seed(config.seed)
             model = add_lora(loaded, config.lora, task.kind) if start is None else adapted_as(start, loaded, config.lora.dropout)
+            if method.core:
+                hold_cores(model)
             set_trained(model, method.trained(1))
         self.adapted = AdaptedModel(model, config.base.delta)
         self.model, self.base, self.start = model, self.adapted.base, dict[str, Delta]()
@@ -145,8 +157,14 @@ class GlobalModel:
     def initial(self) -> ServerState:
         """The state before round 1."""
         place = self.place
-        fresh = server.init(place.first, read_other(place.model), place.config.method, place.config.seed)
+        fresh = server.init(self._first, read_other(place.model), place.config.method, place.config.seed)
         return replace(fresh, base_delta=place.start)
+
+    @cached_property
+    def _first(self) -> Adapter:
+        """Where cores are trained, only the server works out what is around them, and sends it."""
+        place = self.place
+        return place.adapted.cores() if get_method(place.config.method).core else place.first
 
     def federation(self, train_rows: Mapping[str, int], exchange: Exchange, **more: Any) -> Federation:
         """What the round loop needs of this place.

@@ -132,7 +132,7 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
 def adapter_bytes(state: ServerState) -> int:
     """Of the factors and of what is trained whole."""
     other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
-    return other + 4 * sum(pair.A.numel() + pair.B.numel() for pair in state.adapter.values())
+    return other + 4 * sum(part.numel() for pair in state.adapter.values() for part in {**pair.parts, "B": pair.B}.values())
 
 
 def gained_bytes(config: Config, adapter: Adapter, taking_part: int, rounds: int) -> int:

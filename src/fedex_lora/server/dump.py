@@ -20,7 +20,7 @@ from fedex_lora.protocol.messages import Body, Download
 from fedex_lora.protocol.records import Request
 from fedex_lora.server.context import Unanswered
 from fedex_lora.server.registry import ClientRegistry
-from fedex_lora.types import Delta, LoRAPair, LowRank, MovingDense, MovingLowRank, ServerState
+from fedex_lora.types import Delta, LowRank, MovingDense, MovingLowRank, ServerState
 
 
 def unanswered_table(unanswered: Unanswered) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,8 +62,9 @@ def server_table(state: ServerState, registry: ClientRegistry, whole: bool) -> t
         tensors |= {name: tensor.clone() for name, tensor in flatten_adapter(f"past{number}", past).items()}  # rounds may share them
     for index, adapter in enumerate(state.personal.values()):
         tensors |= flatten_adapter(f"personal{index}", adapter)
+    tensors |= flatten_adapter("adapter", state.adapter, "" if whole else "AB")  # U and C, which the folder has as `B = U C`
     if whole:
-        tensors |= flatten_adapter("adapter", state.adapter) | flatten_deltas("base_delta", state.base_delta)
+        tensors |= flatten_deltas("base_delta", state.base_delta)
         tensors |= {f"other|{name}": tensor for name, tensor in state.other.items()}
     about = {
         "method": state.method,
@@ -104,7 +105,7 @@ def server_state_of(
             adapter = unflatten_adapter("adapter", about["adapter"], tensors)
             base_delta, other = unflatten_deltas("base_delta", tensors), under("other", tensors)
         else:
-            adapter = {name: LoRAPair(pair.A, pair.B, about["adapter"][name]) for name, pair in stored.adapter.items()}
+            adapter = unflatten_adapter("adapter", about["adapter"], {**flatten_adapter("adapter", stored.adapter), **tensors})
             base_delta, other = base_delta_of(tensors, about, stored.base_delta), dict(stored.other)
         state = ServerState(
             method=about["method"] if stored is None else stored.method,

@@ -19,7 +19,7 @@ class ClientRegistry:
     Attributes:
         log: what the base gained in past rounds, as far as some client may need it.
         version: client -> the round after which it has base and adapter.
-        last_changed: "A" and "B" -> the last round that changed those factors of the global adapter.
+        last_changed: "A" and "B" (U and C, of cores) -> the last round that changed those factors of the global adapter.
         unknown_state: the clients that gave no valid answer when last asked: what they hold is not known.
         last_accepted: client -> the last round in which its update was part of the mean.
         pending_rejection: client -> why its last update was rejected, until it is told.
@@ -63,9 +63,7 @@ class ClientRegistry:
         return replace(
             self,
             log=self._pruned(log, after, clients, rules),
-            last_changed={
-                part: after.round if _changed(part, before.adapter, after.adapter) else last for part, last in self.last_changed.items()
-            },
+            last_changed=self._changed(before, after),
             last_accepted={**self.last_accepted, **dict.fromkeys(accepted, after.round)},
             history=self._history(before, after, result),
         )
@@ -83,6 +81,14 @@ class ClientRegistry:
         digest = tensors_digest(made if result else {}, f"{self.history.get(before.round, '')} {after.round}")
         known = {version: found for version, found in self.history.items() if version in self.version.values()}
         return {**known, after.round: digest}
+
+    def _changed(self, before: ServerState, after: ServerState) -> dict[str, int]:
+        found = dict(self.last_changed)
+        for module, pair in after.adapter.items():
+            for part, tensor in pair.parts.items():
+                same = found.get(part) != after.round and torch.equal(before.adapter[module].parts[part], tensor)
+                found[part] = found.get(part, 0) if same else after.round
+        return found
 
     def _pruned(self, log: Log, after: ServerState, clients: Collection[str], rules: Rules) -> Log:
         oldest = min(self.version.get(client, 0) for client in clients)
@@ -110,7 +116,3 @@ class ClientRegistry:
             last_accepted={client: number for client, number in self.last_accepted.items() if client in clients},
             pending_rejection={client: why for client, why in self.pending_rejection.items() if client in clients},
         )
-
-
-def _changed(part: str, before: Adapter, after: Adapter) -> bool:
-    return any(not torch.equal(getattr(before[name], part), getattr(pair, part)) for name, pair in after.items())

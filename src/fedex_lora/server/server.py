@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fedex_lora.aggregation.methods import get_method
 from fedex_lora.aggregation.server_state import init
 from fedex_lora.config import Rules
 from fedex_lora.errors import UsageError
@@ -60,6 +61,8 @@ class Server(ServerContext):
         run: str = "run",
         registry: ClientRegistry | None = None,
     ) -> None:
+        if get_method(rules.method).core and not all("C" in pair.parts for pair in state.adapter.values()):
+            raise UsageError(f"method {rules.method} trains cores between fixed factors: start from `AdaptedModel.cores()`")
         super().__init__(rules, [], dict(ranks or {}), run, state, registry or ClientRegistry())
         self.round: Round | None = None
         self.set_clients(clients)
