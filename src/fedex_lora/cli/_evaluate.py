@@ -47,7 +47,7 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write what the model wrote to this TSV file; of classes or scores a line a row, as .tsv or .jsonl."),
+        typer.Option(help="Write what it wrote, or predicted of each row, to this .tsv or .jsonl; what --beside said, too."),
     ] = None,
     with_rows: Annotated[bool, typer.Option("--with-rows", help="--predictions: with the rows' own columns, such as their text.")] = False,
     score: Annotated[bool, typer.Option(help="--no-score: only write --predictions, to be scored elsewhere.")] = True,
