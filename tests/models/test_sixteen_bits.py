@@ -8,11 +8,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from tests import oracle
 from tests.runs.test_run import configuration, ignore
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 from typer.testing import CliRunner
 
 import fedex_lora.models.export as exporting
@@ -114,6 +126,59 @@ def test_an_export_in_bfloat16_is_the_run_s_model_but_for_rounding(name, form, m
         names = ["calm", "odd", "urgent"] if name == "classifier" else ["blue", "red"]
         assert [model.config.id2label[index] for index in range(len(names))] == names
         assert model.config.label2id == {label: index for index, label in enumerate(names)}
+
+
+def plain_inputs(name, folder, root):
+    """Rows as someone has them who holds an export only: by the tokenizer or processor that stands in its folder."""
+    if name == "images":
+        processor = AutoImageProcessor.from_pretrained(folder)
+        return processor([Image.open(root / f"{index}.png") for index in range(8)], return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name == "classifier":
+        return tokenizer([f"a cough of {word} pain" for word in "abcd"], padding=True, return_tensors="pt")
+    said = [{"role": "user", "content": "bed 4 : the boy has fever and cough . triage :"}]
+    return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+PLAIN = {"classifier": AutoModelForSequenceClassification, "chat": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+TASKS = {"classifier": "text-classification", "chat": "text-generation", "images": "image-classification"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["classifier", "chat", "images"])
+def test_plain_libraries_alone_give_the_run_s_outputs(name, models, tmp_path):
+    """From the folders of a model in parts and of an adapter, on rows read by what stands there; the oracle is PEFT's own merge in float32,
+    cast: the model's error is that of the cast, and its greedy words are the cast model's."""
+    source, base = models[name]
+    parts = export(source, "merged", tmp_path / "model", dtype="bfloat16", shard="30KB")
+    assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 1
+    model = PLAIN[name].from_pretrained(tmp_path / "model").eval()
+    row = plain_inputs(name, tmp_path / "model", source.parent)
+    want = load_model(source, str(base))(**row).logits
+    cast = load_model(source, str(base)).merge_and_unload().to(torch.bfloat16)
+    as_model = {key: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for key, tensor in row.items()}
+    got, theirs = (one(**as_model).logits.float() for one in (model, cast))
+    assert model.dtype == torch.bfloat16
+    assert share(got, want) < 1.5 * share(theirs, want) < parts["output_bound"]
+    adapter = export(source, "adapter", tmp_path / "adapter", dtype="bfloat16")
+    more = {"num_labels": 3 if name == "classifier" else 2} if name != "chat" else {}
+    grown = PeftModel.from_pretrained(PLAIN[name].from_pretrained(base, dtype=torch.bfloat16, **more), tmp_path / "adapter")
+    beside = plain_inputs(name, tmp_path / "adapter", source.parent)
+    assert all(torch.equal(beside[key], row[key]) for key in row)
+    assert share(grown(**as_model).logits, want) < adapter["output_bound"] / 2
+    bare = PLAIN[name].from_pretrained(base, **more).eval()
+    assert share(bare(**row).logits, want) > 4 * share(got, want)
+    made = pipeline(TASKS[name], model=str(tmp_path / "model"))
+    if name == "chat":
+        said = [{"role": "user", "content": "bed 4 : the boy has fever and cough . triage :"}]
+        words = made(said, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
+        output = cast.generate(**row, max_new_tokens=6, do_sample=False)[0, row["input_ids"].shape[1] :]
+        assert words == {"role": "assistant", "content": made.tokenizer.decode(output, skip_special_tokens=True)}
+        assert words["content"]
+    else:
+        given = "a cough of a pain" if name == "classifier" else Image.open(source.parent / "0.png")
+        labels = ("calm", "odd", "urgent") if name == "classifier" else ("blue", "red")
+        assert made(given)[0]["label"] == labels[int(want[0].argmax())]
 
 
 def nearest(numbers, like):
