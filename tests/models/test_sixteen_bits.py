@@ -40,6 +40,7 @@ from fedex_lora.runs.run import run
 from fedex_lora.storage.result import read_result
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+ASKED = [{"role": "user", "content": "bed 4 : the boy has fever and cough . triage :"}]
 FORMS = ("merged", "adapter", "base+adapter")
 HOSPITALS = {"partition": "iid", "count": 3, "column": None}
 QUICK = {"learning_rate": 2e-2, "num_train_epochs": 2, "per_device_train_batch_size": 16}
@@ -136,8 +137,7 @@ def plain_inputs(name, folder, root):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name == "classifier":
         return tokenizer([f"a cough of {word} pain" for word in "abcd"], padding=True, return_tensors="pt")
-    said = [{"role": "user", "content": "bed 4 : the boy has fever and cough . triage :"}]
-    return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 PLAIN = {"classifier": AutoModelForSequenceClassification, "chat": AutoModelForCausalLM, "images": AutoModelForImageClassification}
@@ -170,8 +170,7 @@ def test_plain_libraries_alone_give_the_run_s_outputs(name, models, tmp_path):
     assert share(bare(**row).logits, want) > 4 * share(got, want)
     made = pipeline(TASKS[name], model=str(tmp_path / "model"))
     if name == "chat":
-        said = [{"role": "user", "content": "bed 4 : the boy has fever and cough . triage :"}]
-        words = made(said, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
+        words = made(ASKED, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
         output = cast.generate(**row, max_new_tokens=6, do_sample=False)[0, row["input_ids"].shape[1] :]
         assert words == {"role": "assistant", "content": made.tokenizer.decode(output, skip_special_tokens=True)}
         assert words["content"]
@@ -209,14 +208,13 @@ def test_every_weight_is_rounded_once_from_the_sum(dtype, models, tmp_path):
 
 def test_a_tokenizer_a_template_and_generation_settings_come_along(models, tmp_path):
     source, base = models["chat"]
-    said = [{"role": "user", "content": "fever"}]
-    want = AutoTokenizer.from_pretrained(base).apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    assert want == "user: fever\nassistant:"
+    want = AutoTokenizer.from_pretrained(base).apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    assert want == f"user: {ASKED[0]['content']}\nassistant:"
     for form, folders in {"merged": ["."], "adapter": ["."], "base+adapter": ["base", "adapter"]}.items():
         export(source, form, tmp_path / form)
         for folder in folders:
             tokenizer = AutoTokenizer.from_pretrained(tmp_path / form / folder)
-            assert tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True) == want
+            assert tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True) == want
     for folder in (tmp_path / "merged", tmp_path / "base+adapter" / "base"):
         kept = GenerationConfig.from_pretrained(folder)
         assert (kept.eos_token_id, kept.temperature, kept.do_sample) == ([1, 2], 0.6, True)
