@@ -153,6 +153,8 @@ def test_images_and_scores(made, images, tmp_path):
     assert [line["line"] for line in lines] == [str(number) for number in range(1, 17)]
     assert found["accuracy"] == sum(line["label"] == line["predicted"] for line in lines) / 16
     assert {line["predicted"] for line in lines} <= {"red", "blue"}
+    before = of_kind(read_events(images / "run" / "events.jsonl"), Started)[0].metrics
+    assert numbers("evaluate", images / "run", "--beside", "base")["beside"]["loss"] == pytest.approx(before["loss"], abs=1e-6)
     rows = [{"text": f"{size} of ten", "label": size / 2} for size in range(12)]
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = {"name": "custom", "kind": "regression", "data": str(tmp_path), "train": "scores.jsonl", "eval": "scores.jsonl"}

@@ -163,8 +163,7 @@ def test_plain_libraries_alone_give_the_run_s_outputs(name, models, tmp_path):
     adapter = export(source, "adapter", tmp_path / "adapter", dtype="bfloat16")
     more = {"num_labels": 3 if name == "classifier" else 2} if name != "chat" else {}
     grown = PeftModel.from_pretrained(PLAIN[name].from_pretrained(base, dtype=torch.bfloat16, **more), tmp_path / "adapter")
-    beside = plain_inputs(name, tmp_path / "adapter", source.parent)
-    assert all(torch.equal(beside[key], row[key]) for key in row)
+    assert all(torch.equal(tensor, row[key]) for key, tensor in plain_inputs(name, tmp_path / "adapter", source.parent).items())
     assert share(grown(**as_model).logits, want) < adapter["output_bound"] / 2
     bare = PLAIN[name].from_pretrained(base, **more).eval()
     assert share(bare(**row).logits, want) > 4 * share(got, want)
@@ -274,10 +273,11 @@ def test_the_bound_is_that_of_a_random_walk():
         assert logit_bound(chain, torch.bfloat16) / 10 < share(got, want) < logit_bound(chain, torch.bfloat16)
 
 
-def test_the_command_says_what_rounding_costs_how_the_rank_grows_and_the_line_for_vllm(models, tmp_path):
+def test_the_command_says_what_rounding_costs_how_the_rank_grows_and_the_line_for_vllm(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     source, _ = models["chat"]
     call = CliRunner(env={"COLUMNS": "400"}).invoke
-    shown = call(app, ["export", str(source), "--as", "merged", "--dtype", "bfloat16", "-o", str(tmp_path / "out")]).stdout
+    shown = call(app, ["export", str(source), "--as", "merged", "--dtype", "bfloat16", "-o", "out"]).stdout
     assert "every weight is the nearest in bfloat16, whose rounding explains up to" in shown
     assert f"vLLM: vllm serve {tmp_path / 'out'} --dtype bfloat16\n" in shown
     assert "as one adapter it has rank 10: 2, and 4 a round; from round" in shown

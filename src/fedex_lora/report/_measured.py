@@ -35,7 +35,7 @@ class Evaluation(BaseModel):
 
     @model_validator(mode="after")
     def _all_there(self) -> "Evaluation":
-        if not self.numbers or any(len(row) != len(self.classes) for row in [self.classes, self.confusion, *self.confusion]):
+        if not self.numbers or {len(self.confusion), *map(len, self.confusion)} != {len(self.classes)}:
             raise ValueError("numbers are missing")
         return self
 
