@@ -11,12 +11,14 @@ import torch
 from datasets import Dataset
 from tests.runs.test_run import assert_same_bits, ignore
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
 import fedex_lora
+from fedex_lora.cli import app
 from fedex_lora.config import base_folder
 from fedex_lora.errors import DataError, FedexLoraError, ModelError, UsageError
 from fedex_lora.offline.verify import verify
-from fedex_lora.storage.events import RoundDone, of_kind
+from fedex_lora.storage.events import RoundDone, RunDone, of_kind
 
 NOTES = Path(__file__).parents[2] / "examples" / "notes"
 TREE = {
@@ -76,6 +78,31 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
     with torch.no_grad():
         want, got = plain.model()(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_the_best_round_s_model_is_to_be_had_beside_the_last_one_s(notes, plain, tmp_path):
+    """By its number and as the best: the weights are those of the round's folder; the last round's are others."""
+    wanted = {number: fedex_lora.load_model(plain.folder / "rounds" / f"000{number}", base_folder()).state_dict() for number in (1, 2)}
+    assert plain.best_round == of_kind(plain.events, RunDone)[0].best_round in wanted
+    for asked, number in ((1, 1), ("best", plain.best_round), (None, 2)):
+        got = plain.model(asked).state_dict()
+        assert all(torch.equal(got[key], tensor) for key, tensor in wanted[number].items())
+    assert any(not torch.equal(wanted[1][key], tensor) for key, tensor in wanted[2].items())
+    assert plain.export(tmp_path / "first", "adapter", round=1)["round"] == 1
+    for asked in (3, 0, "bets"):
+        with pytest.raises(UsageError, match=f"has no folder of round {asked}: give best, or one of 1, 2"):
+            plain.model(asked)
+    lines = call("export", plain.folder, "--as", "adapter", "--round", "1", "-o", tmp_path / "again")
+    assert "adapter of round 1 in" in lines
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, notes[1])))
+    measured = json.loads(call("evaluate", plain.folder, "--round", 1, "--file", tmp_path / "held.jsonl", "--json"))
+    assert measured["loss"] == pytest.approx(plain.metrics.set_index("round")["loss"][1], abs=1e-6)
+    assert "is no run folder, so it has no rounds" in call("export", tmp_path / "first", "--as", "merged", "--round", "best", "-o", "x")
+
+
+def call(*arguments):
+    done = CliRunner(env={"COLUMNS": "400"}).invoke(app, [str(argument) for argument in arguments])
+    return done.stdout + done.stderr
 
 
 def test_an_error_that_cannot_be_computed_is_said(plain):

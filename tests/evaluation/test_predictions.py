@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from tests.evaluation.test_evaluation import call, numbers, one_line
 from tests.runs.test_run import configuration, ignore
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, ViTConfig, ViTForImageClassification
 
+from fedex_lora.config import base_folder
 from fedex_lora.evaluation import ClassScore, ClassScores
 from fedex_lora.models.export import export
 from fedex_lora.runs.run import run
@@ -104,8 +105,9 @@ def test_beside_the_base_stand_the_run_s_own_numbers_before_round_1(made, tmp_pa
         assert found["beside"]["difference"][metric] == pytest.approx(found[metric] - before[metric], abs=1e-6)
     assert abs(found["beside"]["difference"]["loss"]) > 1e-3
     merged = export(folder / "run", "merged", tmp_path / "merged")["out"]
-    same = numbers("evaluate", folder / "run", "--beside", merged)["beside"]
+    same = numbers("evaluate", folder / "run", "--beside", merged, "--predictions", tmp_path / "p.tsv")["beside"]
     assert same["difference"]["accuracy"] == 0
+    assert all(line["beside"] == line["predicted"] for line in read(tmp_path / "p.tsv"))
     assert "has no trained score" in one_line(call("evaluate", merged, "--config", folder / "run" / "config.toml", "--beside", "base"), 1)
     shown = call("evaluate", folder / "run", "--beside", "base").stdout
     assert all(words in shown for words in ("difference", "by class", "F1 of base", "rows by label (down)"))
@@ -151,6 +153,8 @@ def test_images_and_scores(made, images, tmp_path):
     assert [line["line"] for line in lines] == [str(number) for number in range(1, 17)]
     assert found["accuracy"] == sum(line["label"] == line["predicted"] for line in lines) / 16
     assert {line["predicted"] for line in lines} <= {"red", "blue"}
+    before = of_kind(read_events(images / "run" / "events.jsonl"), Started)[0].metrics
+    assert numbers("evaluate", images / "run", "--beside", "base")["beside"]["loss"] == pytest.approx(before["loss"], abs=1e-6)
     rows = [{"text": f"{size} of ten", "label": size / 2} for size in range(12)]
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = {"name": "custom", "kind": "regression", "data": str(tmp_path), "train": "scores.jsonl", "eval": "scores.jsonl"}
@@ -162,6 +166,33 @@ def test_images_and_scores(made, images, tmp_path):
     off = [(float(line["label"]) - float(line["predicted"])) ** 2 for line in lines]
     assert math.fsum(off) / 12 == pytest.approx(found["mse"], rel=1e-5)
     assert "classes" not in found
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl"])
+def test_texts_after_one_s_own_prompts_beside_the_base_s(ending, tmp_path):
+    """Greedy, by plain transformers on the merged export and on the base, one prompt at a time; the numbers stay those of predictions."""
+    rows = [{"note": f"bed {bed} : the boy has cough . triage :", "colour": ("red", "green")[bed % 2]} for bed in range(1, 10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"name": "custom", "kind": "causal-lm", "data": str(tmp_path), "train": "rows.jsonl", "eval": "rows.jsonl"}
+    task |= {"prompt": "{note}", "completion": " {colour}", "train_rows": None, "eval_rows": None}
+    run(configuration(task=task, clients=IID, rounds=1, lora={"target_modules": "all-linear"}), tmp_path / "run", ignore)
+    alone = numbers("evaluate", tmp_path / "run")
+    found = numbers(
+        "evaluate", tmp_path / "run", "--beside", "base", "--predictions", tmp_path / f"p.{ending}", "--generate", "max_new_tokens=5"
+    )
+    assert {name: found[name] for name in alone} == alone
+    assert {"loss", "token_accuracy", "accuracy", "rows"} <= alone.keys()
+    merged = export(tmp_path / "run", "merged", tmp_path / "merged")["out"]
+    models = {column: AutoModelForCausalLM.from_pretrained(name) for column, name in (("output", merged), ("beside", base_folder()))}
+    tokenizer, lines = AutoTokenizer.from_pretrained(merged), read(tmp_path / f"p.{ending}")
+    assert len(lines) == 9
+    for row, line in zip(rows, lines, strict=True):
+        assert (line["prompt"], line["reference"]) == (row["note"], row["colour"])
+        ids = tokenizer(row["note"], return_tensors="pt")
+        for column, model in models.items():
+            output = model.generate(**ids, do_sample=False, max_new_tokens=5, eos_token_id=tokenizer.eos_token_id)
+            assert line[column] == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert any(line["output"] != line["beside"] for line in lines)
 
 
 def test_of_many_classes_the_most_frequent_confusions_are_told():

@@ -8,11 +8,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from tests import oracle
 from tests.runs.test_run import configuration, ignore
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 from typer.testing import CliRunner
 
 import fedex_lora.models.export as exporting
@@ -28,6 +40,7 @@ from fedex_lora.runs.run import run
 from fedex_lora.storage.result import read_result
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+ASKED = [{"role": "user", "content": "bed 4 : the boy has fever and cough . triage :"}]
 FORMS = ("merged", "adapter", "base+adapter")
 HOSPITALS = {"partition": "iid", "count": 3, "column": None}
 QUICK = {"learning_rate": 2e-2, "num_train_epochs": 2, "per_device_train_batch_size": 16}
@@ -116,6 +129,56 @@ def test_an_export_in_bfloat16_is_the_run_s_model_but_for_rounding(name, form, m
         assert model.config.label2id == {label: index for index, label in enumerate(names)}
 
 
+def plain_inputs(name, folder, root):
+    """Rows as someone has them who holds an export only: by the tokenizer or processor that stands in its folder."""
+    if name == "images":
+        processor = AutoImageProcessor.from_pretrained(folder)
+        return processor([Image.open(root / f"{index}.png") for index in range(8)], return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name == "classifier":
+        return tokenizer([f"a cough of {word} pain" for word in "abcd"], padding=True, return_tensors="pt")
+    return tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+PLAIN = {"classifier": AutoModelForSequenceClassification, "chat": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+TASKS = {"classifier": "text-classification", "chat": "text-generation", "images": "image-classification"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["classifier", "chat", "images"])
+def test_plain_libraries_alone_give_the_run_s_outputs(name, models, tmp_path):
+    """From the folders of a model in parts and of an adapter, on rows read by what stands there; the oracle is PEFT's own merge in float32,
+    cast: the model's error is that of the cast, and its greedy words are the cast model's."""
+    source, base = models[name]
+    parts = export(source, "merged", tmp_path / "model", dtype="bfloat16", shard="30KB")
+    assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 1
+    model = PLAIN[name].from_pretrained(tmp_path / "model").eval()
+    row = plain_inputs(name, tmp_path / "model", source.parent)
+    want = load_model(source, str(base))(**row).logits
+    cast = load_model(source, str(base)).merge_and_unload().to(torch.bfloat16)
+    as_model = {key: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for key, tensor in row.items()}
+    got, theirs = (one(**as_model).logits.float() for one in (model, cast))
+    assert model.dtype == torch.bfloat16
+    assert share(got, want) < 1.5 * share(theirs, want) < parts["output_bound"]
+    adapter = export(source, "adapter", tmp_path / "adapter", dtype="bfloat16")
+    more = {"num_labels": 3 if name == "classifier" else 2} if name != "chat" else {}
+    grown = PeftModel.from_pretrained(PLAIN[name].from_pretrained(base, dtype=torch.bfloat16, **more), tmp_path / "adapter")
+    assert all(torch.equal(tensor, row[key]) for key, tensor in plain_inputs(name, tmp_path / "adapter", source.parent).items())
+    assert share(grown(**as_model).logits, want) < adapter["output_bound"] / 2
+    bare = PLAIN[name].from_pretrained(base, **more).eval()
+    assert share(bare(**row).logits, want) > 4 * share(got, want)
+    made = pipeline(TASKS[name], model=str(tmp_path / "model"))
+    if name == "chat":
+        words = made(ASKED, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
+        output = cast.generate(**row, max_new_tokens=6, do_sample=False)[0, row["input_ids"].shape[1] :]
+        assert words == {"role": "assistant", "content": made.tokenizer.decode(output, skip_special_tokens=True)}
+        assert words["content"]
+    else:
+        given = "a cough of a pain" if name == "classifier" else Image.open(source.parent / "0.png")
+        labels = ("calm", "odd", "urgent") if name == "classifier" else ("blue", "red")
+        assert made(given)[0]["label"] == labels[int(want[0].argmax())]
+
+
 def nearest(numbers, like):
     return torch.from_numpy(numbers).to(like.dtype)
 
@@ -144,14 +207,13 @@ def test_every_weight_is_rounded_once_from_the_sum(dtype, models, tmp_path):
 
 def test_a_tokenizer_a_template_and_generation_settings_come_along(models, tmp_path):
     source, base = models["chat"]
-    said = [{"role": "user", "content": "fever"}]
-    want = AutoTokenizer.from_pretrained(base).apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    assert want == "user: fever\nassistant:"
+    want = AutoTokenizer.from_pretrained(base).apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    assert want == f"user: {ASKED[0]['content']}\nassistant:"
     for form, folders in {"merged": ["."], "adapter": ["."], "base+adapter": ["base", "adapter"]}.items():
         export(source, form, tmp_path / form)
         for folder in folders:
             tokenizer = AutoTokenizer.from_pretrained(tmp_path / form / folder)
-            assert tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True) == want
+            assert tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True) == want
     for folder in (tmp_path / "merged", tmp_path / "base+adapter" / "base"):
         kept = GenerationConfig.from_pretrained(folder)
         assert (kept.eos_token_id, kept.temperature, kept.do_sample) == ([1, 2], 0.6, True)
@@ -211,10 +273,11 @@ def test_the_bound_is_that_of_a_random_walk():
         assert logit_bound(chain, torch.bfloat16) / 10 < share(got, want) < logit_bound(chain, torch.bfloat16)
 
 
-def test_the_command_says_what_rounding_costs_how_the_rank_grows_and_the_line_for_vllm(models, tmp_path):
+def test_the_command_says_what_rounding_costs_how_the_rank_grows_and_the_line_for_vllm(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     source, _ = models["chat"]
     call = CliRunner(env={"COLUMNS": "400"}).invoke
-    shown = call(app, ["export", str(source), "--as", "merged", "--dtype", "bfloat16", "-o", str(tmp_path / "out")]).stdout
+    shown = call(app, ["export", str(source), "--as", "merged", "--dtype", "bfloat16", "-o", "out"]).stdout
     assert "every weight is the nearest in bfloat16, whose rounding explains up to" in shown
     assert f"vLLM: vllm serve {tmp_path / 'out'} --dtype bfloat16\n" in shown
     assert "as one adapter it has rank 10: 2, and 4 a round; from round" in shown

@@ -115,8 +115,31 @@ def test_old_rounds_with_notes_in_them_stay(tmp_path):
             (tmp_path / "run" / "rounds" / "0001" / "notes.txt").write_text("mine")
 
     run(configuration(rounds=4, keep_rounds=2), tmp_path / "run", emit)
-    assert sorted(path.name for path in (tmp_path / "run" / "rounds").iterdir()) == ["0001", "0003", "0004"]
+    assert {path.name for path in (tmp_path / "run" / "rounds").iterdir()} - {"0002"} == {"0001", "0003", "0004"}
     assert (tmp_path / "run" / "rounds" / "0001" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("rate", [1e-9, 5e-3])
+def test_of_old_rounds_the_best_so_far_stays(rate, tmp_path):
+    """Where nothing is learnt all rounds are alike, and the first is called best; else what is kept is counted from the events."""
+    out, there, scores = tmp_path / "run", [], {}
+
+    def emit(event):
+        if event.name == "round_started":
+            there.append({int(path.name) for path in (out / "rounds").glob("*")})
+        elif event.name == "held_out":
+            scores[event.round] = event.metrics["accuracy"]
+        elif event.name == "run_done":
+            there.append(event.best_round)
+
+    training = {"learning_rate": rate, "num_train_epochs": 1, "per_device_train_batch_size": 16}
+    run(configuration(rounds=5, keep_rounds=2, training=training), out, emit)
+    for number, folders in enumerate(there[:-1]):  # that are there when round number + 1 begins
+        best = max(range(1, number), key=lambda one: (scores[one], -one), default=0)
+        assert folders == {one for one in (best, number - 1, number) if one > 0}
+    assert there[-1] == max(range(1, 6), key=lambda one: (scores[one], -one))
+    assert {int(path.name) for path in (out / "rounds").iterdir()} == {there[-1], 4, 5}
+    assert there[-1] == 1 or rate > 1e-9
 
 
 @pytest.fixture

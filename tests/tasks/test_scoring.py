@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fedex_lora.cli import app
 from fedex_lora.errors import DataError, UsageError
+from fedex_lora.evaluation._classes import write_rows
 from fedex_lora.tasks.scoring import (
     CHOICES,
     METRICS,
@@ -21,7 +22,6 @@ from fedex_lora.tasks.scoring import (
     read_predictions,
     read_references,
     score_e2e,
-    write_predictions,
 )
 from fedex_lora.tasks.scoring.mteval import bleu, nist, tokenize
 
@@ -287,7 +287,7 @@ def test_prediction_files(tmp_path):
     texts = read_predictions(out, references)
     assert texts == ["", "B\nis there."]
     assert score_e2e(texts, list(references.values()), ["BLEU"]) == score_e2e(["", "B is there."], list(references.values()), ["BLEU"])
-    write_predictions(out, list(references), ['He said "yes"\tand went', "B"])
+    write_rows(out, [{"MR": mr, "output": text} for mr, text in zip(references, ['He said "yes"\tand went', "B"], strict=True)])
     assert read_predictions(out, references) == ['He said "yes"\tand went', "B"]
 
 

@@ -21,7 +21,8 @@ from fedex_lora.models.build import load_model
 from fedex_lora.report.analysis import clients, read_run, rounds
 from fedex_lora.runs import run as running
 from fedex_lora.runs.emit import Emit, log_line
-from fedex_lora.storage.events import Event, RoundDone, of_kind
+from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
+from fedex_lora.storage.run_folder import folder_after
 from fedex_lora.tasks import Task, custom, load_task
 from fedex_lora.tasks._files import Rows, as_text
 from fedex_lora.types import ServerState
@@ -39,6 +40,7 @@ class RunResult:
         events: what happened.
         metrics: a row a round: metrics, errors, bytes, seconds.
         clients: a row a client and round.
+        best_round: the one that did best on the clients' held-out rows; None where not every client measured every round.
 
     Example: see `fedex_lora.run`, which gives one.
     """
@@ -48,6 +50,7 @@ class RunResult:
         self.events: Sequence[Event] = read_run(folder).events
         self.metrics: pd.DataFrame = rounds(self.events)
         self.clients: pd.DataFrame = clients(self.events)
+        self.best_round: int | None = of_kind(self.events, RunDone)[-1].best_round
 
     def __repr__(self) -> str:
         last = self.metrics.iloc[-1]
@@ -60,9 +63,16 @@ class RunResult:
     def _headline(self) -> str:
         return read_run(self.folder).started.headline
 
-    def model(self) -> nn.Module:
-        """The global model, a `PeftModel` in evaluation mode (of full fine-tuning the model itself)."""
-        return load_model(self.folder, deepcopy(self._model) if self._model is not None else self._base)
+    def model(self, round: int | str | None = None) -> nn.Module:
+        """The global model, a `PeftModel` in evaluation mode (of full fine-tuning the model itself).
+
+        Args:
+            round: after which round; "best" for `best_round`; by default the last.
+
+        Raises:
+            UsageError: that round's folder is not there.
+        """
+        return load_model(folder_after(self.folder, round), deepcopy(self._model) if self._model is not None else self._base)
 
     @property
     def _base(self) -> str:
@@ -84,20 +94,21 @@ class RunResult:
         shutil.copytree(self.folder, aside, dirs_exist_ok=True).rename(target)
         return target
 
-    def export(self, out: str | Path, form: str = "merged", **options: Any) -> dict[str, Any]:
+    def export(self, out: str | Path, form: str = "merged", round: int | str | None = None, **options: Any) -> dict[str, Any]:
         """Write the model for others, and compare its logits with the run's.
 
         Args:
             out: must not exist, or be empty.
             form: "merged", "adapter" or "base+adapter"; see `fedex-lora export`.
-            options: `rank`, to cut the adapter.
+            round: see `model`.
+            options: `rank`, to cut the adapter; `dtype` and `shard`.
 
         Raises:
             UsageError, ModelError: see `fedex-lora export`; a base that was given in memory must be on disk, too.
         """
         if self._model is not None and not Path(self._base).exists():
             raise UsageError("an export reads the base from disk: save the model, with its tokenizer, and give its folder by base=")
-        return exporting.export(self.folder, form, Path(out), **options)
+        return exporting.export(folder_after(self.folder, round), form, Path(out), **options)
 
 
 def run(

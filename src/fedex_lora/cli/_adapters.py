@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, app, consoles, fail, number_list, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, Round, app, consoles, fail, number_list, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 
@@ -213,21 +213,24 @@ def _times(share: float) -> str:
 @app.command()
 @one_line_errors
 def export(
-    source: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate.")],
+    source: Annotated[Path, typer.Argument(help="A run folder (its last round), a round folder, or the OUT of aggregate.")],
     form: Annotated[str, typer.Option("--as", help="merged, adapter or base+adapter.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
     base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
     rank: Annotated[Optional[int], typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,  # noqa: UP045
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16 or float16; what that costs is printed.")] = None,
     max_shard_size: Annotated[Optional[str], typer.Option(help="The largest size of a model's file, such as 2GB.")] = None,  # noqa: UP045
+    round: Round = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write the model for plain transformers, PEFT or vLLM. It is reloaded, and its logits compared with the run's."""
     from fedex_lora.client.training import silence_libraries
     from fedex_lora.models.export import export as export_here
+    from fedex_lora.storage.run_folder import folder_after
 
     silence_libraries()
+    source = folder_after(source, round)
     result = export_here(source, form, out, base, rank, dtype, max_shard_size)
     if as_json:
         print_json(result)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, Round, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,10 +47,11 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write what the model wrote to this TSV file; of classes or scores a line a row, as .tsv or .jsonl."),
+        typer.Option(help="Write what it wrote, or predicted of each row, to this .tsv or .jsonl; what --beside said, too."),
     ] = None,
     with_rows: Annotated[bool, typer.Option("--with-rows", help="--predictions: with the rows' own columns, such as their text.")] = False,
     score: Annotated[bool, typer.Option(help="--no-score: only write --predictions, to be scored elsewhere.")] = True,
+    round: Round = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -63,8 +64,10 @@ def evaluate(
 
     from fedex_lora.client.training import silence_libraries
     from fedex_lora.evaluation import Measured, Options, evaluate_harness, measure, task_of
+    from fedex_lora.storage.run_folder import folder_after
 
     silence_libraries()
+    source = str(folder_after(Path(source), round)) if round else source
     console = consoles(as_json)
     with console.status("measuring") as status:
         if lm_eval:

@@ -17,6 +17,10 @@ Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that h
 def report(
     runs: Runs,
     out: Annotated[Optional[Path], typer.Option("-o", "--out", help="The HTML file; by default report.html in the first folder.")] = None,  # noqa: UP045
+    evaluated: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A file of what `evaluate RUN --json` printed: its metrics, classes and confusion matrix are shown, too."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -25,7 +29,7 @@ def report(
 
     from fedex_lora.report import write_report
 
-    made = write_report(runs, out or runs[0] / "report.html")
+    made = write_report(runs, out or runs[0] / "report.html", evaluated or [])
     if as_json:
         print_json(made)
     else:

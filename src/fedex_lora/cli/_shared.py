@@ -18,6 +18,10 @@ typer.core.HAS_RICH = False  # help and usage errors as plain text: importing wh
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Exact federated fine-tuning with LoRA.")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+Round = Annotated[
+    Optional[str],  # noqa: UP045 (typer)
+    typer.Option(metavar="N|best", help="Of a run folder, after which round; best: on the clients' held-out rows; by default the last."),
+]
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")]  # noqa: UP045 (typer)
 
 

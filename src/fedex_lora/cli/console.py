@@ -124,10 +124,10 @@ class Display:
     def _on_run_done(self, event: told.RunDone) -> None:
         if event.skipped:
             self._print(f"! {len(event.skipped)} of {event.rounds} rounds were skipped")
-        best = event.best_round
+        best, by = event.best_round, f" by {event.headline}" if event.headline else ""
         note = (
-            f"final/ is round {event.rounds}; best on the clients' held-out rows is round {best}"
-            + ("" if best == event.rounds else f" (rounds/{best:04d}: give that folder to export and evaluate)")
+            f"final/ is round {event.rounds}; best on the clients' held-out rows{by} is round {best}"
+            + ("" if best == event.rounds else f" (rounds/{best:04d}; export and evaluate take it by --round best)")
             if best
             else "no round is called best: not every client measured every round"
         )

@@ -163,7 +163,10 @@ class Config(Rules):
 
     rounds: int = Field(5, ge=1, description="Aggregation rounds.")
     keep_rounds: int | None = Field(
-        None, ge=2, description="Keep the folders of so many rounds (and of older ones whose base an absent client has); all by default."
+        None,
+        ge=2,
+        description="Keep the folders of so many last rounds (of older ones the best by the clients' held-out rows, and those whose base "
+        "an absent client has); all by default.",
     )
     torch_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; recorded, because other numbers give other last bits.")
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(

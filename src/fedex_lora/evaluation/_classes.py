@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def class_scores(task: Task, prediction: EvalPrediction) -> ClassScores | None:
 
 
 def require_writable(path: Path) -> None:
-    """Predictions of rows are written as TSV or JSONL.
+    """Predictions and texts are written as TSV or JSONL.
 
     Raises:
         UsageError: the file's ending is another.
@@ -75,23 +75,31 @@ def require_writable(path: Path) -> None:
         raise UsageError(f"--predictions {path.name}: end it in .tsv or .jsonl, which is what is written there")
 
 
-def write_rows(path: Path, task: Task, prediction: EvalPrediction, with_rows: bool) -> None:
-    """A line a row: where it stands in its file, its label, what was predicted, and of a class its probability.
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line a row.
 
     Args:
         path: ends in .tsv or .jsonl.
+        rows: all with the same keys.
+    """
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".jsonl":
+            file.writelines(finite_json(dict(row)) + "\n" for row in rows)
+            return
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def predicted_rows(task: Task, prediction: EvalPrediction, with_rows: bool) -> list[dict[str, Any]]:
+    """Of each row where it stands in its file, its label, what was predicted, and of a class its probability.
+
+    Args:
         task: its `eval` are the rows.
         prediction: logits (`rows x classes`) or scores, and labels.
         with_rows: also the row's own columns of text and numbers, before these; of the same name, these hold.
     """
-    made = [{**row, **line} for row, line in zip(_own(task, with_rows), _lines(task, prediction), strict=True)]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix.lower() == ".jsonl":
-            file.writelines(finite_json(row) + "\n" for row in made)
-            return
-        writer = csv.DictWriter(file, list(made[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(made)
+    return [{**row, **line} for row, line in zip(_own(task, with_rows), _lines(task, prediction), strict=True)]
 
 
 def _lines(task: Task, prediction: EvalPrediction) -> Iterator[dict[str, Any]]:

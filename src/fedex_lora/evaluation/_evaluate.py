@@ -1,7 +1,7 @@
 """`evaluate`: a model measured by a task's own metric, on what it predicts or on what it writes."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from fedex_lora import config
 from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import evaluate
 from fedex_lora.errors import UsageError
-from fedex_lora.evaluation._classes import ClassScores, class_scores, require_writable, write_rows
+from fedex_lora.evaluation._classes import ClassScores, class_scores, predicted_rows, require_writable, write_rows
 from fedex_lora.evaluation._generation import generate
 from fedex_lora.evaluation._model import BASE, Opened, labels_of, open_base, open_source, run_folders
 from fedex_lora.tasks import Generation, Task, load_task, usable
-from fedex_lora.tasks.scoring import write_predictions
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Options:
         base: the model below an adapter or a result; None: as the folder says.
         batch_size: rows at once.
         generation: over the task's settings.
-        predictions: where what the model wrote goes, as a TSV file; of tasks that are measured on predictions, a line a row.
+        predictions: a file, .tsv or .jsonl, with a line a row: what the model wrote, or what it predicted.
         score: False: only write `predictions`, where the metrics cannot be computed.
         tell: (texts written, of how many).
         with_rows: the file of predictions has the rows' own columns, too.
@@ -51,11 +50,13 @@ class Measured:
         numbers: metric -> value, and `rows`; see `evaluate_source`.
         classes: each class and the confusion matrix, where the task has classes.
         beside: the same of another model, on the same rows.
+        rows: what `predictions` has of each row.
     """
 
     numbers: Mapping[str, float]
     classes: ClassScores | None = None
     beside: "Measured | None" = None
+    rows: Sequence[Mapping[str, Any]] = ()
 
     @property
     def difference(self) -> dict[str, float]:
@@ -63,12 +64,19 @@ class Measured:
         other = self.beside.numbers if self.beside else {}
         return {name: value - other[name] for name, value in self.numbers.items() if name in other and name != "rows"}
 
+    @property
+    def rows_of_both(self) -> list[dict[str, Any]]:
+        """`rows`, with what the other model said of each as `beside`."""
+        others = self.beside.rows if self.beside else ()
+        said = "output" if "output" in next(iter(others), {}) else "predicted"
+        return [{**row, "beside": other[said]} for row, other in zip(self.rows, others, strict=True)]
+
 
 def evaluate_source(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0) -> dict[str, float]:
     """The task's metrics of a model.
 
     Tasks with `generation` (`e2e`, `arithmetic/*`, `commonsense/*`) are measured on what the model writes, others on what it predicts;
-    chats on both, where `predictions` or `generation` ask for texts.
+    chats and other texts of your own are also written, where `predictions` or `generation` ask for that.
 
     Args:
         source: see `open_source`.
@@ -105,17 +113,22 @@ def measure(source: str, settings: config.TaskSettings, options: Options = Optio
         raise UsageError(f"task {settings.name} is measured on predictions, not on texts: leave out --generate and --predictions")
     if options.with_rows and (asked is not None or not options.predictions):
         raise UsageError("--with-rows is for --predictions of classes or scores: give the file, or leave it out")
-    if options.predictions and asked is None:
+    if options.predictions:
         require_writable(options.predictions)
     if asked is not None and options.score:
         asked.require()
     opened = open_source(source, task.kind, options.base, **task.model_config)
     measured = _measured(opened, task, settings, options)
+    if measured.rows and options.predictions:
+        write_rows(options.predictions, measured.rows)
     if beside is None:
         return measured
     del opened  # two models might not fit
     other = open_base(source, task, options.base) if beside == BASE else open_source(beside, task.kind, **task.model_config)
-    return replace(measured, beside=_measured(other, task, settings, replace(options, predictions=None)))
+    measured = replace(measured, beside=_measured(other, task, settings, options))
+    if measured.rows and options.predictions:
+        write_rows(options.predictions, measured.rows_of_both)
+    return measured
 
 
 def _measured(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> Measured:
@@ -124,7 +137,8 @@ def _measured(opened: Opened, task: Task, settings: config.TaskSettings, options
     found = _predicted(opened, task, settings, options) if predicts else Measured({})
     if asked is None or (asked.asked_for and not wanted):
         return found
-    return replace(found, numbers={**found.numbers, **_written(opened, asked, options)})
+    texts = _written(opened, asked, options)
+    return replace(texts, numbers={**found.numbers, **texts.numbers})
 
 
 def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> Measured:
@@ -139,12 +153,12 @@ def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, option
     work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), watched, opened.processor)
     rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
     numbers = evaluate(opened.model, rows, work)
-    if options.predictions and task.generation is None and PartialState().is_main_process:
-        write_rows(options.predictions, task, seen[0], options.with_rows)
-    return Measured(numbers, class_scores(task, seen[0]) if seen else None)
+    wanted = options.predictions and task.generation is None and PartialState().is_main_process
+    lines = predicted_rows(task, seen[0], options.with_rows) if wanted else ()
+    return Measured(numbers, class_scores(task, seen[0]) if seen else None, rows=lines)
 
 
-def _written(opened: Opened, asked: Generation, options: Options) -> dict[str, float]:
+def _written(opened: Opened, asked: Generation, options: Options) -> Measured:
     """What the model writes, beside what it could have written, and the score of it."""
     model, tokenizer, rows = opened.model, opened.processor, asked.rows
     prompts = asked.prompts(tokenizer, rows)
@@ -153,10 +167,12 @@ def _written(opened: Opened, asked: Generation, options: Options) -> dict[str, f
     sampling = {**asked.settings, **ends, **(options.generation or {})}
     texts, cut = generate(model, tokenizer, prompts, sampling, options.batch_size, options.tell, asked.tokens)
     if not PartialState().is_main_process:
-        return {}
-    if options.predictions:
-        write_predictions(options.predictions, list(rows[asked.column]) if asked.column else prompts, texts, references)
-    return {**(asked.score(texts, rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
+        return Measured({})
+    numbers = {**(asked.score(texts, rows) if options.score else {}), "rows": float(len(texts)), "prompts_cut": float(cut)}
+    read = {"MR": list(rows["mr"])} if asked.column == "mr" else {"prompt": list(rows[asked.column]) if asked.column else prompts}
+    columns = {**read, "output": texts, **({"reference": references} if references else {})}
+    lines = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return Measured(numbers, rows=lines if options.predictions else ())
 
 
 def task_of(

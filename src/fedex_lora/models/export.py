@@ -116,7 +116,7 @@ def export(
         exact = rank is None and bound is None
         if not math.isfinite(error) or (exact and not (error < same and (off < 0.1 * change or error < TINY))):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
-    vllm = _vllm(form, int(numbers["rank"]), result, name, out, dtype)
+    vllm = _vllm(form, int(numbers["rank"]), result, name, out.absolute(), dtype)
     rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
     notes = [said] if said else []
     return {"as": form, "out": str(out), "base_model": name, "dtype": facts["dtype"], **numbers, **rounds, "vllm": vllm, "notes": notes}

@@ -12,6 +12,7 @@ from fedex_lora.report._tables import Sortable, sortable
 
 POINTS = 200  # of a line
 CELLS = 6000  # of a heat map
+TOLD = 15  # classes, at most, of which a confusion matrix tells its numbers
 PALETTE = ["#2B83C6", "#D9662B", "#0F9D76", "#C774A5", "#C08A00", "#7A6FC0", "#8A8F98"]  # Okabe and Ito's, between light and dark
 DASHES = [[1, 0], [7, 3], [2, 2], [8, 3, 2, 3]]
 OUTCOMES = {"accepted": "#5FA8D9", "refused": "#D9662B", "skipped": "#C08A00", "not asked": "#9AA0A650"}
@@ -212,3 +213,43 @@ def timeline(title: str, note: str, frame: pd.DataFrame) -> Chart:
     if whole:
         cells = cells.drop(columns=list(OUTCOMES))
     return Chart(title, note, spec, records(cells), [sortable(f"{title}: how many rounds, by client and outcome", totals)])
+
+
+def confusion(title: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> Chart:
+    """Rows by label and by what was predicted: a cell's number is of rows, its colour the share of the label's rows.
+
+    Args:
+        title: see `Chart`.
+        names: of the classes.
+        counts: `counts[label][predicted]`.
+    """
+    values = [
+        {"was": name, "predicted": other, "rows": rows, "share": rows / max(1, sum(row))}
+        for name, row in zip(names, counts, strict=True)
+        for other, rows in zip(names, row, strict=True)
+    ]
+    axis = {"labelOverlap": True, "labelLimit": 130}
+    colour = {
+        "field": "share",
+        "type": "quantitative",
+        "scale": {"scheme": "cividis", "domain": [0, 1]},
+        "legend": {"title": "share of the label's rows", "orient": "top", "gradientThickness": 10, "titleAnchor": "start", "format": ".0%"},
+    }
+    tips = [{"field": "was", "title": "label"}, {"field": "predicted"}, {"field": "rows"}, {"field": "share", "format": ".1%"}]
+    layers: list[Spec] = [{"mark": {"type": "rect"}, "encoding": {"color": colour, "tooltip": tips}}]
+    if len(names) <= TOLD:
+        ink = {"condition": {"test": "datum.share > 0.55", "value": "#000000"}, "value": "#FFFFFF"}
+        layers.append({"mark": {"type": "text", "fontSize": 13}, "encoding": {"text": {"field": "rows"}, "color": ink}})
+    spec = {
+        "width": "container",
+        "height": len(names) * (34 if len(names) <= TOLD else 16 if len(names) <= 40 else 8),
+        "encoding": {
+            "x": {"field": "predicted", "type": "nominal", "sort": list(names), "title": "predicted", "axis": {**axis, "labelAngle": -30}},
+            "y": {"field": "was", "type": "nominal", "sort": list(names), "title": "label", "axis": axis},
+        },
+        "layer": layers,
+    }
+    table = pd.DataFrame(counts, columns=list(names))
+    table.insert(0, "label", list(names), allow_duplicates=True)
+    note = "Rows of each label (down), by what was predicted of them (across); the diagonal is right."
+    return Chart(title, note, spec, values, [sortable(f"{title}: rows by label and prediction", table)])

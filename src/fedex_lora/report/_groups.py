@@ -78,3 +78,9 @@ def group_sent(group: Group) -> tuple[float, float]:
     """Bytes down and up of a run, the mean over the seeds."""
     down, up = zip(*(analysis.sent(run.events) for run in group.runs), strict=True)
     return sum(down) / len(down), sum(up) / len(up)
+
+
+def judged_column(group: Group) -> str:
+    """The column that a group is judged by: the headline on the evaluation rows, or where there is no global model on the clients'."""
+    headline = group.first.started.headline
+    return headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"

@@ -16,8 +16,10 @@ from fedex_lora import __version__
 from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
-from fedex_lora.report._sections import Section, communication_section, comparison, curves, details, deviation_section, tiles
+from fedex_lora.report._measured import Evaluation, evaluation_section, read_evaluation
+from fedex_lora.report._sections import Section, communication_section, comparison, curves, details, deviation_section
 from fedex_lora.report._tables import Sortable
+from fedex_lora.report._tiles import tiles
 from fedex_lora.report.analysis import Run, find_runs
 from fedex_lora.storage.events import ClientRejected, RoundDone, of_kind
 from fedex_lora.storage.files import write_text
@@ -26,18 +28,19 @@ from fedex_lora.storage.run_folder import CONFIG, is_report
 MOST = 12  # groups of runs in one report
 
 
-def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+def write_report(paths: Sequence[Path], out: Path, evaluated: Sequence[Path] = ()) -> dict[str, Any]:
     """Write the report of one or several runs as one HTML file.
 
     Args:
         paths: run folders, or folders that hold some.
         out: the file; a report that is there is replaced, and nothing else.
+        evaluated: files of what `fedex-lora evaluate --json` printed, to be shown, too.
 
     Returns:
         `out`, `bytes`, `runs`, `charts`, `tables`.
 
     Raises:
-        UsageError: a path holds no run, or they are too many to compare; or `out` is something else.
+        UsageError: a path holds no run, or they are too many to compare; or `out` or a file of `evaluated` is something else.
         StorageError: a run that cannot be read.
     """
     if out.is_dir():
@@ -47,7 +50,7 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     for module in ("jinja2", "vl_convert"):
         require_extra(module, "report", "reports")
     runs = find_runs(paths)
-    text, counts = page(runs)
+    text, counts = page(runs, [read_evaluation(path) for path in evaluated])
     try:
         write_text(out, text)
     except OSError as error:
@@ -55,14 +58,14 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     return {"out": str(out), "bytes": len(text.encode()), "runs": len(runs), **counts}
 
 
-def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
+def page(runs: Sequence[Run], evaluations: Sequence[Evaluation] = ()) -> tuple[str, dict[str, int]]:
     """The HTML of a report, and how many `charts` and `tables` it has."""
     groups = grouped(runs)
     if len(groups) > MOST:
         raise UsageError(f"{len(groups)} kinds of runs are too many for one report: give at most {MOST} (seeds do not count)")
     budget = 2 * CELLS // max(1, len(groups))  # cells of heat maps, of one group
     parts = [Section("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
-    parts += [curves(groups), deviation_section(groups), communication_section(groups)]
+    parts += [curves(groups), *map(evaluation_section, evaluations), deviation_section(groups), communication_section(groups)]
     parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
     parts = [part for part in parts if part.items or part.inner]
     charts, tables = [item for item in _items(parts) if isinstance(item, Chart)], sum(1 for _ in _items(parts))

@@ -1,6 +1,5 @@
 """What a report says: sections of charts, tables and numbers, from runs."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import pandas as pd
 from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import Chart, heat, lines, timeline
-from fedex_lora.report._groups import VALUES, Group, final, group_sent, series, worst_error
+from fedex_lora.report._groups import VALUES, Group, final, group_sent, judged_column, series, worst_error
 from fedex_lora.report._tables import Format, Sortable, duration, fixed, percent, scientific, significant, size, sortable
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
@@ -37,39 +36,11 @@ class Section:
     inner: Sequence["Section"] = field(default_factory=tuple)
 
 
-def tiles(group: Group) -> list[tuple[str, str, str]]:
-    """The headline numbers: what, how much, and of what."""
-    run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.started.headline
-    shown, found = _measured(group), []
-    if ends := final(group, shown):
-        where = "evaluation rows" if shown == headline else "the clients' own rows"
-        before = frame[frame["round"] == 0][shown].mean()
-        base = f", {before:.4f} before training" if np.isfinite(before) else ""
-        found.append((headline, f"{np.mean(ends):.4f}", f"{where}, round {group.last_round}{base}{group.over('mean')}"))
-    if not math.isnan(error := worst_error(frame, "exactness_error")):
-        note = f"worst round and module, from the factors{group.over('worst')}"
-        found.append(("exactness error", scientific(error), note))
-    if ends := final(group, "deviation"):
-        last = f"{percent(float(np.mean(ends)))} in the last that was measured{group.over('mean')}"
-        note = f"of the whole model's update it would lose: most in one round{group.over('worst')}; {last}"
-        found.append(("plain averaging", percent(frame["deviation"].max()), note))
-    down, up = group_sent(group)
-    note = f"{size(down)} down, {size(up)} up, all clients and rounds{group.over('mean')}; with the final model, which all are sent"
-    found.append(("travelled", size(down + up), note))
-    asked, refused = (int(frame[column].sum()) if column in frame else 0 for column in ("participants", "refused"))
-    note = f"of {asked} in {group.last_round} rounds, {len(run.started.clients)} clients{group.over('sum')}"
-    found.append(("answers refused", str(refused), note))
-    if "seconds" in frame and frame["seconds"].notna().any():
-        note = f"{duration(frame['seconds'].mean())} a round{group.over('mean')}"
-        found.append(("time", duration(frame["seconds"].sum() / len(group.runs)), note))
-    return found
-
-
 def comparison(groups: Sequence[Group]) -> Sortable:
     """One line a label."""
     rows, judged = [], headlines(groups)
     for group in groups:
-        ends, frame = final(group, _measured(group)), pd.concat(group.rounds)
+        ends, frame = final(group, judged_column(group)), pd.concat(group.rounds)
         there = {column: frame[column].sum() if column in frame else np.nan for column in ("seconds", "refused")}
         row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": group.last_round} | dict.fromkeys(judged, np.nan)
         row[group.first.started.headline] = float(np.mean(ends)) if ends else np.nan
@@ -95,12 +66,6 @@ def comparison(groups: Sequence[Group]) -> Sortable:
 def headlines(groups: Sequence[Group]) -> list[str]:
     """The metrics that the runs' tasks are judged by."""
     return list(dict.fromkeys(group.first.started.headline for group in groups))
-
-
-def _measured(group: Group) -> str:
-    """The column that a group is judged by: the headline on the evaluation rows, or where there is no global model on the clients'."""
-    headline = group.first.started.headline
-    return headline if any(headline in frame for frame in group.rounds) else f"held_out_{headline}"
 
 
 def curves(groups: Sequence[Group]) -> Section:

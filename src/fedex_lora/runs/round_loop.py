@@ -87,11 +87,11 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
         metrics = federation.evaluate(here.state)
         told = {key: value for key, value in federation.facts.items() if key != "labels"}  # names of classes may come from rows
         emit(record("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **told))
-    _forget(out, here, config.keep_rounds)
+    _forget(out, here, config.keep_rounds, federation.facts)
     for number in range(here.state.round + 1, config.rounds + 1):
         here = _one_round(number, here, server, federation, config, out, emit)
         emit(record("round_done", **here.done))
-        _forget(out, here, config.keep_rounds)
+        _forget(out, here, config.keep_rounds, federation.facts)
     if len(here.skipped) == config.rounds:
         raise TrainingError(f"every round was skipped, so nothing was trained: {here.done['skipped']}")
     _finish(here, server, federation, config, out, emit)
@@ -209,8 +209,10 @@ def _finish(here: Checkpoint, server: Server, federation: Federation, config: Co
     if words := learnt_nothing(held_out, federation.facts):
         emit(Warned(round=config.rounds, message=words))
     best = best_of(held_out, federation.facts)
+    _forget(out, replace(here, held_out=held_out), config.keep_rounds, federation.facts)
     told = {str(number): metrics for number, metrics in held_out.items()}
-    emit(RunDone(rounds=config.rounds, best_round=best, held_out=told, **({"skipped": list(here.skipped)} if here.skipped else {})))
+    skipped = {"skipped": list(here.skipped)} if here.skipped else {}
+    emit(RunDone(rounds=config.rounds, best_round=best, headline=federation.facts["headline"], held_out=told, **skipped))
 
 
 def hand_on(out: Path, last: int) -> None:
@@ -230,12 +232,12 @@ def handed_on(out: Path, last: int) -> bool:
         return False
 
 
-def _forget(out: Path, here: Checkpoint, keep: int | None) -> None:
-    """Remove the folders of older rounds, but for those whose base some client has, or that hold what no run wrote."""
-    versions = set(here.registry.version.values())
+def _forget(out: Path, here: Checkpoint, keep: int | None, facts: Mapping[str, Any]) -> None:
+    """Remove the folders of older rounds, but for the best so far, those whose base some client has, and those with what no run wrote."""
+    kept = {*here.registry.version.values(), best_of(here.held_out, facts)}
     for folder in run_rounds_of(out) if keep else ():
         part, old = f"{ROUNDS}/{folder.name}", int(folder.name) <= here.state.round - (keep or 0)
-        if old and int(folder.name) not in versions and not strays(out, part):
+        if old and int(folder.name) not in kept and not strays(out, part):
             remove(out, part)
 
 

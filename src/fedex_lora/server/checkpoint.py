@@ -125,7 +125,7 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     adapter = adapter_bytes(state)
     gained = [gained_bytes(config, state.adapter, taking_part, number) for number in range(config.rounds + 1)]
     rounds = [adapter * (1 + taking_part * (1 + own)) + 3 * size for size in gained[1:]]
-    kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds :]
+    kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds - 1 :]  # and the best of the older ones
     return sum(kept) + adapter + gained[-1] + clients * adapter * (5 + own)
 
 

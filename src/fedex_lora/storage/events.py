@@ -201,10 +201,11 @@ class Evaluated(Event, name="evaluated"):
 
 
 class RunDone(Event, name="run_done"):
-    """The end; `held_out` is by round, `skipped` the rounds without a mean."""
+    """The end; `held_out` is by round, `best_round` the best there by `headline`, `skipped` the rounds without a mean."""
 
     rounds: int = 0
     best_round: int | None = None
+    headline: str = ""
     held_out: dict[str, Metrics] = {}
     skipped: list[int] = []
 
@@ -233,10 +234,8 @@ def record(event: str | Event, **fields: Any) -> Event:
 
 
 def _made(name: str, fields: dict[str, Any]) -> Event:
-    if name not in KINDS:
-        return Unreadable(event=name)
     try:
-        return KINDS[name](**fields)
+        return KINDS[name](**fields) if name in KINDS else Unreadable(event=name)
     except ValidationError as error:
         return Unreadable(event=name, complaint=list(dict.fromkeys(str(one["loc"][0]) for one in error.errors())))
 

@@ -107,6 +107,29 @@ def best_round(path: Path) -> int | None:
     return done[-1].best_round if done else None
 
 
+def folder_after(run: Path, round: int | str | None) -> Path:
+    """Where the model of a run is as it was after a round.
+
+    Args:
+        run: its folder.
+        round: a number; "best", the round that did best on the clients' held-out rows; None, the last, in `final/`.
+
+    Raises:
+        UsageError: no such round is there, or none is called best.
+    """
+    if round is None:
+        return run
+    if not (run / EVENTS).is_file():
+        raise UsageError(f"{run} is no run folder, so it has no rounds to choose of: leave the round out")
+    number = best_round(run) if round == "best" else int(round) if str(round).isdigit() else 0
+    if number is None:
+        raise UsageError(f"no round of {run} is called best: it is not done, or not every client measured every round: give a number")
+    there = [int(folder.name) for folder in reversed(run_rounds_of(run))]
+    if number not in there:
+        raise UsageError(f"{run} has no folder of round {round}: give best, or one of {', '.join(map(str, there))}")
+    return round_folder(run, number)
+
+
 def run_rounds_of(out: Path) -> list[Path]:
     """The round folders of a run, the newest first."""
     return sorted((folder for folder in (out / ROUNDS).glob("*") if folder.name.isdigit()), reverse=True)

@@ -32,6 +32,7 @@ TOLD = {  # of rows of which a column says so
     "save with the tokenizer a template that marks the end of a turn, too, by {% generation %}",
 }
 STRANGE = 0.2  # more unknown words than this are not those of rows that a model can read
+MOST_NEW_TOKENS = 256  # of a sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,25 @@ class Generation:
     ends: Callable[[Any, Any], list[int]] | None = None
     references: Callable[[Any, Rows], list[str]] | None = None
     asked_for: bool = False
+
+
+def samples(rows: Rows, prompts: Callable[[Any, Rows], list[str]], references: Callable[[Any, Rows], list[str]], **more: Any) -> Generation:
+    """Texts for people to read, written greedily where they are asked for; nothing is scored.
+
+    Args:
+        rows, prompts, references, more: see `Generation`.
+    """
+    return Generation(
+        rows=rows,
+        prompts=prompts,
+        score=lambda texts, rows: {},
+        settings={"max_new_tokens": MOST_NEW_TOKENS},
+        require=lambda: None,
+        column=None,
+        references=references,
+        asked_for=True,
+        **more,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +154,7 @@ def written_task(
     classes: Array | None = None,
     **more: Any,
 ) -> Task:
-    """The task of a causal LM: the loss is on the completions only, and ranks rounds.
+    """The task of a causal LM: the loss is on the completions only, and ranks rounds. Samples are written unless it brings a `generation`.
 
     Args:
         settings: say how long a row may be.
@@ -147,7 +167,8 @@ def written_task(
     def tokenize(tokenizer: Any, rows: Rows) -> Dataset:
         return tokenize_completions(tokenizer, prompts(tokenizer, rows), completions(rows), limit(settings, tokenizer))
 
-    return causal_task(rows, tokenize, classes, **more)
+    written = {"generation": samples(rows[1], prompts, lambda _, rows: [text.strip() for text in completions(rows)]), **more}
+    return causal_task(rows, tokenize, classes, **written)
 
 
 def causal_task(rows: tuple[Rows, Rows], tokenize: Callable[[Any, Rows], Dataset], classes: Array | None = None, **more: Any) -> Task:

@@ -24,14 +24,13 @@ from fedex_lora.tasks._chat_words import THOUGHTS
 from fedex_lora.tasks._completions import plain_ids
 from fedex_lora.tasks._files import Rows
 from fedex_lora.tasks._rows import Problem, RowTable
-from fedex_lora.tasks._task import Generation, Task, causal_task, limit
+from fedex_lora.tasks._task import Task, causal_task, limit, samples
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # others are called as OpenAI calls them
 ALPACA = frozenset({"instruction", "input", "output", "history"})
 KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", *THOUGHTS}  # of a message
 WHERE = "file:line"  # a column: where a row is from, for complaints
-MOST_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,12 @@ def chat_task(settings: config.TaskSettings, train: Rows, held: Rows, notes: Seq
         (train, held),
         lambda tokenizer, rows: tokenize_chats(tokenizer, _chats(rows), limit(settings, tokenizer)),
         notes=notes,
-        generation=Generation(
-            rows=held,
-            prompts=lambda tokenizer, rows: [chat_prompt(tokenizer, chat) for chat in _chats(rows)],
-            score=lambda texts, rows: {},
-            settings={"max_new_tokens": MOST_NEW_TOKENS},
-            require=lambda: None,
-            column=None,
+        generation=samples(
+            held,
+            lambda tokenizer, rows: [chat_prompt(tokenizer, chat) for chat in _chats(rows)],
+            lambda tokenizer, rows: [chat_answer(tokenizer, chat) for chat in _chats(rows)],
             tokens=plain_ids,
             ends=turn_ends,
-            references=lambda tokenizer, rows: [chat_answer(tokenizer, chat) for chat in _chats(rows)],
-            asked_for=True,
         ),
     )
 

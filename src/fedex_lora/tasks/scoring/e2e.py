@@ -138,15 +138,6 @@ def read_predictions(path: Path, references: Mapping[str, Any]) -> list[str]:
     return [found[mr] for mr in references]
 
 
-def write_predictions(path: Path, mrs: Sequence[str], texts: Sequence[str], references: Sequence[str] | None = None) -> None:
-    """A TSV file that `read_predictions` reads; of prompts and texts with references beside them, one for people to read."""
-    first, more = ("MR", {}) if references is None else ("prompt", {"reference": references})
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow([first, "output", *more])
-        writer.writerows(zip(mrs, texts, *more.values(), strict=True))
-
-
 def _read(path: Path, separator: str, columns: tuple[str, str]) -> list[tuple[int, tuple[str, str]]]:
     """(row number, the two columns) of each row; the header is matched in lower case."""
     try:
