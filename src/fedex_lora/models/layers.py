@@ -40,12 +40,13 @@ class Layer:
         name: the module's path in the base model.
         peft: PEFT's layer.
         base: the layer that it wraps.
+        adapter: PEFT's name of the adapter in it that is active.
     """
 
     factors = ("lora_A", "lora_B")
 
-    def __init__(self, name: str, peft: Any, base: Any) -> None:
-        self.name, self.peft, self.base = name, peft, base
+    def __init__(self, name: str, peft: Any, base: Any, adapter: str) -> None:
+        self.name, self.peft, self.base, self.adapter = name, peft, base, adapter
 
     @property
     def layout(self) -> Layout:
@@ -57,7 +58,11 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        return int(self.peft.r[ADAPTER])
+        return int(self.peft.r[self.adapter])
+
+    @property
+    def scaling(self) -> float:
+        return float(self.peft.scaling[self.adapter])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +71,7 @@ class Layer:
 
     def parameter(self, part: str) -> nn.Parameter:
         """The parameter that holds A or B."""
-        holder = getattr(self.peft, self.factors["AB".index(part)])[ADAPTER]
+        holder = getattr(self.peft, self.factors["AB".index(part)])[self.adapter]
         return holder if isinstance(holder, nn.Parameter) else holder.weight
 
     def factor(self, part: str) -> Tensor:
@@ -75,7 +80,7 @@ class Layer:
 
     def pair(self) -> LoRAPair:
         """The factors, as copies on the CPU."""
-        return LoRAPair(A=copied(self.factor("A")), B=copied(self.factor("B")), scaling=self.peft.scaling[ADAPTER])
+        return LoRAPair(A=copied(self.factor("A")), B=copied(self.factor("B")), scaling=self.scaling)
 
     def weight(self) -> Tensor:
         """The base's weight, `out x in`: a view, or its dequantised values."""
@@ -87,11 +92,11 @@ class Layer:
 
     def resize(self, rank: int) -> None:
         """Another rank: new factors of zeros in the place of the old ones, trained or frozen as those were."""
-        A, B = (getattr(self.peft, name)[ADAPTER] for name in self.factors)
+        A, B = (getattr(self.peft, name)[self.adapter] for name in self.factors)
         A.weight = nn.Parameter(A.weight.new_zeros(rank, *A.weight.shape[1:]), A.weight.requires_grad)
         B.weight = nn.Parameter(B.weight.new_zeros(B.weight.shape[0], rank, *B.weight.shape[2:]), B.weight.requires_grad)
         self._count(A, B, rank)
-        self.peft.r[ADAPTER] = rank
+        self.peft.r[self.adapter] = rank
 
     @staticmethod
     def _count(A: Any, B: Any, rank: int) -> None:
@@ -151,8 +156,8 @@ class Embedding(Layer):
     def resize(self, rank: int) -> None:
         for part, old in (("A", self.parameter("A")), ("B", self.parameter("B"))):
             shape = (old.shape[0], rank) if part == "A" else (rank, old.shape[1])
-            getattr(self.peft, self.factors["AB".index(part)])[ADAPTER] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
-        self.peft.r[ADAPTER] = rank
+            getattr(self.peft, self.factors["AB".index(part)])[self.adapter] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
+        self.peft.r[self.adapter] = rank
 
     def apply(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         looked_up, *rest = reversed(matrices)
@@ -166,7 +171,7 @@ class Embedding(Layer):
         return torch.randint(self.shape[0], (256,), generator=generator)
 
 
-def layer_of(name: str, peft: Any) -> Layer:
+def layer_of(name: str, peft: Any, adapter: str = ADAPTER) -> Layer:
     """The layer's kind.
 
     Raises:
@@ -174,9 +179,9 @@ def layer_of(name: str, peft: Any) -> Layer:
     """
     base = peft.get_base_layer()
     if isinstance(base, nn.Linear | Conv1D):
-        return Layer(name, peft, base)
+        return Layer(name, peft, base, adapter)
     if isinstance(base, nn.Embedding):
-        return Embedding(name, peft, base)
+        return Embedding(name, peft, base, adapter)
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         odd = [
             text
@@ -188,7 +193,7 @@ def layer_of(name: str, peft: Any) -> Layer:
             if there
         ]
         if not odd:
-            return Convolution(name, peft, base)
+            return Convolution(name, peft, base, adapter)
         raise AdapterError(
             f"module {name} is a {type(base).__name__} with {' and '.join(odd)}, where PEFT's update is no convolution of the same form: "
             "leave it out of lora.target_modules"
