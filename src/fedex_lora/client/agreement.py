@@ -73,7 +73,7 @@ def require_same_base(mine: str, theirs: str) -> None:
         raise ModelError(f"this party's base has other {what} than the federation's: load the same model, revision and precision", "base")
 
 
-def require_continued(method: Method, round: int, start: Adapter, other: Mapping[str, Tensor], after: Trained) -> None:
+def require_as_loaded(method: Method, round: int, start: Adapter, other: Mapping[str, Tensor], after: Trained) -> None:
     """What comes back of a training is what was loaded, with other values in the factors that the method trains.
 
     Args:

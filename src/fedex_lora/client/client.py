@@ -195,7 +195,7 @@ class Client:
             update = ClientUpdate(self.name, adapter, num_examples, other, metrics)
         method = get_method(work.method)
         if isinstance(work, Train) and self._model is not None:
-            agreement.require_continued(method, work.round, work.start, work.other, (update.adapter, update.other))
+            agreement.require_as_loaded(method, work.round, work.start, work.other, (update.adapter, update.other))
         try:
             update = replace(update, num_examples=int(num_examples), metrics={name: float(value) for name, value in metrics.items()})
             reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round), self._base)

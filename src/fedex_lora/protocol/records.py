@@ -115,8 +115,8 @@ def uncountable(rows: object, kind: str, most: int) -> str:
     least = 0 if kind == "evaluate" else 1
     if isinstance(rows, Integral) and not isinstance(rows, bool) and least <= int(rows) <= most:
         return ""
-    said = f"how many rows were trained on, a whole number from {least} to messages.max_examples = {most}"
-    return f"num_examples is {shown(rows)}: it must be {said}"
+    say = "a whole number, of the rows that were trained on"
+    return f"num_examples is {shown(rows)}: it must be from {least} to messages.max_examples = {most}, {say}"
 
 
 class Apology(_Envelope):

@@ -115,7 +115,7 @@ def below_quorum(round: int, updates: int, asked: int, rejected: Sequence[tuple[
     return f"round {round} has {updates} updates of {asked} clients and needs {needed}: {who}{more}"
 
 
-def one_base(known: str, payload: bytes) -> str:
+def base_of_all(known: str, payload: bytes) -> str:
     """The name of the base that all stand on, after a valid answer.
 
     Args:

@@ -9,7 +9,7 @@ from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.messages import Download, answer_in, decode_update
 from fedex_lora.protocol.records import Apology, elsewhere
-from fedex_lora.server.checks import below_quorum, one_base, quorum
+from fedex_lora.server.checks import base_of_all, below_quorum, quorum
 from fedex_lora.server.context import ServerContext, Unanswered
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
 from fedex_lora.server.requests import LazyMessages, Phase, Requests
@@ -116,7 +116,7 @@ class Round:
     def _decoded(self, payload: bytes, sent: Download) -> ClientUpdate:
         withheld = get_method(sent.body.method).withheld(sent.request.round)
         update = decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
-        self._server.base = one_base(self._server.base, payload)
+        self._server.base = base_of_all(self._server.base, payload)
         return update
 
     def _of_the_round_before(self, client: str, payload: bytes) -> Verdict | None:
