@@ -29,7 +29,7 @@ def train(model, name, round):
 
 if __name__ == "__main__":
     model = build()
-    server = Server.start(RULES, *model.read(), NAMES)
+    server = Server.start(RULES, *model.read(), NAMES, base=model.base.name)
     clients = {name: Client(RULES, name, model.read()[0]) for name in NAMES}
     for number in (1, 2, 3):
         round, updates = server.open_round(), []

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     for name in NAMES:
         pipes[name], theirs = context.Pipe()
         context.Process(target=client, args=(name, theirs), daemon=True).start()
-    server = Server.start(RULES, *model.read(), NAMES)
+    server = Server.start(RULES, *model.read(), NAMES, base=model.base.name)
     for number in (1, 2, 3):
         round = server.open_round()
         for name, message in round.messages.items():

@@ -83,6 +83,9 @@ class Noise:
     def load(self, start, delta, other):
         self._put = start, delta, other
 
+    def read(self):
+        return self._put[0], self._put[2]
+
     def measure(self, client):
         self.trace.given.append(Given(client, *self._put))
         return {"held_out_rows": 5.0, "held_out_loss": float(self._put[2][HEAD].norm())}

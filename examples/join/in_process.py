@@ -6,15 +6,16 @@ from party import NAMES, ROUNDS, RULES, join
 from script import prepare
 
 from fedex_lora import AdaptedModel, Server, save_result
+from fedex_lora.errors import UsageError
 from fedex_lora.server.verdicts import Accepted
 
 
 def federate(ask, out):
     """All rounds. `ask` takes everybody's message and gives everybody's answer."""
     if Path(out).exists():
-        raise SystemExit(f"{out} is there already: remove it, or move it away")
+        raise UsageError(f"{out} is there: this federation is over; move it away. For more rounds, raise ROUNDS in party.py before")
     start = AdaptedModel(prepare(NAMES[0])[0])
-    server = Server.start(RULES, *start.read(), NAMES)
+    server = Server.start(RULES, *start.read(), NAMES, base=start.base.name)
     for number in range(1, ROUNDS + 1):
         round = server.open_round()
         verdicts = [server.receive(name, answer) for name, answer in ask(round.messages).items()]

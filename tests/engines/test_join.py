@@ -83,6 +83,14 @@ def test_in_one_process_it_is_exact_and_can_be_used(one_process):
     assert len(read_result(one_process).updates) == 3
 
 
+def test_a_federation_that_is_over_says_so_and_fails(one_process):
+    """By an error that Flower passes on: its thread of the server swallows a SystemExit, and the process ended with 0."""
+    with place(one_process.parents[1]):
+        federate = runpy.run_path(str(JOIN / "in_process.py"))["federate"]
+        with pytest.raises(UsageError, match=r"in-process is there: this federation is over; move it away\. For more rounds"):
+            federate(None, "trained/in-process")
+
+
 @pytest.mark.campaign
 def test_over_pipes_it_ends_in_the_same_bits(one_process, tmp_path):
     with place(tmp_path):
@@ -133,6 +141,14 @@ def nothing(name):
     return model()
 
 
+def another_base(name):
+    return model(seed=1), lambda round: 5
+
+
+def no_training(name):
+    return model(), lambda round: 5
+
+
 def no_rows(name):
     return model(), lambda round: None
 
@@ -150,7 +166,8 @@ def leaving_later(name):
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     """What a site that NVFlare knows as `a` answers, and what its log says."""
-    server = Server.start(Rules(), *AdaptedModel(model()).read(), ["a", "b"])
+    start = AdaptedModel(model())
+    server = Server.start(Rules(), *start.read(), ["a", "b"], base=start.base.name)
     manager = FLContextManager(engine=SimpleNamespace(get_workspace=None), identity_name="a", job_id="1")
 
     def ask(party, payload=None, executor=None):
@@ -177,6 +194,8 @@ HERE = "tests.engines.test_join"
         (f"{HERE}:no_such_function", "settings", "has no no_such_function"),
         (f"{HERE}:nothing", "settings", "let it return (model, train)"),
         (f"{HERE}:no_rows", "training", "let it return how many rows"),
+        (f"{HERE}:another_base", "base", "this party's base has other weights than the federation's"),
+        (f"{HERE}:no_training", "training", "nothing has changed in the model that was loaded"),
         (f"{HERE}:prepare", "unexpected", SECRET),
     ],
 )

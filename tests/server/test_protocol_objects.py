@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests import oracle
 from tests.conftest import make_pair
+from tests.messages import retold
 from tests.protocol.test_hostile import bits, equal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedex_lora import AdaptedModel, Client, ClientUpdate, LoRAPair, Rules, Server
-from fedex_lora.client.client import NeedsFull as ClientLacks
-from fedex_lora.client.client import StoredAnswer
+from fedex_lora.client.received import NeedsFull as ClientLacks
+from fedex_lora.client.received import StoredAnswer
 from fedex_lora.errors import AdapterError, ConfigError, StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.frame import split
 from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Rejected, Short
@@ -375,9 +377,19 @@ def test_odd_metrics_are_refused_in_a_line():
         clients["a"].receive(server.open_round(list("abc")).messages["a"])
         with pytest.raises(UsageError, match="at most 64 metrics"):
             clients["a"].reply(10, metrics, update=ClientUpdate("a", FIRST, 10, HEAD))
+
+
+def test_a_number_of_rows_is_one_rule_at_both_ends():
+    server, clients = federation()
     clients["a"].receive(server.open_round(list("abc")).messages["a"])
-    with pytest.raises(UsageError, match="a reply has rows from 0"):
-        clients["a"].reply(None, {}, update=ClientUpdate("a", FIRST, 10, HEAD))
+    give = lambda rows: clients["a"].reply(rows, {}, update=ClientUpdate("a", FIRST, 10, HEAD))  # noqa: E731
+    for rows in (None, 0, -1, 10.5, 10.0, True, "10", 10_000_001):
+        with pytest.raises(UsageError, match=f"num_examples is {rows!r}: it must be from 1 to messages.max_examples = 10000000, a whole"):
+            give(rows)
+    payload = give(np.int64(7))
+    verdict = server.receive("a", retold(payload, num_examples=0))
+    assert verdict.reason.startswith("num_examples is 0: it must be from 1 to messages.max_examples = 10000000, a whole number")
+    assert server.receive("a", payload).update.num_examples == 7
 
 
 def test_a_client_says_what_it_cannot_do():

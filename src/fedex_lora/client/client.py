@@ -1,14 +1,16 @@
 """A client of a federation as a protocol object: it gets bytes and gives bytes, and never reads, writes, waits or trains."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
+from fedex_lora.client import agreement
+from fedex_lora.client.received import Asking, Evaluate, NeedsFull, Received, StoredAnswer, Train
 from fedex_lora.client.state import ClientState, Question, client_state_of, client_table
 from fedex_lora.config import Rules
 from fedex_lora.errors import LacksError, UsageError, WireError
@@ -16,71 +18,22 @@ from fedex_lora.protocol.delta_sync import ModelCopy, caught_up, require_next
 from fedex_lora.protocol.dumps import pack, unpack
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.messages import Body, decode_body, encode_failure, encode_update, envelope_of
-from fedex_lora.protocol.records import Request
+from fedex_lora.protocol.records import Request, uncountable
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 ENVELOPE = 2**20  # bytes, at most, of a request's
 
 
+@runtime_checkable
 class Model(Protocol):
     """What a client trains: `fedex_lora.models.AdaptedModel`, or anything that has these two."""
 
-    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
-        """Take over the factors to train, what the frozen base has gained, and the other trained tensors."""
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> str | None:
+        """Take over the factors to train, what the frozen base has gained, and the other trained tensors. Returns the name of its base,
+        where it has one."""
 
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
         """The factors and the other trained tensors as they are now."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """What a message asks for.
-
-    Attributes:
-        round: that is going on.
-        start: the factors that the model starts with.
-        delta: module path -> what its frozen base has gained: the common delta, and what this client alone holds beside it.
-        other: the other trained tensors.
-        moments: Adam's of the client's last round, where they are kept.
-        request: the message's envelope.
-        method: the run's.
-    """
-
-    round: int
-    start: Adapter
-    delta: Mapping[str, Delta]
-    other: Mapping[str, Tensor]
-    moments: Mapping[str, Any] | None
-    request: Request
-    method: str
-
-
-@dataclass(frozen=True, eq=False)
-class Train(_Work):
-    """Measure the model on the client's own rows, then train it, then `Client.reply`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluate(_Work):
-    """Measure the model on the client's own rows, then `Client.reply` with the metrics."""
-
-
-@dataclass(frozen=True, eq=False)
-class StoredAnswer:
-    """The round was answered already: send the same bytes again (none where the driver keeps them)."""
-
-    reply: bytes
-
-
-@dataclass(frozen=True, eq=False)
-class NeedsFull:
-    """The message counts on something that this client does not have: send `reply`, and the server sends everything."""
-
-    reply: bytes
-    reason: str
-
-
-Received: TypeAlias = Train | Evaluate | StoredAnswer | NeedsFull
 
 
 class Shared:
@@ -104,24 +57,31 @@ class Client:
     Attributes:
         state: what it remembers from round to round.
 
+    Raises:
+        UsageError: `first` is no adapter.
+
     Example: see `fedex_lora.server.server.Server`.
     """
 
     def __init__(
         self, rules: Rules, name: str, first: Adapter, shared: Shared | None = None, base: Mapping[str, Delta] | None = None
     ) -> None:
+        if not isinstance(first, Mapping):
+            raise UsageError(f"a client's first adapter is AdaptedModel(model).read()[0], and this is a {type(first).__name__}")
         self.rules, self.name, self.first = rules, name, ModelCopy(adapter=first, delta=base or {})
         self.state = ClientState(self.first)
         self._shared = shared or Shared()
         self._request: Request | None = None
-        self._work: _Work | None = None
+        self._work: Asking | None = None
         self._model: Model | None = None
+        self._base = ""
 
     def receive(self, payload: bytes) -> Received:
         """What a message asks of this client, which then has the message's version of the global model.
 
         Raises:
             WireError: the message is not for it, altered, or contradicts itself or what the client has: answer with `fail("message")`.
+            UsageError, AdapterError: this party's rules, or its initial adapter, are not the server's.
         """
         self._request = self._work = self._model = None
         request, body = envelope_of(payload, Request, ENVELOPE)
@@ -130,6 +90,7 @@ class Client:
         self._request = request
         if request.kind == "train" and _question(request) == self.state.answered:
             return StoredAnswer(self.state.reply)
+        agreement.require_same_rules(self.rules, request.rules)
         try:
             self._work = self._begun(request, body)
         except LacksError as error:
@@ -147,8 +108,11 @@ class Client:
         body = self._shared.body[1]
         if body.catch_up.version != request.round - 1:
             raise WireError(f"the message of round {request.round} brings version {body.catch_up.version}")
+        method = get_method(body.method)
+        if not self.state.round:
+            agreement.require_same_adapter(self.first.adapter, body.adapter, request.rank is None and not method.per_client_ranks)
         copy = self._synced(copy, body, request)
-        own = get_method(body.method).client_state
+        own = method.client_state
         kept = self._last_accepted_factors(request.accepted) if own else {}
         start, held = states.start_of(body.method, copy.adapter, request.rank, kept.get(request.accepted))
         new = request.kind == "train" and request.round > self.state.round
@@ -187,10 +151,16 @@ class Client:
         """Write what is to be trained, or measured, into a model, which many clients may share.
 
         Raises:
-            UsageError: nothing was asked.
+            UsageError: nothing was asked, or it is no such model.
+            ModelError: its base is not the federation's.
+            AdapterError: what is to be trained does not fit it.
         """
         work = self._asked()
-        model.load(work.start, work.delta, work.other)
+        if not isinstance(model, Model):
+            raise UsageError(f"load takes AdaptedModel(model), and this is a {type(model).__name__}: make one, and keep it for all rounds")
+        base = model.load(work.start, work.delta, work.other)
+        self._base = base if isinstance(base, str) else ""
+        agreement.require_same_base(self._base, work.request.base)
         self._model = model
 
     def reply(
@@ -203,28 +173,34 @@ class Client:
         """The answer to the last message.
 
         Args:
-            num_examples: the client's training rows.
+            num_examples: the client's training rows, a whole number from 1 (of an evaluation from 0).
             metrics: what it measured, numbers only; names that begin with `held_out_` are of its own held-out rows.
             moments: the optimiser's `state_dict`, to be kept until the next round where the rules say so.
             update: what it trained; None: what the model that was loaded holds.
 
         Raises:
-            UsageError: nothing was asked, or no model was loaded.
+            UsageError: nothing was asked, no model was loaded, no number of rows, or metrics that are no plain numbers.
+            TrainingError: the model that was loaded has not changed, or has where it may not.
         """
         work, state = self._asked(), self.state
+        if wrong := uncountable(num_examples, work.request.kind, self.rules.messages.max_examples):
+            raise UsageError(wrong)
         if isinstance(work, Evaluate):
             update = ClientUpdate(self.name, {}, num_examples, metrics=metrics)
         elif update is None:
             if self._model is None:
                 raise UsageError("load a model before the reply, or give the update")
             adapter, other = self._model.read()
+            agreement.require_trained(work.start, work.other, (adapter, other))
             update = ClientUpdate(self.name, adapter, num_examples, other, metrics)
         method = get_method(work.method)
+        if isinstance(work, Train) and self._model is not None:
+            agreement.require_as_loaded(method, work.round, work.start, work.other, (update.adapter, update.other))
         try:
-            update = replace(update, num_examples=int(num_examples), metrics=metrics)
-            reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round))
+            update = replace(update, num_examples=int(num_examples), metrics={name: float(value) for name, value in metrics.items()})
+            reply = encode_update(update, work.request, work.method, state.copy.version, method.withheld(work.round), self._base)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"a reply has rows from 0, and at most 64 metrics: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"a reply has at most 64 metrics, numbers under plain names: {' '.join(str(error).split())[:200]}") from None
         if isinstance(work, Train):
             trained = {**state.trained, work.round: update.adapter} if method.client_state else {}
             kept = moments if self.rules.local.optimizer_state == "keep" else None
@@ -232,7 +208,7 @@ class Client:
         self._work = self._model = None
         return reply
 
-    def _asked(self) -> _Work:
+    def _asked(self) -> Asking:
         if self._work is None:
             raise UsageError("receive a message before")
         return self._work

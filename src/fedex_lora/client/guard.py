@@ -9,7 +9,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from fedex_lora.models.layers import ADAPTER
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.protocol.dumps import tensors_digest
 
@@ -108,7 +107,7 @@ def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
 def _adapters(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     """Module -> what decides what its adapter computes, beside the factors."""
     return {
-        name: (layer.rank, layer.peft.scaling[ADAPTER], list(layer.peft.active_adapters), layer.peft.disable_adapters, layer.peft.merged)
+        name: (layer.rank, layer.scaling, list(layer.peft.active_adapters), layer.peft.disable_adapters, layer.peft.merged)
         for name, layer in lora_layers(model).items()
     }
 

@@ -1,5 +1,6 @@
 """One run: its method, its server, its messages, and the tables of `config.tables`."""
 
+import json
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -150,6 +151,18 @@ class Rules(ConfigTable):
     local: Local = Local()
     truncation: Truncation = Truncation()
     messages: Messages = Messages()
+
+    @property
+    def agreed(self) -> dict[str, str]:
+        """What server and clients must say alike, each as JSON, where it is not as by default; the method always.
+
+        Whose updates count (`clients`, `messages`) is the server's own affair, and how a client trains (`local`) the client's.
+
+        >>> Rules(method="fedit", server={"momentum": 0.5}).agreed
+        {'method': '"fedit"', 'server': '{"momentum": 0.5}'}
+        """
+        said = self.model_dump(mode="json", include={"seed", "weights", "server", "truncation"}, exclude_defaults=True)
+        return {key: json.dumps(value, sort_keys=True) for key, value in {"method": self.method, **said}.items()}
 
     @field_validator("method")
     @classmethod

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.models.base_weights import FrozenBase, Where
 from fedex_lora.models.core import core_start
+from fedex_lora.models.fingerprint import samples
 from fedex_lora.models.lora import format_of, read_model, read_other, write_model
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.peft_rules import require_plain_lora
@@ -17,32 +19,50 @@ class AdaptedModel:
     """A PEFT model with LoRA, and the frozen base under it.
 
     Args:
-        model: as `peft.get_peft_model` gives it; changed in place by `load`.
+        model: as `peft.get_peft_model` gives it, its adapter under any name; changed in place by `load`.
         where: see `FrozenBase`.
 
     Raises:
         AdapterError, ModelError: an adapter or a base that the algebra does not cover (DoRA, PiSSA, trained biases).
+        UsageError: it is no model.
 
     Example:
         >>> model = AdaptedModel(get_peft_model(base, LoraConfig(r=8)))                   # doctest: +SKIP
     """
 
     def __init__(self, model: nn.Module, where: Where = "auto") -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"AdaptedModel takes a model, as peft.get_peft_model gives it, and this is a {type(model).__name__}")
         if isinstance(model, PeftModel):
             require_plain_lora(model.peft_config[model.active_adapter].to_dict(), "the adapter of this model")
         self.model, self.base = model, FrozenBase(model, where)
+        self._frozen = dict[str, bytes]()
 
-    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> str:
         """Write in the factors to train, what the frozen base has gained, and the other trained tensors.
+
+        Returns:
+            What its base is called: see `FrozenBase.name`.
 
         Raises:
             ModelError, AdapterError: they do not fit the model.
         """
+        name = self.base.name
         self.base.set(delta)
         write_model(self.model, start, other)
+        self._frozen = samples(self.model)
+        return name
 
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
-        """Copies of the factors and of the other trained tensors, on the CPU."""
+        """Copies of the factors and of the other trained tensors, on the CPU.
+
+        Raises:
+            TrainingError: since `load` something has changed that is frozen, as far as samples show it: it would stay with this party.
+        """
+        now = samples(self.model) if self._frozen else {}
+        if odd := [name for name, sample in now.items() if self._frozen.get(name, sample) != sample]:
+            more = f" ({len(odd)} such)" if len(odd) > 1 else ""
+            raise TrainingError(f"the training changed {odd[0]}{more}, which is frozen: train the adapter and modules_to_save only")
         return read_model(self.model), read_other(self.model)
 
     def cores(self) -> Adapter:

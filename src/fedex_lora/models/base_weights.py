@@ -91,6 +91,19 @@ class FrozenBase:
         """The base's name: see `fedex_lora.models.fingerprint`. Taken when it is first asked for."""
         return self._fingerprint
 
+    @property
+    def name(self) -> str:
+        """What all parties of a federation must have alike: the fingerprint, and the precision and quantisation of what is under adapters.
+
+        >>> FrozenBase(model).name                                                         # doctest: +SKIP
+        '5f2c...e1 bfloat16 none'
+        """
+        layers = sorted(self._layers.values(), key=lambda layer: not layer.quantised)
+        weight = layers[0].base.weight if layers else next(self._model.parameters())
+        kinds = {"Params4bit": getattr(weight, "quant_type", ""), "Int8Params": "int8"}
+        dtype = getattr(self._model, "dtype", torch.float32) if type(weight).__name__ in kinds else weight.dtype
+        return f"{self.fingerprint()} {str(dtype).removeprefix('torch.')} {kinds.get(type(weight).__name__, 'none')}"
+
     def pristine(self, name: str) -> Tensor:
         """A module's W0, `out x in`, on the CPU; of a quantised one its values."""
         return self._homes[name].w0()

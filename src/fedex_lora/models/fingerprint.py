@@ -50,7 +50,21 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) 
     return digest.hexdigest()
 
 
+def samples(model: nn.Module) -> dict[str, bytes]:
+    """Of every frozen parameter, by its name: some of its values as they are stored now. What changes one of them was training, or alike.
+
+    So few numbers are read that it costs nothing beside a training; weights of which a few rows change (embeddings) may escape.
+    """
+    return {
+        name: _sample(one.detach(), ADAPTED) for name, one in model.named_parameters() if not one.requires_grad and ".lora_" not in name
+    }
+
+
 def _add(digest: "hashlib._Hash", name: str, values: Tensor, count: int) -> None:
+    digest.update(f"{name}{tuple(values.shape)}".encode() + _sample(values, count))
+
+
+def _sample(values: Tensor, count: int) -> bytes:
     places = torch.randint(max(1, values.numel()), (count,), generator=torch.Generator().manual_seed(values.numel()))
     sample = values.reshape(-1)[places.to(values.device)] if values.is_contiguous() else values[torch.unravel_index(places, values.shape)]
-    digest.update(f"{name}{tuple(values.shape)}".encode() + sample.cpu().float().contiguous().numpy().tobytes())
+    return bytes(sample.cpu().float().contiguous().numpy().tobytes())

@@ -42,12 +42,13 @@ class Layer:
         name: the module's path in the base model.
         peft: PEFT's layer.
         base: the layer that it wraps.
+        adapter: PEFT's name of the adapter in it that is active.
     """
 
     factors = ("lora_A", "lora_B")
 
-    def __init__(self, name: str, peft: Any, base: Any) -> None:
-        self.name, self.peft, self.base = name, peft, base
+    def __init__(self, name: str, peft: Any, base: Any, adapter: str) -> None:
+        self.name, self.peft, self.base, self.adapter = name, peft, base, adapter
 
     @property
     def layout(self) -> Layout:
@@ -59,7 +60,11 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        return int(self.peft.r[ADAPTER])
+        return int(self.peft.r[self.adapter])
+
+    @property
+    def scaling(self) -> float:
+        return float(self.peft.scaling[self.adapter])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +75,7 @@ class Layer:
     def parts(self) -> str:
         """What its factors are made of: see `LoRAPair.parts`."""
         held = getattr(self.peft, self.factors[1])
-        return "AUC" if ADAPTER in held and isinstance(held[ADAPTER], Core) else "AB"
+        return "AUC" if self.adapter in held and isinstance(held[self.adapter], Core) else "AB"
 
     def hold_core(self) -> None:
         """From now on B is `U C`, with the present B as U, and C zero.
@@ -82,24 +87,24 @@ class Layer:
             kind = type(self.base).__name__
             raise AdapterError(f"{self.name} is a {kind}, and cores are for linear layers: leave it out of lora.target_modules")
         if self.parts == "AB":
-            self.peft.lora_B[ADAPTER] = Core(self.factor("B").clone())
+            self.peft.lora_B[self.adapter] = Core(self.factor("B").clone())
 
     def parameter(self, part: str) -> nn.Parameter:
         """The parameter that holds A, B or C."""
-        holder = getattr(self.peft, self.factors[part != "A"])[ADAPTER]
+        holder = getattr(self.peft, self.factors[part != "A"])[self.adapter]
         return holder if isinstance(holder, nn.Parameter) else holder.inner.weight if part == "C" else holder.weight
 
     def factor(self, part: str) -> Tensor:
         """A, `r x in`, or B, `out x r`; of a layer with a core A, U or C."""
         if part not in self.parts:
             raise AdapterError(f"the adapter does not fit the model: {self.name} is made of {', '.join(self.parts)}, and not of {part}")
-        held: Tensor = self.peft.lora_B[ADAPTER].outer if part == "U" else self.parameter(part)
+        held: Tensor = self.peft.lora_B[self.adapter].outer if part == "U" else self.parameter(part)
         return held.detach()
 
     def pair(self) -> LoRAPair:
         """The factors, as copies on the CPU."""
         kind = CorePair if "C" in self.parts else LoRAPair
-        return kind(**{part: copied(self.factor(part)) for part in self.parts}, scaling=self.peft.scaling[ADAPTER])
+        return kind(**{part: copied(self.factor(part)) for part in self.parts}, scaling=self.scaling)
 
     def weight(self) -> Tensor:
         """The base's weight, `out x in`: a view, or its dequantised values."""
@@ -111,11 +116,11 @@ class Layer:
 
     def resize(self, rank: int) -> None:
         """Another rank: new factors of zeros in the place of the old ones, trained or frozen as those were."""
-        A, B = (getattr(self.peft, name)[ADAPTER] for name in self.factors)
+        A, B = (getattr(self.peft, name)[self.adapter] for name in self.factors)
         A.weight = nn.Parameter(A.weight.new_zeros(rank, *A.weight.shape[1:]), A.weight.requires_grad)
         B.weight = nn.Parameter(B.weight.new_zeros(B.weight.shape[0], rank, *B.weight.shape[2:]), B.weight.requires_grad)
         self._count(A, B, rank)
-        self.peft.r[ADAPTER] = rank
+        self.peft.r[self.adapter] = rank
 
     @staticmethod
     def _count(A: Any, B: Any, rank: int) -> None:
@@ -175,8 +180,8 @@ class Embedding(Layer):
     def resize(self, rank: int) -> None:
         for part, old in (("A", self.parameter("A")), ("B", self.parameter("B"))):
             shape = (old.shape[0], rank) if part == "A" else (rank, old.shape[1])
-            getattr(self.peft, self.factors["AB".index(part)])[ADAPTER] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
-        self.peft.r[ADAPTER] = rank
+            getattr(self.peft, self.factors["AB".index(part)])[self.adapter] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
+        self.peft.r[self.adapter] = rank
 
     def apply(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         looked_up, *rest = reversed(matrices)
@@ -190,7 +195,7 @@ class Embedding(Layer):
         return torch.randint(self.shape[0], (256,), generator=generator)
 
 
-def layer_of(name: str, peft: Any) -> Layer:
+def layer_of(name: str, peft: Any, adapter: str = ADAPTER) -> Layer:
     """The layer's kind.
 
     Raises:
@@ -198,9 +203,9 @@ def layer_of(name: str, peft: Any) -> Layer:
     """
     base = peft.get_base_layer()
     if isinstance(base, nn.Linear | Conv1D):
-        return Layer(name, peft, base)
+        return Layer(name, peft, base, adapter)
     if isinstance(base, nn.Embedding):
-        return Embedding(name, peft, base)
+        return Embedding(name, peft, base, adapter)
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         odd = [
             text
@@ -212,7 +217,7 @@ def layer_of(name: str, peft: Any) -> Layer:
             if there
         ]
         if not odd:
-            return Convolution(name, peft, base)
+            return Convolution(name, peft, base, adapter)
         raise AdapterError(
             f"module {name} is a {type(base).__name__} with {' and '.join(odd)}, where PEFT's update is no convolution of the same form: "
             "leave it out of lora.target_modules"

@@ -15,7 +15,7 @@ from fedex_lora.config import IMAGES, Lora, nearest
 from fedex_lora.errors import AdapterError
 from fedex_lora.models.layers import ADAPTER, Layer, copied, is_quantised, layer_of
 from fedex_lora.models.loading import HEADS, Kind, Loaded, head_modules
-from fedex_lora.storage.adapter_folder import Format
+from fedex_lora.storage.adapter_folder import Format, adapter_config
 from fedex_lora.storage.peft_rules import PREFIX, require_plain_lora
 from fedex_lora.types import Adapter, LoRAPair
 
@@ -143,10 +143,15 @@ def lora_layers(model: nn.Module) -> dict[str, Layer]:
     """Module path (as in the base model) -> its LoRA layer.
 
     Raises:
-        AdapterError: a kind of layer that the algebra does not cover.
+        AdapterError: a kind of layer that the algebra does not cover, or more than one adapter that is active.
     """
     found = {name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {name: layer_of(name, module) for name, module in found.items()}
+    active = {name for module in found.values() for name in module.active_adapters}
+    if len(active) > 1:
+        raise AdapterError(
+            f"the model has {len(active)} active adapters ({', '.join(sorted(active))}), and one is trained: use set_adapter"
+        )
+    return {name: layer_of(name, module, next(iter(active))) for name, module in found.items() if active & module.r.keys()}
 
 
 def read_model(model: nn.Module) -> dict[str, LoRAPair]:
@@ -160,7 +165,7 @@ def format_of(model: nn.Module) -> Format:
         return Format(config={})
     config = {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-        for key, value in model.peft_config[ADAPTER].to_dict().items()
+        for key, value in model.peft_config[model.active_adapter].to_dict().items()
         if isinstance(value, str | int | float | bool | list | dict | set | None)
     }
     return Format(config=config, layouts={name: layer.layout for name, layer in lora_layers(model).items()})
@@ -169,7 +174,7 @@ def format_of(model: nn.Module) -> Format:
 def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every trained parameter that is no LoRA factor, named as in the base model: heads, `modules_to_save`, or the whole model."""
     return {
-        name.removeprefix(PREFIX).replace(".modules_to_save.default", "").replace(".base_layer", ""): parameter
+        re.sub(r"\.modules_to_save\.[^.]+|\.base_layer", "", name.removeprefix(PREFIX)): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and ".lora_" not in name
     }
@@ -193,14 +198,19 @@ def write_model(model: nn.Module, adapter: Adapter, other: Mapping[str, Tensor])
         near = nearest(odd[0], sorted({*layers, *parameters, *adapter, *other} - {odd[0]}))
         like = f"; the nearest is {near}" if near else ""
         raise AdapterError(f"the adapter does not fit the model: {odd[0]} ({len(odd)} such) is in one of them only{like}")
+    odd_ranks = {name: adapter[name].rank for name, layer in layers.items() if layer.rank != adapter[name].rank}
     for name, layer in layers.items():
-        if layer.rank != adapter[name].rank:
-            layer.resize(adapter[name].rank)
+        if name in odd_ranks:
+            layer.resize(odd_ranks[name])
         if "C" in adapter[name].parts:
             layer.hold_core()
         for part, tensor in adapter[name].parts.items():
             _copy(name, layer.factor(part), tensor)
-        layer.peft.scaling[ADAPTER] = adapter[name].scaling
+        layer.peft.scaling[layer.adapter] = adapter[name].scaling
+    if odd_ranks and isinstance(model, PeftModel):  # else what PEFT saves has other ranks than its weights
+        said = adapter_config(adapter, {})
+        for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+            setattr(model.peft_config[model.active_adapter], key, said[key])
     for name, parameter in parameters.items():
         _copy(name, parameter, other[name])
 

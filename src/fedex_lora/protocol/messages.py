@@ -21,7 +21,7 @@ from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.dumps import apart
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.frame import BodyEntry, digest, join, read_body_table, require_digest, require_same_names, shown, split
-from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header
+from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header, uncountable
 from fedex_lora.protocol.sync_tensors import catch_up_of, catch_up_tensors
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
@@ -135,7 +135,7 @@ def decode_body(body: memoryview, declared: str, known: Adapter | None = None) -
     return Body(header.method, adapter, under("other", tensors), catch_up, header.reinit_seed)
 
 
-def encode_update(update: ClientUpdate, sent: Request, method: str, base_version: int, omit: str = "") -> bytes:
+def encode_update(update: ClientUpdate, sent: Request, method: str, base_version: int, omit: str = "", base: str = "") -> bytes:
     """The bytes of a client's update.
 
     Args:
@@ -144,6 +144,7 @@ def encode_update(update: ClientUpdate, sent: Request, method: str, base_version
         method: the run's.
         base_version: of the base that it trained on.
         omit: the factors that stay: frozen in this round (the server knows them), or private.
+        base: the name of its base.
     """
     tensors = flatten_adapter("adapter", update.adapter, omit) | {f"other|{name}": tensor for name, tensor in update.other.items()}
     answer = Answer(
@@ -154,6 +155,7 @@ def encode_update(update: ClientUpdate, sent: Request, method: str, base_version
         base_version=base_version,
         num_examples=update.num_examples,
         metrics={name: float(value) for name, value in update.metrics.items() if abs(value) <= LARGEST},
+        base=base,
     )
     return message(answer, _encode(BodyHeader(method=method, scalings=scalings_of(update.adapter)), tensors))
 
@@ -231,8 +233,8 @@ def declared_bytes(expected: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _require_countable(answer: Answer, kind: str, most: int) -> None:
-    if not (kind == "evaluate" or answer.num_examples) or answer.num_examples > most:
-        raise WireError(f"num_examples is {answer.num_examples}: it must be from 1 to messages.max_examples = {most}")
+    if wrong := uncountable(answer.num_examples, kind, most):
+        raise WireError(wrong)
     rows = answer.metrics.get("held_out_rows", 0)
     if not 0 <= rows <= most:
         raise WireError(f"held_out_rows is {rows:g}: it must be from 0 to messages.max_examples = {most}")

@@ -1,6 +1,7 @@
 """What messages say of themselves, beside their tensors: strict records of plain JSON."""
 
 import re
+from numbers import Integral
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, field_validator
@@ -22,6 +23,7 @@ RESERVED_METRICS = {
     "late",
     "name",
 }  # names of an event's own fields
+BASE = 100  # characters of a base's name
 LARGEST = 1e100  # of a metric: sums of such numbers stay finite
 
 
@@ -60,6 +62,8 @@ class Request(_Envelope):
         rejected: why its last update was rejected, where it was.
         history: what the server's model of this round came from; two servers, or one that lost rounds, differ in it.
         base_history: the same of the model that the body counts from.
+        base: the base that the run stands on, see `models.base_weights.FrozenBase.name`; "": nobody has said yet.
+        rules: what both sides must say alike, see `Rules.agreed`; empty of older servers.
     """
 
     kind: Literal["train", "evaluate"]
@@ -69,6 +73,8 @@ class Request(_Envelope):
     rejected: str = ""
     history: str = ""
     base_history: str = ""
+    base: str = Field("", max_length=BASE)
+    rules: dict[str, str] = Field({}, max_length=16)
 
 
 class Answer(_Envelope):
@@ -79,6 +85,7 @@ class Answer(_Envelope):
         base_version: of the base that it trained on.
         num_examples: its training rows.
         metrics: what it measured.
+        base: as the request's, of the model that it trained; "": its model has no name for it.
     """
 
     kind: Literal["update"] = "update"
@@ -86,6 +93,7 @@ class Answer(_Envelope):
     base_version: int = Field(ge=0)
     num_examples: int = Field(0, ge=0)
     metrics: dict[str, FiniteFloat] = Field({}, max_length=METRICS)
+    base: str = Field("", max_length=BASE)
 
     @field_validator("metrics")
     @classmethod
@@ -94,6 +102,21 @@ class Answer(_Envelope):
             if not METRIC.fullmatch(name) or name in RESERVED_METRICS or abs(value) > LARGEST:
                 raise ValueError(f"{shown(name)} = {value:g} is no metric: its name is odd or taken, or its value absurd")
         return metrics
+
+
+def uncountable(rows: object, kind: str, most: int) -> str:
+    """Why something is no number of rows that an answer may have, the same at both ends; "" if it is one.
+
+    Args:
+        rows: on which was trained.
+        kind: of the request: an evaluation trains on none.
+        most: `messages.max_examples`.
+    """
+    least = 0 if kind == "evaluate" else 1
+    if isinstance(rows, Integral) and not isinstance(rows, bool) and least <= int(rows) <= most:
+        return ""
+    say = "a whole number, of the rows that were trained on"
+    return f"num_examples is {shown(rows)}: it must be from {least} to messages.max_examples = {most}, {say}"
 
 
 class Apology(_Envelope):

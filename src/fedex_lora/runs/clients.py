@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.client.client import Client, NeedsFull, Shared, StoredAnswer, Train
+from fedex_lora.client.client import Client, Shared
 from fedex_lora.client.learner import Learner
+from fedex_lora.client.received import NeedsFull, StoredAnswer, Train
 from fedex_lora.config import Rules
 from fedex_lora.errors import LacksError, StorageError
 from fedex_lora.storage.adapter_folder import Format, write_adapter_folder

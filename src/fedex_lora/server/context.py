@@ -29,6 +29,7 @@ class ServerContext:
         state: after the last round.
         registry: what is remembered of the clients.
         unanswered: the messages of the round before that nobody answered.
+        base: what its clients' models stand on, see `Server`; "" until it is known.
     """
 
     rules: Rules
@@ -38,3 +39,4 @@ class ServerContext:
     state: ServerState
     registry: ClientRegistry
     unanswered: Unanswered = field(default_factory=Unanswered)
+    base: str = ""

@@ -85,6 +85,8 @@ class Requests:
                 rejected=registry.pending_rejection.get(client, ""),
                 history=registry.history.get(server.state.round, ""),
                 base_history=registry.history.get(registry.version.get(client, 0), ""),
+                base=server.base,
+                rules=server.rules.agreed,
             )
             omit = "AB" if self._drawn else registry.unchanged_factors(client)
             self.asked[client] = Asked(request, registry.version.get(client, 0), omit)

@@ -1,6 +1,7 @@
 """What a round came to: the server's next state, its exactness by the factors alone, and the folder that it is kept in."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from fedex_lora.exactness.measure import Exactness, Held
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.result import write_result
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Motion, ServerState
+
+NAME = re.compile(r"(?P<fingerprint>[0-9a-f]{64}) (?P<dtype>float32|bfloat16|float16) (?P<quantization>none|nf4|fp4|int8)")
+"""What a base is called: see `models.base_weights.FrozenBase.name`; another name says nothing that `load_model` could compare."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,7 @@ class Result:
             asked for; empty where there is no global model.
         exactness: of the state's factors against it; None where there is no ideal.
         numbers: more of the round: deviation, drift, what a truncation dropped.
+        base: the name of the base, see `Server`; "" where it is not known.
     """
 
     before: ServerState
@@ -42,10 +47,17 @@ class Result:
     ideal: Mapping[str, Delta]
     exactness: Exactness | None
     numbers: Mapping[str, Any]
+    base: str = ""
 
 
 def result_of(
-    before: ServerState, state: ServerState, aggregate: Aggregate, updates: Sequence[ClientUpdate], held: Held, pace: ServerOptimizer
+    before: ServerState,
+    state: ServerState,
+    aggregate: Aggregate,
+    updates: Sequence[ClientUpdate],
+    held: Held,
+    pace: ServerOptimizer,
+    base: str = "",
 ) -> Result:
     """The result of a round, measured: from what the participants sent, never from what the server made of it.
 
@@ -55,10 +67,11 @@ def result_of(
         updates: that it was made of.
         held: what single participants held beside the base delta before.
         pace: momentum and learning rate of the server.
+        base: the name of the base.
     """
     motion = states.motion_of(before, pace)
     if not state.adapter or get_method(state.method).exactness == "personalised":
-        return Result(before, state, updates, aggregate, held, motion, {}, None, {})
+        return Result(before, state, updates, aggregate, held, motion, {}, None, {}, base)
     ideal = measure.ideal_update(before.base_delta, updates, aggregate.weights, held)
     if motion:
         ideal = measure.moved_ideal(ideal, before.base_delta, motion)
@@ -73,7 +86,7 @@ def result_of(
     if motion and motion.momentum:
         start, end = (measure.effective_update(one.adapter, one.base_delta) for one in (before, state))
         numbers["change_error"] = algebra.worst(measure.change_error(start, end, states.last_changes(state, pace)).values())
-    return Result(before, state, updates, aggregate, held, motion, ideal, exactness, numbers)
+    return Result(before, state, updates, aggregate, held, motion, ideal, exactness, numbers, base)
 
 
 def save_result(folder: str | Path, result: Result, format: Format) -> None:
@@ -95,6 +108,8 @@ def save_result(folder: str | Path, result: Result, format: Format) -> None:
     """
     named, motion = {"base_model": "base_model_name_or_path", "task_type": "task_type"}, result.motion
     facts: dict[str, Any] = {fact: format.config.get(key) for fact, key in named.items()} | {"versions": {"fedex-lora": __version__}}
+    if found := NAME.fullmatch(result.base):
+        facts |= {f"base_{key}": value for key, value in found.groupdict().items()}
     if motion is not None:
         facts["momentum"] = {"momentum": motion.momentum, "learning_rate": motion.learning_rate}
     before, weights = result.before.base_delta, result.aggregate.weights

@@ -9,7 +9,7 @@ from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.messages import Download, answer_in, decode_update
 from fedex_lora.protocol.records import Apology, elsewhere
-from fedex_lora.server.checks import below_quorum, quorum
+from fedex_lora.server.checks import base_of_all, below_quorum, quorum
 from fedex_lora.server.context import ServerContext, Unanswered
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
 from fedex_lora.server.requests import LazyMessages, Phase, Requests
@@ -115,7 +115,9 @@ class Round:
 
     def _decoded(self, payload: bytes, sent: Download) -> ClientUpdate:
         withheld = get_method(sent.body.method).withheld(sent.request.round)
-        return decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
+        update = decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
+        self._server.base = base_of_all(self._server.base, payload)
+        return update
 
     def _of_the_round_before(self, client: str, payload: bytes) -> Verdict | None:
         """What a valid answer to a message of the round before is; None: it is no such answer."""
@@ -240,7 +242,7 @@ class Round:
         server.registry = server.registry.after_round(before, state, aggregate, ready.clients, server.clients, rules)
         gain = states.gained_in(before, state, aggregate, rules.server) if silent else {}
         server.state, server.unanswered = state, Unanswered(silent, gain)
-        return result_of(before, state, aggregate, updates, held, rules.server)
+        return result_of(before, state, aggregate, updates, held, rules.server, server.base)
 
     def skip(self) -> None:
         """End the round without a mean: the server is as before it, and its number is used up.

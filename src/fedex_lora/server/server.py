@@ -30,6 +30,8 @@ class Server(ServerContext):
         ranks: client -> its rank, where they differ.
         run: one word that no other run of these clients has.
         registry: who holds what; by default nobody anything.
+        base: the name of the base that all stand on, `AdaptedModel.base.name`; "": that of the first update that is accepted. Who has
+            another one is refused.
 
     Attributes:
         round: the one that was opened last; None before. For the others see `ServerContext`.
@@ -60,23 +62,26 @@ class Server(ServerContext):
         ranks: Mapping[str, int] | None = None,
         run: str = "run",
         registry: ClientRegistry | None = None,
+        base: str = "",
     ) -> None:
         if get_method(rules.method).core and not all("C" in pair.parts for pair in state.adapter.values()):
             raise UsageError(f"method {rules.method} trains cores between fixed factors: start from `AdaptedModel.cores()`")
-        super().__init__(rules, [], dict(ranks or {}), run, state, registry or ClientRegistry())
+        super().__init__(rules, [], dict(ranks or {}), run, state, registry or ClientRegistry(), base=base)
         self.round: Round | None = None
         self.set_clients(clients)
 
     @classmethod
-    def start(cls, rules: Rules, adapter: Adapter, other: Mapping[str, Tensor], clients: Collection[str], run: str = "run") -> "Server":
+    def start(
+        cls, rules: Rules, adapter: Adapter, other: Mapping[str, Tensor], clients: Collection[str], run: str = "run", base: str = ""
+    ) -> "Server":
         """The server before the first round.
 
         Args:
-            rules, clients, run: see the class.
+            rules, clients, run, base: see the class.
             adapter: the initial one, which every client has.
             other: the other trained tensors.
         """
-        return cls(rules, init(adapter, other, rules.method, rules.seed), clients, run=run)
+        return cls(rules, init(adapter, other, rules.method, rules.seed), clients, run=run, base=base)
 
     def set_clients(self, clients: Collection[str]) -> None:
         """Take off a client that is gone for good, or add one, between two rounds. A new one is sent everything.
@@ -136,7 +141,7 @@ class Server(ServerContext):
         """Everything that the server knows between two rounds; a round that is open has a dump of its own."""
         tensors, about = server_table(self.state, self.registry, whole=True)
         more, said = unanswered_table(self.unanswered)
-        return pack("server", tensors | more, about | {"unanswered": said})
+        return pack("server", tensors | more, about | {"unanswered": said, "base": self.base})
 
     @classmethod
     def restore(
@@ -152,6 +157,6 @@ class Server(ServerContext):
         state, registry = server_state_of(tensors, about)
         if state.method != rules.method:
             raise UsageError(f"the dump is of method {state.method}, and the rules say {rules.method}: give those that it was made with")
-        server = cls(rules, state, clients, ranks, run, registry)
+        server = cls(rules, state, clients, ranks, run, registry, str(about.get("base", "")))
         server.unanswered = unanswered_of(tensors, about.get("unanswered", {}), state.method)
         return server

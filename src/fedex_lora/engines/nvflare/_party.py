@@ -10,9 +10,12 @@ from nvflare.fuel.utils.config_service import ConfigService
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedex_lora.client.agreement import require_trained
 from fedex_lora.config import Rules
 from fedex_lora.errors import ConfigError, TrainingError, UsageError
 from fedex_lora.models.adapted import AdaptedModel
+from fedex_lora.protocol.messages import EXAMPLES
+from fedex_lora.protocol.records import uncountable
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
 PARTY = "fedex_lora_party"
@@ -59,9 +62,11 @@ class ScriptLearner:
         self._model, self._train = AdaptedModel(model), train
         self.rows, self.first = {name: 0}, self._model.read()[0]
         self.base = dict[str, Delta]()
+        self._start: tuple[Adapter, Mapping[str, Tensor]] = {}, {}
 
-    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
-        self._model.load(start, delta, other)
+    def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> str:
+        self._start = start, other
+        return self._model.load(start, delta, other)
 
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
         return self._model.read()
@@ -71,9 +76,10 @@ class ScriptLearner:
 
     def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, None]:
         rows = self._train(round)
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
-            raise TrainingError(f"the party's train(round) gave {type(rows).__name__}: let it return how many rows it trained on")
+        if wrong := uncountable(rows, "train", EXAMPLES):
+            raise TrainingError(f"the party's train(round) gave {type(rows).__name__}: let it return how many rows it trained on ({wrong})")
         adapter, other = self._model.read()
+        require_trained(*self._start, (adapter, other))
         return ClientUpdate(client, adapter, rows, other), None
 
 
