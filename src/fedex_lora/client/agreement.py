@@ -89,9 +89,11 @@ def require_as_loaded(method: Method, round: int, start: Adapter, other: Mapping
         raise TrainingError(f"{odd[0]} ({len(odd)} such) was made trainable, or frozen, after the load: train what was loaded, no more")
     for module, pair in adapter.items():
         begun, trained = start[module], method.trained(round)
+        if pair.parts.keys() != begun.parts.keys():
+            raise TrainingError(f"{module} is made of {', '.join(pair.parts)} after the training: train what was loaded, no more")
         if (pair.rank, pair.scaling) != (begun.rank, begun.scaling):
             raise TrainingError(f"the training changed rank or scaling of {module}: leave them as they were loaded")
-        if frozen := [part for part in "AB" if part not in trained and not torch.equal(getattr(pair, part), getattr(begun, part))]:
+        if frozen := [name for name, one in pair.parts.items() if name not in trained and not torch.equal(one, begun.parts[name])]:
             what = f"the training changed {frozen[0]} of {module}, which method {method.name} freezes in round {round}"
             raise TrainingError(f"{what}: call fedex_lora.models.lora.set_trained(model, {trained!r}) before it")
 
