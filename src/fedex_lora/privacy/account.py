@@ -14,6 +14,21 @@ from fedex_lora.privacy.ledger import Answered, Entry, append_line, held_ledger,
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Where a client stands.
+
+    Attributes:
+        epsilon: of all that its ledger says.
+        ahead: rounds of the run that are not entered yet.
+        paid: how many of them the budget pays for.
+    """
+
+    epsilon: float
+    ahead: int
+    paid: int
+
+
+@dataclass(frozen=True)
 class Account:
     """A client's ledger, and what it may spend by it.
 
@@ -39,10 +54,14 @@ class Account:
         """All that counts of a ledger."""
         return [line.mechanism for line in lines if isinstance(line, Entry) and (self.whole or line.client == self.client)]
 
-    def standing(self) -> tuple[float, int]:
-        """Epsilon so far, and how many more rounds of the plan the budget pays for."""
-        history = self.history(read_ledger(self.path))
-        return spent(history, self.plan.delta, self.accountant), rounds_left(history, self.plan, self.budget, self.accountant)
+    def standing(self, run: str = "") -> "Standing":
+        """Where the client stands, in the middle of a run; "" for one that did not begin."""
+        lines = read_ledger(self.path)
+        history = self.history(lines)
+        entered = max((one.round for one in lines if (one.client, one.run) == (self.client, run)), default=0)
+        ahead = max(0, self.plan.rounds - entered)
+        paid = min(ahead, rounds_left(history, self.plan, self.budget, self.accountant))
+        return Standing(spent(history, self.plan.delta, self.accountant), ahead, paid)
 
     def enter(self, run: str, round: int) -> None:
         """Write down a round that is about to be trained. One that is there, and was never answered, is trained again under its entry.
