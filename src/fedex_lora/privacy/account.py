@@ -27,6 +27,13 @@ class Standing:
     ahead: int
     paid: int
 
+    def words(self, account: "Account") -> str:
+        """For the party itself, and nobody else."""
+        return (
+            f"client {account.client} has spent epsilon {self.epsilon:.4g} of its budget of {account.budget:g} at delta "
+            f"{account.plan.delta:g}, which pays for {self.paid} of the {self.ahead} rounds ahead ({account.path})"
+        )
+
 
 @dataclass(frozen=True)
 class Account:

@@ -59,14 +59,10 @@ def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:
         ConfigError: one does not pay for the next round.
     """
     notes, problems = list[str](), list[str]()
-    for client, account in accounts.items():
+    for account in accounts.values():
         standing = account.standing(run)
         if standing.paid < standing.ahead:
-            spent = f"client {client} has spent epsilon {standing.epsilon:.4g} of its budget of {account.budget:g}, which pays for"
-            if standing.paid:
-                notes.append(f"{spent} {standing.paid} of the {standing.ahead} rounds ahead")
-            else:
-                problems.append(f"{spent} no round of this run: its rows are spent (fedex-lora ledger {account.path})")
+            (notes if standing.paid else problems).append(standing.words(account))
     if problems:
         raise ConfigError("; ".join(problems), "privacy")
     return notes
