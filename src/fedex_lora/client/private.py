@@ -144,9 +144,10 @@ class PrivateTrainer(Trainer):
 
     def __init__(self, plan: PrivacyPlan, kind: str, **given: Any) -> None:
         super().__init__(**given)
+        model: nn.Module = given["model"]
         self.model_accepts_loss_kwargs = False  # losses are ours
         self._plan, self._kind, self._compared = plan, kind, False
-        self._names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.add_callback(_Moves({name: parameter for parameter, name in self._names.items()}, plan.round.sigma))
 
     def get_train_dataloader(self) -> DataLoader[Any]:

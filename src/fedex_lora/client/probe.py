@@ -68,6 +68,7 @@ def _require_private_step(model: nn.Module, rows: Dataset, work: TrainingContext
 
     lengths = list(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else [0]
     few = sorted({*_hardest_rows(rows), lengths.index(min(lengths)), *range(min(len(rows), 2))})[:4]
+    few = few if len(few) > 1 else 2 * few
     require_sound(model, [rows[row] for row in few], batch, work.task.kind, get_method(work.config.method).trained_schedule)
 
 
