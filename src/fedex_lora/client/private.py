@@ -5,6 +5,7 @@ sum, and divides by the *expected* number of rows. Nothing else of the rows goes
 """
 
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,7 +98,9 @@ def per_example_gradients(model: nn.Module) -> Iterator[None]:
     hooks = None
     try:
         hooks = prepare_module(model, "hooks", wrap_model=False, loss_reduction="sum")
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # as it must, where the inputs of a module are data
+            yield
     finally:
         if hooks is not None:
             hooks.cleanup()
