@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import Image
 from tests.runs.test_run import configuration
@@ -326,6 +327,20 @@ def test_a_row_without_a_finite_gradient_counts_as_zero(settings):
     spoilt, expected = gradient_of(setting, odd, clip=1.0), gradient_of(setting, rest, clip=1.0)
     assert difference(spoilt, expected) < 1e-5 * norm(expected)
     assert norm(expected) > 0.5
+
+
+def test_under_bfloat16_autocast_the_bound_holds_to_float32(folder, monkeypatch):
+    """A row's gradient is in 16 bits there; what is added of it has norm C to six digits, which a norm in 16 bits would miss."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # given back afterwards
+    setting = build(folder, CLASSES, **ADAPTED, training=SGD | {"bf16": True, "use_cpu": True})
+    samples = []
+    for row in range(3):
+        found = gradient_of(setting, setting.rows.select([row]), clip=0.01)
+        assert abs(norm(found) / 0.01 - 1) < 3e-4
+        samples.append(found)
+    assert difference(samples[0], samples[1]) > 1e-3
+    assert "autocast" in repr(setting.model.forward).lower() or hasattr(setting.model, "_original_forward")
+    AcceleratorState._reset_state(True)
 
 
 def marks(model):
