@@ -115,7 +115,7 @@ class Node:
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
             data, digest = _rows(place, request.client, parts, log)
-            if place.work.trainer is not None:
+            if place.work.trainer is not None or accounts:  # what is private is probed before its ledger has an entry
                 check_trainer(place.model, data.train, place.work)
             log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
             self._made = (key, place, data, {client: replace(account, rows=digest) for client, account in accounts.items()})
