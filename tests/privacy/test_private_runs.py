@@ -19,7 +19,7 @@ from fedex_lora.config import parse_config
 from fedex_lora.errors import ConfigError, FedexLoraError, PrivacyError
 from fedex_lora.privacy.account import Account
 from fedex_lora.privacy.accounting import privacy_plan, spent
-from fedex_lora.privacy.ledger import Answered, Entry, begin_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, LedgerEntry, begin_ledger, read_ledger
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.runs import clients as pools
 from fedex_lora.runs import learner as learners
@@ -63,7 +63,7 @@ def ignore(event):
 
 
 def entries(path):
-    return [line for line in read_ledger(path) if isinstance(line, Entry)]
+    return [line for line in read_ledger(path) if isinstance(line, LedgerEntry)]
 
 
 def answered(path):
