@@ -18,7 +18,7 @@ LEVELS = [
     aggregation
     exactness protocol
     storage
-    models
+    models privacy
     tasks
     client server offline
     runs evaluation report

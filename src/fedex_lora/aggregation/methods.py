@@ -70,6 +70,8 @@ class Method:
         lora: False where clients train the whole model instead (all of it travels as other tensors).
         core: True where an r x r core C between frozen factors U and A is trained (`B = U C`), which the server takes from the base.
         centralised: one client holds all rows: the reference.
+        private: does it go with private training? "yes": what the server makes of noised updates is their mean; "warns": it also makes
+            products of one factor's noise with the other's; "no".
         paper: where it comes from.
     """
 
@@ -89,6 +91,7 @@ class Method:
     lora: bool = True
     core: bool = False
     centralised: bool = False
+    private: Literal["yes", "warns", "no"] = "no"
 
     @property
     def parts(self) -> str:
@@ -162,7 +165,10 @@ FEDEX = "FedEx-LoRA, arXiv 2410.09432"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("fedex", "exact", factor_means_and_residual, FEDEX, residual_policy="base", residual_rank=_centred, momentum=True),
+        Method(
+            "fedex", "exact", factor_means_and_residual, FEDEX,
+            residual_policy="base", residual_rank=_centred, momentum=True, private="warns",
+        ),
         Method(
             "fedex-best", "exact", best_rank, f"{FEDEX}, with the best rank-r part in the adapter",
             adapter="svd", residual_policy="base", residual_rank=_beyond_best, per_client_ranks=True, momentum=True,
@@ -173,17 +179,22 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "reinit", "exact", all_to_rest, "FLoRA, arXiv 2409.05976",
-            adapter="drawn", residual_policy="base", residual_rank=_stacked, per_client_ranks=True, momentum=True,
+            adapter="drawn", residual_policy="base", residual_rank=_stacked, per_client_ranks=True, momentum=True, private="warns",
         ),
         Method(
             "keep", "exact", all_to_rest, f"{FEDEX}, section 6",
             adapter="drawn", residual_policy="base", residual_rank=_stacked, client_state="AB", per_client_ranks=True,
         ),
-        Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True),
-        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trained_schedule=("B",), momentum=True),
-        Method("fed-sb", "exact", factor_means, "Fed-SB, arXiv 2502.15436", trained_schedule=("C",), shared="C", core=True),
-        Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trained_schedule=("B", "A")),
-        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trained_schedule=("B",), gauge="orthonormal-a", momentum=True),
+        Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True, private="warns"),
+        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trained_schedule=("B",), momentum=True, private="yes"),
+        Method(
+            "fed-sb", "exact", factor_means, "Fed-SB, arXiv 2502.15436", trained_schedule=("C",), shared="C", core=True, private="yes",
+        ),
+        Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trained_schedule=("B", "A"), private="yes"),
+        Method(
+            "fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805",
+            trained_schedule=("B",), gauge="orthonormal-a", momentum=True, private="yes",
+        ),
         Method("flexlora", "rank-r-optimal", best_rank, "FlexLoRA, arXiv 2402.11505", adapter="svd", per_client_ranks=True),
         Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", adapter="weighted", per_client_ranks=True),
         Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", shared="A", client_state="B"),

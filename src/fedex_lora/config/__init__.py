@@ -1,5 +1,6 @@
 """The configuration: pydantic models read from TOML."""
 
+from fedex_lora.config.privacy import Privacy
 from fedex_lora.config.reading import flat, located, nearest, overridden, parse_config, plain_value, put, read_config, write_config
 from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours, trainer_parts
 from fedex_lora.config.tables import CHAT, DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
@@ -14,6 +15,7 @@ __all__ = [
     "Local",
     "Lora",
     "Messages",
+    "Privacy",
     "Rules",
     "ServerOptimizer",
     "TaskSettings",

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fedex_lora.config.privacy import Privacy
 from fedex_lora.config.tables import Base, Clients, ConfigTable, Lora, TaskSettings
 
 
@@ -188,6 +189,7 @@ class Config(Rules):
     base: Base
     lora: Lora = Lora()
     task: TaskSettings
+    privacy: Privacy = Privacy()
     training: dict[str, Any] = Field(
         {},
         description="Any field of transformers.TrainingArguments but seeds, output, saving, hub and reporting. `learning_rate` is by "
