@@ -44,10 +44,10 @@ def _tasks(config: Config, load: Load) -> dict[str, Task]:
 
 
 def _together(tasks: Mapping[str, Task]) -> Task:
-    tables = [task.train.assign(**{HOLDER: client}) for client, task in tasks.items()]
+    train = pd.concat([task.train.assign(**{HOLDER: client}) for client, task in tasks.items()], ignore_index=True).astype(object)
     return replace(
         next(iter(tasks.values())),
-        train=pd.concat(tables, ignore_index=True),
+        train=train.where(train.notna(), None),  # columns that only some files have
         classes=np.concatenate([task.classes for task in tasks.values()]),
         notes=list(dict.fromkeys(note for task in tasks.values() for note in task.notes)),
         lines=(),
