@@ -15,7 +15,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.config import Config, TaskSettings, parse_config, read_config
-from fedex_lora.errors import ConfigError, DataError, UsageError, require_system
+from fedex_lora.errors import ConfigError, DataError, UsageError, require_system, require_versions
 from fedex_lora.models import export as exporting
 from fedex_lora.models.build import load_model
 from fedex_lora.report.analysis import clients, read_run, rounds
@@ -132,6 +132,7 @@ def run(
         (1, True)
     """
     require_system()
+    require_versions()
     if resume and out is None:
         raise UsageError("resume goes on with a run folder: give out, too")
     settings = _settings(config, rows, eval, model, processor)
