@@ -69,7 +69,7 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
     assert repr(plain).startswith("<fedex: 2 rounds, loss ")
     assert len(repr(plain).partition("'")[0]) < 80
     assert plain.state.round == 2
-    saved = plain.save(tmp_path / "saved")
+    saved = plain.save(tmp_path / "to" / "be" / "saved")
     assert verify(saved)["max_relative_error"] < 1e-6
     with pytest.raises(UsageError, match="exists: give another folder"):
         plain.save(saved)
@@ -123,6 +123,15 @@ def test_a_classifier_in_memory(tmp_path):
     assert more.state.round == 2
     with pytest.raises(ModelError, match="tells 2 classes apart, and the task has 3"):
         fedex_lora.run({**tree, "task": {"labels": [0, 1, 2]}}, **here)
+
+
+def test_a_result_without_a_global_model_says_so(notes):
+    parts, held = notes
+    result = fedex_lora.run({**TREE, "rounds": 1, "method": "fedsa"}, rows=parts, eval=held, on_event=ignore)
+    assert repr(result).startswith("<fedsa: 1 round, '")
+    for get in (result.model, lambda: result.export("out")):
+        with pytest.raises(ModelError, match="fedsa, which has no global model: load clients/CLIENT/adapter"):
+            get()
 
 
 class MineError(Exception):

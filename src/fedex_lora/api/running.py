@@ -15,7 +15,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.config import Config, TaskSettings, parse_config, read_config
-from fedex_lora.errors import ConfigError, DataError, UsageError, require_system, require_versions
+from fedex_lora.errors import ConfigError, DataError, UsageError, counted, require_system, require_versions
 from fedex_lora.models import export as exporting
 from fedex_lora.models.build import load_model
 from fedex_lora.report.analysis import clients, read_run, rounds
@@ -57,7 +57,7 @@ class RunResult:
         said = [f"{name} {last[name]:.3g}" for name in (self._headline, "exactness_error") if name in last and pd.notna(last[name])]
         odd = [str(event.round) for event in of_kind(self.events, RoundDone) if event.not_finite]
         said += [f"errors of round {', '.join(odd)} not finite"] if odd else []
-        return f"<{self.state.method}: {self.state.round} rounds, {', '.join(said)}, {str(self.folder)!r}>"
+        return f"<{self.state.method}: {', '.join([counted(self.state.round, 'round'), *said, repr(str(self.folder))])}>"
 
     def model(self) -> nn.Module:
         """The global model, a `PeftModel` in evaluation mode (of full fine-tuning the model itself)."""
@@ -67,7 +67,7 @@ class RunResult:
         """Copy the run folder.
 
         Args:
-            out: must not exist.
+            out: must not exist; folders above it are made.
 
         Raises:
             UsageError: it exists.
@@ -75,6 +75,7 @@ class RunResult:
         target = Path(out)
         if target.exists():
             raise UsageError(f"{target} exists: give another folder")
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
         aside = Path(mkdtemp(prefix=".fedex-lora-tmp.", dir=target.absolute().parent))
         shutil.copytree(self.folder, aside, dirs_exist_ok=True).rename(target)
         return target
