@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedex_lora.errors import ModelError
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
@@ -43,6 +45,8 @@ def test_a_model_a_metric_and_a_listener_of_the_users_own_in_20_lines(capsys):
     assert result.metrics["exactness_error"].max() < 1e-6
     assert list(result.metrics["share_of_red"])[-1] == list(result.metrics["accuracy"])[-1] / 2 == 0.5
     assert isinstance(result.model().get_base_model(), names["Words"])
+    with pytest.raises(ModelError, match="Words does not say where its embeddings are: call the layer embed_tokens"):
+        exec(compile(OWN.replace("embed_tokens", "words"), "own", "exec"), {"__name__": "own"})
 
 
 @pytest.mark.parametrize("text", ["\n".join(CELLS), blocks("README.md")[0], OWN], ids=["notebook", "README", "reference"])
