@@ -129,6 +129,37 @@ def require_system(platform: str = sys.platform) -> None:
         raise UsageError("fedex-lora runs on Linux and macOS, and this is Windows: use it in WSL 2", "package")
 
 
+def installed() -> tuple[dict[str, str], list[str]]:
+    """Package -> its version here, of those that this one needs; and which of them are missing or of another version than it needs."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    found, problems = dict[str, str](), list[str]()
+    for needed in map(Requirement, requires("fedex-lora") or []):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found[needed.name] = here = version(needed.name)
+        except PackageNotFoundError:
+            problems.append(f"{needed.name} is not installed: pip install '{needed}'")
+            continue
+        if not needed.specifier.contains(Version(here).base_version):  # containers have torch 2.6.0a0+somebody's
+            problems.append(f"{needed.name} {here} does not satisfy {needed.specifier}: pip install '{needed}'")
+    return found, problems
+
+
+def require_versions() -> None:
+    """What this package needs is here, in versions that it works with.
+
+    Raises:
+        UsageError: it is not; all of it in one line.
+    """
+    if problems := installed()[1]:
+        raise UsageError("; ".join(problems), "package")
+
+
 def require_extra(module: str, extra: str, what: str) -> None:
     """A package that only an extra of this project brings is installed.
 

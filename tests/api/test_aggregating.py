@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.conftest import make_updates
 from tests.offline.test_streaming import SHAPES, write_adapter
 
 from fedex_lora import AggregatedFolders, aggregate
@@ -49,6 +50,8 @@ def test_a_second_round_stands_on_the_first(sites, tmp_path):
         ({"weights": "num_examples"}, "give one number a folder"),
         ({"weights": {"north": 1}}, "weights name north, and the folders are north, south"),
         ({"weights": [1.0]}, "weight"),
+        ({"weights": 5}, "weights = 5: give one number a folder"),
+        ({"weights": {"north": "x", "south": 1}}, "'x'.*: give one number a folder"),
         ({"method": "fedx"}, "fedex"),
     ],
 )
@@ -58,5 +61,11 @@ def test_what_cannot_be_is_refused(sites, options, words):
 
 
 def test_updates_are_aggregated_as_before(sites):
+    updates = make_updates(2)
     with pytest.raises(UsageError, match="base= is for adapter folders"):
-        aggregate([torch.zeros(1)], base="x")
+        aggregate(updates, base="x")
+    for odd in ([torch.zeros(1)], [sites[0], updates[0]]):
+        with pytest.raises(UsageError, match="all of one kind"):
+            aggregate(odd)
+    assert aggregate(updates).weights.keys() == {"client-0", "client-1"}
+    assert len(aggregate(sites[0]).folders) == 1

@@ -1,4 +1,4 @@
-"""The notebook and README's Python: executed, and typed by the strict rules of pyproject.toml (with `make check`'s cache)."""
+"""The notebook, the reference's example and README's Python: executed, and typed by the strict rules of pyproject.toml."""
 
 import json
 import re
@@ -9,6 +9,8 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
+
+from fedex_lora.errors import ModelError
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
@@ -27,10 +29,27 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     assert (tmp_path / "notebook-run" / "final").is_dir()
 
 
-README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("text", ["\n".join(CELLS), README[0]], ids=["notebook", "README"])
+OWN = blocks("docs/reference.md")[0]
+
+
+def test_a_model_a_metric_and_a_listener_of_the_users_own_in_20_lines(capsys):
+    names = {"__name__": "own"}
+    exec(compile(OWN, "own", "exec"), names)
+    result, heard = names["result"], capsys.readouterr().out.split()
+    assert len([line for line in OWN.splitlines() if line.strip()]) <= 20
+    assert heard.count("round_done") == result.state.round == 5
+    assert result.metrics["exactness_error"].max() < 1e-6
+    assert list(result.metrics["share_of_red"])[-1] == list(result.metrics["accuracy"])[-1] / 2 == 0.5
+    assert isinstance(result.model().get_base_model(), names["Words"])
+    with pytest.raises(ModelError, match="Words does not say where its embeddings are: call the layer embed_tokens"):
+        exec(compile(OWN.replace("embed_tokens", "words"), "own", "exec"), {"__name__": "own"})
+
+
+@pytest.mark.parametrize("text", ["\n".join(CELLS), blocks("README.md")[0], OWN], ids=["notebook", "README", "reference"])
 def test_it_is_typed(text, tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "example.py").write_text(text)

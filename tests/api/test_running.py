@@ -10,13 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.runs.test_run import assert_same_bits, ignore
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import fedex_lora
 from fedex_lora.cli import app
 from fedex_lora.config import base_folder
-from fedex_lora.errors import DataError, FedexLoraError, ModelError, UsageError
+from fedex_lora.errors import ConfigError, DataError, FedexLoraError, ModelError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.events import RoundDone, RunDone, of_kind
 
@@ -29,6 +29,8 @@ TREE = {
     "lora": {"r": 2, "target_modules": "all-linear"},
     "training": {"learning_rate": 5e-3, "num_train_epochs": 1, "per_device_train_batch_size": 32},
 }
+
+TINY = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
     assert repr(plain).startswith("<fedex: 2 rounds, loss ")
     assert len(repr(plain).partition("'")[0]) < 80
     assert plain.state.round == 2
-    saved = plain.save(tmp_path / "saved")
+    saved = plain.save(tmp_path / "to" / "be" / "saved")
     assert verify(saved)["max_relative_error"] < 1e-6
     with pytest.raises(UsageError, match="exists: give another folder"):
         plain.save(saved)
@@ -150,13 +152,63 @@ def test_a_classifier_in_memory(tmp_path):
         fedex_lora.run({**tree, "task": {"labels": [0, 1, 2]}}, **here)
 
 
+def test_a_result_without_a_global_model_says_so(notes):
+    parts, held = notes
+    result = fedex_lora.run({**TREE, "rounds": 1, "method": "fedsa"}, rows=parts, eval=held, on_event=ignore)
+    assert repr(result).startswith("<fedsa: 1 round, '")
+    for get in (result.model, lambda: result.export("out")):
+        with pytest.raises(ModelError, match="fedsa, which has no global model: load clients/CLIENT/adapter"):
+            get()
+
+
+class MineError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [MineError, KeyboardInterrupt])
+def test_what_a_listener_raises_ends_the_run_which_goes_on_to_the_same_bits(error, notes, plain, tmp_path):
+    parts, held = notes
+
+    def stops(event):
+        if event.name == "client_done" and event.round == 2:
+            raise error
+
+    with pytest.raises(error):
+        fedex_lora.run(TREE, rows=parts, eval=held, on_event=stops, out=tmp_path / "run")
+    result = fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore, out=tmp_path / "run", resume=True)
+    assert_same_bits(result.folder, plain.folder)
+
+
+def test_a_model_in_memory_is_the_base_in_its_own_precision(notes):
+    parts, held = notes
+    model, tree = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.bfloat16), {**TREE, "base": {}, "rounds": 1}
+    result = fedex_lora.run(tree, rows=parts, eval=held, model=model, on_event=ignore)
+    assert result.events[0].base_dtype == "bfloat16"
+    assert result.events[0].base_delta["fold"] == 0  # as on such a base on disk: beside the weights
+    named = fedex_lora.run({**tree, "base": {**TREE["base"], "dtype": "bfloat16"}}, rows=parts, eval=held, on_event=ignore)
+    assert_same_bits(result.folder, named.folder)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"eval": None}, UsageError, "give rows and eval together"),
         ({"rows": {}}, UsageError, "give a table for each client"),
-        ({"rows": {"a": []}}, UsageError, "a table is empty"),
-        ({"rows": {"a": "notes.csv"}}, UsageError, "a data frame or a list of dictionaries"),
+        ({"rows": [{}]}, UsageError, "a table for each client by its name"),
+        ({"rows": {1: [{}]}}, UsageError, "a table for each client by its name"),
+        ({"rows": {"a": [], "b": "notes.csv"}}, DataError, "a table is empty, a: .*; rows: b is no table: .* list of dictionaries"),
+        ({"rows": {"a": [{"note": "x"}, {"note": "x", "colour": "red"}]}}, DataError, r"1 row with nothing to say: .* \(line 1\)"),
+        ({"config": None}, ConfigError, "of type NoneType: give a TOML file"),
+        ({"model": torch.nn.Linear(2, 2)}, UsageError, "type Linear: give a transformers.PreTrainedModel"),
+        ({"model": TINY, "config": {**TREE, "base": {}}}, UsageError, "give it by processor="),
+        (
+            {"model": TINY, "config": {**TREE, "base": {**TREE["base"], "dtype": "float16"}}},
+            UsageError,
+            "the model is in float32: remove",
+        ),
+        ({"metrics": lambda prediction: 3.0}, UsageError, "metrics gave a float: give a dictionary"),
+        ({"metrics": lambda prediction: {"x": "good"}}, UsageError, "metrics gave 'x' = 'good', which is no number"),
+        ({"metrics": lambda prediction: {"loss": 0.0}}, UsageError, "metrics gave 'loss', which the task has already"),
         ({"rows": {"a": [{"nota": "x", "colour": "red"}]}}, DataError, "a has no column 'note': did you mean 'nota'"),
         ({"resume": True}, UsageError, "give out, too"),
         ({"config": "nowhere.toml"}, FedexLoraError, "does not exist"),

@@ -1,5 +1,6 @@
 """The command line in process: what people type, what they read, and what the exit status says."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import fedex_lora
 from fedex_lora import __version__
 from fedex_lora.cli import app, demo, main
 from fedex_lora.client.arguments import require_device
@@ -264,3 +266,19 @@ def test_where_it_does_not_run_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("fedex_lora.cli._shared.require_system", lambda: require_system("win32"))
     assert "this is Windows" in one_line(call("run", "examples/quickstart.toml", "--out", tmp_path / "run"), 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_versions_that_it_does_not_work_with_are_said_at_the_start(tmp_path, monkeypatch):
+    """All of them, before anything is read or written; the doctor still looks at everything."""
+    here = {"torch": "2.5.1", "transformers": "4.57.0", "peft": "0.17.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name, real=importlib.metadata.version: here.get(name) or real(name))
+    said = one_line(call("run", "examples/quickstart.toml", "--out", tmp_path / "run"), 2)
+    for name, needed in (("torch", ">=2.6"), ("transformers", "<6,>=5.17"), ("peft", "<1,>=0.21")):
+        assert f"{name} {here[name]} does not satisfy {needed}: pip install '{name}{needed}'" in said
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=r"torch 2\.5\.1 does not satisfy"):
+        fedex_lora.run({})
+    problems = json.loads(call("doctor", "--json").stdout)["problems"]
+    assert [line.partition(" ")[0] for line in problems if "does not satisfy" in line] == sorted(here)
+    here["torch"] = "2.6.0a0+container"  # a build of somebody's
+    assert "torch" not in one_line(call("run", "examples/quickstart.toml", "--out", tmp_path / "run"), 2)

@@ -383,6 +383,33 @@ def test_parties_alone_on_their_machines_end_in_the_bits_of_one_process(changes,
     assert config.method == "fedsa" or (len(errors) == config.rounds and all(error < 1e-6 for error in errors))
 
 
+class Apart(LocalSimulation):
+    """The server of a run whose clients are each a new `Node` at every message, with its own folder."""
+
+    def federation(self):
+        def exchange(messages, deadline):
+            for client, payload in messages.items():
+                node = {"client": client, "state": str(self.state), "rows": "dealt"}
+                words = write_config(self.host.place.config)
+                request = NodeRequest(payload, client, "this-run", self.host.place.base.fingerprint(), words, node)
+                yield Reply(client, Node(ignore).reply(NodeRequest.from_bytes(request.to_bytes())))
+
+        return replace(super().federation(), exchange=exchange)
+
+    def remember_in(self, out):
+        self.state = out.parent / "state"
+
+
+@pytest.mark.parametrize("local", [{}, {"optimizer_state": "keep"}], ids=["fedex", "moments kept"])
+def test_more_rounds_over_flower_are_those_of_one_process(local, tmp_path):
+    """The app runs again with more rounds: 1 + 2 on machines of their own are 3 in one process, to the bit."""
+    run(small(rounds=1, local=local), tmp_path / "run", ignore, True, Apart)
+    run(small(rounds=3, local=local), tmp_path / "run", ignore, True, Apart)
+    run(small(rounds=3, local=local), tmp_path / "together", ignore)
+    assert differing(tmp_path / "together", tmp_path / "run") == []
+    assert (tmp_path / "state" / "this-run" / "skin").is_dir()
+
+
 def preferences(tmp_path, trainer):
     made = [{"prompt": f"bed {n} :", "completion": " red", "chosen": " red" * (1 + n % 2), "rejected": " blue"} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))

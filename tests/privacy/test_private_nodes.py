@@ -200,7 +200,7 @@ def test_the_bytes_hold_nothing_that_one_row_changes_but_the_parameters(rows, tm
         assert len(these) == len(those)
         assert {**told(these), "body": ""} == {**told(those), "body": ""}
         assert told(these).keys() == {
-            *("schema_version", "run", "round", "client", "body", "kind", "phase", "base_version", "num_examples", "metrics"),
+            *("schema_version", "run", "round", "client", "body", "kind", "phase", "base_version", "num_examples", "metrics", "base"),
             *("method", "scalings", "since", "version", "log_rounds", "halts", "reinit_seed"),
         }
         shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(reply).items()} for reply in (these, those)]

@@ -521,7 +521,7 @@ def test_settings_that_do_not_go_are_one_line():
     with pytest.raises(ConfigError) as error:
         require_private(bad)
     keys = [f"training.{key}" for key in wrong]
-    for part in ("method = 'keep' (use one of ffa, rolora, fedsvd)", "local.trainer", "base.quantization", *keys):
+    for part in ("method = 'keep' (use one of ffa, fed-sb, rolora, fedsvd)", "local.trainer", "base.quantization", *keys):
         assert part in str(error.value)
     require_private(bad.model_copy(update={"privacy": configuration().privacy}))
     fine = {"max_grad_norm": 1.0, "optim": "adamw_torch", "bf16": True, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}

@@ -72,7 +72,8 @@ def test_a_tokenizer_that_does_not_know_the_words_is_told(tmp_path):
 
 
 def test_what_stops_a_check_is_its_last_finding(tmp_path):
-    assert words(configuration(tmp_path, text=["txt"]), stops=True) == ["rows.csv has no column 'txt': did you mean 'text'?"]
+    said = "; ".join(f"{file}.csv has no column 'txt': did you mean 'text'?" for file in ("rows", "eval"))
+    assert words(configuration(tmp_path, text=["txt"]), stops=True) == [said]
     long = configuration(tmp_path, kind="causal-lm", labels=None, prompt="{text}", completion="{label}", max_length=2, on_bad_row="drop")
     assert any("no row is left" in line or "nothing is left to learn" in line for line in words(long, stops=True))
 

@@ -6,6 +6,7 @@ import tomllib
 import pytest
 from PIL import Image
 from tests.runs.test_run import ignore
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
@@ -68,7 +69,7 @@ def test_what_is_guessed_is_said(tmp_path):
     tree = tomllib.loads((tmp_path / "first.toml").read_text())
     assert tree["task"]["labels"] == ["green", "red"]
     assert tree["task"]["text"] == ["note"]
-    assert tree["task"]["max_length"] % 32 == 0
+    assert "max_length" not in tree["task"]  # the demo's tokenizer says nothing of another model's
     for words in (
         "2 classes in colour",
         "EDIT. The rows are dealt to three at random",
@@ -91,12 +92,57 @@ def test_images_are_told_by_their_files(tmp_path):
     assert (task["kind"], task["image"], task["label"], task["labels"]) == ("image-classification", "file", "finding", ["clear", "nodule"])
 
 
+SMALL = ["rounds=1", "torch_threads=1", "training.max_steps=1", "lora.r=2"]
+REAL = {
+    "ids, and semicolons": (
+        "id;Fall;Bericht;Ausgang\n" + "".join(f'P{i:05};e3f2-{i}-77bb-aaaa-bbbb;"müde; sagt ""aua"" 😷 {i}";{"AB"[i % 2]}\n' for i in ROWS),
+        {"kind": "classification", "text": ["Bericht"], "label": "Ausgang", "labels": ["A", "B"]},
+    ),
+    "rows without a label": (
+        "text,label\n" + "".join(f"day {i},{['10', '9', ''][i % 3]}\n" for i in ROWS),
+        {"kind": "classification", "labels": ["9", "10"], "on_bad_row": "drop"},
+    ),
+    "a text and what is made of it": (
+        "text,label\n" + "".join(f"day {i},rest {i} hours\n" for i in ROWS),
+        {"kind": "causal-lm", "prompt": "{text}", "completion": " {label}"},
+    ),
+    "a context": (
+        "context,question,answer\n" + "".join(f"{'' if i % 2 else 'a fall'},day {i},rest {i} hours\n" for i in ROWS),
+        {"kind": "causal-lm", "prompt": "[[{context}\n]]{question}", "completion": " {answer}"},
+    ),
+    "a text and its score": ("input,target\n" + "".join(f"day {i},{i / 7}\n" for i in ROWS), {"kind": "regression", "label": "target"}),
+    "two rows": ("text,label\nred,a\nblue,b\n", {"kind": "classification"}),
+}
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_tables_as_people_have_them_run_as_they_are(case, tmp_path):
+    text, want = REAL[case]
+    (tmp_path / "rows.csv").write_text(text)
+    done = init(tmp_path / "rows.csv", "-o", tmp_path / "first.toml")
+    assert done.exit_code == 0, done.output
+    task = tomllib.loads((tmp_path / "first.toml").read_text())["task"]
+    assert {key: task.get(key) for key in want} == want
+    assert ("8 of 24 rows are left out" in done.output) == (case == "rows without a label")
+    run(read_config(tmp_path / "first.toml", SMALL), tmp_path / "run", ignore)
+
+
+def test_the_length_is_that_of_the_model_s_tokenizer(gpt2, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{'pain ' * 40 if i else 'pain ' * 90},{i % 2}\n" for i in ROWS))
+    done = init(tmp_path / "rows.csv", "-o", tmp_path / "first.toml", "--model", gpt2)
+    assert done.exit_code == 0, done.output
+    assert tomllib.loads((tmp_path / "first.toml").read_text())["task"]["max_length"] == 64  # its positions
+    longest = len(AutoTokenizer.from_pretrained(gpt2)("pain " * 90)["input_ids"])
+    assert f"the longest row has {longest} tokens by the tokenizer of {gpt2}, of which 64 are read: EDIT" in done.output
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "has no rows"),
         ("id,when\n" + "".join(f"{i},{i * 37}\n" for i in range(30)), "none that is a class or a score of a text"),
         ("a,b\n1\n2,3,4\n", "more fields than its header"),
+        ("text,label\n" + "a,b\n" * 5, "has one class, b: give rows of two and more"),
     ],
 )
 def test_what_is_no_task_is_one_line(text, words, tmp_path):
@@ -106,3 +152,13 @@ def test_what_is_no_task_is_one_line(text, words, tmp_path):
     assert words in done.output
     assert len(done.output.strip().splitlines()) == 1
     assert not (tmp_path / "first.toml").exists()
+
+
+def test_a_folder_and_a_base_that_does_not_fit_are_one_line(tmp_path):
+    done = init(tmp_path, "-o", tmp_path / "first.toml")
+    assert "is a folder: give a file of rows" in done.output
+    Image.new("L", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "scans.csv").write_text("file,finding\n1.png,clear\n1.png,nodule\n" * 3)
+    assert "a tiny model for texts, and no images" in init(tmp_path / "scans.csv", "-o", tmp_path / "first.toml").output
+    begun = CliRunner().invoke(app, ["run", str(tmp_path / "first.toml"), "--dry-run"])
+    assert begun.stderr == "error: demo is no model for this kind of task: give base.model one that is\n"

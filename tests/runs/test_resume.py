@@ -127,24 +127,30 @@ def test_a_run_that_is_finished_stays_as_it_is(whole, tmp_path):
 MORE = {name: change for name, change in CASES.items() if name not in ("moments kept, uneven scaling", "full-ft")} | {
     "momentum": {"server": {"momentum": 0.5}},
     "moments kept": {"local": {"optimizer_state": "keep"}},
+    "momentum, moments kept, two of three": {
+        "server": {"momentum": 0.5},
+        "local": {"optimizer_state": "keep"},
+        "clients": {"fraction": 0.6},
+        "keep_rounds": 2,
+    },
 }
 
 
 @pytest.mark.parametrize("case", MORE)
 def test_a_finished_run_with_more_rounds_ends_as_one_that_had_them_at_once(case, tmp_path):
-    """1 round, then 2 more, are 3 rounds: the same bits, and its log says when it was over."""
-    home, config = (LocalSimulation, configuration) if case in ("fedex", "moments kept") else (Fake, without_model)
-    run(config(rounds=3, **MORE[case]), tmp_path / "want", ignore, home=home)
+    """3 rounds, then 2 more, are 5 rounds: the same bits, and its log says when it was over."""
+    home, config = (LocalSimulation, configuration) if case == "fedex" or "moments kept" in case else (Fake, without_model)
+    run(config(rounds=5, **MORE[case]), tmp_path / "want", ignore, home=home)
     out = tmp_path / "run"
-    run(config(rounds=1, **MORE[case]), out, ignore, home=home)
+    run(config(rounds=3, **MORE[case]), out, ignore, home=home)
     first = [event["round"] for event in events_of(out, "round_done")]
     over = []
-    run(config(rounds=3, **MORE[case]), out, lambda event: over.append(is_over(read_events(out / "events.jsonl"))), True, home)
-    assert (first, [event["round"] for event in events_of(out, "round_done")]) == ([1], [1, 2, 3])
+    run(config(rounds=5, **MORE[case]), out, lambda event: over.append(is_over(read_events(out / "events.jsonl"))), True, home)
+    assert (first, [event["round"] for event in events_of(out, "round_done")]) == ([1, 2, 3], [1, 2, 3, 4, 5])
     assert_same_bits(out, tmp_path / "want")
     assert not any(over[1:-1])  # it was over before, and is again at its end
-    assert [event["rounds"] for event in events_of(out, "run_done")] == [1, 3]
-    assert read_config(out / "config.toml").rounds == 3
+    assert [event["rounds"] for event in events_of(out, "run_done")] == [3, 5]
+    assert read_config(out / "config.toml").rounds == 5
 
 
 def test_rounds_that_cannot_be_added_are_refused(whole, tmp_path):

@@ -1,16 +1,19 @@
 """A run goes on from a result: of another run, or of adapters that were trained anywhere."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tests.runs.test_resume import StopError, stopping
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedex_lora import load_model
+from fedex_lora import aggregate, load_model
 from fedex_lora.cli import app
 from fedex_lora.config import base_folder, parse_config, read_config
 from fedex_lora.errors import ConfigError, ModelError
@@ -19,6 +22,7 @@ from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import run
 
+NOTES = Path(__file__).parents[2] / "examples" / "notes.toml"
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
@@ -109,12 +113,64 @@ def test_a_run_goes_on_from_aggregated_adapters(gpt2, tmp_path):
 
 def load_model_of(base, folder):
     """What the first layer of one site's model computes on the unit vectors, in fp64."""
-    from safetensors.torch import load_file
-
     layer = AutoModelForCausalLM.from_pretrained(base).transformer.h[0].attn.c_attn
     held = load_file(folder / "adapter_model.safetensors")
     (A,), (B,) = ([held[key].double() for key in held if "h.0." in key and f"lora_{part}" in key] for part in "AB")
     return (layer.weight.double() + (8 / 3) * (B @ A).T + layer.bias.double()).float()
+
+
+WARDS = {"north": ("sprain", "green", 0.3), "south": ("itch", "red", 0.7)}  # a sign, its colour, the weight
+
+
+@pytest.fixture(scope="module")
+def trained_by_trl(tmp_path_factory):
+    """Two sites' adapters of the demo's Llama, each trained by TRL on rows of its own, as it saves them."""
+    trl, folder = pytest.importorskip("trl", reason="the extra trl is not installed"), tmp_path_factory.mktemp("trl")
+    for name, (sign, colour, _) in WARDS.items():
+        rows = [{"prompt": f"the {who} has {sign} . triage :", "completion": f" {colour}"} for who in ("woman", "man", "girl", "boy")]
+        quiet = {"bf16": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        arguments = trl.SFTConfig(f"{folder}/work", max_steps=8, learning_rate=1e-2, **quiet)
+        trainer = trl.SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(base_folder()),
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(base_folder()),
+            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        trainer.save_model(f"{folder}/{name}")
+    return folder
+
+
+def test_a_run_from_an_aggregate_of_trl_adapters(trained_by_trl, tmp_path):
+    """It starts from W + sum_i p_i s_i B_i A_i, worked out in fp64 from what TRL saved: clients that do not move leave that model."""
+    shares = {name: share for name, (*_, share) in WARDS.items()}
+    aggregate([trained_by_trl / name for name in WARDS], weights=shares).save(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(base_folder()).double()
+    before, weights = logits(plain), plain.state_dict()
+    for name, share in shares.items():
+        held = load_file(trained_by_trl / name / "adapter_model.safetensors")
+        for key in [key for key in held if "lora_A" in key]:
+            A, B = held[key].double(), held[key.replace("lora_A", "lora_B")].double()
+            weights[key.removeprefix("base_model.model.").replace("lora_A.", "")] += share * (8 / 4) * B @ A
+    want = logits(plain)
+    assert (want - before).norm() > 0.1 * before.norm()
+    notes = NOTES.read_text().replace('model = "demo"', 'model = "demo"\nstart = "out"').replace('"notes"', f'"{NOTES.parent}/notes"')
+    (tmp_path / "run.toml").write_text(notes)
+    still, moved = (
+        CliRunner(env={"COLUMNS": "300"}).invoke(
+            app, ["run", f"{tmp_path}/run.toml", "--out", f"{tmp_path}/{name}", "--rounds", "1", "--set", f"training.learning_rate={rate}"]
+        )
+        for name, rate in (("still", 1e-30), ("moved", 5e-3))
+    )
+    assert (still.exit_code, moved.exit_code) == (0, 0), still.output + moved.output
+    assert "goes on from out: round 1 of fedex, whose base gained rank 4" in moved.output
+    assert (logits(load_model(tmp_path / "still", base_folder())) - want).norm() <= 1e-6 * want.norm()
+    assert (logits(load_model(tmp_path / "moved", base_folder())) - want).norm() > 1e-3 * want.norm()
+    assert verify(tmp_path / "moved")["max_relative_error"] < 1e-6
+    assert (
+        events_of(tmp_path / "moved", "round_done")[-1]["metrics"]["loss"] < events_of(tmp_path / "moved", "started")[0]["metrics"]["loss"]
+    )
 
 
 def test_what_does_not_go_on_is_refused_in_one_line(first, gpt2, tmp_path):

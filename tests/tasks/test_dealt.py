@@ -1,8 +1,10 @@
 """Every client its own file, on one machine."""
 
 import json
+import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tests.runs.test_run import assert_same_bits, ignore
 
@@ -11,9 +13,11 @@ from fedex_lora.errors import ConfigError, DataError
 from fedex_lora.runs.check import check
 from fedex_lora.runs.data import describe_rows
 from fedex_lora.runs.run import run
+from fedex_lora.tasks.dealt import dealt
 
 NOTES = Path(__file__).parents[2] / "examples" / "notes.toml"
 ROWS = NOTES.parent / "notes"
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}]
 
 
 def split(folder):
@@ -45,15 +49,45 @@ def test_three_files_are_one_file_with_a_column(tmp_path):
     run(read_config(tmp_path / "files" / "config.toml"), tmp_path / "files", ignore, True)  # as it was written
 
 
+def test_files_of_three_kinds_are_one_file_with_a_column(tmp_path):
+    """CSV, JSON lines and Parquet; labels that are text here and numbers there; a class that one file lacks; columns of their own."""
+    labels = [(i // 3) % (2 if i % 3 == 1 else 3) for i in range(36)]
+    rows = [{"note": f"bed {i} {'cough' if i % 2 else 'itch'}", "label": label, "ward": "abc"[i % 3]} for i, label in enumerate(labels)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b, c = (pd.DataFrame([row for row in rows if row["ward"] == ward]).drop(columns="ward") for ward in "abc")
+    a.assign(label=a["label"].astype(str)).to_csv(tmp_path / "a.csv", index=False, columns=["label", "note"])
+    b.assign(seen=[[1]] * len(b)).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    c.to_parquet(tmp_path / "c.parquet")
+    assert (set(a["label"]), set(b["label"])) == ({0, 1, 2}, {0, 1})
+    task = {"name": "custom", "text": ["note"], "labels": [0, 1, 2], "data": str(tmp_path), "eval": "all.jsonl"}
+    common = {"base": {"model": "demo"}, "rounds": 1, "torch_threads": 1, "training": {"max_steps": 2}, "lora": {"r": 2}}
+    files = {"c": "c.parquet", "b": "b.jsonl", "a": "a.csv"}
+    run(parse_config({**common, "task": task, "clients": {"data": files}}), tmp_path / "files", ignore)
+    column = {"partition": "column", "column": "ward"}
+    run(parse_config({**common, "task": {**task, "train": "all.jsonl"}, "clients": column}), tmp_path / "column", ignore)
+    assert_same_bits(tmp_path / "files", tmp_path / "column")
+
+
+def test_a_column_that_only_some_files_have_has_no_value_elsewhere(tmp_path):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    for name, more in (("a", {"tools": TOOLS}), ("b", {})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": chat, **more}) + "\n")
+    task = {"name": "custom", "kind": "chat", "data": str(tmp_path), "eval": "b.jsonl"}
+    tree = {"base": {"model": "demo"}, "task": task, "clients": {"holdout": 0.0, "data": {"a": "a.jsonl", "b": "b.jsonl"}}}
+    assert list(dealt(parse_config(tree))[0].train["tools"]) == [TOOLS, None]
+
+
 def test_what_is_wrong_with_each_file_is_said_in_one_line(tmp_path):
     file, names = split(tmp_path)
     (tmp_path / f"{names[0]}.jsonl").write_text('{"note": "a", "color": "red"}\n')
     (tmp_path / f"{names[1]}.jsonl").write_text("")
-    config = read_config(file)
-    with pytest.raises(
-        DataError, match=rf"{names[0]}\.jsonl has no column 'colour': did you mean 'color'\?; .*{names[1]}\.jsonl has no rows"
-    ) as caught:
+    (tmp_path / f"{names[2]}.jsonl").write_text('{"note": "a", "colour": ""}\n')
+    (tmp_path / "eval.jsonl").write_text('{"note": "", "colour": "red"}\n')
+    config, (one, two, three) = read_config(file), names
+    with pytest.raises(DataError) as caught:
         run(config, tmp_path / "run", ignore)
+    said = rf".*{one}\.jsonl has no column 'colour': did you mean 'color'\?; .*{two}\.jsonl has no rows.*; .*{three}\.jsonl: 1 row with "
+    assert re.match(said + r"nothing to say.*; .*eval\.jsonl: 1 row with an empty prompt", str(caught.value))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -310,7 +310,7 @@ def test_images_in_other_tasks_are_refused(task, message):
 
 
 def test_bases_that_do_not_fit(data, shape, tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match="no model could be loaded"):
+    with pytest.raises(ModelError, match="no model for this kind of task"):
         LocalSimulation(configuration(data, base_folder(), lora={"target_modules": "all-linear"}), ignore)
     SHAPE.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, overload
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -107,8 +108,11 @@ def aggregate(
         >>> aggregate(["north", "south"], weights=[120, 80]).save("out")                  # doctest: +SKIP
         <fedex of 2 adapters: 60 modules, rank 8 + 8, error 3e-08>
     """
-    updates = list(updates)
-    if not updates or not all(isinstance(one, str | Path) for one in updates):
+    updates = [updates] if isinstance(updates, str | Path) else list(updates)
+    kinds = {"folder" if isinstance(one, str | Path) else "update" if isinstance(one, ClientUpdate) else "other" for one in updates}
+    if kinds - {"folder"} and kinds - {"update"}:
+        raise UsageError("give ClientUpdates, or adapter folders, all of one kind")
+    if kinds != {"folder"}:
         if base is not None:
             raise UsageError("base= is for adapter folders")
         return engine.aggregate(updates, method, "num_examples" if weights is None else weights, truncation, state)
@@ -123,6 +127,9 @@ def aggregate(
 
 def _shares(folders: Sequence[Path], weights: Sequence[float] | Mapping[str, float]) -> list[float]:
     """One weight a folder, in their order."""
+    numbers = list(weights.values()) if isinstance(weights, Mapping) else weights
+    if not isinstance(numbers, Sequence | np.ndarray) or not all(isinstance(one, int | float | np.number) for one in numbers):
+        raise UsageError(f"weights = {weights!r}: give one number a folder, in their order or by the folder's name")
     if not isinstance(weights, Mapping):
         return [float(weight) for weight in weights]
     names = [folder.resolve().name for folder in folders]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.config import Config, TaskSettings, parse_config, read_config
-from fedex_lora.errors import ConfigError, UsageError, require_system
+from fedex_lora.errors import ConfigError, DataError, UsageError, counted, require_system, require_versions
 from fedex_lora.models import export as exporting
 from fedex_lora.models.build import load_model
 from fedex_lora.report.analysis import clients, read_run, rounds
@@ -25,6 +25,7 @@ from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 from fedex_lora.storage.run_folder import folder_after
 from fedex_lora.tasks import Task, custom, load_task
 from fedex_lora.tasks._files import Rows, as_text
+from fedex_lora.tasks._rows import each
 from fedex_lora.types import ServerState
 
 Table: TypeAlias = Dataset | pd.DataFrame | Sequence[Mapping[str, Any]]
@@ -47,7 +48,9 @@ class RunResult:
 
     def __init__(self, folder: Path, state: ServerState, model: PreTrainedModel | None, mine: TemporaryDirectory[str] | None) -> None:
         self.folder, self.state, self._model, self._mine = folder, state, model, mine
-        self.events: Sequence[Event] = read_run(folder).events
+        read = read_run(folder)
+        self.events: Sequence[Event] = read.events
+        self._headline, self._base = read.started.headline, str(read.started.base_model)
         self.metrics: pd.DataFrame = rounds(self.events)
         self.clients: pd.DataFrame = clients(self.events)
         self.best_round: int | None = of_kind(self.events, RunDone)[-1].best_round
@@ -57,11 +60,7 @@ class RunResult:
         said = [f"{name} {last[name]:.3g}" for name in (self._headline, "exactness_error") if name in last and pd.notna(last[name])]
         odd = [str(event.round) for event in of_kind(self.events, RoundDone) if event.not_finite]
         said += [f"errors of round {', '.join(odd)} not finite"] if odd else []
-        return f"<{self.state.method}: {self.state.round} rounds, {', '.join(said)}, {str(self.folder)!r}>"
-
-    @property
-    def _headline(self) -> str:
-        return read_run(self.folder).started.headline
+        return f"<{self.state.method}: {', '.join([counted(self.state.round, 'round'), *said, repr(str(self.folder))])}>"
 
     def model(self, round: int | str | None = None) -> nn.Module:
         """The global model, a `PeftModel` in evaluation mode (of full fine-tuning the model itself).
@@ -74,15 +73,11 @@ class RunResult:
         """
         return load_model(folder_after(self.folder, round), deepcopy(self._model) if self._model is not None else self._base)
 
-    @property
-    def _base(self) -> str:
-        return str(read_run(self.folder).started.base_model)
-
     def save(self, out: str | Path) -> Path:
         """Copy the run folder.
 
         Args:
-            out: must not exist.
+            out: must not exist; folders above it are made.
 
         Raises:
             UsageError: it exists.
@@ -90,6 +85,7 @@ class RunResult:
         target = Path(out)
         if target.exists():
             raise UsageError(f"{target} exists: give another folder")
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
         aside = Path(mkdtemp(prefix=".fedex-lora-tmp.", dir=target.absolute().parent))
         shutil.copytree(self.folder, aside, dirs_exist_ok=True).rename(target)
         return target
@@ -101,12 +97,12 @@ class RunResult:
             out: must not exist, or be empty.
             form: "merged", "adapter" or "base+adapter"; see `fedex-lora export`.
             round: see `model`.
-            options: `rank`, to cut the adapter; `dtype` and `shard`.
+            options: `rank`, to cut the adapter; `dtype` and `shard`, of what is written; `base`, where the base is now.
 
         Raises:
             UsageError, ModelError: see `fedex-lora export`; a base that was given in memory must be on disk, too.
         """
-        if self._model is not None and not Path(self._base).exists():
+        if self._model is not None and "base" not in options and not Path(self._base).exists():
             raise UsageError("an export reads the base from disk: save the model, with its tokenizer, and give its folder by base=")
         return exporting.export(folder_after(self.folder, round), form, Path(out), **options)
 
@@ -130,10 +126,11 @@ def run(
         rows: client -> its training rows: a `datasets.Dataset`, a data frame or a list of dictionaries, with the columns of `[task]`.
             Then `task.name` is "custom", and `[clients]` deals nothing.
         eval: the rows that only measure, with `rows`.
-        model: the base, with its head; it stays as it is. None: `base.model`.
+        model: the base, with its head: a `PreTrainedModel`, of a class of your own, too; it stays as it is. None: `base.model`.
         processor: the model's tokenizer or image processor; None: that of `base.model`.
-        metrics: `EvalPrediction` -> name -> number, beside the task's own. A causal LM's predictions are token ids.
-        on_event: told of everything that happens (`fedex_lora.storage.events`); None: a line a round on standard error.
+        metrics: `EvalPrediction` -> name -> number, beside the task's own, under other names. A causal LM's predictions are token ids.
+        on_event: told of everything that happens (`fedex_lora.storage.events`); None: a line a round on standard error. What it raises
+            ends the run, and so does Ctrl-C: with `out`, what was done is kept.
         out: the run folder; None: a temporary one, see `RunResult.save`.
         resume: go on with what `out` holds.
 
@@ -147,10 +144,11 @@ def run(
         (1, True)
     """
     require_system()
+    require_versions()
     if resume and out is None:
         raise UsageError("resume goes on with a run folder: give out, too")
-    settings = _settings(config, rows, eval, model)
-    tables = {} if rows is None else {name: _frame(table) for name, table in {**rows, EVAL: eval}.items()}
+    settings = _settings(config, rows, eval, model, processor)
+    tables = {} if rows is None else _tables({**rows, EVAL: eval})
     load = partial(_task, tables) if tables else load_task
     given = running.Given(load, model, processor, metrics)
     mine = TemporaryDirectory(prefix="fedex-lora-") if out is None else None
@@ -159,33 +157,55 @@ def run(
     return RunResult(folder, state, model, mine)
 
 
-def _settings(config: Config | Mapping[str, Any] | str | Path, rows: Any, held: Any, model: PreTrainedModel | None) -> Config:
+def _settings(config: Config | Mapping[str, Any] | str | Path, rows: Any, held: Any, model: Any, processor: Any) -> Config:
     if isinstance(config, str | Path):
         config = read_config(Path(config))
+    if not isinstance(config, Config | Mapping):
+        raise ConfigError(f"config is of type {type(config).__name__}: give a TOML file, or its tables as a dictionary")
     tree: dict[str, Any] = dict(config.model_dump(exclude_unset=True)) if isinstance(config, Config) else dict(config)
     if model is not None:
-        tree["base"] = {"model": model.config._name_or_path or type(model).__name__, **tree.get("base", {})}
+        tree["base"] = _base_of(model, processor, tree.get("base", {}))
     if (rows is None) is not (held is None):
         raise UsageError("give rows and eval together: rows to learn from, a table for each client, and rows that only measure")
     if rows is not None:
-        if EVAL in rows or not rows:
-            raise UsageError(f"rows: give a table for each client, and call none {EVAL!r}")
+        if not isinstance(rows, Mapping) or not rows or EVAL in rows or not all(isinstance(name, str) for name in rows):
+            raise UsageError(f"rows: give a table for each client by its name, a text, and call none {EVAL!r}")
         tree["task"] = {"name": "custom", **tree.get("task", {}), "eval": EVAL}
         tree["clients"] = {**tree.get("clients", {}), "data": {name: name for name in rows}}
     return parse_config(tree)
 
 
-def _frame(table: Any) -> Rows:
-    """Rows as a file would have them."""
+def _base_of(model: Any, processor: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The table `[base]` of a model that is here: its name, and the precision that it has."""
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"model is of type {type(model).__name__}: give a transformers.PreTrainedModel (a class of your own may derive from it: "
+            "docs/reference.md), or name it in base.model"
+        )
+    if not (name := base.get("model") or model.config._name_or_path) and processor is None:
+        raise UsageError("the model does not say where its tokenizer is: give it by processor=, or its folder by base.model")
+    dtype = str(model.dtype).removeprefix("torch.")
+    if base.get("dtype", dtype) != dtype:
+        raise UsageError(f"base.dtype = {base['dtype']!r}, and the model is in {dtype}: remove the key")
+    return {**base, "model": name or type(model).__name__, "dtype": dtype}
+
+
+def _tables(rows: Mapping[str, Any]) -> dict[str, Rows]:
+    """Rows by the name of their table, as files would have them; what is wrong with each is said at once."""
+    return dict(zip(rows, each(partial(_frame, name, table) for name, table in rows.items()), strict=True))
+
+
+def _frame(name: str, table: Any) -> Rows:
     if isinstance(table, Dataset):
         table = table.to_list()
     if isinstance(table, pd.DataFrame):
         table = table.to_dict(orient="records")
-    if not isinstance(table, Sequence) or not all(isinstance(row, Mapping) for row in table):
-        raise ConfigError("rows: give a datasets.Dataset, a data frame or a list of dictionaries for each client")
+    if isinstance(table, str) or not isinstance(table, Sequence) or not all(isinstance(row, Mapping) for row in table):
+        raise DataError(f"rows: {name} is no table: give a datasets.Dataset, a data frame or a list of dictionaries", "table")
     if not table:
-        raise UsageError("rows: a table is empty: give every client some, and eval, too")
-    made = as_text(pd.DataFrame({name: [row.get(name) for row in table] for name in table[0]}, dtype=object))
+        raise DataError(f"rows: a table is empty, {name}: give every client some, and eval, too", "no-rows")
+    columns = dict.fromkeys(column for row in table for column in row)
+    made = as_text(pd.DataFrame({column: [row.get(column) for row in table] for column in columns}, dtype=object))
     return made.set_axis(range(1, len(made) + 1))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 import typer.core
 
-from fedex_lora.errors import FedexLoraError, UsageError, require_system
+from fedex_lora.errors import FedexLoraError, UsageError, require_system, require_versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **options: Any) -> None:
         try:
             require_system()
+            if command.__name__ != "doctor":  # which says that and more
+                require_versions()
             command(*args, **options)
         except KeyboardInterrupt:
             fail("interrupted", 130)

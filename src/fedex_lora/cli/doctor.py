@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.cli._shared import Debug, Json, app, consoles, one_line_errors, print_json
-from fedex_lora.errors import counted
+from fedex_lora.errors import counted, installed
 
 
 @app.command()
@@ -29,23 +29,8 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 def examine() -> tuple[dict[str, str], list[str]]:
     """(facts, problems), both in words."""
-    from packaging.requirements import Requirement
-
-    facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
-    problems: list[str] = []
-    for text in requires("fedex-lora") or []:
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            facts[requirement.name] = version(requirement.name)
-        except PackageNotFoundError:
-            problems.append(f"{requirement.name} is not installed: pip install {requirement.name!r}")
-            continue
-        if not requirement.specifier.contains(facts[requirement.name], prereleases=True):
-            problems.append(
-                f"{requirement.name} {facts[requirement.name]} does not satisfy {requirement.specifier}: pip install '{requirement}'"
-            )
+    found, problems = installed()
+    facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", **found}
     for name, use in (("bitsandbytes", "base.quantization"), ("pillow", "images")):
         try:
             facts[name] = version(name)

@@ -108,7 +108,10 @@ def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> N
         ConfigError, ModelError: else.
     """
     name, processor = work.config.base.model, work.processor
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        raise ModelError(f"{name} does not say where its embeddings are: call the layer embed_tokens") from None
     if processor.pad_token_id is None:
         raise ModelError(f"{name} has no token to pad with and no end token: set tokenizer.pad_token, and save it with the model")
     known, largest = len(table.weight), max(max(map(max, rows["input_ids"]), default=0), processor.pad_token_id)

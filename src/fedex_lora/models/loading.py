@@ -161,6 +161,8 @@ def load_tokenizer(base: Base) -> Any:
 def why_not_loaded(name: str, error: Exception) -> str:
     """What to say where Transformers could not load something."""
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if reason.startswith("Unrecognized configuration class"):
+        return f"{name} is no model for this kind of task: give base.model one that is"
     if Path(name).exists():
         return f"{name} is a folder, but no model could be loaded from it: {reason}"
     return f"model {name!r} is neither a local folder nor to be had from the hub: give a folder, or check the name and go online ({reason})"

@@ -1,7 +1,7 @@
 """A first configuration from a file's columns: what kind of task it is, what is read and what is said, whose rows they are, how long."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from fedex_lora.config import DEMO, IMAGES, parse_config
 from fedex_lora.errors import DataError, FedexLoraError
 from fedex_lora.runs.data import describe_rows
 from fedex_lora.tasks._files import Rows, read_rows
+from fedex_lora.tasks._rows import classes_of
 from fedex_lora.tasks.chat import LAYOUTS
 
 LABELS = ("label", "labels", "class", "category", "target", "intent", "sentiment", "diagnosis", "score", "rating", "y")
 CLIENTS = ("site", "client", "hospital", "centre", "center", "party", "clinic", "country", "source", "domain")
-PROMPTS = ("prompt", "question", "instruction", "input", "source", "mr")
-COMPLETIONS = ("completion", "answer", "response", "output", "target", "reference", "ref", "summary")
+PROMPTS = ("prompt", "question", "instruction", "input", "source", "mr", "document", "article", "dialogue", "text")
+COMPLETIONS = ("completion", "answer", "response", "output", "target", "reference", "ref", "summary", "highlights", "solution", "label")
+CONTEXTS = ("context", "passage", "input")  # what a prompt is about, if a row has it
 PICTURES = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?|gif)$", re.IGNORECASE)
 MOST_CLASSES, MOST_CLIENTS = 50, 30
 STEP = 32  # max_length is a multiple of it
@@ -48,6 +50,8 @@ def first_config(file: Path, eval_file: Path | None = None, model: str = DEMO) -
     Raises:
         DataError: the file cannot be read, or its columns are of no task.
     """
+    if file.is_dir():
+        raise DataError(f"{file} is a folder: give a file of rows (of images: one with a column of their files and one of classes)", "file")
     rows = read_rows(str(file))
     guess, column = _guess(rows, file), _client_column(rows)
     held = eval_file or _beside(file)
@@ -56,29 +60,38 @@ def first_config(file: Path, eval_file: Path | None = None, model: str = DEMO) -
         "rounds": 5,
         "base": {"model": model},
         "task": {"name": "custom", **guess.task, "train": file.name, "eval": (held or file).name},
-        "clients": {"partition": "column", "column": column} if column else {"count": 3},
+        "clients": {"partition": "column", "column": column} if column else {"count": max(1, min(3, len(rows) // 2))},
         "training": {"per_device_train_batch_size": 8, "num_train_epochs": 1},
     }
     if held is None or held.absolute().parent == file.absolute().parent:
         tree["task"]["data"] = str(file.absolute().parent)
     else:
         tree["task"] |= {"train": str(file.absolute()), "eval": str(held.absolute())}
-    length = [] if guess.task["kind"] == IMAGES else _measured(tree)
-    said = [*guess.said, *_of_clients(rows, column), *_of_files(file, held)]
-    said += length
-    said += ["base.model: EDIT. demo is a tiny model that comes with the package; give a hub name or a folder"] if model == DEMO else []
+    said = [*guess.said, *_of_clients(rows, column), *_of_files(file, held), *_measured(tree)]
+    reads = "texts of 56 words" if guess.task["kind"] != IMAGES else "texts, and no images"
+    said += [f"base.model: EDIT. demo is a tiny model for {reads}; give a hub name or a folder"] if model == DEMO else []
     return "".join(f"# {line}\n" for line in said) + tomli_w.dumps(tree)
 
 
 def _measured(tree: dict[str, Any]) -> list[str]:
-    """Set `task.max_length` to what the longest row needs, and say so; or why nobody can tell."""
+    """Set what the rows themselves say, and say so: `task.max_length` from the longest, `task.on_bad_row` where some cannot be used."""
     try:
         report = describe_rows(parse_config(tree), rows=0)
     except FedexLoraError as error:
-        return [f"task.max_length: EDIT. The rows could not be measured: {error}"]
+        return [f"EDIT. It does not run as it is: {error}"]
+    said = [f"task.on_bad_row: EDIT. {note}" for note in report.notes if " rows are left out: " in note]
+    tree["task"] |= {"on_bad_row": "drop"} if said else {}
+    if "a row" not in report.lengths:
+        return said
+    if tree["base"]["model"] == DEMO:  # whose tokens are no other model's
+        return [
+            *said,
+            f"task.max_length: {report.max_length} tokens, the default; --model NAME measures the rows by that model's tokenizer",
+        ]
     longest = report.lengths["a row"].most
     tree["task"]["max_length"] = min(report.max_length or longest, -(-longest // STEP) * STEP)
-    return [f"task.max_length: the longest row has {longest} tokens by the tokenizer of {tree['base']['model']}"]
+    cut = f", of which {tree['task']['max_length']} are read: EDIT, if the model can more" if longest > tree["task"]["max_length"] else ""
+    return [*said, f"task.max_length: the longest row has {longest} tokens by the tokenizer of {tree['base']['model']}{cut}"]
 
 
 def _guess(rows: Rows, file: Path) -> _Guess:
@@ -99,24 +112,36 @@ def _guess(rows: Rows, file: Path) -> _Guess:
         return _Guess(
             {"kind": IMAGES, "image": image, "label": label, "labels": _classes(rows, label)}, [f"images in {image}, classes in {label}"]
         )
+    names = [name for name in names if name and any(isinstance(cell, str) and cell.strip() for cell in rows[name])]
     prompt = next((name for name in PROMPTS if name in names), None)
-    completion = next((name for name in COMPLETIONS if name in names and name != prompt), None)
-    if prompt and completion and len(set(rows[completion])) > min(MOST_CLASSES, len(rows) // 2):
-        task = {"kind": "causal-lm", "prompt": f"{{{prompt}}}", "completion": f" {{{completion}}}"}
-        return _Guess(task, [f"kind causal-lm: the model reads {prompt}, and the loss is on {completion}"])
+    completion = next((name for name in COMPLETIONS if name in names and name != prompt and _is_written(rows, name)), None)
+    if prompt and completion:
+        context = next((name for name in CONTEXTS if name in names and name not in (prompt, completion)), None)
+        asked = f"[[{{{context}}}\n]]{{{prompt}}}" if context else f"{{{prompt}}}"
+        task = {"kind": "causal-lm", "prompt": asked, "completion": f" {{{completion}}}"}
+        read = f"{context} and {prompt}" if context else prompt
+        return _Guess(task, [f"kind causal-lm: the model reads {read}, and the loss is on {completion}"])
     label = _label(rows, names)
     texts = _texts(rows, [name for name in names if name != label])
     if label is None or not texts:
+        columns = ", ".join(map(str, rows.columns))
         raise DataError(
-            f"{file} has the columns {', '.join(names)}, and none that is a class or a score of a text, nor a prompt and a completion, nor "
+            f"{file} has the columns {columns}, and none that is a class or a score of a text, nor a prompt and a completion, nor "
             "messages: rename the columns to text and label, or to prompt and completion",
             "column",
         )
     if _is_score(rows, label):
         return _Guess({"kind": "regression", "text": texts, "label": label}, [f"kind regression: a score in {label}"])
     classes = _classes(rows, label)
+    if len(classes) < 2:
+        raise DataError(f"{file}, column {label!r}, has one class, {classes[0]}: give rows of two and more, or rename the column", "label")
     said = f"kind classification: {len(classes)} classes in {label}. EDIT task.labels if some of them are missing in this file"
-    return _Guess({"kind": "classification", "text": texts, "label": label, "labels": classes}, [said])
+    scale = (
+        ["EDIT task.kind: regression, and no task.labels, if these numbers are a scale"]
+        if len(classes) > 2 and _are_numbers(classes)
+        else []
+    )
+    return _Guess({"kind": "classification", "text": texts, "label": label, "labels": classes}, [said, *scale])
 
 
 def _is_image(cell: Any) -> bool:
@@ -135,28 +160,32 @@ def _label(rows: Rows, names: Sequence[str]) -> str | None:
 
 def _is_score(rows: Rows, label: str) -> bool:
     """Numbers with fractions, or more different ones than classes are."""
-    cells = [cell for cell in rows[label] if isinstance(cell, str) and cell.strip()]
-    try:
-        numbers = [float(cell) for cell in cells]
-    except ValueError:
-        return False
-    return any(number % 1 for number in numbers) or len(set(numbers)) > MOST_CLASSES
+    cells = set(_classes(rows, label))
+    return _are_numbers(cells) and (any(float(cell) % 1 for cell in cells) or len(cells) > MOST_CLASSES)
+
+
+def _are_numbers(cells: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", cell, re.IGNORECASE) for cell in cells)
+
+
+def _is_written(rows: Rows, name: str) -> bool:
+    """Texts, of which most are there once: no classes, no scores."""
+    cells = _classes(rows, name)
+    return not _are_numbers(cells) and len(cells) > min(MOST_CLASSES, max(2, len(rows) // 2))
 
 
 def _classes(rows: Rows, label: str) -> list[str]:
-    return sorted({cell for cell in rows[label] if isinstance(cell, str) and cell.strip()})
+    return classes_of(cell for cell in rows[label] if isinstance(cell, str) and cell.strip())
 
 
 def _texts(rows: Rows, names: Sequence[str]) -> list[str]:
-    """One text column, or the two of a pair: those with names that differ in a number, else the one with the longest cells."""
-    lengths = {
-        name: sum(len(cell) for cell in rows[name] if isinstance(cell, str)) / len(rows) for name in names if name.lower() not in CLIENTS
-    }
-    plain = {name: re.sub(r"[12ab]$", "", name.lower()) for name in lengths}
+    """One text column, or the two of a pair: those with names that differ in a number, else the one with the most words, or characters."""
+    plain = {name: re.sub(r"[12ab]$", "", name.lower()) for name in names if name.lower() not in CLIENTS}
     pairs = [[one for one in plain if plain[one] == plain[name]] for name in plain if plain[name] != name.lower()]
     if pair := next((pair for pair in pairs if len(pair) == 2), None):
         return pair
-    return [max(lengths, key=lambda name: lengths[name])] if lengths else []
+    cells = {name: [cell for cell in rows[name] if isinstance(cell, str)] for name in plain}
+    return [max(cells, key=lambda name: (sum(len(cell.split()) for cell in cells[name]), sum(map(len, cells[name]))))] if cells else []
 
 
 def _client_column(rows: Rows) -> str | None:

@@ -57,7 +57,31 @@ class Given:
     def measured(self, task: Task) -> Task:
         """The task with these metrics, too."""
         own, theirs = self.metrics, task.metrics
-        return task if own is None else replace(task, metrics=lambda prediction: {**theirs(prediction), **own(prediction)})
+
+        def both(prediction: EvalPrediction) -> dict[str, float]:
+            known = theirs(prediction)
+            return {**known, **_numbers(own(prediction), known)} if own else known
+
+        return task if own is None else replace(task, metrics=both)
+
+
+def _numbers(found: Any, known: Collection[str]) -> dict[str, float]:
+    """What metrics of the user's own gave.
+
+    Raises:
+        UsageError: no numbers by names, or names that are taken.
+    """
+    if not isinstance(found, Mapping):
+        raise UsageError(f"metrics gave a {type(found).__name__}: give a dictionary of numbers by their names")
+    if taken := [str(name) for name in found if name in known or name in ("loss", "rows")]:
+        raise UsageError(f"metrics gave {taken[0]!r}, which the task has already: give it another name")
+    made = dict[str, float]()
+    for name, value in found.items():
+        try:
+            made[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"metrics gave {name!r} = {value!r:.60}, which is no number: give one") from None
+    return made
 
 
 class LocalSimulation:

@@ -1,14 +1,15 @@
 """What is wrong with single rows: found all at once, then refused in one line, or left out and counted."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fedex_lora import config
 from fedex_lora.errors import DataError, counted
 from fedex_lora.tasks._files import HALF, Rows
 from fedex_lora.tasks._templates import text_of
 
+T = TypeVar("T")
 SHOWN = 5  # lines, or values, that a complaint names
 
 
@@ -46,6 +47,23 @@ class RowTable:
     inputs: Sequence[str] = ()
     label: str | None = None
     notes: Sequence[str] = ()
+
+
+def each(work: Iterable[Callable[[], T]]) -> list[T]:
+    """What each of them gives; what is wrong with any of them is said at once.
+
+    Raises:
+        DataError: in one line; its code is the first one's.
+    """
+    given, wrong = list[T](), list[DataError]()
+    for one in work:
+        try:
+            given.append(one())
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        raise DataError("; ".join(dict.fromkeys(map(str, wrong))), wrong[0].code, wrong[0].rows)
+    return given
 
 
 def found(code: str, words: str, rows: Rows, bad: Iterable[bool]) -> list[Problem]:

@@ -31,7 +31,7 @@ from fedex_lora.models.processor import require_pillow
 from fedex_lora.tasks._files import Rows, read_rows
 from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
 from fedex_lora.tasks._metrics import measuring
-from fedex_lora.tasks._rows import Problem, RowTable, alike, classes_of, empty, found, halved, outside, require_columns, usable_rows
+from fedex_lora.tasks._rows import Problem, RowTable, alike, classes_of, each, empty, found, halved, outside, require_columns, usable_rows
 from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
 from fedex_lora.tasks._templates import columns_of, filled, text_of
 from fedex_lora.tasks.chat import chat_table, chat_task
@@ -54,12 +54,10 @@ def load(settings: config.TaskSettings, read: Reader = read_rows) -> Task:
         DataError: a file or column is missing, rows cannot be used (`task.on_bad_row`), or none is left.
         UsageError: images without Pillow.
     """
-    notes: list[str] = []
-    kept = []
-    for table in row_tables(settings, read):
-        rows, said = usable_rows(table.rows, table.source, table.problems, settings.on_bad_row)
-        kept.append(rows)
-        notes += [*(note for note in table.notes if note not in notes), *said]
+    tables = row_tables(settings, read)
+    usable = [partial(usable_rows, table.rows, table.source, table.problems, settings.on_bad_row) for table in tables]
+    kept, said = zip(*each(usable), strict=True)
+    notes = list(dict.fromkeys(note for table, more in zip(tables, said, strict=True) for note in [*table.notes, *more]))
     kinds = {"regression": _regression, "causal-lm": _causal_lm, config.CHAT: chat_task}
     train, held = (rows.reset_index(drop=True) for rows in kept)
     lines, eval_lines = (tuple(int(line) for line in rows.index) for rows in kept)
@@ -77,7 +75,8 @@ def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple
     if settings.kind == config.IMAGES:
         require_pillow()
     chats = settings.kind == config.CHAT
-    sources = {str(source): read(str(source), settings.data) for source in (settings.train, settings.eval)}
+    names = list(dict.fromkeys([str(settings.train), str(settings.eval)]))
+    sources = dict(zip(names, each(partial(read, name, settings.data) for name in names), strict=True))
     made = {source: chat_table(source, rows) for source, rows in sources.items()} if chats else _tables(settings, sources)
     told = {source: replace(table, problems=[*halved(table.rows), *table.problems]) for source, table in made.items()}
     return told[settings.train], told[settings.eval]
@@ -88,8 +87,8 @@ def _tables(settings: config.TaskSettings, sources: Mapping[str, Rows]) -> dict[
     written, images = settings.kind == "causal-lm", settings.kind == config.IMAGES
     inputs = list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)])) if written else settings.text
     label = None if written else settings.label
-    for source, rows in sources.items():
-        require_columns(rows, [*([settings.image or "image"] if images else inputs), *([label] if label else [])], source)
+    columns = [*([settings.image or "image"] if images else inputs), *([label] if label else [])]
+    each(partial(require_columns, rows, columns, source) for source, rows in sources.items())
     classes = class_names(settings, sources[str(settings.train)])
     compared = [] if images else inputs
     return {source: RowTable(source, rows, _problems(settings, rows, classes), compared, label) for source, rows in sources.items()}

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from fedex_lora.config import Clients, Config, TaskSettings
-from fedex_lora.errors import DataError
 from fedex_lora.tasks import Task, load_task
+from fedex_lora.tasks._rows import each
 from fedex_lora.tasks.partition import Indices, partition
 
 HOLDER = "\0client"  # a column that no file has: whose row it is
@@ -37,22 +38,16 @@ def dealt(config: Config, load: Load = load_task) -> tuple[Task, dict[str, tuple
 
 def _tasks(config: Config, load: Load) -> dict[str, Task]:
     """Each client's own, checked as on a machine of its own."""
-    found, wrong = dict[str, Task](), list[DataError]()
-    for client, file in sorted(config.clients.data.items()):
-        try:
-            found[client] = load(config.task.model_copy(update={"train": file}), config.seed)
-        except DataError as error:
-            wrong.append(error)
-    if wrong:
-        raise DataError("; ".join(dict.fromkeys(str(error) for error in wrong)), wrong[0].code, wrong[0].rows)
-    return found
+    own = dict(sorted(config.clients.data.items()))
+    settings = (config.task.model_copy(update={"train": file}) for file in own.values())
+    return dict(zip(own, each(partial(load, one, config.seed) for one in settings), strict=True))
 
 
 def _together(tasks: Mapping[str, Task]) -> Task:
-    tables = [task.train.assign(**{HOLDER: client}) for client, task in tasks.items()]
+    train = pd.concat([task.train.assign(**{HOLDER: client}) for client, task in tasks.items()], ignore_index=True).astype(object)
     return replace(
         next(iter(tasks.values())),
-        train=pd.concat(tables, ignore_index=True),
+        train=train.where(train.notna(), None),  # columns that only some files have
         classes=np.concatenate([task.classes for task in tasks.values()]),
         notes=list(dict.fromkeys(note for task in tasks.values() for note in task.notes)),
         lines=(),
