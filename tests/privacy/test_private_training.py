@@ -380,7 +380,8 @@ def test_nothing_is_left_of_the_hooks(both):
 
 
 @pytest.mark.parametrize(
-    ("method", "moved"), [("ffa", ("B", "B")), ("fedsvd", ("B", "B")), ("rolora", ("B", "A")), ("fedex", ("AB", "AB"))]
+    ("method", "moved"),
+    [("ffa", ("B", "B")), ("fedsvd", ("B", "B")), ("rolora", ("B", "A")), ("fed-sb", ("C", "C")), ("fedex", ("AB", "AB"))],
 )
 def test_methods_through_two_rounds(folder, method, moved):
     """An update says the stated rows, and no metrics; the factors that the method trains in a round are those that have moved."""
@@ -389,7 +390,7 @@ def test_methods_through_two_rounds(folder, method, moved):
     setting = build(folder, method=method, privacy={**PRIVATE, "ledger": "unused"}, **small, **kept)
     moments, steps = None, []
     for round in (1, 2):
-        before = {name: [layer.factor(part).clone() for part in "AB"] for name, layer in lora_layers(setting.model).items()}
+        before = {name: layer.pair().parts for name, layer in lora_layers(setting.model).items()}
         data = ClientData(setting.rows, setting.rows)
         update, moments = local_update(
             setting.model, "client-1", round, data, setting.place.work, moments, lambda step, of: steps.append((step, of))
@@ -397,7 +398,7 @@ def test_methods_through_two_rounds(folder, method, moved):
         assert (update.num_examples, update.metrics) == (40, {})
         assert steps == round * [(step, 5) for step in range(1, 6)]  # of 40 stated rows, where there are 12
         for name, pair in update.adapter.items():
-            changed = "".join(part for part, old in zip("AB", before[name], strict=True) if not torch.equal(getattr(pair, part), old))
+            changed = "".join(part for part, old in before[name].items() if not torch.equal(pair.parts[part], old))
             assert changed == moved[round - 1]
     assert (moments is None) == (method in ("rolora", "fedsvd"))
 
@@ -527,7 +528,7 @@ def test_settings_that_do_not_go_are_one_line():
     fine = {"max_grad_norm": 1.0, "optim": "adamw_torch", "bf16": True, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
     require_private(configuration(method="ffa+balanced", training=fine, **privacy))
     assert {name for name, row in METHODS.items() if row.private == "warns"} == {"fedex", "fedit", "reinit"}
-    assert {name for name, row in METHODS.items() if row.private == "yes"} == {"ffa", "rolora", "fedsvd"}
+    assert {name for name, row in METHODS.items() if row.private == "yes"} == {"ffa", "fed-sb", "rolora", "fedsvd"}
     defaults = TrainingArguments("unused", use_cpu=True)
     assert all(getattr(defaults, key) in harmless or key in ("accelerator_config", "fsdp") for key, (harmless, _) in REFUSED.items())
 

@@ -67,7 +67,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Inside, no B is zero, or A would have no gradient to compare; afterwards all numbers and modes are those of before."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    factors = {(layer.parameter(part)): layer.parameter(part).detach().clone() for layer in lora_layers(model).values() for part in "AB"}
+    parameters = [layer.parameter(part) for layer in lora_layers(model).values() for part in layer.parts.replace("U", "")]
+    factors = {parameter: parameter.detach().clone() for parameter in parameters}
     try:
         with torch.no_grad():
             for factor in factors:
