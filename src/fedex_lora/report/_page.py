@@ -16,6 +16,7 @@ from fedex_lora import __version__
 from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
+from fedex_lora.report._privacy import privacy_section
 from fedex_lora.report._sections import Section, communication_section, comparison, curves, details, deviation_section, tiles
 from fedex_lora.report._tables import Sortable
 from fedex_lora.report.analysis import Run, find_runs
@@ -62,7 +63,7 @@ def page(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
         raise UsageError(f"{len(groups)} kinds of runs are too many for one report: give at most {MOST} (seeds do not count)")
     budget = 2 * CELLS // max(1, len(groups))  # cells of heat maps, of one group
     parts = [Section("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
-    parts += [curves(groups), deviation_section(groups), communication_section(groups)]
+    parts += [curves(groups), deviation_section(groups), communication_section(groups), privacy_section(groups)]
     parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
     parts = [part for part in parts if part.items or part.inner]
     charts, tables = [item for item in _items(parts) if isinstance(item, Chart)], sum(1 for _ in _items(parts))
