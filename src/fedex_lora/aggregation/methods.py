@@ -69,6 +69,8 @@ class Method:
         momentum: may the server's next model repeat its last change (`aggregation.momentum`)?
         lora: False where clients train the whole model instead (all of it travels as other tensors).
         centralised: one client holds all rows: the reference.
+        private: does it go with private training? "yes": what the server makes of noised updates is their mean; "warns": it also makes
+            products of one factor's noise with the other's; "no".
         paper: where it comes from.
     """
 
@@ -87,6 +89,7 @@ class Method:
     momentum: bool = False
     lora: bool = True
     centralised: bool = False
+    private: Literal["yes", "warns", "no"] = "no"
 
     @property
     def exact(self) -> bool:
@@ -155,7 +158,10 @@ FEDEX = "FedEx-LoRA, arXiv 2410.09432"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("fedex", "exact", factor_means_and_residual, FEDEX, residual_policy="base", residual_rank=_centred, momentum=True),
+        Method(
+            "fedex", "exact", factor_means_and_residual, FEDEX,
+            residual_policy="base", residual_rank=_centred, momentum=True, private="warns",
+        ),
         Method(
             "fedex-best", "exact", best_rank, f"{FEDEX}, with the best rank-r part in the adapter",
             adapter="svd", residual_policy="base", residual_rank=_beyond_best, per_client_ranks=True, momentum=True,
@@ -166,16 +172,19 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "reinit", "exact", all_to_rest, "FLoRA, arXiv 2409.05976",
-            adapter="drawn", residual_policy="base", residual_rank=_stacked, per_client_ranks=True, momentum=True,
+            adapter="drawn", residual_policy="base", residual_rank=_stacked, per_client_ranks=True, momentum=True, private="warns",
         ),
         Method(
             "keep", "exact", all_to_rest, f"{FEDEX}, section 6",
             adapter="drawn", residual_policy="base", residual_rank=_stacked, client_state="AB", per_client_ranks=True,
         ),
-        Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True),
-        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trained_schedule=("B",), momentum=True),
-        Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trained_schedule=("B", "A")),
-        Method("fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805", trained_schedule=("B",), gauge="orthonormal-a", momentum=True),
+        Method("fedit", "inexact", factor_means, "FedIT, arXiv 2305.05644", momentum=True, private="warns"),
+        Method("ffa", "exact", factor_means, "FFA-LoRA, arXiv 2403.12313", trained_schedule=("B",), momentum=True, private="yes"),
+        Method("rolora", "exact", factor_means, "RoLoRA, arXiv 2502.01755", trained_schedule=("B", "A"), private="yes"),
+        Method(
+            "fedsvd", "exact", factor_means, "FedSVD, arXiv 2505.12805",
+            trained_schedule=("B",), gauge="orthonormal-a", momentum=True, private="yes",
+        ),
         Method("flexlora", "rank-r-optimal", best_rank, "FlexLoRA, arXiv 2402.11505", adapter="svd", per_client_ranks=True),
         Method("hetlora", "inexact", padded_means, "HetLoRA, arXiv 2401.06432", adapter="weighted", per_client_ranks=True),
         Method("fedsa", "personalised", factor_means, "FedSA-LoRA, arXiv 2410.01463", shared="A", client_state="B"),

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import Trainer
 
+from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.trainers import CODE
 from fedex_lora.client.training import _trainer, continued
-from fedex_lora.errors import ConfigError, ModelError
+from fedex_lora.errors import ConfigError, ModelError, require_extra
+from fedex_lora.privacy.settings import require_private
 
 
 def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:
@@ -18,10 +21,13 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
 
     The batch has the longest row and the one with the largest token, so that it is the hardest that these rows have.
 
+    Where training is private, every trained tensor must have a sound gradient of each single row (`private_probe`).
+
     Raises:
-        ConfigError: settings that the trainer refuses, rows longer than the model has positions for.
+        ConfigError: settings that the trainer refuses, or that do not go with privacy; rows longer than the model has positions for.
         ModelError: the model takes something else than the tokenizer or image processor gives, or its loss is not finite.
     """
+    require_private(work.config)
     if work.task.reads_text:
         require_fitting(model, rows, work)
     if work.trainer is not None:
@@ -47,8 +53,23 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
         finally:
             model.zero_grad()
             model.train(training)
+        if work.config.privacy.is_on:
+            _require_private_step(model, rows, work, trainer)
     if not math.isfinite(value := float(loss.detach())):
         raise ModelError(f"{name}: the loss of the untrained model is {value}: is the checkpoint whole? Or set base.dtype = 'float32'")
+
+
+def _require_private_step(model: nn.Module, rows: Dataset, work: TrainingContext, trainer: Trainer) -> None:
+    require_extra("opacus", "dp", "private runs")
+    from fedex_lora.client.private_probe import require_sound
+
+    def batch(few: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: value.to(trainer.args.device) for name, value in trainer.data_collator(few).items()}  # type: ignore[misc]
+
+    lengths = list(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else [0]
+    few = sorted({*_hardest_rows(rows), lengths.index(min(lengths)), *range(min(len(rows), 2))})[:4]
+    few = few if len(few) > 1 else 2 * few
+    require_sound(model, [rows[row] for row in few], batch, work.task.kind, get_method(work.config.method).trained_schedule)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from logging import getLogger
@@ -25,8 +25,10 @@ from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.metrics import argmax_and_loss, first_output, token_loss
 from fedex_lora.client.trainers import CODE, Place, trainer_of_party
 from fedex_lora.config import IMAGES, Config
-from fedex_lora.errors import ConfigError, TrainingError
+from fedex_lora.errors import ConfigError, TrainingError, require_extra
 from fedex_lora.models.lora import read_model, read_other, set_trained
+from fedex_lora.privacy.accounting import PrivacyPlan, privacy_plan
+from fedex_lora.privacy.settings import require_private
 from fedex_lora.tasks import collator
 from fedex_lora.types import ClientUpdate
 
@@ -66,6 +68,7 @@ def local_update(
 
     Returns:
         The update, and the optimiser's state after it where `local.optimizer_state` is "keep"; both on the CPU, wherever the model is.
+        Of a private client the update says the stated number of rows, and no metrics.
 
     Raises:
         TrainingError: the loss is not finite, or memory ran out; or the party's own trainer failed, or changed what it may not: the model
@@ -73,7 +76,8 @@ def local_update(
     """
     seed, started = derive_seed(work.config.seed, round, client_id), time.perf_counter()
     set_trained(model, get_method(work.config.method).trained(round))
-    with _trainer(model, work, seed, data.train, on_step, place) as trainer:
+    plan = privacy_plan(work.config, client_id) if work.config.privacy.is_on else None
+    with _trainer(model, work, seed, data.train, on_step, place, plan) as trainer:
         optimizer = continued(trainer, work.config, round, optimizer_state)
         set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
         try:
@@ -95,8 +99,9 @@ def local_update(
         raise TrainingError(
             f"client {client_id}: training diverged in round {round} (loss {loss:g}): lower training.learning_rate", "diverged"
         )
-    metrics = {"train_loss": loss, "steps": steps, "seconds": time.perf_counter() - started}
-    update = ClientUpdate(client_id=client_id, adapter=adapter, num_examples=len(data.train), other=other, metrics=metrics)
+    metrics = {} if plan else {"train_loss": loss, "steps": steps, "seconds": time.perf_counter() - started}
+    rows = plan.rows if plan else len(data.train)
+    update = ClientUpdate(client_id=client_id, adapter=adapter, num_examples=rows, other=other, metrics=metrics)
     return update, state
 
 
@@ -140,15 +145,23 @@ def evaluate(model: nn.Module, rows: Dataset, work: TrainingContext) -> dict[str
 
 @contextmanager
 def _trainer(
-    model: nn.Module, work: TrainingContext, seed: int, rows: Dataset | None, on_step: StepHook | None, place: Place | None = None
+    model: nn.Module,
+    work: TrainingContext,
+    seed: int,
+    rows: Dataset | None,
+    on_step: StepHook | None,
+    place: Place | None = None,
+    plan: PrivacyPlan | None = None,
 ) -> Iterator[Trainer]:
-    """A Trainer for one call, in a temporary folder that stays empty: the party's for its rows, ours to measure and by default."""
+    """A Trainer for one call, in a temporary folder that stays empty: the party's for its rows, ours to measure, in private, and by default."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedex-lora-"))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_old_objects_left_alone())
-        if rows is None or work.trainer is None:
+        if plan is not None:
+            trainer = stack.enter_context(_private(model, work, training_arguments(work.config, folder, seed), rows, plan))
+        elif rows is None or work.trainer is None:
             trainer = _ours(model, work, training_arguments(work.config, folder, seed), rows)
         else:
             arguments = training_arguments(work.config, folder, seed, work.trainer)
@@ -171,6 +184,18 @@ def _ours(model: nn.Module, work: TrainingContext, arguments: TrainingArguments,
         compute_metrics=lambda prediction: {**work.task.metrics(first_output(prediction)), **token_loss(prediction, work.task.kind)},
         preprocess_logits_for_metrics=argmax_and_loss if work.task.kind == "causal-lm" else None,  # type: ignore[arg-type]
     )
+
+
+def _private(
+    model: nn.Module, work: TrainingContext, arguments: TrainingArguments, rows: Dataset | None, plan: PrivacyPlan
+) -> AbstractContextManager[Trainer]:
+    require_private(work.config)
+    require_extra("opacus", "dp", "private runs")
+    from fedex_lora.client.private import private_trainer
+
+    arguments.remove_unused_columns = work.task.kind != IMAGES  # as in `_ours`
+    given = {"model": model, "train_dataset": rows, "data_collator": collator(work.task.kind, work.processor)}
+    return private_trainer(plan, work.task.kind, arguments, **given)
 
 
 @contextmanager

@@ -8,16 +8,18 @@ import numpy as np
 from fedex_lora.aggregation import ALIGNED, METHODS, Method, derive_seed, get_method
 from fedex_lora.config import Config, Rules, ServerOptimizer, Truncation
 from fedex_lora.errors import ConfigError
+from fedex_lora.privacy.settings import require_private
 
 
 def require_consistent(config: Config, clients: int) -> None:
-    """What single keys cannot say: do method, ranks, precision, truncation and optimiser state go together?
+    """What single keys cannot say: do method, ranks, precision, truncation, optimiser state and privacy go together?
 
     Raises:
         UsageError: unknown method or factorization.
         ConfigError: they do not.
     """
     method = get_method(config.method)
+    require_private(config)
     _require_ranks(config, method, clients)
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")

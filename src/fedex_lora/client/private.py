@@ -1,0 +1,261 @@
+"""Private local training: DP-SGD (Abadi et al. 2016, algorithm 1) inside `transformers.Trainer`, by Opacus' hooks, optimiser and sampler.
+
+A step draws every row with probability q, scales each row's gradient to norm C at most, adds noise of standard deviation sigma C to the
+sum, and divides by the *expected* number of rows. Nothing else of the rows goes into the model, and nothing else comes out: no loss.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample import prepare_module
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, pad
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fedex_lora.errors import TrainingError
+from fedex_lora.privacy.accounting import PrivacyPlan
+from fedex_lora.tasks import IGNORED
+
+TOLERANCE = 0.05  # of sums of gradients in the lowest precision that there is; a gradient of something else is off by its own size
+LEFT = ("grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample", "_norm_sample")  # on parameters, by Opacus
+STATE, WORDS = 24, 624  # where the words of torch's Mersenne twister are among the bytes of its state, and how many
+
+
+def secret_generator(device: torch.device | str) -> torch.Generator:
+    """Random numbers that nobody can guess, from the system's entropy, and that nothing keeps.
+
+    A seed is not enough: torch's generator of the CPU takes 32 bits of it, so that all its streams could be tried. Here all of its state is
+    drawn; on a GPU the seed has 64 bits, and a drawn place in its stream 40 more.
+
+    Example:
+        >>> torch.equal(torch.randn(2, generator=secret_generator("cpu")), torch.randn(2, generator=secret_generator("cpu")))
+        False
+    """
+    made = torch.Generator(device)
+    made.manual_seed(secrets.randbits(64))
+    if made.device.type == "cpu":
+        state = made.get_state()
+        words = torch.frombuffer(bytearray(secrets.token_bytes(8 * WORDS)), dtype=torch.int64) & 0xFFFFFFFF
+        state[STATE : STATE + 8 * WORDS] = words.view(torch.uint8)
+        made.set_state(state)
+    else:
+        made.set_offset(4 * secrets.randbits(40))
+    return made
+
+
+def example_losses(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """The loss of each example by itself.
+
+    Args:
+        logits: (examples, classes), (examples, 1) for scores, or (examples, tokens, vocabulary).
+        labels: (examples,); for a causal LM (examples, tokens), with `IGNORED` where nothing is learnt.
+        kind: of the task.
+
+    Returns:
+        (examples,), in float32: cross entropy, squared error, or the mean over the example's own tokens, 0 where it has none.
+
+    Example:
+        >>> example_losses(torch.zeros(1, 3, 8), torch.tensor([[IGNORED, IGNORED, IGNORED]]), "causal-lm")
+        tensor([0.])
+    """
+    logits = logits.float()
+    if kind == "causal-lm":
+        ahead = pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        losses = cross_entropy(logits.flatten(0, 1), ahead.flatten(), ignore_index=IGNORED, reduction="none").view(ahead.shape)
+        return losses.sum(dim=1) / (ahead != IGNORED).sum(dim=1).clamp(min=1)
+    if logits.shape[-1] == 1:
+        return mse_loss(logits.squeeze(-1), labels.float(), reduction="none")
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def losses_of(model: nn.Module, batch: Any, kind: str) -> Tensor:
+    """`example_losses` of a batch as the collators make it."""
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    return example_losses(model(**inputs).logits, labels, kind)
+
+
+def owners(model: nn.Module) -> list[nn.Module]:
+    """The modules that have a trained parameter of their own."""
+    return [module for module in model.modules() if any(one.requires_grad for one in module.parameters(recurse=False))]
+
+
+@contextmanager
+def per_example_gradients(model: nn.Module) -> Iterator[None]:
+    """Backward passes leave each example's gradient in `grad_sample` of what is trained; afterwards nothing of it is left.
+
+    Args:
+        model: already on its device, with its adapters. The loss that is differentiated must be a sum over examples.
+    """
+    hooks = None
+    try:
+        hooks = prepare_module(model, "hooks", wrap_model=False, loss_reduction="sum")
+        yield
+    finally:
+        if hooks is not None:
+            hooks.cleanup()
+        for handle in vars(model).pop("autograd_grad_sample_hooks", []):
+            handle.remove()
+        for module in model.modules():
+            for name in (
+                ("activations", "max_batch_len", "ft_compute_sample_grad") if next(module.parameters(False), None) is not None else ()
+            ):
+                vars(module).pop(name, None)
+        for parameter in model.parameters():
+            parameter.grad = None
+            for name in LEFT:
+                vars(parameter).pop(name, None)
+
+
+class PrivateOptimizer(DPOptimizer):
+    """Opacus' optimiser, whose sum holds to C in any precision.
+
+    Norms and sums are float32, whatever the gradients are, and no matrix product that a device may round. An example with a gradient that
+    is not finite counts as zero: it says nothing, and spoils nothing.
+    """
+
+    @torch.no_grad()
+    def clip_and_accumulate(self) -> None:
+        """Add each example's gradient over all that is trained, scaled to norm C at most, to `summed_grad`."""
+        samples = [sample.float() for sample in self.grad_samples]
+        norms = torch.stack([sample.flatten(start_dim=1).norm(dim=1) for sample in samples], dim=1).norm(dim=1)
+        factors = torch.where(norms.isfinite(), (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        for parameter, sample in zip(self.params, samples, strict=True):
+            scaled = sample.nan_to_num(0.0, 0.0, 0.0) * factors.view(-1, *[1] * (sample.dim() - 1))
+            added = scaled.sum(dim=0).to(parameter.dtype)
+            parameter.summed_grad = added if parameter.summed_grad is None else parameter.summed_grad + added
+
+
+class PrivateTrainer(Trainer):
+    """`transformers.Trainer`, whose steps are those of DP-SGD. Made by `private_trainer`, with hooks on its model.
+
+    Args:
+        plan: what a round is.
+        kind: of the task.
+        given: of `Trainer`.
+    """
+
+    def __init__(self, plan: PrivacyPlan, kind: str, **given: Any) -> None:
+        super().__init__(**given)
+        model: nn.Module = given["model"]
+        self.model_accepts_loss_kwargs = False  # losses are ours
+        self._plan, self._kind, self._compared = plan, kind, False
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.add_callback(_Moves({name: parameter for parameter, name in self._names.items()}, plan.round.sigma))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in which each row is with probability q, each in parts of `per_device_train_batch_size` rows at most."""
+        assert self.train_dataset is not None
+        rows, args, round = self._remove_unused_columns(self.train_dataset, "training"), self.args, self._plan.round  # type: ignore[arg-type]
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=UniformWithReplacementSampler(
+                num_samples=len(rows), sample_rate=round.rate, steps=round.steps, generator=secret_generator("cpu")
+            ),
+            collate_fn=partial(_in_parts, collate=self.data_collator, size=args.per_device_train_batch_size),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser, behind clipping and noise."""
+        if self.optimizer is None:
+            made = super().create_optimizer(model)
+            self._private = self.optimizer = PrivateOptimizer(
+                made,
+                noise_multiplier=self._plan.round.sigma,
+                max_grad_norm=self._plan.clip_norm,
+                expected_batch_size=self._plan.batch,
+                generator=secret_generator(next(iter(self._names)).device),
+            )
+            if {id(parameter) for parameter in self._private.params} != set(map(id, self._names)):
+                raise TrainingError("the optimiser's parameters are not those that are trained: nothing is sent")
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The sum of all clipped gradients but those of the last part, which the optimiser's step adds; of no rows it is zero."""
+        model.train()
+        self._private.zero_grad(set_to_none=True)
+        for number, part in enumerate(inputs["parts"], 1):
+            batch = self._prepare_inputs(part)
+            with self.compute_loss_context_manager():
+                losses = losses_of(model, batch, self._kind)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            self._require_own(len(losses))
+            if number < len(inputs["parts"]):
+                self._private.signal_skip_step(True)
+                self._private.pre_step()
+                self._private.zero_grad(set_to_none=True)
+        if not inputs["parts"]:
+            for parameter in self._private.params:
+                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+        return torch.zeros((), device=self.args.device)
+
+    def _require_own(self, rows: int) -> None:
+        """Each parameter has one gradient a row; and in the first finite batch they are, in sum, what autograd says."""
+        own = {name: getattr(parameter, "grad_sample", None) for parameter, name in self._names.items()}
+        odd = [name for name, sample in own.items() if not isinstance(sample, Tensor) or len(sample) != rows]
+        finite = self._compared or all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in self._names)
+        if not odd and not self._compared and finite:
+            self._compared = True
+            odd = [name for parameter, name in self._names.items() if not _alike(own[name], parameter.grad)]
+        if odd:
+            raise TrainingError(
+                f"no gradient of single rows for {odd[0]} ({len(odd)} such): nothing is sent; leave it out of what is trained"
+            )
+
+
+def _alike(samples: Any, whole: Any) -> bool:
+    """Is the sum of the examples' gradients that of the whole, up to rounding?"""
+    scale = samples.flatten(start_dim=1).float().norm(dim=1).sum()
+    return bool((samples.float().sum(dim=0) - whole).norm() <= TOLERANCE * scale)
+
+
+def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -> dict[str, list[Any]]:
+    return {"parts": [collate(rows[start : start + size]) for start in range(0, len(rows), size)]}
+
+
+class _Moves(TrainerCallback):
+    """Every trained tensor moves in the first step, or in a later one where its learning rate is still too small to show."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], sigma: float) -> None:
+        self._parameters, self._sigma, self._rate = parameters, sigma, 0.0
+        self._still = dict[str, Tensor]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._still = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self._sigma and (silent := [name for name, one in self._parameters.items() if one.grad is None or not one.grad.any()]):
+            raise TrainingError(f"no noise reached {silent[0]} ({len(silent)} such): nothing is sent")
+        self._rate = max(self._rate, *(float(group["lr"]) for group in optimizer.param_groups))
+        self._still = {name: start for name, start in self._still.items() if torch.equal(start, self._parameters[name])}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._still and self._sigma and self._rate:
+            name, *others = self._still
+            raise TrainingError(f"training did not move {name} ({1 + len(others)} such): nothing is sent; raise training.learning_rate")
+
+
+@contextmanager
+def private_trainer(plan: PrivacyPlan, kind: str, arguments: TrainingArguments, **given: Any) -> Iterator[PrivateTrainer]:
+    """A Trainer of DP-SGD on a model, which has nothing of it left afterwards.
+
+    Args:
+        plan: what a round is.
+        kind: of the task.
+        arguments: of the run; steps, accumulation and clipping become those of the plan.
+        given: of `Trainer`: model, rows, collator.
+    """
+    arguments.max_steps, arguments.gradient_accumulation_steps, arguments.max_grad_norm = plan.round.steps, 1, 0.0
+    trainer = PrivateTrainer(plan, kind, args=arguments, **given)
+    with per_example_gradients(given["model"]):  # Trainer has moved the model: hooks come last
+        yield trainer
