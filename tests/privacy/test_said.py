@@ -17,7 +17,7 @@ TABLES = {
     "task": {"name": "demo"},
     "privacy": {"epsilon": 3, "rows": {"site-000": 300, "site-001": 280}, "accountant": "rdp", "clip_norm": 0.5},
 }
-CARD = {"format": "adapter", "method": "ffa", "round": 2, "base_model": "demo", "fedex-lora": "1"}
+CARD = {"format": "adapter", "method": "ffa", "round": 2, "base_model": "demo", "fedex-lora": "1", "dtype": "float32"}
 NUMBERS = {"rank": 2, "update_error": 0.0, "output_error": 0.0, "output_bound": None, "tokens": None}
 
 
@@ -34,7 +34,7 @@ def html_of(folder, facts):
 def test_a_report(facts, tmp_path):
     html = html_of(tmp_path / "private", facts)
     sigma = facts["private_clients"]["site-001"]["sigma"]
-    assert f'<td class="n" data-v="{sigma:.6g}">{sigma:.4g}</td>' in html or f">{sigma:.4g}</td>" in html
+    assert f">{sigma:.4g}</td>" in html
     assert "What it says of a single record" in html
     assert "add or remove one" in html
     assert "single record" not in html_of(tmp_path / "plain", {})
