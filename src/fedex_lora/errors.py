@@ -10,6 +10,7 @@ FedexLoraError              exit 1: the work failed
 |- DataError                rows, columns, labels, partitions
 |- ModelError               a base model that cannot be loaded or is not the right one
 |- TrainingError            local training that failed
+|- PrivacyError             what a party's ledger, budget or stated numbers do not allow
 `- UsageError               exit 2: wrong usage
    `- ConfigError           a configuration that says something impossible
 """
@@ -88,6 +89,12 @@ class TrainingError(FedexLoraError):
     """Local training failed."""
 
     code = "training"
+
+
+class PrivacyError(FedexLoraError):
+    """A party's ledger, budget or stated numbers do not allow it; or private training failed, of which no more is told."""
+
+    code = "privacy"
 
 
 class UsageError(FedexLoraError):

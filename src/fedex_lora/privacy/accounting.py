@@ -11,6 +11,7 @@ from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError, require_extra
 
 BATCH, EPOCHS = 8, 3.0  # transformers.TrainingArguments' own, where [training] says nothing
+MOST = 1024.0  # of sigma: with more nothing is left to learn
 
 
 class Mechanism(NamedTuple):
@@ -68,20 +69,27 @@ def spent(history: Iterable[Mechanism], delta: float, accountant: str = "prv") -
     return _epsilon(tuple(sorted((sigma, rate, count) for (sigma, rate), count in steps.items() if count)), delta, accountant)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
-    require_extra("opacus", "dp", "private runs")
-    from opacus.accountants import create_accountant
-
     if not history:
         return 0.0
     if any(sigma == 0 for sigma, _, _ in history):
         return math.inf
+    if accountant == "rdp":
+        return _accounted(history, "rdp", delta=delta)
+    error = min(0.01, _epsilon(history, delta, "rdp") / 200)  # that of the numerical composition is added to it: a hundredth would be all
+    return _accounted(history, accountant, delta=delta, eps_error=error)
+
+
+def _accounted(history: Sequence[tuple[float, float, int]], accountant: str, **options: float) -> float:
+    require_extra("opacus", "dp", "private runs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from opacus.accountants import create_accountant
+
         made = create_accountant(mechanism=accountant)
         made.history = list(history)
-        return float(made.get_epsilon(delta=delta))
+        return float(made.get_epsilon(**options))
 
 
 @lru_cache(maxsize=1024)
@@ -95,15 +103,41 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
         >>> round(noise_for(epsilon=1.0, delta=1e-5, rate=0.01, steps=1000), 1)
         1.4
     """
-    low, high = 0.0, 1.0
-    while spent([Mechanism(high, rate, steps)], delta, accountant) > epsilon:
-        low, high = high, 2 * high
-        if high > 2**20:
-            raise ConfigError(f"privacy.epsilon = {epsilon:g}: no noise is enough for {steps} steps: take fewer, or a larger epsilon")
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent([Mechanism(middle, rate, steps)], delta, accountant) <= epsilon else (middle, high)
+
+    def over(sigma: float) -> float:
+        """How far above epsilon this sigma is, as a logarithm."""
+        return math.log(spent([Mechanism(sigma, rate, steps)], delta, accountant) / epsilon)
+
+    high = _first_guess(epsilon, delta, rate, steps, accountant)
+    above = over(high)
+    if above > 0 and over(MOST) > 0:
+        raise ConfigError(f"privacy.epsilon = {epsilon:g}: no noise is enough for {steps} steps: take fewer, or a larger epsilon")
+    while above > 0:
+        high *= 2
+        above = over(high)
+    low = high / 2
+    while (below := over(low)) <= 0:
+        low, high, above = low / 2, low, below
+        if high < 1e-3:
+            return high
+    while high > 1.001 * low:  # the curve is all but straight in logarithms
+        share = below / (below - above) if math.isfinite(below) else 0.5
+        middle = min(max(low * (high / low) ** share, 1.0004 * low), high / 1.0004)
+        if (here := over(middle)) <= 0:
+            high, above = middle, here
+        else:
+            low, below = middle, here
     return high
+
+
+def _first_guess(epsilon: float, delta: float, rate: float, steps: int, accountant: str) -> float:
+    """A sigma from above by Rényi divergences, which are worked out at once; one where they have none."""
+    if accountant == "rdp":
+        return 1.0
+    try:
+        return noise_for(epsilon, delta, rate, steps, "rdp")
+    except ConfigError:
+        return 1.0
 
 
 def privacy_plan(config: Config, client: str) -> PrivacyPlan:
@@ -135,10 +169,10 @@ def _batch(config: Config) -> int:
 
 
 def rounds_left(history: Sequence[Mechanism], plan: PrivacyPlan, budget: float, accountant: str = "prv") -> int:
-    """How many rounds of the plan a budget still pays for, of those that the plan has."""
-    low, high = 0, plan.rounds
+    """How many more rounds of the plan, of at most as many as it has, a budget pays for after this history."""
+    low, high, middle = 0, plan.rounds, plan.rounds  # all of them, most often
     while low < high:
-        middle = (low + high + 1) // 2
         more = plan.round._replace(steps=plan.round.steps * middle)
         low, high = (middle, high) if spent([*history, more], plan.delta, accountant) <= budget else (low, middle - 1)
+        middle = (low + high + 1) // 2
     return low

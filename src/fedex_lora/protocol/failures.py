@@ -36,6 +36,7 @@ WORDS: Final[Mapping[str, str]] = {
     "no-data": "its node has not said where its rows are: give its node data = 'FOLDER'",
     "no-rows": "a file without rows",
     "package": "a package that the run needs is not installed there",
+    "privacy": "its privacy does not allow an answer, or its private training failed: it says no more",
     "rows": "its rows do not fit the task",
     "score": "scores that are no numbers",
     "settings": "its own settings and the run's do not fit together",
@@ -50,6 +51,11 @@ WORDS: Final[Mapping[str, str]] = {
 
 OF_THE_RUN: Final = ("config", "labels-unset")
 """Faults of the run's configuration: whoever is asked again says the same."""
+
+BESIDE_ROWS: Final = frozenset(
+    "base busy client config labels-unset lacks message model no-data package privacy settings size worker".split()
+)
+"""Faults of which no row can be the reason: all that a private party tells of, before anything is trained."""
 
 MOST_ROWS = 10**9
 ENGINES = ("flwr", "nvflare")  # packages whose handlers of signals end a process by SystemExit
@@ -82,6 +88,16 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.words}; the details are in the party's log"
+
+    @property
+    def private(self) -> "Failure":
+        """What a private party tells in its place: nothing that one of its rows could be the reason for, and no number of rows.
+
+        Example:
+            >>> Failure("label", 3).private, Failure("base").private
+            (Failure(code='privacy', rows=0), Failure(code='base', rows=0))
+        """
+        return Failure(self.code if self.code in BESIDE_ROWS else "privacy")
 
     @property
     def of_the_run(self) -> bool:

@@ -1,0 +1,134 @@
+"""What a client may spend by its ledger: entries before training, answers before they leave, and a table of all that was spent."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from fedex_lora.errors import PrivacyError, counted
+from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, rounds_left, spent
+from fedex_lora.privacy.ledger import Answered, Entry, append_line, held_ledger, read_ledger
+
+
+@dataclass(frozen=True)
+class Account:
+    """A client's ledger, and what it may spend by it.
+
+    Attributes:
+        path: the ledger.
+        client: who.
+        plan: of its run.
+        budget: the most epsilon of all that the ledger says.
+        accountant: see `spent`.
+        rows: `rows_digest`.
+        whole: all lines count, whoever they name: the ledger is of one party. Otherwise those of this client.
+    """
+
+    path: Path
+    client: str
+    plan: PrivacyPlan
+    budget: float
+    accountant: str = "prv"
+    rows: str = ""
+    whole: bool = False
+
+    def history(self, lines: Sequence[Entry | Answered]) -> list[Mechanism]:
+        """All that counts of a ledger."""
+        return [line.mechanism for line in lines if isinstance(line, Entry) and (self.whole or line.client == self.client)]
+
+    def standing(self) -> tuple[float, int]:
+        """Epsilon so far, and how many more rounds of the plan the budget pays for."""
+        history = self.history(read_ledger(self.path))
+        return spent(history, self.plan.delta, self.accountant), rounds_left(history, self.plan, self.budget, self.accountant)
+
+    def enter(self, run: str, round: int) -> None:
+        """Write down a round that is about to be trained. One that is there, and was never answered, is trained again under its entry.
+
+        Raises:
+            PrivacyError: the budget does not pay for it, this round or a later one of the run was answered, or there is no ledger.
+            StorageError: the ledger cannot be written, or is broken.
+        """
+        with held_ledger(self.path) as (descriptor, lines):
+            of_run = [line for line in lines if (line.client, line.run) == (self.client, run)]
+            last = max((line.round for line in of_run if isinstance(line, Answered)), default=0)
+            if round <= last:
+                raise PrivacyError(
+                    f"client {self.client} answered round {last} of run {run}, and another answer to round {round} would be a second "
+                    "release: begin a new run"
+                )
+            if any(isinstance(line, Entry) and (line.round, line.mechanism) == (round, self.plan.round) for line in of_run):
+                os.fsync(descriptor)
+                return
+            history, mechanism = self.history(lines), self.plan.round
+            if (epsilon := spent([*history, mechanism], self.plan.delta, self.accountant)) > self.budget:
+                raise PrivacyError(
+                    f"client {self.client}: with round {round} of run {run} epsilon would be {epsilon:.4g}, and its budget is "
+                    f"{self.budget:g} ({counted(len(history), 'round')} before it in {self.path}): its rows are spent"
+                )
+            append_line(descriptor, Entry(client=self.client, run=run, round=round, rows=self.rows, **mechanism._asdict()))
+
+    def answered(self, run: str, round: int) -> None:
+        """Write down that the answer to a round is kept, and may leave; once.
+
+        Raises:
+            PrivacyError, StorageError: see `enter`; or the ledger has no entry of this round, so nothing may leave.
+        """
+        line = Answered(client=self.client, run=run, round=round)
+        with held_ledger(self.path) as (descriptor, lines):
+            if not any(isinstance(one, Entry) and one.question == line.question for one in lines):
+                raise PrivacyError(f"{self.path} has no entry of round {round} of run {run}, so its answer stays: is it the right ledger?")
+            if any(isinstance(one, Answered) and one.question == line.question for one in lines):
+                os.fsync(descriptor)
+            else:
+                append_line(descriptor, line)
+
+
+def rows_digest(rows: Sequence[object]) -> str:
+    """Of a party's rows, in whatever order: for its own eyes, for it says which rows of other ledgers are the same.
+
+    Example:
+        >>> rows_digest([{"text": "a"}, {"text": "b"}]) == rows_digest([{"text": "b"}, {"text": "a"}])
+        True
+    """
+    each = sorted(blake3(json.dumps(row, sort_keys=True, default=repr).encode()).digest() for row in rows)
+    return blake3(b"".join(each)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What was spent on the rows of one digest by a client in a run; with "" for a run, on all of a client; for a client, on everything.
+
+    Attributes:
+        client, run, rows: see `Entry`.
+        rounds, answered: that were entered, and that were answered.
+        steps: of all of them.
+        epsilon: of all of them together.
+    """
+
+    client: str
+    run: str
+    rows: str
+    rounds: int
+    answered: int
+    steps: int
+    epsilon: float
+
+
+def spendings(lines: Sequence[Entry | Answered], delta: float, accountant: str = "prv") -> list[Spending]:
+    """A line for each client, run and rows, in the order of the ledger; then all of each client; where there are more, of all together."""
+    entries = [line for line in lines if isinstance(line, Entry)]
+    said = {line.question for line in lines if isinstance(line, Answered)}
+
+    def together(key: tuple[str, str, str], those: Sequence[Entry]) -> Spending:
+        epsilon = spent([one.mechanism for one in those], delta, accountant)
+        return Spending(*key, len(those), len({one.question for one in those} & said), sum(one.steps for one in those), epsilon)
+
+    groups, clients = dict[tuple[str, str, str], list[Entry]](), dict[tuple[str, str, str], list[Entry]]()
+    for one in entries:
+        groups.setdefault((one.client, one.run, one.rows), []).append(one)
+        clients.setdefault((one.client, "", ""), []).append(one)
+    everything = {("", "", ""): entries} if len(clients) > 1 else {}
+    return [together(key, those) for table in (groups, clients, everything) for key, those in table.items()]

@@ -1,0 +1,174 @@
+"""The ledger of a party: what was ever trained on its rows, over all runs. A line is written before its training, and never again.
+
+    {"kind": "begun", "version": 1, "time": ...}
+    {"kind": "entry", "client": "north", "run": ..., "round": 1, "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST, "time": ...}
+    {"kind": "answered", "client": "north", "run": ..., "round": 1, "time": ...}
+
+Entry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is written down than left.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+
+from fedex_lora.errors import PrivacyError, StorageError, UsageError
+from fedex_lora.privacy.accounting import Mechanism
+from fedex_lora.storage.files import cannot_write, fsync
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    time: float = Field(default_factory=lambda: round(time.time()))
+
+
+class Begun(_Line):
+    """The first line."""
+
+    kind: Literal["begun"] = "begun"
+    version: Literal[1] = 1
+
+
+class _OfRound(_Line):
+    client: str
+    run: str
+    round: int = Field(ge=1)
+
+    @property
+    def question(self) -> tuple[str, str, int]:
+        """Who was asked what."""
+        return self.client, self.run, self.round
+
+
+class Entry(_OfRound):
+    """A round of a client is about to be trained.
+
+    Attributes:
+        sigma, rate, steps: see `Mechanism`.
+        rows: a digest of the client's rows.
+    """
+
+    kind: Literal["entry"] = "entry"
+    sigma: FiniteFloat = Field(gt=0)
+    rate: FiniteFloat = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+    rows: str
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What is accounted for."""
+        return Mechanism(self.sigma, self.rate, self.steps)
+
+
+class Answered(_OfRound):
+    """Its answer is on the disk, and may leave."""
+
+    kind: Literal["answered"] = "answered"
+
+
+LedgerLine: TypeAlias = Begun | Entry | Answered
+_LINE: TypeAdapter[LedgerLine] = TypeAdapter(Annotated[LedgerLine, Field(discriminator="kind")])
+
+
+def parse_ledger(payload: bytes, name: str) -> list[Entry | Answered]:
+    """The lines of a ledger after the first. A last one without its end was never on the disk, so nothing followed it: it is left out.
+
+    Raises:
+        StorageError: a line is none, or an answer has no entry.
+    """
+    found, entered = list[Entry | Answered](), set[tuple[str, str, int]]()
+    for number, text in enumerate(payload[: payload.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            line = _LINE.validate_json(text)
+        except ValidationError:
+            raise StorageError(f"{name}: line {number} is none of a ledger: bring the file back from where it is whole") from None
+        if isinstance(line, Begun) != (number == 1) or (isinstance(line, Answered) and line.question not in entered):
+            raise StorageError(f"{name}: line {number} does not follow the lines before it: bring the file back from where it is whole")
+        if not isinstance(line, Begun):
+            found.append(line)
+            entered.add(line.question)
+    if b"\n" not in payload:
+        raise StorageError(f"{name} is no ledger: remove it if nothing was ever trained on these rows, and fedex-lora ledger {name} --begin")
+    return found
+
+
+def read_ledger(path: Path) -> list[Entry | Answered]:
+    """The lines of the ledger at a path; see `parse_ledger`.
+
+    Raises:
+        StorageError: it cannot be read, or is broken.
+        PrivacyError: it is not there.
+    """
+    try:
+        return parse_ledger(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _missing(path: Path) -> PrivacyError:
+    return PrivacyError(f"there is no ledger {path}: if nothing was ever trained on these rows, begin one: fedex-lora ledger {path} --begin")
+
+
+def begin_ledger(path: Path) -> None:
+    """A ledger in which nothing is written yet.
+
+    Raises:
+        UsageError: something is there already.
+        StorageError: it cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            append_line(descriptor, Begun())
+        finally:
+            os.close(descriptor)
+        fsync(path.parent)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already, and a ledger begins once: give another path for rows that share no record") from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def append_line(descriptor: int, line: LedgerLine) -> None:
+    """A line at the end, on the disk; where that fails, the file is as it was."""
+    text, size = line.model_dump_json().encode() + b"\n", os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, text) < len(text):
+            raise OSError(0, "a line does not fit")
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
+@contextmanager
+def held_ledger(path: Path) -> Iterator[tuple[int, list[Entry | Answered]]]:
+    """A ledger, open for another line, and its lines; other processes wait meanwhile.
+
+    Raises:
+        PrivacyError, StorageError: see `read_ledger`; or it cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        payload = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        lines = parse_ledger(payload, str(path))
+        if not payload.endswith(b"\n"):
+            os.ftruncate(descriptor, payload.rfind(b"\n") + 1)
+        yield descriptor, lines
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Epsilon against `dp-accounting` (Google's, another method and code: privacy loss distributions), and the noise that is chosen for it."""
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+
+from fedex_lora.config import parse_config
+from fedex_lora.errors import ConfigError
+from fedex_lora.privacy.accounting import Mechanism, noise_for, privacy_plan, rounds_left, spent
+
+SCHEDULES = [
+    ([(1.1, 0.01, 1000)], 1e-5),
+    ([(0.8, 0.064, 160)], 2e-4),
+    ([(2.0, 0.2, 50)], 1e-5),
+    ([(30.0, 0.064, 16000)], 1e-5),
+    ([(5.0, 1.0, 10)], 1e-5),
+    ([(10.0, 0.5, 20)], 1e-5),  # epsilon below one
+    ([(1.0, 0.01, 500), (2.0, 0.05, 200)], 1e-5),  # two runs
+    ([(0.6, 0.005, 2000), (4.0, 0.1, 100), (1.5, 0.02, 700)], 1e-6),
+    ([(1.3, 0.032, 300), (1.3, 0.032, 639), (0.9, 0.032, 20)], 1e-4),  # rounds of one run, then with less noise
+    ([(9.0, 0.01, 1000)], 1e-5),  # a tenth
+]
+
+
+def reference(schedule, delta):
+    there = PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for sigma, rate, steps in schedule:
+        there.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma)), steps)
+    return there.get_epsilon(delta)
+
+
+@pytest.mark.parametrize(("schedule", "delta"), SCHEDULES)
+def test_epsilon_is_that_of_another_accountant(schedule, delta):
+    """Within a hundredth, and never below; by Rényi divergences it is larger."""
+    history, there = [Mechanism(*one) for one in schedule], reference(schedule, delta)
+    assert there <= spent(history, delta) <= 1.01 * there
+    assert spent(history, delta, "rdp") > 1.05 * there
+    assert spent(reversed(history), delta) == spent(history, delta)
+
+
+def test_a_smaller_noise_and_more_steps_spend_more():
+    """So the agreement above is no accident of numbers that are all alike."""
+    base = spent([Mechanism(1.1, 0.01, 1000)], 1e-5)
+    assert spent([Mechanism(1.05, 0.01, 1000)], 1e-5) > 1.03 * base
+    assert spent([Mechanism(1.1, 0.01, 1100)], 1e-5) > 1.03 * base
+    assert spent([], 1e-5) == 0
+    assert spent([Mechanism(0.0, 0.01, 1)], 1e-5) == float("inf")
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps", "accountant"), [(1, 0.01, 1000, "prv"), (8, 0.2, 50, "prv"), (3, 0.064, 160, "rdp")])
+def test_the_noise_is_the_smallest_that_is_enough(epsilon, rate, steps, accountant):
+    sigma = noise_for(epsilon, 1e-5, rate, steps, accountant)
+    assert spent([Mechanism(sigma, rate, steps)], 1e-5, accountant) <= epsilon
+    assert spent([Mechanism(sigma / 1.002, rate, steps)], 1e-5, accountant) > epsilon
+
+
+def test_an_epsilon_that_no_noise_gives():
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 1e-09: no noise is enough for 10 steps"):
+        noise_for(1e-9, 1e-5, 0.5, 10, "rdp")
+
+
+def config(**changes):
+    tree = {"base": {"model": "demo"}, "task": {"name": "demo"}, "rounds": 4, "training": {"per_device_train_batch_size": 8}}
+    privacy = {"epsilon": 3, "delta": 1e-4, "rows": 100, "ledger": "x", "accountant": "rdp"}
+    return parse_config({**tree, **changes, "privacy": {**privacy, **changes.get("privacy", {})}})
+
+
+def test_the_plan_is_a_function_of_the_stated_number():
+    plan = privacy_plan(config(training={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 2}), "a")
+    assert (plan.batch, plan.rows, plan.round.rate, plan.round.steps, plan.rounds) == (16, 100, 0.16, 13, 4)
+    assert plan.epsilon == spent([plan.round._replace(steps=52)], 1e-4, "rdp") <= 3
+    assert privacy_plan(config(training={"max_steps": 7}), "a").round.steps == 7
+
+
+def test_rounds_that_a_budget_pays_for():
+    """The whole plan is paid for by its epsilon; each round of it takes one; less than epsilon pays for fewer, by plain counting."""
+    plan = privacy_plan(config(), "a")
+    assert [rounds_left([plan.round] * done, plan, 3, "rdp") for done in range(5)] == [4, 3, 2, 1, 0]
+    paid = [spent([plan.round] * number, 1e-4, "rdp") <= 2.7 for number in range(1, 5)]
+    assert rounds_left([], plan, 2.7, "rdp") == sum(paid)
+    assert 0 < sum(paid) < 4

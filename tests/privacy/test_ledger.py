@@ -1,0 +1,212 @@
+"""The ledger by itself: what is written survives, what is broken is refused, and no number of processes spends more than the budget."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+from typer.testing import CliRunner
+
+from fedex_lora.cli import app
+from fedex_lora.errors import FedexLoraError, PrivacyError, StorageError, UsageError
+from fedex_lora.privacy.account import Account, rows_digest, spendings
+from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, spent
+from fedex_lora.privacy.ledger import Answered, Entry, begin_ledger, parse_ledger, read_ledger
+
+DELTA = 1e-5
+
+
+def account(path, client="north", budget=3.0, rounds=5, sigma=2.0, whole=False):
+    plan = PrivacyPlan(Mechanism(sigma, 0.1, 10), rounds, 10, 1.0, 100, 3.0, DELTA)
+    return Account(path, client, plan, budget, "rdp", "digest", whole)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    begin_ledger(tmp_path / "ledger")
+    return tmp_path / "ledger"
+
+
+def epsilon(path):
+    return spent([line.mechanism for line in read_ledger(path) if isinstance(line, Entry)], DELTA, "rdp")
+
+
+def test_it_begins_once_and_only_for_its_user(ledger):
+    with pytest.raises(UsageError, match="is there already"):
+        begin_ledger(ledger)
+    assert read_ledger(ledger) == []
+    assert ledger.stat().st_mode & 0o077 == 0
+
+
+def test_without_a_ledger_nothing_is_trained(tmp_path):
+    for act in (lambda: account(tmp_path / "none").enter("run", 1), lambda: read_ledger(tmp_path / "none")):
+        with pytest.raises(PrivacyError, match=r"fedex-lora ledger .*none --begin"):
+            act()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_round_is_entered_once_and_charged_to_all_runs(ledger):
+    one = account(ledger)
+    one.enter("first", 1)
+    one.enter("first", 1)  # killed before its answer: the same entry
+    assert len(read_ledger(ledger)) == 1
+    one.answered("first", 1)
+    one.answered("first", 1)
+    one.enter("second", 1)
+    assert [type(line) for line in read_ledger(ledger)] == [Entry, Answered, Entry]
+    assert one.standing()[0] == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
+    for number in (0, 1):
+        with pytest.raises(PrivacyError, match="a second release"):
+            one.enter("first", number)
+
+
+def test_a_round_with_other_noise_has_an_entry_of_its_own(ledger):
+    """Nothing left under the first one, and yet it counts: never less than what was released."""
+    account(ledger).enter("run", 1)
+    account(ledger, sigma=3.0).enter("run", 1)
+    assert [line.sigma for line in read_ledger(ledger)] == [2.0, 3.0]
+
+
+def test_the_budget_is_of_all_runs_and_of_one_party(ledger):
+    """One client's entries are another's only where the ledger is of one party, whoever a server calls it."""
+    budget = spent([account(ledger).plan.round] * 2, DELTA, "rdp")
+    for number in (1, 2):
+        account(ledger, budget=budget).enter(f"run {number}", 1)
+    with pytest.raises(PrivacyError, match=r"run third epsilon would be .* and its budget is .* \(2 rounds before it"):
+        account(ledger, budget=budget).enter("third", 1)
+    with pytest.raises(PrivacyError, match="its rows are spent"):
+        account(ledger, "south", budget, whole=True).enter("third", 1)
+    account(ledger, "south", budget).enter("third", 1)
+    assert account(ledger, budget=budget).standing()[1] == 0
+
+
+def test_an_answer_without_its_entry_stays(ledger):
+    with pytest.raises(PrivacyError, match="so its answer stays"):
+        account(ledger).answered("run", 1)
+    account(ledger).enter("run", 1)
+    ledger.unlink()
+    with pytest.raises(PrivacyError, match="there is no ledger"):
+        account(ledger).answered("run", 1)
+    begin_ledger(ledger)  # another one in its place
+    with pytest.raises(PrivacyError, match="so its answer stays"):
+        account(ledger).answered("run", 1)
+
+
+def test_a_torn_last_line_is_dropped_wherever_it_is_torn(ledger):
+    account(ledger).enter("run", 1)
+    whole = ledger.read_bytes()
+    account(ledger).enter("run", 2)
+    longer = ledger.read_bytes()
+    for cut in range(len(whole), len(longer)):
+        ledger.write_bytes(longer[:cut])
+        assert len(read_ledger(ledger)) == 1
+    account(ledger).enter("run", 2)
+    assert [line.round for line in read_ledger(ledger)] == [1, 2]
+    assert ledger.read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda text: text.replace('"sigma"', '"sigmb"', 1), "line 2 is none of a ledger"),
+        (lambda text: text.replace('"steps":10', '"steps":-10', 1), "line 2 is none of a ledger"),
+        (lambda text: text.replace('"sigma":2.0', '"sigma":NaN', 1), "line 2 is none of a ledger"),
+        (lambda text: text.replace("\n", "\n\n", 1), "line 2 is none of a ledger"),
+        (lambda text: text + "garbage\n", "line 4 is none of a ledger"),
+        (lambda text: text.partition("\n")[2], "line 1 does not follow"),
+        (lambda text: "".join(text.splitlines(True)[::2]), "line 2 does not follow"),
+        (lambda text: text * 2, "line 4 does not follow"),
+        (lambda text: "", "is no ledger"),
+    ],
+)
+def test_a_ledger_that_is_broken_is_refused_and_left(ledger, spoil, words):
+    account(ledger).enter("run", 1)
+    account(ledger).answered("run", 1)
+    ledger.write_text(spoil(ledger.read_text()))
+    before = ledger.read_bytes()
+    for act in (lambda: read_ledger(ledger), lambda: account(ledger).enter("run", 2), lambda: account(ledger).answered("run", 1)):
+        with pytest.raises(StorageError, match=words) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert ledger.read_bytes() == before
+
+
+def test_a_line_that_cannot_be_synced_is_not_there(ledger, monkeypatch):
+    """Else a second try would find it, and train, though no disk has it."""
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = ledger.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StorageError, match="No space left"):
+            account(ledger).enter("run", 1)
+    assert ledger.read_bytes() == before
+
+
+def spend(path, number, budget):
+    for round in range(1, 30):
+        try:
+            account(path, budget=budget).enter(f"run {number}", round)
+            account(path, budget=budget).answered(f"run {number}", round)
+        except FedexLoraError:
+            os._exit(3)
+
+
+def test_processes_at_once_spend_no_more_than_one_would(ledger):
+    """One of them is killed on the way."""
+    budget = spent([account(ledger).plan.round] * 12, DELTA, "rdp")
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=spend, args=(ledger, number, budget)) for number in range(4)]
+    for process in processes:
+        process.start()
+    while len(read_ledger(ledger)) < 2:
+        pass
+    os.kill(processes[0].pid, signal.SIGKILL)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes[1:]] == [3, 3, 3]
+    entries = [line for line in read_ledger(ledger) if isinstance(line, Entry)]
+    assert len(entries) == len({line.question for line in entries}) == 12
+    assert epsilon(ledger) <= budget
+
+
+def test_a_digest_is_of_the_records_and_not_of_their_order():
+    rows = [{"text": f"bed {number}", "label": 1.5} for number in range(5)]
+    assert rows_digest(rows) == rows_digest(rows[::-1]) != rows_digest([*rows[:4], {**rows[4], "text": "bed 9"}])
+    assert rows_digest([{"image": b"x"}]) != rows_digest([{"image": b"y"}])
+
+
+def test_the_table(ledger):
+    for client, run, round in (("north", "a", 1), ("north", "a", 2), ("north", "[b]", 1), ("south", "a", 1)):
+        account(ledger, client, 100).enter(run, round)
+    account(ledger, "north", 100).answered("a", 1)
+    listed = spendings(parse_ledger(ledger.read_bytes(), "x"), DELTA, "rdp")
+    assert [(one.client, one.run, one.rounds, one.answered, one.steps) for one in listed] == [
+        ("north", "a", 2, 1, 20),
+        ("north", "[b]", 1, 0, 10),
+        ("south", "a", 1, 0, 10),
+        ("north", "", 3, 1, 30),
+        ("south", "", 1, 0, 10),
+        ("", "", 4, 1, 40),
+    ]
+    assert listed[3].epsilon == spent([Mechanism(2.0, 0.1, 30)], DELTA, "rdp")
+    done = CliRunner().invoke(app, ["ledger", str(ledger), "--accountant", "rdp", "--json"])
+    said = json.loads(done.stdout)
+    assert [one["epsilon"] for one in said["spent"]] == [one.epsilon for one in listed]
+    shown = CliRunner().invoke(app, ["ledger", str(ledger), "--accountant", "rdp"]).stdout
+    assert "[b]" in shown
+    assert f"{listed[3].epsilon:.3f}" in shown
+
+
+def test_the_command_begins_and_refuses(tmp_path):
+    path = str(tmp_path / "new")
+    missing = CliRunner().invoke(app, ["ledger", path])
+    assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
+    assert "--begin" in missing.stderr
+    assert "is begun" in CliRunner().invoke(app, ["ledger", path, "--begin"]).stdout
+    assert CliRunner().invoke(app, ["ledger", path, "--begin"]).exit_code == 2
+    assert "nothing was trained" in CliRunner().invoke(app, ["ledger", path]).stdout
+    assert CliRunner().invoke(app, ["ledger", path, "--delta", "2"]).exit_code == 2
