@@ -143,7 +143,7 @@ def tables(folder: Path, method: str, epsilon: float | None, seed: int) -> dict[
             "name": "custom", "kind": "causal-lm", "prompt": "{prompt}", "completion": "{completion}", "eval": str(folder / "other.jsonl"),
         },
         "clients": {"data": {TARGET: str(folder / "target.jsonl"), OTHER: str(folder / "other.jsonl")}, "holdout": 0},
-        "training": {"learning_rate": 1e-2, "num_train_epochs": 20, "per_device_train_batch_size": 8},
+        "training": {"learning_rate": 1e-2, "num_train_epochs": 24, "per_device_train_batch_size": 16},
         **({"privacy": dict(stated)} if epsilon is not None else {}),
     }  # fmt: skip
 
@@ -166,7 +166,9 @@ def main() -> None:
         for epsilon in (None, 8.0, 1.0):
             found = measured(method, epsilon, range(given.seeds))
             cells = [f"{value:.2f} ± {2 * error:.2f}" for value, error in found.values()]
-            print(f"| {method} | {'none' if epsilon is None else f'{epsilon:g}'} | {' | '.join(cells)} | {bound(epsilon):.2f} |", flush=True)
+            print(
+                f"| {method} | {'none' if epsilon is None else f'{epsilon:g}'} | {' | '.join(cells)} | {bound(epsilon):.2f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def parse_ledger(payload: bytes, name: str) -> list[Entry | Answered]:
             found.append(line)
             entered.add(line.question)
     if b"\n" not in payload:
-        raise StorageError(f"{name} is no ledger: remove it if nothing was ever trained on these rows, and fedex-lora ledger {name} --begin")
+        raise StorageError(
+            f"{name} is no ledger: remove it if nothing was ever trained on these rows, and fedex-lora ledger {name} --begin"
+        )
     return found
 
 
@@ -113,7 +115,9 @@ def read_ledger(path: Path) -> list[Entry | Answered]:
 
 
 def _missing(path: Path) -> PrivacyError:
-    return PrivacyError(f"there is no ledger {path}: if nothing was ever trained on these rows, begin one: fedex-lora ledger {path} --begin")
+    return PrivacyError(
+        f"there is no ledger {path}: if nothing was ever trained on these rows, begin one: fedex-lora ledger {path} --begin"
+    )
 
 
 def begin_ledger(path: Path) -> None:
