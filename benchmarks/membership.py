@@ -4,8 +4,8 @@
 
 Each candidate is a row with random words, and a member by the toss of a coin: add or remove one. Two attacks, both published:
 
-- *final model* (Yeom et al. 2018, arXiv 1709.01604, calibrated by a reference as of Watson et al. 2022, arXiv 2111.08440): members have lost
-  more of the loss that the base had on them. The reference is the base itself. Whoever has the final model can do it.
+- *final model* (Yeom et al. 2018, arXiv 1709.01604, calibrated by a reference as of Watson et al. 2022, arXiv 2111.08440): members
+  have lost more of the loss that the base had on them. The reference is the base itself. Whoever has the final model can do it.
 - *server*: the gradient of a member points along the party's own update, summed over rounds. It needs each update, as the server has it.
 
 An attack says "member" above a threshold, which it chooses on the runs of all other seeds: what it reaches is no luck of the choice.
@@ -107,7 +107,7 @@ def candidate(rng: random.Random) -> dict[str, str]:
     return {"prompt": prompt, "completion": "".join(f" {rng.choice([*COLOURS, *WEIGHTS])}" for _ in range(6))}
 
 
-def attacked(folder: Path, method: str, epsilon: float | None, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def attacked(folder: Path, method: str, epsilon: float | None, seed: int, epochs: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """A run in a new folder: the attacks' scores, and who was a member."""
     rng = random.Random(seed)
     rows = [candidate(rng) for _ in range(CANDIDATES)]
@@ -116,7 +116,7 @@ def attacked(folder: Path, method: str, epsilon: float | None, seed: int) -> tup
     folder.mkdir(parents=True)
     for name, chosen in (("target", [row for row, member in zip(rows, members, strict=True) if member]), ("other", theirs), ("all", rows)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    config = parse_config(tables(folder, method, epsilon, seed))
+    config = parse_config(tables(folder, method, epsilon, seed, epochs))
     if epsilon is not None:
         begin_ledger(folder / "ledger.jsonl")
     run(config, folder / "run", lambda event: None)
@@ -126,7 +126,7 @@ def attacked(folder: Path, method: str, epsilon: float | None, seed: int) -> tup
     return {name: np.array(values) for name, values in scores.items()}, members
 
 
-def tables(folder: Path, method: str, epsilon: float | None, seed: int) -> dict[str, Any]:
+def tables(folder: Path, method: str, epsilon: float | None, seed: int, epochs: int) -> dict[str, Any]:
     """The configuration of a run."""
     stated: Mapping[str, Any] = {
         "epsilon": epsilon, "delta": DELTA, "rows": {TARGET: CANDIDATES // 2, OTHER: 16},
@@ -143,15 +143,15 @@ def tables(folder: Path, method: str, epsilon: float | None, seed: int) -> dict[
             "name": "custom", "kind": "causal-lm", "prompt": "{prompt}", "completion": "{completion}", "eval": str(folder / "other.jsonl"),
         },
         "clients": {"data": {TARGET: str(folder / "target.jsonl"), OTHER: str(folder / "other.jsonl")}, "holdout": 0},
-        "training": {"learning_rate": 1e-2, "num_train_epochs": 24, "per_device_train_batch_size": 16},
+        "training": {"learning_rate": 5e-3, "num_train_epochs": epochs, "per_device_train_batch_size": 16},
         **({"privacy": dict(stated)} if epsilon is not None else {}),
     }  # fmt: skip
 
 
-def measured(method: str, epsilon: float | None, seeds: Sequence[int]) -> dict[str, tuple[float, float]]:
+def measured(method: str, epsilon: float | None, seeds: Sequence[int], epochs: int = 40) -> dict[str, tuple[float, float]]:
     """Attack -> its advantage and the standard error of that."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = [attacked(Path(folder) / str(seed), method, epsilon, seed) for seed in seeds]
+        runs = [attacked(Path(folder) / str(seed), method, epsilon, seed, epochs) for seed in seeds]
     return {name: advantage([scores[name] for scores, _ in runs], [members for _, members in runs]) for name in runs[0][0]}
 
 
@@ -166,9 +166,8 @@ def main() -> None:
         for epsilon in (None, 8.0, 1.0):
             found = measured(method, epsilon, range(given.seeds))
             cells = [f"{value:.2f} ± {2 * error:.2f}" for value, error in found.values()]
-            print(
-                f"| {method} | {'none' if epsilon is None else f'{epsilon:g}'} | {' | '.join(cells)} | {bound(epsilon):.2f} |", flush=True
-            )
+            named = "none" if epsilon is None else f"{epsilon:g}"
+            print(f"| {method} | {named} | {' | '.join(cells)} | {bound(epsilon):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

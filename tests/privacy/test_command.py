@@ -12,7 +12,9 @@ from fedex_lora.config import parse_config
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, read_model, set_trained, trainable_parameters
 from fedex_lora.models.outline import outline
-from fedex_lora.privacy.accounting import privacy_plan
+from fedex_lora.privacy.account import Account
+from fedex_lora.privacy.accounting import privacy_plan, spent
+from fedex_lora.privacy.ledger import begin_ledger
 from fedex_lora.privacy.noise import noise_of_update
 from fedex_lora.runs.private import factor_noise, noise_warning, plans_of, privacy_facts
 
@@ -91,6 +93,25 @@ def test_before_anybody_asks_for_privacy(tmp_path):
     assert status == 0
     assert "this run is not private" in text
     assert "what the rows allow" in text
+
+
+def test_what_is_left_of_the_budget(file, tmp_path):
+    """By the ledger, of each client: rounds that were entered are charged to it, and to nobody else."""
+    ledger = tmp_path / "ledger.jsonl"
+    words = ("--set", f"privacy.ledger={ledger}", "--set", "privacy.budget=3.5", "--json")
+    assert "spent" not in json.loads(ask(file, *words)[1])["clients"]["bone"]  # there is none yet
+    begin_ledger(ledger)
+    plan = privacy_plan(config_of(), "bone")
+    for number in (1, 2):
+        Account(ledger, "bone", plan, 3.5, "rdp").enter("earlier", number)
+    clients = json.loads(ask(file, *words)[1])["clients"]
+    used = plan.round._replace(steps=2 * plan.round.steps)
+    assert clients["bone"]["spent"] == spent([used], 1e-5, "rdp")
+    left = [count for count in range(4) if spent([used._replace(steps=(2 + count) * plan.round.steps)], 1e-5, "rdp") <= 3.5]
+    assert clients["bone"]["rounds_left"] == max(left) < 3
+    assert (clients["chest"]["spent"], clients["chest"]["rounds_left"]) == (0, 3)
+    together = json.loads(ask(file, *words, "--set", "privacy.rows=400")[1])["clients"]["each of 3"]
+    assert together["spent"] == clients["bone"]["spent"]  # of the one that has spent most
 
 
 @pytest.mark.parametrize(

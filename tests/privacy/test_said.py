@@ -47,7 +47,7 @@ def test_a_card(facts, tmp_path):
     result = read_result(small_run(tmp_path / "run", rounds=1) / "final")
     plain = model_card(CARD, NUMBERS, result, "causal-lm")
     private = model_card(CARD, NUMBERS, dataclasses.replace(result, manifest={**result.manifest, **facts}), "causal-lm")
-    assert "rivacy" not in plain
+    assert "## Privacy" not in plain
     for words in ("epsilon =\n3 at delta = 1e-05", "one record", "add or remove one", "rdp", "norm 0.5"):
         assert words in private
     assert "privacy" not in result.manifest

@@ -48,7 +48,7 @@ def _show(said: Mapping[str, Any], console: "Console") -> None:
         "noise": "of all",
         "epsilon": "epsilon",
     }
-    names |= {"spent": "spent before", "rounds_left": "rounds left"}
+    names |= {"spent": "spent so far", "rounds_left": "rounds left"}
     clients = {name: {**row, "times": f"{row['round_steps']} x {said['rounds']}"} for name, row in said["clients"].items()}
     shown = [key for key in names if any(row.get(key) is not None for row in clients.values())]
     if clients:

@@ -1,10 +1,10 @@
 """The ledger of a party: what was ever trained on its rows, over all runs. A line is written before its training, and never again.
 
-    {"kind": "begun", "version": 1, "time": ...}
-    {"kind": "entry", "client": "north", "run": ..., "round": 1, "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST, "time": ...}
-    {"kind": "answered", "client": "north", "run": ..., "round": 1, "time": ...}
+    {"time": ..., "kind": "begun", "version": 1}
+    {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "entry", "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST}
+    {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "answered"}
 
-Entry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is written down than left.
+Entry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is in it than left.
 """
 
 import fcntl

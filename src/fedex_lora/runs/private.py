@@ -14,6 +14,7 @@ from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError
 from fedex_lora.models.outline import outline
+from fedex_lora.privacy.account import Account
 from fedex_lora.privacy.accounting import PrivacyPlan, privacy_plan
 from fedex_lora.privacy.noise import UpdateNoise, noise_of_training, noise_of_update
 from fedex_lora.server.checks import participants, require_consistent
@@ -117,8 +118,9 @@ def describe_privacy(config: Config) -> dict[str, Any]:
 
     Returns:
         `method`, `rounds`, `epsilon`, `delta`, `accountant`, `clip_norm`, `trained` (numbers); `clients`: name -> its plan, with the noise
-        beside the clip norm, `each` of a single number and `noise` of all that are trained; `allows`: client -> epsilon -> sigma and
-        these, for epsilon 1, 3 and 8; `notes`: lines. Clients that state alike are one, "each of N".
+        beside the clip norm, `each` of a single number and `noise` of all that are trained, and where there is a ledger what is `spent`
+        and how many `rounds_left` it pays for; `allows`: client -> epsilon -> sigma and these, for epsilon 1, 3 and 8; `notes`: lines.
+        Clients that state alike are one, "each of N".
 
     Raises:
         FedexLoraError: the settings give no privacy, or the rows or the model are not there.
@@ -143,7 +145,7 @@ def describe_privacy(config: Config) -> dict[str, Any]:
         **{key: getattr(config, key) for key in ("method", "rounds")},
         **{key: getattr(privacy, key) for key in ("epsilon", "delta", "accountant", "clip_norm")},
         "trained": shapes.trained,
-        "clients": described(privacy.epsilon) if privacy.is_on else {},
+        "clients": _with_budget(config, described(privacy.epsilon), parts) if privacy.is_on else {},
         "allows": {name: chosen(name) for name in names.values()},
         "notes": [_meaning(config, shapes.trained), *filter(None, [noise_warning(config, shapes.adapter, parts)])],
     }
@@ -152,6 +154,20 @@ def describe_privacy(config: Config) -> dict[str, Any]:
 def _row(plan: PrivacyPlan, trained: int) -> dict[str, Any]:
     each = plan.round.sigma / plan.batch
     return {**told(plan), "round_steps": plan.round.steps, "each": each, "noise": each * math.sqrt(trained)}
+
+
+def _with_budget(config: Config, rows: dict[str, dict[str, Any]], parts: Collection[str]) -> dict[str, dict[str, Any]]:
+    """With what the ledger says of each client, where there is one: of clients that are one row, of the one that has spent most."""
+    privacy = config.privacy
+    if privacy.ledger is None or not privacy.ledger.exists():
+        return rows
+    budget = privacy.budget or privacy.epsilon or 0.0
+    standing = {
+        client: Account(privacy.ledger, client, plan, budget, privacy.accountant).standing()
+        for client, plan in plans_of(config, parts).items()
+    }
+    most = max(standing.values())
+    return {name: {**row, **dict(zip(("spent", "rounds_left"), standing.get(name, most), strict=True))} for name, row in rows.items()}
 
 
 def _meaning(config: Config, trained: int) -> str:
