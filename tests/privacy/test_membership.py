@@ -29,7 +29,7 @@ def test_at_epsilon_1_what_is_found_is_within_the_bound(plain):
 def test_the_attack_has_no_luck_of_its_own():
     """On scores that say nothing it finds nothing, though a threshold chosen on the same runs would; on those that say all, all."""
     rng = np.random.default_rng(0)
-    members = [rng.random(60) < 0.5 for _ in range(40)]
+    members = [rng.random(60) < 0.5 for _ in range(16)]
     value, error = advantage([rng.normal(size=60) for _ in members], members)
     assert abs(value) < 3 * error
     assert advantage([one + 0.1 * rng.normal(size=60) for one in members], members)[0] > 0.99
