@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import Image
 from tests.runs.test_run import configuration
@@ -163,6 +164,7 @@ KINDS = {
     "score": lambda folder: build(folder, SCORES, **ADAPTED),
     "image": lambda folder: build(folder, IMAGES, "vit", **ADAPTED),
     "bfloat16": lambda folder: build(folder, base={"dtype": "bfloat16"}),
+    "nf4": lambda folder: build(folder, base={"quantization": "nf4"}),
     "shared": lambda folder: build(folder, CLASSES, "albert", lora={"r": 2, "alpha": 8, "target_modules": ["query", "value", "ffn"]}),
 }
 
@@ -185,7 +187,7 @@ def test_rows_are_clipped_one_by_one(settings, kind):
     setting = settings("both" if kind == "head" else kind)
     set_trained(setting.model, "" if kind == "head" else "AB")
     alone = setting.alone()
-    norms, tolerance = [norm(row) for row in alone], 3e-2 if kind == "bfloat16" else 1e-4
+    norms, tolerance = [norm(row) for row in alone], 3e-2 if kind in ("bfloat16", "nf4") else 1e-4
     with per_example_gradients(setting.model):
         setting.model.train()
         losses_of(setting.model, setting.batch(range(ROWS)), setting.place.work.task.kind).sum().backward()
@@ -327,6 +329,20 @@ def test_a_row_without_a_finite_gradient_counts_as_zero(settings):
     assert norm(expected) > 0.5
 
 
+def test_under_bfloat16_autocast_the_bound_holds_to_float32(folder, monkeypatch):
+    """A row's gradient is in 16 bits there; what is added of it has norm C to six digits, which a norm in 16 bits would miss."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # given back afterwards
+    setting = build(folder, CLASSES, **ADAPTED, training=SGD | {"bf16": True, "use_cpu": True})
+    samples = []
+    for row in range(3):
+        found = gradient_of(setting, setting.rows.select([row]), clip=0.01)
+        assert abs(norm(found) / 0.01 - 1) < 3e-4
+        samples.append(found)
+    assert difference(samples[0], samples[1]) > 1e-3
+    assert "autocast" in repr(setting.model.forward).lower() or hasattr(setting.model, "_original_forward")
+    AcceleratorState._reset_state(True)
+
+
 def marks(model):
     """What hooks and gradients there are."""
     on_parameters = [name for name, one in model.named_parameters() if set(LEFT) & set(vars(one)) or one.grad is not None]
@@ -428,7 +444,7 @@ def test_a_gradient_that_is_not_the_parameters_own_stops_it(folder):
 
 
 def test_a_sound_model_passes_the_probe_as_it_was(settings):
-    for kind in ("lora", "both", "image", "bfloat16", "shared"):
+    for kind in KINDS:
         setting = settings(kind)
         before, marked = {name: one.clone() for name, one in setting.model.state_dict().items()}, marks(setting.model)
         check_trainer(setting.model, setting.rows, private_work(setting))

@@ -5,6 +5,7 @@ sum, and divides by the *expected* number of rows. Nothing else of the rows goes
 """
 
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,16 +98,16 @@ def per_example_gradients(model: nn.Module) -> Iterator[None]:
     hooks = None
     try:
         hooks = prepare_module(model, "hooks", wrap_model=False, loss_reduction="sum")
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # as it must, where the inputs of a module are data
+            yield
     finally:
         if hooks is not None:
             hooks.cleanup()
         for handle in vars(model).pop("autograd_grad_sample_hooks", []):
             handle.remove()
-        for module in model.modules():
-            for name in (
-                ("activations", "max_batch_len", "ft_compute_sample_grad") if next(module.parameters(False), None) is not None else ()
-            ):
+        for module in owners(model):
+            for name in ("activations", "max_batch_len", "ft_compute_sample_grad"):
                 vars(module).pop(name, None)
         for parameter in model.parameters():
             parameter.grad = None
@@ -208,9 +209,7 @@ class PrivateTrainer(Trainer):
             self._compared = True
             odd = [name for parameter, name in self._names.items() if not _alike(own[name], parameter.grad)]
         if odd:
-            raise TrainingError(
-                f"no gradient of single rows for {odd[0]} ({len(odd)} such): nothing is sent; leave it out of what is trained"
-            )
+            raise TrainingError(f"no gradient of single rows for {odd[0]} ({len(odd)} such): nothing is sent; do not train it")
 
 
 def _alike(samples: Any, whole: Any) -> bool:
@@ -234,7 +233,8 @@ class _Moves(TrainerCallback):
         self._still = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        if self._sigma and (silent := [name for name, one in self._parameters.items() if one.grad is None or not one.grad.any()]):
+        first = self._sigma and state.global_step == 0
+        if first and (silent := [name for name, one in self._parameters.items() if one.grad is None or not one.grad.any()]):
             raise TrainingError(f"no noise reached {silent[0]} ({len(silent)} such): nothing is sent")
         self._rate = max(self._rate, *(float(group["lr"]) for group in optimizer.param_groups))
         self._still = {name: start for name, start in self._still.items() if torch.equal(start, self._parameters[name])}

@@ -153,7 +153,7 @@ def _trainer(
     place: Place | None = None,
     plan: PrivacyPlan | None = None,
 ) -> Iterator[Trainer]:
-    """A Trainer for one call, in a temporary folder that stays empty: the party's for its rows, ours to measure, in private, and by default."""
+    """A Trainer for one call, in a temporary folder that stays empty: the party's for its rows; ours to measure, and by default."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedex-lora-"))
         stack.enter_context(warnings.catch_warnings())
