@@ -16,7 +16,7 @@ from fedex_lora.privacy.account import Account
 from fedex_lora.privacy.accounting import privacy_plan, spent
 from fedex_lora.privacy.ledger import begin_ledger
 from fedex_lora.privacy.noise import noise_of_update
-from fedex_lora.runs.private import factor_noise, noise_warning, plans_of, privacy_facts
+from fedex_lora.runs.privacy import factor_noise, noise_warning, plans_of, privacy_facts
 
 CONFIG = """
 method = "fedex"

@@ -55,7 +55,7 @@ def test_a_round_is_entered_once_and_charged_to_all_runs(ledger):
     one.answered("first", 1)
     one.enter("second", 1)
     assert [type(line) for line in read_ledger(ledger)] == [Entry, Answered, Entry]
-    assert one.standing()[0] == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
+    assert one.standing().epsilon == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
     for number in (0, 1):
         with pytest.raises(PrivacyError, match="a second release"):
             one.enter("first", number)
@@ -78,7 +78,7 @@ def test_the_budget_is_of_all_runs_and_of_one_party(ledger):
     with pytest.raises(PrivacyError, match="its rows are spent"):
         account(ledger, "south", budget, whole=True).enter("third", 1)
     account(ledger, "south", budget).enter("third", 1)
-    assert account(ledger, budget=budget).standing()[1] == 0
+    assert account(ledger, budget=budget).standing().paid == 0
 
 
 def test_an_answer_without_its_entry_stays(ledger):

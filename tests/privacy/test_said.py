@@ -9,7 +9,7 @@ from fedex_lora.config import parse_config
 from fedex_lora.models.card import model_card
 from fedex_lora.report import page
 from fedex_lora.report.analysis import find_runs
-from fedex_lora.runs.private import privacy_facts
+from fedex_lora.runs.privacy import privacy_facts
 from fedex_lora.storage.result import read_result
 
 TABLES = {

@@ -23,7 +23,7 @@ def privacy(
     """Say what privacy a run gives each party. Noise, epsilon, what the rows allow, what is left of the budget; nothing is trained."""
     from fedex_lora.client.training import silence_libraries
     from fedex_lora.config import read_config
-    from fedex_lora.runs.private import describe_privacy
+    from fedex_lora.runs.privacy import describe_privacy
 
     silence_libraries()
     said = describe_privacy(read_config(config, set_ or []))

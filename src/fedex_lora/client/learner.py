@@ -27,10 +27,10 @@ class Learner(Model, Protocol):
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """Client -> how many training rows it has, of the clients that are here."""
+        """Client -> how many training rows it has, or states where it is private, of the clients that are here."""
 
     def measure(self, client: str) -> dict[str, float]:
-        """The model as it stands on the client's held-out rows, as `held_out_NAME`; nothing where it has none."""
+        """The model as it stands on the client's held-out rows, as `held_out_NAME`; nothing where it has none, or is private."""
 
     def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
         """Train the model as it stands: the update, and the optimiser's state.

@@ -14,6 +14,28 @@ from fedex_lora.privacy.ledger import Answered, Entry, append_line, held_ledger,
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Where a client stands.
+
+    Attributes:
+        epsilon: of all that its ledger says.
+        ahead: rounds of the run that are not entered yet.
+        paid: how many of them the budget pays for.
+    """
+
+    epsilon: float
+    ahead: int
+    paid: int
+
+    def words(self, account: "Account") -> str:
+        """For the party itself, and nobody else."""
+        return (
+            f"client {account.client} has spent epsilon {self.epsilon:.4g} of its budget of {account.budget:g} at delta "
+            f"{account.plan.delta:g}, which pays for {self.paid} of the {self.ahead} rounds ahead ({account.path})"
+        )
+
+
+@dataclass(frozen=True)
 class Account:
     """A client's ledger, and what it may spend by it.
 
@@ -39,10 +61,14 @@ class Account:
         """All that counts of a ledger."""
         return [line.mechanism for line in lines if isinstance(line, Entry) and (self.whole or line.client == self.client)]
 
-    def standing(self) -> tuple[float, int]:
-        """Epsilon so far, and how many more rounds of the plan the budget pays for."""
-        history = self.history(read_ledger(self.path))
-        return spent(history, self.plan.delta, self.accountant), rounds_left(history, self.plan, self.budget, self.accountant)
+    def standing(self, run: str = "") -> "Standing":
+        """Where the client stands, in the middle of a run; "" for one that did not begin."""
+        lines = read_ledger(self.path)
+        history = self.history(lines)
+        entered = max((one.round for one in lines if (one.client, one.run) == (self.client, run)), default=0)
+        ahead = max(0, self.plan.rounds - entered)
+        paid = min(ahead, rounds_left(history, self.plan, self.budget, self.accountant))
+        return Standing(spent(history, self.plan.delta, self.accountant), ahead, paid)
 
     def enter(self, run: str, round: int) -> None:
         """Write down a round that is about to be trained. One that is there, and was never answered, is trained again under its entry.

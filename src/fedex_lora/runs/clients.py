@@ -8,8 +8,9 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.client.client import Client, NeedsFull, Shared, StoredAnswer, Train
 from fedex_lora.client.learner import Learner
-from fedex_lora.config import Rules
-from fedex_lora.errors import LacksError, StorageError
+from fedex_lora.config import Config, Rules
+from fedex_lora.errors import LacksError, PrivacyError, StorageError
+from fedex_lora.privacy.account import Account
 from fedex_lora.storage.adapter_folder import Format, write_adapter_folder
 from fedex_lora.storage.files import write_bytes
 from fedex_lora.storage.result import safe_name
@@ -27,27 +28,36 @@ class ClientPool:
         rules: of the run.
         learner: what trains.
         alone: nobody else on this machine knows what the client was sent, so its file holds its base delta too.
+        accounts: client -> what it may spend by its ledger; of all clients, where training is private.
+
+    Raises:
+        PrivacyError: training is private, and accounts are missing.
     """
 
-    def __init__(self, rules: Rules, learner: Learner, alone: bool = False) -> None:
+    def __init__(self, rules: Rules, learner: Learner, alone: bool = False, accounts: Mapping[str, Account] | None = None) -> None:
         self.learner, self.alone = learner, alone
-        self._rules, self._shared = rules, Shared()
+        self._rules, self._shared, self.accounts = rules, Shared(), accounts or {}
+        if isinstance(rules, Config) and rules.privacy.is_on and self.accounts.keys() != learner.rows.keys():
+            raise PrivacyError("a private client has an account: give those of runs.private.accounts_of")
         self.clients = dict[str, Client]()
         self._folder: Path | None = None
+        self._run = ""
         for name in learner.rows:
             self.forget(name)
 
-    def remember_in(self, folder: Path, base_of: Callable[[int], Mapping[str, Delta] | None]) -> None:
+    def remember_in(self, folder: Path, base_of: Callable[[int], Mapping[str, Delta] | None], run: str = "") -> None:
         """Keep the clients in `folder/CLIENT`, and take up those that are there.
 
         Args:
             folder: of this run.
             base_of: the server's base delta of a version, for files that do not hold it; None where it is gone.
+            run: one word that no other run has, for the ledgers of private clients.
 
         Raises:
             StorageError: one of them is broken.
         """
-        self._folder = self.learner.folder = folder
+        self._folder, self._run = folder, run
+        self.learner.folder = folder
         for name in self.clients:
             if (path := self._path(name)).exists():
                 self.clients[name] = self._forgetting(self._restored(path, name, base_of))
@@ -75,22 +85,48 @@ class ClientPool:
     def answer(self, name: str, payload: bytes) -> bytes:
         """What the client says to a message; to a round that it answered already, the same again.
 
+        What a private client says was written into its ledger before.
+
         Raises:
             WireError: the message is wrong; a `LacksError` where the client does not have what it counts on.
             TrainingError: see `Learner.train`.
+            PrivacyError: the client's ledger does not allow an answer, or its private training failed.
         """
-        client, learner = self.clients[name], self.learner
+        client, account = self.clients[name], self.accounts.get(name)
         work = client.receive(payload)
         if isinstance(work, NeedsFull):
             raise LacksError(work.reason)  # for this machine's user; what leaves is `work.reply`
         if isinstance(work, StoredAnswer):
-            return work.reply or self._restored(self._path(name), name, lambda version: {}).state.reply
+            reply = work.reply or self._restored(self._path(name), name, lambda version: {}).state.reply
+            if account:
+                account.answered(self._run, client.state.round)
+            return reply
+        if not isinstance(work, Train):
+            client.load(self.learner)
+            return client.reply(self.learner.rows[name], self.learner.measure(name))
+        return self._privately(client, work, account) if account else self._trained(client, work)
+
+    def _privately(self, client: Client, work: Train, account: Account) -> bytes:
+        """Entry, training, the answer on the disk, "answered": whatever happens in between, the ledger says no less than what left."""
+        if self._folder is None:
+            raise PrivacyError(f"client {client.name} is private, and keeps its answers: call remember_in before")
+        account.enter(self._run, work.round)
+        try:
+            reply = self._trained(client, work)
+            account.answered(self._run, work.round)
+        except Exception as error:  # of which one row may be the reason
+            raise PrivacyError(f"client {client.name}: {type(error).__name__}: {error}") from error
+        return reply
+
+    def _trained(self, client: Client, work: Train) -> bytes:
+        name, learner = client.name, self.learner
         client.load(learner)
         measured = learner.measure(name)
-        if not isinstance(work, Train):
-            return client.reply(learner.rows[name], measured)
         update, moments = learner.train(name, work.round, work.moments)
-        reply = client.reply(update.num_examples, {**update.metrics, **measured}, moments, update)
+        rows, metrics = update.num_examples, {**update.metrics, **measured}
+        if name in self.accounts:
+            rows, metrics = learner.rows[name], {}
+        reply = client.reply(rows, metrics, moments, update)
         if self._folder:
             write_bytes(self._path(name), client.dump(whole=self.alone))
             self._forgetting(client)

@@ -31,7 +31,7 @@ from fedex_lora.models.processor import load_processor
 from fedex_lora.models.start import adapted_as, read_start, require_base, standing
 from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.listening import Exchange
-from fedex_lora.runs.private import privacy_facts
+from fedex_lora.runs.privacy import privacy_facts
 from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
 from fedex_lora.tasks import Task, limit, usable

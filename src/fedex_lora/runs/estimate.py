@@ -71,11 +71,11 @@ def estimate(place: LocalSimulation) -> Estimate:
     """
     host, learner = place.host, cast(ModelLearner, place.pool.learner)
     config, state, data = host.place.config, host.initial(), learner.data
-    client = max(data, key=lambda name: len(data[name].train))
+    client, rows = max(data, key=lambda name: len(data[name].train)), learner.rows
     began, step = _trained(learner, client)
     host.load(state)
     arguments, taking_part = training_arguments(config), participants(config.clients.fraction, len(data))
-    steps = sum(steps_of(len(one.train), arguments) for one in data.values()) / len(data)
+    steps = sum(steps_of(count, arguments) for count in rows.values()) / len(rows)
     start, batch = _measured(host, arguments)
     batches = [math.ceil(len(one.held_out) / arguments.eval_batch_size) for one in data.values()]
     own = (sum(map(bool, batches)) * start + sum(batches) * batch) / len(batches)

@@ -13,6 +13,7 @@ from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.training import ClientData
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
+from fedex_lora.privacy.account import rows_digest
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
@@ -21,14 +22,15 @@ from fedex_lora.runs.emit import Emit, log_to
 from fedex_lora.runs.global_state import undone
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
-from fedex_lora.runs.private import noise_warning
+from fedex_lora.runs.private import accounts_of, require_paid
+from fedex_lora.runs.privacy import noise_warning
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base_delta, require_space
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Finished, PartyFailed, Resumed, RoundDone, Warned, is_over, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, run_rounds_of, strays
+from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, round_folder, run_rounds_of, strays, word_of
 from fedex_lora.tasks import Task, load_task, usable
 from fedex_lora.tasks.dealt import Load, dealt
 from fedex_lora.tasks.partition import Indices
@@ -75,12 +77,25 @@ class LocalSimulation:
         given = given or Given()
         task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
+        accounts = {
+            client: replace(account, rows=rows_digest(task.train.iloc[np.concatenate(parts[client])].to_dict("records")))
+            for client, account in accounts_of(config, list(parts)).items()
+        }
         place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
-        self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit)), emit
+        self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit), accounts=accounts), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
         for note in [*self.host.notes, *notes]:
             emit(Warned(message=note))  # for the console: events say nothing of rows
+
+    def require(self, out: Path) -> None:
+        """The clients' ledgers pay for the next round of the run in `out`, at least.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        for note in require_paid(self.pool.accounts, word_of(out, make=False)):
+            self._emit(Warned(message=note))
 
     def initial(self) -> ServerState:
         """The state before round 1."""
@@ -109,7 +124,7 @@ class LocalSimulation:
                 bases[version] = load_base_delta(folder) if folder.exists() else None
             return bases[version]
 
-        self.pool.remember_in(out / "clients", base_of)
+        self.pool.remember_in(out / "clients", base_of, word_of(out) if self.pool.accounts else "")
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterable[Reply]:
         """The transport: each client in turn on the one model. (Nobody is late in one process, so the deadline is not used.)"""
@@ -118,7 +133,8 @@ class LocalSimulation:
                 yield Reply(client, self.pool.answer(client, payload))
             except FedexLoraError as error:
                 self._emit(PartyFailed(client=client, message=str(error)))  # for this console: in one process its user is every party
-                yield Reply(client, answer_of(payload, client, failure_of(error)))
+                failure = failure_of(error)
+                yield Reply(client, answer_of(payload, client, failure.private if self.pool.accounts else failure))
 
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
@@ -148,6 +164,7 @@ def ranks_of(config: Config, clients: Collection[str]) -> dict[str, int]:
 class Home(Protocol):
     """Where a run lives: `LocalSimulation`, or the server of a deployment."""
 
+    def require(self, out: Path) -> None: ...
     def initial(self) -> ServerState: ...
     def facts(self) -> dict[str, Any]: ...
     def federation(self) -> Federation: ...
@@ -179,6 +196,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
     with undone():
         trackers = Trackers(config, out, emit)
         place = home(config, emit)
+        place.require(out)
         require_space(out, place.facts()["disk_bytes"])
         try:
             out.mkdir(parents=True, exist_ok=True)

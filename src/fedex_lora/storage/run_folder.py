@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,12 @@ from fedex_lora.errors import UsageError
 from fedex_lora.storage.events import RunDone, of_kind, read_events
 from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, write_text
 
-CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
+CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT, WORD = "config.toml", "events.jsonl", "clients", "trackers", "report.html", "run-id"
 _PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
 _TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|motion|model|server)\.safetensors"
 _RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
 _OURS = re.compile(
-    rf"{CONFIG}|{EVENTS}|run-id|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
+    rf"{CONFIG}|{EVENTS}|{WORD}|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
     rf"|{CLIENTS}(/[^/]+(/((memory|reference)\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
 )
 
@@ -41,6 +42,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def word_of(out: Path, make: bool = True) -> str:
+    """By which parties know a run, and no other under the same name; "" where it has none yet, and none is to be made."""
+    path = out / WORD
+    if make and not path.exists():
+        write_text(path, f"{out.name}-{uuid.uuid4().hex[:12]}\n")
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def barely_begun(out: Path) -> bool:

@@ -20,6 +20,12 @@ root_certificates = "ca.crt"                 # from the server
 # max_megabytes = 4096                       # take no larger message
 # trainer = "trl:SFTTrainer"                 # what you train with, if the run says so, too
 # trust_remote_code = false                  # true: a model's code runs if the run says so, too
+# epsilon = 3.0                              # private training (docs/privacy.md), of a run at most so much
+# stated_rows = 500                          # what you say of how many rows there are
+# ledger = "ledger.jsonl"                    # of all that was trained on them: fedex-lora ledger FILE --begin
+# budget = 3.0                               # epsilon of all runs together; by default of one
+# delta = 1e-5                               # of (epsilon, delta)
+# accountant = "prv"                         # or "rdp"
 """
 
 SERVER_EXAMPLE = """\

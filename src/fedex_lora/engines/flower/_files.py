@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from fedex_lora.config import located, nearest
 from fedex_lora.engines.flower import ENVIRONMENT
-from fedex_lora.engines.flower._settings import NodeSettings, node_settings, read_settings
-from fedex_lora.errors import ConfigError
+from fedex_lora.engines.flower._settings import PRIVATE, NodeSettings, node_settings, read_settings
+from fedex_lora.errors import ConfigError, FedexLoraError
+from fedex_lora.privacy.ledger import read_ledger
 
 SAFE = ("--enable-supernode-auth", "--disable-runtime-dependency-installation")  # without: any node joins, runs fetch packages
 
@@ -95,6 +96,8 @@ def node_file(path: Path) -> Startable:
         problems.append("train is a file in data, which is missing: add it")
     elif given.get("train") and Path(given["data"]).is_dir() and (fault := _file(Path(given["data"], given["train"]))):
         problems.append(f"train: {fault}")
+    if any(given.get(name) for name in (*PRIVATE, "delta", "budget", "accountant")):
+        problems += [f"{name} is missing ({words}): add it" for name, words in PRIVATE.items() if not given.get(name)]
     about = {name: value for name, value in given.items() if name in _names(NodeSettings)}
     problems += [f"{name} = {value!r}: Flower cannot take a double quote" for name, value in about.items() if '"' in str(value)]
     return Startable(["flower-supernode", *_options(given, Supernode), "--node-config", node_words(about)], problems, given)
@@ -225,6 +228,14 @@ def _state(path: Path) -> str:
     return "" if os.access(there, os.W_OK | os.X_OK) else f"this user cannot write to {there}"
 
 
+def _ledger(path: Path) -> str:
+    try:
+        read_ledger(path)
+    except FedexLoraError as error:
+        return str(error)
+    return "" if os.access(path, os.W_OK) else f"this user cannot write to {path}"
+
+
 def _socket(path: Path) -> str:
     return "" if len(os.fsencode(path)) < 100 else f"{path} is too long for a socket: give a path of at most 100 characters"
 
@@ -282,5 +293,6 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "model": _folder,
     "start": _folder,
     "state": _state,
+    "ledger": _ledger,
     "worker": _socket,
 }  # what is a path -> what is wrong with it, or nothing

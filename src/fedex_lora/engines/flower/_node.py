@@ -5,7 +5,8 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings
-from fedex_lora.errors import ModelError, StorageError, TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
+from fedex_lora.privacy.account import Account, rows_digest
 from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import FILE, ClientPool
@@ -25,6 +27,7 @@ from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.party_log import left, log_failure
+from fedex_lora.runs.private import accounts_of
 from fedex_lora.storage.result import safe_name
 from fedex_lora.storage.run_folder import locked
 from fedex_lora.tasks import Task, load_task, usable
@@ -41,7 +44,7 @@ class Node:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._made: tuple[object, ModelContext, ClientData] | None = None
+        self._made: tuple[object, ModelContext, ClientData, Mapping[str, Account]] | None = None
 
     def reply(self, request: NodeRequest) -> bytes:
         """The bytes of this party's answer: its update, or that it failed; whatever was raised, its text goes to this party's log only."""
@@ -54,6 +57,7 @@ class Node:
             if told_to_end(error):
                 raise
             failure = failure_of(error)
+            failure = failure.private if _is_private(request) else failure
             log_failure(log, error, failure, request.client)
             return answer_of(request.payload, request.client, failure)
 
@@ -77,18 +81,22 @@ class Node:
         except OSError as error:
             raise StorageError(f"this node cannot keep its state in {settings.folder}: {error.strerror}: give another state=") from None
         with _alone(mine):
-            place, data = self._ready(request, settings)
+            place, data, accounts = self._ready(request, settings)
             if request.base and request.base != place.identity:
                 raise ModelError(
                     f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
-            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True)
+            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True, accounts=accounts)
             _remember(pool, folder, mine / FILE)
-            return pool.answer(request.client, request.payload)
+            reply = pool.answer(request.client, request.payload)
+            with suppress(FedexLoraError):  # of a ledger that was moved away meanwhile: the answer is in it
+                for account in accounts.values():
+                    log_of(request.node).info(account.standing(folder.name).words(account))
+            return reply
 
-    def _ready(self, request: NodeRequest, settings: NodeSettings) -> tuple[ModelContext, ClientData]:
-        """Model and rows: those of the last answer, if nothing else was asked for."""
+    def _ready(self, request: NodeRequest, settings: NodeSettings) -> tuple[ModelContext, ClientData, Mapping[str, Account]]:
+        """Model, rows and account: those of the last answer, if nothing else was asked for."""
         key = (request.config, request.client, settings)
         if self._made is None or self._made[0] != key:
             self._made = None  # two bases would not fit
@@ -100,17 +108,18 @@ class Node:
                 raise UsageError(
                     f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
                 )
+            accounts = accounts_of(config, [request.client], whole=True)
             task, parts = dealt(config) if deals else (load_task(config.task, config.seed), {})
             place = ModelContext(config, task)
             log = log_of(request.node)
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
-            data = _rows(place, request.client, parts, log)
-            if place.work.trainer is not None:
+            data, digest = _rows(place, request.client, parts, log)
+            if place.work.trainer is not None or accounts:  # what is private is probed before its ledger has an entry
                 check_trainer(place.model, data.train, place.work)
             log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
-            self._made = (key, place, data)
-        return self._made[1], self._made[2]
+            self._made = (key, place, data, {client: replace(account, rows=digest) for client, account in accounts.items()})
+        return self._made[1:]
 
 
 def _held(data: ClientData, labels: Sequence[object], task: Task) -> str:
@@ -138,7 +147,16 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, Indices]], log: logging.Logger) -> ClientData:
+def _is_private(request: NodeRequest) -> bool:
+    """Is this party's training private? Where that cannot be told, it may be."""
+    try:
+        return node_settings(request.node).applied(parse_config(tomllib.loads(request.config))).privacy.is_on
+    except (FedexLoraError, ValueError):
+        return True
+
+
+def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, Indices]], log: logging.Logger) -> tuple[ClientData, str]:
+    """What the party trains and measures on; and the digest of its rows, where it is private."""
     config, task = place.config, place.work.task
     if parts:
         if client not in parts:
@@ -148,18 +166,19 @@ def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, I
         mine, held = parts[client]
     else:
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
-    rows = place.work.tokens(task.train.iloc[[*mine, *held]].reset_index(drop=True))
+    own = task.train.iloc[[*mine, *held]].reset_index(drop=True)
+    rows = place.work.tokens(own)
     (train, notes), (measured, _) = (
         usable(rows.select(np.arange(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
     )
     for note in [*task.notes, *notes]:
         log.warning("%s: %s", client, note)
-    return ClientData(train=train, held_out=measured)
+    return ClientData(train=train, held_out=measured), rows_digest(own.to_dict("records")) if config.privacy.is_on else ""
 
 
 def _remember(pool: ClientPool, folder: Path, memory: Path) -> None:
     """Take up what this party remembers; what is broken is set aside, and asked for anew."""
     try:
-        pool.remember_in(folder, lambda version: {})
+        pool.remember_in(folder, lambda version: {}, folder.name)
     except StorageError:
         memory.replace(memory.with_name(f"{FILE}.broken"))

@@ -6,9 +6,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedex_lora.config import DEMO, Config, located, nearest
+from pydantic import ValidationError
+
+from fedex_lora.config import DEMO, Config, Privacy, located, nearest
 from fedex_lora.errors import ConfigError
 
+PRIVATE = {
+    "epsilon": "of a run, at most",
+    "stated_rows": "the number of rows that it states",
+    "ledger": "where it writes down what was spent",
+}
 SIMULATION = ("partition-id", "num-partitions")  # Flower's own keys: in a simulation all rows are on this machine
 T = TypeVar("T")
 
@@ -31,6 +38,12 @@ class NodeSettings:
         trust_remote_code: let the base run code of its own, if the run says so too.
         trainer: what this party trains with (`local.trainer`); a folder in front is better absolute.
         rows: "own", or "dealt": this party's share of the rows that the run's configuration names (experiments on one machine).
+        epsilon: of a run, at most: this party's training is private, whatever the run says (`privacy.epsilon`).
+        delta: of (epsilon, delta) (`privacy.delta`).
+        stated_rows: the number of rows that it states (`privacy.rows`).
+        budget: the most epsilon of all runs together; by default `epsilon`.
+        ledger: the file in which all of them are written down.
+        accountant: "prv" or "rdp" (`privacy.accountant`).
     """
 
     client: str = ""
@@ -46,6 +59,12 @@ class NodeSettings:
     trust_remote_code: bool = False
     trainer: str = ""
     rows: str = "own"
+    epsilon: float = 0.0
+    delta: float = 0.0
+    stated_rows: int = 0
+    budget: float = 0.0
+    ledger: str = ""
+    accountant: str = ""
 
     def deals(self, config: Config) -> bool:
         """Are the rows this party's share of those that the run itself names (or of the demo's, which code writes)?"""
@@ -61,13 +80,15 @@ class NodeSettings:
         """The run's configuration on this party's machine: what the server says of paths and code does not count here.
 
         Raises:
-            ConfigError: this party has not said where its rows are or with what it trains, or the run has not said which classes there are.
+            ConfigError: this party has not said where its rows are, with what it trains or how private it is, or the run has not said which
+                classes there are.
         """
         base: dict[str, Any] = {"trust_remote_code": config.base.trust_remote_code and self.trust_remote_code}
         base |= {"model": self.model} if self.model else {}
         base |= {"start": Path(self.start)} if self.start else {}
         config = config.model_copy(update={"base": config.base.model_copy(update=base)})
         config = config.model_copy(update={"local": config.local.model_copy(update={"trainer": self._trainer(config)})})
+        config = config.model_copy(update={"privacy": self._privacy(config.privacy)})
         if self.threads:
             config = config.model_copy(update={"torch_threads": self.threads})
         if self.deals(config):
@@ -81,6 +102,26 @@ class NodeSettings:
         train = self.train or Path(config.task.train or "").name or None
         task = config.task.model_copy(update={"data": Path(self.data), "train": train, "eval": train, "train_rows": self.max_rows or None})
         return config.model_copy(update={"task": task})
+
+    def _privacy(self, run: Privacy) -> Privacy:
+        """This party's own: of the run's it is the clip norm, and an epsilon that is smaller still."""
+        said = {name: getattr(self, name) for name in ("epsilon", "delta", "budget", "ledger", "accountant")} | {"rows": self.stated_rows}
+        said = {name: value for name, value in said.items() if value}
+        if not said and not run.is_on:
+            return run
+        if missing := [key for key, value in PRIVATE.items() if not getattr(self, key)]:
+            raise ConfigError(
+                f"{'this run' if run.is_on else 'this node'} is private, and this node's file lacks "
+                + ", ".join(f"{key} ({PRIVATE[key]})" for key in missing)
+                + ": add "
+                + ("them" if len(missing) > 1 else "it"),
+                "privacy",
+            )
+        try:
+            own = Privacy.model_validate({"clip_norm": run.clip_norm, "budget": self.epsilon, **said})
+        except ValidationError as error:
+            raise ConfigError(f"this node's privacy: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", "privacy") from None
+        return own.model_copy(update={"epsilon": min(self.epsilon, run.epsilon or self.epsilon)})
 
     def _trainer(self, config: Config) -> str | None:
         """This party's own, never the server's; but ours is no substitute for another."""
@@ -121,7 +162,8 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
     settings = read_settings(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
     if settings.rows not in ("own", "dealt"):
         raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"', "settings")
-    if low := next((name for name in ("threads", "max_rows", "max_megabytes") if not getattr(settings, name) >= 0), None):
+    numbers = ("threads", "max_rows", "max_megabytes", "epsilon", "delta", "stated_rows", "budget")
+    if low := next((name for name in numbers if not getattr(settings, name) >= 0), None):
         raise ConfigError(f"node config {low.replace('_', '-')} = {getattr(settings, low):g}: give a number from zero up", "settings")
     return replace(settings, rows="dealt") if simulated else settings
 

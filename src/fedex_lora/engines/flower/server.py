@@ -1,6 +1,5 @@
 """Flower's ServerApp around our round loop."""
 
-import uuid
 from collections.abc import Iterator, Mapping
 from logging import INFO
 from pathlib import Path
@@ -22,12 +21,10 @@ from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import ranks_of, run
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Event
-from fedex_lora.storage.files import write_text
+from fedex_lora.storage.run_folder import word_of
 from fedex_lora.tasks import load_task
 from fedex_lora.tasks.dealt import dealt
 from fedex_lora.types import ServerState
-
-RUN = "run-id"  # a file of the run folder: what clients know the run by
 
 
 def server_app(config: Path) -> ServerApp:
@@ -67,10 +64,13 @@ class Deployment:
             log(INFO, "local.trainer is each party's own word: a node that has not said trainer= does not train")
         config = without_trainer(config)
         task, parts = (load_task(config.task, config.seed), {}) if names else dealt(config)
-        self._rows = dict.fromkeys(names, 0) or {client: len(mine) for client, (mine, _) in parts.items()}
+        self._rows = dict.fromkeys(names, 0) or {client: config.privacy.stated(client) or len(mine) for client, (mine, _) in parts.items()}
         require_consistent(config, len(self._rows))
         self.host = GlobalModel(ModelContext(config, task), ranks_of(config, self._rows))
         self._grid, self._transport = grid, GridExchange(grid, list(self._rows), {})
+
+    def require(self, out: Path) -> None:
+        """Nothing: each party looks at its own ledger."""
 
     def initial(self) -> ServerState:
         """The state before round 1."""
@@ -89,9 +89,7 @@ class Deployment:
 
     def remember_in(self, out: Path) -> None:
         """Clients keep their own memory; they know this run, and no other under the same name, by a word in the run folder."""
-        if not (out / RUN).exists():
-            write_text(out / RUN, f"{out.name}-{uuid.uuid4().hex[:12]}\n")
-        about = {"run": (out / RUN).read_text(encoding="utf-8").strip(), "base": self.host.place.identity}
+        about = {"run": word_of(out), "base": self.host.place.identity}
         self._transport = GridExchange(self._grid, list(self._rows), about)
 
 

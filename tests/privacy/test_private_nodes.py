@@ -1,0 +1,259 @@
+"""A private party over Flower, its `Node` driven directly: its own word counts, and its bytes hold nothing that one row changes."""
+
+import json
+from itertools import count
+
+import pytest
+import torch
+from tests.messages import tensors_of, told
+
+pytest.importorskip("flwr", reason="the extra flower is not installed")
+
+from fedex_lora.client import private
+from fedex_lora.config import parse_config, write_config
+from fedex_lora.engines.flower._files import node_file
+from fedex_lora.engines.flower._node import Node
+from fedex_lora.engines.flower._request import NodeRequest
+from fedex_lora.engines.flower._settings import node_settings
+from fedex_lora.errors import ConfigError
+from fedex_lora.privacy.accounting import privacy_plan, spent
+from fedex_lora.privacy.ledger import Entry, begin_ledger, read_ledger
+from fedex_lora.protocol.messages import envelope_of
+from fedex_lora.protocol.records import Apology
+from fedex_lora.runs import learner as learners
+from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.server.server import Server
+
+ROWS = [{"prompt": f"bed {number} :", "completion": " red"} for number in range(12)]
+OWN = {"epsilon": 4.0, "delta": 1e-3, "stated_rows": 20, "accountant": "rdp"}
+
+
+def ignore(event):
+    pass
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def setting(file, **changes):
+    """A run that says nothing of privacy."""
+    tree = {
+        "method": "ffa",
+        "rounds": 2,
+        "torch_threads": 1,
+        "base": {"model": "demo"},
+        "lora": {"r": 2, "alpha": 8, "target_modules": ["q_proj"]},
+        "task": {"name": "custom", "kind": "causal-lm", "train": str(file), "eval": str(file)},
+        "clients": {"count": 1},
+        "training": {"learning_rate": 5e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4},
+    }
+    for table, values in changes.items():
+        tree[table] = {**tree.get(table, {}), **values} if isinstance(values, dict) else values
+    return parse_config(tree)
+
+
+class Party:
+    """A private party on its machine: its rows, its ledger, its state."""
+
+    def __init__(self, folder, rows=ROWS, **settings):
+        folder.mkdir()
+        write(folder / "rows.jsonl", rows)
+        begin_ledger(folder / "ledger")
+        self.ledger, self.folder = folder / "ledger", folder
+        self.node = {
+            "client": "ward",
+            "data": str(folder),
+            "train": "rows.jsonl",
+            "state": str(folder / "state"),
+            "ledger": str(self.ledger),
+        }
+        self.node |= {**OWN, **settings}
+
+    def reply(self, payload, config, run="run", node=None):
+        return Node(ignore).reply(NodeRequest(payload, "ward", run, "", write_config(config), self.node if node is None else node))
+
+    def entries(self):
+        return [line for line in read_ledger(self.ledger) if isinstance(line, Entry)]
+
+    def log(self):
+        return (self.folder / "state" / "party.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server_side(tmp_path_factory):
+    """The server's file, and the state before round 1."""
+    file = write(tmp_path_factory.mktemp("server") / "rows.jsonl", ROWS)
+    return file, LocalSimulation(setting(file), ignore).initial()
+
+
+def question(server_side, phase="train", run="run"):
+    file, state = server_side
+    return Server(setting(file), state, ["ward"], run=run).open_round(phase=phase).messages["ward"]
+
+
+def code_of(reply):
+    said = envelope_of(reply, Apology)[0]
+    return said.code, said.rows
+
+
+def test_a_node_s_privacy_is_its_own_word(tmp_path, server_side):
+    """Of the run's it takes the clip norm, and an epsilon that is smaller; what it lacks is named in one line."""
+    file, _ = server_side
+    theirs = {"epsilon": 100.0, "delta": 0.01, "rows": 10**6, "budget": 500.0, "ledger": "/tmp/theirs", "clip_norm": 2.0}
+    node = {"data": "/srv", "ledger": "/srv/ledger", **OWN, "accountant": ""}
+    for run in ({}, theirs):
+        privacy = node_settings(node).applied(setting(file, privacy=run)).privacy
+        assert (privacy.epsilon, privacy.delta, privacy.rows, privacy.budget) == (4.0, 1e-3, 20, 4.0)
+        assert (str(privacy.ledger), privacy.accountant, privacy.clip_norm) == ("/srv/ledger", "prv", run.get("clip_norm", 1.0))
+    assert node_settings({**node, "budget": 9.0}).applied(setting(file, privacy={**theirs, "epsilon": 0.5})).privacy.epsilon == 0.5
+    assert node_settings({**node, "delta": 0.0}).applied(setting(file, privacy=theirs)).privacy.delta == 1e-5
+    assert not node_settings({"data": "/srv"}).applied(setting(file)).privacy.is_on
+    for said, run, words in (
+        ({"data": "/srv"}, theirs, r"^this run is private, and this node's file lacks epsilon .*, stated_rows .*, ledger .*: add them$"),
+        ({**node, "ledger": ""}, {}, r"^this node is private, and this node's file lacks ledger \(where .*\): add it$"),
+        ({"data": "/srv", "delta": 0.1}, {}, "lacks epsilon"),
+        ({**node, "delta": 2.0}, {}, "this node's privacy: delta: Input should be less than 1"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            node_settings(said).applied(setting(file, privacy=run))
+        assert caught.value.code == "privacy"
+    with pytest.raises(ConfigError, match="node config epsilon = -1: give a number from zero up"):
+        node_settings({"epsilon": -1.0})
+
+
+def test_a_private_node_answers_tells_its_own_log_and_nobody_else(tmp_path, server_side):
+    party, config = Party(tmp_path / "a"), setting(server_side[0])
+    reply = party.reply(question(server_side), config)
+    assert (told(reply)["num_examples"], told(reply)["metrics"]) == (20, {})
+    plan = privacy_plan(node_settings(party.node).applied(config), "ward")
+    assert [line.mechanism for line in party.entries()] == [plan.round]
+    epsilon = spent([plan.round], 1e-3, "rdp")
+    assert (
+        f"client ward has spent epsilon {epsilon:.4g} of its budget of 4 at delta 0.001, which pays for 1 of the 1 rounds ahead"
+        in party.log()
+    )
+    assert b"epsilon" not in reply
+    assert party.reply(question(server_side), config) == reply  # a new process
+    assert len(party.entries()) == 1
+
+
+def test_a_run_that_is_private_gets_nothing_from_a_node_that_has_not_said_so(tmp_path, server_side):
+    party = Party(tmp_path / "a")
+    plain = {key: party.node[key] for key in ("client", "data", "train", "state")}
+    private = setting(server_side[0], privacy={"epsilon": 8.0, "rows": 20, "delta": 1e-3, "ledger": str(party.ledger)})
+    assert code_of(party.reply(question(server_side), private, node=plain)) == ("privacy", 0)
+    assert party.entries() == []
+
+
+def test_a_server_that_lies_on_the_run_spends_no_more_than_the_budget(tmp_path, server_side):
+    """Other epsilons, rounds, batches and names of runs, until nothing is left; each entry is what was trained then."""
+    party, file = Party(tmp_path / "a", budget=6.0), server_side[0]
+    lies = [
+        {"privacy": {"epsilon": 100.0, "delta": 0.9, "rows": 10**6, "clip_norm": 1.0}, "rounds": 1},
+        {"rounds": 50},
+        {"training": {"per_device_train_batch_size": 16}},
+        {"training": {"num_train_epochs": 9}},
+    ]
+    released, codes = [], []
+    for number in count():
+        config = setting(file, **lies[number % len(lies)])
+        reply = party.reply(question(server_side, run=f"run {number}"), config, run=f"run {number}")
+        if told(reply)["kind"] == "update":
+            released.append(privacy_plan(node_settings(party.node).applied(config), "ward").round)
+        else:
+            codes.append(code_of(reply))
+        if len(codes) == 3:
+            break
+    assert set(codes) == {("privacy", 0)}
+    assert [line.mechanism for line in party.entries()] == released
+    assert len(released) > 1
+    assert spent(released, 1e-3, "rdp") <= 6
+
+
+def test_the_name_of_a_client_does_not_open_another_budget(tmp_path, server_side):
+    """A node that has not said who it is answers to any name, by one ledger."""
+    party = Party(tmp_path / "a")
+    party.node |= {"client": ""}
+    file, state = server_side
+    for number, name in enumerate(("ward", "other", "third")):
+        message = Server(setting(file), state, [name], run="run").open_round().messages[name]
+        reply = Node(ignore).reply(NodeRequest(message, name, "run", "", write_config(setting(file)), party.node))
+        assert told(reply)["kind"] == ("update" if number < 2 else "failure"), name
+    assert len(party.entries()) == 2
+
+
+CHANGED = [*ROWS[:5], {"prompt": "bed 5 has a fever and a rash :", "completion": " blue and green"}, *ROWS[6:]]
+
+
+@pytest.mark.parametrize("rows", [CHANGED, ROWS[:-1], [*ROWS, CHANGED[5]]], ids=["changed", "removed", "added"])
+def test_the_bytes_hold_nothing_that_one_row_changes_but_the_parameters(rows, tmp_path, server_side, monkeypatch):
+    """The secret generators are seeded alike, so that only the row differs."""
+    monkeypatch.setattr(private, "secret_generator", lambda device: torch.Generator(device).manual_seed(7))
+    config = setting(server_side[0], clients={"holdout": 0.2})
+    replies = {}
+    for name, own in (("these", ROWS), ("those", rows)):
+        party = Party(tmp_path / name, own)
+        replies[name] = [party.reply(question(server_side, phase), config) for phase in ("evaluate", "train", "train")]
+    for these, those in zip(*replies.values(), strict=True):
+        assert len(these) == len(those)
+        assert {**told(these), "body": ""} == {**told(those), "body": ""}
+        assert told(these).keys() == {
+            *("schema_version", "run", "round", "client", "body", "kind", "phase", "base_version", "num_examples", "metrics"),
+            *("method", "scalings", "since", "version", "log_rounds", "halts", "reinit_seed"),
+        }
+        shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(reply).items()} for reply in (these, those)]
+        assert shapes[0] == shapes[1]
+    measured, trained = ([replies[name][at] for name in replies] for at in (0, 1))
+    assert measured[0] == measured[1]
+    assert trained[0] != trained[1]  # the row did train
+    assert told(trained[0])["metrics"] == {}
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Quagmire", "completion": ""}, {"prompt": "Quagmire"}, {"prompt": {"Quagmire": 1}, "completion": " red"}]
+)
+def test_a_row_that_cannot_be_read_tells_one_code(row, tmp_path, server_side):
+    party = Party(tmp_path / "a", [*ROWS, row])
+    reply = party.reply(question(server_side), setting(server_side[0]))
+    assert code_of(reply) == ("privacy", 0)
+    assert party.entries() == []
+    plain = {key: party.node[key] for key in ("client", "data", "train", "state")}
+    assert code_of(party.reply(question(server_side), setting(server_side[0]), node=plain))[0] in ("empty", "column")  # of a plain party
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Quagmire"), ImportError("Quagmire"), ConfigError("Quagmire"), SystemExit("Quagmire")])
+def test_a_row_that_makes_training_fail_tells_one_code_and_is_trained_again_under_its_entry(error, tmp_path, server_side, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    party, config = Party(tmp_path / "a"), setting(server_side[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(learners, "local_update", fail)
+        failed = party.reply(question(server_side), config)
+    assert code_of(failed) == ("privacy", 0)
+    assert b"Quagmire" not in failed
+    assert "Quagmire" in party.log()
+    assert told(party.reply(question(server_side), config))["kind"] == "update"
+    assert len(party.entries()) == 1
+
+
+def test_what_no_row_is_the_reason_for_is_told_as_ever(tmp_path, server_side):
+    party, config = Party(tmp_path / "a"), setting(server_side[0])
+    assert code_of(party.reply(b"garbage", config)) == ("message", 0)
+    assert code_of(party.reply(question(server_side), config, node={**party.node, "client": "somebody"})) == ("client", 0)
+    assert code_of(party.reply(question(server_side), config, node={**party.node, "stated_rows": 3})) == ("privacy", 0)
+    assert "client ward states 3 rows, and a batch has 4" in party.log()
+
+
+def test_a_node_s_file_says_what_is_wrong_with_its_privacy(tmp_path):
+    (tmp_path / "node.toml").write_text('epsilon = 3.0\nledger = "ledger"\n')
+    problems = node_file(tmp_path / "node.toml").problems
+    assert any("ledger: there is no ledger" in problem and "--begin" in problem for problem in problems)
+    assert any(problem.startswith("stated_rows is missing (the number of rows that it states)") for problem in problems)
+    begin_ledger(tmp_path / "ledger")
+    (tmp_path / "node.toml").write_text('epsilon = 3.0\nstated_rows = 50\nledger = "ledger"\n')
+    made = node_file(tmp_path / "node.toml")
+    assert not [problem for problem in made.problems if "ledger" in problem or "stated_rows" in problem]
+    assert f'ledger="{tmp_path / "ledger"}"' in made.command[-1]
