@@ -162,12 +162,11 @@ def _with_budget(config: Config, rows: dict[str, dict[str, Any]], parts: Collect
     if privacy.ledger is None or not privacy.ledger.exists():
         return rows
     budget = privacy.budget or privacy.epsilon or 0.0
-    standing = {
-        client: Account(privacy.ledger, client, plan, budget, privacy.accountant).standing()
-        for client, plan in plans_of(config, parts).items()
-    }
-    most = max(standing.values())
-    return {name: {**row, **dict(zip(("spent", "rounds_left"), standing.get(name, most), strict=True))} for name, row in rows.items()}
+    plans = plans_of(config, parts)
+    standing = {client: Account(privacy.ledger, client, plan, budget, privacy.accountant).standing() for client, plan in plans.items()}
+    left = {client: {"spent": one.epsilon, "rounds_left": one.paid} for client, one in standing.items()}
+    most = max(left.values(), key=lambda one: one["spent"])
+    return {name: {**row, **left.get(name, most)} for name, row in rows.items()}
 
 
 def _meaning(config: Config, trained: int) -> str:

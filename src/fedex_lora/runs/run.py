@@ -22,8 +22,8 @@ from fedex_lora.runs.emit import Emit, log_to
 from fedex_lora.runs.global_state import undone
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
-from fedex_lora.runs.private import accounts_of, require_paid
 from fedex_lora.runs.privacy import noise_warning
+from fedex_lora.runs.private import accounts_of, require_paid
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, load_base_delta, require_space
