@@ -12,7 +12,7 @@ from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError, PrivacyError, StorageError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest, spendings
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, spent
-from fedex_lora.privacy.ledger import Answered, Entry, begin_ledger, parse_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, LedgerEntry, begin_ledger, parse_ledger, read_ledger
 
 DELTA = 1e-5
 
@@ -29,7 +29,7 @@ def ledger(tmp_path):
 
 
 def epsilon(path):
-    return spent([line.mechanism for line in read_ledger(path) if isinstance(line, Entry)], DELTA, "rdp")
+    return spent([line.mechanism for line in read_ledger(path) if isinstance(line, LedgerEntry)], DELTA, "rdp")
 
 
 def test_it_begins_once_and_only_for_its_user(ledger):
@@ -54,7 +54,7 @@ def test_a_round_is_entered_once_and_charged_to_all_runs(ledger):
     one.answered("first", 1)
     one.answered("first", 1)
     one.enter("second", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [Entry, Answered, Entry]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Answered, LedgerEntry]
     assert one.standing().epsilon == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
     for number in (0, 1):
         with pytest.raises(PrivacyError, match="a second release"):
@@ -168,7 +168,7 @@ def test_processes_at_once_spend_no_more_than_one_would(ledger):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes[1:]] == [3, 3, 3]
-    entries = [line for line in read_ledger(ledger) if isinstance(line, Entry)]
+    entries = [line for line in read_ledger(ledger) if isinstance(line, LedgerEntry)]
     assert len(entries) == len({line.question for line in entries}) == 12
     assert epsilon(ledger) <= budget
 

@@ -17,7 +17,7 @@ from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
 from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.accounting import privacy_plan, spent
-from fedex_lora.privacy.ledger import Entry, begin_ledger, read_ledger
+from fedex_lora.privacy.ledger import LedgerEntry, begin_ledger, read_ledger
 from fedex_lora.protocol.messages import envelope_of
 from fedex_lora.protocol.records import Apology
 from fedex_lora.runs import learner as learners
@@ -75,7 +75,7 @@ class Party:
         return Node(ignore).reply(NodeRequest(payload, "ward", run, "", write_config(config), self.node if node is None else node))
 
     def entries(self):
-        return [line for line in read_ledger(self.ledger) if isinstance(line, Entry)]
+        return [line for line in read_ledger(self.ledger) if isinstance(line, LedgerEntry)]
 
     def log(self):
         return (self.folder / "state" / "party.log").read_text()
@@ -187,11 +187,11 @@ def test_the_name_of_a_client_does_not_open_another_budget(tmp_path, server_side
 CHANGED = [*ROWS[:5], {"prompt": "bed 5 has a fever and a rash :", "completion": " blue and green"}, *ROWS[6:]]
 
 
-@pytest.mark.parametrize("rows", [CHANGED, ROWS[:-1], [*ROWS, CHANGED[5]]], ids=["changed", "removed", "added"])
+@pytest.mark.parametrize("rows", [CHANGED, ROWS[:-1], [CHANGED[5], *ROWS]], ids=["changed", "removed", "added"])
 def test_the_bytes_hold_nothing_that_one_row_changes_but_the_parameters(rows, tmp_path, server_side, monkeypatch):
     """The secret generators are seeded alike, so that only the row differs."""
     monkeypatch.setattr(private, "secret_generator", lambda device: torch.Generator(device).manual_seed(7))
-    config = setting(server_side[0], clients={"holdout": 0.2})
+    config = setting(server_side[0], clients={"holdout": 0.1}, training={"per_device_train_batch_size": 16})  # of 20: each row is drawn
     replies = {}
     for name, own in (("these", ROWS), ("those", rows)):
         party = Party(tmp_path / name, own)
@@ -212,7 +212,7 @@ def test_the_bytes_hold_nothing_that_one_row_changes_but_the_parameters(rows, tm
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "Quagmire", "completion": ""}, {"prompt": "Quagmire"}, {"prompt": {"Quagmire": 1}, "completion": " red"}]
+    "row", [{"prompt": "Quagmire", "completion": ""}, {"prompt": "Quagmire"}, {"prompt": "Quagmire", "completion": " \ud800"}]
 )
 def test_a_row_that_cannot_be_read_tells_one_code(row, tmp_path, server_side):
     party = Party(tmp_path / "a", [*ROWS, row])
@@ -220,7 +220,11 @@ def test_a_row_that_cannot_be_read_tells_one_code(row, tmp_path, server_side):
     assert code_of(reply) == ("privacy", 0)
     assert party.entries() == []
     plain = {key: party.node[key] for key in ("client", "data", "train", "state")}
-    assert code_of(party.reply(question(server_side), setting(server_side[0]), node=plain))[0] in ("empty", "column")  # of a plain party
+    assert code_of(party.reply(question(server_side), setting(server_side[0]), node=plain))[0] in (
+        "empty",
+        "column",
+        "encoding",
+    )  # of a plain party
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Quagmire"), ImportError("Quagmire"), ConfigError("Quagmire"), SystemExit("Quagmire")])

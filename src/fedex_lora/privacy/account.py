@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from fedex_lora.errors import PrivacyError, counted
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, rounds_left, spent
-from fedex_lora.privacy.ledger import Answered, Entry, append_line, held_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, LedgerEntry, append_line, held_ledger, read_ledger
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Account:
     rows: str = ""
     whole: bool = False
 
-    def history(self, lines: Sequence[Entry | Answered]) -> list[Mechanism]:
+    def history(self, lines: Sequence[LedgerEntry | Answered]) -> list[Mechanism]:
         """All that counts of a ledger."""
-        return [line.mechanism for line in lines if isinstance(line, Entry) and (self.whole or line.client == self.client)]
+        return [line.mechanism for line in lines if isinstance(line, LedgerEntry) and (self.whole or line.client == self.client)]
 
     def standing(self, run: str = "") -> "Standing":
         """Where the client stands, in the middle of a run; "" for one that did not begin."""
@@ -85,7 +85,7 @@ class Account:
                     f"client {self.client} answered round {last} of run {run}, and another answer to round {round} would be a second "
                     "release: begin a new run"
                 )
-            if any(isinstance(line, Entry) and (line.round, line.mechanism) == (round, self.plan.round) for line in of_run):
+            if any(isinstance(line, LedgerEntry) and (line.round, line.mechanism) == (round, self.plan.round) for line in of_run):
                 os.fsync(descriptor)
                 return
             history, mechanism = self.history(lines), self.plan.round
@@ -94,7 +94,7 @@ class Account:
                     f"client {self.client}: with round {round} of run {run} epsilon would be {epsilon:.4g}, and its budget is "
                     f"{self.budget:g} ({counted(len(history), 'round')} before it in {self.path}): its rows are spent"
                 )
-            append_line(descriptor, Entry(client=self.client, run=run, round=round, rows=self.rows, **mechanism._asdict()))
+            append_line(descriptor, LedgerEntry(client=self.client, run=run, round=round, rows=self.rows, **mechanism._asdict()))
 
     def answered(self, run: str, round: int) -> None:
         """Write down that the answer to a round is kept, and may leave; once.
@@ -104,7 +104,7 @@ class Account:
         """
         line = Answered(client=self.client, run=run, round=round)
         with held_ledger(self.path) as (descriptor, lines):
-            if not any(isinstance(one, Entry) and one.question == line.question for one in lines):
+            if not any(isinstance(one, LedgerEntry) and one.question == line.question for one in lines):
                 raise PrivacyError(f"{self.path} has no entry of round {round} of run {run}, so its answer stays: is it the right ledger?")
             if any(isinstance(one, Answered) and one.question == line.question for one in lines):
                 os.fsync(descriptor)
@@ -128,7 +128,7 @@ class Spending:
     """What was spent on the rows of one digest by a client in a run; with "" for a run, on all of a client; for a client, on everything.
 
     Attributes:
-        client, run, rows: see `Entry`.
+        client, run, rows: see `LedgerEntry`.
         rounds, answered: that were entered, and that were answered.
         steps: of all of them.
         epsilon: of all of them together.
@@ -143,16 +143,16 @@ class Spending:
     epsilon: float
 
 
-def spendings(lines: Sequence[Entry | Answered], delta: float, accountant: str = "prv") -> list[Spending]:
+def spendings(lines: Sequence[LedgerEntry | Answered], delta: float, accountant: str = "prv") -> list[Spending]:
     """A line for each client, run and rows, in the order of the ledger; then all of each client; where there are more, of all together."""
-    entries = [line for line in lines if isinstance(line, Entry)]
+    entries = [line for line in lines if isinstance(line, LedgerEntry)]
     said = {line.question for line in lines if isinstance(line, Answered)}
 
-    def together(key: tuple[str, str, str], those: Sequence[Entry]) -> Spending:
+    def together(key: tuple[str, str, str], those: Sequence[LedgerEntry]) -> Spending:
         epsilon = spent([one.mechanism for one in those], delta, accountant)
         return Spending(*key, len(those), len({one.question for one in those} & said), sum(one.steps for one in those), epsilon)
 
-    groups, clients = dict[tuple[str, str, str], list[Entry]](), dict[tuple[str, str, str], list[Entry]]()
+    groups, clients = dict[tuple[str, str, str], list[LedgerEntry]](), dict[tuple[str, str, str], list[LedgerEntry]]()
     for one in entries:
         groups.setdefault((one.client, one.run, one.rows), []).append(one)
         clients.setdefault((one.client, "", ""), []).append(one)

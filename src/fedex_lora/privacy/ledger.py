@@ -4,7 +4,7 @@
     {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "entry", "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST}
     {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "answered"}
 
-Entry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is in it than left.
+LedgerEntry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is in it than left.
 """
 
 import fcntl
@@ -45,7 +45,7 @@ class _OfRound(_Line):
         return self.client, self.run, self.round
 
 
-class Entry(_OfRound):
+class LedgerEntry(_OfRound):
     """A round of a client is about to be trained.
 
     Attributes:
@@ -71,17 +71,17 @@ class Answered(_OfRound):
     kind: Literal["answered"] = "answered"
 
 
-LedgerLine: TypeAlias = Begun | Entry | Answered
+LedgerLine: TypeAlias = Begun | LedgerEntry | Answered
 _LINE: TypeAdapter[LedgerLine] = TypeAdapter(Annotated[LedgerLine, Field(discriminator="kind")])
 
 
-def parse_ledger(payload: bytes, name: str) -> list[Entry | Answered]:
+def parse_ledger(payload: bytes, name: str) -> list[LedgerEntry | Answered]:
     """The lines of a ledger after the first. A last one without its end was never on the disk, so nothing followed it: it is left out.
 
     Raises:
         StorageError: a line is none, or an answer has no entry.
     """
-    found, entered = list[Entry | Answered](), set[tuple[str, str, int]]()
+    found, entered = list[LedgerEntry | Answered](), set[tuple[str, str, int]]()
     for number, text in enumerate(payload[: payload.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
             line = _LINE.validate_json(text)
@@ -99,7 +99,7 @@ def parse_ledger(payload: bytes, name: str) -> list[Entry | Answered]:
     return found
 
 
-def read_ledger(path: Path) -> list[Entry | Answered]:
+def read_ledger(path: Path) -> list[LedgerEntry | Answered]:
     """The lines of the ledger at a path; see `parse_ledger`.
 
     Raises:
@@ -153,7 +153,7 @@ def append_line(descriptor: int, line: LedgerLine) -> None:
 
 
 @contextmanager
-def held_ledger(path: Path) -> Iterator[tuple[int, list[Entry | Answered]]]:
+def held_ledger(path: Path) -> Iterator[tuple[int, list[LedgerEntry | Answered]]]:
     """A ledger, open for another line, and its lines; other processes wait meanwhile.
 
     Raises:
