@@ -8,7 +8,7 @@ from tests.kinds import BASES
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
-from fedex_lora.config import parse_config
+from fedex_lora.config import parse_config, read_config
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, read_model, set_trained, trainable_parameters
 from fedex_lora.models.outline import outline
@@ -112,6 +112,14 @@ def test_what_is_left_of_the_budget(file, tmp_path):
     assert (clients["chest"]["spent"], clients["chest"]["rounds_left"]) == (0, 3)
     together = json.loads(ask(file, *words, "--set", "privacy.rows=400")[1])["clients"]["each of 3"]
     assert together["spent"] == clients["bone"]["spent"]  # of the one that has spent most
+
+
+def test_a_ledger_is_beside_the_file_that_names_it(file, tmp_path, monkeypatch):
+    file.write_text(CONFIG.replace("epsilon = 3\n", 'epsilon = 3\nledger = "own.jsonl"\n'))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_config(file).privacy.ledger == tmp_path / "own.jsonl"
+    assert read_config(file, ["privacy.ledger=mine.jsonl"]).privacy.ledger == tmp_path / "elsewhere" / "mine.jsonl"
 
 
 @pytest.mark.parametrize(
