@@ -13,6 +13,7 @@ import typer
 from fedex_lora.cli import _federation as _federation  # isort: skip (the order of the commands in --help)
 from fedex_lora.cli import _init as _init  # isort: skip
 from fedex_lora.cli import _data as _data  # isort: skip
+from fedex_lora.cli import _privacy as _privacy  # isort: skip
 from fedex_lora.cli import _ledger as _ledger  # isort: skip
 from fedex_lora.cli import _adapters as _adapters  # isort: skip
 from fedex_lora.cli import _report as _report  # isort: skip

@@ -91,10 +91,13 @@ def _with_absolute_paths(config: Config, folder: Path, given: Collection[str]) -
         task = task.model_copy(update={name: str(file) for name, file in files.items() if file.is_file()})
         own = {client: absolute(f"clients.data.{client}", file) for client, file in clients.data.items()}
         clients = clients.model_copy(update={"data": {**clients.data, **{name: str(file) for name, file in own.items() if file.is_file()}}})
+    privacy = config.privacy
+    if privacy.ledger is not None:
+        privacy = privacy.model_copy(update={"ledger": absolute("privacy.ledger", privacy.ledger)})
     local, folders = config.local, [Path(), folder] if "local.trainer" in given else [folder, Path()]
     if local.trainer:
         local = local.model_copy(update={"trainer": located(local.trainer, folders)})
-    return config.model_copy(update={"base": base, "task": task, "clients": clients, "local": local})
+    return config.model_copy(update={"base": base, "task": task, "clients": clients, "local": local, "privacy": privacy})
 
 
 def located(trainer: str, folders: Sequence[Path]) -> str:

@@ -36,12 +36,28 @@ library_name: {library}
 
 Method {facts["method"]}, round {facts["round"]}, base {facts["base_model"]}{stored}, by fedex-lora {facts["fedex-lora"]}.{cut}
 Reloaded after writing: its logits, {computed}, differ from the run's by {numbers["output_error"]:.1e} of the largest.
-`manifest.json` has a checksum of every file. In this folder, plain libraries load it so:
+{_privacy(result)}`manifest.json` has a checksum of every file. In this folder, plain libraries load it so:
 
 ```python
 {_loading(facts, numbers, result, kind)}
 ```
 {participants}"""
+
+
+def _privacy(result: StoredResult) -> str:
+    """What the run promised of each party's rows; nothing of a run that promised nothing."""
+    privacy = result.manifest.get("privacy")
+    if not privacy:
+        return ""
+    return """
+## Privacy
+
+Trained by DP-SGD at each party. Of each party's own rows the whole run, with all of its {rounds} rounds, says at most epsilon =
+{epsilon:g} at delta = {delta:g}. Unit: one {unit} (whoever has several of them has less protection); relation: {relation}. Accountant:
+{accountant}; gradients of a record were clipped to norm {clip_norm:g}. Other runs on the same rows spend more; each party's ledger has
+the sum.
+
+""".format(**privacy)
 
 
 def _loading(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: StoredResult, kind: Kind) -> str:

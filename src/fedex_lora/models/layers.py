@@ -230,7 +230,7 @@ def layer_of(name: str, peft: Any, adapter: str = ADAPTER) -> Layer:
 
 def copied(tensor: Tensor) -> Tensor:
     """What leaves a model: a copy on the CPU, where all that is no model computes."""
-    return tensor.detach().to("cpu", copy=True)
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
 
 
 def is_quantised(layer: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
 from fedex_lora.report._measured import Evaluation, evaluation_section, read_evaluation
+from fedex_lora.report._privacy import privacy_section
 from fedex_lora.report._sections import Section, communication_section, comparison, curves, details, deviation_section
 from fedex_lora.report._tables import Sortable
 from fedex_lora.report._tiles import tiles
@@ -66,6 +67,7 @@ def page(runs: Sequence[Run], evaluations: Sequence[Evaluation] = ()) -> tuple[s
     budget = 2 * CELLS // max(1, len(groups))  # cells of heat maps, of one group
     parts = [Section("At a glance", "", [comparison(groups)])] if len(groups) > 1 else []
     parts += [curves(groups), *map(evaluation_section, evaluations), deviation_section(groups), communication_section(groups)]
+    parts += [privacy_section(groups)]
     parts += [details(group, budget, folded=len(groups) > 1) for group in groups]
     parts = [part for part in parts if part.items or part.inner]
     charts, tables = [item for item in _items(parts) if isinstance(item, Chart)], sum(1 for _ in _items(parts))

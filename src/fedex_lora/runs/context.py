@@ -41,6 +41,7 @@ from fedex_lora.models.processor import load_processor
 from fedex_lora.models.start import adapted_as, read_start, require_base, standing
 from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.listening import Exchange
+from fedex_lora.runs.privacy import privacy_facts
 from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
 from fedex_lora.tasks import Task, limit, usable
@@ -232,6 +233,7 @@ class GlobalModel:
             "base_quantization": config.base.quantization,
             **({"base_random_seed": config.seed} if config.base.random_weights else {}),
             **({"start": place.stands_on} if place.stands_on else {}),
+            **privacy_facts(config, train_rows),
             "base_delta": place.base.homes,
             "train_rows": dict(train_rows),
             "torch_threads": torch.get_num_threads(),

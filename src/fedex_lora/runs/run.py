@@ -22,6 +22,7 @@ from fedex_lora.runs.emit import Emit, log_to
 from fedex_lora.runs.global_state import undone
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
+from fedex_lora.runs.privacy import noise_warning
 from fedex_lora.runs.private import accounts_of, require_paid
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.trackers import Trackers
@@ -247,6 +248,11 @@ def _require_run(out: Path, config: Config) -> None:
             f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they '
             "would have been other rounds: give as many, or another --out"
         )
+    if config.rounds != begun.rounds and begun.privacy.is_on:
+        raise UsageError(
+            f"{out} has {begun.rounds} rounds, over which privacy.epsilon = {begun.privacy.epsilon:g} was spread: more would spend more: "
+            "begin another run from its result by base.start, which the ledger charges by itself"
+        )
     here, there = (_keys(_resume_identity(one)) for one in (config, begun))
     if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
@@ -298,4 +304,7 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
         if not any(isinstance(event, RoundDone) and event.round == number for event in events):
             emit(record("round_done", **checkpoint.done))
     place.remember_in(out)
-    return run_rounds(config, checkpoint or place.initial(), place.federation(), out, emit)
+    begun = checkpoint or place.initial()
+    if isinstance(begun, ServerState) and (warning := noise_warning(config, begun.adapter, place.federation().clients)):
+        emit(Warned(message=warning))
+    return run_rounds(config, begun, place.federation(), out, emit)

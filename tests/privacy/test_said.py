@@ -1,0 +1,53 @@
+"""What a finished run says of privacy: report and card have the numbers of its manifest, and of a plain run they say nothing."""
+
+import dataclasses
+
+import pytest
+from tests.finished_runs import small_run, synthetic, written
+
+from fedex_lora.config import parse_config
+from fedex_lora.models.card import model_card
+from fedex_lora.report import page
+from fedex_lora.report.analysis import find_runs
+from fedex_lora.runs.privacy import privacy_facts
+from fedex_lora.storage.result import read_result
+
+TABLES = {
+    "base": {"model": "demo"},
+    "task": {"name": "demo"},
+    "privacy": {"epsilon": 3, "rows": {"site-000": 300, "site-001": 280}, "accountant": "rdp", "clip_norm": 0.5},
+}
+CARD = {"format": "adapter", "method": "ffa", "round": 2, "base_model": "demo", "fedex-lora": "1", "dtype": "float32"}
+NUMBERS = {"rank": 2, "update_error": 0.0, "output_error": 0.0, "output_bound": None, "tokens": None}
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return privacy_facts(parse_config(TABLES), ["site-000", "site-001"])
+
+
+def html_of(folder, facts):
+    first, *rest = synthetic(rounds=2, clients=2)
+    return page(find_runs([written(folder, [first | facts, *rest])]))[0]
+
+
+def test_a_report(facts, tmp_path):
+    html = html_of(tmp_path / "private", facts)
+    sigma = facts["private_clients"]["site-001"]["sigma"]
+    assert f">{sigma:.4g}</td>" in html
+    assert "What it says of a single record" in html
+    assert "add or remove one" in html
+    assert "single record" not in html_of(tmp_path / "plain", {})
+    flower = html_of(tmp_path / "flower", {"privacy": facts["privacy"]})
+    assert "What was asked of each party" in flower
+    assert "by the rows that it states" not in flower
+
+
+def test_a_card(facts, tmp_path):
+    result = read_result(small_run(tmp_path / "run", rounds=1) / "final")
+    plain = model_card(CARD, NUMBERS, result, "causal-lm")
+    private = model_card(CARD, NUMBERS, dataclasses.replace(result, manifest={**result.manifest, **facts}), "causal-lm")
+    assert "## Privacy" not in plain
+    for words in ("epsilon =\n3 at delta = 1e-05", "one record", "add or remove one", "rdp", "norm 0.5"):
+        assert words in private
+    assert "privacy" not in result.manifest
