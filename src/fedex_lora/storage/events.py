@@ -235,10 +235,8 @@ def record(event: str | Event, **fields: Any) -> Event:
 
 
 def _made(name: str, fields: dict[str, Any]) -> Event:
-    if name not in KINDS:
-        return Unreadable(event=name)
     try:
-        return KINDS[name](**fields)
+        return KINDS[name](**fields) if name in KINDS else Unreadable(event=name)
     except ValidationError as error:
         return Unreadable(event=name, complaint=list(dict.fromkeys(str(one["loc"][0]) for one in error.errors())))
 
