@@ -4,12 +4,16 @@ import dataclasses
 
 import pytest
 from tests.finished_runs import small_run, synthetic, written
+from typer.testing import CliRunner
 
+from fedex_lora.cli import app
 from fedex_lora.config import parse_config
 from fedex_lora.models.card import model_card
+from fedex_lora.privacy.ledger import begin_ledger
 from fedex_lora.report import page
 from fedex_lora.report.analysis import find_runs
 from fedex_lora.runs.privacy import privacy_facts
+from fedex_lora.storage.events import Started, Warned, of_kind, read_events
 from fedex_lora.storage.result import read_result
 
 TABLES = {
@@ -41,6 +45,35 @@ def test_a_report(facts, tmp_path):
     flower = html_of(tmp_path / "flower", {"privacy": facts["privacy"]})
     assert "What was asked of each party" in flower
     assert "by the rows that it states" not in flower
+
+
+@pytest.fixture(scope="module")
+def private_run(tmp_path_factory):
+    """Of fedex, so that there is something to warn of."""
+    folder = tmp_path_factory.mktemp("private")
+    begin_ledger(folder / "ledger.jsonl")
+    privacy = {"epsilon": 8, "delta": 1e-3, "rows": 32, "ledger": str(folder / "ledger.jsonl"), "accountant": "rdp"}
+    return small_run(folder / "run", privacy=privacy)
+
+
+def test_a_private_run_says_it_itself(private_run):
+    """Events, manifests of rounds, and what parties are handed, which is nothing of single clients."""
+    events = read_events(private_run / "events.jsonl")
+    started, warned = of_kind(events, Started)[0], [event.message for event in of_kind(events, Warned)]
+    assert (started.privacy["epsilon"], started.privacy["unit"]) == (8, "record")
+    assert {client: row["rows"] for client, row in started.private_clients.items()} == dict.fromkeys(("bone", "chest", "skin"), 32)
+    assert sum("noise meets noise" in message for message in warned) == 1
+    last, final = (read_result(private_run / folder).manifest for folder in ("rounds/0002", "final"))
+    assert last["privacy"] == final["privacy"] == started.privacy
+    assert last["private_clients"] == started.private_clients
+    assert "private_clients" not in final
+    assert "What it says of a single record" in page(find_runs([private_run]))[0]
+
+
+def test_more_rounds_would_spend_more(private_run):
+    done = CliRunner().invoke(app, ["run", str(private_run / "config.toml"), "--out", str(private_run), "--resume", "--rounds", "3"])
+    assert done.exit_code != 0
+    assert "over which privacy.epsilon = 8 was spread" in done.stderr
 
 
 def test_a_card(facts, tmp_path):

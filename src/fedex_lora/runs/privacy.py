@@ -53,11 +53,11 @@ def privacy_facts(config: Config, clients: Collection[str]) -> dict[str, Any]:
     common = {key: getattr(privacy, key) for key in ("epsilon", "delta", "clip_norm", "accountant")}
     facts: dict[str, Any] = {"privacy": {**common, "unit": "record", "relation": "add or remove one", "rounds": config.rounds}}
     if stated := [client for client in clients if privacy.stated(client) is not None]:
-        facts["private_clients"] = {client: told(plan) for client, plan in plans_of(config, stated).items()}
+        facts["private_clients"] = {client: plan_facts(plan) for client, plan in plans_of(config, stated).items()}
     return facts
 
 
-def told(plan: PrivacyPlan) -> dict[str, float]:
+def plan_facts(plan: PrivacyPlan) -> dict[str, float]:
     """A plan as plain values."""
     one = plan.round
     return {"rows": plan.rows, "rate": one.rate, "steps": one.steps * plan.rounds, "sigma": one.sigma, "epsilon": plan.epsilon}
@@ -153,7 +153,7 @@ def describe_privacy(config: Config) -> dict[str, Any]:
 
 def _row(plan: PrivacyPlan, trained: int) -> dict[str, Any]:
     each = plan.round.sigma / plan.batch
-    return {**told(plan), "round_steps": plan.round.steps, "each": each, "noise": each * math.sqrt(trained)}
+    return {**plan_facts(plan), "round_steps": plan.round.steps, "each": each, "noise": each * math.sqrt(trained)}
 
 
 def _with_budget(config: Config, rows: dict[str, dict[str, Any]], parts: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -304,7 +304,7 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
         if not any(isinstance(event, RoundDone) and event.round == number for event in events):
             emit(record("round_done", **checkpoint.done))
     place.remember_in(out)
-    begun = checkpoint or place.initial()
-    if isinstance(begun, ServerState) and (warning := noise_warning(config, begun.adapter, place.federation().clients)):
+    begun, there = checkpoint or place.initial(), place.federation()
+    if isinstance(begun, ServerState) and (warning := noise_warning(config, begun.adapter, there.clients)):
         emit(Warned(message=warning))
-    return run_rounds(config, begun, place.federation(), out, emit)
+    return run_rounds(config, begun, there, out, emit)
