@@ -29,7 +29,7 @@ from fedex_lora.protocol.frame import digest, split
 from fedex_lora.protocol.messages import Download, decode_body, decode_update, envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.round_loop import run_rounds
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.checkpoint import FILE, Checkpoint, load_checkpoint, to_file
 from fedex_lora.server.norm_filter import norm_rejected, size_of
 from fedex_lora.storage.adapter_folder import Format

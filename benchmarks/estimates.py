@@ -19,7 +19,8 @@ from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, base_folder, parse_config
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.estimate import estimate, peak_memory
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import ClientDone, Evaluated, RoundDone, of_kind, read_events
 from fedex_lora.tasks.demo import COLOURS, examples
 

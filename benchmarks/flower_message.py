@@ -21,7 +21,7 @@ from fedex_lora.engines.flower._node import Node
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._trial import short_demo
 from fedex_lora.engines.flower._worker import ask, serve
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.server import Server
 
 FLOWER, APP = "import flwr.supernode.runtime.run_clientapp", "import fedex_lora.engines.flower.client"

@@ -23,7 +23,7 @@ from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
-from fedex_lora.runs.run import CENTRAL_CLIENT, LocalSimulation, ranks_of
+from fedex_lora.runs.simulation import CENTRAL_CLIENT, LocalSimulation, ranks_of
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.events import Step

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import parse_config
 from fedex_lora.errors import ConfigError, FedexLoraError, ModelError
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
 

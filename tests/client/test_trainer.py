@@ -36,7 +36,8 @@ from fedex_lora.protocol.dumps import unpack
 from fedex_lora.protocol.failures import WORDS, failure_of
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.learner import ModelLearner
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.storage.events import ClientDone, of_kind, read_events
 from fedex_lora.storage.result import read_result

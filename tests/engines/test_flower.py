@@ -50,7 +50,8 @@ from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
 from fedex_lora.runs.emit import log_to  # noqa: E402
 from fedex_lora.runs.listening import Reply  # noqa: E402
 from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
-from fedex_lora.runs.run import LocalSimulation, run  # noqa: E402
+from fedex_lora.runs.run import run  # noqa: E402
+from fedex_lora.runs.simulation import LocalSimulation  # noqa: E402
 from fedex_lora.storage.events import RoundDone, of_kind, read_events  # noqa: E402
 from fedex_lora.storage.tensors import load_tensors  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402

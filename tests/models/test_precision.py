@@ -18,7 +18,8 @@ from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, lora_layers, read_other
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.offline.verify import verify
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import run_rounds_of
 from fedex_lora.types import LowRank

@@ -21,7 +21,7 @@ from fedex_lora.privacy.ledger import LedgerEntry, begin_ledger, read_ledger
 from fedex_lora.protocol.messages import envelope_of
 from fedex_lora.protocol.records import Apology
 from fedex_lora.runs import learner as learners
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.server import Server
 
 ROWS = [{"prompt": f"bed {number} :", "completion": " red"} for number in range(12)]

@@ -25,7 +25,8 @@ from fedex_lora.runs import clients as pools
 from fedex_lora.runs import learner as learners
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.private import accounts_of, require_paid
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.server import Server
 from fedex_lora.storage.events import PartyFailed, RunDone, Warned, of_kind, read_events
 

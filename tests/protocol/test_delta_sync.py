@@ -26,7 +26,7 @@ from fedex_lora.protocol import delta_sync as catch_up
 from fedex_lora.protocol.delta_sync import CatchUp, Log, ModelCopy, caught_up, lacking, pruned
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.round_loop import run_rounds
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.server import Server
 from fedex_lora.storage.events import read_events
 from fedex_lora.types import Dense, LowRank

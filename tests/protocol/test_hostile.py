@@ -24,7 +24,8 @@ from fedex_lora.report.analysis import participation
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import run_rounds
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.checkpoint import last_checkpoint
 from fedex_lora.server.norm_filter import norm_rejected, size_of
 from fedex_lora.storage.events import read_events, record

@@ -36,7 +36,8 @@ from fedex_lora.models.processor import load_processor
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.context import ModelContext
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.tensors import load_tensors
 from fedex_lora.tasks import load_task
 from fedex_lora.types import ClientUpdate

@@ -26,7 +26,8 @@ from fedex_lora.models.lora import add_lora, hold_cores, read_model, set_trained
 from fedex_lora.models.merge import logits
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.checkpoint import load_checkpoint
 from fedex_lora.storage.result import read_result
 

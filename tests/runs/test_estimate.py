@@ -13,7 +13,8 @@ from fedex_lora.cli._around_run import said_before
 from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import base_folder, write_config
 from fedex_lora.runs.estimate import bytes_of, estimate, steps_of
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.checkpoint import bytes_needed
 
 SENT, KEPT = 1.7, 3.5  # times what is so: the most that the bounds of bytes and of disk are

@@ -13,7 +13,8 @@ from fedex_lora.cli import app
 from fedex_lora.config import read_config
 from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.offline.verify import verify
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import is_over, read_events
 from fedex_lora.storage.files import checksum, read_manifest
 from fedex_lora.storage.run_folder import locked

@@ -17,7 +17,8 @@ from fedex_lora.offline.verify import verify
 from fedex_lora.runs.context import GlobalModel
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.round_loop import run_rounds
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.files import checksum
 from fedex_lora.storage.result import read_result

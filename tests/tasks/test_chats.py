@@ -19,7 +19,8 @@ from fedex_lora.errors import DataError, FedexLoraError, ModelError
 from fedex_lora.models.export import export
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.check import check
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.tasks import IGNORED, load_task, usable
 from fedex_lora.tasks._chat_template import Chat, chat_tokens, tokenize_chats, turn_ends
 from fedex_lora.tasks._chat_words import THOUGHTS

@@ -31,7 +31,8 @@ from fedex_lora.models.loading import head_modules
 from fedex_lora.models.processor import load_processor
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
-from fedex_lora.runs.run import LocalSimulation, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import read_events
 from fedex_lora.storage.result import read_result
 from fedex_lora.tasks import collator, load_task

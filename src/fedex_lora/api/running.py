@@ -20,6 +20,7 @@ from fedex_lora.models import export as exporting
 from fedex_lora.models.build import load_model
 from fedex_lora.report.analysis import clients, read_run, rounds
 from fedex_lora.runs import run as running
+from fedex_lora.runs import simulation
 from fedex_lora.runs.emit import Emit, log_line
 from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 from fedex_lora.storage.run_folder import folder_after
@@ -150,10 +151,10 @@ def run(
     settings = _settings(config, rows, eval, model, processor)
     tables = {} if rows is None else _tables({**rows, EVAL: eval})
     load = partial(_task, tables) if tables else load_task
-    given = running.Given(load, model, processor, metrics)
+    given = simulation.Given(load, model, processor, metrics)
     mine = TemporaryDirectory(prefix="fedex-lora-") if out is None else None
     folder = Path(out) if out is not None else Path(mine.name if mine else "") / "run"
-    state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: running.LocalSimulation(config, emit, given))
+    state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: simulation.LocalSimulation(config, emit, given))
     return RunResult(folder, state, model, mine)
 
 

@@ -14,7 +14,7 @@ from fedex_lora.errors import FedexLoraError
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.estimate import estimate
 from fedex_lora.runs.global_state import undone
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import Started, of_kind, read_events
 from fedex_lora.types import ServerState
 

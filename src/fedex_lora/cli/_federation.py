@@ -65,8 +65,8 @@ def run(
     settings = read_config(config, overrides, begun=out if resume else None)
     from fedex_lora.cli._around_run import dry_run_of, ending_lines, said_before
     from fedex_lora.cli.console import Display
-    from fedex_lora.runs.run import LocalSimulation
     from fedex_lora.runs.run import run as run_here
+    from fedex_lora.runs.simulation import LocalSimulation
     from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 
     console, ends = consoles(as_json), list[Event]()

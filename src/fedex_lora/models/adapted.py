@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.models.base_weights import FrozenBase, Where
 from fedex_lora.models.core import core_start
-from fedex_lora.models.fingerprint import samples
+from fedex_lora.models.fingerprint import frozen_samples
 from fedex_lora.models.lora import format_of, read_model, read_other, write_model
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.peft_rules import require_plain_lora
@@ -50,7 +50,7 @@ class AdaptedModel:
         name = self.base.name
         self.base.set(delta)
         write_model(self.model, start, other)
-        self._frozen = samples(self.model)
+        self._frozen = frozen_samples(self.model)
         return name
 
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
@@ -59,7 +59,7 @@ class AdaptedModel:
         Raises:
             TrainingError: since `load` something has changed that is frozen, as far as samples show it: it would stay with this party.
         """
-        now = samples(self.model) if self._frozen else {}
+        now = frozen_samples(self.model) if self._frozen else {}
         if odd := [name for name, sample in now.items() if self._frozen.get(name, sample) != sample]:
             more = f" ({len(odd)} such)" if len(odd) > 1 else ""
             raise TrainingError(f"the training changed {odd[0]}{more}, which is frozen: train the adapter and modules_to_save only")

@@ -50,7 +50,7 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) 
     return digest.hexdigest()
 
 
-def samples(model: nn.Module) -> dict[str, bytes]:
+def frozen_samples(model: nn.Module) -> dict[str, bytes]:
     """Of every frozen parameter, by its name: some of its values as they are stored now. What changes one of them was training, or alike.
 
     So few numbers are read that it costs nothing beside a training; weights of which a few rows change (embeddings) may escape.

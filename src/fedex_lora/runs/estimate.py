@@ -19,7 +19,7 @@ from fedex_lora.client.training import evaluate
 from fedex_lora.config import Config
 from fedex_lora.runs.context import GlobalModel
 from fedex_lora.runs.learner import ModelLearner
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.checkpoint import adapter_bytes, bytes_needed, gained_bytes
 from fedex_lora.server.checks import participants
 from fedex_lora.types import ServerState

@@ -18,7 +18,8 @@ from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import log_line
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
-from fedex_lora.runs.run import ranks_of, run
+from fedex_lora.runs.run import run
+from fedex_lora.runs.simulation import ranks_of
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import Event
 from fedex_lora.storage.run_folder import word_of

@@ -32,7 +32,7 @@ from fedex_lora.experiments.compare._tests import answers, interval
 from fedex_lora.experiments.compare._tuning import Choice, best_point
 from fedex_lora.experiments.compare._variants import Variant, configured, controls, with_settings
 from fedex_lora.runs.round_loop import versions
-from fedex_lora.runs.run import LocalSimulation
+from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import Started, of_kind, read_events
 from fedex_lora.storage.files import finite_json, write_text
 from fedex_lora.storage.run_folder import EVENTS, locked
