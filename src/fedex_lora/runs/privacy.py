@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation import METHODS, get_method
 from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError
@@ -72,10 +72,10 @@ def noise_warning(config: Config, adapter: Adapter, clients: Collection[str]) ->
         clients: all of them.
     """
     method = get_method(config.method)
-    if not config.privacy.is_on or set(method.trained_schedule) != {"AB"}:
+    if not config.privacy.is_on or method.private != "warns":
         return ""
     why = f"{config.method} trains both factors, so noise meets noise"
-    instead = "ffa, fedsvd and rolora have none"
+    instead = f"{', '.join(name for name, row in METHODS.items() if row.private == 'yes')} have none"
     if any(config.privacy.stated(client) is None for client in clients):
         return f"{why} in their products; how much, `fedex-lora privacy` says where the rows are stated: {instead}"
     found = update_noise(config, adapter, plans_of(config, clients))
