@@ -245,10 +245,9 @@ def _made(name: str, fields: dict[str, Any]) -> Event:
 def append_event(path: Path, event: str | Event, **fields: Any) -> None:
     """One event as one line at the end of `events.jsonl`."""
     made = record(event, **fields)
-    line = finite_json({"event": made.name, **made.fields(), "time": time.time()}) + "\n"
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+            file.write(finite_json({"event": made.name, **made.fields(), "time": time.time()}) + "\n")
     except OSError as error:
         raise cannot_write(path, error) from None
 
