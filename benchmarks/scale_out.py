@@ -29,6 +29,7 @@ from scipy.optimize import nnls
 from fedex_lora import METHODS, ClientUpdate, LoRAPair
 from fedex_lora.aggregation import Method
 from fedex_lora.aggregation import server_state as server
+from fedex_lora.aggregation.core_pair import CorePair
 from fedex_lora.config import Rules
 from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.frame import split
@@ -62,10 +63,16 @@ MODELS = {
 }
 
 
-def first_adapter(shape: Shape, rank: int, modules: int) -> Adapter:
+def first_adapter(shape: Shape, rank: int, modules: int, core: bool = False) -> Adapter:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(modules, rank, shape[1], generator=generator) / shape[1] ** 0.5
-    return {f"layer.{index}.module": LoRAPair(A[index], torch.zeros(shape[0], rank), 2.0) for index in range(modules)}
+
+    def pair(index: int) -> LoRAPair:
+        if core:
+            return CorePair(A[index], 2.0, U=torch.eye(shape[0], rank), C=torch.zeros(rank, rank))
+        return LoRAPair(A[index], torch.zeros(shape[0], rank), 2.0)
+
+    return {f"layer.{index}.module": pair(index) for index in range(modules)}
 
 
 def trained(adapter: Adapter, part: str, generator: torch.Generator) -> Adapter:
@@ -74,7 +81,12 @@ def trained(adapter: Adapter, part: str, generator: torch.Generator) -> Adapter:
     def moved(x: torch.Tensor, which: str) -> torch.Tensor:
         return x + 0.1 * torch.randn(x.shape, generator=generator) / max(x.shape) ** 0.5 if which in part else x
 
-    return {name: LoRAPair(moved(pair.A, "A"), moved(pair.B, "B"), pair.scaling) for name, pair in adapter.items()}
+    def changed(pair: LoRAPair) -> LoRAPair:
+        for which, tensor in pair.parts.items():
+            pair = pair.with_part(which, moved(tensor, which))
+        return pair
+
+    return {name: changed(pair) for name, pair in adapter.items()}
 
 
 def tensor_bytes(payload: bytes) -> int:
@@ -87,7 +99,7 @@ def counted(name: str, k: int, shape: Shape = SQUARE, rank: int = 4, modules: in
     """Bytes of one client's messages in a later round (the mean of the last two), as they were sent, and what the formulas say."""
     row, clients, generator = METHODS[name], [f"client-{index:03d}" for index in range(k)], torch.Generator().manual_seed(1)
     rules = Rules(method=row.name)
-    central = Server(rules, server.init(first_adapter(shape, rank, modules), {}, row.name), clients)
+    central = Server(rules, server.init(first_adapter(shape, rank, modules, row.core), {}, row.name), clients)
     own, sums = dict[str, Adapter](), dict.fromkeys(("down", "up", "headers"), 0)
     for number in range(1, rounds + 1):
         round, updates, left = central.open_round(clients), [], row.withheld(number)

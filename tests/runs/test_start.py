@@ -129,7 +129,7 @@ def trained_by_trl(tmp_path_factory):
     for name, (sign, colour, _) in WARDS.items():
         rows = [{"prompt": f"the {who} has {sign} . triage :", "completion": f" {colour}"} for who in ("woman", "man", "girl", "boy")]
         quiet = {"bf16": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        arguments = trl.SFTConfig(f"{folder}/work", max_steps=8, learning_rate=1e-2, **quiet)
+        arguments = trl.SFTConfig(f"{folder}/work", max_steps=8, learning_rate=1e-2, dataloader_pin_memory=False, **quiet)
         trainer = trl.SFTTrainer(
             AutoModelForCausalLM.from_pretrained(base_folder()),
             args=arguments,
