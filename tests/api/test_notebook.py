@@ -49,7 +49,9 @@ def test_a_model_a_metric_and_a_listener_of_the_users_own_in_20_lines(capsys):
         exec(compile(OWN.replace("embed_tokens", "words"), "own", "exec"), {"__name__": "own"})
 
 
-@pytest.mark.parametrize("text", ["\n".join(CELLS), blocks("README.md")[0], OWN], ids=["notebook", "README", "reference"])
+@pytest.mark.parametrize(
+    "text", ["\n".join(CELLS), *blocks("README.md")[:2], OWN], ids=["notebook", "README", "README, a run", "reference"]
+)
 def test_it_is_typed(text, tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "example.py").write_text(text)

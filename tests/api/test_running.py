@@ -219,3 +219,12 @@ def test_what_cannot_be_is_one_line(notes, change, error, words):
     with pytest.raises(error, match=words) as caught:
         fedex_lora.run(**{"config": TREE, "rows": parts, "eval": held, "on_event": ignore, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_a_metric_that_fails_at_once_leaves_the_folder_free(tmp_path):
+    """Nothing happened that a run could go on from, so the next cell may write there."""
+    tree = {"base": {"model": "demo"}, "task": {"name": "demo", "train_rows": 9, "eval_rows": 3}, "rounds": 1, "training": {"max_steps": 1}}
+    with pytest.raises(UsageError, match="which the task has already"):
+        fedex_lora.run(tree, metrics=lambda prediction: {"accuracy": 1.0}, out=tmp_path / "out", on_event=ignore)
+    assert not (tmp_path / "out").exists()
+    fedex_lora.run(tree, metrics=lambda prediction: {"own": 1.0}, out=tmp_path / "out", on_event=ignore)

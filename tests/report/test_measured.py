@@ -45,7 +45,7 @@ def test_counts_are_drawn_by_label_down_and_prediction_across(folder):
     """The compiled drawing, read by the places of its numbers; the table under it; metrics and classes beside those of the other model."""
     assert call(folder, "--evaluated", folder / "found.json", "-o", folder / "out.html").exit_code == 0
     html = (folder / "out.html").read_text()
-    drawn = [one for one in charts(html) if one["description"].startswith("Where rows went")]
+    drawn = [one for one in charts(html) if one["description"].startswith("Confusion matrix")]
     for spec, counts in zip(drawn, [COUNTS, [list(row) for row in zip(*COUNTS, strict=True)]], strict=True):
         svg = vl_convert.vegalite_to_svg({**spec, "width": 300, "height": 300})
         numbers = [(round(y), round(x), int(text)) for x, y, text in cells(svg) if text.isdigit()]
@@ -86,7 +86,7 @@ def test_of_many_classes_the_colours_tell(classes, folder):
     found = {"model": "m", "accuracy": 1.0, "rows": 3.0 * classes, "classes": scores, "confusion": counts}
     (folder / "many.json").write_text(json.dumps(found))
     assert call(folder, "--evaluated", folder / "many.json", "-o", folder / "out.html").exit_code == 0
-    spec = next(one for one in charts((folder / "out.html").read_text()) if one["description"].startswith("Where rows went"))
+    spec = next(one for one in charts((folder / "out.html").read_text()) if one["description"].startswith("Confusion matrix"))
     svg = vl_convert.vegalite_to_svg({**spec, "width": 300})
     assert sum(text == "3" for _, _, text in cells(svg)) == (classes if classes <= 15 else 0)
     assert len(spec["data"]["values"]) == classes**2

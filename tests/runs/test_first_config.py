@@ -22,6 +22,14 @@ CASES = {
         "classification",
         "site",
     ),
+    "classes beside days": (
+        [
+            {"opened": f"2026-03-0{1 + i % 9}", "note": f"{WORDS[i % 8]} and {i}", "queue": "xyz"[i % 3], "seen": f"{i % 9 + 1}.4.26"}
+            for i in ROWS
+        ],
+        "classification",
+        None,
+    ),
     "a pair": ([{"sentence1": f"day {i}", "sentence2": f"week {i} is long", "quality": str(i % 2)} for i in ROWS], "classification", None),
     "scores": ([{"note": f"pain of day {i}", "score": str(i / 7)} for i in ROWS], "regression", None),
     "texts": (
@@ -56,6 +64,7 @@ def test_the_file_that_is_written_runs_as_it_is(case, tmp_path):
     assert "task.eval: dev.jsonl, by its name" in done.output
     config = read_config(tmp_path / "first.toml", ["rounds=1", "torch_threads=1", "training.max_steps=1", "lora.r=2"])
     assert (config.task.kind, config.clients.column) == (kind, column)
+    assert config.task.label not in ("opened", "seen")
     assert not [finding.words for finding in check(config) if finding.stops]
     run(config, tmp_path / "run", ignore)
     assert (tmp_path / "run" / "final").is_dir()

@@ -119,3 +119,22 @@ def test_what_contradicts_it_is_refused(changes, words):
         tree[table] = {**tree[table], **more}
     with pytest.raises(ConfigError, match=words):
         parse_config(tree)
+
+
+OWN_TRAINER = """from transformers import DataCollatorForSeq2Seq, Trainer
+
+
+def make(model, rows, processor, arguments):
+    return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(processor))
+"""
+
+
+def test_a_trainer_of_the_party_sees_the_columns_of_its_file_only(tmp_path, monkeypatch):
+    """Whose row it is stands in a column that pyarrow cannot name: it is no column of theirs. A folder `demo` is not the base demo."""
+    file, _ = split(tmp_path)
+    (tmp_path / "trainer_of_files.py").write_text(OWN_TRAINER)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    small = ["rounds=1", "training.max_steps=1", "task.eval_rows=9", "task.train_rows=9", "local.trainer=trainer_of_files:make"]
+    run(read_config(file, small), tmp_path / "run", ignore)
+    assert json.loads((tmp_path / "run" / "final" / "manifest.json").read_text())["base_model"] == "demo"

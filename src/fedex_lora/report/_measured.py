@@ -62,7 +62,7 @@ def evaluation_section(found: Evaluation) -> Section:
     items: list[Chart | Sortable] = [_metrics(both)]
     if found.classes:
         items.append(_by_class(both))
-        items += [confusion(f"Where rows went: {one.model}", one.names, one.confusion) for one in both if one.confusion]
+        items += [confusion(f"Confusion matrix: {one.model}", one.names, one.confusion) for one in both if one.confusion]
     note = "On the same rows, after the run." if found.beside else "After the run."
     return Section(f"Measured by evaluate: {found.model}", note, items)
 

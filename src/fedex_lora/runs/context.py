@@ -21,7 +21,7 @@ from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
-from fedex_lora.config import IMAGES, Config
+from fedex_lora.config import DEMO, IMAGES, Config
 from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
@@ -216,7 +216,7 @@ class GlobalModel:
         place, config, task = self.place, self.place.config, self.place.work.task
         trained, total = trainable_parameters(place.model)
         return {
-            "base_model": os.path.abspath(model) if Path(model := config.base.model).is_dir() else model,
+            "base_model": os.path.abspath(model) if (model := config.base.model) != DEMO and Path(model).is_dir() else model,
             "base_fingerprint": place.base.fingerprint(),
             "task": config.task.name,
             "task_type": format_of(place.model).config.get("task_type") or TASK_TYPES[task.kind],

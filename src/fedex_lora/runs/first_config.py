@@ -141,6 +141,8 @@ def _guess(rows: Rows, file: Path) -> _Guess:
         if len(classes) > 2 and _are_numbers(classes)
         else []
     )
+    others = [name for name in _few(rows, names) if name != label] if label.lower() not in LABELS else []
+    scale += [f"EDIT task.label and task.labels, if the class is in {' or '.join(others)}"] if others else []
     return _Guess({"kind": "classification", "text": texts, "label": label, "labels": classes}, [said, *scale])
 
 
@@ -154,8 +156,18 @@ def _label(rows: Rows, names: Sequence[str]) -> str | None:
     """The column of classes or scores: one that is called so, else the last one of few values that is no client."""
     if named := next((name for want in LABELS for name in names if name.lower() == want), None):
         return named
-    few = [name for name in names if name.lower() not in CLIENTS and 2 <= len(set(map(str, rows[name]))) <= min(20, len(rows) // 2)]
+    few = _few(rows, names)
     return few[-1] if few else None
+
+
+def _few(rows: Rows, names: Sequence[str]) -> list[str]:
+    """The columns of few values that are neither clients nor days."""
+    counts = {name: len(set(map(str, rows[name]))) for name in names if name.lower() not in CLIENTS}
+    return [name for name, count in counts.items() if 2 <= count <= min(20, len(rows) // 2) and not all(map(_is_day, rows[name]))]
+
+
+def _is_day(cell: Any) -> bool:
+    return not isinstance(cell, str) or not cell.strip() or bool(re.match(r"\s*\d{1,4}([-/.])\d{1,2}\1\d{1,4}\b", cell))
 
 
 def _is_score(rows: Rows, label: str) -> bool:

@@ -62,7 +62,7 @@ def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emi
 
 
 def best_of(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
-    """The round whose model was best on the held-out rows of all clients; ties go to the earlier one.
+    """The round whose model was best on the held-out rows of all clients; ties go to the smaller loss, then to the earlier one.
 
     A round that only some clients measured (`clients.fraction` below one) is not compared: its rows were other rows.
     """
@@ -73,7 +73,8 @@ def best_of(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any
     }
     compared = len(found) == len(held_out.keys() - {0})
     worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in found.items()}  # `max` is lost in NaN
-    return max(worth, key=lambda number: (worth[number], -number)) if worth and compared else None
+    losses = {number: loss if math.isfinite(loss := held_out[number].get("loss", math.inf)) else math.inf for number in worth}
+    return max(worth, key=lambda number: (worth[number], -losses[number], -number)) if worth and compared else None
 
 
 def learnt_nothing(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, require_space
 from fedex_lora.storage.events import Finished, Resumed, RoundDone, Warned, is_over, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, remove_temporaries, run_rounds_of, strays
+from fedex_lora.storage.run_folder import barely_begun, locked, not_begun_removed, remove_temporaries, run_rounds_of, strays
 from fedex_lora.types import ServerState
 
 
@@ -62,7 +62,8 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
             with locked(out), trackers:
                 remove_temporaries(out)
                 write_text(out / "config.toml", resolved)
-                return _resume_or_start(config, place, out, log_to(out / "events.jsonl", emit, trackers))
+                with not_begun_removed(out):
+                    return _resume_or_start(config, place, out, log_to(out / "events.jsonl", emit, trackers))
         except OSError as error:
             if not writing_failed(error, out):
                 raise

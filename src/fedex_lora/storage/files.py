@@ -118,6 +118,10 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not folder.exists():
+            raise StorageError(f"{folder} does not exist: give a folder that fedex-lora wrote") from None
+        if (folder / "adapter_config.json").exists():
+            raise StorageError(f"{folder} is a PEFT adapter and no result: make one by fedex-lora aggregate {folder} -o OUT") from None
         raise StorageError(f"{folder} has no {MANIFEST}: give a folder that fedex-lora wrote") from None
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error}") from None

@@ -8,7 +8,7 @@ import tempfile
 import tomllib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedex_lora.errors import UsageError
@@ -55,6 +55,20 @@ def word_of(out: Path, make: bool = True) -> str:
 def barely_begun(out: Path) -> bool:
     """Does a folder hold only what a run writes before it has anything in its place? An empty one does."""
     return out.is_dir() and all(path.name.startswith(TEMPORARY) for path in out.iterdir())
+
+
+@contextmanager
+def not_begun_removed(out: Path) -> Iterator[None]:
+    """Where something is raised before anything happened that a run could go on from, the folder is free again."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if {path.name for path in out.iterdir()} <= {CONFIG, WORD}:
+                for name in (CONFIG, WORD):
+                    (out / name).unlink(missing_ok=True)
+                out.rmdir()
+        raise
 
 
 def remove_temporaries(out: Path) -> None:

@@ -61,7 +61,7 @@ def read_rows(source: str, data: Path | None = None) -> Rows:
     ending = endings[-1] if endings else ""
     if ending in READERS:
         if not path.is_file():
-            raise DataError(f"{path} does not exist: give task.train and task.eval as files, or HUB_NAME:SPLIT", "file")
+            raise DataError(f"{path} does not exist: give the path of a file, or HUB_NAME:SPLIT", "file")
         return _read(path, READERS[ending], OPENERS.get(packed, open))
     if path.is_file():
         raise DataError(f"{path} has an ending that is not read: give {', '.join(READERS)}, or HUB_NAME:SPLIT", "table")
