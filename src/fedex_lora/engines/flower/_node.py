@@ -111,7 +111,7 @@ class Node:
                 raise UsageError(
                     f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
                 )
-            accounts = accounts_of(config, [request.client], whole=True)
+            accounts = accounts_of(config, [request.client])
             require_private(config)
             unread = bool(accounts) and not deals
             if deals:
