@@ -90,6 +90,21 @@ def noise_warning(config: Config, adapter: Adapter, clients: Collection[str]) ->
     return f"{why}: {where} in round 1, where noise makes {found.first:.2g} of the update to first order: {instead}"
 
 
+def start_warning(config: Config, start: Mapping[str, Any]) -> str:
+    """What is to be said of a private run that goes on from a result; "" where there is none, or the run is plain.
+
+    Args:
+        config: the run.
+        start: see `ModelContext.stands_on`.
+    """
+    if not (config.privacy.is_on and start):
+        return ""
+    own = f"privacy.epsilon = {config.privacy.epsilon:g} is of this run alone: base.start {start['folder']}"
+    if start["privacy"].startswith("none") or "after none" in start["privacy"]:
+        return f"{own} was trained without privacy (in all: {start['privacy']}), and what it learnt of the same rows is not covered"
+    return f"{own} has its own ({start['privacy']}), and of the same rows both together say more: their ledgers have the sum"
+
+
 def update_noise(config: Config, adapter: Adapter, plans: Mapping[str, PrivacyPlan]) -> UpdateNoise:
     """Of round 1, by the run's own optimiser and schedule; where not all clients take part, of those with most noise."""
     deviations = {client: factor_noise(config, plan) for client, plan in plans.items()}
