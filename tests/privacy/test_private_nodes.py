@@ -23,6 +23,7 @@ from fedex_lora.engines.flower.client import client_app
 from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.accounting import privacy_plan, spent
 from fedex_lora.privacy.ledger import LedgerEntry, begin_ledger, read_ledger
+from fedex_lora.privacy.settings import require_private
 from fedex_lora.protocol.messages import envelope_of
 from fedex_lora.protocol.records import Apology
 from fedex_lora.runs import learner as learners
@@ -283,6 +284,11 @@ def test_a_private_party_trains_on_all_of_its_rows(tmp_path, server_side):
     assert "max_rows does not go with privacy" in party.log()
     _, parts = dealt(setting(server_side[0], clients={"count": 2, "holdout": 0.5}, privacy={"epsilon": 1.0}))
     assert [(len(mine), len(held)) for mine, held in parts.values()] == [(6, 0), (6, 0)]
+    drawn = setting(server_side[0], task={"train_rows": 5}, privacy={"epsilon": 1.0})
+    require_private(drawn)
+    drawn = drawn.model_copy(update={"clients": drawn.clients.model_copy(update={"data": {"ward": "rows.jsonl"}})})
+    with pytest.raises(ConfigError, match=r"does not go with task\.train_rows"):
+        require_private(drawn)
 
 
 def test_a_worker_that_dies_tells_what_every_failure_tells(tmp_path, server_side, monkeypatch):
