@@ -538,7 +538,7 @@ def test_own_rows(tmp_path):
     settings = node_settings({"client": "a", "data": str(tmp_path), "train": "mine.jsonl"})
     node, request = Node(ignore), NodeRequest(b"", "a", "r", "", write_config(config), {})
     _, data, accounts = node._ready(request, settings)
-    assert (len(data.train), len(data.held_out), accounts) == (9, 1, {})
+    assert (len(data["a"].train), len(data["a"].held_out), accounts) == (9, 1, {})
     assert torch.get_num_threads() == 1
     with pytest.raises(UsageError, match=r"no file nowhere\.jsonl"):  # and nothing is looked for elsewhere, on the hub for instance
         Node(ignore)._ready(request, node_settings({"client": "a", "data": str(tmp_path)}))

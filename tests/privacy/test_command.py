@@ -17,6 +17,8 @@ from fedex_lora.privacy.accounting import privacy_plan, spent
 from fedex_lora.privacy.ledger import begin_ledger
 from fedex_lora.privacy.noise import noise_of_update
 from fedex_lora.runs.privacy import factor_noise, noise_warning, plans_of, privacy_facts
+from fedex_lora.runs.private import digests_of
+from fedex_lora.tasks.dealt import dealt
 
 CONFIG = """
 method = "fedex"
@@ -102,8 +104,9 @@ def test_what_is_left_of_the_budget(file, tmp_path):
     assert "spent" not in json.loads(ask(file, *words)[1])["clients"]["bone"]  # there is none yet
     begin_ledger(ledger)
     plan = privacy_plan(config_of(), "bone")
+    rows = digests_of(*dealt(read_config(file)))
     for number in (1, 2):
-        Account(ledger, "bone", plan, 3.5, "rdp").enter("earlier", number)
+        Account(ledger, "bone", plan, 3.5, "rdp", rows["bone"]).enter("earlier", number)
     clients = json.loads(ask(file, *words)[1])["clients"]
     used = plan.round._replace(steps=2 * plan.round.steps)
     assert clients["bone"]["spent"] == spent([used], 1e-5, "rdp")
@@ -112,6 +115,9 @@ def test_what_is_left_of_the_budget(file, tmp_path):
     assert (clients["chest"]["spent"], clients["chest"]["rounds_left"]) == (0, 3)
     together = json.loads(ask(file, *words, "--set", "privacy.rows=400")[1])["clients"]["each of 3"]
     assert together["spent"] == clients["bone"]["spent"]  # of the one that has spent most
+    Account(ledger, "client-0", plan, 3.5, "rdp", "another deal").enter("another", 1)  # of whose rows, nobody knows
+    clients = json.loads(ask(file, *words)[1])["clients"]
+    assert clients["chest"]["spent"] == spent([plan.round], 1e-5, "rdp")
 
 
 def test_a_ledger_is_beside_the_file_that_names_it(file, tmp_path, monkeypatch):

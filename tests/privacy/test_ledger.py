@@ -17,9 +17,9 @@ from fedex_lora.privacy.ledger import Answered, LedgerEntry, begin_ledger, parse
 DELTA = 1e-5
 
 
-def account(path, client="north", budget=3.0, rounds=5, sigma=2.0, whole=False):
+def account(path, client="north", budget=3.0, rounds=5, sigma=2.0, rows="digest", others=(), task=""):
     plan = PrivacyPlan(Mechanism(sigma, 0.1, 10), rounds, 10, 1.0, 100, 3.0, DELTA)
-    return Account(path, client, plan, budget, "rdp", "digest", whole)
+    return Account(path, client, plan, budget, "rdp", rows, frozenset(others), task)
 
 
 @pytest.fixture
@@ -51,14 +51,34 @@ def test_a_round_is_entered_once_and_charged_to_all_runs(ledger):
     one.enter("first", 1)
     one.enter("first", 1)  # killed before its answer: the same entry
     assert len(read_ledger(ledger)) == 1
-    one.answered("first", 1)
-    one.answered("first", 1)
+    one.answered("first", 1, b"answer")
+    one.answered("first", 1, b"answer")
     one.enter("second", 1)
     assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Answered, LedgerEntry]
     assert one.standing().epsilon == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
     for number in (0, 1):
         with pytest.raises(PrivacyError, match="a second release"):
             one.enter("first", number)
+
+
+def test_of_two_processes_in_one_round_one_answers(ledger):
+    """Both found its entry, each in a state folder of its own; the answer that stays is no stored one, either."""
+    one, other = account(ledger), account(ledger)
+    for each in (one, other):
+        each.enter("run", 1)
+    one.answered("run", 1, b"one answer")
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="another process answered round 1 of run run meanwhile"):
+            other.answered("run", 1, b"another answer")
+    one.answered("run", 1, b"one answer")  # sent again
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Answered]
+
+
+def test_another_task_is_another_question(ledger):
+    """Whether a round fails is an answer of a kind, so it is charged."""
+    for task in ("one", "other", "other"):
+        account(ledger, task=task).enter("run", 1)
+    assert [line.task for line in read_ledger(ledger)] == ["one", "other"]
 
 
 def test_a_round_with_other_noise_has_an_entry_of_its_own(ledger):
@@ -69,28 +89,30 @@ def test_a_round_with_other_noise_has_an_entry_of_its_own(ledger):
 
 
 def test_the_budget_is_of_all_runs_and_of_one_party(ledger):
-    """One client's entries are another's only where the ledger is of one party, whoever a server calls it."""
+    """One client's entries are another's unless they are known to be of other rows."""
     budget = spent([account(ledger).plan.round] * 2, DELTA, "rdp")
     for number in (1, 2):
         account(ledger, budget=budget).enter(f"run {number}", 1)
     with pytest.raises(PrivacyError, match=r"run third epsilon would be .* and its budget is .* \(2 rounds before it"):
         account(ledger, budget=budget).enter("third", 1)
     with pytest.raises(PrivacyError, match="its rows are spent"):
-        account(ledger, "south", budget, whole=True).enter("third", 1)
-    account(ledger, "south", budget).enter("third", 1)
+        account(ledger, "south", budget).enter("third", 1)
+    with pytest.raises(PrivacyError, match="its rows are spent"):
+        account(ledger, "south", budget, others={"another digest"}).enter("third", 1)
+    account(ledger, "south", budget, rows="of the south", others={"digest"}).enter("third", 1)
     assert account(ledger, budget=budget).standing().paid == 0
 
 
 def test_an_answer_without_its_entry_stays(ledger):
     with pytest.raises(PrivacyError, match="so its answer stays"):
-        account(ledger).answered("run", 1)
+        account(ledger).answered("run", 1, b"answer")
     account(ledger).enter("run", 1)
     ledger.unlink()
     with pytest.raises(PrivacyError, match="there is no ledger"):
-        account(ledger).answered("run", 1)
+        account(ledger).answered("run", 1, b"answer")
     begin_ledger(ledger)  # another one in its place
     with pytest.raises(PrivacyError, match="so its answer stays"):
-        account(ledger).answered("run", 1)
+        account(ledger).answered("run", 1, b"answer")
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_is_torn(ledger):
@@ -122,10 +144,11 @@ def test_a_torn_last_line_is_dropped_wherever_it_is_torn(ledger):
 )
 def test_a_ledger_that_is_broken_is_refused_and_left(ledger, spoil, words):
     account(ledger).enter("run", 1)
-    account(ledger).answered("run", 1)
+    account(ledger).answered("run", 1, b"answer")
     ledger.write_text(spoil(ledger.read_text()))
     before = ledger.read_bytes()
-    for act in (lambda: read_ledger(ledger), lambda: account(ledger).enter("run", 2), lambda: account(ledger).answered("run", 1)):
+    one = account(ledger)
+    for act in (lambda: read_ledger(ledger), lambda: one.enter("run", 2), lambda: one.answered("run", 1, b"answer")):
         with pytest.raises(StorageError, match=words) as caught:
             act()
         assert "\n" not in str(caught.value)
@@ -150,7 +173,7 @@ def spend(path, number, budget):
     for round in range(1, 30):
         try:
             account(path, budget=budget).enter(f"run {number}", round)
-            account(path, budget=budget).answered(f"run {number}", round)
+            account(path, budget=budget).answered(f"run {number}", round, b"answer")
         except FedexLoraError:
             os._exit(3)
 
@@ -182,7 +205,7 @@ def test_a_digest_is_of_the_records_and_not_of_their_order():
 def test_the_table(ledger):
     for client, run, round in (("north", "a", 1), ("north", "a", 2), ("north", "[b]", 1), ("south", "a", 1)):
         account(ledger, client, 100).enter(run, round)
-    account(ledger, "north", 100).answered("a", 1)
+    account(ledger, "north", 100).answered("a", 1, b"answer")
     listed = spendings(parse_ledger(ledger.read_bytes(), "x"), DELTA, "rdp")
     assert [(one.client, one.run, one.rounds, one.answered, one.steps) for one in listed] == [
         ("north", "a", 2, 1, 20),

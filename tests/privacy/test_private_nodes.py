@@ -9,20 +9,27 @@ from tests.messages import tensors_of, told
 
 pytest.importorskip("flwr", reason="the extra flower is not installed")
 
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
 from fedex_lora.client import private
 from fedex_lora.config import parse_config, write_config
 from fedex_lora.engines.flower._files import node_file
+from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._node import Node
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
+from fedex_lora.engines.flower.client import client_app
 from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.accounting import privacy_plan, spent
 from fedex_lora.privacy.ledger import LedgerEntry, begin_ledger, read_ledger
+from fedex_lora.privacy.settings import require_private
 from fedex_lora.protocol.messages import envelope_of
 from fedex_lora.protocol.records import Apology
 from fedex_lora.runs import learner as learners
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.server.server import Server
+from fedex_lora.tasks.dealt import dealt
 
 ROWS = [{"prompt": f"bed {number} :", "completion": " red"} for number in range(12)]
 OWN = {"epsilon": 4.0, "delta": 1e-3, "stated_rows": 20, "accountant": "rdp"}
@@ -109,6 +116,7 @@ def test_a_node_s_privacy_is_its_own_word(tmp_path, server_side):
         assert (str(privacy.ledger), privacy.accountant, privacy.clip_norm) == ("/srv/ledger", "prv", run.get("clip_norm", 1.0))
     assert node_settings({**node, "budget": 9.0}).applied(setting(file, privacy={**theirs, "epsilon": 0.5})).privacy.epsilon == 0.5
     assert node_settings({**node, "delta": 0.0}).applied(setting(file, privacy=theirs)).privacy.delta == 1e-5
+    assert node_settings({**node, "delta": 0.5}).applied(setting(file, privacy=theirs)).privacy.delta == 0.01  # as the run's card says
     assert not node_settings({"data": "/srv"}).applied(setting(file)).privacy.is_on
     for said, run, words in (
         ({"data": "/srv"}, theirs, r"^this run is private, and this node's file lacks epsilon .*, stated_rows .*, ledger .*: add them$"),
@@ -211,20 +219,91 @@ def test_the_bytes_hold_nothing_that_one_row_changes_but_the_parameters(rows, tm
     assert told(trained[0])["metrics"] == {}
 
 
-@pytest.mark.parametrize(
-    "row", [{"prompt": "Quagmire", "completion": ""}, {"prompt": "Quagmire"}, {"prompt": "Quagmire", "completion": " \ud800"}]
-)
-def test_a_row_that_cannot_be_read_tells_one_code(row, tmp_path, server_side):
-    party = Party(tmp_path / "a", [*ROWS, row])
-    reply = party.reply(question(server_side), setting(server_side[0]))
-    assert code_of(reply) == ("privacy", 0)
-    assert party.entries() == []
+def asked(party, file, base="", **task):
+    """One question, as a server that chooses the task asks it; the code of the answer, or "update"."""
+    config = setting(file, task=task)
+    message = Server(config, LocalSimulation(config, ignore).initial(), ["ward"], run="run").open_round().messages["ward"]
+    reply = Node(ignore).reply(NodeRequest(message, "ward", "run", base, write_config(config), party.node))
+    said = told(reply)
+    return "update" if said["kind"] == "update" else code_of(reply)
+
+
+SICK = [{"prompt": f"bed {number} :", "completion": " red", "diagnosis": ("cold", "flu")[number % 2]} for number in range(12)]
+ODD = {
+    "label": {**SICK[0], "diagnosis": "hiv"},
+    "long": {**SICK[0], "prompt": "bed " * 200},
+    "empty": {**SICK[0], "prompt": ""},
+    "half a character": {**SICK[0], "prompt": "\ud800", "completion": "\ud800"},
+    "score": {**SICK[0], "diagnosis": "inf"},
+    "another column": {"hiv": "positive"},
+}
+QUESTIONS = {
+    "a diagnosis but cold and flu": {"kind": "classification", "text": ["prompt"], "label": "diagnosis", "labels": ["cold", "flu"]},
+    "a long row": {"max_length": 30},
+    "any column of this name": {"prompt": "{hiv}", "completion": "{hiv}"},
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_whether_and_what_a_party_answers_is_the_same_with_another_row(question, tmp_path):
+    """A wrong base, so that no entry is ever made, was a question without a price; and so was any row that was refused."""
+    file = write(tmp_path / "rows.jsonl", [{**row, "hiv": "no"} for row in SICK])
+    for name, row in {"none": SICK[0], **ODD}.items():
+        party = Party(tmp_path / name, [*SICK, row])
+        codes = [asked(party, file, base, **QUESTIONS[question]) for base in ("no such base", "")]
+        assert codes == [("base", 0), "update"], name
+        assert len(party.entries()) == 1
+
+
+def test_a_party_without_a_usable_row_answers_noise(tmp_path, server_side):
+    """So that the first row makes no difference, either; and its log says so, where its other rows are left out one by one."""
+    config = setting(server_side[0])
+    for name, rows, words in (("one", [{"prompt": "Quagmire"}], "what it answers is noise alone"), ("some", [*ROWS, {}], "1 of 13 rows")):
+        party = Party(tmp_path / name, rows)
+        reply = party.reply(question(server_side), config)
+        assert told(reply)["num_examples"] == 20
+        assert words in party.log()
+        assert any(tensor.any() for name, tensor in tensors_of(reply).items() if name.endswith("B"))
     plain = {key: party.node[key] for key in ("client", "data", "train", "state")}
-    assert code_of(party.reply(question(server_side), setting(server_side[0]), node=plain))[0] in (
-        "empty",
-        "column",
-        "encoding",
-    )  # of a plain party
+    assert code_of(party.reply(question(server_side), config, node=plain)) == ("empty", 1)
+
+
+def test_a_file_that_cannot_be_read_costs_the_round(tmp_path, server_side):
+    party = Party(tmp_path / "a")
+    (party.folder / "rows.jsonl").write_text("Quagmire")
+    assert [code_of(party.reply(question(server_side), setting(server_side[0]))) for _ in range(2)] == [("privacy", 0)] * 2
+    assert len(party.entries()) == 1
+
+
+def test_a_private_party_trains_on_all_of_its_rows(tmp_path, server_side):
+    """A share of them, or so many at most, would be others for one row more."""
+    party = Party(tmp_path / "a")
+    party.reply(question(server_side), setting(server_side[0], clients={"holdout": 0.5}))
+    assert "holds 12 rows to train on, 0 held out" in party.log()
+    assert code_of(party.reply(question(server_side), setting(server_side[0]), node={**party.node, "max_rows": 6})) == ("privacy", 0)
+    assert "max_rows does not go with privacy" in party.log()
+    _, parts = dealt(setting(server_side[0], clients={"count": 2, "holdout": 0.5}, privacy={"epsilon": 1.0}))
+    assert [(len(mine), len(held)) for mine, held in parts.values()] == [(6, 0), (6, 0)]
+    drawn = setting(server_side[0], task={"train_rows": 5}, privacy={"epsilon": 1.0})
+    require_private(drawn)
+    drawn = drawn.model_copy(update={"clients": drawn.clients.model_copy(update={"data": {"ward": "rows.jsonl"}})})
+    with pytest.raises(ConfigError, match=r"does not go with task\.train_rows"):
+        require_private(drawn)
+
+
+def test_a_worker_that_dies_tells_what_every_failure_tells(tmp_path, server_side, monkeypatch):
+    """One row may be what ends it."""
+    for name in ("task_id", "run_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    party, file = Party(tmp_path / "a"), tmp_path / "config.toml"
+    file.write_text(write_config(setting(server_side[0])))
+    about = {"run": "run", "base": "", "client": "ward"}
+    codes = []
+    for node in (party.node, {key: party.node[key] for key in ("client", "data", "train", "state")}):
+        message = Message(to_record(Envelope(question(server_side), about)), dst_node_id=1, message_type="train")
+        context = Context(1, 1, {**node, "worker": str(tmp_path / "nobody")}, RecordDict(), {})
+        codes.append(code_of(from_record(client_app(file)(message, context)).payload))
+    assert codes == [("privacy", 0), ("worker", 0)]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Quagmire"), ImportError("Quagmire"), ConfigError("Quagmire"), SystemExit("Quagmire")])

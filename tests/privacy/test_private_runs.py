@@ -237,7 +237,7 @@ def place(tmp_path_factory):
 
 def pool_of(place, folder, run="run", **changes):
     config = setting(folder, **changes)
-    pool = ClientPool(config, place.pool.learner, alone=True, accounts=accounts_of(config, NAMES))
+    pool = ClientPool(config, place.pool.learner, alone=True, accounts=accounts_of(config, NAMES, {name: f"of {name}" for name in NAMES}))
     pool.remember_in(folder / run, lambda version: {}, run)
     return pool
 
@@ -291,6 +291,47 @@ def test_another_run_is_charged_to_the_same_budget(ledger, place, tmp_path):
     one_round(server_of(place), pool_of(place, tmp_path, "other"))
     refused(pool_of(place, tmp_path, "third"), server_of(place).open_round().messages["chest"], "its rows are spent")
     assert epsilon(ledger, "chest") == privacy_plan(setting(tmp_path), "chest").epsilon
+
+
+def test_another_process_in_the_same_round_answers_nothing(ledger, place, tmp_path):
+    """Each has a state folder of its own and finds the entry; both train; and what the second has kept stays for ever."""
+    message = server_of(place).open_round().messages["chest"]
+    first, second = (pool_of(place, tmp_path, folder) for folder in ("a", "b"))
+    for pool in (first, second):
+        pool._run = "run"
+    original, answers = Account.enter, []
+
+    def meanwhile(account, run, round):
+        original(account, run, round)
+        if not answers:
+            answers.append(b"")
+            answers[0] = first.answer("chest", message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Account, "enter", meanwhile)
+        for _ in range(2):
+            with pytest.raises(PrivacyError, match="another process answered round 1"):
+                second.answer("chest", message)
+    assert first.answer("chest", message) == answers[0]
+    assert len(entries(ledger)) == len(answered(ledger)) == 1
+
+
+def test_another_deal_of_the_same_rows_is_charged_to_the_same_budget(ledger, tmp_path):
+    """Clients of other names, and other numbers of them, hold the same rows; one of the same deal holds none of another's."""
+    budget = spent([privacy_plan(setting(tmp_path, rounds=1), "client-0").round], DELTA, "rdp")
+
+    def dealt_to(count, **changes):
+        clients = {"partition": "iid", "column": None, "count": count}
+        config = setting(tmp_path, rounds=1, clients=clients, privacy={"budget": budget}, **changes)
+        return LocalSimulation(config, ignore).pool.accounts
+
+    for account in dealt_to(2).values():
+        account.enter("first", 1)
+    for accounts in (dealt_to(6), dealt_to(2, seed=1)):
+        for account in accounts.values():
+            with pytest.raises(PrivacyError, match="its rows are spent"):
+                account.enter("second", 1)
+    assert len(entries(ledger)) == 2
 
 
 def test_an_answer_that_is_gone_is_not_made_again(ledger, place, tmp_path):
@@ -391,7 +432,7 @@ def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_
     with pytest.raises(ConfigError, match="pays for 0 of the 1 rounds ahead"):
         run(config, tmp_path / "run", ignore, resume=True)
     more = setting(tmp_path, privacy={"budget": 8})
-    accounts = accounts_of(more, NAMES)
+    accounts = accounts_of(more, NAMES, {client.client: client.rows for client in entries(ledger)})
     assert require_paid(accounts, entries(ledger)[0].run) == []
     assert len(require_paid(accounts, "")) == 3  # a new run would not be paid to its end
 

@@ -70,6 +70,26 @@ def test_a_private_run_says_it_itself(private_run):
     assert "What it says of a single record" in page(find_runs([private_run]))[0]
 
 
+def test_what_a_start_learnt_is_not_covered(private_run, tmp_path):
+    """It is said at the start, in every manifest, and on the card; of a start of a start, too."""
+    begin_ledger(tmp_path / "ledger")
+    privacy = {"epsilon": 8, "delta": 1e-3, "rows": 32, "ledger": str(tmp_path / "ledger"), "accountant": "rdp", "budget": 100}
+    small_run(tmp_path / "plain", rounds=1)
+    same = {"rounds": 1, "privacy": privacy, "lora": {}}
+    for name, start, promised, words in (
+        ("one", tmp_path / "plain", "none", "base.start final was trained without privacy"),
+        ("two", tmp_path / "one", "epsilon 8 at delta 0.001, after none", "was trained without privacy (in all: epsilon 8"),
+        ("three", private_run, "epsilon 8 at delta 0.001", "base.start final has its own (epsilon 8 at delta 0.001)"),
+    ):
+        out = small_run(tmp_path / name, **same, base={"model": "demo", "start": str(start / "final")})
+        final = read_result(out / "final")
+        assert final.manifest["start"]["privacy"] == promised
+        assert [words in event.message for event in of_kind(read_events(out / "events.jsonl"), Warned)].count(True) == 1
+        card = model_card(CARD, NUMBERS, final, "causal-lm")
+        assert f"It went on from final, whose own privacy was: {promised}. What was learnt there" in card
+    assert "It went on from" not in model_card(CARD, NUMBERS, read_result(private_run / "final"), "causal-lm")
+
+
 def test_more_rounds_would_spend_more(private_run):
     done = CliRunner().invoke(app, ["run", str(private_run / "config.toml"), "--out", str(private_run), "--resume", "--rounds", "3"])
     assert done.exit_code != 0

@@ -50,7 +50,13 @@ def test_a_run_goes_on_from_another(method, first, tmp_path):
     out = tmp_path / "run"
     run(going_on(first, method=method), out, ignore)
     started = events_of(out, "started")[0]
-    assert started["start"] == {"folder": "run", "method": "fedex", "round": 2, "base_rank": 8}  # two rounds, three clients, rank 2
+    assert started["start"] == {
+        "folder": "run",
+        "method": "fedex",
+        "round": 2,
+        "base_rank": 8,
+        "privacy": "none",
+    }  # two rounds, three clients, rank 2
     assert started["metrics"] == events_of(first, "round_done")[-1]["metrics"]
     report = verify(out)
     if method in ("fedex", "reinit"):

@@ -155,11 +155,14 @@ class PrivateTrainer(Trainer):
         """Batches in which each row is with probability q, each in parts of `per_device_train_batch_size` rows at most."""
         assert self.train_dataset is not None
         rows, args, round = self._remove_unused_columns(self.train_dataset, "training"), self.args, self._plan.round  # type: ignore[arg-type]
+        batches: Any = [[] for _ in range(round.steps)]  # of a party without a row, which the sampler does not take
+        if len(rows):
+            batches = UniformWithReplacementSampler(
+                num_samples=len(rows), sample_rate=round.rate, steps=round.steps, generator=secret_generator("cpu")
+            )
         return DataLoader(
             rows,  # type: ignore[arg-type]
-            batch_sampler=UniformWithReplacementSampler(
-                num_samples=len(rows), sample_rate=round.rate, steps=round.steps, generator=secret_generator("cpu")
-            ),
+            batch_sampler=batches,
             collate_fn=partial(_in_parts, collate=self.data_collator, size=args.per_device_train_batch_size),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,

@@ -120,11 +120,23 @@ def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> N
             f"{name}: its tokenizer gives token {largest} and the model has embeddings for {known}: enlarge them by "
             "model.resize_token_embeddings(len(tokenizer)), and save both"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    positions = _positions(model)
     if positions is not None and (longest := max(map(len, rows["input_ids"]))) > positions:
         raise ConfigError(
             f"rows have up to {longest} tokens and {name} has {positions} positions: set task.max_length = {positions} or less"
         )
+
+
+def _positions(model: nn.Module) -> int | None:
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    return found
+
+
+def fitting(model: nn.Module, rows: Dataset) -> Dataset:
+    """The rows for whose every token the model has embeddings and positions; each by itself."""
+    known, positions = len(model.get_input_embeddings().weight), _positions(model)  # type: ignore[operator]
+    kept = [row for row, ids in enumerate(rows["input_ids"]) if ids and max(ids) < known and len(ids) <= (positions or len(ids))]
+    return rows if len(kept) == len(rows) else rows.select(kept)
 
 
 def _hardest(rows: Dataset) -> list[dict[str, Any]]:

@@ -44,11 +44,19 @@ Reloaded after writing: its logits, {computed}, differ from the run's by {number
 {participants}"""
 
 
+_BEFORE = """
+That is of this run alone. It went on from {folder}, whose own privacy was: {privacy}. What was learnt there, of the same rows too, is not
+covered.
+"""
+
+
 def _privacy(result: StoredResult) -> str:
     """What the run promised of each party's rows; nothing of a run that promised nothing."""
     privacy = result.manifest.get("privacy")
     if not privacy:
         return ""
+    start = result.manifest.get("start")
+    before = "" if start is None else _BEFORE.format(**{"folder": "an earlier result", "privacy": "none", **start})
     return """
 ## Privacy
 
@@ -56,8 +64,8 @@ Trained by DP-SGD at each party. Of each party's own rows the whole run, with al
 {epsilon:g} at delta = {delta:g}. Unit: one {unit} (whoever has several of them has less protection); relation: {relation}. Accountant:
 {accountant}; gradients of a record were clipped to norm {clip_norm:g}. Other runs on the same rows spend more; each party's ledger has
 the sum.
-
-""".format(**privacy)
+{before}
+""".format(**privacy, before=before)
 
 
 def _loading(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: StoredResult, kind: Kind) -> str:

@@ -1,5 +1,6 @@
 """The model that a run starts from, where it is not the pristine base: that of a result folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,19 @@ def require_base(result: StoredResult, fingerprint: str, folder: Path | None) ->
 
 
 def standing(result: StoredResult, folder: Path | None) -> dict[str, Any]:
-    """Of the result that a run goes on from: its folder's name, method and round, and how many ranks its base has gained."""
+    """Of the result that a run goes on from: its folder's name, method, round and privacy, and how many ranks its base has gained."""
+    about = result.manifest
     ranks = [delta.rank for delta in result.base_delta.values() if isinstance(delta, LowRank)]
     name = folder.absolute().name if folder else ""
-    return {"folder": name, "method": result.manifest["method"], "round": result.manifest["round"], "base_rank": max(ranks, default=0)}
+    facts = {"folder": name, "method": about["method"], "round": about["round"], "base_rank": max(ranks, default=0)}
+    return facts | {"privacy": _promised(about)}
+
+
+def _promised(manifest: Mapping[str, Any]) -> str:
+    """What a result, and all that it went on from, promised of its rows."""
+    own, before = manifest.get("privacy"), manifest.get("start", {}).get("privacy")
+    said = "epsilon {epsilon:g} at delta {delta:g}".format(**own) if own else "none"
+    return said if before in (None, said) else f"{said}, after {before}"
 
 
 def adapted_as(result: StoredResult, loaded: Loaded, dropout: float) -> nn.Module:

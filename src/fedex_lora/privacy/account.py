@@ -46,7 +46,8 @@ class Account:
         budget: the most epsilon of all that the ledger says.
         accountant: see `spent`.
         rows: `rows_digest`.
-        whole: all lines count, whoever they name: the ledger is of one party. Otherwise those of this client.
+        others: digests of the rows that the other clients of the run hold; none, where the ledger is of one party.
+        task: a digest of what the run makes of the rows.
     """
 
     path: Path
@@ -55,11 +56,13 @@ class Account:
     budget: float
     accountant: str = "prv"
     rows: str = ""
-    whole: bool = False
+    others: frozenset[str] = frozenset()
+    task: str = ""
 
     def history(self, lines: Sequence[LedgerEntry | Answered]) -> list[Mechanism]:
-        """All that counts of a ledger."""
-        return [line.mechanism for line in lines if isinstance(line, LedgerEntry) and (self.whole or line.client == self.client)]
+        """All that counts of a ledger: what is not known to be of other rows was trained on these, whatever the client was called."""
+        entries = [line for line in lines if isinstance(line, LedgerEntry)]
+        return [line.mechanism for line in entries if line.client == self.client or line.rows not in self.others]
 
     def standing(self, run: str = "") -> "Standing":
         """Where the client stands, in the middle of a run; "" for one that did not begin."""
@@ -71,7 +74,10 @@ class Account:
         return Standing(spent(history, self.plan.delta, self.accountant), ahead, paid)
 
     def enter(self, run: str, round: int) -> None:
-        """Write down a round that is about to be trained. One that is there, and was never answered, is trained again under its entry.
+        """Write down a round that is about to be trained.
+
+        One that is there, was never answered, and is of the same noise and task, is trained again under its entry. With another task it is
+        another question: if only whether it fails.
 
         Raises:
             PrivacyError: the budget does not pay for it, this round or a later one of the run was answered, or there is no ledger.
@@ -85,7 +91,8 @@ class Account:
                     f"client {self.client} answered round {last} of run {run}, and another answer to round {round} would be a second "
                     "release: begin a new run"
                 )
-            if any(isinstance(line, LedgerEntry) and (line.round, line.mechanism) == (round, self.plan.round) for line in of_run):
+            own = (round, self.plan.round, self.task)
+            if any(isinstance(line, LedgerEntry) and (line.round, line.mechanism, line.task) == own for line in of_run):
                 os.fsync(descriptor)
                 return
             history, mechanism = self.history(lines), self.plan.round
@@ -94,19 +101,26 @@ class Account:
                     f"client {self.client}: with round {round} of run {run} epsilon would be {epsilon:.4g}, and its budget is "
                     f"{self.budget:g} ({counted(len(history), 'round')} before it in {self.path}): its rows are spent"
                 )
-            append_line(descriptor, LedgerEntry(client=self.client, run=run, round=round, rows=self.rows, **mechanism._asdict()))
+            entry = LedgerEntry(client=self.client, run=run, round=round, rows=self.rows, task=self.task, **mechanism._asdict())
+            append_line(descriptor, entry)
 
-    def answered(self, run: str, round: int) -> None:
-        """Write down that the answer to a round is kept, and may leave; once.
+    def answered(self, run: str, round: int, reply: bytes) -> None:
+        """Write down that the answer to a round is kept, and may leave: this one, and no other.
 
         Raises:
-            PrivacyError, StorageError: see `enter`; or the ledger has no entry of this round, so nothing may leave.
+            PrivacyError, StorageError: see `enter`; or the ledger has no entry of this round, or another answer, so this one stays.
         """
-        line = Answered(client=self.client, run=run, round=round)
+        line = Answered(client=self.client, run=run, round=round, answer=blake3(reply).hexdigest())
         with held_ledger(self.path) as (descriptor, lines):
             if not any(isinstance(one, LedgerEntry) and one.question == line.question for one in lines):
                 raise PrivacyError(f"{self.path} has no entry of round {round} of run {run}, so its answer stays: is it the right ledger?")
-            if any(isinstance(one, Answered) and one.question == line.question for one in lines):
+            there = {one.answer for one in lines if isinstance(one, Answered) and one.question == line.question}
+            if there - {line.answer}:
+                raise PrivacyError(
+                    f"another process answered round {round} of run {run} meanwhile, by {self.path}, and this answer would be a second "
+                    "release: keep one state folder a party"
+                )
+            if there:
                 os.fsync(descriptor)
             else:
                 append_line(descriptor, line)

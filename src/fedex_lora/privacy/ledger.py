@@ -1,8 +1,9 @@
 """The ledger of a party: what was ever trained on its rows, over all runs. A line is written before its training, and never again.
 
     {"time": ..., "kind": "begun", "version": 1}
-    {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "entry", "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST}
-    {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "answered"}
+    {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "entry", "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST,
+     "task": DIGEST}
+    {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "answered", "answer": DIGEST}
 
 LedgerEntry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is in it than left.
 """
@@ -51,6 +52,7 @@ class LedgerEntry(_OfRound):
     Attributes:
         sigma, rate, steps: see `Mechanism`.
         rows: a digest of the client's rows.
+        task: a digest of what the run makes of them.
     """
 
     kind: Literal["entry"] = "entry"
@@ -58,6 +60,7 @@ class LedgerEntry(_OfRound):
     rate: FiniteFloat = Field(gt=0, le=1)
     steps: int = Field(ge=1)
     rows: str
+    task: str = ""
 
     @property
     def mechanism(self) -> Mechanism:
@@ -66,9 +69,14 @@ class LedgerEntry(_OfRound):
 
 
 class Answered(_OfRound):
-    """Its answer is on the disk, and may leave."""
+    """Its answer is on the disk, and may leave: this one, and no other.
+
+    Attributes:
+        answer: a digest of its bytes.
+    """
 
     kind: Literal["answered"] = "answered"
+    answer: str
 
 
 LedgerLine: TypeAlias = Begun | LedgerEntry | Answered

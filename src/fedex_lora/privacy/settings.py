@@ -66,6 +66,8 @@ def _wrong(config: Config) -> Iterator[str]:
         yield "local.trainer (another's loop clips and adds noise where it likes)"
     if config.base.quantization == "int8":
         yield "base.quantization = 'int8' (it computes a row's outliers from the whole batch: use 'nf4')"
+    if config.clients.data and config.task.train_rows is not None:
+        yield "task.train_rows (one row more or less would draw others: name files of the rows to train on)"
     if config.task.needs_labels:
         yield "classes that the rows decide (name them all in task.labels)"
     for key, (harmless, reason) in REFUSED.items():

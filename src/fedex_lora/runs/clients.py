@@ -100,7 +100,7 @@ class ClientPool:
         if isinstance(work, StoredAnswer):
             reply = work.reply or self._restored(self._path(name), name, lambda version: {}).state.reply
             if account:
-                account.answered(self._run, client.state.round)
+                account.answered(self._run, client.state.round, reply)
             return reply
         if not isinstance(work, Train):
             client.load(self.learner)
@@ -114,7 +114,7 @@ class ClientPool:
         account.enter(self._run, work.round)
         try:
             reply = self._trained(client, work)
-            account.answered(self._run, work.round)
+            account.answered(self._run, work.round, reply)
         except Exception as error:  # of which one row may be the reason
             raise PrivacyError(f"client {client.name}: {type(error).__name__}: {error}") from error
         return reply

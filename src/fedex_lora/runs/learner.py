@@ -43,7 +43,7 @@ class ModelLearner:
     @property
     def rows(self) -> Mapping[str, int]:
         privacy = self.place.config.privacy
-        return {client: privacy.stated(client) or 0 if privacy.is_on else len(data.train) for client, data in self.data.items()}
+        return {client: privacy.stated(client) or 0 if privacy.is_on else len(self.data[client].train) for client in self.data}
 
     def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> None:
         self.place.adapted.load(start, delta, other)

@@ -14,11 +14,13 @@ from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError
 from fedex_lora.models.outline import outline
-from fedex_lora.privacy.account import Account
 from fedex_lora.privacy.accounting import PrivacyPlan, privacy_plan
 from fedex_lora.privacy.noise import UpdateNoise, noise_of_training, noise_of_update
+from fedex_lora.runs.private import accounts_of, digests_of
 from fedex_lora.server.checks import participants, require_consistent
+from fedex_lora.tasks import Task
 from fedex_lora.tasks.dealt import dealt
+from fedex_lora.tasks.partition import Indices
 from fedex_lora.types import Adapter
 
 ALLOWED = (1.0, 3.0, 8.0)  # epsilons that a description compares
@@ -88,6 +90,21 @@ def noise_warning(config: Config, adapter: Adapter, clients: Collection[str]) ->
     return f"{why}: {where} in round 1, where noise makes {found.first:.2g} of the update to first order: {instead}"
 
 
+def start_warning(config: Config, start: Mapping[str, Any]) -> str:
+    """What is to be said of a private run that goes on from a result; "" where there is none, or the run is plain.
+
+    Args:
+        config: the run.
+        start: see `ModelContext.stands_on`.
+    """
+    if not (config.privacy.is_on and start):
+        return ""
+    own = f"privacy.epsilon = {config.privacy.epsilon:g} is of this run alone: base.start {start['folder']}"
+    if start["privacy"].startswith("none") or "after none" in start["privacy"]:
+        return f"{own} was trained without privacy (in all: {start['privacy']}), and what it learnt of the same rows is not covered"
+    return f"{own} has its own ({start['privacy']}), and of the same rows both together say more: their ledgers have the sum"
+
+
 def update_noise(config: Config, adapter: Adapter, plans: Mapping[str, PrivacyPlan]) -> UpdateNoise:
     """Of round 1, by the run's own optimiser and schedule; where not all clients take part, of those with most noise."""
     deviations = {client: factor_noise(config, plan) for client, plan in plans.items()}
@@ -145,7 +162,7 @@ def describe_privacy(config: Config) -> dict[str, Any]:
         **{key: getattr(config, key) for key in ("method", "rounds")},
         **{key: getattr(privacy, key) for key in ("epsilon", "delta", "accountant", "clip_norm")},
         "trained": shapes.trained,
-        "clients": _with_budget(config, described(privacy.epsilon), parts) if privacy.is_on else {},
+        "clients": _with_budget(config, described(privacy.epsilon), task, parts) if privacy.is_on else {},
         "allows": {name: chosen(name) for name in names.values()},
         "notes": [_meaning(config, shapes.trained), *filter(None, [noise_warning(config, shapes.adapter, parts)])],
     }
@@ -156,14 +173,14 @@ def _row(plan: PrivacyPlan, trained: int) -> dict[str, Any]:
     return {**plan_facts(plan), "round_steps": plan.round.steps, "each": each, "noise": each * math.sqrt(trained)}
 
 
-def _with_budget(config: Config, rows: dict[str, dict[str, Any]], parts: Collection[str]) -> dict[str, dict[str, Any]]:
+def _with_budget(
+    config: Config, rows: dict[str, dict[str, Any]], task: Task, parts: Mapping[str, tuple[Indices, Indices]]
+) -> dict[str, dict[str, Any]]:
     """With what the ledger says of each client, where there is one: of clients that are one row, of the one that has spent most."""
     privacy = config.privacy
     if privacy.ledger is None or not privacy.ledger.exists():
         return rows
-    budget = privacy.budget or privacy.epsilon or 0.0
-    plans = plans_of(config, parts)
-    standing = {client: Account(privacy.ledger, client, plan, budget, privacy.accountant).standing() for client, plan in plans.items()}
+    standing = {client: account.standing() for client, account in accounts_of(config, list(parts), digests_of(task, parts)).items()}
     left = {client: {"spent": one.epsilon, "rounds_left": one.paid} for client, one in standing.items()}
     most = max(left.values(), key=lambda one: one["spent"])
     return {name: {**row, **left.get(name, most)} for name, row in rows.items()}

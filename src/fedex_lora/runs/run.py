@@ -9,7 +9,7 @@ from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.runs.emit import Emit, log_to
 from fedex_lora.runs.global_state import undone
-from fedex_lora.runs.privacy import noise_warning
+from fedex_lora.runs.privacy import noise_warning, start_warning
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.runs.trackers import Trackers
@@ -141,6 +141,8 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
             emit(record("round_done", **checkpoint.done))
     place.remember_in(out)
     begun, there = checkpoint or place.initial(), place.federation()
-    if isinstance(begun, ServerState) and (warning := noise_warning(config, begun.adapter, there.clients)):
-        emit(Warned(message=warning))
+    if isinstance(begun, ServerState):
+        said = [noise_warning(config, begun.adapter, there.clients), start_warning(config, there.facts.get("start", {}))]
+        for warning in filter(None, said):
+            emit(Warned(message=warning))
     return run_rounds(config, begun, there, out, emit)

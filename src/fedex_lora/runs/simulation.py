@@ -12,7 +12,6 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.client.training import ClientData
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
-from fedex_lora.privacy.account import rows_digest
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
@@ -20,7 +19,7 @@ from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
-from fedex_lora.runs.private import accounts_of, require_paid
+from fedex_lora.runs.private import accounts_of, digests_of, require_paid
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
@@ -96,10 +95,7 @@ class LocalSimulation:
         given = given or Given()
         task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
-        accounts = {
-            client: replace(account, rows=rows_digest(task.train.iloc[np.concatenate(parts[client])].to_dict("records")))
-            for client, account in accounts_of(config, list(parts)).items()
-        }
+        accounts = accounts_of(config, list(parts), digests_of(task, parts) if config.privacy.is_on else None)
         place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
         self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit), accounts=accounts), emit

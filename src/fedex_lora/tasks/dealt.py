@@ -23,16 +23,19 @@ Load: TypeAlias = Callable[[TaskSettings, int], Task]
 def dealt(config: Config, load: Load = load_task) -> tuple[Task, dict[str, tuple[Indices, Indices]]]:
     """The task, and client -> (training rows, held-out rows), as indices into its `train`.
 
+    A private client trains on all that it holds: which rows are held out depends on how many there are.
+
     Three files (`clients.data`) are dealt as one file with a column that names the client.
 
     Raises:
         DataError: see `load_task` and `partition`; of several files, what is wrong with each.
     """
-    if not config.clients.data:
+    clients = config.clients.model_copy(update={"holdout": 0.0}) if config.privacy.is_on else config.clients
+    if not clients.data:
         task = load(config.task, config.seed)
-        return task, partition(task, config.clients, config.seed)
+        return task, partition(task, clients, config.seed)
     task = _together(_tasks(config, load))
-    column = Clients(partition="column", column=HOLDER, holdout=config.clients.holdout)
+    column = Clients(partition="column", column=HOLDER, holdout=clients.holdout)
     return task, partition(task, column, config.seed)
 
 

@@ -10,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import log_of
+from fedex_lora.engines.flower._private_rows import UnreadRows, file_digest, private_rows, sample_task
 from fedex_lora.engines.flower._request import NodeRequest
-from fedex_lora.engines.flower._settings import NodeSettings, node_settings
+from fedex_lora.engines.flower._settings import NodeSettings, is_private, node_settings
 from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest
+from fedex_lora.privacy.settings import require_private
 from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import FILE, ClientPool
@@ -44,7 +47,7 @@ class Node:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._made: tuple[object, ModelContext, ClientData, Mapping[str, Account]] | None = None
+        self._made: tuple[object, ModelContext, Mapping[str, ClientData], Mapping[str, Account]] | None = None
 
     def reply(self, request: NodeRequest) -> bytes:
         """The bytes of this party's answer: its update, or that it failed; whatever was raised, its text goes to this party's log only."""
@@ -57,7 +60,7 @@ class Node:
             if told_to_end(error):
                 raise
             failure = failure_of(error)
-            failure = failure.private if _is_private(request) else failure
+            failure = failure.private if is_private(request.node, request.config) else failure
             log_failure(log, error, failure, request.client)
             return answer_of(request.payload, request.client, failure)
 
@@ -87,7 +90,7 @@ class Node:
                     f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
-            pool = ClientPool(place.config, ModelLearner(place, {request.client: data}, self._emit), alone=True, accounts=accounts)
+            pool = ClientPool(place.config, ModelLearner(place, data, self._emit), alone=True, accounts=accounts)
             _remember(pool, folder, mine / FILE)
             reply = pool.answer(request.client, request.payload)
             with suppress(FedexLoraError):  # of a ledger that was moved away meanwhile: the answer is in it
@@ -95,8 +98,8 @@ class Node:
                     log_of(request.node).info(account.standing(folder.name).words(account))
             return reply
 
-    def _ready(self, request: NodeRequest, settings: NodeSettings) -> tuple[ModelContext, ClientData, Mapping[str, Account]]:
-        """Model, rows and account: those of the last answer, if nothing else was asked for."""
+    def _ready(self, request: NodeRequest, settings: NodeSettings) -> tuple[ModelContext, Mapping[str, ClientData], Mapping[str, Account]]:
+        """Model, rows and account: those of the last answer, if nothing else was asked for. A private party's rows are not read yet."""
         key = (request.config, request.client, settings)
         if self._made is None or self._made[0] != key:
             self._made = None  # two bases would not fit
@@ -108,16 +111,20 @@ class Node:
                 raise UsageError(
                     f'{settings.data} has no file {config.task.train}, which the run names: start this node with train="FILE"', "file"
                 )
-            accounts = accounts_of(config, [request.client], whole=True)
-            task, parts = dealt(config) if deals else (load_task(config.task, config.seed), {})
+            accounts = accounts_of(config, [request.client])
+            require_private(config)
+            unread = bool(accounts) and not deals
+            if deals:
+                task, parts = dealt(config)
+            else:
+                task, parts = sample_task(config.task) if unread else load_task(config.task, config.seed), {}
             place = ModelContext(config, task)
             log = log_of(request.node)
             if spare := spare_devices(config):
                 log.warning("%s: %s", request.client, spare)
-            data, digest = _rows(place, request.client, parts, log)
+            data, digest = _unread(place, request.client, log) if unread else _rows(place, request.client, parts, log)
             if place.work.trainer is not None or accounts:  # what is private is probed before its ledger has an entry
-                check_trainer(place.model, data.train, place.work)
-            log.info("%s: holds %s", request.client, _held(data, config.task.labels or [], task))
+                check_trainer(place.model, _probed(place) if unread else data[request.client].train, place.work)
             self._made = (key, place, data, {client: replace(account, rows=digest) for client, account in accounts.items()})
         return self._made[1:]
 
@@ -147,15 +154,25 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _is_private(request: NodeRequest) -> bool:
-    """Is this party's training private? Where that cannot be told, it may be."""
-    try:
-        return node_settings(request.node).applied(parse_config(tomllib.loads(request.config))).privacy.is_on
-    except (FedexLoraError, ValueError):
-        return True
+def _probed(place: ModelContext) -> Dataset:
+    """The rows of the place's task, as the model sees them."""
+    return usable(place.work.tokens(place.work.task.train), place.config.task, "this party")[0]
 
 
-def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, Indices]], log: logging.Logger) -> tuple[ClientData, str]:
+def _unread(place: ModelContext, client: str, log: logging.Logger) -> tuple[Mapping[str, ClientData], str]:
+    """What a private party will train on, and the digest of its file."""
+
+    def read() -> ClientData:
+        data = private_rows(place, client, log)
+        log.info("%s: holds %s", client, _held(data, place.config.task.labels or [], place.work.task))
+        return data
+
+    return UnreadRows(client, read), file_digest(place.config.task)
+
+
+def _rows(
+    place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, Indices]], log: logging.Logger
+) -> tuple[Mapping[str, ClientData], str]:
     """What the party trains and measures on; and the digest of its rows, where it is private."""
     config, task = place.config, place.work.task
     if parts:
@@ -173,7 +190,9 @@ def _rows(place: ModelContext, client: str, parts: Mapping[str, tuple[Indices, I
     )
     for note in [*task.notes, *notes]:
         log.warning("%s: %s", client, note)
-    return ClientData(train=train, held_out=measured), rows_digest(own.to_dict("records")) if config.privacy.is_on else ""
+    data = ClientData(train=train, held_out=measured)
+    log.info("%s: holds %s", client, _held(data, config.task.labels or [], task))
+    return {client: data}, rows_digest(own.to_dict("records")) if config.privacy.is_on else ""
 
 
 def _remember(pool: ClientPool, folder: Path, memory: Path) -> None:

@@ -1,6 +1,7 @@
 """What a party says of itself (Flower's node config), and what a run says beside its configuration (Flower's run config)."""
 
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fedex_lora.config import DEMO, Config, Privacy, located, nearest
-from fedex_lora.errors import ConfigError
+from fedex_lora.config import DEMO, Config, Privacy, located, nearest, parse_config
+from fedex_lora.errors import ConfigError, FedexLoraError
 
 PRIVATE = {
     "epsilon": "of a run, at most",
@@ -33,13 +34,13 @@ class NodeSettings:
         state: the folder where it keeps its base delta, optimiser state and last answer.
         threads: CPU threads (`torch_threads`).
         worker: the socket of a `fedex-lora flower worker`, which keeps the base in memory between messages.
-        max_rows: train on no more rows than this.
+        max_rows: train on no more rows than this; not with privacy.
         max_megabytes: refuse a message that is larger.
         trust_remote_code: let the base run code of its own, if the run says so too.
         trainer: what this party trains with (`local.trainer`); a folder in front is better absolute.
         rows: "own", or "dealt": this party's share of the rows that the run's configuration names (experiments on one machine).
         epsilon: of a run, at most: this party's training is private, whatever the run says (`privacy.epsilon`).
-        delta: of (epsilon, delta) (`privacy.delta`).
+        delta: of (epsilon, delta), at most (`privacy.delta`).
         stated_rows: the number of rows that it states (`privacy.rows`).
         budget: the most epsilon of all runs together; by default `epsilon`.
         ledger: the file in which all of them are written down.
@@ -104,7 +105,7 @@ class NodeSettings:
         return config.model_copy(update={"task": task})
 
     def _privacy(self, run: Privacy) -> Privacy:
-        """This party's own: of the run's it is the clip norm, and an epsilon that is smaller still."""
+        """This party's own: of the run's it is the clip norm, and an epsilon or a delta that is smaller still."""
         said = {name: getattr(self, name) for name in ("epsilon", "delta", "budget", "ledger", "accountant")} | {"rows": self.stated_rows}
         said = {name: value for name, value in said.items() if value}
         if not said and not run.is_on:
@@ -121,7 +122,10 @@ class NodeSettings:
             own = Privacy.model_validate({"clip_norm": run.clip_norm, "budget": self.epsilon, **said})
         except ValidationError as error:
             raise ConfigError(f"this node's privacy: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", "privacy") from None
-        return own.model_copy(update={"epsilon": min(self.epsilon, run.epsilon or self.epsilon)})
+        if self.max_rows:
+            raise ConfigError("max_rows does not go with privacy: one row more or less would draw others: remove it", "privacy")
+        smaller = {"epsilon": min(self.epsilon, run.epsilon), "delta": min(own.delta, run.delta)} if run.epsilon else {}
+        return own.model_copy(update={"epsilon": self.epsilon, **smaller})
 
     def _trainer(self, config: Config) -> str | None:
         """This party's own, never the server's; but ours is no substitute for another."""
@@ -166,6 +170,19 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
     if low := next((name for name in numbers if not getattr(settings, name) >= 0), None):
         raise ConfigError(f"node config {low.replace('_', '-')} = {getattr(settings, low):g}: give a number from zero up", "settings")
     return replace(settings, rows="dealt") if simulated else settings
+
+
+def is_private(node: Mapping[str, Any], config: str) -> bool:
+    """Is this party's training private? Where that cannot be told, it may be.
+
+    Args:
+        node: see `node_settings`.
+        config: the run's, as TOML.
+    """
+    try:
+        return node_settings(node).applied(parse_config(tomllib.loads(config))).privacy.is_on
+    except (FedexLoraError, ValueError):
+        return True
 
 
 def run_settings(given: Mapping[str, Any]) -> RunSettings:

@@ -100,7 +100,7 @@ def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable
         reply = node.reply(request)
         tell(f"{client}: answered with {len(reply) / 1e6:.2f} MB")
     except (Exception, SystemExit) as error:  # a tokenizer's code may leave so; this service stays
-        reply = answer_of(payload, client, failure_of(error))
+        reply = answer_of(payload, client, failure_of(error).private)
         tell(f"refused a request: {error}")
     try:
         connection.send_bytes(reply)

@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._request import NodeRequest
+from fedex_lora.engines.flower._settings import is_private
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.failures import failure_of, told_to_end
@@ -31,11 +32,20 @@ def client_app(config: Path) -> ClientApp:
             if told_to_end(error):
                 raise
             failure, asked = failure_of(error), from_record(message)
+            failure = failure.private if is_private(context.node_config, _text(config)) else failure
             log_failure(log_of(context.node_config), error, failure, "this node")
             reply = answer_of(asked.payload, asked.about.get("client", ""), failure) if asked else encode_failure(failure, "")
         return Message(to_record(Envelope(reply, {})), reply_to=message)
 
     return app
+
+
+def _text(config: Path) -> str:
+    """The run's configuration; what cannot be read is none, and whoever has none may be private."""
+    try:
+        return config.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _answer(config: Path, message: Message, context: Context) -> bytes:

@@ -1,0 +1,126 @@
+"""A private party's own rows: read once its ledger has an entry, and each is used, or left out, for itself alone.
+
+So whether a party answers, and what it fails with, is the same with one row more or less, however a server sets the task.
+"""
+
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from blake3 import blake3
+from datasets import Dataset, concatenate_datasets
+
+from fedex_lora.client.arguments import TrainingContext
+from fedex_lora.client.probe import fitting
+from fedex_lora.client.training import ClientData
+from fedex_lora.config import CHAT, IMAGES, TaskSettings
+from fedex_lora.errors import ConfigError, DataError
+from fedex_lora.runs.context import ModelContext
+from fedex_lora.tasks import Task, custom, usable
+from fedex_lora.tasks._files import Rows, as_text
+from fedex_lora.tasks._rows import usable_rows
+from fedex_lora.tasks._templates import columns_of
+
+SAID = "the quick brown fox jumps over the lazy dog"  # long enough for a model to look from one word at another
+OF_THE_FILE = ("encoding", "file", "table")  # faults of a file that cannot be read at all
+
+
+class UnreadRows(Mapping[str, ClientData]):
+    """Client -> its rows, which are read when they are asked for, once.
+
+    Args:
+        client: the only one.
+        read: gives them.
+    """
+
+    def __init__(self, client: str, read: Callable[[], ClientData]) -> None:
+        self._client, self._read = client, read
+        self._rows: ClientData | None = None
+
+    def __getitem__(self, client: str) -> ClientData:
+        if client != self._client:
+            raise KeyError(client)
+        if self._rows is None:
+            self._rows = self._read()
+        return self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([self._client])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def sample_task(settings: TaskSettings) -> Task:
+    """The task with rows that are made up, for all that is tried before any row is read.
+
+    Raises:
+        ConfigError: the rows are in a published layout, which is read as a whole.
+        DataError: no row could be used under these settings.
+    """
+    if settings.name != "custom":
+        raise ConfigError(f"a private node's own rows are of task custom, and the run's task is {settings.name}", "privacy")
+    made = as_text(Rows([_sample(settings, number) for number in range(max(2, len(settings.labels or [])))]))
+    return custom.load(settings, lambda source, folder: made)
+
+
+def _sample(settings: TaskSettings, number: int) -> dict[str, object]:
+    words = SAID[: 19 if number % 2 else None]
+    if settings.kind == CHAT:
+        return {"messages": [{"role": role, "content": words} for role in ("user", "assistant")]}
+    if settings.kind == "causal-lm":
+        return dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)], words)
+    label = {settings.label: str(settings.labels[number % len(settings.labels)]) if settings.labels else f"0.{number + 1}"}
+    if settings.kind == IMAGES:
+        from PIL import Image
+
+        Image.new("RGB", (32, 32)).save(file := io.BytesIO(), "PNG")
+        return {settings.image or "image": file.getvalue(), **label}
+    return {**dict.fromkeys(settings.text, words), **label}
+
+
+def file_digest(settings: TaskSettings) -> str:
+    """Of the file that the rows are in, for the party's own eyes: whatever is in it, nothing fails."""
+    path = Path(settings.data or "") / str(settings.train)
+    return blake3(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+
+
+def private_rows(place: ModelContext, client: str, log: logging.Logger) -> ClientData:
+    """All rows that can be used; where none can, none: such a party trains on noise alone, and its log says so.
+
+    Raises:
+        DataError: the file cannot be read at all.
+    """
+    settings, work = place.config.task.model_copy(update={"on_bad_row": "drop"}), place.work
+    none = work.tokens(work.task.train).select([])
+    try:
+        table, _ = custom.row_tables(settings)
+        kept, notes = usable_rows(table.rows, table.source, table.problems, settings.on_bad_row)
+        read = _each_alone(work, kept.reset_index(drop=True), none)
+        rows, more = usable(read, settings, "this party")
+        rows = fitting(place.model, rows) if work.task.reads_text else rows
+        notes = [*table.notes, *notes, *more]
+        if odd := len(kept) - len(rows):
+            notes.append(f"{odd} of {len(kept)} rows become no tokens of this model, or too many: they are left out")
+    except DataError as error:
+        if error.code in OF_THE_FILE:
+            raise
+        rows, notes = none, [str(error)]
+    for note in notes:
+        log.warning("%s: %s", client, note)
+    if not len(rows):
+        log.error("%s: not one row can be used: what it answers is noise alone", client)
+    return ClientData(train=rows, held_out=none)
+
+
+def _each_alone(work: TrainingContext, rows: Rows, none: Dataset) -> Dataset:
+    """Rows as tokens, without those of which there are none."""
+    with suppress(Exception):  # of a single row
+        return work.tokens(rows)
+    made = list[Dataset]()
+    for place in range(len(rows)):
+        with suppress(Exception):
+            made.append(work.tokens(rows.iloc[[place]].reset_index(drop=True)))
+    return concatenate_datasets(made) if made else none
