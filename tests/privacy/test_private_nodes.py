@@ -1,15 +1,15 @@
 """A private party over Flower, its `Node` driven directly: its own word counts, and its bytes hold nothing that one row changes."""
 
 import json
+import secrets
 from itertools import count
 
+import numpy as np
 import pytest
-import torch
 from tests.messages import tensors_of, told
 
 pytest.importorskip("flwr", reason="the extra flower is not installed")
 
-from fedex_lora.client import private
 from fedex_lora.config import parse_config, write_config
 from fedex_lora.engines.flower._files import node_file
 from fedex_lora.engines.flower._node import Node
@@ -189,8 +189,8 @@ CHANGED = [*ROWS[:5], {"prompt": "bed 5 has a fever and a rash :", "completion":
 
 @pytest.mark.parametrize("rows", [CHANGED, ROWS[:-1], [CHANGED[5], *ROWS]], ids=["changed", "removed", "added"])
 def test_the_bytes_hold_nothing_that_one_row_changes_but_the_parameters(rows, tmp_path, server_side, monkeypatch):
-    """The secret generators are seeded alike, so that only the row differs."""
-    monkeypatch.setattr(private, "secret_generator", lambda device: torch.Generator(device).manual_seed(7))
+    """The secret numbers are the same ones, so that only the row differs."""
+    monkeypatch.setattr(secrets, "token_bytes", lambda count: np.random.default_rng(88).bytes(count))
     config = setting(server_side[0], clients={"holdout": 0.1}, training={"per_device_train_batch_size": 16})  # of 20: each row is drawn
     replies = {}
     for name, own in (("these", ROWS), ("those", rows)):
