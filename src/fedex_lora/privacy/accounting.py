@@ -13,11 +13,10 @@ from fedex_lora.errors import ConfigError, require_extra
 BATCH, EPOCHS = 8, 3.0  # transformers.TrainingArguments' own, where [training] says nothing
 LEAST, MOST = 0.1, 1024.0  # of sigma: less is next to none, and with more nothing is left to learn
 MOST_STEPS = 1_000_000  # of all rounds together
-FEW_STEPS = 100_000  # so many are composed numerically, which takes a second and half a GB; of more Rényi divergences bound epsilon
+FEW_STEPS = 100_000  # so many are composed numerically, of more Rényi divergences bound epsilon
 LARGE = 400.0  # an epsilon, by Rényi divergences, that need not be known better
 TINY = 1e-12  # of an epsilon: what is nothing at all, to its logarithm
-FINEST = 1e-4  # error of the numerical composition, whose memory grows as it falls
-GRID = 2e5  # how fine the numerical composition is for its epsilon: it takes as much memory
+POINTS = 2_000_000  # of a distribution of losses: more take gigabytes, and minutes
 
 
 class Mechanism(NamedTuple):
@@ -90,8 +89,15 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accoun
     bound, steps = _epsilon(history, delta, "rdp"), sum(count for _, _, count in history)
     if not bound <= LARGE or steps > FEW_STEPS:
         return bound
-    error = max(FINEST, min(max(0.01, bound * math.sqrt(steps) / GRID), bound / 200))  # it is added to the result
-    return _accounted(history, accountant, delta=delta, eps_error=error)
+    error = max(min(0.01, bound / 200), _coarsest(history, steps, delta))  # it is added to the result
+    return min(bound, _accounted(history, accountant, delta=delta, eps_error=error))
+
+
+def _coarsest(history: Sequence[tuple[float, float, int]], steps: int, delta: float) -> float:
+    """The error at which the numerical composition has `POINTS` of losses, by Opacus' own measures of how far and how fine they are."""
+    alone = (_epsilon(((sigma, rate, 1),), delta / (8000 * steps), "rdp") for sigma, rate, _ in history)
+    reach = max(_epsilon(tuple(history), delta / 4000, "rdp"), *alone) + 3
+    return 2 * reach * math.sqrt(steps * math.log(12_000 / delta) / 2) / POINTS
 
 
 def _accounted(history: Sequence[tuple[float, float, int]], accountant: str, **options: float) -> float:
