@@ -1,12 +1,16 @@
 """Epsilon against `dp-accounting` (Google's, another method and code: privacy loss distributions), and the noise that is chosen for it."""
 
+import math
+
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 
 from fedex_lora.config import parse_config
-from fedex_lora.errors import ConfigError
+from fedex_lora.errors import ConfigError, PrivacyError
+from fedex_lora.privacy.account import Account
 from fedex_lora.privacy.accounting import Mechanism, noise_for, privacy_plan, rounds_left, spent
+from fedex_lora.privacy.ledger import begin_ledger, read_ledger
 
 SCHEDULES = [
     ([(1.1, 0.01, 1000)], 1e-5),
@@ -79,3 +83,72 @@ def test_rounds_that_a_budget_pays_for():
     paid = [spent([plan.round] * number, 1e-4, "rdp") <= 2.7 for number in range(1, 5)]
     assert rounds_left([], plan, 2.7, "rdp") == sum(paid)
     assert 0 < sum(paid) < 4
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@pytest.mark.parametrize(
+    "one", [(1e-3, 0.5, 10), (1e-43, 1.0, 1), (0.1, 1.0, 10**6), (1.0, 0.01, 10**8), (0.2, 0.3, 5000), (math.nan, 0.1, 1)]
+)
+def test_what_is_far_out_is_an_upper_bound_at_once(one, accountant):
+    """Such histories took terabytes, or ended in an error of Opacus'; no run may have them, but a ledger can say them."""
+    found = spent([Mechanism(*one)], 1e-5, accountant)
+    assert found > 100
+    if math.isfinite(found):
+        assert found >= spent([Mechanism(2 * one[0], *one[1:])], 1e-5, "rdp")
+    else:
+        assert not one[0] >= 0.1
+
+
+def test_what_opacus_cannot_compute_is_one_line():
+    with pytest.raises(ConfigError, match=r"^epsilon of 1 steps of sigma 1 at rate 0.5 at delta 1e-30 cannot .* \(\w+\): set ") as caught:
+        spent([Mechanism(1.0, 0.5, 1)], 1e-30)
+    assert "\n" not in str(caught.value)
+    assert 0 < spent([Mechanism(1.0, 0.5, 1)], 1e-30, "rdp") < 100
+
+
+def test_the_largest_epsilon_has_noise():
+    """Sigma is a tenth at least, however much may be said."""
+    assert noise_for(100, 1e-5, 1e-3, 3) == pytest.approx(0.1, rel=2e-3)
+    assert noise_for(100, 1e-5, 1e-3, 3) >= 0.1
+    sigma = noise_for(100, 1e-5, 1.0, 10)
+    assert 0.95 * 100 < reference([(sigma, 1.0, 10)], 1e-5) <= 100
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"per_device_train_batch_size": 0.5}, r"training\.per_device_train_batch_size = 0\.5: private training takes a whole number"),
+        ({"gradient_accumulation_steps": 0}, r"training\.gradient_accumulation_steps = 0: private training takes a whole number"),
+        ({"max_steps": 2.5}, r"training\.max_steps = 2\.5: private training takes a whole number"),
+        ({"max_steps": 10**8}, r"client a would train 400000000 private steps, and may train 1000000"),
+        ({"num_train_epochs": 1e5}, r"client a would train 5000000 private steps"),
+        ({"num_train_epochs": math.inf}, r"training\.num_train_epochs = inf: private training takes more than none"),
+        ({"num_train_epochs": math.nan}, r"training\.num_train_epochs = nan: private training takes more than none"),
+        ({"num_train_epochs": "many"}, r"training\.num_train_epochs = 'many': private training takes a number"),
+    ],
+)
+def test_steps_are_a_server_s_word_and_have_bounds(training, words):
+    odd = config().model_copy(update={"training": {"per_device_train_batch_size": 8, **training}})
+    with pytest.raises(ConfigError, match=words) as caught:
+        privacy_plan(odd, "a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("clip_norm", 1e-43), ("clip_norm", 9e-7), ("epsilon", 101), ("budget", 101)])
+def test_extreme_settings_are_refused(key, value):
+    """At a clip norm of 1e-43, which float32 hardly has, a clipped gradient was twice as long."""
+    with pytest.raises(ConfigError, match=key):
+        config(privacy={key: value})
+    assert config(privacy={"clip_norm": 1e-6, "epsilon": 100, "budget": 100}).privacy.clip_norm == 1e-6
+
+
+def test_an_epsilon_that_is_no_number_pays_for_nothing(tmp_path, monkeypatch):
+    begin_ledger(tmp_path / "ledger")
+    opened = Account(tmp_path / "ledger", "a", privacy_plan(config(), "a"), 3.0, "rdp")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedex_lora.privacy.account.spent", lambda *given: math.nan)
+        with pytest.raises(PrivacyError, match="epsilon would be nan"):
+            opened.enter("run", 1)
+    assert read_ledger(tmp_path / "ledger") == []
+    opened.enter("run", 1)
+    assert len(read_ledger(tmp_path / "ledger")) == 1

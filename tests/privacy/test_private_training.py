@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from fedex_lora.aggregation import METHODS
-from fedex_lora.client.private import LEFT, losses_of, per_example_gradients, private_trainer, secret_generator
+from fedex_lora.client.private import LEFT, losses_of, per_example_gradients, private_trainer
 from fedex_lora.client.private_probe import require_sound
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, _trainer, continued, evaluate, local_update
@@ -290,34 +290,6 @@ def test_nobody_can_repeat_the_noise_and_all_else_is_repeated(both):
     assert all(torch.equal(left[name], right[name]) for name in left)
     with _trainer(both.model, both.place.work, 4, both.rows, None, None, plan(rate=0.5, steps=40)) as trainer:
         assert list(trainer.get_train_dataloader().batch_sampler) != list(trainer.get_train_dataloader().batch_sampler)
-
-
-def test_secret_numbers_are_more_than_a_seed():
-    """torch keeps 32 bits of a seed on the CPU; here the whole state differs, and the numbers are uniform and normal ones."""
-    same = [torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7 + 2**32)]
-    assert torch.equal(*same)
-    one, two = secret_generator("cpu"), secret_generator("cpu")
-    words = [made.get_state()[24 : 24 + 8 * 624].view(torch.int64) for made in (one, two)]
-    assert int((words[0] == words[1]).sum()) < 3
-    assert int(words[0].max()) > 2**31
-    assert int(words[0].max()) < 2**32
-    numbers = torch.randn(100_000, generator=one)
-    assert abs(float(numbers.mean())) < 0.02
-    assert abs(float(numbers.std()) - 1) < 0.02
-    assert abs(float(torch.rand(100_000, generator=two).mean()) - 0.5) < 0.01
-
-
-def test_batches_are_drawn_row_by_row(both):
-    """Their sizes have the mean and the variance of a binomial, and each row its share of them."""
-    steps, rate = 4000, 0.3
-    with _trainer(both.model, both.place.work, 0, both.rows, None, None, plan(rate=rate, steps=steps)) as trainer:
-        drawn = list(trainer.get_train_dataloader().batch_sampler)
-    sizes, variance = np.array([len(rows) for rows in drawn]), ROWS * rate * (1 - rate)
-    assert abs(sizes.mean() - ROWS * rate) < 5 * math.sqrt(variance / steps)
-    assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / steps)
-    counts = np.bincount([row for rows in drawn for row in rows], minlength=ROWS) / steps
-    assert np.all(abs(counts - rate) < 5 * math.sqrt(rate * (1 - rate) / steps))
-    assert len(drawn) == steps
 
 
 def test_a_row_without_a_finite_gradient_counts_as_zero(settings):

@@ -1,54 +1,31 @@
-"""Private local training: DP-SGD (Abadi et al. 2016, algorithm 1) inside `transformers.Trainer`, by Opacus' hooks, optimiser and sampler.
+"""Private local training: DP-SGD (Abadi et al. 2016, algorithm 1) inside `transformers.Trainer`, by Opacus' hooks and optimiser.
 
 A step draws every row with probability q, scales each row's gradient to norm C at most, adds noise of standard deviation sigma C to the
 sum, and divides by the *expected* number of rows. Nothing else of the rows goes into the model, and nothing else comes out: no loss.
 """
 
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.grad_sample import prepare_module
 from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, pad
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fedex_lora.errors import TrainingError
-from fedex_lora.privacy.accounting import PrivacyPlan
+from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
+from fedex_lora.privacy.secret_numbers import secret_normals, secret_uniforms
 from fedex_lora.tasks import IGNORED
 
 TOLERANCE = 0.05  # of sums of gradients in the lowest precision that there is; a gradient of something else is off by its own size
 LEFT = ("grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample", "_norm_sample")  # on parameters, by Opacus
-STATE, WORDS = 24, 624  # where the words of torch's Mersenne twister are among the bytes of its state, and how many
-
-
-def secret_generator(device: torch.device | str) -> torch.Generator:
-    """Random numbers that nobody can guess, from the system's entropy, and that nothing keeps.
-
-    A seed is not enough: torch's generator of the CPU takes 32 bits of it, so that all its streams could be tried. Here all of its state is
-    drawn; on a GPU the seed has 64 bits, and a drawn place in its stream 40 more.
-
-    Example:
-        >>> torch.equal(torch.randn(2, generator=secret_generator("cpu")), torch.randn(2, generator=secret_generator("cpu")))
-        False
-    """
-    made = torch.Generator(device)
-    made.manual_seed(secrets.randbits(64))
-    if made.device.type == "cpu":
-        state = made.get_state()
-        words = torch.frombuffer(bytearray(secrets.token_bytes(8 * WORDS)), dtype=torch.int64) & 0xFFFFFFFF
-        state[STATE : STATE + 8 * WORDS] = words.view(torch.uint8)
-        made.set_state(state)
-    else:
-        made.set_offset(4 * secrets.randbits(40))
-    return made
 
 
 def example_losses(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
@@ -116,10 +93,10 @@ def per_example_gradients(model: nn.Module) -> Iterator[None]:
 
 
 class PrivateOptimizer(DPOptimizer):
-    """Opacus' optimiser, whose sum holds to C in any precision.
+    """Opacus' optimiser, whose sum holds to C in any precision, and whose noise is of no generator that can be solved.
 
     Norms and sums are float32, whatever the gradients are, and no matrix product that a device may round. An example with a gradient that
-    is not finite counts as zero: it says nothing, and spoils nothing.
+    is not finite counts as zero: it says nothing, and spoils nothing. Noise is added in float64, and their sum is rounded once.
     """
 
     @torch.no_grad()
@@ -130,8 +107,35 @@ class PrivateOptimizer(DPOptimizer):
         factors = torch.where(norms.isfinite(), (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
         for parameter, sample in zip(self.params, samples, strict=True):
             scaled = sample.nan_to_num(0.0, 0.0, 0.0) * factors.view(-1, *[1] * (sample.dim() - 1))
-            added = scaled.sum(dim=0).to(parameter.dtype)
+            added = scaled.sum(dim=0)
             parameter.summed_grad = added if parameter.summed_grad is None else parameter.summed_grad + added
+
+    @torch.no_grad()
+    def add_noise(self) -> None:
+        """Make of `summed_grad` the gradient: with numbers of standard deviation sigma C, drawn on the CPU."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            noise = torch.from_numpy(deviation * secret_normals(parameter.numel())).view(parameter.shape)
+            parameter.grad = (parameter.summed_grad.cpu().double() + noise).to(parameter.device, parameter.dtype)
+
+
+class PoissonBatches(Sampler[list[int]]):
+    """So many batches, in which each row is with probability q, whatever else is in it.
+
+    Args:
+        rows: how many there are.
+        mechanism: q, and how many batches.
+    """
+
+    def __init__(self, rows: int, mechanism: Mechanism) -> None:
+        self._rows, self._mechanism = rows, mechanism
+
+    def __len__(self) -> int:
+        return self._mechanism.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self._mechanism.steps):
+            yield np.flatnonzero(secret_uniforms(self._rows) <= self._mechanism.rate).tolist()
 
 
 class PrivateTrainer(Trainer):
@@ -154,15 +158,10 @@ class PrivateTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which each row is with probability q, each in parts of `per_device_train_batch_size` rows at most."""
         assert self.train_dataset is not None
-        rows, args, round = self._remove_unused_columns(self.train_dataset, "training"), self.args, self._plan.round  # type: ignore[arg-type]
-        batches: Any = [[] for _ in range(round.steps)]  # of a party without a row, which the sampler does not take
-        if len(rows):
-            batches = UniformWithReplacementSampler(
-                num_samples=len(rows), sample_rate=round.rate, steps=round.steps, generator=secret_generator("cpu")
-            )
+        rows, args = self._remove_unused_columns(self.train_dataset, "training"), self.args  # type: ignore[arg-type]
         return DataLoader(
             rows,  # type: ignore[arg-type]
-            batch_sampler=batches,
+            batch_sampler=PoissonBatches(len(rows), self._plan.round),
             collate_fn=partial(_in_parts, collate=self.data_collator, size=args.per_device_train_batch_size),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -178,7 +177,6 @@ class PrivateTrainer(Trainer):
                 noise_multiplier=self._plan.round.sigma,
                 max_grad_norm=self._plan.clip_norm,
                 expected_batch_size=self._plan.batch,
-                generator=secret_generator(next(iter(self._names)).device),
             )
             if {id(parameter) for parameter in self._private.params} != set(map(id, self._names)):
                 raise TrainingError("the optimiser's parameters are not those that are trained: nothing is sent")

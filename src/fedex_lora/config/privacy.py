@@ -19,11 +19,11 @@ class Privacy(ConfigTable):
     """
 
     epsilon: float | None = Field(
-        None, gt=0, le=1000, description="Of this run, for each client: its training is private, to so much. Nothing said: it is not."
+        None, gt=0, le=100, description="Of this run, for each client: its training is private, to so much. Nothing said: it is not."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Of (epsilon, delta): less than one over the rows.")
     clip_norm: float = Field(
-        1.0, gt=0, le=1e6, description="C: each record's gradient, over all that is trained, is scaled down to this norm at most."
+        1.0, ge=1e-6, le=1e6, description="C: each record's gradient, over all that is trained, is scaled down to this norm at most."
     )
     rows: Count | dict[str, Count] | None = Field(
         None,
@@ -31,7 +31,7 @@ class Privacy(ConfigTable):
         "number is nobody's business, for one record changes it.",
     )
     budget: float | None = Field(
-        None, gt=0, le=1000, description="The most epsilon of all runs on a client's rows together; by default `epsilon`."
+        None, gt=0, le=100, description="The most epsilon of all runs on a client's rows together; by default `epsilon`."
     )
     ledger: Path | None = Field(
         None, description="The file in which all that was ever trained on these rows is written down (fedex-lora ledger)."

@@ -96,7 +96,8 @@ class Account:
                 os.fsync(descriptor)
                 return
             history, mechanism = self.history(lines), self.plan.round
-            if (epsilon := spent([*history, mechanism], self.plan.delta, self.accountant)) > self.budget:
+            epsilon = spent([*history, mechanism], self.plan.delta, self.accountant)
+            if not epsilon <= self.budget:  # so that no number that is none is below it
                 raise PrivacyError(
                     f"client {self.client}: with round {round} of run {run} epsilon would be {epsilon:.4g}, and its budget is "
                     f"{self.budget:g} ({counted(len(history), 'round')} before it in {self.path}): its rows are spent"

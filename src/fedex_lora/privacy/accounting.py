@@ -11,7 +11,12 @@ from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError, require_extra
 
 BATCH, EPOCHS = 8, 3.0  # transformers.TrainingArguments' own, where [training] says nothing
-MOST = 1024.0  # of sigma: with more nothing is left to learn
+LEAST, MOST = 0.1, 1024.0  # of sigma: less is next to none, and with more nothing is left to learn
+MOST_STEPS = 1_000_000  # of all rounds together
+FEW_STEPS = 100_000  # so many are composed numerically, of more Rényi divergences bound epsilon
+LARGE = 400.0  # an epsilon, by Rényi divergences, that need not be known better
+TINY = 1e-12  # of an epsilon: what is nothing at all, to its logarithm
+POINTS = 2_000_000  # of a distribution of losses: more take gigabytes, and minutes
 
 
 class Mechanism(NamedTuple):
@@ -55,9 +60,13 @@ def spent(history: Iterable[Mechanism], delta: float, accountant: str = "prv") -
     """Epsilon of everything together, at this delta.
 
     Args:
-        history: what was done on the rows, in any order.
+        history: what was done on the rows, in any order. Of less noise than `LEAST` it is infinite.
         delta: of (epsilon, delta).
-        accountant: "prv" (an upper bound of the numerical composition, Gopi et al. 2021) or "rdp".
+        accountant: "prv" (an upper bound of the numerical composition, Gopi et al. 2021; of more than `FEW_STEPS`, or above `LARGE`, that
+            by Rényi divergences) or "rdp".
+
+    Raises:
+        ConfigError: Opacus cannot compute it.
 
     Example:
         >>> round(spent([Mechanism(sigma=1.1, rate=0.01, steps=1000)], delta=1e-5), 1)
@@ -73,12 +82,22 @@ def spent(history: Iterable[Mechanism], delta: float, accountant: str = "prv") -
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
     if not history:
         return 0.0
-    if any(sigma == 0 for sigma, _, _ in history):
+    if any(not sigma >= LEAST for sigma, _, _ in history):
         return math.inf
     if accountant == "rdp":
         return _accounted(history, "rdp", delta=delta)
-    error = min(0.01, _epsilon(history, delta, "rdp") / 200)  # that of the numerical composition is added to it: a hundredth would be all
-    return _accounted(history, accountant, delta=delta, eps_error=error)
+    bound, steps = _epsilon(history, delta, "rdp"), sum(count for _, _, count in history)
+    if not bound <= LARGE or steps > FEW_STEPS:
+        return bound
+    error = max(min(0.01, bound / 200), _coarsest(history, steps, delta))  # it is added to the result
+    return min(bound, _accounted(history, accountant, delta=delta, eps_error=error))
+
+
+def _coarsest(history: Sequence[tuple[float, float, int]], steps: int, delta: float) -> float:
+    """The error at which the numerical composition has `POINTS` of losses, by Opacus' own measures of how far and how fine they are."""
+    alone = (_epsilon(((sigma, rate, 1),), delta / (8000 * steps), "rdp") for sigma, rate, _ in history)
+    reach = max(_epsilon(tuple(history), delta / 4000, "rdp"), *alone) + 3
+    return 2 * reach * math.sqrt(steps * math.log(12_000 / delta) / 2) / POINTS
 
 
 def _accounted(history: Sequence[tuple[float, float, int]], accountant: str, **options: float) -> float:
@@ -89,12 +108,21 @@ def _accounted(history: Sequence[tuple[float, float, int]], accountant: str, **o
 
         made = create_accountant(mechanism=accountant)
         made.history = list(history)
-        return float(made.get_epsilon(**options))
+        try:
+            found = float(made.get_epsilon(**options))
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            told = ", ".join(f"{steps} steps of sigma {sigma:g} at rate {rate:g}" for sigma, rate, steps in history[:3])
+            raise ConfigError(
+                f"epsilon of {told}{', ...' if history[3:] else ''} at delta {options['delta']:g} cannot be computed by {accountant} "
+                f"({type(error).__name__}): "
+                + ('set privacy.accountant = "rdp"' if accountant == "prv" else "take a larger delta, or fewer steps")
+            ) from None
+    return math.inf if math.isnan(found) else found
 
 
 @lru_cache(maxsize=1024)
 def noise_for(epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv") -> float:
-    """The smallest sigma, to a thousandth of it, with which so many steps spend at most epsilon.
+    """The smallest sigma from `LEAST` up, to a thousandth of it, with which so many steps spend at most epsilon.
 
     Raises:
         ConfigError: no noise is enough.
@@ -106,7 +134,7 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
 
     def over(sigma: float) -> float:
         """How far above epsilon this sigma is, as a logarithm."""
-        return math.log(spent([Mechanism(sigma, rate, steps)], delta, accountant) / epsilon)
+        return math.log(max(spent([Mechanism(sigma, rate, steps)], delta, accountant) / epsilon, TINY))
 
     high = _first_guess(epsilon, delta, rate, steps, accountant)
     above = over(high)
@@ -118,8 +146,6 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
     low = high / 2
     while (below := over(low)) <= 0:
         low, high, above = low / 2, low, below
-        if high < 1e-3:
-            return high
     while high > 1.001 * low:  # the curve is all but straight in logarithms
         share = below / (below - above) if math.isfinite(below) else 0.5
         middle = min(max(low * (high / low) ** share, 1.0004 * low), high / 1.0004)
@@ -146,7 +172,7 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
     Raises:
         ConfigError: the settings say none that there is.
     """
-    privacy, training = config.privacy, config.training
+    privacy = config.privacy
     rows, batch = privacy.stated(client), _batch(config)
     if privacy.epsilon is None or rows is None:
         raise ConfigError(f"client {client} has not stated how many rows it trains on: set privacy.rows")
@@ -154,8 +180,12 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
         raise ConfigError(f"client {client} states {rows} rows, and a batch has {batch}: set training.per_device_train_batch_size lower")
     if privacy.delta >= 1 / rows:
         raise ConfigError(f"privacy.delta = {privacy.delta:g} is not below 1 / {rows} rows of client {client}: one record might be shown")
-    most = int(training.get("max_steps", -1))
-    steps = most if most > 0 else max(1, math.ceil(float(training.get("num_train_epochs", EPOCHS)) * rows / batch))
+    steps = _steps(config, rows, batch)
+    if steps * config.rounds > MOST_STEPS:
+        raise ConfigError(
+            f"client {client} would train {steps * config.rounds} private steps, and may train {MOST_STEPS}: take fewer rounds or "
+            "epochs, or larger batches"
+        )
     rate = batch / rows
     sigma = noise_for(privacy.epsilon, privacy.delta, rate, steps * config.rounds, privacy.accountant)
     mechanism = Mechanism(sigma, rate, steps)
@@ -164,8 +194,32 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
 
 
 def _batch(config: Config) -> int:
-    training = config.training
-    return int(training.get("per_device_train_batch_size", BATCH)) * int(training.get("gradient_accumulation_steps", 1))
+    """The expected number of records of a step."""
+    return _whole(config, "per_device_train_batch_size", BATCH) * _whole(config, "gradient_accumulation_steps", 1)
+
+
+def _steps(config: Config, rows: int, batch: int) -> int:
+    """Of a round."""
+    if _number(config, "max_steps", -1) > 0:
+        return _whole(config, "max_steps", 1)
+    epochs = _number(config, "num_train_epochs", EPOCHS)
+    if not 0 < epochs <= MOST_STEPS:
+        raise ConfigError(f"training.num_train_epochs = {epochs:g}: private training takes more than none, and at most {MOST_STEPS}")
+    return max(1, math.ceil(epochs * rows / batch))
+
+
+def _whole(config: Config, key: str, default: int) -> int:
+    number = _number(config, key, default)
+    if not (number >= 1 and number.is_integer()):
+        raise ConfigError(f"training.{key} = {number:g}: private training takes a whole number from 1 up")
+    return int(number)
+
+
+def _number(config: Config, key: str, default: float) -> float:
+    try:
+        return float(config.training.get(key, default))
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"training.{key} = {config.training[key]!r}: private training takes a number") from None
 
 
 def rounds_left(history: Sequence[Mechanism], plan: PrivacyPlan, budget: float, accountant: str = "prv") -> int:
