@@ -64,10 +64,16 @@ def require_base(result: StoredResult, fingerprint: str, folder: Path | None) ->
 
 
 def standing(result: StoredResult, folder: Path | None) -> dict[str, Any]:
-    """Of the result that a run goes on from: its folder's name, method and round, and how many ranks its base has gained."""
+    """Of the result that a run goes on from: its folder's name, method and round, and what its base has gained: ranks, whole matrices."""
     ranks = [delta.rank for delta in result.base_delta.values() if isinstance(delta, LowRank)]
-    name = folder.absolute().name if folder else ""
-    return {"folder": name, "method": result.manifest["method"], "round": result.manifest["round"], "base_rank": max(ranks, default=0)}
+    whole = len(result.base_delta) - len(ranks)
+    return {
+        "folder": folder.absolute().name if folder else "",
+        "method": result.manifest["method"],
+        "round": result.manifest["round"],
+        "base_rank": max(ranks, default=0),
+        **({"matrices": whole} if whole else {}),
+    }
 
 
 def adapted_as(result: StoredResult, loaded: Loaded, dropout: float) -> nn.Module:
