@@ -206,6 +206,12 @@ def test_what_does_not_go_on_is_refused_in_one_line(first, gpt2, tmp_path):
         assert not (tmp_path / "run").exists()
 
     refused(ModelError, r"lora\.r = 4, and that of base\.start .* is 2: remove the key", going_on(first, lora={"r": 4}))
+    refused(ModelError, r"leaves out .*down_proj, which base\.start adapts", going_on(first, lora={"target_modules": ["q_proj"]}))
+    everything = {"target_modules": r".*(proj|lm_head)"}
+    refused(ModelError, r"target_modules names lm_head, which base\.start does not adapt: remove the key", going_on(first, lora=everything))
+    refused(ModelError, r"modules_to_save names norm, which base\.start does", going_on(first, lora={"modules_to_save": ["norm"]}))
+    for key, value in {"rslora": True, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1}}.items():
+        refused(ModelError, rf"lora\.{key} is of new adapters", going_on(first, lora={key: value}))
     with pytest.raises(ConfigError, match=r"remove clients\.ranks"):
         going_on(first, clients={"ranks": [1, 2, 2]})
     refused(ModelError, "method fedsa keeps adapters for the untouched base", going_on(first, method="fedsa"))
