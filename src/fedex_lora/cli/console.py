@@ -51,7 +51,7 @@ class Display:
         if event.trainable_parameters is not None and event.total_parameters is not None:
             line += f", {event.trainable_parameters:,} of {event.total_parameters:,} parameters trained"
         if event.disk_bytes is not None:
-            line += f", up to {event.disk_bytes / 1e6:.0f} MB of disk"
+            line += f", up to {decimal(event.disk_bytes, precision=1)} of disk"
         self._print(line)
         if event.start:
             on, whole = event.start, int(event.start.get("matrices", 0))
