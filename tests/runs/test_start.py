@@ -19,7 +19,7 @@ from fedex_lora import aggregate, load_model
 from fedex_lora.cli import app
 from fedex_lora.cli.console import Display
 from fedex_lora.config import base_folder, parse_config, read_config
-from fedex_lora.errors import ConfigError, ModelError
+from fedex_lora.errors import ConfigError, ModelError, StorageError
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
@@ -212,6 +212,9 @@ def test_what_does_not_go_on_is_refused_in_one_line(first, gpt2, tmp_path):
     refused(ModelError, r"modules_to_save names norm, which base\.start does", going_on(first, lora={"modules_to_save": ["norm"]}))
     for key, value in {"rslora": True, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1}}.items():
         refused(ModelError, rf"lora\.{key} is of new adapters", going_on(first, lora={key: value}))
+    for form in ("merged", "base+adapter"):
+        export(first, form, tmp_path / form)
+        refused(StorageError, r"is an export \(.*\) and no result: give the run, or its final/", going_on(tmp_path / form))
     with pytest.raises(ConfigError, match=r"remove clients\.ranks"):
         going_on(first, clients={"ranks": [1, 2, 2]})
     refused(ModelError, "method fedsa keeps adapters for the untouched base", going_on(first, method="fedsa"))
