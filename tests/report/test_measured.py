@@ -68,7 +68,31 @@ def test_the_best_round_is_a_headline(folder):
     assert "best round 2 by the clients' held-out rows (accuracy 0.6000 on 20 rows); export and evaluate take it by --round best" in text
 
 
-@pytest.mark.parametrize("content", [None, "not json", '{"model": "x"}', '{"model": "x", "accuracy": 1, "confusion": [[1, 2], [3, 4]]}'])
+@pytest.mark.parametrize("loss", ["null", "NaN", "Infinity"])
+def test_a_number_that_is_not_finite_is_shown(loss, folder):
+    """Beside another model's, and among a class's scores, too."""
+    found = json.loads((folder / "found.json").read_text())
+    found["beside"]["loss"], found["classes"][0]["f1"] = 0.5, None
+    (folder / "nan.json").write_text(json.dumps(found)[:-1] + f', "loss": {loss}}}')
+    assert call(folder, "--evaluated", folder / "nan.json", "-o", folder / "out.html").exit_code == 0
+    text = parsed((folder / "out.html").read_text())[1]
+    assert "loss not finite 0.5000" in text
+    assert "urgent 0.1250 0.2500 – 0.3750 8" in text
+
+
+CLASS = '{"name": "a", "recall": 1, "f1": 1, "support": 1%s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "not json",
+        '{"model": "x"}',
+        '{"model": "x", "accuracy": 1, "confusion": [[1, 2], [3, 4]]}',
+        *(f'{{"model": "x", "accuracy": 1, "classes": [{CLASS % more}], "confusion": [[1]]}}' for more in ("", ', "precision": "high"')),
+    ],
+)
 def test_what_is_no_evaluation_is_one_line(content, folder):
     if content is not None:
         (folder / "odd.json").write_text(content)

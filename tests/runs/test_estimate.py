@@ -1,9 +1,11 @@
 """What is said before a run: bytes and disk are bounds from above, steps are counted as Trainer does, and the run's bits stay the same."""
 
 import json
+import re
 from functools import partial
 
 import pytest
+import torch
 from rich.console import Console
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
 from typer.testing import CliRunner
@@ -15,7 +17,8 @@ from fedex_lora.config import base_folder, write_config
 from fedex_lora.runs.estimate import bytes_of, estimate, steps_of
 from fedex_lora.runs.run import run
 from fedex_lora.runs.simulation import LocalSimulation
-from fedex_lora.server.checkpoint import bytes_needed
+from fedex_lora.server.checkpoint import adapter_bytes, bytes_needed, gained_bytes
+from fedex_lora.types import LoRAPair, ServerState
 
 SENT, KEPT = 1.7, 3.5  # times what is so: the most that the bounds of bytes and of disk are
 SOME = {"partition": "iid", "count": 4, "column": None, "fraction": 0.5}
@@ -102,6 +105,8 @@ def test_the_command_says_it_before_a_run_and_instead_of_one(tmp_path):
     assert found["device_bytes"] is None
     assert found["run_seconds"] > 0
     begun = call(["run", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")])
+    assert len(set(re.findall(r"up to ([\d.]+ .B) of disk", begun.stdout))) == 1  # in two lines, in one way
+    assert begun.stdout.count("of disk") == 2
     assert begun.stdout.index("expected: ") < begun.stdout.index("round 1/1")
     assert "as one adapter it has rank 6: 2, and 4 a round" in begun.stdout
     more = call(["run", str(tmp_path / "run.toml"), "--rounds", "2", "--resume", "--out", str(tmp_path / "out")])
@@ -109,3 +114,25 @@ def test_the_command_says_it_before_a_run_and_instead_of_one(tmp_path):
     assert "expected: " not in more.stdout
     bad = call(["run", str(tmp_path / "run.toml"), "--dry-run", "--set", f"base.model={base_folder()}/none"])
     assert (bad.exit_code, len(bad.stderr.strip().splitlines())) == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["fedex", "fedex-svd", "keep", "ffa", "rolora", "fedit"])
+@pytest.mark.parametrize("keep", [None, 2, 4])
+def test_bounds_of_any_number_of_rounds_are_said_at_once(method, keep):
+    """What is kept, against a plain loop over the rounds; what travels grows by the same every two rounds, up to a billion."""
+    pair = LoRAPair(A=torch.zeros(2, 24), B=torch.zeros(40, 2))
+    state = ServerState(method=method, round=0, adapter={"q": pair, "k": pair.first(1)}, base_delta={}, other={})
+
+    def of(rounds):
+        config = configuration(method=method, rounds=rounds, **({} if keep is None else {"keep_rounds": keep}))
+        return config, bytes_needed(config, state, 3), bytes_of(config, state, 3, {})[2]
+
+    for rounds in (1, 2, 3, 9, 30):
+        config, needed, _ = of(rounds)
+        gained = [gained_bytes(config, state.adapter, 3, number) for number in range(rounds + 1)]
+        own = method == "keep"
+        kept = [adapter_bytes(state) * (1 + 3 * (1 + own)) + 3 * size for size in gained[1:]][-rounds if keep is None else -keep - 1 :]
+        assert needed == sum(kept) + adapter_bytes(state) + gained[-1] + 3 * adapter_bytes(state) * (5 + own)
+    travelled = {rounds: of(rounds)[2] for rounds in (10, 12, 10**9)}
+    assert travelled[10**9] == travelled[10] + (10**9 - 10) // 2 * (travelled[12] - travelled[10])
+    assert of(10**9)[1] >= of(10**6)[1] > 0

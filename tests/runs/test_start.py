@@ -1,5 +1,6 @@
 """A run goes on from a result: of another run, or of adapters that were trained anywhere."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.runs.test_resume import StopError, stopping
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
@@ -15,12 +17,16 @@ from typer.testing import CliRunner
 
 from fedex_lora import aggregate, load_model
 from fedex_lora.cli import app
+from fedex_lora.cli.console import Display
 from fedex_lora.config import base_folder, parse_config, read_config
-from fedex_lora.errors import ConfigError, ModelError
+from fedex_lora.errors import ConfigError, ModelError, StorageError
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import run
+from fedex_lora.storage.files import read_manifest
+from fedex_lora.storage.result import read_result
+from fedex_lora.types import Dense
 
 NOTES = Path(__file__).parents[2] / "examples" / "notes.toml"
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -62,12 +68,32 @@ def test_a_run_goes_on_from_another(method, first, tmp_path):
     if method in ("fedex", "reinit"):
         assert report["max_relative_error"] < 1e-6
         assert [event["realised_error"] < 1e-6 for event in events_of(out, "round_done")] == [True, True]
-    export(out, "adapter", tmp_path / "adapter")
+    assert read_manifest(out / "final")["start"] == started["start"]
+    exported = export(out, "adapter", tmp_path / "adapter")
+    gained = (exported["rank"] - 2 - 8) // 2  # in each of its two rounds
+    sums = f"rank {exported['rank']}: 2, 8 of its start, and {gained} a round"
+    assert (sums if gained else "rank 10, which more rounds") in exported["growth"]
+    assert 2 + 8 + 2 * gained == exported["rank"]
     plain = AutoModelForCausalLM.from_pretrained(base_folder())
     plain.load_adapter(str(tmp_path / "adapter"))
     want = logits(load_model(out, base_folder()))
     assert (logits(plain.eval()) - want).norm() <= 1e-5 * want.norm()
     assert (want - logits(load_model(first, base_folder()))).norm() > 1e-3 * want.norm()  # and it learnt something
+
+
+def test_whole_matrices_that_a_start_gained_are_said(tmp_path):
+    """Factors of five rounds have more numbers than the matrices, which are kept; one rank of them is said, that of what is written."""
+    run(configuration(rounds=5, lora={"r": 8}, training={"max_steps": 1}), tmp_path / "first", ignore)
+    whole = [name for name, delta in read_result(tmp_path / "first" / "final").base_delta.items() if isinstance(delta, Dense)]
+    assert whole
+    lines = io.StringIO()
+    with Display(Console(file=lines, width=300)) as display:
+        run(going_on(tmp_path / "first", lora={}, rounds=1, training={"max_steps": 1}), tmp_path / "run", display)
+    assert f"whose base gained rank 64 and a whole matrix in {len(whole)} modules" in lines.getvalue()
+    exported = export(tmp_path / "run", "adapter", tmp_path / "adapter")
+    assert f"it has rank {exported['rank']}" in exported["growth"]
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert max(len(tensor) for name, tensor in written.items() if "lora_A" in name) == exported["rank"]
 
 
 def test_a_run_that_goes_on_is_resumed_to_the_same_bits(first, tmp_path):
@@ -186,6 +212,15 @@ def test_what_does_not_go_on_is_refused_in_one_line(first, gpt2, tmp_path):
         assert not (tmp_path / "run").exists()
 
     refused(ModelError, r"lora\.r = 4, and that of base\.start .* is 2: remove the key", going_on(first, lora={"r": 4}))
+    refused(ModelError, r"leaves out .*down_proj, which base\.start adapts", going_on(first, lora={"target_modules": ["q_proj"]}))
+    everything = {"target_modules": r".*(proj|lm_head)"}
+    refused(ModelError, r"target_modules names lm_head, which base\.start does not adapt: remove the key", going_on(first, lora=everything))
+    refused(ModelError, r"modules_to_save names norm, which base\.start does", going_on(first, lora={"modules_to_save": ["norm"]}))
+    for key, value in {"rslora": True, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1}}.items():
+        refused(ModelError, rf"lora\.{key} is of new adapters", going_on(first, lora={key: value}))
+    for form in ("merged", "base+adapter"):
+        export(first, form, tmp_path / form)
+        refused(StorageError, r"is an export \(.*\) and no result: give the run, or its final/", going_on(tmp_path / form))
     with pytest.raises(ConfigError, match=r"remove clients\.ranks"):
         going_on(first, clients={"ranks": [1, 2, 2]})
     refused(ModelError, "method fedsa keeps adapters for the untouched base", going_on(first, method="fedsa"))

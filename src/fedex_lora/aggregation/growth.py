@@ -19,6 +19,9 @@ class Growth(NamedTuple):
         by: ranks that a round adds; 0 where the base gains nothing, or keeps what it gained as matrices.
         merged_from: the first round after which the merged model has fewer numbers; None: that never comes.
         unserved_from: the first round after which the rank is above what vLLM takes; None as before.
+        before: ranks that the base had gained before the run.
+        rounds: that the run has seen.
+        bound: what it is at most, where the base keeps what it gained as matrices; 0 where it does not.
     """
 
     rank: int
@@ -26,17 +29,30 @@ class Growth(NamedTuple):
     by: int
     merged_from: int | None = None
     unserved_from: int | None = None
+    before: int = 0
+    rounds: int = 0
+    bound: int = 0
 
     def line(self) -> str:
         """In words."""
+        words = f"as one adapter it has {'at most ' if self.bound == self.rank else ''}rank {self.rank}"
         if not self.by:
-            return f"as one adapter it has rank {self.rank}, which more rounds leave as it is"
-        words = f"as one adapter it has rank {self.rank}: {self.own}, and {self.by} a round"
+            return (
+                f"{words}, at most {self.bound} after more rounds"
+                if self.bound > self.rank
+                else f"{words}, which more rounds leave as it is"
+            )
+        parts = self.own + self.before + self.by * self.rounds
+        most = "" if parts == self.rank else "up to "
+        start = f"{self.before} of its start, " if self.before else ""
+        words += f": {self.own}, {start}and {most}{self.by} a round" if parts >= self.rank else f", and {most}{self.by} more a round"
         words += f"; from round {self.merged_from} on the merged model is smaller (--as merged)" if self.merged_from else ""
         return words + (f"; from round {self.unserved_from} on vLLM takes it merged only" if self.unserved_from else "")
 
 
-def growth(adapter: Adapter, base_delta: Mapping[str, Delta], round: int, numbers: int, before: int = 0) -> Growth:
+def growth(
+    adapter: Adapter, base_delta: Mapping[str, Delta], round: int, numbers: int, before: int = 0, written: int | None = None
+) -> Growth:
     """Of a state after some rounds, with as many participants in those to come.
 
     Args:
@@ -44,6 +60,7 @@ def growth(adapter: Adapter, base_delta: Mapping[str, Delta], round: int, number
         round: how many rounds it has seen.
         numbers: of the merged model, all parameters together.
         before: ranks that the base had gained before the first round.
+        written: the rank of the adapter as it is written; None: matrices that the base keeps whole count as of full rank.
 
     Example:
         >>> import torch
@@ -57,16 +74,18 @@ def growth(adapter: Adapter, base_delta: Mapping[str, Delta], round: int, number
     ranks = {module: pair.rank + gained.get(module, 0) for module, pair in adapter.items()}
     growing = [delta.rank - before for delta in base_delta.values() if isinstance(delta, LowRank)]
     by = math.ceil(max(growing, default=0) / max(round, 1))
-    rank = max(ranks.values(), default=0)
+    most = max(ranks.values(), default=0)
+    rank = most if written is None else written
+    whole = len(base_delta) > len(growing) and (written is None or most > rank)
     if by <= 0:
-        return Growth(rank, own, 0)
+        return Growth(rank, own, 0, bound=most if whole else 0)
 
     def size(rounds: int) -> int:
         """Numbers of the adapter after so many rounds more; a product needs no more ranks than its smaller side has."""
         return sum(min(ranks[name] + rounds * by, min(pair.shape)) * sum(pair.shape) for name, pair in adapter.items())
 
-    most = max(min(pair.shape) for pair in adapter.values())
-    full = math.ceil(most / by)
+    widest = max(min(pair.shape) for pair in adapter.values())
+    full = math.ceil(widest / by)
     merged = next(more for more in count() if size(more) > numbers or more > full)
     unserved = max(0, math.ceil((SERVED + 1 - rank) / by))
     return Growth(
@@ -74,5 +93,8 @@ def growth(adapter: Adapter, base_delta: Mapping[str, Delta], round: int, number
         own,
         by,
         None if size(merged) <= numbers else round + merged,
-        None if most <= SERVED or rank + unserved * by > most else round + unserved,
+        None if widest <= SERVED or rank + unserved * by > widest else round + unserved,
+        before,
+        round,
+        most if whole else 0,
     )

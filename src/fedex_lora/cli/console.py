@@ -51,11 +51,14 @@ class Display:
         if event.trainable_parameters is not None and event.total_parameters is not None:
             line += f", {event.trainable_parameters:,} of {event.total_parameters:,} parameters trained"
         if event.disk_bytes is not None:
-            line += f", up to {event.disk_bytes / 1e6:.0f} MB of disk"
+            line += f", up to {decimal(event.disk_bytes, precision=1)} of disk"
         self._print(line)
         if event.start:
-            on = event.start
-            self._print(f"goes on from {on['folder']}: round {on['round']} of {on['method']}, whose base gained rank {on['base_rank']}")
+            on, whole = event.start, int(event.start.get("matrices", 0))
+            gained = [f"rank {on['base_rank']}"] if on["base_rank"] or not whole else []
+            gained += [f"a whole matrix in {whole} module{'s' if whole > 1 else ''}"] if whole else []
+            said = f"round {on['round']} of {on['method']}, whose base gained {' and '.join(gained)}"
+            self._print(f"goes on from {on['folder']}: {said}")
         if event.settings:
             self._print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in event.settings.items()))
         self._print(f"round 0/{self._rounds}  {numbers(event.metrics)}")

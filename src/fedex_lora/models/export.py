@@ -109,7 +109,7 @@ def export(
             "update_error": update_error,
             "rank": _rank(result.adapter if form == "base+adapter" else adapter),
             "tokens": new_tokens(result, name) if form == "adapter" else None,
-            "growth": _growth(result, size),
+            "growth": _growth(result, size, _rank(whole)),
         }
         write_text(folder / "README.md", model_card(facts, numbers, result, model_kind(result, name)))
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
@@ -133,10 +133,10 @@ def _logits_with_and_without(result: StoredResult, name: str) -> tuple[Tensor, T
     return want, logits(model), frozen
 
 
-def _growth(result: StoredResult, numbers: int) -> str:
+def _growth(result: StoredResult, numbers: int, rank: int) -> str:
     """What more rounds do to the rank; nothing where there is no adapter."""
     before = result.manifest.get("start", {}).get("base_rank", 0)
-    return growth(result.adapter, result.base_delta, result.manifest["round"], numbers, before).line() if result.adapter else ""
+    return growth(result.adapter, result.base_delta, result.manifest["round"], numbers, before, rank).line() if result.adapter else ""
 
 
 def _stored(form: str, dtype: str | None, shard: str | None) -> _Stored:

@@ -47,7 +47,7 @@ def outline(config: Config, kind: Kind, model_config: Mapping[str, Any]) -> Outl
         adapter = {name: _drawn(pair, generator) for name, pair in read_model(model).items()}
     else:
         start = read_start(config.base.start, kind, config.base.model, method, config.lora, names)
-        model, adapter = adapted_as(start, loaded, config.lora.dropout), dict(start.adapter)
+        model, adapter = adapted_as(start, loaded, config.lora), dict(start.adapter)
     trained = 0
     for part in method.trained_schedule:
         set_trained(model, part)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.config import Lora
@@ -50,6 +52,9 @@ def read_start(folder: Path, kind: Kind, name: str, method: Method, lora: Lora, 
     for key, said, values in (("r", lora.r, [pair.rank for pair in result.adapter.values()]), ("alpha", lora.alpha, alphas)):
         if key in lora.model_fields_set and values and not min(values) * (1 - 1e-6) <= said <= max(values) * (1 + 1e-6):
             raise ModelError(f"lora.{key} = {said:g}, and that of base.start {folder} is {max(values):g}: remove the key")
+    for key in ("rslora", "rank_pattern", "alpha_pattern"):
+        if getattr(lora, key):
+            raise ModelError(f"lora.{key} is of new adapters, and that of base.start {folder} goes on as it is: remove the key")
     return result
 
 
@@ -65,12 +70,17 @@ def require_base(result: StoredResult, fingerprint: str, folder: Path | None) ->
 
 
 def standing(result: StoredResult, folder: Path | None) -> dict[str, Any]:
-    """Of the result that a run goes on from: its folder's name, method, round and privacy, and how many ranks its base has gained."""
-    about = result.manifest
-    ranks = [delta.rank for delta in result.base_delta.values() if isinstance(delta, LowRank)]
-    name = folder.absolute().name if folder else ""
-    facts = {"folder": name, "method": about["method"], "round": about["round"], "base_rank": max(ranks, default=0)}
-    return facts | {"privacy": _promised(about)}
+    """Of the result that a run goes on from: its folder's name, method, round and privacy, and what its base has gained."""
+    about, ranks = result.manifest, [delta.rank for delta in result.base_delta.values() if isinstance(delta, LowRank)]
+    whole = len(result.base_delta) - len(ranks)
+    return {
+        "folder": folder.absolute().name if folder else "",
+        "method": about["method"],
+        "round": about["round"],
+        "base_rank": max(ranks, default=0),
+        **({"matrices": whole} if whole else {}),
+        "privacy": _promised(about),
+    }
 
 
 def _promised(manifest: Mapping[str, Any]) -> str:
@@ -80,17 +90,37 @@ def _promised(manifest: Mapping[str, Any]) -> str:
     return said if before in (None, said) else f"{said}, after {before}"
 
 
-def adapted_as(result: StoredResult, loaded: Loaded, dropout: float) -> nn.Module:
+def adapted_as(result: StoredResult, loaded: Loaded, lora: Lora) -> nn.Module:
     """The base with the adapter of a result, and with what else was trained there; the base delta is not in it yet.
 
     Raises:
-        ModelError: the base has not its modules.
+        ModelError: the base has not its modules, or `lora` names others.
     """
     model = resized(loaded.model, result.format.frozen, result.other)
-    config = adapter_config(result.adapter, result.config) | {"inference_mode": False, "lora_dropout": dropout}
+    config = adapter_config(result.adapter, result.config) | {"inference_mode": False, "lora_dropout": lora.dropout}
+    _require_modules(model, config, lora)
     try:
         wrapped = wrap(model, LoraConfig(**{key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}))
         write_model(wrapped, result.adapter, result.other)
     except (ValueError, AdapterError) as error:
         raise ModelError(f"base.start does not fit this base: {str(error).splitlines()[0][:200]}: is it another model?") from None
     return wrapped
+
+
+def _require_modules(model: PreTrainedModel, config: Mapping[str, Any], lora: Lora) -> None:
+    """What `lora` names of a base is what is trained in the result, by PEFT's own rules.
+
+    Raises:
+        ModelError: it is not.
+    """
+    whole = config.get("modules_to_save") or []
+    if odd := next((name for name in lora.modules_to_save or [] if name not in whole), None):
+        raise ModelError(f"lora.modules_to_save names {odd}, which base.start does not train whole: remove the key")
+    if lora.target_modules is None:
+        return
+    wanted = LoraConfig(task_type=config.get("task_type"), target_modules=lora.target_modules, modules_to_save=whole or None)
+    wanted = _maybe_include_all_linear_layers(wanted, model)
+    named = {name for name, _ in model.named_modules() if check_target_module_exists(wanted, name)}
+    if odd := min(named ^ set(config["target_modules"]), default=None):
+        here, there = ("names", "does not adapt") if odd in named else ("leaves out", "adapts")
+        raise ModelError(f"lora.target_modules {here} {odd}, which base.start {there}: remove the key")

@@ -91,7 +91,7 @@ class ModelContext:
             model.config.pad_token_id = padding  # type: ignore[union-attr]
         if method.lora:
             set_seed(config.seed)
-            model = add_lora(loaded, config.lora, task.kind) if start is None else adapted_as(start, loaded, config.lora.dropout)
+            model = add_lora(loaded, config.lora, task.kind) if start is None else adapted_as(start, loaded, config.lora)
             if method.core:
                 hold_cores(model)
             set_trained(model, method.trained(1))

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -123,10 +124,16 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     taking_part = participants(config.clients.fraction, clients)
     own = 1 if get_method(config.method).client_state else 0  # what a client alone holds
     adapter = adapter_bytes(state)
-    gained = [gained_bytes(config, state.adapter, taking_part, number) for number in range(config.rounds + 1)]
-    rounds = [adapter * (1 + taking_part * (1 + own)) + 3 * size for size in gained[1:]]
-    kept = rounds if config.keep_rounds is None else rounds[-config.keep_rounds - 1 :]  # and the best of the older ones
-    return sum(kept) + adapter + gained[-1] + clients * adapter * (5 + own)
+    last = config.rounds
+    first = 1 if config.keep_rounds is None else max(1, last - config.keep_rounds)  # and the best of the older ones
+
+    def gained(round: int) -> int:
+        return gained_bytes(config, state.adapter, taking_part, round)
+
+    full = bisect_left(range(last + 1), gained(last), key=gained)  # from here on all of it is matrices
+    sizes = sum(map(gained, range(first, full))) + (last + 1 - max(first, full)) * gained(last)
+    rounds = (last + 1 - first) * adapter * (1 + taking_part * (1 + own)) + 3 * sizes
+    return rounds + adapter + gained(last) + clients * adapter * (5 + own)
 
 
 def adapter_bytes(state: ServerState) -> int:

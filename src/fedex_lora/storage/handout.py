@@ -13,8 +13,8 @@ from fedex_lora.storage.files import atomic_folder, read_manifest
 from fedex_lora.storage.result import DELTA, TRAINABLE, WHOLE
 
 SHARED = (
-    "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta start task task_type labels frozen"
-    " headline greater_is_better momentum privacy versions".split()
+    "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels frozen"
+    " headline greater_is_better momentum privacy start versions".split()
 )
 """What manifests say to everybody: nothing of single clients."""
 

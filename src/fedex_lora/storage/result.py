@@ -189,6 +189,8 @@ def read_result(folder: Path, check: bool = True) -> StoredResult:
         StorageError: something is missing, altered or not finite.
     """
     manifest = read_manifest(folder, check)
+    if "format" in manifest and not (folder / TRAINABLE).is_dir():
+        raise StorageError(f"{folder} is an export ({manifest['format']}) and no result: give the run, or its final/")
     inputs = manifest.get("inputs", [])  # none in a folder for parties
     if (
         str(manifest.get("method")).partition("+")[0] not in METHODS
