@@ -1,6 +1,7 @@
 """`fedex_lora.run`: rows, a model, metrics and a listener that are here already."""
 
 import json
+import threading
 from copy import copy
 from pathlib import Path
 
@@ -228,3 +229,25 @@ def test_a_metric_that_fails_at_once_leaves_the_folder_free(tmp_path):
         fedex_lora.run(tree, metrics=lambda prediction: {"accuracy": 1.0}, out=tmp_path / "out", on_event=ignore)
     assert not (tmp_path / "out").exists()
     fedex_lora.run(tree, metrics=lambda prediction: {"own": 1.0}, out=tmp_path / "out", on_event=ignore)
+
+
+def test_a_second_run_in_another_thread_is_refused_and_one_within_a_listener_changes_no_bit(notes, plain):
+    parts, held = notes
+    refused, within = [], []
+
+    def elsewhere():
+        with pytest.raises(UsageError, match="another run is at work in this process") as error:
+            fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore)
+        refused.append(error)
+
+    def listener(event):
+        if event.name == "client_done" and not within:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            within.append(fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore))
+
+    outer = fedex_lora.run(TREE, rows=parts, eval=held, on_event=listener)
+    assert len(refused) == 1
+    for one in (outer, *within):
+        assert_same_bits(one.folder, plain.folder)

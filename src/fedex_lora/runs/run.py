@@ -8,7 +8,7 @@ from fedex_lora.client.arguments import spare_devices
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.runs.emit import Emit, log_to
-from fedex_lora.runs.global_state import undone
+from fedex_lora.runs.global_state import alone, undone
 from fedex_lora.runs.privacy import noise_warning
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.simulation import LocalSimulation
@@ -42,7 +42,8 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         home: makes the place where the run lives.
 
     Raises:
-        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on.
+        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on; or another thread of
+            this process runs.
         FedexLoraError: see `run_rounds`, and the home; or `out` cannot be written.
         OSError: what is none of `out`'s: a connection, a file of the rows.
     """
@@ -52,7 +53,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
     if found:
         _require_run(out, config)
-    with undone():
+    with alone(), undone():
         trackers = Trackers(config, out, emit)
         place = home(config, emit)
         place.require(out)
