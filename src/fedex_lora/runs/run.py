@@ -42,8 +42,8 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         home: makes the place where the run lives.
 
     Raises:
-        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on; or another thread of
-            this process runs.
+        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on. Or another
+            thread of this process runs.
         FedexLoraError: see `run_rounds`, and the home; or `out` cannot be written.
         OSError: what is none of `out`'s: a connection, a file of the rows.
     """
