@@ -19,6 +19,7 @@ from fedex_lora.cli import app
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ConfigError, DataError, FedexLoraError, ModelError, UsageError
 from fedex_lora.offline.verify import verify
+from fedex_lora.runs.simulation import _numbers
 from fedex_lora.storage.events import RoundDone, RunDone, of_kind
 
 NOTES = Path(__file__).parents[2] / "examples" / "notes"
@@ -251,3 +252,13 @@ def test_a_second_run_in_another_thread_is_refused_and_one_within_a_listener_cha
     assert len(refused) == 1
     for one in (outer, *within):
         assert_same_bits(one.folder, plain.folder)
+
+
+def test_no_metric_of_the_users_own_has_the_name_of_a_column(plain):
+    """Every column of the frame, what trainers take out, and the beginnings that are ours."""
+    others = ["eval_x", "held_out_x", "runtime", "epoch", "not_finite", "bytes_total", "", "refused", "rows"]
+    for name in [*plain.metrics.columns, *others]:
+        known = [metric for metric in plain.events[0].metrics if metric not in ("loss", "rows")]
+        with pytest.raises(UsageError, match="give it another name"):
+            _numbers({"mine": 1.0, name: 1.0}, known)
+    assert _numbers({"mine": 1, "evaluation": np.float32(2)}, ()) == {"mine": 1.0, "evaluation": 2.0}
