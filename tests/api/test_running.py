@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tomli_w
 import torch
 from datasets import Dataset
 from tests.runs.test_run import assert_same_bits, ignore
@@ -197,6 +198,8 @@ def test_a_model_in_memory_is_the_base_in_its_own_precision(notes):
         ({"eval": None}, UsageError, "give rows and eval together"),
         ({"rows": {}}, UsageError, "give a table for each client"),
         ({"rows": [{}]}, UsageError, "a table for each client by its name"),
+        ({"rows": {" ": [{}]}}, UsageError, "by its name, a text that is not empty"),
+        ({"rows": {"a": pd.DataFrame([["x", "y"]], columns=["note"] * 2)}}, DataError, "a has several columns called note: rename or drop"),
         ({"rows": {1: [{}]}}, UsageError, "a table for each client by its name"),
         ({"rows": {"a": [], "b": "notes.csv"}}, DataError, "a table is empty, a: .*; rows: b is no table: .* list of dictionaries"),
         ({"rows": {"a": [{"note": "x"}, {"note": "x", "colour": "red"}]}}, DataError, r"1 row with nothing to say: .* \(line 1\)"),
@@ -262,3 +265,23 @@ def test_no_metric_of_the_users_own_has_the_name_of_a_column(plain):
         with pytest.raises(UsageError, match="give it another name"):
             _numbers({"mine": 1.0, name: 1.0}, known)
     assert _numbers({"mine": 1, "evaluation": np.float32(2)}, ()) == {"mine": 1.0, "evaluation": 2.0}
+
+
+def test_rows_that_were_in_memory_are_not_asked_of_the_hub(plain, tmp_path):
+    said = "memory:eval: its rows were in memory: go on from Python, or give --file"
+    config = plain.folder / "config.toml"
+    commands = [("evaluate", plain.folder), ("data", config), ("check", config), ("run", config, "--dry-run")]
+    commands += [("run", config, "--out", plain.folder, "--resume", "--rounds", 3), ("run", config, "--out", tmp_path / "new")]
+    for command in commands:
+        assert said in call(*command)
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_are_given_are_dealt_already(notes, plain, tmp_path):
+    """A file that deals its own rows out is a file of settings then: the same bits."""
+    parts, held = notes
+    clients = {"partition": "column", "column": "hospital", "count": 7, "dirichlet_alpha": 2.0}
+    tree = {**TREE, "task": {**TREE["task"], "name": "custom", "train": "gone.csv", "eval": "gone.csv"}, "clients": clients}
+    (tmp_path / "one.toml").write_text(tomli_w.dumps(tree))
+    result = fedex_lora.run(tmp_path / "one.toml", rows=parts, eval=held, on_event=ignore)
+    assert_same_bits(result.folder, plain.folder)
