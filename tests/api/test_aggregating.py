@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tests.conftest import make_updates
@@ -56,6 +57,8 @@ def test_a_second_round_stands_on_the_first(sites, tmp_path):
         ({"weights": [1.0]}, "weight"),
         ({"weights": 5}, "weights = 5: give one number a folder"),
         ({"weights": {"north": "x", "south": 1}}, "'x'.*: give one number a folder"),
+        ({"weights": [1e308, 1e308]}, "sum to infinity"),
+        ({"weights": pd.Series([1, 2])}, "weights = 0 1 1 2 dtype: int64: give one number a folder"),
         ({"method": "fedx"}, "fedex"),
     ],
 )

@@ -80,6 +80,13 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
         plain.save(saved)
     ids = torch.arange(3, 27).reshape(2, 12)
     plain.export(tmp_path / "merged")
+    assert plain.export(tmp_path / "half", dtype=torch.bfloat16)["dtype"] == "bfloat16"
+    for options, words in (({"shard": 100000}, "shard size 100000: write it as 2GB"), ({"form": "mergd"}, "no export as 'mergd'")):
+        with pytest.raises(UsageError, match=words) as caught:
+            plain.export(tmp_path / "no", **options)
+        assert "--" not in str(caught.value)
+    with pytest.raises(UsageError, match="give another out, remove it, or resume it"):
+        fedex_lora.run({"base": {"model": "demo"}, "task": {"name": "demo"}}, on_event=ignore, out=plain.folder)
     with torch.no_grad():
         want, got = plain.model()(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert (got - want).norm() <= 1e-5 * want.norm()
@@ -215,6 +222,8 @@ def test_a_model_in_memory_is_the_base_in_its_own_precision(notes):
         ({"metrics": lambda prediction: {"x": "good"}}, UsageError, "metrics gave 'x' = 'good', which is no number"),
         ({"metrics": lambda prediction: {"loss": 0.0}}, UsageError, "metrics gave 'loss', which the task has already"),
         ({"rows": {"a": [{"nota": "x", "colour": "red"}]}}, DataError, "a has no column 'note': did you mean 'nota'"),
+        ({"on_event": 3}, UsageError, "on_event is of type int: give a function"),
+        ({"metrics": 3}, UsageError, "metrics is of type int: give a function"),
         ({"resume": True}, UsageError, "give out, too"),
         ({"config": "nowhere.toml"}, FedexLoraError, "does not exist"),
     ],

@@ -146,7 +146,8 @@ def _shares(folders: Sequence[Path], weights: Sequence[float] | Mapping[str, flo
     """One weight a folder, in their order."""
     numbers = list(weights.values()) if isinstance(weights, Mapping) else weights
     if not isinstance(numbers, Sequence | np.ndarray) or not all(isinstance(one, int | float | np.number) for one in numbers):
-        raise UsageError(f"weights = {weights!r}: give one number a folder, in their order or by the folder's name")
+        said = " ".join(repr(weights).split())[:80]
+        raise UsageError(f"weights = {said}: give one number a folder, in their order or by the folder's name")
     if not isinstance(weights, Mapping):
         return [float(weight) for weight in weights]
     names = [folder.resolve().name for folder in folders]

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, TypeAlias
 
 import pandas as pd
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
@@ -107,6 +108,8 @@ class RunResult:
         """
         if self._model is not None and "base" not in options and not Path(self._base).exists():
             raise UsageError("an export reads the base from disk: save the model, with its tokenizer, and give its folder by base=")
+        if isinstance(dtype := options.get("dtype"), torch.dtype):
+            options["dtype"] = str(dtype).removeprefix("torch.")
         return exporting.export(folder_after(self.folder, round), form, Path(out), **options)
 
 
@@ -150,13 +153,16 @@ def run(
     require_versions()
     if resume and out is None:
         raise UsageError("resume goes on with a run folder: give out, too")
+    for name, given in (("metrics", metrics), ("on_event", on_event)):
+        if given is not None and not callable(given):
+            raise UsageError(f"{name} is of type {type(given).__name__}: give a function")
     settings = _settings(config, rows, eval, model, processor)
     tables = {} if rows is None else _tables({**rows, EVAL: eval})
     load = partial(_task, tables) if tables else load_task
-    given = simulation.Given(load, model, processor, metrics)
+    here = simulation.Given(load, model, processor, metrics)
     mine = TemporaryDirectory(prefix="fedex-lora-") if out is None else None
     folder = Path(out) if out is not None else Path(mine.name if mine else "") / "run"
-    state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: simulation.LocalSimulation(config, emit, given))
+    state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: simulation.LocalSimulation(config, emit, here))
     return RunResult(folder, state, model, mine)
 
 

@@ -193,7 +193,11 @@ def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Forma
         "task_type": like.config.get("task_type"),
         **({"frozen": sorted(like.frozen)} if like.frozen else {}),
         "sources": [str(folder) for folder in folders],
-        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
+        "total_weight": float(len(folders))
+        if weights is None
+        else math.fsum(weights)
+        if math.isfinite(sum(weights))
+        else math.inf,  # which is refused
         "versions": {"fedex-lora": __version__},
     }
 

@@ -50,7 +50,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
     resolved = write_config(config)
     found = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if found and not resume:
-        raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
+        raise UsageError(f"{out} exists and is not empty: give another out, remove it, or resume it")
     if found:
         _require_run(out, config)
     with alone(), undone():
@@ -68,7 +68,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         except OSError as error:
             if not writing_failed(error, out):
                 raise
-            raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
+            raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another out, or mend it and resume") from None
 
 
 def _require_run(out: Path, config: Config) -> None:
@@ -76,14 +76,14 @@ def _require_run(out: Path, config: Config) -> None:
     if barely_begun(out):
         return  # killed before anything was in its place
     if not _is_run(out):
-        raise UsageError(f"{out} holds something that is no run: give another --out")
+        raise UsageError(f"{out} holds something that is no run: give another out")
     if (rounds := run_rounds_of(out)) and config.rounds < (done := int(rounds[0].name)):
-        raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give --rounds {done} or more")
+        raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give rounds = {done} or more")
     begun = read_config(out / "config.toml")
     if config.rounds != begun.rounds and "run" in (config.local.schedule, begun.local.schedule):
         raise UsageError(
             f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they '
-            "would have been other rounds: give as many, or another --out"
+            "would have been other rounds: give as many, or another out"
         )
     if config.rounds != begun.rounds and begun.privacy.is_on:
         raise UsageError(
@@ -95,7 +95,7 @@ def _require_run(out: Path, config: Config) -> None:
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
         raise UsageError(
             f"{out} is a run with another configuration ({odd}: yours {yours}, the run's {theirs}): "
-            f"go on with {out / 'config.toml'}, or give another --out"
+            f"go on with {out / 'config.toml'}, or give another out"
         )
 
 
