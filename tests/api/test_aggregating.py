@@ -1,5 +1,9 @@
 """`fedex_lora.aggregate` on folders: what the command does, from Python."""
 
+import shutil
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 from tests.conftest import make_updates
@@ -7,6 +11,7 @@ from tests.offline.test_streaming import SHAPES, write_adapter
 
 from fedex_lora import AggregatedFolders, aggregate
 from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.adapter_folder import read_adapter_folder
 
@@ -52,6 +57,8 @@ def test_a_second_round_stands_on_the_first(sites, tmp_path):
         ({"weights": [1.0]}, "weight"),
         ({"weights": 5}, "weights = 5: give one number a folder"),
         ({"weights": {"north": "x", "south": 1}}, "'x'.*: give one number a folder"),
+        ({"weights": [1e308, 1e308]}, "sum to infinity"),
+        ({"weights": pd.Series([1, 2])}, "weights = 0 1 1 2 dtype: int64: give one number a folder"),
         ({"method": "fedx"}, "fedex"),
     ],
 )
@@ -69,3 +76,22 @@ def test_updates_are_aggregated_as_before(sites):
             aggregate(odd)
     assert aggregate(updates).weights.keys() == {"client-0", "client-1"}
     assert len(aggregate(sites[0]).folders) == 1
+
+
+def test_what_was_aggregated_is_saved_also_when_the_adapters_are_gone(sites, tmp_path):
+    """File by file what the command writes of the adapters as they were."""
+    copies = [shutil.copytree(site, tmp_path / Path(site).name) for site in sites]
+    aggregate_folders(copies, tmp_path / "linked", parties=tmp_path / "for-want")
+    shutil.copytree(tmp_path / "linked", tmp_path / "want")
+    result = aggregate(copies)
+    shutil.copyfile(copies[0] / "adapter_model.safetensors", copies[1] / "adapter_model.safetensors")
+    shutil.rmtree(copies[0])
+    result.save(tmp_path / "got", for_parties=tmp_path / "for-got")
+    for got, want in (("got", "want"), ("for-got", "for-want")):
+        files = {str(file.relative_to(tmp_path / want)) for file in (tmp_path / want).rglob("*") if file.is_file()}
+        assert files == {str(file.relative_to(tmp_path / got)) for file in (tmp_path / got).rglob("*") if file.is_file()}
+        assert all((tmp_path / got / file).read_bytes() == (tmp_path / want / file).read_bytes() for file in files)
+    with pytest.raises(UsageError, match="one party's adapter as it is"):
+        aggregate(sites, weights=[1, 0]).save(tmp_path / "one", for_parties=tmp_path / "for-one")
+    assert not (tmp_path / "one").exists()
+    assert repr(aggregate(sites[:1])).startswith("<fedex of 1 adapter: ")

@@ -27,6 +27,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     assert capsys.readouterr().out.count("round ") >= 2
     assert (tmp_path / "notebook-model" / "model.safetensors").is_file()
     assert (tmp_path / "notebook-run" / "final").is_dir()
+    assert names["mean"].numbers["max_relative_error"] < 1e-6
+    assert (tmp_path / "notebook-for-parties" / "trainable").is_dir()
+    assert not (tmp_path / "notebook-for-parties" / "updates").exists()
 
 
 def blocks(page):

@@ -1,12 +1,14 @@
 """`fedex_lora.run`: rows, a model, metrics and a listener that are here already."""
 
 import json
+import threading
 from copy import copy
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import tomli_w
 import torch
 from datasets import Dataset
 from tests.runs.test_run import assert_same_bits, ignore
@@ -18,6 +20,7 @@ from fedex_lora.cli import app
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ConfigError, DataError, FedexLoraError, ModelError, UsageError
 from fedex_lora.offline.verify import verify
+from fedex_lora.runs.simulation import _numbers
 from fedex_lora.storage.events import RoundDone, RunDone, of_kind
 
 NOTES = Path(__file__).parents[2] / "examples" / "notes"
@@ -77,6 +80,13 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
         plain.save(saved)
     ids = torch.arange(3, 27).reshape(2, 12)
     plain.export(tmp_path / "merged")
+    assert plain.export(tmp_path / "half", dtype=torch.bfloat16)["dtype"] == "bfloat16"
+    for options, words in (({"shard": 100000}, "shard size 100000: write it as 2GB"), ({"form": "mergd"}, "no export as 'mergd'")):
+        with pytest.raises(UsageError, match=words) as caught:
+            plain.export(tmp_path / "no", **options)
+        assert "--" not in str(caught.value)
+    with pytest.raises(UsageError, match="give another out, remove it, or resume it"):
+        fedex_lora.run({"base": {"model": "demo"}, "task": {"name": "demo"}}, on_event=ignore, out=plain.folder)
     with torch.no_grad():
         want, got = plain.model()(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert (got - want).norm() <= 1e-5 * want.norm()
@@ -195,6 +205,8 @@ def test_a_model_in_memory_is_the_base_in_its_own_precision(notes):
         ({"eval": None}, UsageError, "give rows and eval together"),
         ({"rows": {}}, UsageError, "give a table for each client"),
         ({"rows": [{}]}, UsageError, "a table for each client by its name"),
+        ({"rows": {" ": [{}]}}, UsageError, "by its name, a text that is not empty"),
+        ({"rows": {"a": pd.DataFrame([["x", "y"]], columns=["note"] * 2)}}, DataError, "a has several columns called note: rename or drop"),
         ({"rows": {1: [{}]}}, UsageError, "a table for each client by its name"),
         ({"rows": {"a": [], "b": "notes.csv"}}, DataError, "a table is empty, a: .*; rows: b is no table: .* list of dictionaries"),
         ({"rows": {"a": [{"note": "x"}, {"note": "x", "colour": "red"}]}}, DataError, r"1 row with nothing to say: .* \(line 1\)"),
@@ -210,6 +222,8 @@ def test_a_model_in_memory_is_the_base_in_its_own_precision(notes):
         ({"metrics": lambda prediction: {"x": "good"}}, UsageError, "metrics gave 'x' = 'good', which is no number"),
         ({"metrics": lambda prediction: {"loss": 0.0}}, UsageError, "metrics gave 'loss', which the task has already"),
         ({"rows": {"a": [{"nota": "x", "colour": "red"}]}}, DataError, "a has no column 'note': did you mean 'nota'"),
+        ({"on_event": 3}, UsageError, "on_event is of type int: give a function"),
+        ({"metrics": 3}, UsageError, "metrics is of type int: give a function"),
         ({"resume": True}, UsageError, "give out, too"),
         ({"config": "nowhere.toml"}, FedexLoraError, "does not exist"),
     ],
@@ -228,3 +242,55 @@ def test_a_metric_that_fails_at_once_leaves_the_folder_free(tmp_path):
         fedex_lora.run(tree, metrics=lambda prediction: {"accuracy": 1.0}, out=tmp_path / "out", on_event=ignore)
     assert not (tmp_path / "out").exists()
     fedex_lora.run(tree, metrics=lambda prediction: {"own": 1.0}, out=tmp_path / "out", on_event=ignore)
+
+
+def test_a_second_run_in_another_thread_is_refused_and_one_within_a_listener_changes_no_bit(notes, plain):
+    parts, held = notes
+    refused, within = [], []
+
+    def elsewhere():
+        with pytest.raises(UsageError, match="another run is at work in this process") as error:
+            fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore)
+        refused.append(error)
+
+    def listener(event):
+        if event.name == "client_done" and not within:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            within.append(fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore))
+
+    outer = fedex_lora.run(TREE, rows=parts, eval=held, on_event=listener)
+    assert len(refused) == 1
+    for one in (outer, *within):
+        assert_same_bits(one.folder, plain.folder)
+
+
+def test_no_metric_of_the_users_own_has_the_name_of_a_column(plain):
+    """Every column of the frame, what trainers take out, and the beginnings that are ours."""
+    others = ["eval_x", "held_out_x", "runtime", "epoch", "not_finite", "bytes_total", "", "refused", "rows"]
+    for name in [*plain.metrics.columns, *others]:
+        known = [metric for metric in plain.events[0].metrics if metric not in ("loss", "rows")]
+        with pytest.raises(UsageError, match="give it another name"):
+            _numbers({"mine": 1.0, name: 1.0}, known)
+    assert _numbers({"mine": 1, "evaluation": np.float32(2)}, ()) == {"mine": 1.0, "evaluation": 2.0}
+
+
+def test_rows_that_were_in_memory_are_not_asked_of_the_hub(plain, tmp_path):
+    said = "memory:eval: its rows were in memory: go on from Python, or give --file"
+    config = plain.folder / "config.toml"
+    commands = [("evaluate", plain.folder), ("data", config), ("check", config), ("run", config, "--dry-run")]
+    commands += [("run", config, "--out", plain.folder, "--resume", "--rounds", 3), ("run", config, "--out", tmp_path / "new")]
+    for command in commands:
+        assert said in call(*command)
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_are_given_are_dealt_already(notes, plain, tmp_path):
+    """A file that deals its own rows out is a file of settings then: the same bits."""
+    parts, held = notes
+    clients = {"partition": "column", "column": "hospital", "count": 7, "dirichlet_alpha": 2.0}
+    tree = {**TREE, "task": {**TREE["task"], "name": "custom", "train": "gone.csv", "eval": "gone.csv"}, "clients": clients}
+    (tmp_path / "one.toml").write_text(tomli_w.dumps(tree))
+    result = fedex_lora.run(tmp_path / "one.toml", rows=parts, eval=held, on_event=ignore)
+    assert_same_bits(result.folder, plain.folder)

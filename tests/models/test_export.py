@@ -164,7 +164,7 @@ def test_an_export_that_is_not_the_run_is_not_left_behind(causal, tmp_path, monk
     ("options", "message"),
     [
         (["--as", "onnx"], "give merged, adapter, base\\+adapter"),
-        (["--as", "merged", "--rank", "2"], "--rank cuts the stand-alone adapter"),
+        (["--as", "merged", "--rank", "2"], "a rank cuts the stand-alone adapter"),
         (["--as", "adapter", "--rank", "0"], "give 1 to 10"),
         (["--as", "adapter", "--rank", "11"], "give 1 to 10"),
         (["--as", "adapter", "--base", "nowhere"], "neither a local folder"),

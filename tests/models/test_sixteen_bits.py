@@ -233,7 +233,7 @@ def test_a_model_is_written_in_parts(models, tmp_path):
         export(source, "adapter", tmp_path / "no", shard="1GB")
     with pytest.raises(UsageError, match="write it as 2GB or 500MB"):
         export(source, "merged", tmp_path / "no", shard="much")
-    with pytest.raises(UsageError, match="--dtype 'int4': give float32, bfloat16, float16"):
+    with pytest.raises(UsageError, match="dtype 'int4': give float32, bfloat16, float16"):
         export(source, "merged", tmp_path / "no", dtype="int4")
     assert not (tmp_path / "no").exists()
 

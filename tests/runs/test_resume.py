@@ -157,7 +157,7 @@ def test_a_finished_run_with_more_rounds_ends_as_one_that_had_them_at_once(case,
 def test_rounds_that_cannot_be_added_are_refused(whole, tmp_path):
     config, want, home = whole("reinit")
     out = shutil.copytree(want, tmp_path / "run")
-    with pytest.raises(UsageError, match="has 3 rounds already, and rounds = 2: give --rounds 3 or more"):
+    with pytest.raises(UsageError, match="has 3 rounds already, and rounds = 2: give rounds = 3 or more"):
         run(config.model_copy(update={"rounds": 2}), out, ignore, True, home)
     config, want, home = whole("moments kept, uneven scaling")
     again = CliRunner().invoke(app, ["run", str(want / "config.toml"), "--out", str(want), "--rounds", "5", "--resume"])
@@ -239,7 +239,7 @@ def test_another_configuration_is_refused(whole, tmp_path):
     config, want, _ = whole()
     with pytest.raises(
         UsageError,
-        match=rf"another configuration \(seed: yours 7, the run's {config.seed}\): go on with .*config.toml, or give another --out",
+        match=rf"another configuration \(seed: yours 7, the run's {config.seed}\): go on with .*config.toml, or give another out",
     ):
         run(config.model_copy(update={"seed": 7}), want, ignore, True)
     looser = config.model_copy(update={"messages": config.messages.model_copy(update={"norm_bound": 50.0})})

@@ -1,5 +1,6 @@
 """`fedex_lora.aggregate`: of updates in memory, or of adapter folders."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,9 +12,12 @@ from transformers import PreTrainedModel
 
 from fedex_lora.aggregation import engine
 from fedex_lora.config import Truncation
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import UsageError, counted
 from fedex_lora.models.build import load_model
 from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.together import require_apart, require_several
+from fedex_lora.storage import handout
+from fedex_lora.storage.files import MANIFEST, atomic_folder, read_manifest
 from fedex_lora.types import Aggregate, ClientUpdate, ServerState
 
 
@@ -28,22 +32,28 @@ class AggregatedFolders:
     """
 
     def __init__(self, folders: Sequence[Path], **options: Any) -> None:
-        self.folders, self._options = list(folders), options
+        self.folders = list(folders)
         self._here = TemporaryDirectory(prefix="fedex-lora-")
-        self.numbers = aggregate_folders(self.folders, Path(self._here.name) / "out", **options)
+        self.numbers = aggregate_folders(self.folders, Path(self._here.name) / "out", **options, blockless=True)
+        for file in Path(self._here.name).rglob("*"):
+            if file.is_file() and file.stat().st_nlink > 1:  # a link to an adapter's own file, which may be written again
+                shutil.copyfile(file, aside := file.with_name(f"{file.name}.copy"))
+                aside.replace(file)
 
     def __repr__(self) -> str:
         said, error = self.numbers, self.numbers["max_relative_error"]
         found = "not measured" if error is None else f"{error:.0e}"
         ranks = f"rank {said['trainable_rank']} + {said['residual_rank']}"
-        return f"<{said['method']} of {len(self.folders)} adapters: {said['modules']} modules, {ranks}, error {found}>"
+        return f"<{said['method']} of {counted(len(self.folders), 'adapter')}: {said['modules']} modules, {ranks}, error {found}>"
 
     def model(self, base: str | Path | PreTrainedModel) -> nn.Module:
         """The base with the mean in it; see `load_model`."""
         return load_model(Path(self._here.name) / "out", base)
 
     def save(self, out: str | Path, for_parties: str | Path | None = None) -> "AggregatedFolders":
-        """Write the result folder that `fedex-lora aggregate` writes: `verify` checks it, `export` and `load_model` open it.
+        """Write the result folder that `fedex-lora aggregate --for-parties` writes, of the adapters as they were when they were aggregated.
+
+        `verify` checks it, `export` and `load_model` open it.
 
         Args:
             out: must not exist, or be empty.
@@ -52,7 +62,14 @@ class AggregatedFolders:
         Raises:
             UsageError: a folder that holds something, or lies in one that is read.
         """
-        aggregate_folders(self.folders, Path(out), **self._options, parties=None if for_parties is None else Path(for_parties))
+        target, parties, here = Path(out), None if for_parties is None else Path(for_parties), Path(self._here.name) / "out"
+        require_apart(self.folders, target, parties)
+        if parties is not None:
+            require_several(self.numbers["weights"].values())
+        facts = read_manifest(here)
+        sums = facts.pop("files")
+        with handout.for_parties(target, parties), atomic_folder(target, facts, sums) as folder:
+            shutil.copytree(here, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
         return self
 
 
@@ -129,7 +146,8 @@ def _shares(folders: Sequence[Path], weights: Sequence[float] | Mapping[str, flo
     """One weight a folder, in their order."""
     numbers = list(weights.values()) if isinstance(weights, Mapping) else weights
     if not isinstance(numbers, Sequence | np.ndarray) or not all(isinstance(one, int | float | np.number) for one in numbers):
-        raise UsageError(f"weights = {weights!r}: give one number a folder, in their order or by the folder's name")
+        said = " ".join(repr(weights).split())[:80]
+        raise UsageError(f"weights = {said}: give one number a folder, in their order or by the folder's name")
     if not isinstance(weights, Mapping):
         return [float(weight) for weight in weights]
     names = [folder.resolve().name for folder in folders]

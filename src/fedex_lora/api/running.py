@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, TypeAlias
 
 import pandas as pd
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
@@ -25,12 +26,14 @@ from fedex_lora.runs.emit import Emit, log_line
 from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 from fedex_lora.storage.run_folder import folder_after
 from fedex_lora.tasks import Task, custom, load_task
-from fedex_lora.tasks._files import Rows, as_text
+from fedex_lora.tasks._files import MEMORY, Rows, as_text
 from fedex_lora.tasks._rows import each
 from fedex_lora.types import ServerState
 
 Table: TypeAlias = Dataset | pd.DataFrame | Sequence[Mapping[str, Any]]
 EVAL = "eval"
+DEALT = {"task": ("train",), "clients": ("partition", "column", "count", "data", "dirichlet_alpha")}
+"""Keys of the tables that say whose rows are which: with rows that are given by client they say nothing."""
 
 
 class RunResult:
@@ -105,6 +108,8 @@ class RunResult:
         """
         if self._model is not None and "base" not in options and not Path(self._base).exists():
             raise UsageError("an export reads the base from disk: save the model, with its tokenizer, and give its folder by base=")
+        if isinstance(dtype := options.get("dtype"), torch.dtype):
+            options["dtype"] = str(dtype).removeprefix("torch.")
         return exporting.export(folder_after(self.folder, round), form, Path(out), **options)
 
 
@@ -148,13 +153,16 @@ def run(
     require_versions()
     if resume and out is None:
         raise UsageError("resume goes on with a run folder: give out, too")
+    for name, given in (("metrics", metrics), ("on_event", on_event)):
+        if given is not None and not callable(given):
+            raise UsageError(f"{name} is of type {type(given).__name__}: give a function")
     settings = _settings(config, rows, eval, model, processor)
     tables = {} if rows is None else _tables({**rows, EVAL: eval})
     load = partial(_task, tables) if tables else load_task
-    given = simulation.Given(load, model, processor, metrics)
+    here = simulation.Given(load, model, processor, metrics)
     mine = TemporaryDirectory(prefix="fedex-lora-") if out is None else None
     folder = Path(out) if out is not None else Path(mine.name if mine else "") / "run"
-    state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: simulation.LocalSimulation(config, emit, given))
+    state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: simulation.LocalSimulation(config, emit, here))
     return RunResult(folder, state, model, mine)
 
 
@@ -169,10 +177,11 @@ def _settings(config: Config | Mapping[str, Any] | str | Path, rows: Any, held: 
     if (rows is None) is not (held is None):
         raise UsageError("give rows and eval together: rows to learn from, a table for each client, and rows that only measure")
     if rows is not None:
-        if not isinstance(rows, Mapping) or not rows or EVAL in rows or not all(isinstance(name, str) for name in rows):
-            raise UsageError(f"rows: give a table for each client by its name, a text, and call none {EVAL!r}")
-        tree["task"] = {"name": "custom", **tree.get("task", {}), "eval": EVAL}
-        tree["clients"] = {**tree.get("clients", {}), "data": {name: name for name in rows}}
+        if not isinstance(rows, Mapping) or not rows or EVAL in rows or not all(isinstance(name, str) and name.strip() for name in rows):
+            raise UsageError(f"rows: give a table for each client by its name, a text that is not empty, and call none {EVAL!r}")
+        task, clients = ({key: value for key, value in tree.get(table, {}).items() if key not in DEALT[table]} for table in DEALT)
+        tree["task"] = {"name": "custom", **task, "eval": MEMORY + EVAL}
+        tree["clients"] = {**clients, "data": {name: MEMORY + name for name in rows}}
     return parse_config(tree)
 
 
@@ -193,13 +202,15 @@ def _base_of(model: Any, processor: Any, base: Mapping[str, Any]) -> dict[str, A
 
 def _tables(rows: Mapping[str, Any]) -> dict[str, Rows]:
     """Rows by the name of their table, as files would have them; what is wrong with each is said at once."""
-    return dict(zip(rows, each(partial(_frame, name, table) for name, table in rows.items()), strict=True))
+    return dict(zip((MEMORY + name for name in rows), each(partial(_frame, name, table) for name, table in rows.items()), strict=True))
 
 
 def _frame(name: str, table: Any) -> Rows:
     if isinstance(table, Dataset):
         table = table.to_list()
     if isinstance(table, pd.DataFrame):
+        if twice := table.columns[table.columns.duplicated()].unique().tolist():
+            raise DataError(f"rows: {name} has several columns called {', '.join(map(str, twice))}: rename or drop all but one", "table")
         table = table.to_dict(orient="records")
     if isinstance(table, str) or not isinstance(table, Sequence) or not all(isinstance(row, Mapping) for row in table):
         raise DataError(f"rows: {name} is no table: give a datasets.Dataset, a data frame or a list of dictionaries", "table")

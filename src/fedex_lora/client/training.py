@@ -131,6 +131,9 @@ def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Map
     return optimizer
 
 
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")  # what trainers add to metrics
+
+
 def evaluate(model: nn.Module, rows: Dataset, work: TrainingContext) -> dict[str, float]:
     """The task's metrics and the loss of the model on tokenised rows, with `rows` their number; nothing for no rows."""
     if not len(rows):
@@ -139,8 +142,7 @@ def evaluate(model: nn.Module, rows: Dataset, work: TrainingContext) -> dict[str
         numbers = trainer.evaluate(rows)  # type: ignore[arg-type] # a datasets.Dataset is what Trainer works on
         del trainer
     known = {name.removeprefix("eval_"): float(value) for name, value in numbers.items() if isinstance(value, int | float | np.floating)}
-    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-    return {name: value for name, value in known.items() if name not in speed} | {"rows": float(len(rows))}
+    return {name: value for name, value in known.items() if name not in SPEED} | {"rows": float(len(rows))}
 
 
 @contextmanager

@@ -141,21 +141,21 @@ def _growth(result: StoredResult, numbers: int, rank: int) -> str:
 
 def _stored(form: str, dtype: str | None, shard: str | None) -> _Stored:
     if shard is not None and form == "adapter":
-        raise UsageError("--max-shard-size is for models, and PEFT writes an adapter as one file: leave it out, or use --as merged")
-    if shard is not None and not re.fullmatch(r"[1-9]\d*([KMGT]I?B)", shard.upper()):
-        raise UsageError(f"--max-shard-size {shard!r}: write it as 2GB or 500MB")
+        raise UsageError("a shard size is for models, and PEFT writes an adapter as one file: leave it out, or export as merged")
+    if shard is not None and not re.fullmatch(r"[1-9]\d*([KMGT]I?B)", str(shard).upper()):
+        raise UsageError(f"shard size {shard!r}: write it as 2GB or 500MB")
     return _Stored(dtype_named(dtype), shard or "50GB")
 
 
 def _exportable(source: Path, form: str, rank: int | None) -> StoredResult:
     """What the source holds, if it can be had in that form."""
     if form not in FORMS:
-        raise UsageError(f"--as {form!r}: give {', '.join(FORMS)}")
+        raise UsageError(f"there is no export as {form!r}: give {', '.join(FORMS)}")
     if rank is not None and form != "adapter":
-        raise UsageError(f"--rank cuts the stand-alone adapter, and the form is {form}: use --as adapter")
+        raise UsageError(f"a rank cuts the stand-alone adapter, and the form is {form}: export as adapter")
     result = read_global(source)
     if not result.adapter and form != "merged":
-        raise UsageError(f"{source} holds a whole model, no adapter: use --as merged")
+        raise UsageError(f"{source} holds a whole model, no adapter: export as merged")
     return result
 
 
@@ -206,7 +206,7 @@ def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
     total = {module: pair.low_rank() for module, pair in whole.items()}
     most = max(update.rank for update in total.values())
     if not 1 <= rank <= most:
-        raise UsageError(f"--rank {rank}: give 1 to {most}, the rank of the total update")
+        raise UsageError(f"rank {rank}: give 1 to {most}, the rank of the total update")
     kept, dropped = truncate(total, Truncation(rank=rank), rank)
     cut = {module: LoRAPair(A=kept[module].V, B=kept[module].U) if module in kept else whole[module].first(1) for module in whole}
     size = math.hypot(*(norm(update) for update in total.values()))

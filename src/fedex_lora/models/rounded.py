@@ -25,7 +25,7 @@ def dtype_named(name: str | None) -> torch.dtype:
         UsageError: another.
     """
     if name not in (None, *DTYPES):
-        raise UsageError(f"--dtype {name!r}: give {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {name!r}: give {', '.join(DTYPES)}")
     found: torch.dtype = getattr(torch, name or "float32")
     return found
 

@@ -109,6 +109,7 @@ def aggregate_folders(
     audit: How = "auto",
     parties: Path | None = None,
     base: str | None = None,
+    blockless: bool = False,
 ) -> dict[str, Any]:
     """Aggregate PEFT LoRA adapters that were trained on one base model, and write a result folder.
 
@@ -128,6 +129,7 @@ def aggregate_folders(
         parties: a folder to write beside `out`, for the parties to go on from: the same without anything of single adapters (see
             `handout.for_parties`). What the base gains has then no client's block in its factors (`truncation.without_blocks`).
         base: the base of all adapters, where they name it differently (see `together.one_base`).
+        blockless: what the base gains is as with `parties`, which are handed it later.
 
     Returns:
         Method, weights, ranks, and the exactness error in fp64 (`error_estimated`: on random directions; None where it was not measured).
@@ -151,7 +153,8 @@ def aggregate_folders(
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
     names = distinct_names(folders)
     files = dict(zip(names, described, strict=True))
-    job = AggregationJob(row, files, weights, like, _facts(folders, weights, like), before, out, keep_updates, audit, parties is not None)
+    blockless, facts = blockless or parties is not None, _facts(folders, weights, like)
+    job = AggregationJob(row, files, weights, like, facts, before, out, keep_updates, audit, blockless)
     with for_parties(out, parties):
         outcome = _from_files(job) if before is None and streamable(row, described) else _in_memory(job, truncation)
     return {
@@ -190,7 +193,11 @@ def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Forma
         "task_type": like.config.get("task_type"),
         **({"frozen": sorted(like.frozen)} if like.frozen else {}),
         "sources": [str(folder) for folder in folders],
-        "total_weight": float(len(folders)) if weights is None else math.fsum(weights),
+        "total_weight": float(len(folders))
+        if weights is None
+        else math.fsum(weights)
+        if math.isfinite(sum(weights))
+        else math.inf,  # which is refused
         "versions": {"fedex-lora": __version__},
     }
 

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,24 @@ import transformers
 from huggingface_hub import constants
 
 from fedex_lora.client.training import BITSANDBYTES, silence_libraries
+from fedex_lora.errors import UsageError
+
+AT_WORK = threading.RLock()  # by the thread that runs: a run that its listener starts is within it, and undone before it goes on
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other thread of this process runs within: generators, threads and the trainers' state are the process's.
+
+    Raises:
+        UsageError: one does.
+    """
+    if not AT_WORK.acquire(blocking=False):
+        raise UsageError("another run is at work in this process: wait for it, or start this one in a process of its own")
+    try:
+        yield
+    finally:
+        AT_WORK.release()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from fedex_lora.client.arguments import spare_devices
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.runs.emit import Emit, log_to
-from fedex_lora.runs.global_state import undone
+from fedex_lora.runs.global_state import alone, undone
 from fedex_lora.runs.privacy import noise_warning, start_warning
 from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.simulation import LocalSimulation
@@ -42,17 +42,18 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         home: makes the place where the run lives.
 
     Raises:
-        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on.
+        UsageError: `out` is not empty; with `resume`, it holds no run, another run, or one that another process is at work on. Or another
+            thread of this process runs.
         FedexLoraError: see `run_rounds`, and the home; or `out` cannot be written.
         OSError: what is none of `out`'s: a connection, a file of the rows.
     """
     resolved = write_config(config)
     found = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if found and not resume:
-        raise UsageError(f"{out} exists and is not empty: give another --out, remove it, or go on with it by --resume")
+        raise UsageError(f"{out} exists and is not empty: give another out, remove it, or resume it")
     if found:
         _require_run(out, config)
-    with undone():
+    with alone(), undone():
         trackers = Trackers(config, out, emit)
         place = home(config, emit)
         place.require(out)
@@ -67,7 +68,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         except OSError as error:
             if not writing_failed(error, out):
                 raise
-            raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another --out, or mend it and --resume") from None
+            raise FedexLoraError(f"cannot write to {out}: {error.strerror}: give another out, or mend it and resume") from None
 
 
 def _require_run(out: Path, config: Config) -> None:
@@ -75,14 +76,14 @@ def _require_run(out: Path, config: Config) -> None:
     if barely_begun(out):
         return  # killed before anything was in its place
     if not _is_run(out):
-        raise UsageError(f"{out} holds something that is no run: give another --out")
+        raise UsageError(f"{out} holds something that is no run: give another out")
     if (rounds := run_rounds_of(out)) and config.rounds < (done := int(rounds[0].name)):
-        raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give --rounds {done} or more")
+        raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give rounds = {done} or more")
     begun = read_config(out / "config.toml")
     if config.rounds != begun.rounds and "run" in (config.local.schedule, begun.local.schedule):
         raise UsageError(
             f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they '
-            "would have been other rounds: give as many, or another --out"
+            "would have been other rounds: give as many, or another out"
         )
     if config.rounds != begun.rounds and begun.privacy.is_on:
         raise UsageError(
@@ -94,7 +95,7 @@ def _require_run(out: Path, config: Config) -> None:
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
         raise UsageError(
             f"{out} is a run with another configuration ({odd}: yours {yours}, the run's {theirs}): "
-            f"go on with {out / 'config.toml'}, or give another --out"
+            f"go on with {out / 'config.toml'}, or give another out"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.client.training import ClientData
+from fedex_lora.client.training import SPEED, ClientData
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
 from fedex_lora.protocol.failures import failure_of
@@ -23,13 +23,16 @@ from fedex_lora.runs.private import accounts_of, digests_of, require_paid
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
-from fedex_lora.storage.events import PartyFailed, Warned
+from fedex_lora.storage.events import PartyFailed, RoundDone, Warned
 from fedex_lora.storage.run_folder import round_folder, word_of
 from fedex_lora.tasks import Task, load_task, usable
 from fedex_lora.tasks.dealt import Load, dealt
 from fedex_lora.tasks.partition import Indices
 from fedex_lora.types import Delta, ServerState
 
+TAKEN = frozenset({"", "loss", "rows", *SPEED, *RoundDone.model_fields, "bytes_total", "participants", "refused"})
+"""What metrics of the user's own cannot be called: a round's row has its own columns of that name, or trainers take it out."""
+TAKEN_BEGINNINGS = ("eval_", "held_out_")
 CENTRAL_CLIENT = "all"  # the one client of a centralised run
 
 
@@ -68,8 +71,10 @@ def _numbers(found: Any, known: Collection[str]) -> dict[str, float]:
     """
     if not isinstance(found, Mapping):
         raise UsageError(f"metrics gave a {type(found).__name__}: give a dictionary of numbers by their names")
-    if taken := [str(name) for name in found if name in known or name in ("loss", "rows")]:
-        raise UsageError(f"metrics gave {taken[0]!r}, which the task has already: give it another name")
+    for name in map(str, found):
+        if name in known or name in TAKEN or name.startswith(TAKEN_BEGINNINGS):
+            whose = "which the task has already" if name in {*known, "loss", "rows"} else "a name that is taken"
+            raise UsageError(f"metrics gave {name!r}, {whose}: give it another name")
     made = dict[str, float]()
     for name, value in found.items():
         try:

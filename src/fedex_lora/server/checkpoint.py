@@ -160,5 +160,5 @@ def require_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise StorageError(
-            f"the run needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {there}: set keep_rounds, or another --out"
+            f"the run needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {there}: set keep_rounds, or another out"
         )

@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise UsageError(f"another process is at work on {folder}: wait for it, or give another --out") from None
+        raise UsageError(f"another process is at work on {folder}: wait for it, or give another out") from None
     try:
         yield
     finally:

@@ -37,6 +37,7 @@ from fedex_lora.errors import DataError
 Rows: TypeAlias = pd.DataFrame
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
 HALF = re.compile("[\ud800-\udfff]")  # a character of two halves, such as an emoji, of which JSON can have one alone
+MEMORY = "memory:"  # what the sources of rows that a run was given in memory begin with
 Numbered: TypeAlias = Iterator[tuple[int, dict[str, Any]]]
 csv.field_size_limit(sys.maxsize)
 
@@ -53,8 +54,10 @@ def read_rows(source: str, data: Path | None = None) -> Rows:
         data: the folder that a file is in.
 
     Raises:
-        DataError: not there, not readable, or a hub that cannot be reached.
+        DataError: not there, not readable, or a hub that cannot be reached; or rows that a run was given in memory.
     """
+    if source.startswith(MEMORY):
+        raise DataError(f"{source}: its rows were in memory: go on from Python, or give --file", "file")
     path = data / source if data else Path(source)
     endings = [ending.lower() for ending in path.suffixes if len(ending) < 9]
     packed = endings.pop() if endings and endings[-1] in OPENERS else ""
