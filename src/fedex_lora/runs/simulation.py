@@ -25,7 +25,8 @@ from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import PartyFailed, Warned
-from fedex_lora.storage.run_folder import round_folder, word_of
+from fedex_lora.storage.files import write_text
+from fedex_lora.storage.run_folder import ROWS, require_rows, round_folder, word_of
 from fedex_lora.tasks import Task, load_task, usable
 from fedex_lora.tasks.dealt import Load, dealt
 from fedex_lora.tasks.partition import Indices
@@ -100,6 +101,7 @@ class LocalSimulation:
             client: replace(account, rows=rows_digest(task.train.iloc[np.concatenate(parts[client])].to_dict("records")))
             for client, account in accounts_of(config, list(parts)).items()
         }
+        self._rows = _digest(task, parts)
         place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
         self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit), accounts=accounts), emit
@@ -108,11 +110,13 @@ class LocalSimulation:
             emit(Warned(message=note))  # for the console: events say nothing of rows
 
     def require(self, out: Path) -> None:
-        """The clients' ledgers pay for the next round of the run in `out`, at least.
+        """The rows are those of the run in `out`, and the clients' ledgers pay for the next round of it, at least.
 
         Raises:
+            UsageError: other rows.
             ConfigError: one does not.
         """
+        require_rows(out, self._rows)
         for note in require_paid(self.pool.accounts, word_of(out, make=False)):
             self._emit(Warned(message=note))
 
@@ -135,6 +139,8 @@ class LocalSimulation:
         Raises:
             StorageError: one of them is broken.
         """
+        if not (out / ROWS).exists():
+            write_text(out / ROWS, f"{self._rows}\n")
         bases: dict[int, Mapping[str, Delta] | None] = {0: self.pool.learner.base}
 
         def base_of(version: int) -> Mapping[str, Delta] | None:
@@ -154,6 +160,13 @@ class LocalSimulation:
                 self._emit(PartyFailed(client=client, message=str(error)))  # for this console: in one process its user is every party
                 failure = failure_of(error)
                 yield Reply(client, answer_of(payload, client, failure.private if self.pool.accounts else failure))
+
+
+def _digest(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> str:
+    """One, of everybody's rows and those that measure, each in its place."""
+    whose = {client: task.train.iloc[np.concatenate(mine)] for client, mine in parts.items()}
+    every = [*whose.items(), ("", task.eval)]
+    return rows_digest([[client, place, row] for client, rows in every for place, row in enumerate(rows.to_dict("records"))])
 
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
