@@ -262,7 +262,7 @@ def test_other_rows_are_refused_and_the_first_ones_go_on(tmp_path):
 
     on(1, lines)
     for others in (lines[:-1], lines[::-1], [lines[0].replace("day", "week"), *lines[1:]]):
-        with pytest.raises(UsageError, match="the rows are not those that the run in .* began with"):
+        with pytest.raises(UsageError, match=r"the rows are not those that the run in .* began with"):
             on(2, others)
     assert len((out / "rows-digest").read_text().strip()) == 16  # one of all, and nothing of single rows
     assert not list((out / "final").rglob("rows-digest"))

@@ -61,7 +61,7 @@ def require_rows(out: Path, digest: str) -> None:
     """
     path = out / ROWS
     if path.exists() and path.read_text(encoding="utf-8").strip() != digest:
-        raise UsageError(f"the rows are not those that the run in {out} began with, or in another order: put them back, or give another --out")
+        raise UsageError(f"the rows are not those that the run in {out} began with, or in another order: give those, or another --out")
 
 
 def barely_begun(out: Path) -> bool:
