@@ -136,6 +136,7 @@ class Fake(LocalSimulation):
         learner = Noise(config, self.trace, emit)
         require_consistent(config, len(learner.rows))
         self.pool, self.host, self._emit = ClientPool(config, learner), FakeHost(config, learner, self.trace), emit
+        self._rows = ""
         self.trace.states.setdefault(0, self.initial())
 
 

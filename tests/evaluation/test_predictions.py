@@ -109,6 +109,9 @@ def test_beside_the_base_stand_the_run_s_own_numbers_before_round_1(made, tmp_pa
     assert same["difference"]["accuracy"] == 0
     assert all(line["beside"] == line["predicted"] for line in read(tmp_path / "p.tsv"))
     assert "has no trained score" in one_line(call("evaluate", merged, "--config", folder / "run" / "config.toml", "--beside", "base"), 1)
+    file = tmp_path / "q.tsv"  # nothing is left by a try that fails, so that the next is not refused
+    one_line(call("evaluate", folder / "run", "--beside", tmp_path / "nothere", "--predictions", file), 1)
+    assert not file.exists()
     shown = call("evaluate", folder / "run", "--beside", "base").stdout
     assert all(words in shown for words in ("difference", "by class", "F1 of base", "rows by label (down)"))
 

@@ -85,3 +85,19 @@ def test_the_command_s_status_says_whether_a_run_would_begin(tmp_path):
     assert (done.exit_code, "2 of " in done.stderr) == (1, True), done.output
     done = CliRunner().invoke(app, ["check", str(path), "--set", "task.on_bad_row=drop", "--json"])
     assert (done.exit_code, json.loads(done.stdout)["stops"]) == (0, 0), done.output
+
+
+def test_rows_that_are_given_twice_are_named(tmp_path):
+    config = configuration(tmp_path, labels=None)
+    (tmp_path / "b.csv").write_text("text,label\nno sound,hardware\nno wifi,network\n")  # the rows of eval.csv
+    (tmp_path / "c.csv").write_text("text,label\nno light,hardware\nno heat,network\n")
+
+    def twice(**data):
+        found = config.model_copy(update={"clients": config.clients.model_copy(update={"data": data, "partition": "iid", "column": None})})
+        return [line for line in words(found, stops=False) if "the same rows are" in line]
+
+    assert twice(n="c.csv", s="c.csv") == ["c.csv: the same rows are clients.data.n and clients.data.s: give each its own"]
+    assert twice(n="c.csv", s="eval.csv") == ["eval.csv: the same rows are clients.data.s and task.eval: give each its own"]
+    assert twice(n="b.csv", s="c.csv") == ["b.csv and eval.csv: the same rows are clients.data.n and task.eval: give each its own"]
+    same = configuration(tmp_path, eval="rows.csv")
+    assert "rows.csv: the same rows are task.train and task.eval: give each its own" in words(same, stops=False)

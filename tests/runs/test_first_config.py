@@ -120,6 +120,25 @@ REAL = {
         {"kind": "causal-lm", "prompt": "[[{context}\n]]{question}", "completion": " {answer}"},
     ),
     "a text and its score": ("input,target\n" + "".join(f"day {i},{i / 7}\n" for i in ROWS), {"kind": "regression", "label": "target"}),
+    "a client whose name could be a prompt's": (
+        "source,document,summary\n" + "".join(f"{'ab'[i % 2]},day {i} of the long fever,fever {i}\n" for i in ROWS),
+        {"kind": "causal-lm", "prompt": "{document}", "completion": " {summary}"},
+    ),
+    "the longest is the prompt": (
+        "source,article,summary\n" + "".join(f"paper {i},day {i} of the long fever,fever {i}\n" for i in ROWS),
+        {"kind": "causal-lm", "prompt": "{article}", "completion": " {summary}"},
+    ),
+    "a source and its target": ("source,target\n" + "".join(f"day {i},Tag {i}\n" for i in ROWS), {"prompt": "{source}"}),
+    "77 classes": (
+        "text,label\n" + "".join(f"day {i} is long,intent_{i % 77}\n" for i in range(300)),
+        {"kind": "classification", "text": ["text"], "label": "label"},
+    ),
+    "choices are no pair": (
+        "question,A,B,C,answer\n" + "".join(f"what is it on day {i},rest {i},walk {i},run far,{'ABC'[i % 3]}\n" for i in ROWS),
+        {"kind": "classification", "text": ["question"], "label": "answer"},
+    ),
+    "a pair by letters": ("text_a,text_b,label\n" + "".join(f"{i},day {i},{i % 2}\n" for i in ROWS), {"text": ["text_a", "text_b"]}),
+    "a line break in a name": ('text,"the\nclass"\n' + "".join(f"day {i},{'ab'[i % 2]}\n" for i in ROWS), {"label": "the\nclass"}),
     "two rows": ("text,label\nred,a\nblue,b\n", {"kind": "classification"}),
 }
 
@@ -171,3 +190,47 @@ def test_a_folder_and_a_base_that_does_not_fit_are_one_line(tmp_path):
     assert "a tiny model for texts, and no images" in init(tmp_path / "scans.csv", "-o", tmp_path / "first.toml").output
     begun = CliRunner().invoke(app, ["run", str(tmp_path / "first.toml"), "--dry-run"])
     assert begun.stderr == "error: demo is no model for this kind of task: give base.model one that is\n"
+
+
+def task_of(path):
+    return tomllib.loads(path.read_text())["task"]
+
+
+@pytest.mark.parametrize(
+    ("train", "others", "found"),
+    [
+        ("my.train.csv", {"my.test.csv": "text,label", "sts.dev.csv": "text,label"}, "my.test.csv"),
+        ("train.csv", {"dev.csv": "text,class", "test.csv": "label,text"}, "test.csv"),
+        ("notes.csv", {"skin-test.csv": "text,label", "contest.csv": "text,label"}, None),
+        ("notes.csv", {"test.csv": "text,label"}, "test.csv"),
+    ],
+)
+def test_the_file_that_measures_is_of_the_same_data_set(train, others, found, tmp_path):
+    rows = "".join(f"day {i},{'ab'[i % 2]}\n" for i in ROWS)
+    for name, header in {**others, train: "text,label"}.items():
+        (tmp_path / name).write_text(f"{header}\n{rows if name == train else rows[:60]}")
+    done = init(tmp_path / train, "-o", tmp_path / "first.toml")
+    assert done.exit_code == 0, done.output
+    assert task_of(tmp_path / "first.toml")["eval"] == (found or train)
+    assert ("EDIT. There is no file for it" in done.output) == (found is None)
+
+
+def test_what_is_given_is_not_called_a_guess(tmp_path):
+    lines = [f"day {i},{'ab'[i % 2]},{'xyz'[i % 3]}" for i in ROWS]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label,queue", *lines]))
+    (tmp_path / "held.csv").write_text("\n".join(["text,label,queue", *lines[:6]]))
+    done = init(tmp_path / "rows.csv", "--eval", tmp_path / "held.csv", "--label", "queue", "-o", tmp_path / "a.toml")
+    assert ("task.eval: held.csv" in done.output, "by its name" in done.output) == (True, False), done.output
+    assert task_of(tmp_path / "a.toml")["labels"] == ["x", "y", "z"]
+    done = init(tmp_path / "rows.csv", "--eval", tmp_path / "rows.csv", "-o", tmp_path / "b.toml")
+    assert "task.eval: EDIT. rows.csv has the training rows" in done.output
+    assert "did you mean 'queue'?" in init(tmp_path / "rows.csv", "--label", "queu", "-o", tmp_path / "c.toml").output
+    (tmp_path / "three.csv").write_text("text,label\nred,a\nblue,b\ngreen,a\n")
+    done = init(tmp_path / "three.csv", "-o", tmp_path / "d.toml")
+    assert ("at random" in done.output, "belong to one client" in done.output) == (False, True)
+    assert tomllib.loads((tmp_path / "d.toml").read_text())["clients"] == {"count": 1}
+
+
+def test_choices_that_are_not_read_are_said(tmp_path):
+    (tmp_path / "rows.csv").write_text(REAL["choices are no pair"][0])
+    assert "EDIT task.text, if the model is to read A and B and C, too" in init(tmp_path / "rows.csv", "-o", tmp_path / "a.toml").output

@@ -249,3 +249,24 @@ def test_another_configuration_is_refused(whole, tmp_path):
     (tmp_path / "else" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="no run"):
         run(config, tmp_path / "else", ignore, True)
+
+
+def test_other_rows_are_refused_and_the_first_ones_go_on(tmp_path):
+    lines = [f"day {i},{'ab'[i % 2]},{'ns'[i % 3 % 2]}" for i in range(24)]
+    rows, out = tmp_path / "rows.csv", tmp_path / "run"
+    task = {"name": "custom", "train": str(rows), "eval": str(rows), "train_rows": None, "eval_rows": None, "labels": ["a", "b"]}
+
+    def on(rounds, lines):
+        rows.write_text("\n".join(["text,label,site", *lines]) + "\n")
+        run(configuration(rounds=rounds, task=task, clients={"column": "site"}), out, ignore, resume=True)
+
+    on(1, lines)
+    for others in (lines[:-1], lines[::-1], [lines[0].replace("day", "week"), *lines[1:]]):
+        with pytest.raises(UsageError, match=r"the rows are not those that the run in .* began with"):
+            on(2, others)
+    assert len((out / "rows-digest").read_text().strip()) == 16  # one of all, and nothing of single rows
+    assert not list((out / "final").rglob("rows-digest"))
+    on(2, lines)
+    (out / "rows-digest").unlink()  # as of a run that an older version began
+    on(3, lines[:-1])
+    assert [event["round"] for event in events_of(out, "round_done")] == [1, 2, 3]

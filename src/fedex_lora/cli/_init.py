@@ -16,6 +16,7 @@ def init(
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The TOML file; by default NAME.toml here.")] = None,  # noqa: UP045 (typer)
     eval_: Annotated[Optional[Path], typer.Option("--eval", help="Rows that only measure; by default one beside it.")] = None,  # noqa: UP045
     model: Annotated[str, typer.Option(help="The base: a hub name or a folder.")] = "demo",
+    label: Annotated[Optional[str], typer.Option(help="The column of classes or scores; by default guessed.")] = None,  # noqa: UP045
     debug: Debug = False,
 ) -> None:
     """Write a first TOML from a file's columns. Kind of task, labels, clients and lengths are guessed, and said."""
@@ -27,7 +28,7 @@ def init(
     if target.exists():
         raise UsageError(f"{target} exists: give another -o")
     silence_libraries()
-    text = first_config(file, eval_, model)
+    text = first_config(file, eval_, model, label)
     write_text(target, text)
     console = consoles(False)
     console.print(text.partition("\nmethod")[0], highlight=False, markup=False, soft_wrap=True)

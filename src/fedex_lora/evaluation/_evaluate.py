@@ -117,18 +117,18 @@ def measure(source: str, settings: config.TaskSettings, options: Options = Optio
         require_writable(options.predictions)
     if asked is not None and options.score:
         asked.require()
-    opened = open_source(source, task.kind, options.base, **task.model_config)
-    measured = _measured(opened, task, settings, options)
+    if beside is not None:
+        _other(source, task, options, beside)  # what is wrong with it is said before the first is measured; two might not fit
+    measured = _measured(open_source(source, task.kind, options.base, **task.model_config), task, settings, options)
+    if beside is not None:
+        measured = replace(measured, beside=_measured(_other(source, task, options, beside), task, settings, options))
     if measured.rows and options.predictions:
-        write_rows(options.predictions, measured.rows)
-    if beside is None:
-        return measured
-    del opened  # two models might not fit
-    other = open_base(source, task, options.base) if beside == BASE else open_source(beside, task.kind, **task.model_config)
-    measured = replace(measured, beside=_measured(other, task, settings, options))
-    if measured.rows and options.predictions:
-        write_rows(options.predictions, measured.rows_of_both)
+        write_rows(options.predictions, measured.rows_of_both if beside else measured.rows)
     return measured
+
+
+def _other(source: str, task: Task, options: Options, beside: str) -> Opened:
+    return open_base(source, task, options.base) if beside == BASE else open_source(beside, task.kind, **task.model_config)
 
 
 def _measured(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> Measured:

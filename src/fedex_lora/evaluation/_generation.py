@@ -62,7 +62,10 @@ def generate(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
     room = (context or 10**9) - config.max_new_tokens
     if room < 1:
-        raise UsageError(f"max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in a context of {context}: lower it")
+        raise UsageError(
+            f"max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in a context of {context}: "
+            "lower it (evaluate: --generate max_new_tokens=N)"
+        )
     asked = tokens(tokenizer, prompts)
     begin = int(
         tokenizer.bos_token_id is not None and all(ids[:1] == [tokenizer.bos_token_id] for ids in asked)

@@ -118,7 +118,7 @@ def _require_modules(model: PreTrainedModel, config: Mapping[str, Any], lora: Lo
         raise ModelError(f"lora.modules_to_save names {odd}, which base.start does not train whole: remove the key")
     if lora.target_modules is None:
         return
-    wanted = LoraConfig(task_type=config.get("task_type"), target_modules=lora.target_modules, modules_to_save=whole or None)
+    wanted: Any = LoraConfig(task_type=config.get("task_type"), target_modules=lora.target_modules, modules_to_save=whole or None)
     wanted = _maybe_include_all_linear_layers(wanted, model)
     named = {name for name, _ in model.named_modules() if check_target_module_exists(wanted, name)}
     if odd := min(named ^ set(config["target_modules"]), default=None):

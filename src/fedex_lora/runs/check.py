@@ -13,7 +13,9 @@ from fedex_lora.config import Config
 from fedex_lora.config import TaskSettings as Settings
 from fedex_lora.errors import DataError, FedexLoraError, counted
 from fedex_lora.models.processor import load_processor
+from fedex_lora.privacy.account import rows_digest
 from fedex_lora.tasks import Task, custom, load_task, usable
+from fedex_lora.tasks._files import read_rows
 from fedex_lora.tasks._rows import RowTable, lines_of, told
 from fedex_lora.tasks._templates import text_of
 from fedex_lora.tasks.dealt import dealt
@@ -53,6 +55,7 @@ def _everything(config: Config) -> Iterator[Finding]:
     if config.task.name == "custom":
         for file in config.clients.data.values() or [config.task.train]:
             yield from _rows(config.task.model_copy(update={"train": file}))
+        yield from _given_twice(config)
     lenient = config.model_copy(update={"task": config.task.model_copy(update={"on_bad_row": "drop"})})
     try:
         task, parts = dealt(lenient)
@@ -82,6 +85,20 @@ def _rows(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 f"{held.source}: {count} of {train.source}, too {lines_of(sorted(both.values()))}: what is measured on them was trained on"
             )
+
+
+def _given_twice(config: Config) -> Iterator[Finding]:
+    """Rows, under one name or several, that are two clients', or are both trained on and measured on."""
+    given = {f"clients.data.{client}": file for client, file in config.clients.data.items()} or {"task.train": str(config.task.train)}
+    uses, files = dict[str, list[str]](), dict[str, list[str]]()
+    for use, file in {**given, "task.eval": str(config.task.eval)}.items():
+        digest = rows_digest(read_rows(file, config.task.data).to_dict("records"))
+        uses.setdefault(digest, []).append(use)
+        files.setdefault(digest, []).append(file)
+    for digest, twice in uses.items():
+        if len(twice) > 1:
+            names = " and ".join(dict.fromkeys(files[digest]))
+            yield Finding(f"{names}: the same rows are {', '.join(twice[:-1])} and {twice[-1]}: give each its own")
 
 
 def _repeated(table: RowTable) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from fedex_lora.aggregation import get_method
 from fedex_lora.client.training import SPEED, ClientData
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
+from fedex_lora.privacy.account import rows_digest
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
@@ -24,7 +25,8 @@ from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import PartyFailed, RoundDone, Warned
-from fedex_lora.storage.run_folder import round_folder, word_of
+from fedex_lora.storage.files import write_text
+from fedex_lora.storage.run_folder import ROWS, require_rows, round_folder, word_of
 from fedex_lora.tasks import Task, load_task, usable
 from fedex_lora.tasks.dealt import Load, dealt
 from fedex_lora.tasks.partition import Indices
@@ -101,6 +103,7 @@ class LocalSimulation:
         task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
         accounts = accounts_of(config, list(parts), digests_of(task, parts) if config.privacy.is_on else None)
+        self._rows = "" if accounts else _digest(task, parts)  # of private rows the ledger has one, and nobody else
         place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)
         self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit), accounts=accounts), emit
@@ -109,11 +112,14 @@ class LocalSimulation:
             emit(Warned(message=note))  # for the console: events say nothing of rows
 
     def require(self, out: Path) -> None:
-        """The clients' ledgers pay for the next round of the run in `out`, at least.
+        """The rows are those of the run in `out`, and the clients' ledgers pay for the next round of it, at least.
 
         Raises:
+            UsageError: other rows.
             ConfigError: one does not.
         """
+        if self._rows:
+            require_rows(out, self._rows)
         for note in require_paid(self.pool.accounts, word_of(out, make=False)):
             self._emit(Warned(message=note))
 
@@ -136,6 +142,8 @@ class LocalSimulation:
         Raises:
             StorageError: one of them is broken.
         """
+        if self._rows and not (out / ROWS).exists():
+            write_text(out / ROWS, f"{self._rows}\n")
         bases: dict[int, Mapping[str, Delta] | None] = {0: self.pool.learner.base}
 
         def base_of(version: int) -> Mapping[str, Delta] | None:
@@ -155,6 +163,13 @@ class LocalSimulation:
                 self._emit(PartyFailed(client=client, message=str(error)))  # for this console: in one process its user is every party
                 failure = failure_of(error)
                 yield Reply(client, answer_of(payload, client, failure.private if self.pool.accounts else failure))
+
+
+def _digest(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> str:
+    """One, of everybody's rows and those that measure, each in its place."""
+    whose = {client: task.train.iloc[np.concatenate(mine)] for client, mine in parts.items()}
+    every = [*whose.items(), ("", task.eval)]
+    return rows_digest([[client, place, row] for client, rows in every for place, row in enumerate(rows.to_dict("records"))])
 
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:

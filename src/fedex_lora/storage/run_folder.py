@@ -15,12 +15,13 @@ from fedex_lora.errors import UsageError
 from fedex_lora.storage.events import RunDone, of_kind, read_events
 from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, write_text
 
-CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT, WORD = "config.toml", "events.jsonl", "clients", "trackers", "report.html", "run-id"
+CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
+WORD, ROWS = "run-id", "rows-digest"
 _PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
 _TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|motion|model|server)\.safetensors"
 _RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
 _OURS = re.compile(
-    rf"{CONFIG}|{EVENTS}|{WORD}|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
+    rf"{CONFIG}|{EVENTS}|{WORD}|{ROWS}|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
     rf"|{CLIENTS}(/[^/]+(/((memory|reference)\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
 )
 
@@ -52,6 +53,17 @@ def word_of(out: Path, make: bool = True) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
+def require_rows(out: Path, digest: str) -> None:
+    """The rows of a run are those that it began with; of one that began without their digest, nobody knows.
+
+    Raises:
+        UsageError: they are others.
+    """
+    path = out / ROWS
+    if path.exists() and path.read_text(encoding="utf-8").strip() != digest:
+        raise UsageError(f"the rows are not those that the run in {out} began with, or in another order: give those, or another --out")
+
+
 def barely_begun(out: Path) -> bool:
     """Does a folder hold only what a run writes before it has anything in its place? An empty one does."""
     return out.is_dir() and all(path.name.startswith(TEMPORARY) for path in out.iterdir())
@@ -64,8 +76,8 @@ def not_begun_removed(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
-            if {path.name for path in out.iterdir()} <= {CONFIG, WORD}:
-                for name in (CONFIG, WORD):
+            if {path.name for path in out.iterdir()} <= {CONFIG, WORD, ROWS}:
+                for name in (CONFIG, WORD, ROWS):
                     (out / name).unlink(missing_ok=True)
                 out.rmdir()
         raise
