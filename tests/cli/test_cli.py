@@ -188,7 +188,7 @@ def test_bad_configurations(overrides, status, message, config, tmp_path):
         (["--method", "fedex+balance"], 2, "did you mean 'balanced'"),
         (["--method", "centralised"], 2, "use fedex, say"),
         (["--method", "ffa"], 1, "needs one A"),
-        (["--state", "/nowhere"], 1, "has no manifest.json"),
+        (["--state", "/nowhere"], 1, "/nowhere does not exist: give a folder that fedex-lora wrote"),
     ],
 )
 def test_bad_aggregations(options, status, message, adapters, tmp_path):
@@ -199,7 +199,9 @@ def test_bad_aggregations(options, status, message, adapters, tmp_path):
 
 def test_missing_paths(tmp_path):
     assert "not a PEFT adapter" in one_line(call("aggregate", tmp_path / "nothing", "-o", tmp_path / "out"), 1)
-    assert "manifest.json" in one_line(call("verify", tmp_path / "nothing"), 1)
+    assert "nothing does not exist" in one_line(call("verify", tmp_path / "nothing"), 1)
+    (tmp_path / "empty").mkdir()
+    assert "has no manifest.json" in one_line(call("verify", tmp_path / "empty"), 1)
     assert "does not exist" in one_line(call("run", tmp_path / "nothing.toml"), 2)
 
 

@@ -291,7 +291,7 @@ def test_what_does_not_merge_is_refused(tmp_path):
         merge_folders([tmp_path / "best"], tmp_path / "all", None)
     with pytest.raises(UsageError, match="given twice"):
         merge_folders([tmp_path / "one", tmp_path / "one"], tmp_path / "all", None)
-    with pytest.raises(StorageError, match="has no manifest"):
+    with pytest.raises(StorageError, match="is a PEFT adapter and no result: make one by fedex-lora aggregate"):
         merge_folders([tmp_path / "one", folders[0]], tmp_path / "all", None)
     assert not (tmp_path / "all").exists()
 
