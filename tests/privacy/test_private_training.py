@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +37,7 @@ from fedex_lora.config import base_folder
 from fedex_lora.errors import ConfigError, ModelError, TrainingError
 from fedex_lora.models.lora import lora_layers, set_trained
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
-from fedex_lora.privacy.settings import REFUSED, require_private
+from fedex_lora.privacy.settings import FREE, REFUSED, require_private
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.tasks import collator, load_task
 
@@ -490,6 +490,7 @@ def test_settings_that_do_not_go_are_one_line():
     """All of them at once, each with its reason; over the defaults, and what is post-processing, nothing is said."""
     privacy = {"privacy": {**PRIVATE, "ledger": "unused"}}
     wrong = {"fp16": True, "label_smoothing_factor": 0.1, "optim": "lomo", "max_grad_norm": 0.3, "lr_scheduler_type": "greedy"}
+    wrong["length_column_name"] = "rows"  # of those that no one has looked at
     bad = configuration(method="keep", base={"quantization": "int8"}, training=wrong, local={"trainer": "own:make"}, **privacy)
     with pytest.raises(ConfigError) as error:
         require_private(bad)
@@ -503,6 +504,7 @@ def test_settings_that_do_not_go_are_one_line():
     assert {name for name, row in METHODS.items() if row.private == "yes"} == {"ffa", "fed-sb", "rolora", "fedsvd"}
     defaults = TrainingArguments("unused", use_cpu=True)
     assert all(getattr(defaults, key) in harmless or key in ("accelerator_config", "fsdp") for key, (harmless, _) in REFUSED.items())
+    assert {field.name for field in fields(TrainingArguments)} > FREE
 
 
 def test_unnamed_classes_are_refused():

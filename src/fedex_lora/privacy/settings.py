@@ -7,6 +7,13 @@ from fedex_lora.aggregation import METHODS, get_method
 from fedex_lora.config import Config
 from fedex_lora.errors import ConfigError
 
+FREE: Final = frozenset(
+    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps bf16 tf32 use_cpu "
+    "full_determinism torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor".split()
+)
+"""Fields of `[training]` that only see what is noised, or are of the plan. All others are refused."""
+
 HOOKS, BATCHES, DEVICES = "the gradients of single rows come by hooks", "Poisson sampling draws the batches", "training is one process"
 REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "max_grad_norm": ((0, 1), "privacy.clip_norm is what gradients are clipped to"),
@@ -30,7 +37,9 @@ REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "fsdp": ((None, "", [], False), DEVICES),
     "deepspeed": ((None,), DEVICES),
 }
-"""Field of `[training]` -> its values that change nothing here, and what others would do."""
+"""Other field of `[training]` -> its values that change nothing here, and what others would do."""
+
+UNKNOWN: Final = ((), "nobody has looked at what it does to privacy: leave it out")
 
 FOLLOWS_LOSS: Final = ("reduce_lr_on_plateau", "greedy")  # schedules
 OPTIMIZERS: Final = frozenset(
@@ -70,9 +79,10 @@ def _wrong(config: Config) -> Iterator[str]:
         yield "task.train_rows (one row more or less would draw others: name files of the rows to train on)"
     if config.task.needs_labels:
         yield "classes that the rows decide (name them all in task.labels)"
-    for key, (harmless, reason) in REFUSED.items():
-        if config.training.get(key, harmless[0]) not in harmless:
-            yield f"training.{key} = {config.training[key]!r} ({reason})"
+    for key, value in config.training.items():
+        harmless, reason = REFUSED.get(key, UNKNOWN)
+        if key not in FREE and value not in harmless:
+            yield f"training.{key} = {value!r} ({reason})"
     if (name := str(config.training.get("optim", "sgd"))) not in OPTIMIZERS:
         yield f"training.optim = {name!r} (it may step before there is noise: use adamw_torch, adafactor or sgd)"
     if (name := str(config.training.get("lr_scheduler_type", ""))) in FOLLOWS_LOSS:
