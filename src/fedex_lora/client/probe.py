@@ -13,6 +13,7 @@ from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.trainers import CODE
 from fedex_lora.client.training import _trainer, continued
 from fedex_lora.errors import ConfigError, ModelError, require_extra
+from fedex_lora.models.lora import other_parameters
 from fedex_lora.privacy.settings import require_private
 
 
@@ -28,6 +29,8 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
         ModelError: the model takes something else than the tokenizer or image processor gives, or its loss is not finite.
     """
     require_private(work.config)
+    if work.config.local.head_rounds and not other_parameters(model):
+        raise ConfigError(f"local.head_rounds is set, and {work.config.base.model} has no head that is trained: remove it")
     if work.task.reads_text:
         require_fitting(model, rows, work)
     if work.trainer is not None:

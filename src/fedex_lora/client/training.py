@@ -26,7 +26,7 @@ from fedex_lora.client.metrics import argmax_and_loss, first_output, token_loss
 from fedex_lora.client.trainers import CODE, Place, trainer_of_party
 from fedex_lora.config import IMAGES, Config
 from fedex_lora.errors import ConfigError, TrainingError, require_extra
-from fedex_lora.models.lora import read_model, read_other, set_trained
+from fedex_lora.models.lora import frozen, other_parameters, read_model, read_other, set_trained
 from fedex_lora.privacy.accounting import PrivacyPlan, privacy_plan
 from fedex_lora.privacy.settings import require_private
 from fedex_lora.tasks import collator
@@ -75,9 +75,11 @@ def local_update(
             must be built anew then.
     """
     seed, started = derive_seed(work.config.seed, round, client_id), time.perf_counter()
-    set_trained(model, get_method(work.config.method).trained(round))
+    heads = round <= work.config.local.head_rounds
+    set_trained(model, "" if heads else get_method(work.config.method).trained(round))
+    still = other_parameters(model).values() if work.config.local.head_rounds and not heads else ()
     plan = privacy_plan(work.config, client_id) if work.config.privacy.is_on else None
-    with _trainer(model, work, seed, data.train, on_step, place, plan) as trainer:
+    with frozen(still), _trainer(model, work, seed, data.train, on_step, place, plan) as trainer:
         optimizer = continued(trainer, work.config, round, optimizer_state)
         set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
         try:

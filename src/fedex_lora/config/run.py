@@ -55,6 +55,12 @@ class Local(ConfigTable):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="Adam's moments start anew each round, or each client keeps its own."
     )
+    head_rounds: int = Field(
+        0,
+        ge=0,
+        description="In so many first rounds only what is trained whole (the head) is trained, and then it is frozen and only the adapters "
+        "are. 0: all of it in all rounds.",
+    )
     trainer: str | None = Field(
         None,
         description="What trains instead of `transformers.Trainer`: `package.module:function` of your own, beside the file, in the working "

@@ -1,7 +1,8 @@
 """Base models, PEFT models, and the tensors in them that are trained."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,6 +128,19 @@ def set_trained(model: nn.Module, factors: str) -> None:
     for layer in lora_layers(model).values():
         for part in layer.parts.replace("U", ""):  # which is no parameter
             layer.parameter(part).requires_grad_(part in factors)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What is trained among them is not meanwhile."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def hold_cores(model: nn.Module) -> None:

@@ -41,6 +41,11 @@ REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
 
 UNKNOWN: Final = ((), "nobody has looked at what it does to privacy: leave it out")
 
+REFUSED_LOCAL: Final = {
+    "trainer": "another's loop clips and adds noise where it likes",
+    "head_rounds": "nobody has looked at what it does to privacy",
+}
+
 FOLLOWS_LOSS: Final = ("reduce_lr_on_plateau", "greedy")  # schedules
 OPTIMIZERS: Final = frozenset(
     "adamw_torch adamw_torch_fused adamw_anyprecision adamw_torch_4bit adamw_torch_8bit adamw_bnb_8bit adamw_8bit paged_adamw_32bit "
@@ -71,8 +76,7 @@ def _wrong(config: Config) -> Iterator[str]:
     if get_method(config.method).private == "no":
         able = ", ".join(name for name, row in METHODS.items() if row.private == "yes")
         yield f"method = {config.method!r} (use one of {able})"
-    if config.local.trainer is not None:
-        yield "local.trainer (another's loop clips and adds noise where it likes)"
+    yield from (f"local.{key} ({reason})" for key, reason in REFUSED_LOCAL.items() if getattr(config.local, key))
     if config.base.quantization == "int8":
         yield "base.quantization = 'int8' (it computes a row's outliers from the whole batch: use 'nf4')"
     if config.clients.data and config.task.train_rows is not None:

@@ -43,6 +43,9 @@ def require_rules(rules: Rules, clients: int, ranks: bool) -> None:
     _require_pace(rules, method)
     if len(method.trained_schedule) > 1 and rules.local.optimizer_state == "keep":
         raise ConfigError(f"local.optimizer_state = 'keep' does not go with {rules.method}, which trains factors in turn: use 'reset'")
+    if rules.local.head_rounds and (rules.local.optimizer_state == "keep" or not method.lora):
+        key = "local.optimizer_state = 'keep'" if method.lora else rules.method
+        raise ConfigError(f"local.head_rounds does not go with {key}, because it trains other tensors in later rounds: remove it")
     if method.refactorises and rules.local.optimizer_state == "keep":
         raise ConfigError(
             f"local.optimizer_state = 'keep' does not go with {rules.method}, which re-writes the adapter's factors each round: "

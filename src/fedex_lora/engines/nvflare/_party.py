@@ -23,7 +23,7 @@ HOW = "set NVFLARE_FEDEX_LORA_PARTY=module:function in the site's environment, o
 
 
 OF_RUNS = {
-    "local": {"schedule", "optimizer_state", "trainer"},
+    "local": {"schedule", "optimizer_state", "head_rounds", "trainer"},
     "clients": {"count", "partition", "dirichlet_alpha", "column", "ranks", "holdout"},
 }
 """Rules that only a run keeps which deals the rows, makes the model and trains it: here each site's script does."""
