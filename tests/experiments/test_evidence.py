@@ -12,6 +12,8 @@ from fedex_lora.config import read_config
 from fedex_lora.experiments.compare import read_protocol
 from fedex_lora.experiments.compare._plan import planned, settled_plan
 
+FILES = (Path(__file__).parents[2] / "evidence").glob("*/*.toml")
+DESCRIPTIVE = sorted(path for path in FILES if path.stem not in ("config", "protocol"))
 SETTINGS = sorted(path.parent for path in (Path(__file__).parents[2] / "evidence").glob("*/protocol.toml"))
 
 
@@ -22,6 +24,15 @@ def test_a_protocol_can_be_run_and_has_one_primary_test(folder: Path, tmp_path: 
     assert sum(test.primary for test in plan.tests) == 1
     assert plan.apart, "settings are chosen on the seeds of the test"
     assert "centralised" in [variant.name for variant in plan.variants]
+
+
+@pytest.mark.parametrize("path", DESCRIPTIVE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_was_added_has_no_primary_test(path: Path, tmp_path: Path) -> None:
+    protocol = read_protocol(path)
+    plan = settled_plan(planned(read_config(path.with_name("config.toml"), []), protocol, tmp_path), protocol)
+    assert plan.apart
+    assert plan.tests
+    assert not any(test.primary for test in plan.tests)
 
 
 @pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
