@@ -70,9 +70,14 @@ def sst2(data: Path, model: Path) -> Study:
         "lora": {"r": 8, "alpha": 16, "target_modules": ["query", "value"]},
         "clients": {"count": 3, "holdout": 0},
         "privacy": {"rows": 2000},
-        "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 128},
+        "training": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 4,
+            "per_device_eval_batch_size": 128,
+        },
     }
-    return Study(("ffa", "fedex"), (None, 8.0, 1.0), (1e-3, 4e-3, 1.6e-2), (0, 1, 2), 100, tables)
+    return Study(("ffa", "fedex"), (None, 8.0, 1.0), (2e-3, 6e-3, 2e-2), (0, 1, 2), 100, tables)
 
 
 def accuracy(study: Study, method: str, epsilon: float | None, rate: float, seed: int) -> float:

@@ -292,6 +292,23 @@ def test_nobody_can_repeat_the_noise_and_all_else_is_repeated(both):
         assert list(trainer.get_train_dataloader().batch_sampler) != list(trainer.get_train_dataloader().batch_sampler)
 
 
+def test_nobody_knows_the_dropout(both):
+    """Of one seed of the run: what a row more or less would shift must be as secret as the rows of a batch. A plain run repeats it."""
+
+    def seeds(privacy):
+        setting, found = Setting(both.place, both.rows), []
+        work = private_work(setting) if privacy else setting.place.work
+        for _ in range(2):
+            data = ClientData(setting.rows, setting.rows)
+            local_update(setting.model, "client-1", 1, data, work, on_step=lambda *_: found.append(torch.initial_seed()))
+        return found[0], found[-1]
+
+    one, two = seeds(privacy=True)
+    assert one != two
+    one, two = seeds(privacy=False)
+    assert one == two
+
+
 def test_a_row_without_a_finite_gradient_counts_as_zero(settings):
     setting = settings("score")
     odd = setting.rows.map(lambda row, number: {"labels": math.inf if number == 5 else row["labels"]}, with_indices=True)

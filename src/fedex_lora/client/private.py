@@ -220,6 +220,7 @@ def _alike(samples: Any, whole: Any) -> bool:
 
 
 def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -> dict[str, list[Any]]:
+    rows = sorted(rows, key=lambda row: len(row.get("input_ids", ())))  # of one length, for less padding
     return {"parts": [collate(rows[start : start + size]) for start in range(0, len(rows), size)]}
 
 
