@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-import signal
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -12,13 +12,13 @@ from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError, PrivacyError, StorageError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest, spendings
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, spent
-from fedex_lora.privacy.ledger import Answered, LedgerEntry, begin_ledger, parse_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, Failed, LedgerEntry, begin_ledger, parse_ledger, read_ledger
 
 DELTA = 1e-5
 
 
 def account(path, client="north", budget=3.0, rounds=5, sigma=2.0, rows="digest", others=(), task=""):
-    plan = PrivacyPlan(Mechanism(sigma, 0.1, 10), rounds, 10, 1.0, 100, 3.0, DELTA)
+    plan = PrivacyPlan(Mechanism(sigma, 0.1, 10), rounds, 10, 1.0, 100, 20.0, DELTA)
     return Account(path, client, plan, budget, "rdp", rows, frozenset(others), task)
 
 
@@ -115,12 +115,56 @@ def test_an_answer_without_its_entry_stays(ledger):
         account(ledger).answered("run", 1, b"answer")
 
 
+def test_a_last_line_that_lacks_its_end_counts(ledger):
+    """An editor cuts it; what it says was spent."""
+    one = account(ledger)
+    one.enter("run", 1)
+    one.answered("run", 1, b"answer")
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[:-1])
+    assert len(read_ledger(ledger)) == 2
+    with pytest.raises(PrivacyError, match="a second release"):
+        one.enter("run", 1)
+    one.enter("run", 2)
+    assert ledger.read_bytes().startswith(whole)
+    assert len(read_ledger(ledger)) == 3
+
+
+def test_an_entry_whose_training_failed_is_spent(ledger):
+    """Whoever was told that it failed had an answer; one that was killed said nothing."""
+    one = account(ledger, budget=50.0)
+    for _ in range(2):
+        one.enter("run", 1)
+    one.failed("run", 1)
+    one.enter("run", 1)
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Failed, LedgerEntry]
+    assert one.standing().epsilon == spent([one.plan.round] * 2, DELTA, "rdp")
+
+
+def test_a_run_spends_no_more_than_its_epsilon(ledger):
+    """Whatever the budget: rounds beyond its last one, and those that failed, are no way to spend more."""
+    one = account(ledger, budget=50.0)
+    one = replace(one, plan=replace(one.plan, epsilon=spent([one.plan.round] * 5, DELTA, "rdp")))
+    for round in (1, 2, 3, 4, 5):
+        one.enter("run", round)
+        one.answered("run", round, b"answer")
+    with pytest.raises(PrivacyError, match="with round 6 of 5"):
+        one.enter("run", 6)
+    for round in (1, 2, 2, 3, 4):
+        one.enter("other", round)
+        one.failed("other", round) if round == 2 else one.answered("other", round, b"answer")
+    with pytest.raises(PrivacyError, match="that failed"):
+        one.enter("other", 5)
+    one.enter("another", 1)
+    assert one.standing("other").paid == 0
+
+
 def test_a_torn_last_line_is_dropped_wherever_it_is_torn(ledger):
     account(ledger).enter("run", 1)
     whole = ledger.read_bytes()
     account(ledger).enter("run", 2)
     longer = ledger.read_bytes()
-    for cut in range(len(whole), len(longer)):
+    for cut in range(len(whole), len(longer) - 1):
         ledger.write_bytes(longer[:cut])
         assert len(read_ledger(ledger)) == 1
     account(ledger).enter("run", 2)
@@ -172,8 +216,8 @@ def test_a_line_that_cannot_be_synced_is_not_there(ledger, monkeypatch):
 def spend(path, number, budget):
     for round in range(1, 30):
         try:
-            account(path, budget=budget).enter(f"run {number}", round)
-            account(path, budget=budget).answered(f"run {number}", round, b"answer")
+            account(path, budget=budget, rounds=30).enter(f"run {number}", round)
+            account(path, budget=budget, rounds=30).answered(f"run {number}", round, b"answer")
         except FedexLoraError:
             os._exit(3)
 
@@ -187,7 +231,7 @@ def test_processes_at_once_spend_no_more_than_one_would(ledger):
         process.start()
     while len(read_ledger(ledger)) < 2:
         pass
-    os.kill(processes[0].pid, signal.SIGKILL)
+    processes[0].kill()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes[1:]] == [3, 3, 3]

@@ -6,12 +6,14 @@ from itertools import count
 
 import numpy as np
 import pytest
+import torch
 from tests.messages import tensors_of, told
 
 pytest.importorskip("flwr", reason="the extra flower is not installed")
 
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from transformers import ViTConfig, ViTForImageClassification
 
 from fedex_lora.config import parse_config, write_config
 from fedex_lora.engines.flower._files import node_file
@@ -268,11 +270,49 @@ def test_a_party_without_a_usable_row_answers_noise(tmp_path, server_side):
     assert code_of(party.reply(question(server_side), config, node=plain)) == ("empty", 1)
 
 
+def talk(key, number):
+    role, said, user, assistant = ("role", "content", "user", "assistant") if key == "messages" else ("from", "value", "human", "gpt")
+    return {key: [{role: user, said: f"bed {number} ?"}, {role: assistant, said: "red"}]}
+
+
+@pytest.mark.parametrize("odd", [talk("messages", 12), {**talk("conversations", 12), "chosen": "", "rejected": ""}, {"text": "bed"}])
+def test_a_row_of_another_layout_leaves_all_others_as_they_are(odd, tmp_path):
+    rows = [talk("conversations", number) for number in range(12)]
+    file = write(tmp_path / "rows.jsonl", [talk("messages", number) for number in range(12)])
+    for name, own in (("without", rows), ("with", [odd, *rows])):
+        party = Party(tmp_path / name, own)
+        assert asked(party, file, kind="chat") == "update"
+        held = party.log().partition("holds ")[2].partition(" rows")[0]
+        assert int(held) == 12 + (name == "with" and "text" not in odd)
+
+
+def test_an_image_that_is_cut_is_left_out_like_any_other(tmp_path):
+    """Its header is whole, so that it failed when it was drawn, and only then."""
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
+    party = Party(tmp_path / "a", [{"image": f"{number}.jpg", "label": ("red", "blue")[number % 2]} for number in range(13)])
+    for number in range(13):
+        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(party.folder / f"{number}.jpg")
+    cut = party.folder / "12.jpg"
+    cut.write_bytes(cut.read_bytes()[: len(cut.read_bytes()) // 2])
+    task = {"kind": "image-classification", "labels": ["red", "blue"], "label": "label", "data": str(party.folder)}
+    config = setting("rows.jsonl", task=task, base={"model": str(tmp_path / "vit")}, lora={"target_modules": ["q_proj"]})
+    message = Server(config, LocalSimulation(config, ignore).initial(), ["ward"], run="run").open_round().messages["ward"]
+    reply = party.reply(message, config, node={**party.node, "model": str(tmp_path / "vit")})
+    assert told(reply)["kind"] == "update", party.log()
+    assert "1 of 13 rows are left out" in party.log()
+
+
 def test_a_file_that_cannot_be_read_costs_the_round(tmp_path, server_side):
     party = Party(tmp_path / "a")
     (party.folder / "rows.jsonl").write_text("Quagmire")
-    assert [code_of(party.reply(question(server_side), setting(server_side[0]))) for _ in range(2)] == [("privacy", 0)] * 2
-    assert len(party.entries()) == 1
+    assert [code_of(party.reply(question(server_side), setting(server_side[0]))) for _ in range(3)] == [("privacy", 0)] * 3
+    assert len(party.entries()) == 2, "a run of two rounds spends no third one"
 
 
 def test_a_private_party_trains_on_all_of_its_rows(tmp_path, server_side):
@@ -307,7 +347,7 @@ def test_a_worker_that_dies_tells_what_every_failure_tells(tmp_path, server_side
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Quagmire"), ImportError("Quagmire"), ConfigError("Quagmire"), SystemExit("Quagmire")])
-def test_a_row_that_makes_training_fail_tells_one_code_and_is_trained_again_under_its_entry(error, tmp_path, server_side, monkeypatch):
+def test_a_row_that_makes_training_fail_tells_one_code_and_has_spent_its_entry(error, tmp_path, server_side, monkeypatch):
     def fail(*args, **options):
         raise error
 
@@ -319,7 +359,34 @@ def test_a_row_that_makes_training_fail_tells_one_code_and_is_trained_again_unde
     assert b"Quagmire" not in failed
     assert "Quagmire" in party.log()
     assert told(party.reply(question(server_side), config))["kind"] == "update"
-    assert len(party.entries()) == 1
+    assert len(party.entries()) == 2
+
+
+def test_failures_are_charged(tmp_path, server_side):
+    """Whether noised numbers are finite is an answer of them, which a server could have for nothing as often as it likes."""
+    party = Party(tmp_path / "a", budget=50.0)
+    bad = setting(server_side[0], privacy={"clip_norm": 1e6}, training={"learning_rate": 1e36, "optim": "sgd"})
+    codes = [code_of(party.reply(question(server_side), bad)) for _ in range(4)]
+    assert codes == [("privacy", 0)] * 4
+    assert "training diverged" in party.log()
+    spends = spent([one.mechanism for one in party.entries()], 1e-3, "rdp")
+    assert 1 <= len(party.entries()) < 4, "of one run no more than its epsilon"
+    assert spends <= OWN["epsilon"]
+
+
+def test_a_run_spends_no_more_than_its_epsilon_whatever_the_budget(tmp_path, server_side):
+    """A server that says that there is one round, and asks for another, and another."""
+    file, state = server_side
+    party, config = Party(tmp_path / "a", budget=50.0), setting(file, rounds=1)
+    server, kinds = Server(config, state, ["ward"], run="run"), []
+    for _ in range(3):
+        round = server.open_round()
+        reply = party.reply(round.messages["ward"], config)
+        kinds.append(told(reply)["kind"])
+        if kinds[-1] == "update":
+            round.close([server.receive("ward", reply).update])
+    assert kinds == ["update", "failure", "failure"]
+    assert spent([one.mechanism for one in party.entries()], 1e-3, "rdp") <= OWN["epsilon"]
 
 
 def test_what_no_row_is_the_reason_for_is_told_as_ever(tmp_path, server_side):

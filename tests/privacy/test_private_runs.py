@@ -281,7 +281,7 @@ def test_a_server_that_resets_its_round_or_tells_another_story_gets_nothing(ledg
     for message in (anew, retold(anew, history="another")):
         refused(pool, message, "another answer to round 1 would be a second release")
     third = server.open_round().ask_again(["chest"], full=True)["chest"]
-    refused(pool, third, r"with round 3 of run run epsilon would be .*, and its budget is 8 \(2 rounds before it")
+    refused(pool, third, r"with round 3 of 2 run run would come to epsilon .*: begin a new run")
     assert len(entries(ledger)) == 6
 
 

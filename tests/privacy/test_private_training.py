@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 from tests.runs.test_run import configuration
 from tests.tasks.test_rows import bytewise
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from fedex_lora.aggregation import METHODS
-from fedex_lora.client.private import LEFT, losses_of, per_example_gradients, private_trainer
+from fedex_lora.client.private import LEFT, PrivateOptimizer, losses_of, per_example_gradients, private_trainer
 from fedex_lora.client.private_probe import require_sound
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, _trainer, continued, evaluate, local_update
@@ -292,21 +292,39 @@ def test_nobody_can_repeat_the_noise_and_all_else_is_repeated(both):
         assert list(trainer.get_train_dataloader().batch_sampler) != list(trainer.get_train_dataloader().batch_sampler)
 
 
-def test_nobody_knows_the_dropout(both):
-    """Of one seed of the run: what a row more or less would shift must be as secret as the rows of a batch. A plain run repeats it."""
+@pytest.mark.parametrize("kind", ["dropout of the adapter", "dropout of the model"])
+def test_one_record_moves_the_sum_by_the_bound_whatever_the_dropout(folder, kind):
+    """A longer row in front would shift and reshape the masks of all others, if there were any."""
+    changes = {"lora": {**ADAPTED["lora"], "dropout": 0.5}} if kind == "dropout of the adapter" else ADAPTED
+    setting = build(folder, CLASSES, **changes)
+    if kind == "dropout of the model":
+        for layer in setting.model.get_base_model().model.layers:
+            layer.self_attn.attention_dropout = 0.5
+    longer = setting.rows[3]
+    longer = {name: longer[name] * 3 if name in ("input_ids", "attention_mask") else longer[name] for name in setting.rows.column_names}
+    more = concatenate_datasets([Dataset.from_list([longer], features=setting.rows.features), setting.rows])
+    clip = 0.05
+    without, with_it = (gradient_of(setting, rows, batch=1, clip=clip) for rows in (setting.rows, more))
+    assert difference(with_it, without) <= clip * (1 + 1e-3)
+    assert difference(with_it, without) > 0.5 * clip
 
-    def seeds(privacy):
-        setting, found = Setting(both.place, both.rows), []
-        work = private_work(setting) if privacy else setting.place.work
-        for _ in range(2):
-            data = ClientData(setting.rows, setting.rows)
-            local_update(setting.model, "client-1", 1, data, work, on_step=lambda *_: found.append(torch.initial_seed()))
-        return found[0], found[-1]
 
-    one, two = seeds(privacy=True)
-    assert one != two
-    one, two = seeds(privacy=False)
-    assert one == two
+def test_noise_of_tensors_and_of_steps_is_not_the_same(both):
+    """A tensor whose gradient a server has made zero shows its noise, which must say nothing of any other."""
+    steps = both.private(plan(sigma=2.0, rate=1e-12, steps=4, batch=4, clip=0.5))
+    flat = [one.flatten()[:64].double() for step in steps for one in step.values()]
+    alike = np.corrcoef(torch.stack([one for one in flat if len(one) == 64]).numpy())
+    assert len(alike) >= 8
+    assert np.abs(alike - np.eye(len(alike))).max() < 0.7  # of 64 numbers: 5.6 standard deviations
+
+
+@pytest.mark.parametrize("size", [1000, 2**20])
+def test_a_norm_is_that_of_float64(size):
+    one = torch.nn.Parameter(torch.zeros(size))
+    optimizer = PrivateOptimizer(torch.optim.SGD([one]), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
+    one.grad_sample = torch.full((1, size), 0.37)
+    optimizer.clip_and_accumulate()
+    assert abs(float(one.summed_grad.double().norm()) - 1) < 2e-6
 
 
 def test_a_row_without_a_finite_gradient_counts_as_zero(settings):

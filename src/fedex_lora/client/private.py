@@ -15,6 +15,7 @@ import torch
 from opacus.grad_sample import prepare_module
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy, mse_loss, pad
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -65,6 +66,13 @@ def owners(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if any(one.requires_grad for one in module.parameters(recurse=False))]
 
 
+def quieten(model: nn.Module) -> None:
+    """No dropout, and nothing else that is random: one row more would shift the masks of all others, and so move the sum without bound."""
+    model.eval()
+    for module in owners(model):
+        module.training = True  # Opacus' hooks look
+
+
 @contextmanager
 def per_example_gradients(model: nn.Module) -> Iterator[None]:
     """Backward passes leave each example's gradient in `grad_sample` of what is trained; afterwards nothing of it is left.
@@ -95,16 +103,18 @@ def per_example_gradients(model: nn.Module) -> Iterator[None]:
 class PrivateOptimizer(DPOptimizer):
     """Opacus' optimiser, whose sum holds to C in any precision, and whose noise is of no generator that can be solved.
 
-    Norms and sums are float32, whatever the gradients are, and no matrix product that a device may round. An example with a gradient that
-    is not finite counts as zero: it says nothing, and spoils nothing. Noise is added in float64, and their sum is rounded once.
+    Norms are float64 and sums float32, whatever the gradients are, and no matrix product that a device may round. An example with a
+    gradient that is not finite counts as zero: it says nothing, and spoils nothing. Noise is added in float64, and their sum is rounded
+    once.
     """
 
     @torch.no_grad()
     def clip_and_accumulate(self) -> None:
         """Add each example's gradient over all that is trained, scaled to norm C at most, to `summed_grad`."""
         samples = [sample.float() for sample in self.grad_samples]
-        norms = torch.stack([sample.flatten(start_dim=1).norm(dim=1) for sample in samples], dim=1).norm(dim=1)
-        factors = torch.where(norms.isfinite(), (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        parts = [vector_norm(sample.flatten(start_dim=1), dim=1, dtype=torch.float64) for sample in samples]
+        norms = torch.stack(parts, dim=1).norm(dim=1)
+        factors = torch.where(norms.isfinite(), (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0).float()
         for parameter, sample in zip(self.params, samples, strict=True):
             scaled = sample.nan_to_num(0.0, 0.0, 0.0) * factors.view(-1, *[1] * (sample.dim() - 1))
             added = scaled.sum(dim=0)
@@ -184,7 +194,7 @@ class PrivateTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The sum of all clipped gradients but those of the last part, which the optimiser's step adds; of no rows it is zero."""
-        model.train()
+        quieten(model)
         self._private.zero_grad(set_to_none=True)
         for number, part in enumerate(inputs["parts"], 1):
             batch = self._prepare_inputs(part)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedex_lora.client.private import losses_of, owners, per_example_gradients
+from fedex_lora.client.private import losses_of, owners, per_example_gradients, quieten
 from fedex_lora.errors import ModelError
 from fedex_lora.models.lora import lora_layers, set_trained
 from fedex_lora.storage.peft_rules import PREFIX
@@ -103,8 +103,7 @@ def _unsound(model: nn.Module, rows: list[dict[str, Any]], batch: Batch, kind: s
         alone = [_gradients(model, trained, batch([row]), kind) for row in rows]
         try:
             with per_example_gradients(model):
-                for module in owners(model):
-                    module.training = True  # the hooks look
+                quieten(model)
                 losses_of(model, batch(rows), kind).sum().backward()  # type: ignore[no-untyped-call]
                 samples = {name: getattr(one, "grad_sample", None) for name, one in trained.items()}
         except Exception as error:  # of whatever a module's own code makes of it

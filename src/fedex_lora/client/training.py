@@ -3,7 +3,6 @@
 import gc
 import math
 import os
-import secrets
 import tempfile
 import time
 import warnings
@@ -82,8 +81,7 @@ def local_update(
     plan = privacy_plan(work.config, client_id) if work.config.privacy.is_on else None
     with frozen(still), _trainer(model, work, seed, data.train, on_step, place, plan) as trainer:
         optimizer = continued(trainer, work.config, round, optimizer_state)
-        # Trainer seeds in its constructor only, and building it draws numbers. Who knew the dropout would know which rows are there.
-        set_seed(secrets.randbits(32) if plan else seed)
+        set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
         try:
             output = trainer.train()
         except (torch.OutOfMemoryError, RuntimeError) as error:

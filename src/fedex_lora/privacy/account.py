@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from fedex_lora.errors import PrivacyError, counted
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, rounds_left, spent
-from fedex_lora.privacy.ledger import Answered, LedgerEntry, append_line, held_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, Failed, LedgerEntry, RoundLine, append_line, held_ledger, read_ledger
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Account:
     others: frozenset[str] = frozenset()
     task: str = ""
 
-    def history(self, lines: Sequence[LedgerEntry | Answered]) -> list[Mechanism]:
+    def history(self, lines: Sequence[RoundLine]) -> list[Mechanism]:
         """All that counts of a ledger: what is not known to be of other rows was trained on these, whatever the client was called."""
         entries = [line for line in lines if isinstance(line, LedgerEntry)]
         return [line.mechanism for line in entries if line.client == self.client or line.rows not in self.others]
@@ -70,17 +70,20 @@ class Account:
         history = self.history(lines)
         entered = max((one.round for one in lines if (one.client, one.run) == (self.client, run)), default=0)
         ahead = max(0, self.plan.rounds - entered)
-        paid = min(ahead, rounds_left(history, self.plan, self.budget, self.accountant))
+        of_run = [one.mechanism for one in lines if isinstance(one, LedgerEntry) and (one.client, one.run) == (self.client, run)]
+        paid = rounds_left(history, self.plan, self.budget, self.accountant)
+        paid = min(ahead, paid, rounds_left(of_run, self.plan, self.plan.epsilon * (1 + 1e-6), self.accountant))
         return Standing(spent(history, self.plan.delta, self.accountant), ahead, paid)
 
     def enter(self, run: str, round: int) -> None:
         """Write down a round that is about to be trained.
 
-        One that is there, was never answered, and is of the same noise and task, is trained again under its entry. With another task it is
-        another question: if only whether it fails.
+        One that is there, was neither answered nor told as failed, and is of the same noise and task, is trained again under its entry.
+        With another task it is another question: if only whether it fails.
 
         Raises:
-            PrivacyError: the budget does not pay for it, this round or a later one of the run was answered, or there is no ledger.
+            PrivacyError: the budget does not pay for it, or it is beyond what the run was to spend; this round or a later one of the run
+                was answered; or there is no ledger.
             StorageError: the ledger cannot be written, or is broken.
         """
         with held_ledger(self.path) as (descriptor, lines):
@@ -91,11 +94,11 @@ class Account:
                     f"client {self.client} answered round {last} of run {run}, and another answer to round {round} would be a second "
                     "release: begin a new run"
                 )
-            own = (round, self.plan.round, self.task)
-            if any(isinstance(line, LedgerEntry) and (line.round, line.mechanism, line.task) == own for line in of_run):
+            history, mechanism = self.history(lines), self.plan.round
+            if (mechanism, self.task) in _open(of_run, round):
                 os.fsync(descriptor)
                 return
-            history, mechanism = self.history(lines), self.plan.round
+            self._require_of_run(of_run, run, round)
             epsilon = spent([*history, mechanism], self.plan.delta, self.accountant)
             if not epsilon <= self.budget:  # so that no number that is none is below it
                 raise PrivacyError(
@@ -104,6 +107,27 @@ class Account:
                 )
             entry = LedgerEntry(client=self.client, run=run, round=round, rows=self.rows, task=self.task, **mechanism._asdict())
             append_line(descriptor, entry)
+
+    def _require_of_run(self, lines: Sequence[RoundLine], run: str, round: int) -> None:
+        """All rounds of a run together are what its plan says: those that failed count, and a server cannot add any."""
+        before = [line.mechanism for line in lines if isinstance(line, LedgerEntry)]
+        epsilon = spent([*before, self.plan.round], self.plan.delta, self.accountant)
+        if round > self.plan.rounds or not epsilon <= self.plan.epsilon * (1 + 1e-6):
+            raise PrivacyError(
+                f"client {self.client}: with round {round} of {self.plan.rounds} run {run} would come to epsilon {epsilon:.4g}, with all "
+                f"that failed, and is to come to {self.plan.epsilon:.4g}: begin a new run"
+            )
+
+    def failed(self, run: str, round: int) -> None:
+        """Write down that the training of a round failed, before anybody is told: that is an answer, too.
+
+        Raises:
+            PrivacyError, StorageError: see `enter`.
+        """
+        line = Failed(client=self.client, run=run, round=round)
+        with held_ledger(self.path) as (descriptor, lines):
+            if any(isinstance(one, LedgerEntry) and one.question == line.question for one in lines):
+                append_line(descriptor, line)
 
     def answered(self, run: str, round: int, reply: bytes) -> None:
         """Write down that the answer to a round is kept, and may leave: this one, and no other.
@@ -125,6 +149,17 @@ class Account:
                 os.fsync(descriptor)
             else:
                 append_line(descriptor, line)
+
+
+def _open(lines: Sequence[RoundLine], round: int) -> set[tuple[Mechanism, str]]:
+    """The entries of a round of which nobody was told anything: mechanism and task."""
+    found = set[tuple[Mechanism, str]]()
+    for line in lines:
+        if line.round == round and isinstance(line, LedgerEntry):
+            found.add((line.mechanism, line.task))
+        elif line.round == round:
+            found.clear()
+    return found
 
 
 def rows_digest(rows: Sequence[object]) -> str:
@@ -158,7 +193,7 @@ class Spending:
     epsilon: float
 
 
-def spendings(lines: Sequence[LedgerEntry | Answered], delta: float, accountant: str = "prv") -> list[Spending]:
+def spendings(lines: Sequence[RoundLine], delta: float, accountant: str = "prv") -> list[Spending]:
     """A line for each client, run and rows, in the order of the ledger; then all of each client; where there are more, of all together."""
     entries = [line for line in lines if isinstance(line, LedgerEntry)]
     said = {line.question for line in lines if isinstance(line, Answered)}

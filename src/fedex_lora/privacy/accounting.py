@@ -178,6 +178,10 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
         raise ConfigError(f"client {client} has not stated how many rows it trains on: set privacy.rows")
     if rows < batch:
         raise ConfigError(f"client {client} states {rows} rows, and a batch has {batch}: set training.per_device_train_batch_size lower")
+    if rows > config.messages.max_examples:
+        raise ConfigError(
+            f"client {client} states {rows} rows, and an update may say {config.messages.max_examples}: raise messages.max_examples"
+        )
     if privacy.delta >= 1 / rows:
         raise ConfigError(f"privacy.delta = {privacy.delta:g} is not below 1 / {rows} rows of client {client}: one record might be shown")
     steps = _steps(config, rows, batch)

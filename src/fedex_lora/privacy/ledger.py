@@ -4,6 +4,7 @@
     {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "entry", "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST,
      "task": DIGEST}
     {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "answered", "answer": DIGEST}
+    {"time": ..., "client": "north", "run": ..., "round": 2, "kind": "failed"}
 
 LedgerEntry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is in it than left.
 """
@@ -79,35 +80,53 @@ class Answered(_OfRound):
     answer: str
 
 
-LedgerLine: TypeAlias = Begun | LedgerEntry | Answered
+class Failed(_OfRound):
+    """Its training failed, and whoever asked was told: the next one of this round has an entry of its own."""
+
+    kind: Literal["failed"] = "failed"
+
+
+RoundLine: TypeAlias = LedgerEntry | Answered | Failed
+LedgerLine: TypeAlias = Begun | RoundLine
 _LINE: TypeAdapter[LedgerLine] = TypeAdapter(Annotated[LedgerLine, Field(discriminator="kind")])
 
 
-def parse_ledger(payload: bytes, name: str) -> list[LedgerEntry | Answered]:
-    """The lines of a ledger after the first. A last one without its end was never on the disk, so nothing followed it: it is left out.
+def parse_ledger(payload: bytes, name: str) -> list[RoundLine]:
+    """The lines of a ledger after the first; see `whole_lines`.
 
     Raises:
         StorageError: a line is none, or an answer has no entry.
     """
-    found, entered = list[LedgerEntry | Answered](), set[tuple[str, str, int]]()
-    for number, text in enumerate(payload[: payload.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+    found, entered = list[RoundLine](), set[tuple[str, str, int]]()
+    whole = whole_lines(payload)
+    for number, text in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             line = _LINE.validate_json(text)
         except ValidationError:
             raise StorageError(f"{name}: line {number} is none of a ledger: bring the file back from where it is whole") from None
-        if isinstance(line, Begun) != (number == 1) or (isinstance(line, Answered) and line.question not in entered):
+        if isinstance(line, Begun) != (number == 1) or (not isinstance(line, Begun | LedgerEntry) and line.question not in entered):
             raise StorageError(f"{name}: line {number} does not follow the lines before it: bring the file back from where it is whole")
         if not isinstance(line, Begun):
             found.append(line)
             entered.add(line.question)
-    if b"\n" not in payload:
+    if not whole:
         raise StorageError(
             f"{name} is no ledger: remove it if nothing was ever trained on these rows, and fedex-lora ledger {name} --begin"
         )
     return found
 
 
-def read_ledger(path: Path) -> list[LedgerEntry | Answered]:
+def whole_lines(payload: bytes) -> bytes:
+    """A last line that is torn was never on the disk, so nothing followed it: it is left out. One that only lacks its end counts."""
+    lines, end, last = payload.rpartition(b"\n")
+    try:
+        _LINE.validate_json(last)
+    except ValidationError:
+        return lines + end
+    return payload + b"\n"
+
+
+def read_ledger(path: Path) -> list[RoundLine]:
     """The lines of the ledger at a path; see `parse_ledger`.
 
     Raises:
@@ -161,7 +180,7 @@ def append_line(descriptor: int, line: LedgerLine) -> None:
 
 
 @contextmanager
-def held_ledger(path: Path) -> Iterator[tuple[int, list[LedgerEntry | Answered]]]:
+def held_ledger(path: Path) -> Iterator[tuple[int, list[RoundLine]]]:
     """A ledger, open for another line, and its lines; other processes wait meanwhile.
 
     Raises:
@@ -177,8 +196,9 @@ def held_ledger(path: Path) -> Iterator[tuple[int, list[LedgerEntry | Answered]]
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         payload = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         lines = parse_ledger(payload, str(path))
-        if not payload.endswith(b"\n"):
-            os.ftruncate(descriptor, payload.rfind(b"\n") + 1)
+        whole = whole_lines(payload)
+        os.ftruncate(descriptor, min(len(whole), len(payload)))
+        os.write(descriptor, whole[len(payload) :])
         yield descriptor, lines
     except OSError as error:
         raise cannot_write(path, error) from None

@@ -1,6 +1,7 @@
 """The clients' driver: protocol objects, what trains for them, and the files in which they are kept."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from fedex_lora.client.client import Client, Shared
 from fedex_lora.client.learner import Learner
 from fedex_lora.client.received import NeedsFull, StoredAnswer, Train
 from fedex_lora.config import Config, Rules
-from fedex_lora.errors import LacksError, PrivacyError, StorageError
+from fedex_lora.errors import FedexLoraError, LacksError, PrivacyError, StorageError
 from fedex_lora.privacy.account import Account
+from fedex_lora.protocol.failures import told_to_end
 from fedex_lora.storage.adapter_folder import Format, write_adapter_folder
 from fedex_lora.storage.files import write_bytes
 from fedex_lora.storage.result import safe_name
@@ -115,7 +117,11 @@ class ClientPool:
         try:
             reply = self._trained(client, work)
             account.answered(self._run, work.round, reply)
-        except Exception as error:  # of which one row may be the reason
+        except BaseException as error:  # of which one row may be the reason
+            if told_to_end(error):
+                raise
+            with suppress(FedexLoraError):  # of a ledger that is broken or gone, by which there is no other round
+                account.failed(self._run, work.round)
             raise PrivacyError(f"client {client.name}: {type(error).__name__}: {error}") from error
         return reply
 

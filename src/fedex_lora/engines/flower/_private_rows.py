@@ -18,13 +18,12 @@ from fedex_lora.client.training import ClientData
 from fedex_lora.config import CHAT, IMAGES, TaskSettings
 from fedex_lora.errors import ConfigError, DataError
 from fedex_lora.runs.context import ModelContext
-from fedex_lora.tasks import Task, custom, usable
-from fedex_lora.tasks._files import Rows, as_text
+from fedex_lora.tasks import Task, collator, custom, usable
+from fedex_lora.tasks._files import Rows, as_text, read_rows
 from fedex_lora.tasks._rows import usable_rows
-from fedex_lora.tasks._templates import columns_of
+from fedex_lora.tasks._templates import columns_of, text_of
 
 SAID = "the quick brown fox jumps over the lazy dog"  # long enough for a model to look from one word at another
-OF_THE_FILE = ("encoding", "file", "table")  # faults of a file that cannot be read at all
 
 
 class UnreadRows(Mapping[str, ClientData]):
@@ -95,32 +94,57 @@ def private_rows(place: ModelContext, client: str, log: logging.Logger) -> Clien
     """
     settings, work = place.config.task.model_copy(update={"on_bad_row": "drop"}), place.work
     none = work.tokens(work.task.train).select([])
-    try:
-        table, _ = custom.row_tables(settings)
-        kept, notes = usable_rows(table.rows, table.source, table.problems, settings.on_bad_row)
-        read = _each_alone(work, kept.reset_index(drop=True), none)
-        rows, more = usable(read, settings, "this party")
-        rows = fitting(place.model, rows) if work.task.reads_text else rows
-        notes = [*table.notes, *notes, *more]
-        if odd := len(kept) - len(rows):
-            notes.append(f"{odd} of {len(kept)} rows become no tokens of this model, or too many: they are left out")
-    except DataError as error:
-        if error.code in OF_THE_FILE:
-            raise
-        rows, notes = none, [str(error)]
-    for note in notes:
+    made, notes = list[Dataset](), list[str]()
+    table = read_rows(str(settings.train), settings.data)
+    for part in _of_one_layout(table):
+        try:
+            alike, _ = custom.row_tables(settings, lambda source, folder, part=part: part)  # type: ignore[misc]
+            kept, dropped = usable_rows(alike.rows, alike.source, alike.problems, settings.on_bad_row)
+            rows, more = usable(_each_alone(work, kept.reset_index(drop=True), none), settings, "this party")
+            rows = fitting(place.model, rows) if work.task.reads_text else _decoded(rows, work)
+            notes += [*alike.notes, *dropped, *more]
+            made += [rows] * bool(len(rows))
+        except DataError as error:
+            notes.append(str(error))
+    found = concatenate_datasets(made) if made else none
+    if odd := len(table) - len(found):
+        notes.append(f"{odd} of {len(table)} rows are left out: what this run and this model cannot use")
+    for note in dict.fromkeys(notes):
         log.warning("%s: %s", client, note)
-    if not len(rows):
+    if not len(found):
         log.error("%s: not one row can be used: what it answers is noise alone", client)
-    return ClientData(train=rows, held_out=none)
+    return ClientData(train=found, held_out=none)
+
+
+def _of_one_layout(rows: Rows) -> Iterator[Rows]:
+    """Rows that have values in the same columns, together: what a task makes of a table, it makes of each of them alone."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for place, row in enumerate(rows.to_dict(orient="records")):
+        found.setdefault(tuple(name for name, cell in row.items() if text_of(cell).strip()), []).append(place)
+    for columns, places in found.items():
+        yield rows.iloc[places].loc[:, list(columns)]
+
+
+def _decoded(rows: Dataset, work: TrainingContext) -> Dataset:
+    """Rows whose image is whole: one that is cut ends a batch, and so says that it was drawn."""
+    made, kept = collator(work.task.kind, work.processor), list[int]()
+    for place in range(len(rows)):
+        with suppress(Exception):  # of a single row
+            made([rows[place]])
+            kept.append(place)
+    return rows.select(kept)
 
 
 def _each_alone(work: TrainingContext, rows: Rows, none: Dataset) -> Dataset:
     """Rows as tokens, without those of which there are none."""
+
+    def tokens(some: Rows) -> Dataset:
+        return work.tokens(some).select_columns(none.column_names).cast(none.features)
+
     with suppress(Exception):  # of a single row
-        return work.tokens(rows)
+        return tokens(rows)
     made = list[Dataset]()
     for place in range(len(rows)):
         with suppress(Exception):
-            made.append(work.tokens(rows.iloc[[place]].reset_index(drop=True)))
-    return concatenate_datasets(made) if made else none
+            made.append(tokens(rows.iloc[[place]].reset_index(drop=True)))
+    return concatenate_datasets([none, *made])
