@@ -97,8 +97,8 @@ def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:
     for account in accounts.values():
         standing, alone = account.standing(run), account.plan.epsilon
         if standing.paid < standing.ahead:
-            below = f"the run alone spends {alone:.4g}, " if alone > account.budget else ""
-            words = f"{standing.words(account)}: {below}so raise privacy.budget, or lower privacy.epsilon"
+            below = f"the run alone spends {alone:.4g}, so " if alone > account.budget else ""
+            words = f"{standing.words(account)}: {below}raise privacy.budget, or lower privacy.epsilon"
             (notes if standing.paid else problems).append((account.client, words))
     if problems:
         raise ConfigError("; ".join(grouped_by_client(problems)), "privacy")
