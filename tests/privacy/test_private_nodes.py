@@ -20,6 +20,7 @@ from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._node import Node
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
+from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.engines.flower.client import client_app
 from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.accounting import privacy_plan, spent
@@ -133,6 +134,12 @@ def test_a_node_s_privacy_is_its_own_word(tmp_path, server_side):
     for name, value in (("epsilon", -1.0), ("epsilon", 0), ("epsilon", math.nan), ("stated-rows", 0), ("budget", 0.0), ("delta", 0.0)):
         with pytest.raises(ConfigError, match=f"node config {name} = {value:g}: give a number above 0"):
             node_settings({name: value})
+
+
+def test_an_app_with_privacy_and_no_epsilon_is_not_written(tmp_path, server_side):
+    with pytest.raises(ConfigError, match="says rows and no epsilon"):
+        write_app(tmp_path / "app", setting(server_side[0], privacy={"rows": 20}), "run", ["ward"])
+    assert not (tmp_path / "app").exists()
 
 
 def test_a_private_node_answers_tells_its_own_log_and_nobody_else(tmp_path, server_side):
