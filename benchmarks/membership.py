@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", default="ffa,fedex")
     given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error("--seeds: give two or more, for a threshold is chosen on the other seeds")
     print("| method | epsilon | final model | server | allowed |\n|---|---|---|---|---|")
     for method in given.methods.split(","):
         for epsilon in (None, 8.0, 1.0):

@@ -144,7 +144,7 @@ def test_all_problems_of_a_node_s_file_are_said_at_once(made):
         "ward-a.pub is no private key of a node",
         "unknown key clinet: did you mean client?",
         "threads = '2': give a value of kind int",
-        "max-rows = -1: give a number from zero up",
+        "max_rows = -1: give a number from zero up",
         "rows = 'all': give \"own\"",
         "port = 70000: give a number from 1 to 65535",
         "ward-a holds no certificate",
@@ -153,7 +153,7 @@ def test_all_problems_of_a_node_s_file_are_said_at_once(made):
         "model: .*nowhere does not exist",
         "start: .*text is no folder",
         "state: .*text is no folder",
-        "max-megabytes = nan",
+        "max_megabytes = nan",
         "unknown key zzz: it has superlink",
         "too long for a socket",
     )

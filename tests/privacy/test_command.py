@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
+import tomllib
 
 import pytest
 from tests.kinds import BASES
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
-from fedex_lora.config import parse_config, read_config
+from fedex_lora.config import parse_config, read_config, write_config
+from fedex_lora.errors import ConfigError
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, read_model, set_trained, trainable_parameters
 from fedex_lora.models.outline import outline
@@ -18,6 +21,7 @@ from fedex_lora.privacy.ledger import begin_ledger
 from fedex_lora.privacy.noise import noise_of_update
 from fedex_lora.runs.privacy import factor_noise, noise_warning, plans_of, privacy_facts
 from fedex_lora.runs.private import digests_of
+from fedex_lora.server.checks import require_consistent
 from fedex_lora.tasks.dealt import dealt
 
 CONFIG = """
@@ -79,13 +83,17 @@ def test_what_the_command_says_is_the_plan(file):
     assert "noise meets noise" in said["notes"][-1]
 
 
-def test_it_reads_well(file):
+def test_it_reads_well(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     status, text, _ = ask(file, "--set", "method=ffa", "--set", "privacy.rows=360")
     assert status == 0
     assert "each of 3" in text
     assert "noise meets noise" not in text
-    status, text, _ = ask(file, "--set", "privacy.rows=360", "--set", "privacy.epsilon=1")
+    begin_ledger(tmp_path / "ledger")
+    status, text, _ = ask(file, "--set", "privacy.rows=360", "--set", "privacy.epsilon=1", "--set", "privacy.ledger=ledger")
     assert "noise meets noise" in text
+    assert re.search(r"paid.* 3 of 3 ", text, re.DOTALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.toml", "ledger"}  # nothing else is left in the working folder
 
 
 def test_before_anybody_asks_for_privacy(tmp_path):
@@ -95,6 +103,25 @@ def test_before_anybody_asks_for_privacy(tmp_path):
     assert status == 0
     assert "this run is not private" in text
     assert "what the rows allow" in text
+
+
+def test_privacy_without_epsilon_is_no_plain_run(tmp_path):
+    """A line that is commented out, say; but the clip norm alone is what nodes take of a run."""
+    (tmp_path / "run.toml").write_text(CONFIG.replace("epsilon = 3\n", ""))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "[privacy] says rows, accountant and no epsilon" in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+    for key, value in (("delta", 1e-3), ("rows", 5), ("budget", 2), ("ledger", "ledger")):
+        with pytest.raises(ConfigError, match=f"says {key} and no epsilon"):
+            require_consistent(config_of(privacy={key: value}), 3)
+    require_consistent(config_of(privacy={"clip_norm": 0.5}), 3)
+
+
+def test_nothing_is_held_out_of_a_private_run():
+    assert (config_of().clients.holdout, config_of(privacy={}).clients.holdout) == (0, 0.1)
+    assert config_of(clients={"holdout": 0}).clients.holdout == 0
+    assert tomllib.loads(write_config(config_of(clients={"count": 2})))["clients"]["holdout"] == 0
 
 
 def test_what_is_left_of_the_budget(file, tmp_path):
@@ -111,8 +138,8 @@ def test_what_is_left_of_the_budget(file, tmp_path):
     used = plan.round._replace(steps=2 * plan.round.steps)
     assert clients["bone"]["spent"] == spent([used], 1e-5, "rdp")
     left = [count for count in range(4) if spent([used._replace(steps=(2 + count) * plan.round.steps)], 1e-5, "rdp") <= 3.5]
-    assert clients["bone"]["rounds_left"] == max(left) < 3
-    assert (clients["chest"]["spent"], clients["chest"]["rounds_left"]) == (0, 3)
+    assert clients["bone"]["rounds_paid"] == max(left) < 3
+    assert (clients["chest"]["spent"], clients["chest"]["rounds_paid"]) == (0, 3)
     together = json.loads(ask(file, *words, "--set", "privacy.rows=400")[1])["clients"]["each of 3"]
     assert together["spent"] == clients["bone"]["spent"]  # of the one that has spent most
     Account(ledger, "client-0", plan, 3.5, "rdp", "another deal").enter("another", 1)  # of whose rows, nobody knows
@@ -131,16 +158,21 @@ def test_a_ledger_is_beside_the_file_that_names_it(file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--set", "privacy.delta=0.01"), "0.01 is not below 1 / 400 rows of client bone"),
-        (("--set", "privacy.rows=20"), "states 20 rows, and a batch has 30"),
+        (("--set", "privacy.delta=0.01"), "client bone: privacy.delta = 0.01 is not below 1 / 400 rows"),
+        (("--set", "privacy.rows=20"), "20 rows are stated, and a batch has 30"),
+        (("--set", "privacy.rows={ chest = 20, bone = 20, skin = 300 }"), "clients bone, chest: 20 rows are stated"),
+        (("--set", "privacy.rows=0"), "privacy.rows = 0: give a whole number from 1 up, or one for each client"),
+        (("--set", "privacy.rows={ chest = 25.5 }"), "privacy.rows = {'chest': 25.5}: give a whole number"),
+        (("--set", "clients.holdout=0.1"), "clients.holdout = 0.1 does not go with privacy.epsilon"),
         (("--set", "privacy.epsilon=1e-9"), "no noise is enough"),
-        (("--set", "privacy.rows={ chest = 360 }"), "client bone has not stated"),
+        (("--set", "privacy.rows={ chest = 360 }"), "clients bone, skin: no number of rows is stated"),
     ],
 )
 def test_bad_input_is_one_line(file, words, said):
     status, _, line = ask(file, *words)
     assert status != 0
     assert said in line
+    assert "constrained" not in line
     assert line.strip().count("\n") == 0
     if "delta" in words[1]:
         assert "client chest" in line  # of all clients at once

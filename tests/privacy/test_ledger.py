@@ -184,6 +184,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_is_torn(ledger):
         (lambda text: "".join(text.splitlines(True)[::2]), "line 2 does not follow"),
         (lambda text: text * 2, "line 4 does not follow"),
         (lambda text: "", "is no ledger"),
+        (lambda text: "{}\n", "is no ledger: give another path"),
     ],
 )
 def test_a_ledger_that_is_broken_is_refused_and_left(ledger, spoil, words):
@@ -265,6 +266,7 @@ def test_the_table(ledger):
     assert [one["epsilon"] for one in said["spent"]] == [one.epsilon for one in listed]
     shown = CliRunner().invoke(app, ["ledger", str(ledger), "--accountant", "rdp"]).stdout
     assert "[b]" in shown
+    assert "if one party" in shown.splitlines()[-1]
     assert f"{listed[3].epsilon:.3f}" in shown
 
 
@@ -272,6 +274,9 @@ def test_the_command_begins_and_refuses(tmp_path):
     path = str(tmp_path / "new")
     missing = CliRunner().invoke(app, ["ledger", path])
     assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
+    nowhere = CliRunner().invoke(app, ["ledger", str(tmp_path / "no" / "such"), "--begin"])
+    assert "there is no folder" in nowhere.stderr
+    assert "give the path of a ledger" in CliRunner().invoke(app, ["ledger", str(tmp_path)]).stderr.replace("\n", " ")
     assert "--begin" in missing.stderr
     assert "is begun" in CliRunner().invoke(app, ["ledger", path, "--begin"]).stdout
     assert CliRunner().invoke(app, ["ledger", path, "--begin"]).exit_code == 2

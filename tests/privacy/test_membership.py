@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from benchmarks.membership import advantage, bound, measured
+from benchmarks.membership import advantage, bound, main, measured
 from scipy.stats import beta
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
@@ -15,6 +15,13 @@ from fedex_lora.client.private import private_trainer
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, noise_for
 
 SEEDS = range(2)
+
+
+def test_one_seed_has_no_other_to_choose_a_threshold_on(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["membership.py", "--seeds", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--seeds: give two or more" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A private party over Flower, its `Node` driven directly: its own word counts, and its bytes hold nothing that one row changes."""
 
 import json
+import math
 import secrets
 from itertools import count
 
@@ -15,12 +16,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import ViTConfig, ViTForImageClassification
 
-from fedex_lora.config import parse_config, write_config
+from fedex_lora.config import Privacy, parse_config, write_config
 from fedex_lora.engines.flower._files import node_file
 from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._node import Node
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
+from fedex_lora.engines.flower.app_folder import write_app
 from fedex_lora.engines.flower.client import client_app
 from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.accounting import privacy_plan, spent
@@ -117,20 +119,29 @@ def test_a_node_s_privacy_is_its_own_word(tmp_path, server_side):
         assert (privacy.epsilon, privacy.delta, privacy.rows, privacy.budget) == (4.0, 1e-3, 20, 4.0)
         assert (str(privacy.ledger), privacy.accountant, privacy.clip_norm) == ("/srv/ledger", "prv", run.get("clip_norm", 1.0))
     assert node_settings({**node, "budget": 9.0}).applied(setting(file, privacy={**theirs, "epsilon": 0.5})).privacy.epsilon == 0.5
-    assert node_settings({**node, "delta": 0.0}).applied(setting(file, privacy=theirs)).privacy.delta == 1e-5
-    assert node_settings({**node, "delta": 0.5}).applied(setting(file, privacy=theirs)).privacy.delta == 0.01  # as the run's card says
+    del (unsaid := dict(node))["delta"]
+    assert node_settings(unsaid).applied(setting(file, privacy=theirs)).privacy.delta == 1e-5
+    assert node_settings({**node, "delta": 0.04}).applied(setting(file, privacy=theirs)).privacy.delta == 0.01  # as the run's card says
     assert not node_settings({"data": "/srv"}).applied(setting(file)).privacy.is_on
     for said, run, words in (
         ({"data": "/srv"}, theirs, r"^this run is private, and this node's file lacks epsilon .*, stated_rows .*, ledger .*: add them$"),
         ({**node, "ledger": ""}, {}, r"^this node is private, and this node's file lacks ledger \(where .*\): add it$"),
         ({"data": "/srv", "delta": 0.1}, {}, "lacks epsilon"),
-        ({**node, "delta": 2.0}, {}, "this node's privacy: delta: Input should be less than 1"),
+        ({**node, "delta": 2.0}, {}, "^this node's privacy: delta = 2.0: input should be less than 1$"),
+        ({**node, "max_rows": 6, "budget": 3.0}, {}, "^this node's privacy: budget = 3 does not pay .*; max_rows does not go with privacy"),
     ):
         with pytest.raises(ConfigError, match=words) as caught:
             node_settings(said).applied(setting(file, privacy=run))
         assert caught.value.code == "privacy"
-    with pytest.raises(ConfigError, match="node config epsilon = -1: give a number from zero up"):
-        node_settings({"epsilon": -1.0})
+    for name, value in (("epsilon", -1.0), ("epsilon", 0), ("epsilon", math.nan), ("stated-rows", 0), ("budget", 0.0), ("delta", 0.0)):
+        with pytest.raises(ConfigError, match=f"node config {name} = {value:g}: give a number above 0"):
+            node_settings({name: value})
+
+
+def test_an_app_with_privacy_and_no_epsilon_is_not_written(tmp_path, server_side):
+    with pytest.raises(ConfigError, match="says rows and no epsilon"):
+        write_app(tmp_path / "app", setting(server_side[0], privacy={"rows": 20}), "run", ["ward"])
+    assert not (tmp_path / "app").exists()
 
 
 def test_a_private_node_answers_tells_its_own_log_and_nobody_else(tmp_path, server_side):
@@ -140,10 +151,7 @@ def test_a_private_node_answers_tells_its_own_log_and_nobody_else(tmp_path, serv
     plan = privacy_plan(node_settings(party.node).applied(config), "ward")
     assert [line.mechanism for line in party.entries()] == [plan.round]
     epsilon = spent([plan.round], 1e-3, "rdp")
-    assert (
-        f"client ward has spent epsilon {epsilon:.4g} of its budget of 4 at delta 0.001, which pays for 1 of the 1 rounds ahead"
-        in party.log()
-    )
+    assert f"ward: epsilon {epsilon:.4g} of the budget of 4 is spent at delta 0.001, which pays for 1 of the 1 rounds ahead" in party.log()
     assert b"epsilon" not in reply
     assert party.reply(question(server_side), config) == reply  # a new process
     assert len(party.entries()) == 1
@@ -322,7 +330,8 @@ def test_a_private_party_trains_on_all_of_its_rows(tmp_path, server_side):
     assert "holds 12 rows to train on, 0 held out" in party.log()
     assert code_of(party.reply(question(server_side), setting(server_side[0]), node={**party.node, "max_rows": 6})) == ("privacy", 0)
     assert "max_rows does not go with privacy" in party.log()
-    _, parts = dealt(setting(server_side[0], clients={"count": 2, "holdout": 0.5}, privacy={"epsilon": 1.0}))
+    theirs = setting(server_side[0], clients={"count": 2, "holdout": 0.5})
+    _, parts = dealt(theirs.model_copy(update={"privacy": Privacy(epsilon=1.0)}))
     assert [(len(mine), len(held)) for mine, held in parts.values()] == [(6, 0), (6, 0)]
     drawn = setting(server_side[0], task={"train_rows": 5}, privacy={"epsilon": 1.0})
     require_private(drawn)
@@ -394,7 +403,7 @@ def test_what_no_row_is_the_reason_for_is_told_as_ever(tmp_path, server_side):
     assert code_of(party.reply(b"garbage", config)) == ("message", 0)
     assert code_of(party.reply(question(server_side), config, node={**party.node, "client": "somebody"})) == ("client", 0)
     assert code_of(party.reply(question(server_side), config, node={**party.node, "stated_rows": 3})) == ("privacy", 0)
-    assert "client ward states 3 rows, and a batch has 4" in party.log()
+    assert "client ward: 3 rows are stated, and a batch has 4" in party.log()
 
 
 def test_a_node_s_file_says_what_is_wrong_with_its_privacy(tmp_path):
@@ -407,3 +416,30 @@ def test_a_node_s_file_says_what_is_wrong_with_its_privacy(tmp_path):
     made = node_file(tmp_path / "node.toml")
     assert not [problem for problem in made.problems if "ledger" in problem or "stated_rows" in problem]
     assert f'ledger="{tmp_path / "ledger"}"' in made.command[-1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("delta = 1.0", "delta = 1.0: input should be less than 1"),
+        ("delta = 0.02", "delta = 0.02 is not below 1 / 100 stated rows"),
+        ('accountant = "foo"', "accountant = foo: input should be 'prv' or 'rdp'"),
+        ("max_rows = 5", "max_rows does not go with privacy"),
+        ("budget = 2.0", "budget = 2 does not pay for one run of epsilon = 3"),
+        ('trainer = "trl:SFTTrainer"', "trainer does not go with privacy"),
+        ("epsilon = 0", "epsilon = 0: give a number above 0"),
+        ("epsilon = nan", "epsilon = nan: give a number above 0"),
+        ("epsilon = 200.0", "epsilon = 200.0: input should be less than or equal to 100"),
+        ('epsilon = "eight"', "epsilon = 'eight': give a value of kind float"),
+        ("stated_rows = 0", "stated_rows = 0: give a number above 0"),
+    ],
+)
+def test_a_node_s_privacy_is_looked_at_before_it_starts(lines, words, tmp_path):
+    """Once, and in plain words; what is there is not called missing."""
+    said = {"epsilon": "epsilon = 3.0", "stated_rows": "stated_rows = 100", "ledger": 'ledger = "ledger"'}
+    said |= {lines.split()[0]: lines}
+    begin_ledger(tmp_path / "ledger")
+    (tmp_path / "node.toml").write_text("\n".join(said.values()))
+    problems = [problem for problem in node_file(tmp_path / "node.toml").problems if not problem.startswith(("superlink", "auth_"))]
+    assert len(problems) == 1
+    assert words in problems[0]

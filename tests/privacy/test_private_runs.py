@@ -388,18 +388,21 @@ def test_a_pool_without_accounts_does_not_train(place, tmp_path):
     ("changes", "words"),
     [
         ({"privacy": {"ledger": "nowhere"}}, r"there is no ledger .*nowhere: .* fedex-lora ledger .*nowhere --begin"),
-        ({"privacy": {"ledger": "pyproject.toml"}}, r"pyproject\.toml: line 1 is none of a ledger"),
+        ({"privacy": {"ledger": "pyproject.toml"}}, r"pyproject\.toml is no ledger: give another path"),
         ({"privacy": {"ledger": None}}, r"privacy\.ledger is not set"),
-        ({"privacy": {"rows": None}}, r"client bone has not stated .*; client chest has not stated .*; client skin"),
+        ({"privacy": {"rows": None}}, "^clients bone, chest, skin: no number of rows is stated"),
         (
             {"privacy": {"rows": {"bone": 20, "chest": 20, "skim": 20}}},
-            r"privacy\.rows\.skim is no client: did you mean skin\?; client skin",
+            r"privacy\.rows\.skim is no client: did you mean skin\?; client skin: no number",
         ),
-        ({"privacy": {"rows": {"bone": 3, "chest": 20, "skin": 20}}}, "client bone states 3 rows, and a batch has 4"),
-        ({"privacy": {"delta": 0.05}}, r"privacy\.delta = 0\.05 is not below 1 / 20 rows of client bone"),
+        ({"privacy": {"rows": {"bone": 3, "chest": 20, "skin": 20}}}, "^client bone: 3 rows are stated, and a batch has 4"),
+        ({"privacy": {"delta": 0.05}}, r"^clients bone, chest, skin: privacy\.delta = 0\.05 is not below 1 / 20 rows"),
         ({"privacy": {"epsilon": 1e-6}}, r"privacy\.epsilon = 1e-06: no noise is enough for 10 steps"),
-        ({"privacy": {"budget": 0.5}}, r"client bone has spent epsilon 0 of its budget of 0\.5 .* pays for 0 of the 2 rounds ahead"),
-        ({"privacy": {"ledger": None, "rows": 3, "delta": 0.5}}, "client bone states 3 .*; client chest states 3 .*ledger is not set"),
+        (
+            {"privacy": {"budget": 0.5}},
+            r"^clients bone, chest, skin: epsilon 0 of the budget of 0\.5 .* 0 of the 2 rounds .*: the run alone spends 7.*, so raise",
+        ),
+        ({"privacy": {"ledger": None, "rows": 3, "delta": 0.5}}, "^clients bone, chest, skin: 3 rows .*ledger is not set"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(changes, words, ledger, tmp_path):
@@ -434,7 +437,8 @@ def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_
     more = setting(tmp_path, privacy={"budget": 8})
     accounts = accounts_of(more, NAMES, {client.client: client.rows for client in entries(ledger)})
     assert require_paid(accounts, entries(ledger)[0].run) == []
-    assert len(require_paid(accounts, "")) == 3  # a new run would not be paid to its end
+    assert len(require_paid(accounts, "")) == 1  # a new run would not be paid to its end, which is said once
+    assert all(client in require_paid(accounts, "")[0] for client in NAMES)
 
 
 # ---- what the server's side has

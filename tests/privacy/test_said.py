@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.config import parse_config
 from fedex_lora.models.card import model_card
+from fedex_lora.models.export import export
 from fedex_lora.privacy.ledger import begin_ledger
 from fedex_lora.report import page
 from fedex_lora.report.analysis import find_runs
 from fedex_lora.runs.privacy import privacy_facts
 from fedex_lora.storage.events import Started, Warned, of_kind, read_events
+from fedex_lora.storage.files import read_manifest
 from fedex_lora.storage.result import read_result
 
 TABLES = {
@@ -22,6 +24,7 @@ TABLES = {
     "privacy": {"epsilon": 3, "rows": {"site-000": 300, "site-001": 280}, "accountant": "rdp", "clip_norm": 0.5},
 }
 CARD = {"format": "adapter", "method": "ffa", "round": 2, "base_model": "demo", "fedex-lora": "1", "dtype": "float32"}
+SAME, OTHER = "comes out the same, to the last bit", "gives other noise and other bits, and each repeat spends epsilon again"
 NUMBERS = {"rank": 2, "update_error": 0.0, "output_error": 0.0, "output_bound": None, "tokens": None}
 
 
@@ -45,6 +48,7 @@ def test_a_report(facts, tmp_path):
     flower = html_of(tmp_path / "flower", {"privacy": facts["privacy"]})
     assert "What was asked of each party" in flower
     assert "by the rows that it states" not in flower
+    assert [("own numbers are in its ledger" in one) for one in (html, flower)] == [False, True]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,23 @@ def test_a_private_run_says_it_itself(private_run):
     assert last["privacy"] == final["privacy"] == started.privacy
     assert last["private_clients"] == started.private_clients
     assert "private_clients" not in final
-    assert "What it says of a single record" in page(find_runs([private_run]))[0]
+    html = page(find_runs([private_run]))[0]
+    assert "What it says of a single record" in html
+    assert (SAME in html, OTHER in html) == (False, True)
+    assert "epsilon 8 at delta 0.001" in (private_run / "final" / "trainable" / "README.md").read_text()
+
+
+def test_an_export_says_it(private_run, tmp_path):
+    export(private_run, "adapter", tmp_path / "adapter")
+    assert read_manifest(tmp_path / "adapter")["privacy"] == read_result(private_run / "final").manifest["privacy"]
+
+
+def test_the_console_says_what_is_promised_and_what_is_spent(private_run):
+    done = CliRunner().invoke(app, ["run", str(private_run / "config.toml"), "--out", str(private_run), "--resume"])
+    said = done.stdout.replace("\n", "")
+    assert f"private: epsilon 8 at delta 0.001 for each client, ledger {private_run.parent / 'ledger.jsonl'}" in said
+    epsilon = of_kind(read_events(private_run / "events.jsonl"), Started)[0].private_clients["bone"]["epsilon"]
+    assert f"clients bone, chest, skin: epsilon {epsilon:.4g} of the budget of 8 is spent at delta 0.001 (" in said
 
 
 def test_what_a_start_learnt_is_not_covered(private_run, tmp_path):
@@ -104,3 +124,5 @@ def test_a_card(facts, tmp_path):
     for words in ("epsilon =\n3 at delta = 1e-05", "one record", "add or remove one", "rdp", "norm 0.5"):
         assert words in private
     assert "privacy" not in result.manifest
+    html = page(find_runs([tmp_path / "run"]))[0]
+    assert (SAME in html, OTHER in html) == (True, False)

@@ -1,7 +1,6 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -58,18 +57,19 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a federation on this machine, as a TOML file says."""
-    from fedex_lora.config import read_config
+    from fedex_lora.config import Config, read_config
 
     out = out or Path("runs") / config.stem
     overrides = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
     settings = read_config(config, overrides, begun=out if resume else None)
     from fedex_lora.cli._around_run import dry_run_of, ending_lines, said_before
     from fedex_lora.cli.console import Display
+    from fedex_lora.runs.emit import Emit
     from fedex_lora.runs.run import run as run_here
     from fedex_lora.runs.simulation import LocalSimulation
     from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 
-    console, ends = consoles(as_json), list[Event]()
+    console, ends, places = consoles(as_json), list[Event](), list[LocalSimulation]()
     if dry_run:
         dry_run_of(settings, console, as_json)
         return
@@ -79,13 +79,16 @@ def run(
             ends.append(event)
         display(event)
 
+    def home(settings: Config, emit: Emit) -> LocalSimulation:
+        places.append(said_before(settings, emit, console, begins=not resume))
+        return places[0]
+
     try:
         with Display(console) as display:
-            home = LocalSimulation if resume else partial(said_before, console=console)
             state = run_here(settings, out, both, resume, home)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
-    for line in ending_lines(state, out):
+    for line in ending_lines(state, out, places[0].pool.accounts):
         console.print(line, highlight=False)
     if as_json:
         last = {name: value for event in ends for name, value in event.fields().items()}

@@ -48,8 +48,10 @@ def _show(said: Mapping[str, Any], console: "Console") -> None:
         "noise": "of all",
         "epsilon": "epsilon",
     }
-    names |= {"spent": "spent so far", "rounds_left": "rounds left"}
-    clients = {name: {**row, "times": f"{row['round_steps']} x {said['rounds']}"} for name, row in said["clients"].items()}
+    names |= {"spent": "spent so far", "paid": "rounds paid"}
+    rounds = said["rounds"]
+    clients = {name: {**row, "times": f"{row['round_steps']} x {rounds}"} for name, row in said["clients"].items()}
+    clients |= {name: {**row, "paid": f"{row['rounds_paid']} of {rounds}"} for name, row in clients.items() if "rounds_paid" in row}
     shown = [key for key in names if any(row.get(key) is not None for row in clients.values())]
     if clients:
         title = f"{said['method']}, {said['rounds']} rounds: epsilon of a record, at delta {said['delta']:g}"

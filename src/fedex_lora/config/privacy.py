@@ -1,9 +1,9 @@
 """`[privacy]`: local training that says little of any single record, by DP-SGD (Abadi et al. 2016), accounted for by each party."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from fedex_lora.config.tables import ConfigTable
 
@@ -19,7 +19,10 @@ class Privacy(ConfigTable):
     """
 
     epsilon: float | None = Field(
-        None, gt=0, le=100, description="Of this run, for each client: its training is private, to so much. Nothing said: it is not."
+        None,
+        gt=0,
+        le=100,
+        description="Of this run, for each client, at most 100: its training is private, to so much. Nothing said: it is not.",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Of (epsilon, delta): less than one over the rows.")
     clip_norm: float = Field(
@@ -31,7 +34,7 @@ class Privacy(ConfigTable):
         "number is nobody's business, for one record changes it.",
     )
     budget: float | None = Field(
-        None, gt=0, le=100, description="The most epsilon of all runs on a client's rows together; by default `epsilon`."
+        None, gt=0, le=100, description="The most epsilon of all runs on a client's rows together, at most 100; by default `epsilon`."
     )
     ledger: Path | None = Field(
         None, description="The file in which all that was ever trained on these rows is written down (fedex-lora ledger)."
@@ -41,6 +44,16 @@ class Privacy(ConfigTable):
         description="How epsilon is computed: numerically (Gopi et al. 2021), or by Rényi divergences (Mironov et al. 2019), which is "
         "looser.",
     )
+
+    @field_validator("rows", mode="wrap")
+    @classmethod
+    def _in_plain_words(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(
+                f"privacy.rows = {value!r}: give a whole number from 1 up, or one for each client: {{ north = 500 }}"
+            ) from None
 
     @property
     def is_on(self) -> bool:

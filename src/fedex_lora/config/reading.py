@@ -19,10 +19,10 @@ WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
 
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with what suits LoRA and the kind of task, where it says nothing: rank, alpha, learning rate."""
+    """The same with what suits LoRA, privacy and the kind of task, where it says nothing: rank, alpha, learning rate, held-out rows."""
     made, task, lora = dict(tree), tree.get("task", {}), tree.get("lora", {})
-    clients, training = tree.get("clients", {}), tree.get("training", {})
-    if not all(isinstance(table, Mapping) for table in (task, lora, clients, training)):
+    clients, training, privacy = tree.get("clients", {}), tree.get("training", {}), tree.get("privacy", {})
+    if not all(isinstance(table, Mapping) for table in (task, lora, clients, training, privacy)):
         return made  # the models say what is wrong
     read = task.get("kind", "classification") not in WRITTEN and str(task.get("name", "")).startswith(("custom", "glue/"))
     ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
@@ -32,6 +32,8 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
         made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
     if tree.get("method") != "full-ft":
         made["training"] = {"learning_rate": READ_RATE if read else WRITTEN_RATE, **training}
+    if privacy.get("epsilon") is not None:
+        made["clients"] = {"holdout": 0.0, **clients}
     return made
 
 

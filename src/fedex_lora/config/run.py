@@ -211,6 +211,15 @@ class Config(Rules):
         return self
 
     @model_validator(mode="after")
+    def _nothing_private_is_held_out(self) -> "Config":
+        if self.privacy.is_on and "holdout" in self.clients.model_fields_set and self.clients.holdout:
+            raise ValueError(
+                f"clients.holdout = {self.clients.holdout:g} does not go with privacy.epsilon, for nothing is measured on private rows: "
+                "set it to 0, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _start_has_one_rank(self) -> "Config":
         if self.base.start is not None and self.clients.ranks:
             raise ValueError("base.start goes on with one adapter for all: remove clients.ranks")

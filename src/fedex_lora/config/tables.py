@@ -167,7 +167,7 @@ class Clients(ConfigTable):
     ranks: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="A rank for each client, in the order of their names; the largest is lora.r."
     )
-    holdout: float = Field(0.1, ge=0, lt=1, description="Share of a client's rows that it keeps to measure on.")
+    holdout: float = Field(0.1, ge=0, lt=1, description="Share of a client's rows that it keeps to measure on; with privacy 0.")
     quorum: float = Field(
         1.0,
         gt=0,

@@ -94,7 +94,7 @@ def export(
         "method": result.manifest["method"],
         "round": result.manifest["round"],
         "base_model": name,
-        **{key: result.manifest[key] for key in ("base_dtype", "base_quantization", "labels") if key in result.manifest},
+        **{key: result.manifest[key] for key in ("base_dtype", "base_quantization", "labels", "privacy") if key in result.manifest},
         "fedex-lora": __version__,
     }
     want, bare, frozen = _logits_with_and_without(result, name)

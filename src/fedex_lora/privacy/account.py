@@ -29,10 +29,8 @@ class Standing:
 
     def words(self, account: "Account") -> str:
         """For the party itself, and nobody else."""
-        return (
-            f"client {account.client} has spent epsilon {self.epsilon:.4g} of its budget of {account.budget:g} at delta "
-            f"{account.plan.delta:g}, which pays for {self.paid} of the {self.ahead} rounds ahead ({account.path})"
-        )
+        said = f"epsilon {self.epsilon:.4g} of the budget of {account.budget:g} is spent at delta {account.plan.delta:g}"
+        return said + (f", which pays for {self.paid} of the {self.ahead} rounds ahead" if self.ahead else "") + f" ({account.path})"
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def _accounted(history: Sequence[tuple[float, float, int]], accountant: str, **o
                 f"({type(error).__name__}): "
                 + ('set privacy.accountant = "rdp"' if accountant == "prv" else "take a larger delta, or fewer steps")
             ) from None
-    return math.inf if math.isnan(found) else found
+    return math.inf if math.isnan(found) else max(0.0, found)
 
 
 @lru_cache(maxsize=1024)
@@ -175,20 +175,17 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
     privacy = config.privacy
     rows, batch = privacy.stated(client), _batch(config)
     if privacy.epsilon is None or rows is None:
-        raise ConfigError(f"client {client} has not stated how many rows it trains on: set privacy.rows")
+        raise ConfigError("no number of rows is stated: set privacy.rows")
     if rows < batch:
-        raise ConfigError(f"client {client} states {rows} rows, and a batch has {batch}: set training.per_device_train_batch_size lower")
+        raise ConfigError(f"{rows} rows are stated, and a batch has {batch}: set training.per_device_train_batch_size lower")
     if rows > config.messages.max_examples:
-        raise ConfigError(
-            f"client {client} states {rows} rows, and an update may say {config.messages.max_examples}: raise messages.max_examples"
-        )
+        raise ConfigError(f"{rows} rows are stated, and messages.max_examples is {config.messages.max_examples}: raise it")
     if privacy.delta >= 1 / rows:
-        raise ConfigError(f"privacy.delta = {privacy.delta:g} is not below 1 / {rows} rows of client {client}: one record might be shown")
+        raise ConfigError(f"privacy.delta = {privacy.delta:g} is not below 1 / {rows} rows, so one record might be shown: set it lower")
     steps = _steps(config, rows, batch)
     if steps * config.rounds > MOST_STEPS:
         raise ConfigError(
-            f"client {client} would train {steps * config.rounds} private steps, and may train {MOST_STEPS}: take fewer rounds or "
-            "epochs, or larger batches"
+            f"{steps * config.rounds} private steps, and there may be {MOST_STEPS}: take fewer rounds or epochs, or larger batches"
         )
     rate = batch / rows
     sigma = noise_for(privacy.epsilon, privacy.delta, rate, steps * config.rounds, privacy.accountant)

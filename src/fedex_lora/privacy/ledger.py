@@ -103,6 +103,8 @@ def parse_ledger(payload: bytes, name: str) -> list[RoundLine]:
         try:
             line = _LINE.validate_json(text)
         except ValidationError:
+            if number == 1:
+                raise StorageError(f"{name} is no ledger: give another path, or bring the ledger back from where it is whole") from None
             raise StorageError(f"{name}: line {number} is none of a ledger: bring the file back from where it is whole") from None
         if isinstance(line, Begun) != (number == 1) or (not isinstance(line, Begun | LedgerEntry) and line.question not in entered):
             raise StorageError(f"{name}: line {number} does not follow the lines before it: bring the file back from where it is whole")
@@ -110,9 +112,7 @@ def parse_ledger(payload: bytes, name: str) -> list[RoundLine]:
             found.append(line)
             entered.add(line.question)
     if not whole:
-        raise StorageError(
-            f"{name} is no ledger: remove it if nothing was ever trained on these rows, and fedex-lora ledger {name} --begin"
-        )
+        raise StorageError(f"{name} is no ledger: give another path, or, if nothing was ever trained on these rows, remove it and begin it")
     return found
 
 
@@ -138,7 +138,7 @@ def read_ledger(path: Path) -> list[RoundLine]:
     except FileNotFoundError:
         raise _missing(path) from None
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}") from None
+        raise StorageError(f"{path} cannot be read: {error.strerror}: give the path of a ledger") from None
 
 
 def _missing(path: Path) -> PrivacyError:
@@ -163,6 +163,8 @@ def begin_ledger(path: Path) -> None:
         fsync(path.parent)
     except FileExistsError:
         raise UsageError(f"{path} is there already, and a ledger begins once: give another path for rows that share no record") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise StorageError(f"cannot write {path}: there is no folder {path.parent}: make it first") from None
     except OSError as error:
         raise cannot_write(path, error) from None
 

@@ -160,4 +160,5 @@ def _setup(label: str, run: Run) -> dict[str, Any]:
     done = of_kind(run.events, RoundDone)
     missed = bool(of_kind(run.events, ClientRejected)) or any(event.skipped for event in done)
     exact = any(event.exactness_error is not None for event in done)
-    return {"label": label, "config": text, "environment": environment, "seed": run.config.get("seed"), "exact": exact, "missed": missed}
+    flags = {"exact": exact, "missed": missed, "private": bool(started.privacy)}
+    return {"label": label, "config": text, "environment": environment, "seed": run.config.get("seed"), **flags}

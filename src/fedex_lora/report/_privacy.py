@@ -22,8 +22,9 @@ def privacy_section(groups: Sequence[Group]) -> Section:
     items = [sortable("What was asked of each party, over all rounds", runs, numbers, {"clip_norm": "clip norm"})]
     if len(clients):
         items.append(sortable("Each party, by the rows that it states", clients, numbers, {"rows": "stated rows", "rate": "q"}))
+    own = "" if len(clients) else " Each node's own numbers are in its ledger: the server is not told them."
     note = (
         "Epsilon is each party's own, of this run on its own rows; it is not a sum over the parties, and other runs on the same rows spend "
-        "more. A node may have been stricter than the run asked for. A person with many records has less protection than one record."
+        "more. A node may have been stricter than the run asked for. A person with many records has less protection than one record." + own
     )
     return Section("What it says of a single record", note, items)

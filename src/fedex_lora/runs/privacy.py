@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from transformers import Trainer
 
 from fedex_lora.aggregation import METHODS, get_method
 from fedex_lora.client.arguments import training_arguments
-from fedex_lora.config import Config
+from fedex_lora.config import Config, Privacy
 from fedex_lora.errors import ConfigError
 from fedex_lora.models.outline import outline
-from fedex_lora.privacy.accounting import PrivacyPlan, privacy_plan
+from fedex_lora.privacy.accounting import PrivacyPlan
 from fedex_lora.privacy.noise import UpdateNoise, noise_of_training, noise_of_update
-from fedex_lora.runs.private import accounts_of, digests_of
+from fedex_lora.runs.private import accounts_of, digests_of, plans_or_problems
 from fedex_lora.server.checks import participants, require_consistent
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.dealt import dealt
@@ -32,14 +33,9 @@ def plans_of(config: Config, clients: Collection[str]) -> dict[str, PrivacyPlan]
     Raises:
         ConfigError: all that is wrong with all of them, in one line.
     """
-    found, wrong = dict[str, PrivacyPlan](), list[str]()
-    for client in sorted(clients):
-        try:
-            found[client] = privacy_plan(config, client)
-        except ConfigError as error:
-            wrong.append(str(error))
+    found, wrong = plans_or_problems(config, sorted(clients))
     if wrong:
-        raise ConfigError("; ".join(dict.fromkeys(wrong)))
+        raise ConfigError("; ".join(wrong))
     return found
 
 
@@ -115,13 +111,15 @@ def update_noise(config: Config, adapter: Adapter, plans: Mapping[str, PrivacyPl
 
 def factor_noise(config: Config, plan: PrivacyPlan) -> float:
     """Standard deviation of the noise in each number of a client's factors after round 1."""
-    arguments, steps = training_arguments(config), plan.round.steps
-    arguments.remove_unused_columns = False
+    steps = plan.round.steps
 
     def stepping(numbers: nn.Parameter) -> tuple[Optimizer, Any]:
         model = nn.Module()
         model.weight = numbers
-        trainer = Trainer(model=model, args=arguments)
+        with TemporaryDirectory() as folder:  # Trainer makes its own
+            arguments = training_arguments(config, folder)
+            arguments.remove_unused_columns = False
+            trainer = Trainer(model=model, args=arguments)
         trainer.create_optimizer_and_scheduler(steps * (plan.rounds if config.local.schedule == "run" else 1))
         optimizer: Any = trainer.optimizer
         schedule: Any = trainer.lr_scheduler
@@ -136,15 +134,16 @@ def describe_privacy(config: Config) -> dict[str, Any]:
     Returns:
         `method`, `rounds`, `epsilon`, `delta`, `accountant`, `clip_norm`, `trained` (numbers); `clients`: name -> its plan, with the noise
         beside the clip norm, `each` of a single number and `noise` of all that are trained, and where there is a ledger what is `spent`
-        and how many `rounds_left` it pays for; `allows`: client -> epsilon -> sigma and these, for epsilon 1, 3 and 8; `notes`: lines.
+        and how many `rounds_paid` it pays for; `allows`: client -> epsilon -> sigma and these, for epsilon 1, 3 and 8; `notes`: lines.
         Clients that state alike are one, "each of N".
 
     Raises:
         FedexLoraError: the settings give no privacy, or the rows or the model are not there.
     """
     task, parts = dealt(config)
-    require_consistent(config, len(parts))
-    shapes, privacy = outline(config, task.kind, task.model_config), config.privacy
+    privacy = config.privacy
+    require_consistent(config if privacy.is_on else config.model_copy(update={"privacy": Privacy()}), len(parts))
+    shapes = outline(config, task.kind, task.model_config)
     alike = not isinstance(privacy.rows, dict) and len(parts) > 1
     names = {next(iter(parts)): f"each of {len(parts)}"} if alike else {client: client for client in sorted(parts)}
 
@@ -181,7 +180,7 @@ def _with_budget(
     if privacy.ledger is None or not privacy.ledger.exists():
         return rows
     standing = {client: account.standing() for client, account in accounts_of(config, list(parts), digests_of(task, parts)).items()}
-    left = {client: {"spent": one.epsilon, "rounds_left": one.paid} for client, one in standing.items()}
+    left = {client: {"spent": one.epsilon, "rounds_paid": one.paid} for client, one in standing.items()}
     most = max(left.values(), key=lambda one: one["spent"])
     return {name: {**row, **left.get(name, most)} for name, row in rows.items()}
 

@@ -1,6 +1,6 @@
 """What the clients of a run must have said of their privacy, and whether their ledgers pay for it: told before anything is written."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,29 @@ def digests_of(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> dict
     return {client: rows_digest(task.train.iloc[np.concatenate(held)].to_dict("records")) for client, held in parts.items()}
 
 
+def grouped_by_client(said: Iterable[tuple[str, str]]) -> list[str]:
+    """What is to be said of clients, once for all of whom it is said.
+
+    >>> grouped_by_client([("north", "no rows"), ("south", "too few steps"), ("west", "no rows")])
+    ['clients north, west: no rows', 'client south: too few steps']
+    """
+    clients = dict[str, list[str]]()
+    for client, words in said:
+        clients.setdefault(words, []).append(client)
+    return [f"client{'s' if len(names) > 1 else ''} {', '.join(names)}: {words}" for words, names in clients.items()]
+
+
+def plans_or_problems(config: Config, clients: Iterable[str]) -> tuple[dict[str, PrivacyPlan], list[str]]:
+    """Client -> what its private training is; and what is wrong with that of others."""
+    plans, problems = dict[str, PrivacyPlan](), list[tuple[str, str]]()
+    for client in clients:
+        try:
+            plans[client] = privacy_plan(config, client)
+        except ConfigError as error:
+            problems.append((client, str(error)))
+    return plans, grouped_by_client(problems)
+
+
 def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str] | None = None) -> dict[str, Account]:
     """The account of each client by its ledger; none where training is not private.
 
@@ -34,18 +57,15 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
     privacy = config.privacy
     if not privacy.is_on:
         return {}
-    problems, plans = list[str](), dict[str, PrivacyPlan]()
+    plans, wrong = plans_or_problems(config, clients)
+    problems = list[str]()
     if config.task.needs_labels:
         problems.append("task.labels is not set: name all classes there, for those of the rows would say which ones there are")
     if isinstance(privacy.rows, dict):
         for name in sorted(privacy.rows.keys() - set(clients)):
             near = nearest(name, sorted(clients))
             problems.append(f"privacy.rows.{name} is no client: " + (f"did you mean {near}?" if near else f"they are {', '.join(clients)}"))
-    for client in clients:
-        try:
-            plans[client] = privacy_plan(config, client)
-        except ConfigError as error:
-            problems.append(str(error))
+    problems += wrong
     if privacy.ledger is None:
         problems.append("privacy.ledger is not set: name a file there, and begin it: fedex-lora ledger FILE --begin")
     else:
@@ -54,7 +74,7 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
         except FedexLoraError as error:
             problems.append(str(error))
     if problems or privacy.ledger is None:
-        raise ConfigError("; ".join(dict.fromkeys(problems)), "privacy")
+        raise ConfigError("; ".join(problems), "privacy")
     budget = privacy.budget or privacy.epsilon or 0.0
     made = blake3(config.task.model_dump_json().encode()).hexdigest()[:16]
     account = partial(Account, privacy.ledger, budget=budget, accountant=privacy.accountant, task=made)
@@ -73,11 +93,18 @@ def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:
     Raises:
         ConfigError: one does not pay for the next round.
     """
-    notes, problems = list[str](), list[str]()
+    notes, problems = list[tuple[str, str]](), list[tuple[str, str]]()
     for account in accounts.values():
-        standing = account.standing(run)
+        standing, alone = account.standing(run), account.plan.epsilon
         if standing.paid < standing.ahead:
-            (notes if standing.paid else problems).append(standing.words(account))
+            below = f"the run alone spends {alone:.4g}, so " if alone > account.budget else ""
+            words = f"{standing.words(account)}: {below}raise privacy.budget, or lower privacy.epsilon"
+            (notes if standing.paid else problems).append((account.client, words))
     if problems:
-        raise ConfigError("; ".join(problems), "privacy")
-    return notes
+        raise ConfigError("; ".join(grouped_by_client(problems)), "privacy")
+    return grouped_by_client(notes)
+
+
+def spent_lines(accounts: Mapping[str, Account], run: str) -> list[str]:
+    """What was spent by now, for the console of whoever has the ledger."""
+    return grouped_by_client((client, account.standing(run).words(account)) for client, account in accounts.items())

@@ -22,10 +22,24 @@ def require_consistent(config: Config, clients: int) -> None:
     """
     method = get_method(config.method)
     require_private(config)
+    require_epsilon(config)
     _require_ranks(config, method, clients)
     if not method.lora and (config.base.dtype != "float32" or config.base.quantization != "none"):
         raise ConfigError(f"{config.method} trains the base itself: set base.dtype = 'float32' and base.quantization = 'none'")
     require_rules(config, clients, bool(config.clients.ranks))
+
+
+def require_epsilon(config: Config) -> None:
+    """A run whose `[privacy]` says more than what nodes take of it (`clip_norm`) has an epsilon: or it would be plain, without a word.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    said = [key for key in config.privacy.model_dump(exclude_defaults=True) if key != "clip_norm"]
+    if said and not config.privacy.is_on:
+        raise ConfigError(
+            f"[privacy] says {', '.join(said)} and no epsilon, so this run would not be private: set privacy.epsilon, or remove the table"
+        )
 
 
 def require_rules(rules: Rules, clients: int, ranks: bool) -> None:

@@ -37,6 +37,9 @@ This rank-{rank} PEFT adapter is what the clients of a federated run ({method}, 
 frozen base: `../{delta}`. Plain PEFT loads this folder without a word and gives another model.
 Load both with `fedex_lora.load_model(FOLDER, BASE)`, FOLDER being the one above this.
 """
+PRIVATE = """
+Trained by DP-SGD at each party: epsilon {epsilon:g} at delta {delta:g}, of each party's own rows over the whole run; unit: one {unit}.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,7 @@ def write_result(
     with atomic_folder(folder, manifest_of(state.method, state.round, updates, weights) | dict(facts), sums) as temporary:
         if state.adapter:
             write_adapter_folder(temporary / TRAINABLE, state.adapter, state.other, format)
-            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round)
+            write_readme(temporary / TRAINABLE, state.adapter, state.method, state.round, facts.get("privacy"))
         else:
             save_tensors(temporary / WHOLE, state.other, {"format": "pt"})
         save_delta(temporary / DELTA, state.base_delta)
@@ -175,10 +178,13 @@ def manifest_of(method: str, round: int, updates: Sequence[ClientUpdate], weight
     return {"method": method, "round": round, "inputs": inputs}
 
 
-def write_readme(trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int) -> None:
-    """Beside an adapter that is only right on top of a base delta: that it is."""
+def write_readme(
+    trainable: Path, adapter: Mapping[str, LoRAPair], method: str, round: int, privacy: Mapping[str, Any] | None = None
+) -> None:
+    """Beside an adapter that is only right on top of a base delta: that it is; and what a private run promised."""
     rank = max(pair.rank for pair in adapter.values())
     text = README.format(rank=rank, method=method, round=round, delta=DELTA)
+    text += PRIVATE.format(**privacy) if privacy else ""
     (trainable / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ root_certificates = "ca.crt"                 # from the server
 # epsilon = 3.0                              # private training (docs/privacy.md), of a run at most so much
 # stated_rows = 500                          # what you say of how many rows there are
 # ledger = "ledger.jsonl"                    # of all that was trained on them: fedex-lora ledger FILE --begin
-# budget = 3.0                               # epsilon of all runs together; by default of one
+# budget = 6.0                               # of all runs together at most so much; unset: epsilon
 # delta = 1e-5                               # of (epsilon, delta)
 # accountant = "prv"                         # or "rdp"
 """

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from fedex_lora.config import located, nearest
 from fedex_lora.engines.flower import ENVIRONMENT
-from fedex_lora.engines.flower._settings import PRIVATE, NodeSettings, node_settings, read_settings
+from fedex_lora.engines.flower._settings import NodeSettings, node_settings, read_settings
 from fedex_lora.errors import ConfigError, FedexLoraError
 from fedex_lora.privacy.ledger import read_ledger
 
@@ -87,7 +87,8 @@ def node_file(path: Path) -> Startable:
     Raises:
         ConfigError: it is not there, or is not TOML.
     """
-    given, problems = _read(_tree(path), path.absolute().parent, Supernode, NodeSettings)
+    tree = _tree(path)
+    given, problems = _read(tree, path.absolute().parent, Supernode, NodeSettings)
     problems += [f"{name} is missing: add it" for name in ("superlink", "auth_supernode_private_key") if not given.get(name)]
     address = str(given.get("superlink", ""))
     if address and not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d+", address):
@@ -96,9 +97,8 @@ def node_file(path: Path) -> Startable:
         problems.append("train is a file in data, which is missing: add it")
     elif given.get("train") and Path(given["data"]).is_dir() and (fault := _file(Path(given["data"], given["train"]))):
         problems.append(f"train: {fault}")
-    if any(given.get(name) for name in (*PRIVATE, "delta", "budget", "accountant")):
-        problems += [f"{name} is missing ({words}): add it" for name, words in PRIVATE.items() if not given.get(name)]
     about = {name: value for name, value in given.items() if name in _names(NodeSettings)}
+    problems += NodeSettings(**about).private_problems({key for key, value in tree.items() if value != ""})
     problems += [f"{name} = {value!r}: Flower cannot take a double quote" for name, value in about.items() if '"' in str(value)]
     return Startable(["flower-supernode", *_options(given, Supernode), "--node-config", node_words(about)], problems, given)
 

@@ -95,7 +95,7 @@ class Node:
             reply = pool.answer(request.client, request.payload)
             with suppress(FedexLoraError):  # of a ledger that was moved away meanwhile: the answer is in it
                 for account in accounts.values():
-                    log_of(request.node).info(account.standing(folder.name).words(account))
+                    log_of(request.node).info("%s: %s", account.client, account.standing(folder.name).words(account))
             return reply
 
     def _ready(self, request: NodeRequest, settings: NodeSettings) -> tuple[ModelContext, Mapping[str, ClientData], Mapping[str, Account]]:

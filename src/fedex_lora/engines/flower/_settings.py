@@ -2,7 +2,7 @@
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ PRIVATE = {
     "stated_rows": "the number of rows that it states",
     "ledger": "where it writes down what was spent",
 }
+MORE = ("delta", "budget", "accountant")  # what else it may say of its privacy
 SIMULATION = ("partition-id", "num-partitions")  # Flower's own keys: in a simulation all rows are on this machine
 T = TypeVar("T")
 
@@ -106,8 +107,7 @@ class NodeSettings:
 
     def _privacy(self, run: Privacy) -> Privacy:
         """This party's own: of the run's it is the clip norm, and an epsilon or a delta that is smaller still."""
-        said = {name: getattr(self, name) for name in ("epsilon", "delta", "budget", "ledger", "accountant")} | {"rows": self.stated_rows}
-        said = {name: value for name, value in said.items() if value}
+        said = self._said
         if not said and not run.is_on:
             return run
         if missing := [key for key, value in PRIVATE.items() if not getattr(self, key)]:
@@ -118,14 +118,41 @@ class NodeSettings:
                 + ("them" if len(missing) > 1 else "it"),
                 "privacy",
             )
-        try:
-            own = Privacy.model_validate({"clip_norm": run.clip_norm, "budget": self.epsilon, **said})
-        except ValidationError as error:
-            raise ConfigError(f"this node's privacy: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", "privacy") from None
-        if self.max_rows:
-            raise ConfigError("max_rows does not go with privacy: one row more or less would draw others: remove it", "privacy")
+        if problems := self.private_problems(PRIVATE):
+            raise ConfigError(f"this node's privacy: {'; '.join(problems)}", "privacy")
+        own = Privacy.model_validate({"clip_norm": run.clip_norm, "budget": self.epsilon, **said})
         smaller = {"epsilon": min(self.epsilon, run.epsilon), "delta": min(own.delta, run.delta)} if run.epsilon else {}
         return own.model_copy(update={"epsilon": self.epsilon, **smaller})
+
+    @property
+    def _said(self) -> dict[str, Any]:
+        """What it says of its privacy, under the names of `[privacy]`."""
+        said = {name: getattr(self, name) for name in (*PRIVATE, *MORE) if name != "stated_rows"} | {"rows": self.stated_rows}
+        return {name: value for name, value in said.items() if value}
+
+    def private_problems(self, named: Collection[str]) -> list[str]:
+        """What of this party's own privacy is missing, or cannot be; nothing where it says nothing of it.
+
+        Args:
+            named: the keys that it was given, also with values that were refused.
+        """
+        keys = {key.replace("-", "_") for key in named}
+        if not keys & {*PRIVATE, *MORE}:
+            return []
+        problems = [f"{name} is missing ({words}): add it" for name, words in PRIVATE.items() if name not in keys]
+        try:
+            Privacy.model_validate(self._said)
+        except ValidationError as error:
+            problems += [f"{one['loc'][0]} = {one['input']}: {one['msg'][:1].lower()}{one['msg'][1:]}" for one in error.errors()]
+        if self.stated_rows and 1 / self.stated_rows <= (delta := self.delta or Privacy().delta) < 1:
+            problems.append(f"delta = {delta:g} is not below 1 / {self.stated_rows} stated rows: one record might be shown: set it lower")
+        if 0 < self.budget < self.epsilon:
+            problems.append(f"budget = {self.budget:g} does not pay for one run of epsilon = {self.epsilon:g}: raise it, or lower epsilon")
+        if self.max_rows:
+            problems.append("max_rows does not go with privacy: one row more or less would draw others: remove it")
+        if self.trainer:
+            problems.append("trainer does not go with privacy: another's loop clips and adds noise where it likes: remove it")
+        return problems
 
     def _trainer(self, config: Config) -> str | None:
         """This party's own, never the server's; but ours is no substitute for another."""
@@ -166,9 +193,12 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
     settings = read_settings(NodeSettings(), {key: value for key, value in given.items() if key not in SIMULATION}, "node config")
     if settings.rows not in ("own", "dealt"):
         raise ConfigError(f'node config rows = {settings.rows!r}: give "own" or "dealt"', "settings")
-    numbers = ("threads", "max_rows", "max_megabytes", "epsilon", "delta", "stated_rows", "budget")
-    if low := next((name for name in numbers if not getattr(settings, name) >= 0), None):
-        raise ConfigError(f"node config {low.replace('_', '-')} = {getattr(settings, low):g}: give a number from zero up", "settings")
+    for key in given:
+        name = key.replace("-", "_")
+        value, private = getattr(settings, name, None), name in ("epsilon", "delta", "stated_rows", "budget")
+        if isinstance(value, int | float) and not (value > 0 if private else value >= 0):
+            low = "above 0" if private else "from zero up"
+            raise ConfigError(f"node config {key} = {value:g}: give a number {low}", "settings")
     return replace(settings, rows="dealt") if simulated else settings
 
 

@@ -10,6 +10,7 @@ from fedex_lora import __version__
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config, write_config
 from fedex_lora.errors import UsageError
+from fedex_lora.server.checks import require_epsilon
 from fedex_lora.storage.files import write_text
 
 FLOWER = "flwr>=1.41,<1.42"  # tested with 1.41.0
@@ -50,6 +51,7 @@ def write_app(folder: Path, config: Config, out: str, clients: list[str]) -> Non
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty: give another folder, or remove it")
     require_federated(config, clients)
+    require_epsilon(config)
     if len(set(clients)) < len(clients) or any('"' in client for client in clients):
         raise UsageError(f"clients {', '.join(clients)}: give each name once, without double quotes")
     if clients and config.task.needs_labels:

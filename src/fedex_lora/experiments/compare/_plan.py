@@ -133,7 +133,8 @@ def planned(config: Config, protocol: Protocol, out: Path) -> Plan:
     if both := sorted(set(seeds) & set(tuning or [])):
         raise UsageError(f"seed {both[0]} is among the seeds and the tuning seeds: what is chosen on a seed is not tested on it")
     if config.clients.holdout == 0:
-        raise UsageError("clients.holdout is 0, so there are no rows to choose settings on: set it to 0.1, say")
+        mend = "remove privacy.epsilon, for private rows are not measured on" if config.privacy.is_on else "set it to 0.1, say"
+        raise UsageError(f"clients.holdout is 0, so there are no rows to choose settings on: {mend}")
     if odd := [number for number in protocol.at if not 1 <= number <= config.rounds]:
         raise UsageError(f"round {odd[0]} is out of range: the runs have rounds 1 to {config.rounds}")
     grid = normal(flat(protocol.grid) if protocol.grid is not None else {RATE: grid_around(config)})
