@@ -147,7 +147,7 @@ def test_an_epsilon_that_is_no_number_pays_for_nothing(tmp_path, monkeypatch):
     opened = Account(tmp_path / "ledger", "a", privacy_plan(config(), "a"), 3.0, "rdp")
     with monkeypatch.context() as patch:
         patch.setattr("fedex_lora.privacy.account.spent", lambda *given: math.nan)
-        with pytest.raises(PrivacyError, match="epsilon would be nan"):
+        with pytest.raises(PrivacyError, match="epsilon nan"):
             opened.enter("run", 1)
     assert read_ledger(tmp_path / "ledger") == []
     opened.enter("run", 1)
