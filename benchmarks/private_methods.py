@@ -12,9 +12,8 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ class Study:
     seeds: tuple[int, ...]
     tuning_seed: int
     tables: dict[str, Any]
-    plain: Mapping[str, str] = MappingProxyType({})
+    plain: Mapping[str, str] = field(default_factory=dict)
     headline: str = "accuracy"
 
 
