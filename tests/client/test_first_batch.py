@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
+from datasets import Dataset
 from tests.runs.test_run import ignore
 from tests.tasks.test_rows import bytewise
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
+from fedex_lora.client.probe import fitting
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import parse_config
 from fedex_lora.errors import ConfigError, FedexLoraError, ModelError
@@ -91,3 +94,15 @@ def test_the_loss_of_texts_does_not_depend_on_the_batches(rows, tmp_path):
         host = LocalSimulation(setting(folder, rows, {"per_device_eval_batch_size": size}), ignore).host
         losses.append(evaluate(host.place.model, host.eval, host.place.work)["loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_positions_are_counted_from_behind_the_padding():
+    """RoBERTa's table has two more than tokens can have: a row of 33 in a table of 34 ends in an index that is out of range."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=20, max_position_embeddings=34, pad_token_id=1, **shape))
+    fits, more = (Dataset.from_dict({"input_ids": [[5] * size]}) for size in (32, 33))
+    assert len(fitting(model, fits)) == 1
+    assert len(fitting(model, more)) == 0
+    model(torch.tensor(fits["input_ids"][:]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor(more["input_ids"][:]))

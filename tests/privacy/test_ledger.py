@@ -12,7 +12,7 @@ from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError, PrivacyError, StorageError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest, spendings
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, spent
-from fedex_lora.privacy.ledger import Answered, Failed, LedgerEntry, begin_ledger, parse_ledger, read_ledger
+from fedex_lora.privacy.ledger import Again, Answered, Failed, LedgerEntry, begin_ledger, parse_ledger, read_ledger
 
 DELTA = 1e-5
 
@@ -50,11 +50,11 @@ def test_a_round_is_entered_once_and_charged_to_all_runs(ledger):
     one = account(ledger)
     one.enter("first", 1)
     one.enter("first", 1)  # killed before its answer: the same entry
-    assert len(read_ledger(ledger)) == 1
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again]
     one.answered("first", 1, b"answer")
     one.answered("first", 1, b"answer")
     one.enter("second", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Answered, LedgerEntry]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Answered, LedgerEntry]
     assert one.standing().epsilon == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
     for number in (0, 1):
         with pytest.raises(PrivacyError, match="a second release"):
@@ -71,14 +71,37 @@ def test_of_two_processes_in_one_round_one_answers(ledger):
         with pytest.raises(PrivacyError, match="another process answered round 1 of run run meanwhile"):
             other.answered("run", 1, b"another answer")
     one.answered("run", 1, b"one answer")  # sent again
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Answered]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Answered]
+
+
+def test_of_two_processes_whoever_fails_ends_the_entry(ledger):
+    """What the other one makes of it is no longer nobody's knowledge."""
+    one, other = account(ledger, budget=50.0), account(ledger, budget=50.0)
+    for each in (one, other):
+        each.enter("run", 1)
+    one.failed("run", 1)
+    with pytest.raises(PrivacyError, match="no open entry"):
+        other.answered("run", 1, b"answer")
+    other.failed("run", 1)
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Failed, LedgerEntry, Failed]
+
+
+def test_who_is_stopped_again_and_again_pays_at_last(ledger, monkeypatch):
+    """Whether a process dies may depend on rows; and what cannot be written lets nobody train."""
+    one = account(ledger, budget=50.0)
+    for _ in range(6):
+        one.enter("run", 1)
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, *[Again] * 4, LedgerEntry]
+    monkeypatch.setattr(os, "write", lambda *_: 0)
+    with pytest.raises(StorageError):
+        one.enter("run", 1)
 
 
 def test_another_task_is_another_question(ledger):
     """Whether a round fails is an answer of a kind, so it is charged."""
     for task in ("one", "other", "other"):
         account(ledger, task=task).enter("run", 1)
-    assert [line.task for line in read_ledger(ledger)] == ["one", "other"]
+    assert [line.task for line in read_ledger(ledger) if isinstance(line, LedgerEntry)] == ["one", "other"]
 
 
 def test_a_round_with_other_noise_has_an_entry_of_its_own(ledger):
@@ -137,7 +160,7 @@ def test_an_entry_whose_training_failed_is_spent(ledger):
         one.enter("run", 1)
     one.failed("run", 1)
     one.enter("run", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Failed, LedgerEntry]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Failed, LedgerEntry]
     assert one.standing().epsilon == spent([one.plan.round] * 2, DELTA, "rdp")
 
 
@@ -156,7 +179,8 @@ def test_a_run_spends_no_more_than_its_epsilon(ledger):
     with pytest.raises(PrivacyError, match="that failed"):
         one.enter("other", 5)
     one.enter("another", 1)
-    assert one.standing("other").paid == 0
+    standing = one.standing("other")
+    assert (standing.ahead, standing.paid, standing.failed) == (1, 0, True)
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_is_torn(ledger):

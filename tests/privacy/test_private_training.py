@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from fedex_lora.aggregation import METHODS
-from fedex_lora.client.private import LEFT, PrivateOptimizer, losses_of, per_example_gradients, private_trainer
+from fedex_lora.client.private import LEFT, PrivateOptimizer, _in_parts, losses_of, per_example_gradients, private_trainer
 from fedex_lora.client.private_probe import require_sound
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, _trainer, continued, evaluate, local_update
@@ -100,6 +100,10 @@ def plan(sigma=0.0, rate=1.0, steps=1, batch=ROWS, clip=HUGE, rows=ROWS):
 
 def norm(gradient):
     return math.sqrt(sum(float(one.double().square().sum()) for one in gradient.values()))
+
+
+def stacked(few):
+    return {name: torch.stack([row[name] for row in few]) for name in few[0]}
 
 
 def difference(left, right):
@@ -318,6 +322,45 @@ def test_noise_of_tensors_and_of_steps_is_not_the_same(both):
     assert np.abs(alike - np.eye(len(alike))).max() < 0.7  # of 64 numbers: 5.6 standard deviations
 
 
+def test_a_row_that_the_model_cannot_compute_counts_as_zero(settings, caplog):
+    """A token that it has no embedding for: whether it was drawn must not end the round. Others of its part are as they were."""
+    setting = settings("both")
+    odd = setting.rows.map(lambda row, number: {"input_ids": [10**6] if number == 5 else row["input_ids"]}, with_indices=True)
+    rest = setting.rows.select([number for number in range(ROWS) if number != 5])
+    spoilt, expected = gradient_of(setting, odd, clip=1.0), gradient_of(setting, rest, clip=1.0)
+    assert difference(spoilt, expected) < 1e-5 * norm(expected)
+    assert "counts as zero" in caplog.text
+
+
+def test_rows_that_make_no_batch_are_batches_of_their_own():
+    rows = [{"x": torch.zeros(3)}, {"x": torch.zeros(3)}, {"x": torch.zeros(2)}, {"x": "no tensor"}]
+    made = _in_parts(rows, lambda some: torch.stack([row["x"] for row in some]), 4)
+    assert [tuple(part.shape) for part in made["parts"]] == [(1, 3), (1, 3), (1, 2)]
+
+
+def test_a_factor_that_no_float32_has_is_zero():
+    """Rounded up it would be twice the bound."""
+    one = torch.nn.Parameter(torch.zeros(4))
+    optimizer = PrivateOptimizer(torch.optim.SGD([one]), noise_multiplier=0.0, max_grad_norm=7.2e-8, expected_batch_size=1)
+    for size in (1e38, 1e30, 1e20, 1e10):
+        one.grad_sample, one.summed_grad = torch.tensor([[size, 0.0, 0.0, 0.0]]), None
+        optimizer.clip_and_accumulate()
+        assert float(one.summed_grad.norm()) <= 7.2e-8 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+def test_a_model_that_is_random_by_itself_is_refused(share):
+    class Dropping(nn.Linear):
+        """An owner of what is trained has its own dropout, which hooks need in training."""
+
+        def forward(self, x):
+            return SimpleNamespace(logits=torch.nn.functional.dropout(super().forward(x), share, self.training))
+
+    rows = [{"x": torch.randn(64), "labels": torch.tensor(number)} for number in range(3)]
+    with pytest.raises(ModelError, match="it is random, even without dropout"):
+        require_sound(Dropping(64, 200), rows, stacked, "classification", ("AB",))
+
+
 @pytest.mark.parametrize("size", [1000, 2**20])
 def test_a_norm_is_that_of_float64(size):
     one = torch.nn.Parameter(torch.zeros(size))
@@ -507,12 +550,8 @@ class Odd(nn.Module):
 def test_all_odd_modules_are_told_at_once_and_the_model_is_as_before(mixing):
     model, rows = Odd(mixing), [{"x": torch.randn(4), "labels": torch.tensor(number)} for number in range(3)]
     before = {name: one.clone() for name, one in model.state_dict().items()}
-
-    def batch(few):
-        return {name: torch.stack([row[name] for row in few]) for name in few[0]}
-
     with pytest.raises(ModelError) as error:
-        require_sound(model, rows, batch, "classification", ("AB",))
+        require_sound(model, rows, stacked, "classification", ("AB",))
     for part in ("counted (it keeps buffers", "unused (the loss does not", "tokens (it sees tokens", "raw (it is not called"):
         assert part in str(error.value), str(error.value)
     assert ("beside, plain (its gradient of a row depends on the rows beside it)" in str(error.value)) == mixing

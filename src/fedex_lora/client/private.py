@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from fedex_lora.privacy.secret_numbers import secret_normals, secret_uniforms
 from fedex_lora.tasks import IGNORED
 
 TOLERANCE = 0.05  # of sums of gradients in the lowest precision that there is; a gradient of something else is off by its own size
+log = getLogger(__name__)
+TINY = 1e-30  # a factor of a gradient that says nothing but that it overflows
 LEFT = ("grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample", "_norm_sample")  # on parameters, by Opacus
 
 
@@ -73,6 +76,16 @@ def quieten(model: nn.Module) -> None:
         module.training = True  # Opacus' hooks look
 
 
+def forget(model: nn.Module) -> None:
+    """Leave out what Opacus' hooks kept of a pass that was not finished."""
+    for module in owners(model):
+        vars(module).pop("activations", None)
+        for parameter in module.parameters(recurse=False):
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+            if hasattr(parameter, "_forward_counter"):
+                parameter._forward_counter = 0
+
+
 @contextmanager
 def per_example_gradients(model: nn.Module) -> Iterator[None]:
     """Backward passes leave each example's gradient in `grad_sample` of what is trained; afterwards nothing of it is left.
@@ -114,7 +127,8 @@ class PrivateOptimizer(DPOptimizer):
         samples = [sample.float() for sample in self.grad_samples]
         parts = [vector_norm(sample.flatten(start_dim=1), dim=1, dtype=torch.float64) for sample in samples]
         norms = torch.stack(parts, dim=1).norm(dim=1)
-        factors = torch.where(norms.isfinite(), (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0), 0.0).float()
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        factors = torch.where(norms.isfinite() & (factors > TINY), factors, 0.0).float()  # as float32 it would be rounded up
         for parameter, sample in zip(self.params, samples, strict=True):
             scaled = sample.nan_to_num(0.0, 0.0, 0.0) * factors.view(-1, *[1] * (sample.dim() - 1))
             added = scaled.sum(dim=0)
@@ -193,23 +207,33 @@ class PrivateTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """The sum of all clipped gradients but those of the last part, which the optimiser's step adds; of no rows it is zero."""
+        """The sum of all clipped gradients; the optimiser's step, which adds those of no more rows, makes it the noised mean."""
         quieten(model)
+        for part in inputs["parts"]:
+            self._add(model, self._prepare_inputs(part))
         self._private.zero_grad(set_to_none=True)
-        for number, part in enumerate(inputs["parts"], 1):
-            batch = self._prepare_inputs(part)
+        for parameter in self._private.params:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+        return torch.zeros((), device=self.args.device)
+
+    def _add(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        """The rows of a batch; one that cannot be computed counts as zero, for whether it was drawn must not end a round."""
+        self._private.zero_grad(set_to_none=True)
+        rows = len(batch["labels"])
+        try:
             with self.compute_loss_context_manager():
                 losses = losses_of(model, batch, self._kind)
             losses.sum().backward()  # type: ignore[no-untyped-call]
-            self._require_own(len(losses))
-            if number < len(inputs["parts"]):
-                self._private.signal_skip_step(True)
-                self._private.pre_step()
-                self._private.zero_grad(set_to_none=True)
-        if not inputs["parts"]:
-            for parameter in self._private.params:
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
-        return torch.zeros((), device=self.args.device)
+        except Exception:  # whatever the model makes of a row
+            forget(model)
+            for row in range(rows if rows > 1 else 0):
+                self._add(model, {name: tensor[row : row + 1] for name, tensor in batch.items()})
+            if rows == 1:
+                log.warning("a row was drawn that this model cannot compute: it counts as zero")
+            return
+        self._require_own(rows)
+        self._private.signal_skip_step(True)
+        self._private.pre_step()
 
     def _require_own(self, rows: int) -> None:
         """Each parameter has one gradient a row; and in the first finite batch they are, in sum, what autograd says."""
@@ -231,7 +255,15 @@ def _alike(samples: Any, whole: Any) -> bool:
 
 def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -> dict[str, list[Any]]:
     rows = sorted(rows, key=lambda row: len(row.get("input_ids", ())))  # of one length, for less padding
-    return {"parts": [collate(rows[start : start + size]) for start in range(0, len(rows), size)]}
+    return {"parts": [made for start in range(0, len(rows), size) for made in _collated(rows[start : start + size], collate)]}
+
+
+def _collated(rows: list[Any], collate: Callable[[list[Any]], Any]) -> list[Any]:
+    """The rows as one batch; where they do not fit together, those that can be one as batches of their own."""
+    try:
+        return [collate(rows)]
+    except Exception:  # of whatever a row has in it
+        return [made for row in rows if len(rows) > 1 for made in _collated([row], collate)]
 
 
 class _Moves(TrainerCallback):

@@ -17,6 +17,7 @@ BESIDE = "its gradient of a row depends on the rows beside it"
 CALLED = "it is not called as a module, so nothing sees its rows"
 FOREIGN = "Opacus cannot differentiate it row by row"
 SHAPE = "it sees tokens, or something else, where rows should be"
+RANDOM = "it is random, even without dropout, so that one row would shift the numbers of others"
 UNUSED = "the loss does not depend on it"
 FEW = 5  # names of one reason that are told
 
@@ -100,6 +101,8 @@ def _unsound(model: nn.Module, rows: list[dict[str, Any]], batch: Batch, kind: s
     for name in found:  # Opacus would refuse to begin
         trained.pop(name).requires_grad_(False)
     try:
+        if _is_random(model, batch(rows), kind):
+            return found | dict.fromkeys(trained, RANDOM)
         alone = [_gradients(model, trained, batch([row]), kind) for row in rows]
         try:
             with per_example_gradients(model):
@@ -120,6 +123,19 @@ def _unsound(model: nn.Module, rows: list[dict[str, Any]], batch: Batch, kind: s
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     wrong = {name: _wrong(samples[name], [one[name] for one in alone], 1e-2 if exact else 0.2) for name in trained}
     return found | {name: reason for name, reason in wrong.items() if reason}
+
+
+@torch.no_grad()
+def _is_random(model: nn.Module, batch: Any, kind: str) -> bool:
+    """As it is trained, does it give other losses for the same rows?"""
+    quieten(model)
+    seen = []
+    for seed in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            seen.append(losses_of(model, batch, kind))
+    model.eval()
+    return not all(torch.allclose(seen[0], one, rtol=1e-3, equal_nan=True) for one in seen)
 
 
 def _gradients(model: nn.Module, trained: dict[str, nn.Parameter], batch: Any, kind: str) -> dict[str, Tensor | None]:

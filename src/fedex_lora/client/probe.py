@@ -131,6 +131,9 @@ def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> N
 
 
 def _positions(model: nn.Module) -> int | None:
+    for name, one in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(one, nn.Embedding) and one.padding_idx is not None:
+            return one.num_embeddings - one.padding_idx - 1  # as RoBERTa counts, from behind the padding
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
     return found
 

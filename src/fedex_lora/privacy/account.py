@@ -10,7 +10,9 @@ from blake3 import blake3
 
 from fedex_lora.errors import PrivacyError, counted
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, rounds_left, spent
-from fedex_lora.privacy.ledger import Answered, Failed, LedgerEntry, RoundLine, append_line, held_ledger, read_ledger
+from fedex_lora.privacy.ledger import Again, Answered, Failed, LedgerEntry, RoundLine, append_line, held_ledger, read_ledger
+
+RETRIES = 4  # of an entry whose training was stopped; the next one has an entry of its own
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,15 @@ class Standing:
 
     Attributes:
         epsilon: of all that its ledger says.
-        ahead: rounds of the run that are not entered yet.
+        ahead: rounds of the run that are neither answered nor open.
         paid: how many of them the budget pays for.
+        failed: does the run's own epsilon, of which failed rounds are a part, pay for fewer?
     """
 
     epsilon: float
     ahead: int
     paid: int
+    failed: bool = False
 
     def words(self, account: "Account") -> str:
         """For the party itself, and nobody else."""
@@ -62,16 +66,26 @@ class Account:
         entries = [line for line in lines if isinstance(line, LedgerEntry)]
         return [line.mechanism for line in entries if line.client == self.client or line.rows not in self.others]
 
+    def _of_run(self, lines: Sequence[RoundLine], run: str) -> list[RoundLine]:
+        return [line for line in lines if (line.client, line.run) == (self.client, run)]
+
     def standing(self, run: str = "") -> "Standing":
         """Where the client stands, in the middle of a run; "" for one that did not begin."""
         lines = read_ledger(self.path)
-        history = self.history(lines)
-        entered = max((one.round for one in lines if (one.client, one.run) == (self.client, run)), default=0)
-        ahead = max(0, self.plan.rounds - entered)
-        of_run = [one.mechanism for one in lines if isinstance(one, LedgerEntry) and (one.client, one.run) == (self.client, run)]
-        paid = rounds_left(history, self.plan, self.budget, self.accountant)
-        paid = min(ahead, paid, rounds_left(of_run, self.plan, self.plan.epsilon * (1 + 1e-6), self.accountant))
-        return Standing(spent(history, self.plan.delta, self.accountant), ahead, paid)
+        history, of_run = self.history(lines), self._of_run(lines, run)
+        done = max((line.round for line in of_run if isinstance(line, Answered) or _open(of_run, line.round)), default=0)
+        ahead = max(0, self.plan.rounds - done)
+        entered = [line.mechanism for line in of_run if isinstance(line, LedgerEntry)]
+        by_run = rounds_left(entered, self.plan, self._most, self.accountant)
+        by_budget = rounds_left(history, self.plan, self.budget, self.accountant)
+        return Standing(
+            spent(history, self.plan.delta, self.accountant), ahead, min(ahead, by_run, by_budget), by_run < min(ahead, by_budget)
+        )
+
+    @property
+    def _most(self) -> float:
+        """Epsilon of all rounds of a run, up to rounding."""
+        return self.plan.epsilon * (1 + 1e-6)
 
     def enter(self, run: str, round: int) -> None:
         """Write down a round that is about to be trained.
@@ -85,7 +99,7 @@ class Account:
             StorageError: the ledger cannot be written, or is broken.
         """
         with held_ledger(self.path) as (descriptor, lines):
-            of_run = [line for line in lines if (line.client, line.run) == (self.client, run)]
+            of_run = self._of_run(lines, run)
             last = max((line.round for line in of_run if isinstance(line, Answered)), default=0)
             if round <= last:
                 raise PrivacyError(
@@ -94,7 +108,7 @@ class Account:
                 )
             history, mechanism = self.history(lines), self.plan.round
             if (mechanism, self.task) in _open(of_run, round):
-                os.fsync(descriptor)
+                append_line(descriptor, Again(client=self.client, run=run, round=round))
                 return
             self._require_of_run(of_run, run, round)
             epsilon = spent([*history, mechanism], self.plan.delta, self.accountant)
@@ -103,14 +117,16 @@ class Account:
                     f"client {self.client}: with round {round} of run {run} epsilon would be {epsilon:.4g}, and its budget is "
                     f"{self.budget:g} ({counted(len(history), 'round')} before it in {self.path}): its rows are spent"
                 )
-            entry = LedgerEntry(client=self.client, run=run, round=round, rows=self.rows, task=self.task, **mechanism._asdict())
-            append_line(descriptor, entry)
+            append_line(descriptor, self._entry(run, round))
+
+    def _entry(self, run: str, round: int) -> LedgerEntry:
+        return LedgerEntry(client=self.client, run=run, round=round, rows=self.rows, task=self.task, **self.plan.round._asdict())
 
     def _require_of_run(self, lines: Sequence[RoundLine], run: str, round: int) -> None:
         """All rounds of a run together are what its plan says: those that failed count, and a server cannot add any."""
         before = [line.mechanism for line in lines if isinstance(line, LedgerEntry)]
         epsilon = spent([*before, self.plan.round], self.plan.delta, self.accountant)
-        if round > self.plan.rounds or not epsilon <= self.plan.epsilon * (1 + 1e-6):
+        if round > self.plan.rounds or not epsilon <= self._most:
             raise PrivacyError(
                 f"client {self.client}: with round {round} of {self.plan.rounds} run {run} would come to epsilon {epsilon:.4g}, with all "
                 f"that failed, and is to come to {self.plan.epsilon:.4g}: begin a new run"
@@ -124,8 +140,12 @@ class Account:
         """
         line = Failed(client=self.client, run=run, round=round)
         with held_ledger(self.path) as (descriptor, lines):
-            if any(isinstance(one, LedgerEntry) and one.question == line.question for one in lines):
-                append_line(descriptor, line)
+            of_run = self._of_run(lines, run)
+            if not any(isinstance(one, LedgerEntry) and one.round == round for one in of_run):
+                return  # it is another ledger than the one that was entered
+            if not _open(of_run, round):  # another process has told something of the entry
+                append_line(descriptor, self._entry(run, round))
+            append_line(descriptor, line)
 
     def answered(self, run: str, round: int, reply: bytes) -> None:
         """Write down that the answer to a round is kept, and may leave: this one, and no other.
@@ -135,8 +155,6 @@ class Account:
         """
         line = Answered(client=self.client, run=run, round=round, answer=blake3(reply).hexdigest())
         with held_ledger(self.path) as (descriptor, lines):
-            if not any(isinstance(one, LedgerEntry) and one.question == line.question for one in lines):
-                raise PrivacyError(f"{self.path} has no entry of round {round} of run {run}, so its answer stays: is it the right ledger?")
             there = {one.answer for one in lines if isinstance(one, Answered) and one.question == line.question}
             if there - {line.answer}:
                 raise PrivacyError(
@@ -145,18 +163,26 @@ class Account:
                 )
             if there:
                 os.fsync(descriptor)
-            else:
-                append_line(descriptor, line)
+                return
+            if not _open(self._of_run(lines, run), round):
+                raise PrivacyError(
+                    f"{self.path} has no open entry of round {round} of run {run}, so its answer stays: is it the right ledger?"
+                )
+            append_line(descriptor, line)
 
 
 def _open(lines: Sequence[RoundLine], round: int) -> set[tuple[Mechanism, str]]:
-    """The entries of a round of which nobody was told anything: mechanism and task."""
-    found = set[tuple[Mechanism, str]]()
+    """The entries of a round of which nobody was told anything, mechanism and task; being stopped too often tells something, too."""
+    found, again = set[tuple[Mechanism, str]](), 0
     for line in lines:
-        if line.round == round and isinstance(line, LedgerEntry):
+        if line.round != round:
+            continue
+        if isinstance(line, LedgerEntry):
             found.add((line.mechanism, line.task))
-        elif line.round == round:
-            found.clear()
+            again = 0
+        else:
+            again += isinstance(line, Again)
+            found = found if isinstance(line, Again) and again < RETRIES else set()
     return found
 
 

@@ -4,7 +4,7 @@
     {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "entry", "sigma": 1.2, "rate": 0.016, "steps": 63, "rows": DIGEST,
      "task": DIGEST}
     {"time": ..., "client": "north", "run": ..., "round": 1, "kind": "answered", "answer": DIGEST}
-    {"time": ..., "client": "north", "run": ..., "round": 2, "kind": "failed"}
+    {"time": ..., "client": "north", "run": ..., "round": 2, "kind": "again"} or "failed"
 
 LedgerEntry, training, the answer on the disk, "answered", the answer on its way: whatever is killed in between, no less is in it than left.
 """
@@ -86,7 +86,13 @@ class Failed(_OfRound):
     kind: Literal["failed"] = "failed"
 
 
-RoundLine: TypeAlias = LedgerEntry | Answered | Failed
+class Again(_OfRound):
+    """It is trained again under its entry: whoever trained it was stopped, and told nobody anything."""
+
+    kind: Literal["again"] = "again"
+
+
+RoundLine: TypeAlias = LedgerEntry | Again | Answered | Failed
 LedgerLine: TypeAlias = Begun | RoundLine
 _LINE: TypeAdapter[LedgerLine] = TypeAdapter(Annotated[LedgerLine, Field(discriminator="kind")])
 

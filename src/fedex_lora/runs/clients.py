@@ -116,13 +116,16 @@ class ClientPool:
         account.enter(self._run, work.round)
         try:
             reply = self._trained(client, work)
-            account.answered(self._run, work.round, reply)
         except BaseException as error:  # of which one row may be the reason
             if told_to_end(error):
                 raise
             with suppress(FedexLoraError):  # of a ledger that is broken or gone, by which there is no other round
                 account.failed(self._run, work.round)
             raise PrivacyError(f"client {client.name}: {type(error).__name__}: {error}") from error
+        try:
+            account.answered(self._run, work.round, reply)
+        except FedexLoraError as error:
+            raise PrivacyError(f"client {client.name}: {error}") from error
         return reply
 
     def _trained(self, client: Client, work: Train) -> bytes:

@@ -98,7 +98,8 @@ def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:
         standing, alone = account.standing(run), account.plan.epsilon
         if standing.paid < standing.ahead:
             below = f"the run alone spends {alone:.4g}, so " if alone > account.budget else ""
-            words = f"{standing.words(account)}: {below}raise privacy.budget, or lower privacy.epsilon"
+            mend = "failed rounds are a part of this run's epsilon: begin a new run" if standing.failed else ""
+            words = f"{standing.words(account)}: {mend or f'{below}raise privacy.budget, or lower privacy.epsilon'}"
             (notes if standing.paid else problems).append((account.client, words))
     if problems:
         raise ConfigError("; ".join(grouped_by_client(problems)), "privacy")

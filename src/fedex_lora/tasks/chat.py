@@ -199,7 +199,7 @@ def _json(cell: Any) -> Any:
     """JSON text as what it says; another text as it is."""
     try:
         return json.loads(cell) if isinstance(cell, str) and cell.strip() else cell or None
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell
 
 

@@ -96,16 +96,18 @@ def private_rows(place: ModelContext, client: str, log: logging.Logger) -> Clien
     none = work.tokens(work.task.train).select([])
     made, notes = list[Dataset](), list[str]()
     table = read_rows(str(settings.train), settings.data)
-    for part in _of_one_layout(table):
+    waiting = list(_of_one_layout(table))
+    while waiting:
+        part = waiting.pop()
         try:
-            alike, _ = custom.row_tables(settings, lambda source, folder, part=part: part)  # type: ignore[misc]
-            kept, dropped = usable_rows(alike.rows, alike.source, alike.problems, settings.on_bad_row)
-            rows, more = usable(_each_alone(work, kept.reset_index(drop=True), none), settings, "this party")
-            rows = fitting(place.model, rows) if work.task.reads_text else _decoded(rows, work)
-            notes += [*alike.notes, *dropped, *more]
-            made += [rows] * bool(len(rows))
+            rows, said = _usable(place, settings, part, none)
         except DataError as error:
             notes.append(str(error))
+        except Exception:  # of a single row
+            waiting += [part.iloc[[place]] for place in range(len(part)) if len(part) > 1]
+        else:
+            made += [rows] * bool(len(rows))
+            notes += said
     found = concatenate_datasets(made) if made else none
     if odd := len(table) - len(found):
         notes.append(f"{odd} of {len(table)} rows are left out: what this run and this model cannot use")
@@ -114,6 +116,16 @@ def private_rows(place: ModelContext, client: str, log: logging.Logger) -> Clien
     if not len(found):
         log.error("%s: not one row can be used: what it answers is noise alone", client)
     return ClientData(train=found, held_out=none)
+
+
+def _usable(place: ModelContext, settings: TaskSettings, part: Rows, none: Dataset) -> tuple[Dataset, list[str]]:
+    """Those of some rows that can be used, as tokens, and what is said of the others."""
+    work = place.work
+    alike, _ = custom.row_tables(settings, lambda source, folder: part)
+    kept, dropped = usable_rows(alike.rows, alike.source, alike.problems, settings.on_bad_row)
+    rows, more = usable(_each_alone(work, kept.reset_index(drop=True), none), settings, "this party")
+    rows = fitting(place.model, rows) if work.task.reads_text else _decoded(rows, work)
+    return rows, [*alike.notes, *dropped, *more]
 
 
 def _of_one_layout(rows: Rows) -> Iterator[Rows]:
