@@ -12,7 +12,7 @@ from fedex_lora.cli import app
 from fedex_lora.errors import FedexLoraError, PrivacyError, StorageError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest, spendings
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, spent
-from fedex_lora.privacy.ledger import Again, Answered, Failed, LedgerEntry, begin_ledger, parse_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, FailedRound, LedgerEntry, TrainedAgain, begin_ledger, parse_ledger, read_ledger
 
 DELTA = 1e-5
 
@@ -50,11 +50,11 @@ def test_a_round_is_entered_once_and_charged_to_all_runs(ledger):
     one = account(ledger)
     one.enter("first", 1)
     one.enter("first", 1)  # killed before its answer: the same entry
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, TrainedAgain]
     one.answered("first", 1, b"answer")
     one.answered("first", 1, b"answer")
     one.enter("second", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Answered, LedgerEntry]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, TrainedAgain, Answered, LedgerEntry]
     assert one.standing().epsilon == epsilon(ledger) == spent([one.plan.round] * 2, DELTA, "rdp")
     for number in (0, 1):
         with pytest.raises(PrivacyError, match="a second release"):
@@ -71,7 +71,7 @@ def test_of_two_processes_in_one_round_one_answers(ledger):
         with pytest.raises(PrivacyError, match="another process answered round 1 of run run meanwhile"):
             other.answered("run", 1, b"another answer")
     one.answered("run", 1, b"one answer")  # sent again
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Answered]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, TrainedAgain, Answered]
 
 
 def test_of_two_processes_whoever_fails_ends_the_entry(ledger):
@@ -83,7 +83,7 @@ def test_of_two_processes_whoever_fails_ends_the_entry(ledger):
     with pytest.raises(PrivacyError, match="no open entry"):
         other.answered("run", 1, b"answer")
     other.failed("run", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Failed, LedgerEntry, Failed]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, TrainedAgain, FailedRound, LedgerEntry, FailedRound]
 
 
 def test_who_is_stopped_again_and_again_pays_at_last(ledger, monkeypatch):
@@ -91,7 +91,7 @@ def test_who_is_stopped_again_and_again_pays_at_last(ledger, monkeypatch):
     one = account(ledger, budget=50.0)
     for _ in range(6):
         one.enter("run", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, *[Again] * 4, LedgerEntry]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, *[TrainedAgain] * 4, LedgerEntry]
     monkeypatch.setattr(os, "write", lambda *_: 0)
     with pytest.raises(StorageError):
         one.enter("run", 1)
@@ -160,7 +160,7 @@ def test_an_entry_whose_training_failed_is_spent(ledger):
         one.enter("run", 1)
     one.failed("run", 1)
     one.enter("run", 1)
-    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, Again, Failed, LedgerEntry]
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, TrainedAgain, FailedRound, LedgerEntry]
     assert one.standing().epsilon == spent([one.plan.round] * 2, DELTA, "rdp")
 
 

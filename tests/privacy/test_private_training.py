@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from fedex_lora.aggregation import METHODS
-from fedex_lora.client.private import LEFT, PrivateOptimizer, _in_parts, losses_of, per_example_gradients, private_trainer
+from fedex_lora.client.example_gradients import LEFT, losses_of, per_example_gradients
+from fedex_lora.client.private import PrivateOptimizer, _in_parts, private_trainer
 from fedex_lora.client.private_probe import require_sound
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, _trainer, continued, evaluate, local_update

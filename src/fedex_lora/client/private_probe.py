@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedex_lora.client.private import losses_of, owners, per_example_gradients, quieten
+from fedex_lora.client.example_gradients import losses_of, owners, per_example_gradients, quieten
 from fedex_lora.errors import ModelError
 from fedex_lora.models.lora import lora_layers, set_trained
 from fedex_lora.storage.peft_rules import PREFIX

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from fedex_lora.errors import PrivacyError, counted
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan, rounds_left, spent
-from fedex_lora.privacy.ledger import Again, Answered, Failed, LedgerEntry, RoundLine, append_line, held_ledger, read_ledger
+from fedex_lora.privacy.ledger import Answered, FailedRound, LedgerEntry, RoundLine, TrainedAgain, append_line, held_ledger, read_ledger
 
 RETRIES = 4  # of an entry whose training was stopped; the next one has an entry of its own
 
@@ -108,7 +108,7 @@ class Account:
                 )
             history, mechanism = self.history(lines), self.plan.round
             if (mechanism, self.task) in _open(of_run, round):
-                append_line(descriptor, Again(client=self.client, run=run, round=round))
+                append_line(descriptor, TrainedAgain(client=self.client, run=run, round=round))
                 return
             self._require_of_run(of_run, run, round)
             epsilon = spent([*history, mechanism], self.plan.delta, self.accountant)
@@ -138,7 +138,7 @@ class Account:
         Raises:
             PrivacyError, StorageError: see `enter`.
         """
-        line = Failed(client=self.client, run=run, round=round)
+        line = FailedRound(client=self.client, run=run, round=round)
         with held_ledger(self.path) as (descriptor, lines):
             of_run = self._of_run(lines, run)
             if not any(isinstance(one, LedgerEntry) and one.round == round for one in of_run):
@@ -181,8 +181,8 @@ def _open(lines: Sequence[RoundLine], round: int) -> set[tuple[Mechanism, str]]:
             found.add((line.mechanism, line.task))
             again = 0
         else:
-            again += isinstance(line, Again)
-            found = found if isinstance(line, Again) and again < RETRIES else set()
+            again += isinstance(line, TrainedAgain)
+            found = found if isinstance(line, TrainedAgain) and again < RETRIES else set()
     return found
 
 

@@ -80,19 +80,19 @@ class Answered(_OfRound):
     answer: str
 
 
-class Failed(_OfRound):
+class FailedRound(_OfRound):
     """Its training failed, and whoever asked was told: the next one of this round has an entry of its own."""
 
     kind: Literal["failed"] = "failed"
 
 
-class Again(_OfRound):
+class TrainedAgain(_OfRound):
     """It is trained again under its entry: whoever trained it was stopped, and told nobody anything."""
 
     kind: Literal["again"] = "again"
 
 
-RoundLine: TypeAlias = LedgerEntry | Again | Answered | Failed
+RoundLine: TypeAlias = LedgerEntry | TrainedAgain | Answered | FailedRound
 LedgerLine: TypeAlias = Begun | RoundLine
 _LINE: TypeAdapter[LedgerLine] = TypeAdapter(Annotated[LedgerLine, Field(discriminator="kind")])
 
