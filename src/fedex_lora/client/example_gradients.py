@@ -26,6 +26,7 @@ def example_losses(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
         (examples,), in float32: cross entropy, squared error, or the mean over the example's own tokens, 0 where it has none.
 
     Example:
+        >>> import torch
         >>> example_losses(torch.zeros(1, 3, 8), torch.tensor([[IGNORED, IGNORED, IGNORED]]), "causal-lm")
         tensor([0.])
     """
