@@ -73,7 +73,8 @@ class Account:
         """Where the client stands, in the middle of a run; "" for one that did not begin."""
         lines = read_ledger(self.path)
         history, of_run = self.history(lines), self._of_run(lines, run)
-        done = max((line.round for line in of_run if isinstance(line, Answered) or _open(of_run, line.round)), default=0)
+        said = {line.round for line in of_run if isinstance(line, Answered)}
+        done = next((round for round in sorted({line.round for line in of_run}, reverse=True) if round in said or _open(of_run, round)), 0)
         ahead = max(0, self.plan.rounds - done)
         entered = [line.mechanism for line in of_run if isinstance(line, LedgerEntry)]
         by_run = rounds_left(entered, self.plan, self._most, self.accountant)
