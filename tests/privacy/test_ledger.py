@@ -97,6 +97,15 @@ def test_who_is_stopped_again_and_again_pays_at_last(ledger, monkeypatch):
         one.enter("run", 1)
 
 
+def test_the_last_time_that_is_free_can_answer(ledger):
+    one = account(ledger)
+    for _ in range(5):
+        one.enter("run", 1)
+    for _ in range(2):  # it is asked for again
+        one.answered("run", 1, b"an answer")
+    assert [type(line) for line in read_ledger(ledger)] == [LedgerEntry, *[TrainedAgain] * 4, Answered]
+
+
 def test_another_task_is_another_question(ledger):
     """Whether a round fails is an answer of a kind, so it is charged."""
     for task in ("one", "other", "other"):
@@ -131,6 +140,8 @@ def test_an_answer_without_its_entry_stays(ledger):
         account(ledger).answered("run", 1, b"answer")
     account(ledger).enter("run", 1)
     ledger.unlink()
+    with pytest.raises(StorageError, match="cannot be read: embedded null"):
+        read_ledger(ledger.with_name("a\0b"))
     with pytest.raises(PrivacyError, match="there is no ledger"):
         account(ledger).answered("run", 1, b"answer")
     begin_ledger(ledger)  # another one in its place

@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+import string
 from itertools import count
 
 import numpy as np
@@ -14,9 +15,19 @@ pytest.importorskip("flwr", reason="the extra flower is not installed")
 
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from transformers import ViTConfig, ViTForImageClassification
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from fedex_lora.config import Privacy, parse_config, write_config
+from fedex_lora.config import Privacy, base_folder, parse_config, write_config
 from fedex_lora.engines.flower._files import node_file
 from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
 from fedex_lora.engines.flower._node import Node
@@ -263,6 +274,58 @@ def test_whether_and_what_a_party_answers_is_the_same_with_another_row(question,
         codes = [asked(party, file, base, **QUESTIONS[question]) for base in ("no such base", "")]
         assert codes == [("base", 0), "update"], name
         assert len(party.entries()) == 1
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def asked_with(base, party, file, **changes):
+    """One question about a base that the server brought, and the answer's kind or code."""
+    config = setting(file, base={"model": str(base)}, **changes)
+    message = Server(config, LocalSimulation(config, ignore).initial(), ["ward"], run="run").open_round().messages["ward"]
+    reply = party.reply(message, config)
+    return "update" if told(reply)["kind"] == "update" else code_of(reply)
+
+
+def test_a_row_that_makes_a_tokenizer_panic_is_left_out(tmp_path):
+    """A panic is no `Exception`. This tokenizer has one at a letter that no made-up row has."""
+    panics = Tokenizer(models.WordLevel({"[PAD]": 0, "[EOS]": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    cut = pre_tokenizers.Split(Regex("[^Q]+"), "removed")
+    panics.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.FixedLength(length=0)])
+    panics.add_tokens([AddedToken(letter, normalized=False) for letter in string.ascii_lowercase + string.digits + " :?"])
+    with pytest.raises(BaseException, match=r".") as caught:
+        panics.encode("Q")
+    assert not isinstance(caught.value, Exception)
+    base = tmp_path / "base"
+    PreTrainedTokenizerFast(tokenizer_object=panics, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]").save_pretrained(base)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=64, max_position_embeddings=128, pad_token_id=0)).save_pretrained(base)
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    for name, rows in (("without", ROWS), ("with", [*ROWS, {"prompt": "Quagmire :", "completion": " red"}])):
+        party = Party(tmp_path / name, rows)
+        assert asked_with(base, party, file) == "update"
+        assert len(party.entries()) == 1
+
+
+@pytest.mark.parametrize(("original", "answer"), [(64, ("model", 0)), (128, "update")])
+def test_a_model_that_reads_all_rows_otherwise_beside_a_long_one_is_refused(original, answer, tmp_path):
+    """Longrope: one row beyond the original length changes the frequencies of its batch. The node's own rows are all short."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1000.0] * 4}
+    tokenizer, base = AutoTokenizer.from_pretrained(base_folder()), tmp_path / "base"
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    shape = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 128, "original_max_position_embeddings": original}
+    model = Phi3ForCausalLM(Phi3Config(**shape, rope_parameters=rope, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.normal_(0, 0.3) if one.dim() > 1 else None
+    model.save_pretrained(base)
+    party = Party(tmp_path / "ward")
+    changes = {"lora": {"target_modules": ["qkv_proj"]}, "task": {"max_length": 120}}
+    assert asked_with(base, party, write(tmp_path / "rows.jsonl", ROWS), **changes) == answer
+    assert ("depends on the rows beside it" in party.log()) == (answer != "update")
+    assert len(party.entries()) == (answer == "update")
 
 
 def test_a_party_without_a_usable_row_answers_noise(tmp_path, server_side):

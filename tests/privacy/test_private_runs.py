@@ -416,6 +416,25 @@ def test_bad_input_is_one_line_before_anything_is_written(changes, words, ledger
     assert read_ledger(ledger) == []
 
 
+def test_what_is_measured_is_not_what_is_trained_on(ledger, tmp_path):
+    """Metrics are told without noise."""
+    for name in ("a", "b", "other"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"bed {n}", "label": n % 2}) + "\n" for n in range(12)))
+    task = {"name": "custom", "data": str(tmp_path), "train": "a.jsonl", "labels": ["0", "1"], "train_rows": None, "eval_rows": None}
+    for clients in ({"count": 1}, {"data": {"north": "a.jsonl", "south": "b.jsonl"}}):
+        for measured in ["a.jsonl", "./a.jsonl", *["b.jsonl"] * ("data" in clients)]:
+            config = {
+                **setting(tmp_path).model_dump(mode="json", exclude_none=True),
+                "task": {**task, "eval": measured},
+                "clients": clients,
+            }
+            if "data" in clients:
+                config["task"].pop("train")
+            with pytest.raises(ConfigError, match=r"task\.eval = '.*[ab]\.jsonl' has the rows to train on"):
+                run(parse_config(config), tmp_path / "run", ignore)
+            assert not (tmp_path / "run").exists()
+
+
 def test_classes_come_from_the_configuration(ledger, tmp_path):
     task = {"name": "custom", "train": "rows.csv", "eval": "rows.csv"}
     config = parse_config({**setting(tmp_path).model_dump(mode="json", exclude_none=True), "task": task, "clients": {}})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset, concatenate_datasets
+from opacus.grad_sample import GradSampleModule
 from PIL import Image
 from tests.runs.test_run import configuration
 from tests.tasks.test_rows import bytewise
@@ -331,6 +332,35 @@ def test_a_row_that_the_model_cannot_compute_counts_as_zero(settings, caplog):
     spoilt, expected = gradient_of(setting, odd, clip=1.0), gradient_of(setting, rest, clip=1.0)
     assert difference(spoilt, expected) < 1e-5 * norm(expected)
     assert "counts as zero" in caplog.text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory for a row's gradient"), BaseException("a panic")])
+def test_a_row_whose_gradient_fails_counts_as_zero(error, folder, monkeypatch):
+    """Whatever the failed pass left in the hooks, the others of its part are as they were."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model.forward = lambda x: SimpleNamespace(logits=nn.Sequential.forward(model, x))
+    rows = [{"x": torch.randn(3), "labels": torch.tensor(number % 2)} for number in range(12)]
+    odd = {"x": torch.full((3,), 77.0), "labels": torch.tensor(0)}
+    samplers = GradSampleModule.GRAD_SAMPLERS
+    plain = samplers[nn.Linear]
+
+    def failing(layer, activations, gradients):
+        if (activations[0] == 77).any():
+            raise error
+        return plain(layer, activations, gradients)
+
+    monkeypatch.setitem(samplers, nn.Linear, failing)
+
+    def gradient(some):
+        arguments = TrainingArguments(str(folder / "t"), use_cpu=True, remove_unused_columns=False, per_device_train_batch_size=16)
+        given = {"model": model, "train_dataset": some, "data_collator": stacked}
+        with private_trainer(plan(batch=12), "classification", arguments, **given) as trainer:
+            trainer.create_optimizer()
+            for part in next(iter(trainer.get_train_dataloader()))["parts"]:
+                trainer._add(model, part)
+            return {name: one.summed_grad.clone() for name, one in model.named_parameters()}
+
+    assert difference(gradient([*rows, odd]), expected := gradient(rows)) < 1e-6 * norm(expected)
 
 
 def test_rows_that_make_no_batch_are_batches_of_their_own():

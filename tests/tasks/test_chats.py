@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,18 @@ def test_a_long_chat_is_cut_at_its_right_end_and_counted():
     assert (rows[0]["input_ids"], rows[0]["labels"], rows[0][FULL]) == (whole[:-1], labels[:-1], len(whole))
     _, notes = usable(rows, TaskSettings(name="custom", kind="chat"), "a")
     assert notes == [f"a: 1 of 2 rows are cut at task.max_length = {len(whole) - 1} (the longest has {len(whole)} tokens)"]
+
+
+def test_a_template_that_draws_by_chance_draws_alike_for_each_chat():
+    """So that no chat changes another, and the same rows are the same tokens again, whatever else drew."""
+    tokenizer = tokenizer_of("smollm2", "{{ range(1000) | random }}" + SMOLLM2)
+    one, other = Chat(CHATS["single"]), Chat(CHATS["several"])
+    random.seed(5)
+    state = random.getstate()
+    first = tokenize_chats(tokenizer, [one], 512)["input_ids"][0]
+    assert random.getstate() == state
+    random.seed(6)
+    assert tokenize_chats(tokenizer, [other, other, one], 512)["input_ids"][2] == first
 
 
 def test_a_prompt_that_has_other_tokens_alone_is_said():

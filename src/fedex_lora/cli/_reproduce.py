@@ -13,7 +13,9 @@ from fedex_lora.errors import require_extra
 @one_line_errors
 def reproduce(
     target: Annotated[str, typer.Argument(help='table1, figure2 and so on, a recipe in TOML, or "list".')],
-    scale: Annotated[str, typer.Option(help="smoke: made-up rows, minutes; small: real data, a small model; full: the paper's.")] = "smoke",
+    scale: Annotated[
+        str, typer.Option(help="smoke: made-up rows; small: real data, a small model; smollm2: table4 only; full: the paper's.")
+    ] = "smoke",
     data: Annotated[
         Optional[Path],  # noqa: UP045 (typer)
         typer.Option(envvar="FEDEX_LORA_DATA", help="The folder that holds glue/, e2e/ and so on; without it, the hub."),

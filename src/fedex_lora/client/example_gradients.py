@@ -62,9 +62,11 @@ def quieten(model: nn.Module) -> None:
 def forget(model: nn.Module) -> None:
     """Leave out what Opacus' hooks kept of a pass that was not finished."""
     for module in owners(model):
-        vars(module).pop("activations", None)
+        for name in ("activations", "max_batch_len"):
+            vars(module).pop(name, None)
         for parameter in module.parameters(recurse=False):
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+            vars(parameter).pop("_current_grad_sample", None)
             if hasattr(parameter, "_forward_counter"):
                 parameter._forward_counter = 0
 

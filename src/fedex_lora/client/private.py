@@ -22,6 +22,7 @@ from fedex_lora.client.example_gradients import forget, losses_of, per_example_g
 from fedex_lora.errors import TrainingError
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
 from fedex_lora.privacy.secret_numbers import secret_normals, secret_uniforms
+from fedex_lora.protocol.failures import told_to_end
 
 log = getLogger(__name__)
 TOLERANCE = 0.05  # of sums of gradients in the lowest precision that there is; a gradient of something else is off by its own size
@@ -139,7 +140,9 @@ class PrivateTrainer(Trainer):
             with self.compute_loss_context_manager():
                 losses = losses_of(model, batch, self._kind)
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        except Exception:  # whatever the model makes of a row
+        except BaseException as error:  # whatever the model makes of a row; a panic of a library is no Exception
+            if told_to_end(error):
+                raise
             forget(model)
             for row in range(rows if rows > 1 else 0):
                 self._add(model, {name: tensor[row : row + 1] for name, tensor in batch.items()})
@@ -177,7 +180,9 @@ def _collated(rows: list[Any], collate: Callable[[list[Any]], Any]) -> list[Any]
     """The rows as one batch; where they do not fit together, those that can be one as batches of their own."""
     try:
         return [collate(rows)]
-    except Exception:  # of whatever a row has in it
+    except BaseException as error:  # of whatever a row has in it
+        if told_to_end(error):
+            raise
         return [made for row in rows if len(rows) > 1 for made in _collated([row], collate)]
 
 

@@ -70,7 +70,7 @@ def _require_private_step(model: nn.Module, rows: Dataset, work: TrainingContext
         return {name: value.to(trainer.args.device) for name, value in trainer.data_collator(few).items()}  # type: ignore[misc]
 
     lengths = list(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else [0]
-    few = sorted({*_hardest_rows(rows), lengths.index(min(lengths)), *range(min(len(rows), 2))})[:4]
+    few = list(dict.fromkeys([*_hardest_rows(rows), lengths.index(min(lengths)), *range(min(len(rows), 2))]))[:4]
     few = few if len(few) > 1 else 2 * few
     require_sound(model, [rows[row] for row in few], batch, work.task.kind, get_method(work.config.method).trained_schedule)
 
@@ -123,14 +123,15 @@ def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> N
             f"{name}: its tokenizer gives token {largest} and the model has embeddings for {known}: enlarge them by "
             "model.resize_token_embeddings(len(tokenizer)), and save both"
         )
-    positions = _positions(model)
+    positions = positions_of(model)
     if positions is not None and (longest := max(map(len, rows["input_ids"]))) > positions:
         raise ConfigError(
             f"rows have up to {longest} tokens and {name} has {positions} positions: set task.max_length = {positions} or less"
         )
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens of a row the model has positions for; None: any number."""
     for name, one in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(one, nn.Embedding) and one.padding_idx is not None:
             return one.num_embeddings - one.padding_idx - 1  # as RoBERTa counts, from behind the padding
@@ -140,7 +141,7 @@ def _positions(model: nn.Module) -> int | None:
 
 def fitting(model: nn.Module, rows: Dataset) -> Dataset:
     """The rows for whose every token the model has embeddings and positions; each by itself."""
-    known, positions = len(model.get_input_embeddings().weight), _positions(model)  # type: ignore[operator]
+    known, positions = len(model.get_input_embeddings().weight), positions_of(model)  # type: ignore[operator]
     kept = [row for row, ids in enumerate(rows["input_ids"]) if ids and max(ids) < known and len(ids) <= (positions or len(ids))]
     return rows if len(kept) == len(rows) else rows.select(kept)
 

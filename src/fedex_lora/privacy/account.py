@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from blake3 import blake3
@@ -108,7 +109,7 @@ class Account:
                     "release: begin a new run"
                 )
             history, mechanism = self.history(lines), self.plan.round
-            if (mechanism, self.task) in _open(of_run, round):
+            if (mechanism, self.task) in _open(of_run, round) and _times_again(of_run, round) < RETRIES:
                 append_line(descriptor, TrainedAgain(client=self.client, run=run, round=round))
                 return
             self._require_of_run(of_run, run, round)
@@ -173,18 +174,20 @@ class Account:
 
 
 def _open(lines: Sequence[RoundLine], round: int) -> set[tuple[Mechanism, str]]:
-    """The entries of a round of which nobody was told anything, mechanism and task; being stopped too often tells something, too."""
-    found, again = set[tuple[Mechanism, str]](), 0
+    """The entries of a round of which nobody was told anything, mechanism and task."""
+    found = set[tuple[Mechanism, str]]()
     for line in lines:
-        if line.round != round:
-            continue
-        if isinstance(line, LedgerEntry):
+        if line.round == round and isinstance(line, LedgerEntry):
             found.add((line.mechanism, line.task))
-            again = 0
-        else:
-            again += isinstance(line, TrainedAgain)
-            found = found if isinstance(line, TrainedAgain) and again < RETRIES else set()
+        elif line.round == round and not isinstance(line, TrainedAgain):
+            found = set()
     return found
+
+
+def _times_again(lines: Sequence[RoundLine], round: int) -> int:
+    """How often the last entry of a round was trained again: being stopped too often tells something, too."""
+    of_round = [line for line in lines if line.round == round]
+    return len(list(takewhile(lambda line: isinstance(line, TrainedAgain), reversed(of_round))))
 
 
 def rows_digest(rows: Sequence[object]) -> str:

@@ -143,8 +143,9 @@ def read_ledger(path: Path) -> list[RoundLine]:
         return parse_ledger(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise _missing(path) from None
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}: give the path of a ledger") from None
+    except (OSError, ValueError) as error:  # a path may hold what no path may
+        reason = getattr(error, "strerror", error)
+        raise StorageError(f"{path} cannot be read: {reason}: give the path of a ledger") from None
 
 
 def _missing(path: Path) -> PrivacyError:

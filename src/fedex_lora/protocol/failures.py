@@ -5,7 +5,8 @@ Texts of errors quote what they are about: a cell, a column, a file. They stay i
 
 import errno
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -119,6 +120,21 @@ def told_to_end(error: BaseException) -> bool:
         return isinstance(error, KeyboardInterrupt)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and str(frames[-1].f_globals.get("__name__")).partition(".")[0] in ENGINES
+
+
+@contextmanager
+def ignored_failures() -> Iterator[None]:
+    """Whatever is raised inside ends the block and nothing else: a panic of a library, too, which is no `Exception`.
+
+    Example:
+        >>> with ignored_failures():
+        ...     raise BaseException("a panic")
+    """
+    try:
+        yield
+    except BaseException as error:
+        if told_to_end(error):
+            raise
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
@@ -49,7 +50,8 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
     Args:
         config: the run.
         clients: all of them, or the one that is here.
-        rows: client -> a digest of its rows, where one ledger is of them all; else all that a ledger says is of this party.
+        rows: client -> a digest of its rows, where all are in this process and one ledger is of them; else all that a ledger says is of
+            this party.
 
     Raises:
         ConfigError: what `[privacy]` lacks, or says that cannot be: all of it in one line.
@@ -66,6 +68,8 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
             near = nearest(name, sorted(clients))
             problems.append(f"privacy.rows.{name} is no client: " + (f"did you mean {near}?" if near else f"they are {', '.join(clients)}"))
     problems += wrong
+    if rows is not None and (twice := _trained_and_measured(config)):
+        problems.append(f"task.eval = {twice!r} has the rows to train on, and metrics are told without noise: name a file of other rows")
     if privacy.ledger is None:
         problems.append("privacy.ledger is not set: name a file there, and begin it: fedex-lora ledger FILE --begin")
     else:
@@ -81,6 +85,13 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
     held = rows or {}
     others = {client: frozenset(digest for name, digest in held.items() if name != client) for client in plans}
     return {client: account(client, plan, rows=held.get(client, ""), others=others[client]) for client, plan in plans.items()}
+
+
+def _trained_and_measured(config: Config) -> str:
+    """`task.eval`, if it is what is trained on, too."""
+    task, folder = config.task, Path(config.task.data or "")
+    trained = {(folder / name).resolve() for name in [task.train, *config.clients.data.values()] if name}
+    return task.eval if task.eval and (folder / task.eval).resolve() in trained else ""
 
 
 def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:

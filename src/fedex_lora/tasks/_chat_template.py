@@ -5,8 +5,10 @@ what stands before it, with the words that ask for an answer, E the text up to i
 P, and W with E. Then E without P is learnt: what the assistant says, and what ends its turn. W is tokenised once.
 """
 
+import random
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,10 +152,24 @@ def _strange(tokenizer: Any, chat: Chat, text: str) -> tuple[Chat, str]:
 def _render(tokenizer: Any, chat: Chat, count: int, ask: bool = False) -> str:
     """The text of the first messages; `ask`: with the words that ask the assistant to go on."""
     try:
-        text: str = tokenizer.apply_chat_template(list(chat.messages[:count]), tools=chat.tools, tokenize=False, add_generation_prompt=ask)
+        with _same_chance():
+            text: str = tokenizer.apply_chat_template(
+                list(chat.messages[:count]), tools=chat.tools, tokenize=False, add_generation_prompt=ask
+            )
     except Exception as error:  # templates raise what they like
         raise _RefusedError(f"refuses chats: {_own_words(error, tokenizer.get_chat_template(tools=chat.tools))}", TAKES) from None
     return text
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """A template that draws by chance draws alike for each chat, so that no chat changes the text of another."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _own_words(error: Exception, template: str) -> str:
@@ -169,9 +185,10 @@ def _own_words(error: Exception, template: str) -> str:
 def _marked(tokenizer: Any, chat: Chat) -> tuple[Any, list[bool]]:
     """Tokens with their offsets, and which of them the template marks, behind the messages that are only read."""
     more = {"return_offsets_mapping": True, "verbose": False}
-    encoded = tokenizer.apply_chat_template(
-        list(chat.messages), tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=more
-    )
+    with _same_chance():
+        encoded = tokenizer.apply_chat_template(
+            list(chat.messages), tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=more
+        )
     read = tokenizer(_render(tokenizer, chat, chat.given, ask=True), add_special_tokens=False)["input_ids"] if chat.given else []
     begin = common_length(read, encoded["input_ids"])
     return encoded, [bool(on) and place >= begin for place, on in enumerate(encoded["assistant_masks"])]

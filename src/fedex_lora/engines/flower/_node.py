@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 
 from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import log_of
-from fedex_lora.engines.flower._private_rows import UnreadRows, file_digest, private_rows, sample_task
+from fedex_lora.engines.flower._private_rows import UnreadRows, file_digest, private_rows, sample_rows, sample_task
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, is_private, node_settings
 from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
@@ -124,7 +123,7 @@ class Node:
                 log.warning("%s: %s", request.client, spare)
             data, digest = _unread(place, request.client, log) if unread else _rows(place, request.client, parts, log)
             if place.work.trainer is not None or accounts:  # what is private is probed before its ledger has an entry
-                check_trainer(place.model, _probed(place) if unread else data[request.client].train, place.work)
+                check_trainer(place.model, sample_rows(place) if unread else data[request.client].train, place.work)
             self._made = (key, place, data, {client: replace(account, rows=digest) for client, account in accounts.items()})
         return self._made[1:]
 
@@ -152,11 +151,6 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
                     ) from None
                 time.sleep(1)
         yield
-
-
-def _probed(place: ModelContext) -> Dataset:
-    """The rows of the place's task, as the model sees them."""
-    return usable(place.work.tokens(place.work.task.train), place.config.task, "this party")[0]
 
 
 def _unread(place: ModelContext, client: str, log: logging.Logger) -> tuple[Mapping[str, ClientData], str]:

@@ -6,19 +6,19 @@ So whether a party answers, and what it fails with, is the same with one row mor
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
 from datasets import Dataset, concatenate_datasets
 
 from fedex_lora.client.arguments import TrainingContext
-from fedex_lora.client.probe import fitting
+from fedex_lora.client.probe import fitting, positions_of
 from fedex_lora.client.training import ClientData
 from fedex_lora.config import CHAT, IMAGES, TaskSettings
 from fedex_lora.errors import ConfigError, DataError
+from fedex_lora.protocol.failures import ignored_failures, told_to_end
 from fedex_lora.runs.context import ModelContext
-from fedex_lora.tasks import Task, collator, custom, usable
+from fedex_lora.tasks import Task, collator, custom, limit, usable
 from fedex_lora.tasks._files import Rows, as_text, read_rows
 from fedex_lora.tasks._rows import usable_rows
 from fedex_lora.tasks._templates import columns_of, text_of
@@ -80,6 +80,17 @@ def _sample(settings: TaskSettings, number: int) -> dict[str, object]:
     return {**dict.fromkeys(settings.text, words), **label}
 
 
+def sample_rows(place: ModelContext) -> Dataset:
+    """The made-up rows as the model sees them, and one as long as a row can be: some models read all of a batch otherwise for its sake."""
+    settings, work = place.config.task, place.work
+    rows = usable(work.tokens(work.task.train), settings, "this party")[0]
+    if not work.task.reads_text:
+        return rows
+    most = min(limit(settings, work.processor), positions_of(place.model) or settings.length)
+    again = {name: (cell * most)[:most] if isinstance(cell, list) else cell for name, cell in rows[0].items()}
+    return concatenate_datasets([Dataset.from_list([again], features=rows.features), rows])
+
+
 def file_digest(settings: TaskSettings) -> str:
     """Of the file that the rows are in, for the party's own eyes: whatever is in it, nothing fails."""
     path = Path(settings.data or "") / str(settings.train)
@@ -103,7 +114,9 @@ def private_rows(place: ModelContext, client: str, log: logging.Logger) -> Clien
             rows, said = _usable(place, settings, part, none)
         except DataError as error:
             notes.append(str(error))
-        except Exception:  # of a single row
+        except BaseException as error:  # of a single row; a panic of its library is no Exception
+            if told_to_end(error):
+                raise
             waiting += [part.iloc[[place]] for place in range(len(part)) if len(part) > 1]
         else:
             made += [rows] * bool(len(rows))
@@ -141,7 +154,7 @@ def _decoded(rows: Dataset, work: TrainingContext) -> Dataset:
     """Rows whose image is whole: one that is cut ends a batch, and so says that it was drawn."""
     made, kept = collator(work.task.kind, work.processor), list[int]()
     for place in range(len(rows)):
-        with suppress(Exception):  # of a single row
+        with ignored_failures():  # of a single row
             made([rows[place]])
             kept.append(place)
     return rows.select(kept)
@@ -153,10 +166,10 @@ def _each_alone(work: TrainingContext, rows: Rows, none: Dataset) -> Dataset:
     def tokens(some: Rows) -> Dataset:
         return work.tokens(some).select_columns(none.column_names).cast(none.features)
 
-    with suppress(Exception):  # of a single row
+    with ignored_failures():  # of a single row
         return tokens(rows)
     made = list[Dataset]()
     for place in range(len(rows)):
-        with suppress(Exception):
+        with ignored_failures():
             made.append(tokens(rows.iloc[[place]].reset_index(drop=True)))
     return concatenate_datasets([none, *made])
