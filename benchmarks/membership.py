@@ -112,9 +112,10 @@ def attacked(folder: Path, method: str, epsilon: float | None, seed: int, epochs
     rng = random.Random(seed)
     rows = [candidate(rng) for _ in range(CANDIDATES)]
     members = np.array([rng.random() < 0.5 for _ in rows])
-    theirs = [candidate(rng) for _ in range(16)]
+    theirs, unseen = ([candidate(rng) for _ in range(16)] for _ in range(2))
     folder.mkdir(parents=True)
-    for name, chosen in (("target", [row for row, member in zip(rows, members, strict=True) if member]), ("other", theirs), ("all", rows)):
+    target = [row for row, member in zip(rows, members, strict=True) if member]
+    for name, chosen in {"target": target, "other": theirs, "all": rows, "measured": unseen}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     config = parse_config(tables(folder, method, epsilon, seed, epochs))
     if epsilon is not None:
@@ -140,7 +141,8 @@ def tables(folder: Path, method: str, epsilon: float | None, seed: int, epochs: 
         "base": {"model": "demo"},
         "lora": {"r": 8, "alpha": 16, "target_modules": "all-linear"},
         "task": {
-            "name": "custom", "kind": "causal-lm", "prompt": "{prompt}", "completion": "{completion}", "eval": str(folder / "other.jsonl"),
+            "name": "custom", "kind": "causal-lm", "prompt": "{prompt}", "completion": "{completion}",
+            "eval": str(folder / "measured.jsonl"),
         },
         "clients": {"data": {TARGET: str(folder / "target.jsonl"), OTHER: str(folder / "other.jsonl")}, "holdout": 0},
         "training": {"learning_rate": 5e-3, "num_train_epochs": epochs, "per_device_train_batch_size": 16},
