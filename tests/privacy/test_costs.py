@@ -30,7 +30,9 @@ def test_the_page_says_what_was_run(name, study, monkeypatch):
     for said, counted in zip(told, made, strict=True):
         for words, cell in zip(said[1:], counted[1:], strict=True):
             assert re.findall(r"0\.\d{3}", words) == re.findall(r"0\.\d{3}", cell)[: 1 + ("±" in words)]
-            assert "(" not in words or ("edge" in words) == ("edge" in cell)
+            if "(" in words:
+                assert ("edge" in words) == ("edge" in cell)
+                assert float(re.search(r"\de-\d", words)[0]) == float(re.search(r"at (\S+)", cell)[1])
 
 
 def test_with_few_rows_privacy_costs_everything():
