@@ -154,6 +154,11 @@ def test_the_table_of_precisions_is_what_was_measured():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_primary_tests_is_what_was_measured():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "evidence_table.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_tables_of_the_paper_are_what_was_run(tmp_path):
     """The tables in results/ and the learning rates of the recipes, against the records."""
     assert ("table3", "small") in reproduction_tables.targets()

@@ -1,6 +1,8 @@
 """The settings below evidence/: their protocols hold together, and the scripts that make their bases and rows."""
 
 import importlib.util
+import json
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from scripts import evidence_rows, smollm2
 
 from fedex_lora.config import read_config
-from fedex_lora.experiments.compare import read_protocol
+from fedex_lora.experiments.compare import _runs, compare, read_protocol
 from fedex_lora.experiments.compare._plan import planned, settled_plan
 
 FILES = (Path(__file__).parents[2] / "evidence").glob("*/*.toml")
@@ -33,6 +35,22 @@ def test_what_was_added_has_no_primary_test(path: Path, tmp_path: Path) -> None:
     assert plan.apart
     assert plan.tests
     assert not any(test.primary for test in plan.tests)
+
+
+def test_the_numbers_on_the_page_are_made_from_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all settings that have ended; nothing is run for it, and neither base nor rows are there."""
+    monkeypatch.setattr(_runs, "_perform", lambda job: pytest.fail(f"{job.folder} would be run"))
+    archives = (Path(__file__).parents[2] / "evidence").rglob("runs.tar.xz")
+    ended = sorted(archive for archive in archives if archive.with_name("compare.json").is_file())
+    assert ended
+    for archive in ended:
+        out = tmp_path / archive.parent.name
+        with tarfile.open(archive) as tar:
+            tar.extractall(out, filter="data")
+        result = compare(read_config(out / "config.toml", []), read_protocol(out / "protocol.toml"), out)
+        published = json.loads(archive.with_name("compare.json").read_text(encoding="utf-8"))
+        assert (out / "compare.md").read_text(encoding="utf-8") == archive.with_name("compare.md").read_text(encoding="utf-8")
+        assert json.loads(json.dumps(result)) | {"versions": {}} == published | {"versions": {}}
 
 
 @pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
