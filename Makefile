@@ -30,7 +30,7 @@ bench: $(VENV)/.installed   ## speed and memory, as ratios measured side by side
 	$(BIN)/python benchmarks/bench_truncation.py --out benchmarks/results/truncation.json
 	$(BIN)/python benchmarks/bench_startup.py --out benchmarks/results/startup.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale_out.py --out benchmarks/results/scale_out.json
-	$(BIN)/python scripts/scale_out_table.py
+	$(BIN)/python -m scripts.tables
 	$(BIN)/python benchmarks/bench_streaming.py --out benchmarks/results/streaming.json
 	$(BIN)/python benchmarks/bench_training.py --rows 480 --batch 8 --tokens 64 --threads 1 --out benchmarks/results/training.json
 	$(BIN)/python benchmarks/bench_clients_memory.py --layers 4 --clients 3 50 100 --out benchmarks/results/clients_memory.json

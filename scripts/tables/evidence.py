@@ -1,20 +1,13 @@
-"""Write the table of primary tests into docs/when-exactness-matters.md, from evidence/*/compare.json.
+"""The primary tests of all settings, from evidence/*/compare.json."""
 
-python scripts/evidence_table.py [--check]
-"""
-
-import argparse
 import json
 import math
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from fedex_lora.experiments.compare._tests import holm
 
-ROOT = Path(__file__).parent.parent
-PAGE, RECORDS = ROOT / "docs" / "when-exactness-matters.md", ROOT / "evidence"
+RECORDS = Path(__file__).parents[2] / "evidence"
 SETTINGS = {"notes": "the notes", "topics": "topics", "places": "places", "sentiment": "sentiment"}
 HEAD = ["setting", "centralised", "FedIT", "primary test", "difference", "seeds", "p", "p, Holm", ""]
 
@@ -38,7 +31,7 @@ def answer(test: dict[str, Any], p: float, greater: bool) -> str:
     return "holds" if (test["mean"] > 0) == greater else "refuted"
 
 
-def table() -> str:
+def tables() -> dict[str, list[str]]:
     """A row a setting. One that has not ended counts in Holm's correction as a test that failed."""
     results = {name: found(name) for name in SETTINGS}
     ps = {name: primary(result)["p"] if result else math.nan for name, result in results.items()}
@@ -61,20 +54,4 @@ def table() -> str:
             answer(test, corrected[name], result["greater_is_better"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is what this would write")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = re.sub(r"(<!-- primary -->\n).*(<!-- /primary -->)", lambda match: f"{match[1]}{table()}\n{match[2]}", page, flags=re.S)
-    if not check:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif page != wanted:
-        sys.exit("docs/when-exactness-matters.md does not fit evidence/*/compare.json: run python scripts/evidence_table.py")
-
-
-if __name__ == "__main__":
-    main()
+    return {"primary": lines}

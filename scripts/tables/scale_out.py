@@ -1,17 +1,10 @@
-"""Write the tables of bytes, server time and memory into docs/scale-out.md, from benchmarks/results/scale_out.json.
+"""Bytes, server time and memory by clients, from benchmarks/results/scale_out.json."""
 
-python scripts/scale_out_table.py [--check]
-"""
-
-import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-PAGE, MEASURED = ROOT / "docs" / "scale-out.md", ROOT / "benchmarks" / "results" / "scale_out.json"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "scale_out.json"
 UNITS = {"years": 365 * 86400, "days": 86400, "h": 3600, "min": 60}
 
 
@@ -65,34 +58,6 @@ def trees(report: dict[str, Any]) -> list[str]:
 
 
 def tables() -> dict[str, list[str]]:
-    """Name of the place in the page -> its lines."""
     report = json.loads(MEASURED.read_text(encoding="utf-8"))
     found = {"wire": wire(report), "tree": trees(report)}
     return found | {title.split("-")[0].lower(): methods(model) for title, model in report["models"].items()}
-
-
-def written(page: str) -> str:
-    for name, lines in tables().items():
-        mark = f"<!-- scale-out {name} -->"
-        page, count = re.subn(
-            f"({mark}\n).*?({mark})", lambda match, lines=lines: "\n".join([match[1] + lines[0], *lines[1:], match[2]]), page, flags=re.S
-        )
-        if count != 1:
-            sys.exit(f"docs/scale-out.md has no place {mark} (twice, with the table between)")
-    return page
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is what this would write")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = written(page)
-    if not check:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif page != wanted:
-        sys.exit("docs/scale-out.md does not fit benchmarks/results/scale_out.json: run python scripts/scale_out_table.py")
-
-
-if __name__ == "__main__":
-    main()
