@@ -276,6 +276,33 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
         compare(config, ["fedit"], [0], tmp_path / "b", [1e30], with_controls=False)
 
 
+def test_a_seed_that_fails_costs_its_tests_and_not_the_comparison(tmp_path, monkeypatch):
+    """All other numbers are those of a comparison without it; it is said, and an error is NaN, with which the command fails."""
+    failing = {1}
+
+    def some_fail(jobs, at_once):
+        for outcome in outcomes(jobs, at_once):
+            lost = outcome.job.config.method == "fedex" and outcome.job.config.seed in failing
+            yield replace(outcome, curve=None, reason="training diverged") if lost else outcome
+
+    config, tests = configuration(rounds=1), [{"equivalent": ["fedex", "fedit"], "bound": 0.5}]
+    options = {"tuning_seeds": [100], "learning_rates": [5e-3], "with_controls": False, "tests": tests}
+    whole = compare(config, ["fedit", "fedex"], [0, 1, 2], tmp_path, **options)
+    assert not whole["failed"]
+    monkeypatch.setattr("fedex_lora.experiments.compare.outcomes", some_fail)
+    lost = compare(config, ["fedit", "fedex"], [0, 1, 2], tmp_path, **options)
+    assert lost["failed"] == [{"method": "fedex", "seed": 1, "reason": "training diverged"}]
+    assert lost["methods"][0] == whole["methods"][0]
+    fedex = lost["methods"][1]
+    assert all(math.isnan(fedex[name]) for name in ("mean", "difference", "p", "exactness_error"))
+    assert [fedex["seeds"][seed] == whole["methods"][1]["seeds"][seed] for seed in "012"] == [True, False, True]
+    assert not lost["tests"][0]["computable"]
+    assert "fedex failed with seed 1, and has no numbers there: training diverged." in (tmp_path / "compare.md").read_text()
+    failing |= {0, 2}
+    with pytest.raises(TrainingError, match="fedex fails with every seed at the settings chosen for it: training diverged"):
+        compare(config, ["fedit", "fedex"], [0, 1, 2], tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -40,6 +40,7 @@ def test_what_was_added_has_no_primary_test(path: Path, tmp_path: Path) -> None:
 def test_the_numbers_on_the_page_are_made_from_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all settings that have ended; nothing is run for it, and neither base nor rows are there."""
     monkeypatch.setattr(_runs, "_perform", lambda job: pytest.fail(f"{job.folder} would be run"))
+    monkeypatch.setattr("fedex_lora.experiments.compare.LocalSimulation", lambda config, emit: pytest.fail("a base and rows would be read"))
     archives = (Path(__file__).parents[2] / "evidence").rglob("runs.tar.xz")
     ended = sorted(archive for archive in archives if archive.with_name("compare.json").is_file())
     assert ended

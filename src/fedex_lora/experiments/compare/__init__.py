@@ -1,6 +1,7 @@
 """`fedex-lora compare`: variants by seeds, paired, each at its own best settings."""
 
 import hashlib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -80,7 +81,8 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     Raises:
         UsageError: what the protocol asks cannot be, or there is another comparison in `out`.
         ConfigError: a variant or a setting that the configuration does not allow. Nothing has been written then.
-        TrainingError: a variant that diverges with a seed at the settings that were chosen, or at all of them.
+        TrainingError: a variant that diverges at all settings, or with all seeds at the chosen ones. One that diverges with some of the
+            seeds has no numbers there: its tests have failed.
     """
     config = with_settings(config, flat(protocol.set))
     if protocol.config_sha256 not in (None, hashed(config)):
@@ -101,8 +103,8 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
     return result
 
 
-def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict[str, dict[int, Curve]], Started]:
-    """Run all: what was chosen for each variant, its curves by seed, and a run's facts."""
+def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict[Key, RunOutcome]]:
+    """Run all: what was chosen for each variant, and what came of it with each seed."""
     told: dict[Path, RunOutcome] = {}
     tuning = {
         (variant.name, label(point), seed): plan.job(variant, point, seed)
@@ -119,14 +121,12 @@ def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict
         for seed in plan.seeds
         for variant in plan.variants
     }
-    ran = _run(final, jobs, tell, plan.runs, told)
-    return choices, _curves(ran), _facts(ran)
+    return choices, _run(final, jobs, tell, plan.runs, told)
 
 
-def _result(
-    plan: Plan, choices: Mapping[str, Choice], curves: Mapping[str, Mapping[int, Curve]], facts: Started, sha256: str
-) -> dict[str, Any]:
+def _result(plan: Plan, choices: Mapping[str, Choice], ran: Mapping[Key, RunOutcome], sha256: str) -> dict[str, Any]:
     """All that `compare.json` says."""
+    facts, curves = _facts(ran), _curves(ran)
     sign = 1 if facts.greater_is_better else -1
     metrics = {name: {seed: run.metric for seed, run in by_seed.items()} for name, by_seed in curves.items()}
     goal, rows = summary(curves, plan.reference, plan.target, sign, plan.personal)
@@ -142,6 +142,9 @@ def _result(
         "grid": {key: list(values) for key, values in plan.grid.items()},
         "methods": [row | _described(plan, variant, choices[variant.name]) for row, variant in zip(rows, plan.variants, strict=True)],
         "tests": answers(metrics, plan.tests, sign, {name: choice.score for name, choice in choices.items()}),
+        "failed": [
+            {"method": name, "seed": seed, "reason": outcome.reason} for (name, _, seed), outcome in ran.items() if outcome.curve is None
+        ],
         "at": at_rounds(metrics, plan.reference, plan.at, plan.personal),
         "config": plan.config.model_dump(mode="json", exclude_none=True),
         "versions": versions(),
@@ -198,8 +201,9 @@ def _admitted(plan: Plan, with_controls: bool, tell: Progress) -> Plan:
 
 def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
     """Build what a variant's runs need, once for all that differ in `[training]` only, unless the first one is done already."""
+    seed = (plan.tuning_seeds if plan.tuned(variant) else plan.seeds)[0]
     for point in plan.points(variant):
-        job = plan.job(variant, point, plan.tuning_seeds[0])
+        job = plan.job(variant, point, seed)
         kind = write_config(job.config.model_copy(update={"training": {}}))
         if kind not in tried and not done(job):
             LocalSimulation(job.config, nobody)
@@ -243,12 +247,17 @@ def _run(jobs: Mapping[Key, RunJob], at_once: int, tell: Progress, total: int, t
 
 
 def _curves(ran: Mapping[Key, RunOutcome]) -> dict[str, dict[int, Curve]]:
-    """Variant -> seed -> curve."""
+    """Variant -> seed -> curve; of a run that failed all numbers are NaN."""
+    found: dict[str, dict[int, RunOutcome]] = {}
+    for (name, _, seed), outcome in ran.items():
+        found.setdefault(name, {})[seed] = outcome
     curves: dict[str, dict[int, Curve]] = {}
-    for (name, settings, seed), outcome in ran.items():
-        if outcome.curve is None:
-            raise TrainingError(f"{name} at {settings}, seed {seed}: {outcome.reason}; leave that out of the grid")
-        curves.setdefault(name, {})[seed] = outcome.curve
+    for name, by_seed in found.items():
+        whole = next((outcome.curve for outcome in by_seed.values() if outcome.curve), None)
+        if whole is None:
+            raise TrainingError(f"{name} fails with every seed at the settings chosen for it: {next(iter(by_seed.values())).reason}")
+        lost = replace(whole, metric=[math.nan] * len(whole.metric), held_out={}, held_out_loss={}, exactness=math.nan)
+        curves[name] = {seed: outcome.curve or lost for seed, outcome in by_seed.items()}
     return curves
 
 

@@ -134,6 +134,7 @@ def footnotes(result: Mapping[str, Any]) -> str:
     notes.append(f"Settings were chosen on {where}.")
     if any(row["at_edge"] for row in result["methods"]):
         notes.append(f"{EDGE} the best value is at the edge of the grid: a wider one may do better.")
+    notes += [f"{one['method']} failed with seed {one['seed']}, and has no numbers there: {one['reason']}." for one in result["failed"]]
     if any(row["exactness"] == "personalised" for row in result["methods"]):
         notes.append(f"{OWN} no global model: measured on the clients' own held-out rows, so not comparable with the others.")
     return " ".join(notes)
