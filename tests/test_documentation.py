@@ -73,6 +73,9 @@ def test_every_command_runs_as_written(workplace, monkeypatch):
                 with monkeypatch.context() as here:
                     here.syspath_prepend(ROOT / "examples" / "join")
                     runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        elif words[:2] == ["python", "-m"]:
+            done = subprocess.run([sys.executable, *words[1:], "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (command, done.stderr)
         elif words[0] == "python":
             with monkeypatch.context() as here:
                 here.syspath_prepend((ROOT / words[1]).parent)

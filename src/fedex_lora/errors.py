@@ -4,7 +4,8 @@ FedexLoraError              exit 1: the work failed
 |- AggregationError         updates that cannot be averaged: names, shapes, scalings, weights, values
 |- AdapterError             an adapter folder or model that the algebra does not cover
 |- StorageError             a file or folder that is missing, truncated or altered
-|  `- UnreadableError       the system does not let a file be read now; it may be whole
+|  |- UnreadableError       the system does not let a file be read now; it may be whole
+|  `- UnwritableError       the system does not let a file be written now: the disk is full or read-only
 |- WireError                a message that is not what the round declared
 |  `- LacksError            a message that counts on something that this client does not have
 |- DataError                rows, columns, labels, partitions
@@ -59,6 +60,10 @@ class StorageError(FedexLoraError):
 
 class UnreadableError(StorageError):
     """The system does not let a file be read now; nothing says that it is broken."""
+
+
+class UnwritableError(StorageError):
+    """The system does not let a file be written now; what is there is whole."""
 
 
 class WireError(FedexLoraError):

@@ -195,7 +195,7 @@ class ClientUpdate:
     """What one client sends back after local training.
 
     Args:
-        client_id: unique within the round; also the order in which sums are taken.
+        client_id: unique within the round.
         adapter: module path -> `LoRAPair`, as trained.
         num_examples: training rows, the usual weight.
         other: every other trained tensor by name (classification head, biases, `modules_to_save`).
@@ -250,7 +250,7 @@ class ServerState:
         other: the other trained tensors.
         seed: of the run, for factors that start anew.
         personal: client -> its own factors, for methods whose clients keep them (and let the server know them).
-        velocity: tensor -> its last change, of those that have a momentum of their own: other tensors by name, factors as `MODULE|A`.
+        velocity: tensor -> its last change, of those with a momentum of their own: other tensors by name, factors as `factor|MODULE|A`.
 
     Example: see `fedex_lora.aggregation.server_state.step`, which makes the next one.
     """

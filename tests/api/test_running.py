@@ -1,6 +1,7 @@
 """`fedex_lora.run`: rows, a model, metrics and a listener that are here already."""
 
 import json
+import shutil
 import threading
 from copy import copy
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
     assert verify(saved)["max_relative_error"] < 1e-6
     with pytest.raises(UsageError, match="exists: give another folder"):
         plain.save(saved)
+    (tmp_path / "full").mkdir()
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            plain.save(tmp_path / "full" / "saved")
+    assert not list((tmp_path / "full").iterdir())
     ids = torch.arange(3, 27).reshape(2, 12)
     plain.export(tmp_path / "merged")
     assert plain.export(tmp_path / "half", dtype=torch.bfloat16)["dtype"] == "bfloat16"

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket as socketlib
 import ssl
 import subprocess
 import threading
@@ -31,7 +32,7 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.cli.doctor import examine  # noqa: E402
 from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
-from fedex_lora.engines.flower import _exchange  # noqa: E402
+from fedex_lora.engines.flower import _exchange, _worker  # noqa: E402
 from fedex_lora.engines.flower._exchange import GridExchange, NodeDirectory  # noqa: E402
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key  # noqa: E402
 from fedex_lora.engines.flower._messages import Envelope, from_record, to_record  # noqa: E402
@@ -490,6 +491,20 @@ def test_a_worker_takes_no_file_s_place(tmp_path):
     with pytest.raises(UsageError, match="no socket"):
         serve(tmp_path / "rows.csv", ignore)
     assert (tmp_path / "rows.csv").read_text() == "precious"
+
+
+def test_a_worker_leaves_a_socket_that_it_may_not_open(tmp_path, monkeypatch):
+    """It may be another user's; one that nobody listens at is replaced."""
+    path = tmp_path / "w.sock"
+    with socketlib.socket(socketlib.AF_UNIX) as other:
+        other.bind(str(path))
+    with monkeypatch.context() as here:
+        here.setattr(_worker, "Client", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        with pytest.raises(UsageError, match="may be somebody's"):
+            _worker._require_free(path)
+    assert path.is_socket()
+    _worker._require_free(path)
+    assert not path.exists()
 
 
 def test_a_worker_answers_as_the_party_itself_would(tmp_path):

@@ -18,14 +18,15 @@ from scipy import stats
 from tests.runs.test_run import configuration
 
 from fedex_lora.config import write_config
-from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, TrainingError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.experiments.compare import compare as compare_by
 from fedex_lora.experiments.compare import configured, interval, parse_protocol
 from fedex_lora.experiments.compare._plan import RATE, Variant, grid_around, label
-from fedex_lora.experiments.compare._runs import RunJob, outcomes
+from fedex_lora.experiments.compare._runs import RunJob, nobody, outcomes
 from fedex_lora.experiments.compare._statistics import Curve, curve, held_out_score, rounds_to, summary
 from fedex_lora.experiments.compare._variants import controls, variants
 from fedex_lora.report.analysis import sent
+from fedex_lora.runs.run import run
 from fedex_lora.storage.events import HeldOut, RoundDone, Started, of_kind, read_events, record
 from fedex_lora.storage.files import finite_json
 
@@ -274,6 +275,23 @@ def test_a_rate_that_diverges_is_left_out(tmp_path):
     assert math.isfinite(result["methods"][0]["mean"])
     with pytest.raises(TrainingError, match="fedit fails at every point of the grid"):
         compare(config, ["fedit"], [0], tmp_path / "b", [1e30], with_controls=False)
+
+
+@pytest.mark.parametrize("error", [UnwritableError("cannot write a"), UnreadableError("a cannot be read")])
+def test_what_the_system_refuses_now_costs_no_round(error, tmp_path, monkeypatch):
+    """A full disk stops a comparison; what its runs have is kept, and is what it goes on with."""
+    job = RunJob(configuration(rounds=2), tmp_path / "run")
+    (want,) = outcomes([job], 1)
+    shutil.rmtree(job.folder)
+    run(job.config.model_copy(update={"rounds": 1}), job.folder, nobody)
+    (job.folder / "config.toml").write_text(write_config(job.config))
+    with monkeypatch.context() as here:
+        here.setattr("fedex_lora.experiments.compare._runs.run", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            list(outcomes([job], 1))
+    assert (job.folder / "rounds" / "0001").is_dir()
+    (again,) = outcomes([job], 1)
+    assert again.curve.metric == want.curve.metric
 
 
 def test_a_seed_that_fails_costs_its_tests_and_not_the_comparison(tmp_path, monkeypatch):

@@ -80,6 +80,15 @@ def test_an_export_has_the_logits_of_the_run(form, causal, tmp_path):
     assert "fedex" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_an_export_names_no_party(causal, tmp_path):
+    """It is made to be shared; the round's own folder, which is not, names them."""
+    export(causal / "rounds" / "0002", "adapter", tmp_path / "out")
+    parties = [entry["client"] for entry in read_manifest(causal / "rounds" / "0002")["inputs"]]
+    assert len(parties) == 3
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(f"{name}" in text for name in parties for text in texts)
+
+
 def test_a_cut_adapter_has_the_error_that_it_says(causal, tmp_path):
     """Eckart-Young per module, in numpy; rank 4 of 8 misses some of the update, and the reported number is that."""
     whole = export(causal, "adapter", tmp_path / "whole")

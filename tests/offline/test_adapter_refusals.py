@@ -16,7 +16,15 @@ from transformers import (
 from fedex_lora.errors import FedexLoraError
 from fedex_lora.models.build import load_model
 from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.together import distinct_names
 from fedex_lora.offline.verify import verify
+
+
+def test_folders_of_one_name_are_told_apart_by_their_paths():
+    folders = [Path(name) for name in ("/x/a_b/c", "/x/a/b_c", "/x/y/c")]
+    assert distinct_names(folders) == ["x/a_b/c", "x/a/b_c", "x/y/c"]
+    assert distinct_names(folders[:2]) == ["c", "b_c"]
+
 
 # What is refused, by the line that says why
 

@@ -442,6 +442,20 @@ def test_classes_come_from_the_configuration(ledger, tmp_path):
         accounts_of(config, ["client-0"])
 
 
+def test_two_clients_with_the_same_rows_are_charged_for_each_other(ledger, tmp_path):
+    """What one trains, the other's rows pay for, too; other rows do not."""
+    config = setting(tmp_path)
+    run(config, tmp_path / "run", ignore)
+    lines = read_ledger(ledger)
+    held = {line.client: line.rows for line in lines if isinstance(line, LedgerEntry)}
+    assert len(accounts_of(config, NAMES, held)["bone"].history(lines)) == config.rounds
+    alike = [
+        line.model_copy(update={"rows": held["bone"]}) if isinstance(line, LedgerEntry) and line.client == "chest" else line
+        for line in lines
+    ]
+    assert len(accounts_of(config, NAMES, held | {"chest": held["bone"]})["bone"].history(alike)) == 2 * config.rounds
+
+
 def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_on(ledger, tmp_path):
     """Rounds that are entered already are not paid for again."""
     one = privacy_plan(setting(tmp_path), "bone").round

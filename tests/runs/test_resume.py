@@ -17,7 +17,7 @@ from fedex_lora.runs.run import run
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import is_over, read_events
 from fedex_lora.storage.files import checksum, read_manifest
-from fedex_lora.storage.run_folder import locked
+from fedex_lora.storage.run_folder import locked, round_folder, run_rounds_of, strays
 
 CASES = {
     "fedex": {},
@@ -215,6 +215,7 @@ def test_a_broken_round_is_set_aside_and_said(whole, tmp_path):
     run(config, tmp_path / "run", lambda event: said.append(event.message) if event.name == "warning" else None, True)
     assert any("set aside" in message and "0003" in message for message in said)
     assert (tmp_path / "run" / "rounds" / "0003.broken1").is_dir()
+    assert not strays(tmp_path / "run")
     assert_same_bits(tmp_path / "run", want)
 
 
@@ -249,6 +250,12 @@ def test_another_configuration_is_refused(whole, tmp_path):
     (tmp_path / "else" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="no run"):
         run(config, tmp_path / "else", ignore, True)
+
+
+def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
+    for number in (9999, 10000, 2):
+        round_folder(tmp_path, number).mkdir(parents=True)
+    assert [folder.name for folder in run_rounds_of(tmp_path)] == ["10000", "9999", "0002"]
 
 
 def test_other_rows_are_refused_and_the_first_ones_go_on(tmp_path):

@@ -1,6 +1,7 @@
 """Nothing is removed, replaced or overwritten that this program did not write; and of two that write one folder, one is refused."""
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,8 +21,10 @@ from fedex_lora.experiments.compare._runs import RunJob, done
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs import run as runner
 from fedex_lora.runs.run import run
+from fedex_lora.server.checkpoint import load_checkpoint
 from fedex_lora.storage import files as storage
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_bytes, write_text
+from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import remove, remove_temporaries, strays
 
 THEIRS = {
@@ -366,3 +369,13 @@ def test_trackers_are_those_of_a_run_that_has_some(finished, tmp_path):
     assert strays(out) == [out / "report.html"]
     (out / "report.html").unlink()
     remove(out)
+
+
+@pytest.mark.parametrize("change", [{"inputs": ["a"]}, {"inputs": [{"client": "a"}]}, {"inputs": {}}, {"round": None}, {"method": 3}])
+def test_a_manifest_that_says_something_else_is_one_line(change, finished, tmp_path):
+    shutil.copytree(finished / "rounds" / "0001", tmp_path / "round")
+    path = tmp_path / "round" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for read in (read_result, load_checkpoint):
+        with pytest.raises(StorageError, match="is not the result of an aggregation"):
+            read(tmp_path / "round")

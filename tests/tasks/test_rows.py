@@ -1,6 +1,7 @@
 """Rows are trained on as they are written: cells of every kind of file, token ids written down by hand, templates, and messy rows."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -21,6 +22,14 @@ CELLS = {"id": "007", "size": "2.50", "seen": "TRUE", "date": "2024-01-05", "cod
 LINE = json.dumps(CELLS, ensure_ascii=False) + "\n"
 CSV = ",".join(CELLS) + "\n" + ",".join(f'"{cell}"' if "," in cell else cell for cell in CELLS.values()) + "\n"
 TSV = "\t".join(CELLS) + "\n" + "\t".join(CELLS.values()) + "\n"
+
+
+def test_reading_changes_nothing_in_the_process(tmp_path):
+    """A cell may be longer than the csv module lets others read."""
+    limit = csv.field_size_limit()
+    (tmp_path / "long.csv").write_text(f"note\n{'x' * (limit + 1)}\n")
+    assert len(read_rows("long.csv", tmp_path)["note"][2]) == limit + 1
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def aggregate(
         method: a name in `METHODS`, or METHOD+GAUGE.
         weights: "num_examples", "uniform", or one number >= 0 an update, in their order; normalised to sum one.
         truncation: of the residual, for `fedex-svd`; by default to the adapter's rank.
-        state: what the clients went on from (see `server.step`); None: adapters from anywhere.
+        state: what the clients went on from (see `server_state.step`); None: adapters from anywhere.
 
     Raises:
         AggregationError: no updates, or they do not fit together, or hold NaN or infinity, or the weights are impossible.

@@ -1,12 +1,11 @@
 """`fedex_lora.run`: a federation in this process, on rows, a model and metrics that are here already."""
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -24,6 +23,7 @@ from fedex_lora.runs import run as running
 from fedex_lora.runs import simulation
 from fedex_lora.runs.emit import Emit, log_line
 from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
+from fedex_lora.storage.files import copied_whole
 from fedex_lora.storage.run_folder import folder_after
 from fedex_lora.tasks import Task, custom, load_task
 from fedex_lora.tasks._files import MEMORY, Rows, as_text
@@ -90,9 +90,8 @@ class RunResult:
         if target.exists():
             raise UsageError(f"{target} exists: give another folder")
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(mkdtemp(prefix=".fedex-lora-tmp.", dir=target.absolute().parent))
-        shutil.copytree(self.folder, aside, dirs_exist_ok=True).rename(target)
-        return target
+        with copied_whole(self.folder, target.absolute()):
+            return target
 
     def export(self, out: str | Path, form: str = "merged", round: int | str | None = None, **options: Any) -> dict[str, Any]:
         """Write the model for others, and compare its logits with the run's.

@@ -50,7 +50,7 @@ class Exactness:
 
 USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept
 Held = Mapping[str, Mapping[str, Delta]]
-"""client -> module path -> what the client's base has beside the common one (see `server.start_of`)."""
+"""client -> module path -> what the client's base has beside the common one (see `server_state.start_of`)."""
 
 
 def ideal_update(

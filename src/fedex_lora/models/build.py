@@ -34,7 +34,7 @@ class Grounded(LoraConfig):
     """PEFT's settings of an adapter that is right only on top of a base delta; `save_pretrained` writes them, the mark among them.
 
     Attributes:
-        fedex_lora_base_delta: the mark (`Result.mark`); "" on the plain base.
+        fedex_lora_base_delta: the mark (`StoredResult.mark`); "" on the plain base.
     """
 
     fedex_lora_base_delta: str = ""

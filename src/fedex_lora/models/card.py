@@ -18,8 +18,6 @@ def model_card(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: Sto
         result: what is exported.
         kind: of model.
     """
-    inputs = "\n".join(f"- {entry['client']}: weight {entry['weight']:.4g}" for entry in result.manifest.get("inputs", []))
-    participants = f"\nParticipants of the last round:\n\n{inputs}\n" if inputs else ""
     cut = (
         f" It is cut to rank {numbers['rank']}: {numbers['update_error']:.2e} of the update is missing." if numbers["update_error"] else ""
     )
@@ -41,7 +39,7 @@ Reloaded after writing: its logits, {computed}, differ from the run's by {number
 ```python
 {_loading(facts, numbers, result, kind)}
 ```
-{participants}"""
+"""
 
 
 _BEFORE = """

@@ -32,7 +32,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     if len(set(resolved)) < len(resolved):
         raise UsageError("the same adapter folder is given twice: to count it twice, give it once with twice the weight")
     names = [folder.name for folder in resolved]
-    return names if len(set(names)) == len(names) else ["_".join(folder.parts[1:]) for folder in resolved]
+    return names if len(set(names)) == len(names) else ["/".join(folder.parts[1:]) for folder in resolved]
 
 
 def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> None:

@@ -49,7 +49,7 @@ class Account:
         budget: the most epsilon of all that the ledger says.
         accountant: see `spent`.
         rows: `rows_digest`.
-        others: digests of the rows that the other clients of the run hold; none, where the ledger is of one party.
+        others: digests of the other rows that clients of the run hold; none, where the ledger is of one party.
         task: a digest of what the run makes of the rows.
     """
 

@@ -56,7 +56,6 @@ OF_THE_RUN: Final = ("config", "labels-unset")
 BESIDE_ROWS: Final = frozenset("base busy client config labels-unset lacks message model no-data package privacy settings size".split())
 """Faults of which no row can be the reason: all that a private party tells of, before any row is read. (A row can end a worker.)"""
 
-MOST_ROWS = 10**9
 ENGINES = ("flwr", "nvflare")  # packages whose handlers of signals end a process by SystemExit
 
 

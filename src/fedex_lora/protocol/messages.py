@@ -122,7 +122,7 @@ def decode_body(body: memoryview, declared: str, known: Adapter | None = None) -
         known: the client's own copy of the global adapter.
 
     Raises:
-        WireError: truncated or altered, or it contradicts itself: see `read_table` and `catch_up_of`.
+        WireError: truncated or altered, or it contradicts itself: see `read_body_table` and `catch_up_of`.
     """
     text, entries = read_body_table(body, 2**20 + len(body) // 2)
     header = parse_header(text)

@@ -11,7 +11,7 @@ from fedex_lora.client.client import Client, Shared
 from fedex_lora.client.learner import Learner
 from fedex_lora.client.received import NeedsFull, StoredAnswer, Train
 from fedex_lora.config import Config, Rules
-from fedex_lora.errors import FedexLoraError, LacksError, PrivacyError, StorageError
+from fedex_lora.errors import FedexLoraError, LacksError, PrivacyError, StorageError, UnreadableError
 from fedex_lora.privacy.account import Account
 from fedex_lora.protocol.failures import told_to_end
 from fedex_lora.storage.adapter_folder import Format, write_adapter_folder
@@ -77,8 +77,10 @@ class ClientPool:
         try:
             learner = self.learner
             return Client.restore(path.read_bytes(), self._rules, name, learner.first, self._shared, base_of, learner.base)
-        except (StorageError, OSError) as error:
-            raise StorageError(f"{path}: {error}") from None
+        except OSError as error:
+            raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+        except StorageError as error:
+            raise type(error)(f"{path}: {error}") from None
 
     def _forgetting(self, client: Client) -> Client:
         """The client without its last answer, which its file has."""

@@ -83,7 +83,7 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
     made = blake3(config.task.model_dump_json().encode()).hexdigest()[:16]
     account = partial(Account, privacy.ledger, budget=budget, accountant=privacy.accountant, task=made)
     held = rows or {}
-    others = {client: frozenset(digest for name, digest in held.items() if name != client) for client in plans}
+    others = {client: frozenset(held.values()) - {held.get(client)} for client in plans}  # equal rows are the client's own
     return {client: account(client, plan, rows=held.get(client, ""), others=others[client]) for client, plan in plans.items()}
 
 

@@ -176,8 +176,9 @@ def gather(round: Round, exchange: Exchange, rules: Rules, emit: Emit) -> Gather
         TrainingError: so many clients blame the run's configuration that asking again is of no use.
     """
     asked, deadline, waits = len(round.participants), rules.clients.deadline, rules.clients.below_quorum == "wait"
-    spare = math.inf if waits else asked - quorum(rules, asked)
-    updates, down, up = dict[str, ClientUpdate](), 0, 0
+    dispensable = asked - quorum(rules, asked)
+    spare = math.inf if waits else dispensable
+    updates, down, up, large = dict[str, ClientUpdate](), 0, 0, set[str]()
     for attempt in count():
         messages = round.messages
         up += listen(round, exchange(messages, deadline), deadline, emit, updates, spare)
@@ -194,6 +195,10 @@ def gather(round: Round, exchange: Exchange, rules: Rules, emit: Emit) -> Gather
             raise TrainingError(f"{ready.reason}: asking again is of no use: mend the run's configuration, and begin a new run")
         if not waits:
             return Gathered(ready, [], down, up)
+        large, before = {one.client for one in ready.rejected}, large
+        if len(round.hopeless | (large & before)) > dispensable:  # they answer with the same bytes
+            mend = "raise messages.norm_bound, or lower clients.quorum, and resume"
+            raise TrainingError(f"{ready.reason}: asking again is of no use: {mend}")
         asking, pause = [client for client in round.participants if client not in ready.clients], min(PAUSE, 2.0 ** min(attempt, 10))
         emit(Waiting(round=round.number, clients=asking, since=time.time(), reason=ready.reason, seconds=pause))
         time.sleep(pause)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import Config
-from fedex_lora.errors import StorageError, UnreadableError, UsageError
+from fedex_lora.errors import StorageError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.server.checks import participants
 from fedex_lora.server.dump import base_delta_of, server_state_of, server_table
 from fedex_lora.server.registry import ClientRegistry
@@ -154,11 +154,11 @@ def require_space(out: Path, needed: int) -> None:
     """So many bytes are free where `out` is or will be.
 
     Raises:
-        StorageError: they are not.
+        UnwritableError: they are not.
     """
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise StorageError(
+        raise UnwritableError(
             f"the run needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {there}: set keep_rounds, or another out"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from fedex_lora.errors import StorageError, UnreadableError, UsageError
+from fedex_lora.errors import StorageError, UnreadableError, UnwritableError, UsageError
 
 MANIFEST = "manifest.json"
 ROUNDS, FINAL = "rounds", "final"
@@ -44,7 +44,16 @@ def _new_folder(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
     except OSError as error:
-        raise StorageError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
+        raise UnwritableError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
+
+
+@contextmanager
+def copied_whole(folder: Path, path: Path) -> Iterator[None]:
+    """A copy of a folder becomes `path` at the end of the block; what was copied vanishes when that fails."""
+    with _temporary(path, _new_folder) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        yield
+        temporary.rename(path)
 
 
 @contextmanager
@@ -64,10 +73,10 @@ def writing_failed(error: OSError, folder: Path) -> bool:
     return any(name.absolute().is_relative_to(folder.absolute()) for name in names) if names else error.errno in DISK
 
 
-def cannot_write(path: Path, error: Exception) -> StorageError:
+def cannot_write(path: Path, error: Exception) -> UnwritableError:
     """The error that says so."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-    return StorageError(f"cannot write {path}: {reason}: is the disk full or read-only?")
+    return UnwritableError(f"cannot write {path}: {reason}: is the disk full or read-only?")
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
 
     Raises:
         UsageError: `path` exists and holds something, at the start or at the end.
-        StorageError: it cannot be written. Other errors of the block are raised as they are.
+        UnwritableError: it cannot be written. Other errors of the block are raised as they are.
     """
     path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -105,7 +114,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
                 raise UsageError(f"{path} was written by another process meanwhile, and is left as it is: choose another folder") from None
             if not writing_failed(error, temporary) and not writing_failed(error, path):
                 raise
-            raise StorageError(f"cannot write {path}: {error.strerror or error}: is the disk full or read-only?") from None
+            raise cannot_write(path, error) from None
 
 
 def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
@@ -163,7 +172,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file in one step: beside, synced, then renamed over.
 
     Raises:
-        StorageError: it cannot be written.
+        UnwritableError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

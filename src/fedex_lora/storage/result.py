@@ -201,7 +201,8 @@ def read_result(folder: Path, check: bool = True) -> StoredResult:
     if (
         str(manifest.get("method")).partition("+")[0] not in METHODS
         or not isinstance(inputs, list)
-        or not all({"client", "weight"} <= entry.keys() for entry in inputs)
+        or not isinstance(manifest.get("round"), int)
+        or not all(isinstance(entry, dict) and {"client", "weight"} <= entry.keys() for entry in inputs)
     ):
         raise StorageError(f"{folder} is not the result of an aggregation: give a round folder, final/ or the OUT of aggregate")
     if (folder / TRAINABLE).is_dir():

@@ -21,7 +21,7 @@ _PEFT = r"(README\.md|adapter_config\.json|adapter_model\.safetensors)"
 _TENSORS = r"(updates|held)/[^/]+\.safetensors|(base_delta|previous_delta|motion|model|server)\.safetensors"
 _RESULT = rf"(/(manifest\.json|(trainable|adapter)/{_PEFT}|{_TENSORS}))?"
 _OURS = re.compile(
-    rf"{CONFIG}|{EVENTS}|{WORD}|{ROWS}|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken)?{_RESULT})?"
+    rf"{CONFIG}|{EVENTS}|{WORD}|{ROWS}|{FINAL}{_RESULT}|{ROUNDS}(/\d+(\.broken\d*)?{_RESULT})?"
     rf"|{CLIENTS}(/[^/]+(/((memory|reference)\.safetensors(\.broken)?|adapter/{_PEFT}))?)?|(.*/)?{re.escape(TEMPORARY)}.*"
 )
 
@@ -167,7 +167,8 @@ def folder_after(run: Path, round: int | str | None) -> Path:
 
 def run_rounds_of(out: Path) -> list[Path]:
     """The round folders of a run, the newest first."""
-    return sorted((folder for folder in (out / ROUNDS).glob("*") if folder.name.isdigit()), reverse=True)
+    there = [folder for folder in (out / ROUNDS).glob("*") if folder.name.isdigit()]
+    return sorted(there, key=lambda folder: int(folder.name), reverse=True)
 
 
 def round_folder(out: Path, number: int) -> Path:

@@ -39,7 +39,6 @@ OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open
 HALF = re.compile("[\ud800-\udfff]")  # a character of two halves, such as an emoji, of which JSON can have one alone
 MEMORY = "memory:"  # what the sources of rows that a run was given in memory begin with
 Numbered: TypeAlias = Iterator[tuple[int, dict[str, Any]]]
-csv.field_size_limit(sys.maxsize)
 
 
 class _Written(str):
@@ -73,6 +72,7 @@ def read_rows(source: str, data: Path | None = None) -> Rows:
 
 
 def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[str]]) -> Rows:
+    limit = csv.field_size_limit(sys.maxsize)  # of this process
     try:
         rows = list(reader(path, opener))
     except UnicodeError as error:
@@ -80,6 +80,8 @@ def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[
         raise DataError(f"{path} is not UTF-8 (line {_line_of(path, opener)}): {how}", "encoding") from error
     except (ValueError, OSError, EOFError, csv.Error, RecursionError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}: mend the file, or save it anew", "table") from None
+    finally:
+        csv.field_size_limit(limit)
     if not rows:
         raise DataError(f"{path} has no rows: give a file that has some", "no-rows")
     return _frame([row for _, row in rows], [line for line, _ in rows])

@@ -13,7 +13,7 @@ class Envelope:
     """What travels one way.
 
     Attributes:
-        payload: bytes of `wire`; empty where there is nothing but words.
+        payload: bytes of `protocol.messages`; empty where there is nothing but words.
         about: words.
     """
 

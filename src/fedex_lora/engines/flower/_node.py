@@ -19,7 +19,7 @@ from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._private_rows import UnreadRows, file_digest, private_rows, sample_rows, sample_task
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, is_private, node_settings
-from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
+from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UnreadableError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest
 from fedex_lora.privacy.settings import require_private
 from fedex_lora.protocol.failures import failure_of, told_to_end
@@ -193,5 +193,7 @@ def _remember(pool: ClientPool, folder: Path, memory: Path) -> None:
     """Take up what this party remembers; what is broken is set aside, and asked for anew."""
     try:
         pool.remember_in(folder, lambda version: {}, folder.name)
+    except UnreadableError:  # it may be whole
+        raise
     except StorageError:
         memory.replace(memory.with_name(f"{FILE}.broken"))

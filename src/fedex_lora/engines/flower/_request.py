@@ -10,7 +10,7 @@ class NodeRequest:
     """What a party is asked, with all that the answer depends on.
 
     Attributes:
-        payload: bytes of `wire`.
+        payload: bytes of `protocol.messages`.
         client: whom the server means.
         run: which run, as one word that no other run has.
         base: the fingerprint of the server's base; "" where it is not known.

@@ -81,8 +81,10 @@ def _require_free(path: Path) -> None:
         raise UsageError(f"{path} exists and is no socket: give another path")
     try:
         Client(str(path), "AF_UNIX").close()
-    except OSError:
+    except ConnectionRefusedError:
         path.unlink()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened, and may be somebody's: {error.strerror}: give another path") from None
     else:
         raise UsageError(f"a worker listens at {path} already: give another path, or stop that one")
 

@@ -14,7 +14,7 @@ from nvflare.fuel.utils.config_service import ConfigService
 from fedex_lora.client.client import ENVELOPE
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
 from fedex_lora.engines.nvflare._party import ScriptLearner, party_of, rules_of
-from fedex_lora.errors import StorageError, WireError
+from fedex_lora.errors import StorageError, UnreadableError, WireError
 from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of, envelope_of
 from fedex_lora.protocol.records import Request
@@ -76,6 +76,8 @@ class PartyExecutor(Executor):
         pool = ClientPool(rules_of(self.rules), self._made, alone=True)
         try:
             pool.remember_in(run, lambda version: {})
+        except UnreadableError:  # it may be whole
+            raise
         except StorageError:  # it is asked for anew
             memory = run / safe_name(name) / FILE
             memory.replace(memory.with_name(f"{FILE}.broken"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, write_config
-from fedex_lora.errors import StorageError, TrainingError
+from fedex_lora.errors import StorageError, TrainingError, UnreadableError, UnwritableError
 from fedex_lora.experiments.compare._statistics import Curve, curve
 from fedex_lora.runs.run import run
 from fedex_lora.storage.events import Event, RoundDone, RunDone, Started, of_kind, read_events
@@ -130,7 +130,9 @@ def _perform(job: RunJob) -> RunOutcome:
     try:
         try:
             run(job.config, job.folder, nobody, resume=True)
-        except StorageError:  # what was left cannot be read
+        except (UnreadableError, UnwritableError):  # what is there is whole
+            raise
+        except StorageError:  # what was left is broken
             remove(job.folder)
             run(job.config, job.folder, nobody)
     except TrainingError as error:

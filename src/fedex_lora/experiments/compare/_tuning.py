@@ -22,7 +22,7 @@ class Choice:
 
     Attributes:
         settings: key -> value.
-        score: see `chosen`; the worst where nothing was tried.
+        score: see `held_out_score`; the worst where nothing was tried.
         at_edge: the keys whose best value is the first or last of its numbers.
         tried: every point of the grid, for the record.
     """
