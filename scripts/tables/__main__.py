@@ -25,8 +25,8 @@ PAGES = {
 
 def written(page: str, name: str, lines: list[str]) -> str:
     """The page with a table in its place."""
-    head, table = f"<!-- table {name} -->\n\n", "\n".join(lines)
-    found, count = re.subn(rf"{re.escape(head)}.*?(\n+<!-- /table -->)", lambda match: f"{head}{table}{match[1]}", page, flags=re.S)
+    head, table, tail = f"<!-- table {name} -->\n\n", "\n".join(lines), "\n\n<!-- /table -->"
+    found, count = re.subn(rf"{head}.*?<!-- /table -->", lambda match: f"{head}{table}{tail}", page, flags=re.S)
     if count != 1:
         sys.exit(f"there are {count} places {head.strip()} ... <!-- /table -->, there must be one")
     return found
