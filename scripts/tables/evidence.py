@@ -18,9 +18,15 @@ Arm = dict[str, bool]
 
 
 def found(name: str) -> dict[str, Any] | None:
-    """A setting's result; None: it has not ended."""
+    """A setting's result, with NaN where JSON has no number; None: it has not ended."""
     path = RECORDS / name / "compare.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _numbers(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    return [_numbers(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
 
 
 def primary(result: dict[str, Any]) -> dict[str, Any]:

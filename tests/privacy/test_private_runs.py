@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -442,8 +443,8 @@ def test_classes_come_from_the_configuration(ledger, tmp_path):
         accounts_of(config, ["client-0"])
 
 
-def test_two_clients_with_the_same_rows_are_charged_for_each_other(ledger, tmp_path):
-    """What one trains, the other's rows pay for, too; other rows do not."""
+def test_two_clients_with_the_same_rows_are_refused_and_would_be_charged_for_each_other(ledger, tmp_path):
+    """What one trains, the other's rows would pay for, too; other rows do not."""
     config = setting(tmp_path)
     run(config, tmp_path / "run", ignore)
     lines = read_ledger(ledger)
@@ -453,7 +454,10 @@ def test_two_clients_with_the_same_rows_are_charged_for_each_other(ledger, tmp_p
         line.model_copy(update={"rows": held["bone"]}) if isinstance(line, LedgerEntry) and line.client == "chest" else line
         for line in lines
     ]
-    assert len(accounts_of(config, NAMES, held | {"chest": held["bone"]})["bone"].history(alike)) == 2 * config.rounds
+    bone = replace(accounts_of(config, NAMES, held)["bone"], others=frozenset({held["skin"]}))
+    assert len(bone.history(alike)) == 2 * config.rounds
+    with pytest.raises(ConfigError, match="clients bone, chest hold the same rows, so that each record would be paid for 2 times"):
+        accounts_of(config, NAMES, held | {"chest": held["bone"]})
 
 
 def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_on(ledger, tmp_path):

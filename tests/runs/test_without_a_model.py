@@ -1,6 +1,7 @@
 """Whole runs of which only messages, folders and events matter (`tests/fake.py`)."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from tests.runs.test_run import events_of, ignore
 from fedex_lora import METHODS, load_model
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import base_folder
-from fedex_lora.errors import ModelError, TrainingError
+from fedex_lora.errors import ModelError, TrainingError, UnreadableError, UnwritableError
 from fedex_lora.exactness import measure
 from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.report.analysis import sent
+from fedex_lora.runs import clients as pools
+from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.measuring import learnt_nothing
@@ -148,6 +151,41 @@ def test_a_fault_of_the_configuration_stops_a_run_that_would_wait_for_ever(many,
     else:
         run_rounds(config, place.initial(), federation, tmp_path / "run", ignore)
     assert len([one for one in calls[:3] if len(one) == 4]) == asked
+
+
+def test_a_memory_that_cannot_be_read_now_stays_and_a_broken_one_is_set_aside(tmp_path, monkeypatch):
+    config = setting(rounds=1, clients={"partition": "iid", "count": 2})
+    place = Fake(config, ignore)
+    (tmp_path / "run").mkdir()
+    place.remember_in(tmp_path / "run")
+    run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
+    memory = tmp_path / "run" / "clients" / "client-0" / "memory.safetensors"
+    pool = ClientPool(config, place.pool.learner.only("client-0"), alone=True)
+    with monkeypatch.context() as here:
+        here.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(UnreadableError, match="Input/output error"):
+            pool.take_up(tmp_path / "run" / "clients")
+    assert memory.is_file()
+    memory.write_bytes(memory.read_bytes()[:-1])
+    pool.take_up(tmp_path / "run" / "clients")
+    assert [path.name for path in memory.parent.iterdir()] == ["memory.safetensors.broken"]
+
+
+def test_a_full_disk_is_the_run_s_and_no_client_s_failure(tmp_path, monkeypatch):
+    """In one process nothing goes on without the client: the run stops."""
+    config = setting(rounds=2, clients={"partition": "iid", "count": 4, "quorum": 0.5})
+    place, kept = Fake(config, ignore), pools.write_bytes
+    (tmp_path / "run").mkdir()
+    place.remember_in(tmp_path / "run")
+
+    def full(path, content):
+        if "client-2" in str(path):
+            raise UnwritableError(f"cannot write {path}")
+        kept(path, content)
+
+    monkeypatch.setattr(pools, "write_bytes", full)
+    with pytest.raises(UnwritableError):
+        run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
 
 
 @pytest.mark.parametrize(

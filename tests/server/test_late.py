@@ -243,7 +243,10 @@ def test_below_the_quorum_clients_may_be_asked_again_until_they_answer(tmp_path,
 def test_who_is_far_too_large_twice_is_not_waited_for_again(tmp_path, monkeypatch):
     """Asked again, a client sends the same bytes; where the quorum can do without it, nothing ends."""
     monkeypatch.setattr(rounds, "PAUSE", 0.0)
-    with pytest.raises(TrainingError, match=r"client-0: .*messages.norm_bound.*asking again is of no use: raise messages.norm_bound"):
+    with pytest.raises(
+        TrainingError,
+        match=r"client-0: .*messages.norm_bound.*asking again is of no use: lower clients.quorum, or raise messages.norm_bound",
+    ):
         federate(tmp_path / "run", slow(quorum=1.0, below_quorum="wait"), {2: ["large"] * 100})
     assert len([event for event in events_of(tmp_path / "run", "waiting") if "reason" in event]) == 1
     federate(tmp_path / "less", slow(quorum=0.75, below_quorum="wait"), {2: ["large"] * 100})

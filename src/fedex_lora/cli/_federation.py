@@ -196,6 +196,9 @@ def _compare(
         print_json(result)
     else:
         _show(result, out, console)
+    if lost := result["failed"]:
+        who = ", ".join(f"{one['method']} with seed {one['seed']}" for one in lost)
+        fail(f"error: training failed of {who}, and what they are in cannot be computed: {lost[0]['reason']}", 1)
     fail_without_numbers({row["name"]: [row["exactness_error"]] for row in result["methods"]})
 
 

@@ -65,6 +65,20 @@ class ClientPool:
             if (path := self._path(name)).exists():
                 self.clients[name] = self._forgetting(self._restored(path, name, base_of))
 
+    def take_up(self, folder: Path, run: str = "") -> None:
+        """What one party alone remembers, as `remember_in`; a file that is broken is set aside, and what it had is asked for anew.
+
+        Raises:
+            UnreadableError: it cannot be read now, and may be whole.
+        """
+        try:
+            self.remember_in(folder, lambda version: {}, run)
+        except UnreadableError:
+            raise
+        except StorageError:
+            for path in map(self._path, self.clients):
+                path.replace(path.with_name(f"{FILE}.broken"))
+
     def forget(self, name: str) -> None:
         """The client knows nothing any more, as one that begins anew."""
         self.clients[name] = Client(self._rules, name, self.learner.first, self._shared, self.learner.base)

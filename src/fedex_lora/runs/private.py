@@ -1,5 +1,6 @@
 """What the clients of a run must have said of their privacy, and whether their ledgers pay for it: told before anything is written."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
         for name in sorted(privacy.rows.keys() - set(clients)):
             near = nearest(name, sorted(clients))
             problems.append(f"privacy.rows.{name} is no client: " + (f"did you mean {near}?" if near else f"they are {', '.join(clients)}"))
-    problems += wrong
+    problems += wrong + _twins(rows or {})
     if rows is not None and (twice := _trained_and_measured(config)):
         problems.append(f"task.eval = {twice!r} has the rows to train on, and metrics are told without noise: name a file of other rows")
     if privacy.ledger is None:
@@ -85,6 +86,16 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
     held = rows or {}
     others = {client: frozenset(held.values()) - {held.get(client)} for client in plans}  # equal rows are the client's own
     return {client: account(client, plan, rows=held.get(client, ""), others=others[client]) for client, plan in plans.items()}
+
+
+def _twins(rows: Mapping[str, str]) -> list[str]:
+    """Clients whose rows have one digest."""
+    shared = {digest: count for digest, count in Counter(rows.values()).items() if count > 1}
+    return [
+        f"clients {', '.join(sorted(client for client, mine in rows.items() if mine == digest))} hold the same rows, so that each record "
+        f"would be paid for {count} times: give each its own"
+        for digest, count in shared.items()
+    ]
 
 
 def _trained_and_measured(config: Config) -> str:

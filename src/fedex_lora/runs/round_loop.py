@@ -173,7 +173,7 @@ def gather(round: Round, exchange: Exchange, rules: Rules, emit: Emit) -> Gather
         emit: told of each answer.
 
     Raises:
-        TrainingError: so many clients blame the run's configuration that asking again is of no use.
+        TrainingError: asking again is of no use: so many clients blame the run's configuration, or are far too large twice.
     """
     asked, deadline, waits = len(round.participants), rules.clients.deadline, rules.clients.below_quorum == "wait"
     dispensable = asked - quorum(rules, asked)
@@ -195,9 +195,9 @@ def gather(round: Round, exchange: Exchange, rules: Rules, emit: Emit) -> Gather
             raise TrainingError(f"{ready.reason}: asking again is of no use: mend the run's configuration, and begin a new run")
         if not waits:
             return Gathered(ready, [], down, up)
-        large, before = {one.client for one in ready.rejected}, large
-        if len(round.hopeless | (large & before)) > dispensable:  # they answer with the same bytes
-            mend = "raise messages.norm_bound, or lower clients.quorum, and resume"
+        large, before = {one.client for one in ready.rejected} & round.receipts.keys(), large
+        if round.receipts.keys() >= set(round.participants) and len(large & before) > dispensable:  # all are there, and answer the same
+            mend = "lower clients.quorum, or raise messages.norm_bound if that is why, and resume"
             raise TrainingError(f"{ready.reason}: asking again is of no use: {mend}")
         asking, pause = [client for client in round.participants if client not in ready.clients], min(PAUSE, 2.0 ** min(attempt, 10))
         emit(Waiting(round=round.number, clients=asking, since=time.time(), reason=ready.reason, seconds=pause))

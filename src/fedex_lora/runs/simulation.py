@@ -11,7 +11,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.training import SPEED, ClientData
 from fedex_lora.config import Config
-from fedex_lora.errors import ConfigError, FedexLoraError, UsageError
+from fedex_lora.errors import ConfigError, FedexLoraError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.privacy.account import rows_digest
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
@@ -159,6 +159,8 @@ class LocalSimulation:
         for client, payload in messages.items():
             try:
                 yield Reply(client, self.pool.answer(client, payload))
+            except (UnreadableError, UnwritableError):  # the disk is everybody's here
+                raise
             except FedexLoraError as error:
                 self._emit(PartyFailed(client=client, message=str(error)))  # for this console: in one process its user is every party
                 failure = failure_of(error)

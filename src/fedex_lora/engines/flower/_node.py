@@ -19,12 +19,12 @@ from fedex_lora.engines.flower._log import log_of
 from fedex_lora.engines.flower._private_rows import UnreadRows, file_digest, private_rows, sample_rows, sample_task
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import NodeSettings, is_private, node_settings
-from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UnreadableError, UsageError
+from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
 from fedex_lora.privacy.account import Account, rows_digest
 from fedex_lora.privacy.settings import require_private
 from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of
-from fedex_lora.runs.clients import FILE, ClientPool
+from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
@@ -90,7 +90,7 @@ class Node:
                     "base",
                 )
             pool = ClientPool(place.config, ModelLearner(place, data, self._emit), alone=True, accounts=accounts)
-            _remember(pool, folder, mine / FILE)
+            pool.take_up(folder, folder.name)
             reply = pool.answer(request.client, request.payload)
             with suppress(FedexLoraError):  # of a ledger that was moved away meanwhile: the answer is in it
                 for account in accounts.values():
@@ -187,13 +187,3 @@ def _rows(
     data = ClientData(train=train, held_out=measured)
     log.info("%s: holds %s", client, _held(data, config.task.labels or [], task))
     return {client: data}, rows_digest(own.to_dict("records")) if config.privacy.is_on else ""
-
-
-def _remember(pool: ClientPool, folder: Path, memory: Path) -> None:
-    """Take up what this party remembers; what is broken is set aside, and asked for anew."""
-    try:
-        pool.remember_in(folder, lambda version: {}, folder.name)
-    except UnreadableError:  # it may be whole
-        raise
-    except StorageError:
-        memory.replace(memory.with_name(f"{FILE}.broken"))

@@ -14,11 +14,11 @@ from nvflare.fuel.utils.config_service import ConfigService
 from fedex_lora.client.client import ENVELOPE
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
 from fedex_lora.engines.nvflare._party import ScriptLearner, party_of, rules_of
-from fedex_lora.errors import StorageError, UnreadableError, WireError
+from fedex_lora.errors import StorageError, WireError
 from fedex_lora.protocol.failures import failure_of, told_to_end
 from fedex_lora.protocol.messages import answer_of, envelope_of
 from fedex_lora.protocol.records import Request
-from fedex_lora.runs.clients import FILE, ClientPool
+from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.party_log import left, log_failure, party_log
 from fedex_lora.storage.result import safe_name
 
@@ -74,11 +74,5 @@ class PartyExecutor(Executor):
         except OSError as error:
             raise StorageError(f"this site cannot keep its state in {run}: {error.strerror}: set {FOLDER}") from None
         pool = ClientPool(rules_of(self.rules), self._made, alone=True)
-        try:
-            pool.remember_in(run, lambda version: {})
-        except UnreadableError:  # it may be whole
-            raise
-        except StorageError:  # it is asked for anew
-            memory = run / safe_name(name) / FILE
-            memory.replace(memory.with_name(f"{FILE}.broken"))
+        pool.take_up(run)
         return pool.answer(name, payload)
