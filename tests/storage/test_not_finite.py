@@ -329,9 +329,11 @@ def test_the_demo_and_a_comparison_end_with_1_where_an_error_is_no_number(tmp_pa
         assert result.exit_code == status
         assert ("the errors of null cannot be computed" in result.stderr) == bool(status)
         (tmp_path / "run.toml").write_text(write_config(configuration(rounds=1)))
-        table = {"methods": [{"name": name, "exactness_error": rows[name]["exactness_error"]} for name in names]}
+        table = {"methods": [{"name": name, "exactness_error": rows[name]["exactness_error"]} for name in names], "failed": []}
         monkeypatch.setattr(compare, "compare", lambda *_, table=table: table)
         assert call("compare", tmp_path / "run.toml", "--json").exit_code == status
+    table |= {"failed": [{"method": "fedex", "seed": 1, "reason": "training diverged"}]}
+    assert "training failed of fedex with seed 1" in one_line(call("compare", tmp_path / "run.toml", "--json"), 1)
 
 
 def test_a_null_in_the_events_is_not_fine(finished, tmp_path):
