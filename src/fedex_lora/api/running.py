@@ -23,7 +23,7 @@ from fedex_lora.runs import run as running
 from fedex_lora.runs import simulation
 from fedex_lora.runs.emit import Emit, log_line
 from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
-from fedex_lora.storage.files import copied_whole
+from fedex_lora.storage.files import copy_whole
 from fedex_lora.storage.run_folder import folder_after
 from fedex_lora.tasks import Task, custom, load_task
 from fedex_lora.tasks._files import MEMORY, Rows, as_text
@@ -90,8 +90,8 @@ class RunResult:
         if target.exists():
             raise UsageError(f"{target} exists: give another folder")
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with copied_whole(self.folder, target.absolute()):
-            return target
+        copy_whole(self.folder, target.absolute())
+        return target
 
     def export(self, out: str | Path, form: str = "merged", round: int | str | None = None, **options: Any) -> dict[str, Any]:
         """Write the model for others, and compare its logits with the run's.

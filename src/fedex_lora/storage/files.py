@@ -47,12 +47,10 @@ def _new_folder(path: Path) -> None:
         raise UnwritableError(f"cannot write beside {path}: {error.strerror}: choose another folder") from None
 
 
-@contextmanager
-def copied_whole(folder: Path, path: Path) -> Iterator[None]:
-    """A copy of a folder becomes `path` at the end of the block; what was copied vanishes when that fails."""
+def copy_whole(folder: Path, path: Path) -> None:
+    """A copy of a folder is `path`, or nothing is there when that fails."""
     with _temporary(path, _new_folder) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        yield
         temporary.rename(path)
 
 
