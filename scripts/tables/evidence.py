@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.power_of_comparisons import equivalence
+
 from fedex_lora.experiments.compare._tests import at_round, holm, paired
 
 RECORDS = Path(__file__).parents[2] / "evidence"
@@ -119,8 +121,18 @@ def effects(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def power(result: dict[str, Any]) -> list[str]:
+    """How often the primary test would show equivalence if there were no difference, and how many seeds four times in five need."""
+    test = primary(result)
+    spread, n = test["standard_error"] * math.sqrt(test["n"]), test["n"]
+    enough = next(seeds for seeds in range(2, 1000) if equivalence(0, test["bound"] / spread, seeds) >= 0.8)
+    lines = head("test", "standard deviation of the difference", "seeds", "power", "seeds for a power of .8")
+    return [*lines, row(test["name"], f"{spread:.4f}", str(n), f"{equivalence(0, test['bound'] / spread, n):.2f}", str(enough))]
+
+
 def tables() -> dict[str, list[str]]:
     """Places of settings that have ended are in the page. One tuning seed is too few for effects: they would be of learning rates."""
     ended = {name: result for name in SETTINGS if (result := found(name))}
     made = {"primary": tests()} | {f"{name} arms": arms(result) for name, result in ended.items()}
+    made |= {f"{name} power": power(result) for name, result in ended.items() if primary(result)["kind"] == "equivalence"}
     return made | {f"{name} effects": effects(result) for name, result in ended.items() if len(result["tuning_seeds"]) > 1}
