@@ -1,12 +1,13 @@
 """Server momentum as a federation sees it: bytes, who was absent, what a run says of itself, what is refused."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tests import oracle
-from tests.fake import Fake, setting
+from tests.fake import Fake, Network, setting
 from tests.protocol.test_delta_sync import adapters, federate
 from tests.protocol.test_hostile import bits, equal
 from tests.runs.test_round_loop import quick  # noqa: F401 (a fixture)
@@ -25,7 +26,7 @@ from fedex_lora.storage.events import RoundDone, of_kind
 from fedex_lora.storage.motion import read_motion
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import strays
-from fedex_lora.types import LowRank
+from fedex_lora.types import Dense, LowRank
 
 MOVING = [name for name, row in METHODS.items() if row.momentum]
 HALF, RANK = {"momentum": 0.5}, 3
@@ -135,6 +136,23 @@ def test_verify_compares_rounds_with_those_before(tmp_path):
     state = replace(place.trace.states[4], adapter={"wide": place.trace.states[4].adapter["wide"]})
     with pytest.raises(StorageError, match="does not fit the folder's adapter"):
         read_motion(tmp_path / "run" / "rounds" / "0004" / "motion.safetensors", state.adapter)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_round_after_a_skipped_one_repeats_nothing(tmp_path):
+    """Its file has no change; older files have one of zero, which is none, too. And `final/` is verified by itself."""
+    config = setting(rounds=4, server=HALF, clients={"partition": "iid", "count": 4, "below_quorum": "skip"})
+    net = Network(Fake(config, ignore), {3: "lost"})
+    final = run_rounds(config, net.place.initial(), replace(net.place.federation(), exchange=net.exchange), tmp_path / "run", ignore)
+    assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
+    assert verify(tmp_path / "run" / "final")["recomputed"] is False
+    second, third, fourth = (read_result(tmp_path / "run" / "rounds" / f"000{number}") for number in (2, 3, 4))
+    assert (bool(third.manifest["skipped"]), fourth.motion.change) == (True, {})
+    for size in (0.0, 1.0):
+        change = {name: Dense(size * delta.dense()) for name, delta in net.place.trace.states[2].base_delta.items()}
+        with nullcontext() if size == 0 else pytest.raises(StorageError, match="there was none before it"):
+            require_continued(tmp_path, replace(fourth, motion=replace(fourth.motion, change=change)), [second, third])
+    assert final.round == 4
 
 
 def test_a_round_that_is_called_skipped_has_no_gains():

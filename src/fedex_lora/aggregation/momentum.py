@@ -148,10 +148,12 @@ def halted(base_delta: Mapping[str, Delta]) -> dict[str, Delta]:
 
 
 def last_change(delta: Delta | None) -> Delta | None:
-    """The velocity of one module; None where there is none."""
+    """The velocity of one module; None where there is none, or where it is zero: nothing was changed by a round that was skipped."""
+    if not isinstance(delta, MovingDense | MovingLowRank) or not bool(delta.velocity.any()):
+        return None
     if isinstance(delta, MovingDense):
         return Dense(W=delta.velocity)
-    return LowRank(U=(delta.left * delta.velocity).to(delta.left.dtype), V=delta.right) if isinstance(delta, MovingLowRank) else None
+    return LowRank(U=(delta.left * delta.velocity).to(delta.left.dtype), V=delta.right)
 
 
 def gained(before: Mapping[str, Delta], after: Mapping[str, Delta]) -> dict[str, LowRank]:
