@@ -10,6 +10,7 @@ from tests import oracle
 from tests.fake import Fake, Network, setting
 from tests.protocol.test_delta_sync import adapters, federate
 from tests.protocol.test_hostile import bits, equal
+from tests.runs.test_estimate import KEPT
 from tests.runs.test_round_loop import quick  # noqa: F401 (a fixture)
 from tests.runs.test_run import ignore
 
@@ -21,7 +22,7 @@ from fedex_lora.offline.merge_results import merge_folders
 from fedex_lora.offline.verify import require_continued, verify
 from fedex_lora.protocol.delta_sync import CatchUp, require_whole
 from fedex_lora.runs.round_loop import run_rounds
-from fedex_lora.server.checkpoint import last_checkpoint
+from fedex_lora.server.checkpoint import bytes_needed, last_checkpoint
 from fedex_lora.storage.events import RoundDone, of_kind
 from fedex_lora.storage.motion import read_motion
 from fedex_lora.storage.result import read_result
@@ -165,6 +166,20 @@ def test_a_small_learning_rate_is_refused():
     """What the base takes up is (h - 1) P: the error is that of fp32 over h."""
     with pytest.raises(ConfigError, match=r"server\.learning_rate"):
         parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}, "server": {"learning_rate": 0.02}})
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("method", "pace"), [("fedex", HALF), ("fedit", {**HALF, "momentum_on": "all", "momentum_of": "factors"})])
+def test_many_rounds_of_matrices_are_within_the_bound_of_disk(method, pace, tmp_path, monkeypatch):
+    """With velocities, the changes that are repeated, and a log for those who were absent."""
+    monkeypatch.setattr("tests.fake.SHAPES", {"q": (96, 96)})
+    clients = {"partition": "iid", "count": 4, "fraction": 0.75}
+    config = setting(method=method, rounds=20, server=pace, clients=clients)
+    place = Fake(config, ignore)
+    place.remember_in(tmp_path / "run")
+    final = run_rounds(config, place.initial(), place.federation(), tmp_path / "run", ignore)
+    left = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+    assert bytes_needed(config, final, 4) / KEPT <= left <= bytes_needed(config, final, 4) + 250 * 1024  # JSON
 
 
 @pytest.mark.usefixtures("quick")

@@ -123,17 +123,19 @@ def bytes_needed(config: Config, state: ServerState, clients: int) -> int:
     """About what a run folder holds in the end, from above: rounds with their updates, base deltas and log; `final`; clients' memories."""
     taking_part = participants(config.clients.fraction, clients)
     own = 1 if get_method(config.method).client_state else 0  # what a client alone holds
-    adapter = adapter_bytes(state)
+    adapter, pace = adapter_bytes(state), config.server
+    started = 0 if not pace.moves else 1 if pace.through_base and pace.momentum_on == "adapters" else 4  # adapters of motion and velocity
+    copies = (5, 7) if pace.through_base else (3, 3)  # the base delta, the one before, the log; that with its velocity, the last change
     last = config.rounds
     first = 1 if config.keep_rounds is None else max(1, last - config.keep_rounds)  # and the best of the older ones
 
     def gained(round: int) -> int:
-        return gained_bytes(config, state.adapter, taking_part, round)
+        return gained_bytes(config, state.adapter, taking_part, round, copies)
 
     full = bisect_left(range(last + 1), gained(last), key=gained)  # from here on all of it is matrices
     sizes = sum(map(gained, range(first, full))) + (last + 1 - max(first, full)) * gained(last)
-    rounds = (last + 1 - first) * adapter * (1 + taking_part * (1 + own)) + 3 * sizes
-    return rounds + adapter + gained(last) + clients * adapter * (5 + own)
+    rounds = (last + 1 - first) * adapter * (1 + started + taking_part * (1 + own)) + sizes
+    return rounds + adapter + gained_bytes(config, state.adapter, taking_part, last) + clients * adapter * (5 + own)
 
 
 def adapter_bytes(state: ServerState) -> int:
@@ -142,12 +144,13 @@ def adapter_bytes(state: ServerState) -> int:
     return other + 4 * sum(part.numel() for pair in state.adapter.values() for part in {**pair.parts, "B": pair.B}.values())
 
 
-def gained_bytes(config: Config, adapter: Adapter, taking_part: int, rounds: int) -> int:
-    """What the base has gained after so many rounds, from above: factors, or the matrix where that is smaller."""
+def gained_bytes(config: Config, adapter: Adapter, taking_part: int, rounds: int, copies: tuple[int, int] = (1, 1)) -> int:
+    """What the base has gained after so many rounds, from above: factors, or the matrix where that is smaller, each in so many copies."""
     row = get_method(config.method)
     products = taking_part * (2 if row.client_state else 1) if row.residual_policy != "drop" else 0  # two, where the start is their own
     columns = rounds * (products + (2 if config.server.through_base else 0))
-    return 4 * sum(min(columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in adapter.values())
+    sizes = ((columns * pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in adapter.values())
+    return 4 * sum(copies[0] * factors if factors < matrix else copies[1] * matrix for factors, matrix in sizes)
 
 
 def require_space(out: Path, needed: int) -> None:
