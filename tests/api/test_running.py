@@ -132,10 +132,11 @@ def test_an_error_that_cannot_be_computed_is_said(plain):
     assert "not finite" not in repr(plain)
 
 
-def test_a_listener_a_metric_and_a_model_of_the_users_own(notes, plain):
+def test_a_listener_a_metric_and_a_model_of_the_users_own(notes, plain, tmp_path):
     parts, held = notes
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base_folder()), AutoTokenizer.from_pretrained(base_folder())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokenizer.chat_template = "mine"
     heard = []
     tree = {**TREE, "base": {}}
     result = fedex_lora.run(
@@ -155,6 +156,13 @@ def test_a_listener_a_metric_and_a_model_of_the_users_own(notes, plain):
     with torch.no_grad():
         assert torch.equal(result.model()(ids).logits, plain.model()(ids).logits)
 
+    result.export(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "mine" != plain_template()
+
+
+def plain_template():
+    return AutoTokenizer.from_pretrained(base_folder()).chat_template
+
 
 def test_a_classifier_in_memory(tmp_path):
     rows = [{"text": f"word {i} {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(16)]
@@ -165,6 +173,10 @@ def test_a_classifier_in_memory(tmp_path):
     assert result.metrics["exactness_error"].max() < 1e-6
     more = fedex_lora.run({**tree, "rounds": 2}, **here, out=tmp_path / "run", resume=True)
     assert more.state.round == 2
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight += 0.1
+    with pytest.raises(UsageError, match="was trained on another base than .* is now: give the one that it began with, or another out"):
+        fedex_lora.run({**tree, "rounds": 3}, **here, out=tmp_path / "run", resume=True)
     with pytest.raises(ModelError, match="tells 2 classes apart, and the task has 3"):
         fedex_lora.run({**tree, "task": {"labels": [0, 1, 2]}}, **here)
 

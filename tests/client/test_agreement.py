@@ -188,6 +188,30 @@ def test_a_factor_that_the_method_freezes_may_not_be_trained():
     assert isinstance(server.receive("a", party.answer(message)), Accepted)
 
 
+def test_what_a_trainer_made_bf16_is_loaded_and_sent_in_its_own_precision():
+    """As TRL's trainers do over 4 bits: only what is trained is cast, and in the next round that is the other factor."""
+
+    def half(model):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        train(model)
+
+    rules = Rules(method="rolora")
+    server, party = federation(rules), Party("a", peft(modules_to_save=["lm_head"]), rules)
+    server = Server.start(rules, *party.party.read(), ["a"], base=party.party.base.name)
+    for number in (1, 2, 3):
+        set_trained(party.model, "BA"[number % 2 == 0])
+        round = server.open_round()
+        update = server.receive("a", party.answer(round.messages["a"], half)).update
+        assert {tensor.dtype for tensor in (*update.other.values(), *(p.A for p in update.adapter.values()))} == {torch.float32}
+        for name, pair in update.adapter.items():
+            trained = party.model.get_parameter(f"base_model.model.{name}.lora_{'BA'[number % 2 == 0]}.default.weight")
+            assert trained.dtype == torch.bfloat16
+            assert torch.equal(getattr(pair, "BA"[number % 2 == 0]), trained.float())
+        round.close([update])
+
+
 def test_wrong_objects_are_a_line():
     server, model = federation(), peft()
     for wrong in ("a/folder", None, LoraConfig()):

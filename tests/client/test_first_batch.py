@@ -7,12 +7,12 @@ import torch
 from datasets import Dataset
 from tests.runs.test_run import ignore
 from tests.tasks.test_rows import bytewise
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, RobertaConfig, RobertaForSequenceClassification
 
 from fedex_lora.client.probe import fitting
-from fedex_lora.client.training import evaluate
+from fedex_lora.client.training import ClientData, evaluate, local_update
 from fedex_lora.config import parse_config
-from fedex_lora.errors import ConfigError, FedexLoraError, ModelError
+from fedex_lora.errors import ConfigError, FedexLoraError, ModelError, TrainingError
 from fedex_lora.runs.run import run
 from fedex_lora.runs.simulation import LocalSimulation
 
@@ -75,6 +75,37 @@ def test_one_line_before_anything_is_written(tokenizer, task, training, message,
     assert not (tmp_path / "run").exists()
     mended = setting(base(tmp_path / "mended", bytewise()), rows)
     run(mended, tmp_path / "run", ignore)
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("word " * 40, "positions"), ("say [NEW]", "gives token 259")])
+def test_every_row_is_looked_at(prompt, message, rows, tmp_path):
+    """Also one that no client measures on."""
+    tokenizer = bytewise()
+    tokenizer.add_tokens(["[NEW]"])
+    (tmp_path / "odd.jsonl").write_text((rows / "rows.jsonl").read_text() + json.dumps({"prompt": prompt, "completion": " word"}) + "\n")
+    config = setting(base(tmp_path / "base", tokenizer), rows, train=str(tmp_path / "odd.jsonl"), max_length=300)
+    with pytest.raises((ConfigError, ModelError), match=message):
+        run(config, tmp_path / "run", ignore)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_no_wrong_tokenizer(rows, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    config = setting(base(tmp_path / "base", bytewise()), rows)
+    monkeypatch.setattr(LlamaModel, "forward", full)
+    with pytest.raises(ConfigError, match=r"memory runs out in the first batch, .* \([0-9]+ tokens\): lower task.max_length"):
+        run(config, tmp_path / "run", ignore)
+
+
+def test_no_step_is_no_update(rows, tmp_path):
+    """Over an engine a party may have fewer rows than a batch; its factors, which have not moved, are no answer."""
+    training = {"dataloader_drop_last": True, "per_device_train_batch_size": 8, "max_steps": 2}
+    place = LocalSimulation(setting(base(tmp_path / "base", bytewise()), rows, training), ignore).host.place
+    few = place.work.tokens(place.work.task.train.iloc[:5].reset_index(drop=True))
+    with pytest.raises(TrainingError, match="client a made no step of training"):
+        local_update(place.model, "a", 1, ClientData(few, few), place.work)
 
 
 def test_weights_that_give_no_number_are_found(rows, tmp_path):

@@ -35,6 +35,7 @@ from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.dumps import unpack
 from fedex_lora.protocol.failures import WORDS, failure_of
 from fedex_lora.runs.context import ModelContext
+from fedex_lora.runs.estimate import estimate
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.run import run
 from fedex_lora.runs.simulation import LocalSimulation
@@ -427,6 +428,8 @@ def test_four_bits_stay_float32_adapters(work, ours, tmp_path):
         ("trl:DPOTrainer", {"method": "full-ft"}, "needs adapters"),
         ("trl:DPOTrainer", {"task": {"train": "plain.jsonl", "eval": "plain.jsonl"}}, "chosen, rejected not there"),
         ("trl:DPOTrainer", {"task": {"train": "empty.jsonl", "eval": "empty.jsonl"}}, "1 of 6 rows have no chosen or no rejected answer"),
+        ("trl:DPOTrainer", {"task": {"train": "empty.jsonl"}}, "1 of 3 rows have no chosen or no rejected answer"),  # of one client
+        ("trl:DPOTrainer", {"task": {"train": "plain.jsonl"}}, "chosen, rejected not there"),
         ("trl:SFTTrainer", {"task": {"kind": "classification", "text": ["prompt"], "label": "completion"}}, "task.kind = 'causal-lm'"),
     ],
     ids=lambda value: value if isinstance(value, str) and ":" in value and " " not in value else "",
@@ -747,6 +750,29 @@ def make(model, rows, processor, arguments):
     plain = finished(setting(work), tmp_path / "plain")
     assert distance(moved(out), moved(plain)) < 1e-5
     assert not [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()]
+
+
+OBLIVIOUS = """
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+
+def make(model, rows, processor, arguments):
+    own = TrainingArguments("unused", num_train_epochs=1, per_device_train_batch_size=8, use_cpu=True, report_to=[], save_strategy="no")
+    return Trainer(model, own, DataCollatorForSeq2Seq(processor, label_pad_token_id=-100), rows)
+"""
+
+
+@pytest.mark.parametrize(("size", "steps"), [(12, 1), (1, 1)])
+def test_a_trainer_that_takes_no_notice_of_its_arguments_is_estimated(size, steps, work, monkeypatch):
+    """Its rows are those of some steps, or all that there are; one step is enough to time."""
+    (work / "oblivious.py").write_text(OBLIVIOUS)
+    place, seen = LocalSimulation(setting(work, "oblivious:make", training={"per_device_train_batch_size": size}), ignore), []
+    train = ModelLearner.train
+    monkeypatch.setattr(ModelLearner, "train", lambda self, client, *rest: seen.append(self.rows[client]) or train(self, client, *rest))
+    found = estimate(place)
+    assert 0 < found.step_seconds < found.run_seconds < math.inf
+    assert seen[0] == 3 * size if size == 1 else 12
+    assert place.pool.learner.rows == {"client-0": 12, "client-1": 12}
 
 
 def test_nobody_is_told(work, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.fuel.utils.config_service import ConfigService
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_result
 from fedex_lora.config import base_folder
@@ -109,6 +110,27 @@ def test_in_nvflare_s_simulator_it_ends_in_the_same_bits(one_process, tmp_path):
     assert len(verify(out)["rounds"]) == 3
     assert verify(out)["max_relative_error"] < 1e-6
     assert "round 3 done: exactness error" in (workspace / "server" / "log.txt").read_text()
+
+
+def test_over_a_base_of_four_bits_it_joins(tmp_path):
+    """There TRL's trainer makes the adapter bf16; what is sent and loaded has the precision that was agreed on."""
+    made = []
+
+    def packed(name):
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+        made.append(AutoModelForCausalLM.from_pretrained(name, quantization_config=settings))
+        return made[-1]
+
+    with place(tmp_path):
+        run = runpy.run_path(str(JOIN / "in_process.py"))
+        with mock.patch.object(sys.modules["script"], "AutoModelForCausalLM", SimpleNamespace(from_pretrained=packed)):
+            answers = {name: run["join"](name) for name in run["NAMES"]}
+            run["federate"](lambda messages: {name: answers[name](message) for name, message in messages.items()}, "out")
+    result = read_result(tmp_path / "out")
+    assert {parameter.dtype for parameter in made[0].parameters() if parameter.requires_grad} == {torch.bfloat16}
+    assert {pair.A.dtype for update in result.updates for pair in update.adapter.values()} == {torch.float32}
+    assert len(result.updates) == 3
+    assert verify(tmp_path / "out")["max_relative_error"] < 1e-6
 
 
 def model(seed=0, alpha=8):

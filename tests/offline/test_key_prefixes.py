@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from fedex_lora import LoRAPair
 from fedex_lora.cli import app
-from fedex_lora.errors import FedexLoraError
+from fedex_lora.errors import FedexLoraError, ModelError
+from fedex_lora.evaluation._model import open_source
 from fedex_lora.models.build import load_model
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
@@ -126,10 +127,12 @@ def test_a_model_of_the_other_naming_answers_as_the_mean(foreign, bases, tmp_pat
     kind = Kind(lora=CAUSAL | {"target_modules": "all-linear", "modules_to_save": ["lm_head", "model.norm"]})
     folders, base = pair(bases, tmp_path, kind), bases / "llama"
     plain, want = answers(kind.load(base).double(), IDS), answers(ideal(kind, base, folders), IDS)
+    own = answers(PeftModel.from_pretrained(kind.load(base), folders[foreign]), IDS)
     moved(folders[foreign], "model.", "model.language_model.")
     if foreign == 0:
         path = folders[0] / "adapter_config.json"
         path.write_text(path.read_text().replace('"model.norm"', '"model.language_model.norm"'))
+        assert off(open_source(str(folders[0]), "causal-lm", str(base)).model, own, plain, IDS) < 1e-5
     out = tmp_path / "out"
     assert aggregate_folders(folders, out, "fedex", WEIGHTS, None)["max_relative_error"] < 1e-6
     naming = "model.language_model.layers" if foreign == 0 else "model.layers"
@@ -159,6 +162,13 @@ def test_a_model_of_the_other_naming_answers_as_the_mean(foreign, bases, tmp_pat
         after = [tmp_path / "next-5", tmp_path / "next-6"]
         aggregate_folders(after, tmp_path / "two", "fedex", WEIGHTS, out)
         assert_mean_of(tmp_path / "two", after, naming, read_result(out))
+
+
+def test_an_adapter_without_factors_for_its_modules_is_not_measured_as_the_base(bases, tmp_path):
+    kind = Kind(lora=CAUSAL | {"target_modules": ["q_proj"]})
+    folder = moved(pair(bases, tmp_path, kind)[0], "model.", "encoder.")
+    with pytest.raises(ModelError, match="it has no factors for modules that it adapts there: give its own base by --base"):
+        open_source(str(folder), "causal-lm", str(bases / "llama"))
 
 
 @pytest.fixture(scope="module")

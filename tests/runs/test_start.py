@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.offline.test_key_prefixes import moved
 from tests.runs.test_resume import StopError, stopping
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,9 +120,13 @@ def adapters(base, folder):
     return [folder / "site-a", folder / "site-b"]
 
 
-def test_a_run_goes_on_from_aggregated_adapters(gpt2, tmp_path):
-    """By the command line: `aggregate`, then `run` on the OUT."""
-    aggregate_folders(adapters(gpt2, tmp_path), tmp_path / "out", "fedex", None, None)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_run_goes_on_from_aggregated_adapters(foreign, gpt2, tmp_path):
+    """By the command line: `aggregate`, then `run` on the OUT; also where both name their modules as another version does."""
+    sites = adapters(gpt2, tmp_path)
+    if foreign:
+        sites = [moved(site, "transformer.", "model.transformer.") for site in sites]
+    aggregate_folders(sites, tmp_path / "out", "fedex", None, None)
     words = [word for word in AutoTokenizer.from_pretrained(gpt2).get_vocab() if word.isalpha()]
     rows = [{"prompt": words[i], "completion": " " + words[i + 1]} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -133,6 +138,7 @@ def test_a_run_goes_on_from_aggregated_adapters(gpt2, tmp_path):
     assert done.exit_code == 0, done.output
     assert "goes on from out: round 1 of fedex, whose base gained rank 3" in done.output
     assert "rank 3, alpha 8" in done.output
+    assert ("names its modules model.transformer.h.*" in done.output) == foreign
     begun = events_of(tmp_path / "run", "round_done")
     assert verify(tmp_path / "run")["max_relative_error"] < 1e-6
     assert begun[-1]["metrics"]["loss"] < events_of(tmp_path / "run", "started")[0]["metrics"]["loss"]

@@ -18,6 +18,7 @@ from fedex_lora.config import Config, TaskSettings, parse_config, read_config
 from fedex_lora.errors import ConfigError, DataError, UsageError, counted, require_system, require_versions
 from fedex_lora.models import export as exporting
 from fedex_lora.models.build import load_model
+from fedex_lora.models.pristine import cached_folder
 from fedex_lora.report.analysis import clients, read_run, rounds
 from fedex_lora.runs import run as running
 from fedex_lora.runs import simulation
@@ -50,8 +51,8 @@ class RunResult:
     Example: see `fedex_lora.run`, which gives one.
     """
 
-    def __init__(self, folder: Path, state: ServerState, model: PreTrainedModel | None, mine: TemporaryDirectory[str] | None) -> None:
-        self.folder, self.state, self._model, self._mine = folder, state, model, mine
+    def __init__(self, folder: Path, state: ServerState, given: simulation.Given, mine: TemporaryDirectory[str] | None) -> None:
+        self.folder, self.state, self._model, self._processor, self._mine = folder, state, given.model, given.processor, mine
         read = read_run(folder)
         self.events: Sequence[Event] = read.events
         self._headline, self._base = read.started.headline, str(read.started.base_model)
@@ -94,7 +95,7 @@ class RunResult:
         return target
 
     def export(self, out: str | Path, form: str = "merged", round: int | str | None = None, **options: Any) -> dict[str, Any]:
-        """Write the model for others, and compare its logits with the run's.
+        """Write the model for others, with the tokenizer or image processor of the run, and compare its logits with the run's.
 
         Args:
             out: must not exist, or be empty.
@@ -105,11 +106,11 @@ class RunResult:
         Raises:
             UsageError, ModelError: see `fedex-lora export`; a base that was given in memory must be on disk, too.
         """
-        if self._model is not None and "base" not in options and not Path(self._base).exists():
+        if self._model is not None and "base" not in options and cached_folder(self._base) is None:
             raise UsageError("an export reads the base from disk: save the model, with its tokenizer, and give its folder by base=")
         if isinstance(dtype := options.get("dtype"), torch.dtype):
             options["dtype"] = str(dtype).removeprefix("torch.")
-        return exporting.export(folder_after(self.folder, round), form, Path(out), **options)
+        return exporting.export(folder_after(self.folder, round), form, Path(out), processor=self._processor, **options)
 
 
 def run(
@@ -162,7 +163,7 @@ def run(
     mine = TemporaryDirectory(prefix="fedex-lora-") if out is None else None
     folder = Path(out) if out is not None else Path(mine.name if mine else "") / "run"
     state = running.run(settings, folder, on_event or _say, resume, lambda config, emit: simulation.LocalSimulation(config, emit, here))
-    return RunResult(folder, state, model, mine)
+    return RunResult(folder, state, here, mine)
 
 
 def _settings(config: Config | Mapping[str, Any] | str | Path, rows: Any, held: Any, model: Any, processor: Any) -> Config:

@@ -11,7 +11,7 @@ from transformers import Trainer
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.trainers import CODE
-from fedex_lora.client.training import _trainer, continued
+from fedex_lora.client.training import ClientData, _trainer, continued, is_out_of_memory
 from fedex_lora.errors import ConfigError, ModelError, require_extra
 from fedex_lora.models.lora import other_parameters
 from fedex_lora.privacy.settings import require_private
@@ -31,8 +31,7 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
     require_private(work.config)
     if work.config.local.head_rounds and not other_parameters(model):
         raise ConfigError(f"local.head_rounds is set, and {work.config.base.model} has no head that is trained: remove it")
-    if work.task.reads_text:
-        require_fitting(model, rows, work)
+    _require_readable(model, rows, work)
     if work.trainer is not None:
         _require_step(model, rows, work)
         return
@@ -49,6 +48,12 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
                 loss: Tensor = trainer.compute_loss(model.train(), batch)  # type: ignore[assignment]
             loss.backward()  # type: ignore[no-untyped-call]
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise ConfigError(
+                    f"memory runs out in the first batch, of up to two rows ({_tokens(rows)}): lower task.max_length, set "
+                    "training.gradient_checkpointing = true, or load the base in 4 bits (base.quantization = 'nf4')",
+                    "memory",
+                ) from None
             part = "tokenizer" if work.task.reads_text else "image processor"
             mend = "are both of one model?" if work.task.reads_text else "correct preprocessor_config.json"
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -102,6 +107,37 @@ def _require_keepable(optimizer: torch.optim.Optimizer, name: str | None) -> Non
     odd = [value for values in state.values() for value in values.values() if not isinstance(value, Tensor | int | float | str | None)]
     if odd or not state:
         raise ConfigError(f"local.trainer = {name!r} has an optimiser that cannot be kept: set local.optimizer_state = 'reset'", CODE)
+
+
+def require_trainable(model: nn.Module, client: str, data: ClientData, work: TrainingContext) -> None:
+    """A client has rows for a step, and the model and the party's trainer take all of them.
+
+    Raises:
+        ConfigError, ModelError: else.
+    """
+    batch, there = work.config.training.get("per_device_train_batch_size", 8), len(data.train)
+    if work.config.training.get("dataloader_drop_last") and there < batch:
+        raise ConfigError(
+            f"client {client} has {there} rows, and training.dataloader_drop_last drops batches of less than {batch}: lower it"
+        )
+    for rows in (data.train, data.held_out):
+        _require_readable(model, rows, work)
+
+
+def _require_readable(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:
+    """The model has embeddings and positions for all tokens of the rows, and the party's trainer takes them.
+
+    Raises:
+        ConfigError, ModelError: else.
+    """
+    if work.task.reads_text and len(rows):
+        require_fitting(model, rows, work)
+    if work.trainer is not None:
+        work.trainer.check(rows)
+
+
+def _tokens(rows: Dataset) -> str:
+    return f"{max(map(len, rows['input_ids']))} tokens" if "input_ids" in rows.column_names else "images"
 
 
 def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:

@@ -77,6 +77,7 @@ class PartyTrainer:
         arguments: the class of what it is given as `arguments`; its fields are those of `[training]`.
         defaults: of `arguments`, where the configuration says nothing.
         refused: fields that would change rows, model or tokenizer -> why.
+        check: says what is wrong with a client's rows, before anything is trained.
         finish: what the trainer needs of its place beside model and rows, before it trains.
     """
 
@@ -85,6 +86,7 @@ class PartyTrainer:
     arguments: type[TrainingArguments] = TrainingArguments
     defaults: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     refused: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Dataset], None] = lambda rows: None
     finish: Callable[[Trainer, Place | None], None] = lambda trainer, place: None
 
 

@@ -84,8 +84,8 @@ def local_update(
         set_seed(seed)  # Trainer seeds in its constructor only, and building it draws numbers
         try:
             output = trainer.train()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        except RuntimeError as error:
+            if is_out_of_memory(error):
                 size = trainer.args.per_device_train_batch_size
                 raise TrainingError(
                     f"client {client_id} ran out of memory at batch size {size}: lower training.per_device_train_batch_size",
@@ -95,6 +95,10 @@ def local_update(
         loss, steps = float(output.training_loss), float(output.global_step)
         state = _on_cpu(optimizer.state_dict()) if work.config.local.optimizer_state == "keep" else None
         del trainer, optimizer
+    if not steps and not plan:
+        raise TrainingError(
+            f"client {client_id} made no step of training: are its rows fewer than a batch, which training.dataloader_drop_last drops?"
+        )
     adapter, other = read_model(model), read_other(model)
     trained = [tensor for pair in adapter.values() for tensor in (pair.A, pair.B)] + list(other.values())
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
@@ -105,6 +109,11 @@ def local_update(
     rows = plan.rows if plan else len(data.train)
     update = ClientUpdate(client_id=client_id, adapter=adapter, num_examples=rows, other=other, metrics=metrics)
     return update, state
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, or of this machine."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def continued(trainer: Trainer, config: Config, round: int, optimizer_state: Mapping[str, Any] | None) -> Any:

@@ -42,19 +42,24 @@ def _fit(arguments: Any, processor: Any) -> None:
     arguments.max_length = arguments.max_length and min(arguments.max_length, processor.model_max_length)
 
 
-def _dpo(model: Any, rows: Dataset, processor: Any, arguments: Any) -> Trainer:
-    columns = ["prompt", "chosen", "rejected"]
-    if missing := [name for name in columns if name not in rows.column_names]:
+PREFERENCE = ["prompt", "chosen", "rejected"]
+
+
+def _require_preferences(rows: Dataset) -> None:
+    if missing := [name for name in PREFERENCE if name not in rows.column_names]:
         raise ConfigError(
             f"trl:DPOTrainer needs preference rows, with columns prompt, chosen and rejected: {', '.join(missing)} not there", CODE
         )
-    if empty := sum(not (row["chosen"] and row["rejected"]) for row in rows.select_columns(columns)):
+    if empty := sum(not (row["chosen"] and row["rejected"]) for row in rows.select_columns(PREFERENCE)):
         raise ConfigError(f"trl:DPOTrainer: {empty} of {len(rows)} rows have no chosen or no rejected answer: leave them out", CODE)
+
+
+def _dpo(model: Any, rows: Dataset, processor: Any, arguments: Any) -> Trainer:
     if not isinstance(model, PeftModel):
         raise ConfigError("trl:DPOTrainer needs adapters: choose another method than full-ft", CODE)
     _fit(arguments, processor)
     tools = ["tools"] if "tools" in rows.column_names else []
-    trainer = DPOTrainer(model=model, args=arguments, train_dataset=rows.select_columns(columns + tools), processing_class=processor)
+    trainer = DPOTrainer(model=model, args=arguments, train_dataset=rows.select_columns(PREFERENCE + tools), processing_class=processor)
     model.delete_adapter("ref")  # a copy of the round's start, which is not the reference
     return trainer
 
@@ -150,6 +155,7 @@ TRL = {
         DPOConfig,
         lambda config: _plain(DPOConfig) | {"max_length": config.task.length},
         SHARED | {key: _MINE for key in ("precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")},
+        _require_preferences,
         _with_reference,
     ),
 }

@@ -1,18 +1,21 @@
 """Whatever holds a model: a run, a round, an aggregate, an export, a PEFT adapter, a model of Transformers."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import set_seed
 
 from fedex_lora.config import Base, read_config
-from fedex_lora.errors import ModelError, StorageError
-from fedex_lora.models.build import build_model, model_kind, read_global
+from fedex_lora.errors import AdapterError, ModelError, StorageError
+from fedex_lora.models.build import build_model, model_kind, read_global, renaming_onto
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.processor import load_processor
+from fedex_lora.storage.adapter_folder import read_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK
 from fedex_lora.storage.result import DELTA
@@ -136,11 +139,33 @@ def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) 
     name = base or said.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{folder} does not say what its base is: give it by --base")
-    try:
-        model = PeftModel.from_pretrained(load_base(Base(model=name), kind, **config).model, str(folder))
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{folder} does not fit {name}: {str(error).splitlines()[0][:200]}") from None
+    under = load_base(Base(model=name), kind, **config).model
+    settings, names = _named_as(under, folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            model = PeftModel.from_pretrained(under, str(folder), config=settings, key_mapping=names)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{folder} does not fit {name}: {str(error).splitlines()[0][:200]}") from None
+    if any("missing adapter keys" in str(one.message) for one in told):  # they would be as they began: the base alone is measured
+        raise ModelError(f"{folder} does not fit {name}: it has no factors for modules that it adapts there: give its own base by --base")
     return Opened(model, load_processor(Base(model=name), kind), name)
+
+
+def _named_as(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str, str] | None]:
+    """An adapter's configuration, and a pattern for its keys where it names the model's modules as another version of transformers does."""
+    settings = PeftConfig.from_pretrained(str(folder))
+    try:
+        read = read_adapter_folder(folder)
+    except (AdapterError, StorageError):  # of a kind or a file that is not averaged
+        return settings, None
+    rule = renaming_onto(dict(model.named_modules()), read.adapter, {**read.other, **read.format.frozen})
+    if rule is None:
+        return settings, None
+    for key, value in rule.config(settings.to_dict()).items():
+        setattr(settings, key, value)
+    old, new = (f"{part}." if part else "" for part in (rule.old, rule.new))
+    return settings, {f"^{re.escape(old)}": new}
 
 
 def _plain(name: str, kind: Any, config: dict[str, Any]) -> Opened:

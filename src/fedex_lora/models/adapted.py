@@ -1,6 +1,6 @@
 """A PEFT model whose base can take up a base delta: what a client trains, whoever runs the training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from fedex_lora.errors import TrainingError, UsageError
 from fedex_lora.models.base_weights import FrozenBase, Where
 from fedex_lora.models.core import core_start
 from fedex_lora.models.fingerprint import frozen_samples
-from fedex_lora.models.lora import format_of, read_model, read_other, write_model
+from fedex_lora.models.lora import format_of, lora_layers, other_parameters, read_model, read_other, write_model
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.peft_rules import require_plain_lora
-from fedex_lora.types import Adapter, Delta
+from fedex_lora.types import Adapter, Delta, LoRAPair
 
 
 class AdaptedModel:
@@ -37,9 +37,18 @@ class AdaptedModel:
             require_plain_lora(model.peft_config[model.active_adapter].to_dict(), "the adapter of this model")
         self.model, self.base = model, FrozenBase(model, where)
         self._frozen = dict[str, bytes]()
+        self._dtypes = {name: parameter.dtype for name, parameter in self._trained()}
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their module's name (of factors) or by their own."""
+        for name, layer in lora_layers(self.model).items():
+            yield from ((name, layer.parameter(part)) for part in layer.parts if part != "U")
+        yield from other_parameters(self.model).items()
 
     def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> str:
         """Write in the factors to train, what the frozen base has gained, and the other trained tensors.
+
+        Parameters that a trainer made to another dtype (TRL's do, to bf16, over a base of 4 or 8 bits) get theirs back before it.
 
         Returns:
             What its base is called: see `FrozenBase.name`.
@@ -48,13 +57,15 @@ class AdaptedModel:
             ModelError, AdapterError: they do not fit the model.
         """
         name = self.base.name
+        for key, parameter in self._trained():
+            parameter.data = parameter.data.to(self._dtypes.get(key, parameter.dtype))
         self.base.set(delta)
         write_model(self.model, start, other)
         self._frozen = frozen_samples(self.model)
         return name
 
     def read(self) -> tuple[Adapter, Mapping[str, Tensor]]:
-        """Copies of the factors and of the other trained tensors, on the CPU.
+        """Copies of the factors and of the other trained tensors, on the CPU, of the dtype that they had at first.
 
         Raises:
             TrainingError: since `load` something has changed that is frozen, as far as samples show it: it would stay with this party.
@@ -63,7 +74,12 @@ class AdaptedModel:
         if odd := [name for name, sample in now.items() if self._frozen.get(name, sample) != sample]:
             more = f" ({len(odd)} such)" if len(odd) > 1 else ""
             raise TrainingError(f"the training changed {odd[0]}{more}, which is frozen: train the adapter and modules_to_save only")
-        return read_model(self.model), read_other(self.model)
+        adapter = {name: self._as_at_first(name, pair) for name, pair in read_model(self.model).items()}
+        return adapter, {name: tensor.to(self._dtypes.get(name, tensor.dtype)) for name, tensor in read_other(self.model).items()}
+
+    def _as_at_first(self, module: str, pair: LoRAPair) -> LoRAPair:
+        parts = {part: tensor.to(self._dtypes.get(module, tensor.dtype)) for part, tensor in pair.parts.items()}
+        return type(pair)(**parts, scaling=pair.scaling)
 
     def cores(self) -> Adapter:
         """What a run of a method that trains cores starts from: see `core_start`. The model stays as it is."""

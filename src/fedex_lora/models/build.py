@@ -1,6 +1,7 @@
 """The model that a result folder describes: the base, with what it gained, under the adapter."""
 
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fedex_lora.models.lora import TASK_TYPES, wrap, write_model
 from fedex_lora.models.resized import resized
 from fedex_lora.storage.adapter_folder import adapter_config
 from fedex_lora.storage.files import FINAL
-from fedex_lora.storage.renaming import find_renaming
+from fedex_lora.storage.renaming import Renaming, find_renaming
 from fedex_lora.storage.result import StoredResult, read_result
 from fedex_lora.types import Adapter
 
@@ -135,10 +136,15 @@ def fitted(result: StoredResult, base: str | PreTrainedModel) -> tuple[StoredRes
     if not result.adapter:
         return result, None
     found = modules_of(Base(model=base), model_kind(result, base)) if isinstance(base, str) else dict(base.named_modules())
-    sizes = {name: _sizes(module) for name, module in found.items()}
-    known = {f"{name}.{leaf}" for name, module in found.items() for leaf, _ in module.named_parameters(recurse=False)}
-    rule = find_renaming(result.adapter, sizes, {**result.other, **result.format.frozen}, known, all_of_them=False)
+    rule = renaming_onto(found, result.adapter, {**result.other, **result.format.frozen})
     return (result.renamed(rule), rule.told("the result")) if rule else (result, None)
+
+
+def renaming_onto(modules: Mapping[str, nn.Module], adapter: Adapter, others: Collection[str]) -> Renaming | None:
+    """What a base's modules are called, where an adapter names them otherwise; see `find_renaming`."""
+    sizes = {name: _sizes(module) for name, module in modules.items()}
+    known = {f"{name}.{leaf}" for name, module in modules.items() for leaf, _ in module.named_parameters(recurse=False)}
+    return find_renaming(adapter, sizes, others, known, all_of_them=False)
 
 
 def _nearest(model: nn.Module, adapter: Adapter) -> str:

@@ -43,10 +43,11 @@ BASE, ADAPTER = "base", "adapter"
 
 
 class _Stored(NamedTuple):
-    """How an export is written: the dtype of its weights, and the largest size of a file."""
+    """How an export is written: the dtype of its weights, the largest size of a file, and what stands beside it, if not the base's."""
 
     dtype: torch.dtype
     shard: str
+    processor: Any
 
 
 def export(
@@ -57,6 +58,7 @@ def export(
     rank: int | None = None,
     dtype: str | None = None,
     shard: str | None = None,
+    processor: Any = None,
 ) -> dict[str, Any]:
     """Write the model of a run or result folder in a form that needs nothing of ours, reload it, and compare logits.
 
@@ -70,6 +72,7 @@ def export(
         rank: cut the adapter to its best approximation of this rank (of the same rank in every module).
         dtype: of what is written, "float32", "bfloat16" or "float16", rounded once, from fp64 sums; None: float32, for the run's base.
         shard: the largest size of a file, as `save_pretrained` takes it ("2GB").
+        processor: a tokenizer or image processor to write beside the model; None: the base's.
 
     Returns:
         `output_error` = max |logits - the run's| / max |the run's|, the run's computed in float32, the export's in its dtype;
@@ -83,7 +86,7 @@ def export(
         ModelError: there is no global model, the reloaded one is not the run's, or its weights are not the nearest ones in the dtype.
             Nothing is left behind then.
     """
-    result, stored = _exportable(source, form, rank), _stored(form, dtype, shard)
+    result, stored = _exportable(source, form, rank), _stored(form, dtype, shard, processor)
     name = base or str(result.manifest.get("base_model"))
     result, said = fitted(result, name)
     whole = concat_adapter(result.adapter, result.base_delta)
@@ -139,12 +142,12 @@ def _growth(result: StoredResult, numbers: int, rank: int) -> str:
     return growth(result.adapter, result.base_delta, result.manifest["round"], numbers, before, rank).line() if result.adapter else ""
 
 
-def _stored(form: str, dtype: str | None, shard: str | None) -> _Stored:
+def _stored(form: str, dtype: str | None, shard: str | None, processor: Any) -> _Stored:
     if shard is not None and form == "adapter":
         raise UsageError("a shard size is for models, and PEFT writes an adapter as one file: leave it out, or export as merged")
     if shard is not None and not re.fullmatch(r"[1-9]\d*([KMGT]I?B)", str(shard).upper()):
         raise UsageError(f"shard size {shard!r}: write it as 2GB or 500MB")
-    return _Stored(dtype_named(dtype), shard or "50GB")
+    return _Stored(dtype_named(dtype), shard or "50GB", processor)
 
 
 def _exportable(source: Path, form: str, rank: int | None) -> StoredResult:
@@ -183,20 +186,23 @@ def _write(
         if sixteen:
             update = effective_update(result.adapter, result.base_delta) if form == "merged" else result.base_delta
             require_nearest(model, frozen, update, result.other, dtype)
-    _save_processor(result, name, where)
+    _save_processor(result, name, where, stored.processor)
     bound = logit_bound(model, dtype) if sixteen else None
     if form != "merged":
         inside, factors = folder / ADAPTER if form == "base+adapter" else folder, adapter if form == "adapter" else result.adapter
         factors, other = rounded_adapter(factors, dtype), {key: tensor.to(dtype) for key, tensor in result.other.items()}
         write_adapter_folder(inside, factors, other, format)
         require_same_factors(read_adapter_folder(inside).adapter, factors)
-        _save_processor(result, name, inside)
+        _save_processor(result, name, inside, stored.processor)
         model = PeftModel.from_pretrained(model, inside)
     return logits(model), bound, size
 
 
-def _save_processor(result: StoredResult, name: str, folder: Path) -> None:
-    """The tokenizer with its chat template, or the image processor; a base without one is exported without."""
+def _save_processor(result: StoredResult, name: str, folder: Path, given: Any) -> None:
+    """The tokenizer with its chat template, or the image processor: that given, or the base's; a base without one is exported without."""
+    if given is not None:
+        given.save_pretrained(folder)
+        return
     with contextlib.suppress(ModelError):
         save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), folder)
 

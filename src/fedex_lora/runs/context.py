@@ -25,7 +25,7 @@ from fedex_lora.config import DEMO, IMAGES, Config
 from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
-from fedex_lora.models.build import IMAGE_TASK
+from fedex_lora.models.build import IMAGE_TASK, fitted
 from fedex_lora.models.loading import Loaded, load_base
 from fedex_lora.models.lora import (
     add_lora,
@@ -62,6 +62,7 @@ class ModelContext:
     Attributes:
         first, start: the adapter, and what the frozen base has gained, before the first round.
         beginning: adapter, other tensors and base delta of the result that the run goes on from, for trainers that need a reference.
+        notes: what is to be said of that result's names.
         stands_on: what is to be said of the result that the run goes on from; nothing where it begins at the base.
 
     Raises:
@@ -73,7 +74,7 @@ class ModelContext:
         training_arguments(config, own=own)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        self.config, self._given = config, given
+        self.config, self._given, self.notes = config, given, list[str]()
         self.work = TrainingContext(config=config, task=task, processor=processor or load_processor(config.base, task.kind), trainer=own)
         self.build()
 
@@ -86,6 +87,9 @@ class ModelContext:
         names, folder = list(task.model_config.get("id2label", {}).values()), config.base.start
         start = None if folder is None else read_start(folder, task.kind, config.base.model, method, config.lora, names)
         loaded = load_base(config.base, task.kind, **task.model_config) if self._given is None else given_base(self._given, task)
+        if start is not None:
+            start, said = fitted(start, loaded.model)
+            self.notes = [said] if said else []
         model: nn.Module = loaded.model
         if (padding := getattr(self.work.processor, "pad_token_id", None)) is not None:
             model.config.pad_token_id = padding  # type: ignore[union-attr]
@@ -152,7 +156,7 @@ class GlobalModel:
         rows = place.work.tokens(task.eval)
         self.eval: Dataset
         self.eval, notes = usable(rows, place.config.task, "the rows to measure on")
-        self.notes = [*task.notes, *notes]
+        self.notes = [*task.notes, *notes, *place.notes]
         check_trainer(place.model, self.eval, place.work)
 
     def initial(self) -> ServerState:

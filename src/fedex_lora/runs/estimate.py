@@ -150,15 +150,22 @@ def _trained(learner: ModelLearner, client: str) -> tuple[float, float]:
     whole, times = _timed(learner, client, STEPS)
     if whole < QUICK:
         whole, times = _timed(learner, client, max(STEPS, min(MORE, int(QUICK / whole * STEPS))))
-    step = median(after - before for before, after in pairwise(times))
+    step = median([after - before for before, after in pairwise(times)] or [whole])
     return max(0.0, whole - len(times) * step), step
 
 
 def _timed(learner: ModelLearner, client: str, steps: int) -> tuple[float, list[float]]:
-    """Seconds that so many steps of a client took with all around them, and when each was done."""
-    place, work, times = learner.place, learner.place.work, list[float]()
+    """Seconds that so many steps of a client took with all around them, and when each was done.
+
+    A party's own trainer need not look at `max_steps`, so it is given the rows of so many steps only.
+    """
+    place, work, data, times = learner.place, learner.place.work, learner.data, list[float]()
     short = work.config.model_copy(update={"training": {**work.config.training, "max_steps": steps}})
-    timed = ModelLearner(place, learner.data, lambda _: times.append(time.perf_counter()))
+    if work.trainer is not None:
+        arguments, mine = training_arguments(work.config), data[client]
+        few = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+        data = {client: replace(mine, train=mine.train.select(range(min(few, len(mine.train)))))}
+    timed = ModelLearner(place, data, lambda _: times.append(time.perf_counter()))
     began, place.work = time.perf_counter(), replace(work, config=short)
     try:
         timed.train(client, 1, None)

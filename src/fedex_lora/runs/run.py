@@ -14,7 +14,7 @@ from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, require_space
-from fedex_lora.storage.events import Finished, Resumed, RoundDone, Warned, is_over, read_events, record
+from fedex_lora.storage.events import Finished, Resumed, RoundDone, Started, Warned, is_over, of_kind, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
 from fedex_lora.storage.run_folder import barely_begun, locked, not_begun_removed, remove_temporaries, run_rounds_of, strays
 from fedex_lora.types import ServerState
@@ -57,7 +57,9 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         trackers = Trackers(config, out, emit)
         place = home(config, emit)
         place.require(out)
-        require_space(out, place.facts()["disk_bytes"])
+        facts = place.facts()
+        _require_base(out, facts.get("base_fingerprint", ""), config.base.model)
+        require_space(out, facts["disk_bytes"])
         try:
             out.mkdir(parents=True, exist_ok=True)
             with locked(out), trackers:
@@ -97,6 +99,13 @@ def _require_run(out: Path, config: Config) -> None:
             f"{out} is a run with another configuration ({odd}: yours {yours}, the run's {theirs}): "
             f"go on with {out / 'config.toml'}, or give another out"
         )
+
+
+def _require_base(out: Path, fingerprint: str, name: str) -> None:
+    """The rounds of `out` were trained on this base."""
+    events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
+    if any(one.base_fingerprint not in ("", fingerprint) for one in of_kind(events, Started)):
+        raise UsageError(f"{out} was trained on another base than {name} is now: give the one that it began with, or another out")
 
 
 def _keys(table: Any, name: str = "") -> dict[str, Any]:

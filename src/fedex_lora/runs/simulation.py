@@ -9,9 +9,10 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.aggregation import get_method
+from fedex_lora.client.probe import require_trainable
 from fedex_lora.client.training import SPEED, ClientData
 from fedex_lora.config import Config
-from fedex_lora.errors import ConfigError, FedexLoraError, UnreadableError, UnwritableError, UsageError
+from fedex_lora.errors import FedexLoraError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.privacy.account import rows_digest
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
@@ -108,6 +109,8 @@ class LocalSimulation:
         rows, notes = _rows(place, parts)
         self.pool, self._emit = ClientPool(config, ModelLearner(place, rows, emit), accounts=accounts), emit
         self.host = GlobalModel(place, ranks_of(config, parts))
+        for client, data in () if accounts else rows.items():  # of private rows those that do not fit are left out, one by one
+            require_trainable(place.model, client, data, place.work)
         for note in [*self.host.notes, *notes]:
             emit(Warned(message=note))  # for the console: events say nothing of rows
 
@@ -176,18 +179,13 @@ def _digest(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> str:
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
     """Every row tokenised once; clients hold selections; and what is to be said. A pooled method has one client with all training rows."""
-    train, config = place.work.tokens(place.work.task.train), place.config
+    train = place.work.tokens(place.work.task.train)
     if get_method(place.config.method).centralised:
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
         parts = {CENTRAL_CLIENT: (together[0], together[1])}
     data, notes = dict[str, ClientData](), list[str]()
     for client, rows in parts.items():
         (mine, said), (held, _) = (usable(train.select(indices), place.config.task, f"client {client}") for indices in rows)
-        batch = config.training.get("per_device_train_batch_size", 8)
-        if config.training.get("dataloader_drop_last") and len(mine) < batch:
-            raise ConfigError(
-                f"client {client} has {len(mine)} rows, and training.dataloader_drop_last drops batches of less than {batch}: lower it"
-            )
         data[client] = ClientData(train=mine, held_out=held)
         notes += said
     return data, notes

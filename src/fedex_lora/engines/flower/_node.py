@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedex_lora.client.arguments import spare_devices
-from fedex_lora.client.probe import check_trainer
+from fedex_lora.client.probe import check_trainer, require_trainable
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.engines.flower._log import log_of
@@ -124,6 +124,8 @@ class Node:
             data, digest = _unread(place, request.client, log) if unread else _rows(place, request.client, parts, log)
             if place.work.trainer is not None or accounts:  # what is private is probed before its ledger has an entry
                 check_trainer(place.model, sample_rows(place) if unread else data[request.client].train, place.work)
+            if not accounts:
+                require_trainable(place.model, request.client, data[request.client], place.work)
             self._made = (key, place, data, {client: replace(account, rows=digest) for client, account in accounts.items()})
         return self._made[1:]
 
