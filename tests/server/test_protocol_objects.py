@@ -211,6 +211,21 @@ def test_a_party_is_taken_off_for_good_and_another_one_joins():
             server.set_clients(wrong)
 
 
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_late_answer_of_who_was_taken_off_is_ignored(restored):
+    """By the server that is at work, and by one that is restored without it."""
+    server, clients = federation(clients={"quorum": 0.5, "late": "next"})
+    round = server.open_round(list("abc"))
+    late = {name: answer(clients[name], round.messages[name]) for name in "abc"}
+    round.close([server.receive(name, late[name]).update for name in "ab"])
+    if restored:
+        server = Server.restore(server.dump(), server.rules, ["a", "b"])
+    else:
+        server.set_clients(["a", "b"])
+    server.open_round(["a", "b"])
+    assert isinstance(server.receive("c", late["c"]), Ignored)
+
+
 def test_own_factors_of_who_was_taken_off_are_forgotten():
     server, clients = federation(method="keep")
     for _ in range(2):

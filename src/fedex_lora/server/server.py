@@ -159,4 +159,5 @@ class Server(ServerContext):
             raise UsageError(f"the dump is of method {state.method}, and the rules say {rules.method}: give those that it was made with")
         server = cls(rules, state, clients, ranks, run, registry, str(about.get("base", "")))
         server.unanswered = unanswered_of(tensors, about.get("unanswered", {}), state.method)
+        server.set_clients(clients)  # of who was taken off since, no late answer counts
         return server
