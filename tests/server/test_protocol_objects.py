@@ -172,10 +172,11 @@ def test_each_verdict():
     late = server.receive("c", good["c"])
     assert (type(late), late.round) == (Late, 1)
     failed = server.receive("b", clients["b"].fail("memory"))
-    assert (type(failed), failed.hopeless) == (Failed, False)
+    assert (type(failed), failed.hopeless, failed.code) == (Failed, False, "memory")
     assert "out of memory" in failed.reason
     assert isinstance(round.ready(), Short)
     assert isinstance(server.receive("d", good["a"]), Ignored)
+    assert round.lost("a", "out of memory").code == ""  # words of the transport, not the party's
 
 
 def test_a_client_that_lacks_something_is_sent_everything():

@@ -138,7 +138,7 @@ class Round:
     def _apology(self, client: str, failure: Failure) -> Verdict:
         if failure.lacks and not self._requests.asked[client].request.full:
             return NeedsFull(client, self.number, str(failure))
-        return Failed(client, self.number, f"it failed: {failure}", failure.of_the_run)
+        return Failed(client, self.number, f"it failed: {failure}", failure.of_the_run, failure.code)
 
     def _record(self, verdict: Verdict) -> None:
         client = verdict.client

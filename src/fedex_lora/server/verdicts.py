@@ -45,9 +45,11 @@ class Failed(Rejected):
 
     Attributes:
         hopeless: the run's configuration is at fault, so it will fail whenever it is asked.
+        code: why, as the client said it (a key of `protocol.failures.WORDS`: "memory", "diverged"); "" of one that is gone.
     """
 
     hopeless: bool = False
+    code: str = ""
 
 
 @dataclass(frozen=True, eq=False)
