@@ -82,6 +82,7 @@ def test_it_goes_on_where_it_was(finished, tmp_path):
     ("changes", "message"),
     [
         ({"local": {"head_rounds": 1, "optimizer_state": "keep"}}, "local.head_rounds does not go with local.optimizer_state = 'keep'"),
+        ({"server": {"momentum": 0.5, "momentum_on": "all"}}, "local.head_rounds does not go with server.momentum_on = 'all'"),
         ({"method": "full-ft"}, "local.head_rounds does not go with full-ft"),
         ({"task": CAUSAL}, "has no head that is trained"),
     ],

@@ -29,7 +29,7 @@ class ServerOptimizer(ConfigTable):
     momentum_on: Literal["adapters", "all"] = Field(
         "adapters",
         description="What both act on: the adapted weights, or heads and other tensors too. Where clients lack classes, a head with "
-        "momentum may collapse.",
+        "momentum may collapse. With `local.head_rounds` adapters only: a frozen head would go on moving.",
     )
     momentum_of: Literal["products", "factors"] = Field(
         "products",

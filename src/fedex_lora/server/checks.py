@@ -60,6 +60,10 @@ def require_rules(rules: Rules, clients: int, ranks: bool) -> None:
     if rules.local.head_rounds and (rules.local.optimizer_state == "keep" or not method.lora):
         key = "local.optimizer_state = 'keep'" if method.lora else rules.method
         raise ConfigError(f"local.head_rounds does not go with {key}, because it trains other tensors in later rounds: remove it")
+    if rules.local.head_rounds and rules.server.momentum and rules.server.momentum_on == "all":
+        raise ConfigError(
+            "local.head_rounds does not go with server.momentum_on = 'all', which moves a head that is frozen: use 'adapters'"
+        )
     if method.refactorises and rules.local.optimizer_state == "keep":
         raise ConfigError(
             f"local.optimizer_state = 'keep' does not go with {rules.method}, which re-writes the adapter's factors each round: "
