@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import secrets
 import string
 from itertools import count
@@ -163,6 +164,7 @@ def test_a_private_node_answers_tells_its_own_log_and_nobody_else(tmp_path, serv
     assert [line.mechanism for line in party.entries()] == [plan.round]
     epsilon = spent([plan.round], 1e-3, "rdp")
     assert f"ward: epsilon {epsilon:.4g} of the budget of 4 is spent at delta 0.001, which pays for 1 of the 1 rounds ahead" in party.log()
+    assert re.search(r"INFO ward: round 1: of (\d+) rows that were drawn, \1 were used\n", party.log())
     assert b"epsilon" not in reply
     assert party.reply(question(server_side), config) == reply  # a new process
     assert len(party.entries()) == 1
@@ -305,6 +307,7 @@ def test_a_row_that_makes_a_tokenizer_panic_is_left_out(tmp_path):
         party = Party(tmp_path / name, rows)
         assert asked_with(base, party, file) == "update"
         assert len(party.entries()) == 1
+        assert ("1 of 13 rows are left out" in party.log()) == ("(the last for " in party.log()) == (name == "with")
 
 
 @pytest.mark.parametrize(("original", "answer"), [(64, ("model", 0)), (128, "update")])

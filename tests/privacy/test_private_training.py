@@ -1,6 +1,8 @@
 """Private training against autograd one row at a time, and against the plain Trainer; what is left of it, and what it refuses."""
 
+import io
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass, fields
@@ -27,6 +29,7 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 from fedex_lora.aggregation import METHODS
@@ -38,6 +41,7 @@ from fedex_lora.client.training import ClientData, _trainer, continued, evaluate
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ConfigError, ModelError, TrainingError
 from fedex_lora.models.lora import lora_layers, set_trained
+from fedex_lora.models.processor import ImageProcessor
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
 from fedex_lora.privacy.settings import FREE, REFUSED, require_private
 from fedex_lora.runs.context import ModelContext
@@ -331,7 +335,9 @@ def test_a_row_that_the_model_cannot_compute_counts_as_zero(settings, caplog):
     rest = setting.rows.select([number for number in range(ROWS) if number != 5])
     spoilt, expected = gradient_of(setting, odd, clip=1.0), gradient_of(setting, rest, clip=1.0)
     assert difference(spoilt, expected) < 1e-5 * norm(expected)
-    assert "counts as zero" in caplog.text
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("of 12 rows that were drawn, 11 were used; 1 could not be computed, the last for IndexError: ")
+    assert caplog.messages[0].endswith(": they count as zero")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory for a row's gradient"), BaseException("a panic")])
@@ -363,10 +369,37 @@ def test_a_row_whose_gradient_fails_counts_as_zero(error, folder, monkeypatch):
     assert difference(gradient([*rows, odd]), expected := gradient(rows)) < 1e-6 * norm(expected)
 
 
-def test_rows_that_make_no_batch_are_batches_of_their_own():
-    rows = [{"x": torch.zeros(3)}, {"x": torch.zeros(3)}, {"x": torch.zeros(2)}, {"x": "no tensor"}]
-    made = _in_parts(rows, lambda some: torch.stack([row["x"] for row in some]), 4)
-    assert [tuple(part.shape) for part in made["parts"]] == [(1, 3), (1, 3), (1, 2)]
+def test_rows_of_one_shape_are_together_and_those_that_fail_are_told():
+    rows = [{"x": torch.zeros(3)}, {"x": torch.zeros(3)}, {"x": torch.zeros(2)}, {"x": "no tensor"}, {"x": torch.zeros(3)}]
+    made = _in_parts(rows, stacked, 2)
+    assert [tuple(part["x"].shape) for part in made["parts"]] == [(2, 3), (1, 3), (1, 2)]
+    assert (made["drawn"], [reason.partition(":")[0] for reason in made["failed"]]) == (5, ["TypeError"])
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "image-classification"])
+def test_no_row_changes_what_another_is(kind):
+    """Padded on the left, positions count from the longest row; a processor that pads makes images as large as the largest."""
+    if kind == "causal-lm":
+        processor = bytewise()
+        processor.padding_side = "left"
+        rows = [{name: [1] * length for name in ("input_ids", "attention_mask", "labels")} for length in (3, 7, 3, 5, 3)]
+    else:
+        halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        processor, rows = ImageProcessor(ViTImageProcessorPil(do_resize=False, do_pad=True, **halves), "RGB"), []
+        for number, size in enumerate([(32, 32), (64, 48), (32, 32), (48, 48), (32, 32)]):
+            Image.new("RGB", size).save(file := io.BytesIO(), "PNG")
+            rows.append({"image": {"bytes": file.getvalue(), "path": None}, "labels": number})
+    collate = collator(kind, processor)
+    padded = {name: tuple(one.shape) for name, one in collate(rows).items()}
+    for some in (rows, rows[2:], rows[::2]):
+        parts = _in_parts(some, collate, 2)["parts"]
+        made = [{name: one[row : row + 1] for name, one in part.items()} for part in parts for row in range(len(part["labels"]))]
+        alone = sorted((collate([row]) for row in some), key=str)
+        assert all(len(part["labels"]) <= 2 for part in parts)
+        for mine, its in zip(sorted(made, key=str), alone, strict=True):
+            assert mine.keys() == its.keys()
+            assert all(torch.equal(mine[name], its[name]) for name in its)
+    assert any(shape[1:] != its[name].shape[1:] for name, shape in padded.items()), "the collator pads"
 
 
 def test_a_factor_that_no_float32_has_is_zero():
@@ -401,13 +434,18 @@ def test_a_norm_is_that_of_float64(size):
     assert abs(float(one.summed_grad.double().norm()) - 1) < 2e-6
 
 
-def test_a_row_without_a_finite_gradient_counts_as_zero(settings):
+def test_a_row_without_a_finite_gradient_counts_as_zero(settings, caplog):
+    """And where there is no other, the party's log has an error."""
     setting = settings("score")
     odd = setting.rows.map(lambda row, number: {"labels": math.inf if number == 5 else row["labels"]}, with_indices=True)
     rest = setting.rows.select([number for number in range(ROWS) if number != 5])
     spoilt, expected = gradient_of(setting, odd, clip=1.0), gradient_of(setting, rest, clip=1.0)
     assert difference(spoilt, expected) < 1e-5 * norm(expected)
     assert norm(expected) > 0.5
+    assert caplog.messages == ["of 12 rows that were drawn, 11 were used; 1 had no finite gradient: they count as zero"]
+    assert not norm(gradient_of(setting, odd.select([5]), clip=1.0))
+    assert caplog.records[-1].levelno == logging.ERROR
+    assert "0 were used" in caplog.messages[-1]
 
 
 def test_under_bfloat16_autocast_the_bound_holds_to_float32(folder, monkeypatch):

@@ -7,7 +7,7 @@ sum, and divides by the *expected* number of rows. Nothing else of the rows goes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from logging import getLogger
+from logging import ERROR, INFO, WARNING, getLogger
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,11 @@ from fedex_lora.client.example_gradients import forget, losses_of, per_example_g
 from fedex_lora.errors import TrainingError
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
 from fedex_lora.privacy.secret_numbers import secret_normals, secret_uniforms
-from fedex_lora.protocol.failures import told_to_end
+from fedex_lora.protocol.failures import in_one_line, told_to_end
 
 log = getLogger(__name__)
+Tell = Callable[[int, str], None]
+"""(level of `logging`, words), for the party's own eyes."""
 TOLERANCE = 0.05  # of sums of gradients in the lowest precision that there is; a gradient of something else is off by its own size
 TINY = 1e-30  # a factor of a gradient that says nothing but that it overflows
 
@@ -35,7 +37,12 @@ class PrivateOptimizer(DPOptimizer):
     Norms are float64 and sums float32, whatever the gradients are, and no matrix product that a device may round. An example with a
     gradient that is not finite counts as zero: it says nothing, and spoils nothing. Noise is added in float64, and their sum is rounded
     once.
+
+    Attributes:
+        spoilt: how many examples of the last batch counted as zero.
     """
+
+    spoilt: int | Tensor = 0
 
     @torch.no_grad()
     def clip_and_accumulate(self) -> None:
@@ -45,6 +52,7 @@ class PrivateOptimizer(DPOptimizer):
         norms = torch.stack(parts, dim=1).norm(dim=1)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         factors = torch.where(norms.isfinite() & (factors > TINY), factors, 0.0).float()  # as float32 it would be rounded up
+        self.spoilt = (factors == 0).sum()
         for parameter, sample in zip(self.params, samples, strict=True):
             scaled = sample.nan_to_num(0.0, 0.0, 0.0) * factors.view(-1, *[1] * (sample.dim() - 1))
             added = scaled.sum(dim=0)
@@ -92,11 +100,12 @@ class PrivateTrainer(Trainer):
         model: nn.Module = given["model"]
         self.model_accepts_loss_kwargs = False  # losses are ours
         self._plan, self._kind, self._compared = plan, kind, False
+        self._drawn, self._spoilt, self._failed, self._reason = 0, torch.zeros((), dtype=torch.long), 0, ""
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.add_callback(_Moves({name: parameter for parameter, name in self._names.items()}, plan.round.sigma))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in which each row is with probability q, each in parts of `per_device_train_batch_size` rows at most."""
+        """Batches in which each row is with probability q, each in parts of one shape, of `per_device_train_batch_size` rows at most."""
         assert self.train_dataset is not None
         rows, args = self._remove_unused_columns(self.train_dataset, "training"), self.args  # type: ignore[arg-type]
         return DataLoader(
@@ -125,6 +134,9 @@ class PrivateTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The sum of all clipped gradients; the optimiser's step, which adds those of no more rows, makes it the noised mean."""
         quieten(model)
+        self._drawn += inputs["drawn"]
+        for reason in inputs["failed"]:
+            self._fail(reason)
         for part in inputs["parts"]:
             self._add(model, self._prepare_inputs(part))
         self._private.zero_grad(set_to_none=True)
@@ -147,11 +159,29 @@ class PrivateTrainer(Trainer):
             for row in range(rows if rows > 1 else 0):
                 self._add(model, {name: tensor[row : row + 1] for name, tensor in batch.items()})
             if rows == 1:
-                log.warning("a row was drawn that this model cannot compute: it counts as zero")
+                self._fail(in_one_line(error))
             return
         self._require_own(rows)
         self._private.signal_skip_step(True)
         self._private.pre_step()
+        self._spoilt = self._spoilt + self._private.spoilt
+
+    def _fail(self, reason: str) -> None:
+        self._failed, self._reason = self._failed + 1, reason
+
+    def say(self, tell: Tell) -> None:
+        """What became of the rows that were drawn, in one line."""
+        spoilt = int(self._spoilt)
+        used = self._drawn - self._failed - spoilt
+        words = f"of {self._drawn} rows that were drawn, {used} were used"
+        if self._failed:
+            words += f"; {self._failed} could not be computed, the last for {self._reason}"
+        if spoilt:
+            words += f"; {spoilt} had no finite gradient"
+        if used == self._drawn:
+            tell(INFO, words)
+        else:
+            tell(WARNING if used else ERROR, f"{words}: {'they count' if used else 'what is sent is noise alone, for they count'} as zero")
 
     def _require_own(self, rows: int) -> None:
         """Each parameter has one gradient a row; and in the first finite batch they are, in sum, what autograd says."""
@@ -171,19 +201,21 @@ def _alike(samples: Any, whole: Any) -> bool:
     return bool((samples.float().sum(dim=0) - whole).norm() <= TOLERANCE * scale)
 
 
-def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -> dict[str, list[Any]]:
-    rows = sorted(rows, key=lambda row: len(row.get("input_ids", ())))  # of one length, for less padding
-    return {"parts": [made for start in range(0, len(rows), size) for made in _collated(rows[start : start + size], collate)]}
-
-
-def _collated(rows: list[Any], collate: Callable[[list[Any]], Any]) -> list[Any]:
-    """The rows as one batch; where they do not fit together, those that can be one as batches of their own."""
-    try:
-        return [collate(rows)]
-    except BaseException as error:  # of whatever a row has in it
-        if told_to_end(error):
-            raise
-        return [made for row in rows if len(rows) > 1 for made in _collated([row], collate)]
+def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -> dict[str, Any]:
+    """Rows of one shape together. Each is made alone and none is padded, so that what a row is does not depend on those beside it."""
+    alike, failed = dict[object, list[Any]](), list[str]()
+    for row in rows:
+        try:
+            made = collate([row])
+        except BaseException as error:  # of whatever a row has in it
+            if told_to_end(error):
+                raise
+            failed.append(in_one_line(error))
+        else:
+            alike.setdefault(tuple((name, one.shape, one.dtype) for name, one in made.items()), []).append(made)
+    parts = [some[start : start + size] for some in alike.values() for start in range(0, len(some), size)]
+    joined = [{name: torch.cat([one[name] for one in part]) for name in part[0]} for part in parts]
+    return {"parts": joined, "drawn": len(rows), "failed": failed}
 
 
 class _Moves(TrainerCallback):
@@ -210,16 +242,20 @@ class _Moves(TrainerCallback):
 
 
 @contextmanager
-def private_trainer(plan: PrivacyPlan, kind: str, arguments: TrainingArguments, **given: Any) -> Iterator[PrivateTrainer]:
+def private_trainer(
+    plan: PrivacyPlan, kind: str, arguments: TrainingArguments, tell: Tell = log.log, **given: Any
+) -> Iterator[PrivateTrainer]:
     """A Trainer of DP-SGD on a model, which has nothing of it left afterwards.
 
     Args:
         plan: what a round is.
         kind: of the task.
         arguments: of the run; steps, accumulation and clipping become those of the plan.
+        tell: told at the end what became of the rows that were drawn.
         given: of `Trainer`: model, rows, collator.
     """
     arguments.max_steps, arguments.gradient_accumulation_steps, arguments.max_grad_norm = plan.round.steps, 1, 0.0
     trainer = PrivateTrainer(plan, kind, args=arguments, **given)
     with per_example_gradients(given["model"]):  # Trainer has moved the model: hooks come last
         yield trainer
+    trainer.say(tell)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from logging import getLogger
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -58,6 +59,7 @@ class Place:
         base: under its model.
         file: in which its own reference is kept; None: nowhere.
         first, other, gained: the adapter, the other trained tensors and the base delta of the run's start, where it starts from a result.
+        tell: (level of `logging`, words) what only the party itself may read of its training.
     """
 
     base: FrozenBase
@@ -65,6 +67,7 @@ class Place:
     first: Adapter = field(default_factory=dict)
     other: Mapping[str, Tensor] = field(default_factory=dict)
     gained: Mapping[str, Delta] = field(default_factory=dict)
+    tell: Callable[[int, str], None] = getLogger(__name__).log
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,7 +173,7 @@ def _trainer(
         warnings.simplefilter("ignore")
         stack.enter_context(_old_objects_left_alone())
         if plan is not None:
-            trainer = stack.enter_context(_private(model, work, training_arguments(work.config, folder, seed), rows, plan))
+            trainer = stack.enter_context(_private(model, work, training_arguments(work.config, folder, seed), rows, plan, place))
         elif rows is None or work.trainer is None:
             trainer = _ours(model, work, training_arguments(work.config, folder, seed), rows)
         else:
@@ -200,7 +200,7 @@ def _ours(model: nn.Module, work: TrainingContext, arguments: TrainingArguments,
 
 
 def _private(
-    model: nn.Module, work: TrainingContext, arguments: TrainingArguments, rows: Dataset | None, plan: PrivacyPlan
+    model: nn.Module, work: TrainingContext, arguments: TrainingArguments, rows: Dataset | None, plan: PrivacyPlan, place: Place | None
 ) -> AbstractContextManager[Trainer]:
     require_private(work.config)
     require_extra("opacus", "dp", "private runs")
@@ -208,7 +208,7 @@ def _private(
 
     arguments.remove_unused_columns = work.task.kind != IMAGES  # as in `_ours`
     given = {"model": model, "train_dataset": rows, "data_collator": collator(work.task.kind, work.processor)}
-    return private_trainer(plan, work.task.kind, arguments, **given)
+    return private_trainer(plan, work.task.kind, arguments, **given, **({"tell": place.tell} if place else {}))
 
 
 @contextmanager

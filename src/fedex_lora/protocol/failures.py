@@ -121,9 +121,22 @@ def told_to_end(error: BaseException) -> bool:
     return bool(frames) and str(frames[-1].f_globals.get("__name__")).partition(".")[0] in ENGINES
 
 
+def in_one_line(error: BaseException) -> str:
+    """The type and the text of an error, for the party's own log; also of one whose text raises.
+
+    Example:
+        >>> in_one_line(ValueError("two\nlines"))
+        'ValueError: two lines'
+    """
+    return " ".join(traceback.format_exception_only(error)[-1].split())[:300]
+
+
 @contextmanager
-def ignored_failures() -> Iterator[None]:
+def ignored_failures(reasons: list[str] | None = None) -> Iterator[None]:
     """Whatever is raised inside ends the block and nothing else: a panic of a library, too, which is no `Exception`.
+
+    Args:
+        reasons: gets it, `in_one_line`.
 
     Example:
         >>> with ignored_failures():
@@ -134,6 +147,8 @@ def ignored_failures() -> Iterator[None]:
     except BaseException as error:
         if told_to_end(error):
             raise
+        if reasons is not None:
+            reasons.append(in_one_line(error))
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -1,5 +1,6 @@
 """What trains: a model with the clients' rows in this process; or, in tests, whatever moves factors."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fedex_lora.storage.events import Step
 from fedex_lora.storage.result import safe_name
 from fedex_lora.types import Adapter, ClientUpdate, Delta
 
+LOG = logging.getLogger(__name__)
+
 
 class ModelLearner:
     """The `Learner` of a run: `transformers.Trainer` on the model of a place.
@@ -22,6 +25,7 @@ class ModelLearner:
         place: the model.
         data: client -> its rows.
         emit: told of training steps.
+        log: the party's own.
 
     Attributes:
         folder: where clients keep their files, in a folder each; None: nowhere.
@@ -29,8 +33,8 @@ class ModelLearner:
 
     folder: Path | None = None
 
-    def __init__(self, place: ModelContext, data: Mapping[str, ClientData], emit: Emit) -> None:
-        self.place, self.data, self._emit = place, data, emit
+    def __init__(self, place: ModelContext, data: Mapping[str, ClientData], emit: Emit, log: logging.Logger = LOG) -> None:
+        self.place, self.data, self._emit, self._log = place, data, emit, log
 
     @property
     def first(self) -> Adapter:
@@ -58,7 +62,7 @@ class ModelLearner:
         return {f"held_out_{name}": value for name, value in metrics.items()}
 
     def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
-        tell, place = self._emit, self.place
+        tell, place, log = self._emit, self.place, self._log
         try:
             return local_update(
                 place.model,
@@ -68,7 +72,12 @@ class ModelLearner:
                 place.work,
                 optimizer,
                 lambda step, steps: tell(Step(round=round, client=client, step=step, steps=steps)),
-                Place(place.base, self.folder and self.folder / safe_name(client) / REFERENCE, *place.beginning),
+                Place(
+                    place.base,
+                    self.folder and self.folder / safe_name(client) / REFERENCE,
+                    *place.beginning,
+                    tell=lambda level, words: log.log(level, "%s: round %d: %s", client, round, words),
+                ),
             )
         except Exception:
             if place.work.trainer is not None:  # whatever it has done to the model

@@ -89,7 +89,7 @@ class Node:
                     f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
                     "base",
                 )
-            pool = ClientPool(place.config, ModelLearner(place, data, self._emit), alone=True, accounts=accounts)
+            pool = ClientPool(place.config, ModelLearner(place, data, self._emit, log_of(request.node)), alone=True, accounts=accounts)
             pool.take_up(folder, folder.name)
             reply = pool.answer(request.client, request.payload)
             with suppress(FedexLoraError):  # of a ledger that was moved away meanwhile: the answer is in it

@@ -16,7 +16,7 @@ from fedex_lora.client.probe import fitting, positions_of
 from fedex_lora.client.training import ClientData
 from fedex_lora.config import CHAT, IMAGES, TaskSettings
 from fedex_lora.errors import ConfigError, DataError
-from fedex_lora.protocol.failures import ignored_failures, told_to_end
+from fedex_lora.protocol.failures import ignored_failures, in_one_line, told_to_end
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.tasks import Task, collator, custom, limit, usable
 from fedex_lora.tasks._files import Rows, as_text, read_rows
@@ -105,25 +105,27 @@ def private_rows(place: ModelContext, client: str, log: logging.Logger) -> Clien
     """
     settings, work = place.config.task.model_copy(update={"on_bad_row": "drop"}), place.work
     none = work.tokens(work.task.train).select([])
-    made, notes = list[Dataset](), list[str]()
+    made, notes, reasons = list[Dataset](), list[str](), list[str]()
     table = read_rows(str(settings.train), settings.data)
     waiting = list(_of_one_layout(table))
     while waiting:
         part = waiting.pop()
         try:
-            rows, said = _usable(place, settings, part, none)
+            rows, said = _usable(place, settings, part, none, reasons)
         except DataError as error:
             notes.append(str(error))
         except BaseException as error:  # of a single row; a panic of its library is no Exception
             if told_to_end(error):
                 raise
+            reasons.append(in_one_line(error))
             waiting += [part.iloc[[place]] for place in range(len(part)) if len(part) > 1]
         else:
             made += [rows] * bool(len(rows))
             notes += said
     found = concatenate_datasets(made) if made else none
     if odd := len(table) - len(found):
-        notes.append(f"{odd} of {len(table)} rows are left out: what this run and this model cannot use")
+        last = f" (the last for {reasons[-1]})" if reasons else ""
+        notes.append(f"{odd} of {len(table)} rows are left out: what this run and this model cannot use{last}")
     for note in dict.fromkeys(notes):
         log.warning("%s: %s", client, note)
     if not len(found):
@@ -131,13 +133,13 @@ def private_rows(place: ModelContext, client: str, log: logging.Logger) -> Clien
     return ClientData(train=found, held_out=none)
 
 
-def _usable(place: ModelContext, settings: TaskSettings, part: Rows, none: Dataset) -> tuple[Dataset, list[str]]:
-    """Those of some rows that can be used, as tokens, and what is said of the others."""
+def _usable(place: ModelContext, settings: TaskSettings, part: Rows, none: Dataset, reasons: list[str]) -> tuple[Dataset, list[str]]:
+    """Those of some rows that can be used, as tokens, and what is said of the others; `reasons` gets those of single rows that failed."""
     work = place.work
     alike, _ = custom.row_tables(settings, lambda source, folder: part)
     kept, dropped = usable_rows(alike.rows, alike.source, alike.problems, settings.on_bad_row)
-    rows, more = usable(_each_alone(work, kept.reset_index(drop=True), none), settings, "this party")
-    rows = fitting(place.model, rows) if work.task.reads_text else _decoded(rows, work)
+    rows, more = usable(_each_alone(work, kept.reset_index(drop=True), none, reasons), settings, "this party")
+    rows = fitting(place.model, rows) if work.task.reads_text else _decoded(rows, work, reasons)
     return rows, [*alike.notes, *dropped, *more]
 
 
@@ -150,17 +152,17 @@ def _of_one_layout(rows: Rows) -> Iterator[Rows]:
         yield rows.iloc[places].loc[:, list(columns)]
 
 
-def _decoded(rows: Dataset, work: TrainingContext) -> Dataset:
+def _decoded(rows: Dataset, work: TrainingContext, reasons: list[str]) -> Dataset:
     """Rows whose image is whole: one that is cut ends a batch, and so says that it was drawn."""
     made, kept = collator(work.task.kind, work.processor), list[int]()
     for place in range(len(rows)):
-        with ignored_failures():  # of a single row
+        with ignored_failures(reasons):  # of a single row
             made([rows[place]])
             kept.append(place)
     return rows.select(kept)
 
 
-def _each_alone(work: TrainingContext, rows: Rows, none: Dataset) -> Dataset:
+def _each_alone(work: TrainingContext, rows: Rows, none: Dataset, reasons: list[str]) -> Dataset:
     """Rows as tokens, without those of which there are none."""
 
     def tokens(some: Rows) -> Dataset:
@@ -170,6 +172,6 @@ def _each_alone(work: TrainingContext, rows: Rows, none: Dataset) -> Dataset:
         return tokens(rows)
     made = list[Dataset]()
     for place in range(len(rows)):
-        with ignored_failures():
+        with ignored_failures(reasons):
             made.append(tokens(rows.iloc[[place]].reset_index(drop=True)))
     return concatenate_datasets([none, *made])
