@@ -23,10 +23,10 @@ from fedex_lora.config import Base, Lora, base_folder, write_config
 from fedex_lora.errors import AggregationError, StorageError, UnreadableError
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness
-from fedex_lora.models.base_weights import FrozenBase
+from fedex_lora.models.base_weights import FrozenBase, _MergedDelta
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora
-from fedex_lora.offline.verify import complaint
+from fedex_lora.offline.verify import complaint, verify
 from fedex_lora.report import write_report
 from fedex_lora.runs.run import run
 from fedex_lora.server.checkpoint import last_checkpoint
@@ -264,6 +264,18 @@ def test_verify_complains_of_what_is_no_number(method):
     assert complaint(fine | layers) is None
     for name in ("realised_error", "output_error", "output_error_float32"):
         assert "overflows in its precision" in complaint(fine | layers | {name: math.nan})
+    plain = fine | layers | {"compute_dtype": "float32", "base_quantization": "none"}
+    for name in ("realised_error", "output_error_float32"):
+        assert (complaint(plain | {name: 0.9}) is None) == (method == "fedit")  # which misses the ideal by itself
+        assert "rounding explains" in complaint(plain | {name: 0.9, "recomputed": False})
+        assert complaint(plain | {name: 0.9, "base_quantization": "nf4"}) is None
+
+
+def test_verify_complains_of_a_base_that_lacks_its_delta(finished, monkeypatch):
+    assert complaint(verify(finished / "final", str(base_folder()))) is None
+    set_one = _MergedDelta.set
+    monkeypatch.setattr(_MergedDelta, "set", lambda self, delta: set_one(self, None))
+    assert "the error of the model's own layers is" in complaint(verify(finished / "final", str(base_folder())))
 
 
 def side_model(dtype):

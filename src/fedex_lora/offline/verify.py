@@ -22,6 +22,7 @@ from fedex_lora.storage.run_folder import best_round
 from fedex_lora.types import Delta
 
 EXACT_BELOW = 1e-6  # relative; what fp32 factors of an exact method stay under
+ROUNDING = 10  # floors of float32 that a model may be off by: real ones are off by about one
 
 
 def verify(path: Path, base: str | None = None) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
     if base:
         summary |= {key: algebra.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
+        summary["base_quantization"] = last.manifest.get("base_quantization", "none")
     return summary | {
         "notes": [said] if said else [],
         "final": str(final) if final else None,
@@ -95,20 +97,29 @@ def export_form(path: Path) -> str | None:
 
 
 def complaint(result: Mapping[str, Any]) -> str | None:
-    """What is wrong with what `verify` found, in one line; None if nothing is. An error that is no number is as wrong as a large one."""
+    """What is wrong with what `verify` found, in one line; None if nothing is. An error that is no number is as wrong as a large one.
+
+    A model is held to the ideal where rounding alone can part them: in float32, unquantised, and under an exact method or compared with the
+    folder's own factors.
+    """
     method, error = result["method"], result["max_relative_error"]
     if result["recomputed"] and algebra.failed(error):
         return f"the error of the stored result is {error}: a number in it, or in its updates, is not finite or too large"
     if result["recomputed"] and result["exact_method"] and not error <= EXACT_BELOW:
         return f"method {method} is exact, and the stored result is off by {error:.1e}"
+    held = (result.get("compute_dtype"), result.get("base_quantization")) == ("float32", "none")
+    held &= result["exact_method"] or not result["recomputed"]
     pairs = {
-        "the model's own layers": ("realised_error", "floor"),
-        f"the logits in {result.get('compute_dtype')}": ("output_error", "output_floor"),
-        "the logits in float32": ("output_error_float32", "output_floor_float32"),
+        "the model's own layers": ("realised_error", "floor", EXACT_BELOW),
+        f"the logits in {result.get('compute_dtype')}": ("output_error", "output_floor", 1e-3),
+        "the logits in float32": ("output_error_float32", "output_floor_float32", 1e-3),
     }
-    for what, (one, floor) in pairs.items():
+    for what, (one, floor, beside) in pairs.items():
         if one in result and algebra.failed(result[one], result[floor]):
             return f"the error of {what} is {result[one]}: the base overflows in its precision; give it another base.dtype"
+        if held and one in result and result[one] > ROUNDING * result[floor] + beside:
+            said = f"the error of {what} is {result[one]:.1e}, and rounding explains {result[floor]:.1e}"
+            return f"{said}: the model is not what the result says; is it another base, or another version of peft?"
     return None
 
 
