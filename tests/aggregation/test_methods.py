@@ -11,6 +11,7 @@ from tests import oracle
 from tests.conftest import make_pair, make_updates
 
 from fedex_lora import METHODS, ClientUpdate, LoRAPair, aggregate
+from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import AggregationError
 from fedex_lora.exactness import measure
@@ -62,6 +63,11 @@ def test_inexact_methods_measurably_miss_it(method, case):
     updates = updates_for(method, k, out, inner, rank, seed, spread, (2.0,))
     result = aggregate(updates, method)
     assert oracle.relative(oracle.total(result, "m"), oracle.ideal(*pairs_and_shares(updates))) > 1000 * EXACT
+
+
+def test_fedavg_is_another_name_of_fedit():
+    assert get_method("fedavg") is get_method("fedit")
+    assert get_method("fedavg+balanced") == get_method("fedit+balanced")
 
 
 def test_fedit_is_the_product_of_means():

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import fedex_lora
 from fedex_lora import __version__
 from fedex_lora.cli import app, demo, main
-from fedex_lora.client.arguments import require_device
+from fedex_lora.client.arguments import require_device, training_arguments
 from fedex_lora.config import base_folder, overridden, parse_config
 from fedex_lora.errors import ConfigError, UsageError, require_system
 from fedex_lora.report.analysis import sent
@@ -265,6 +266,8 @@ def test_where_it_does_not_run_is_said_at_the_start(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"set training\.use_cpu = true"):
         require_device("mps")
     require_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert training_arguments(parse_config({})).device.type == "cpu"  # so the demo, and what is only measured, need no word
     monkeypatch.setattr("fedex_lora.cli._shared.require_system", lambda: require_system("win32"))
     assert "this is Windows" in one_line(call("run", "examples/quickstart.toml", "--out", tmp_path / "run"), 2)
     assert not (tmp_path / "run").exists()

@@ -616,6 +616,8 @@ def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
             "label": ["x", "y"],
             "text": ["a", float("nan")],
             "n": [1, 2],
+            "scan": [{"bytes": b"\x89PNG", "path": None}, None],
+            "sounds": [[b"\xff"], []],
         }
     )
     made = with_columns(load_tokens(2), frame)
@@ -623,6 +625,7 @@ def test_messages_and_tools_reach_the_trainer_as_they_are(work, tmp_path):
     assert made["tools"][:] == [None, [{"name": "look"}]]
     assert made["array"][:] == [[{"a": 1}], None]
     assert (made["text"][:], made["n"][:]) == (["a", None], [1, 2])
+    assert not {"scan", "sounds"} & set(made.column_names)
     assert "label" not in made.column_names  # Trainer would take it for the labels
 
 

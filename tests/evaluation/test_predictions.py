@@ -127,6 +127,12 @@ def test_another_file_is_measured_without_the_training_rows(made, plain, tmp_pat
     for source in (folder / "run", tmp_path / "merged", tmp_path / "adapter"):
         found = numbers("evaluate", source, "--config", tmp_path / "other.toml", "--file", folder / "later.csv")
         assert (found["rows"], found["accuracy"]) == (15, pytest.approx(right / 15))
+    (tmp_path / "long.csv").write_text("text,label\n" + "a cough " * 400 + ",urgent\na cough,urgentt\n")
+    long = ["evaluate", folder / "run", "--config", tmp_path / "other.toml", "--file", tmp_path / "long.csv"]
+    notes = numbers(*long)["notes"]
+    assert any("1 of 1 rows are cut at task.max_length" in note for note in notes)
+    assert any("left out" in note for note in notes)
+    assert f"! {notes[-1]}" in " ".join(call(*long).stdout.split())
     (tmp_path / "odd.csv").write_text("text,label\na cough,urgentt\n")
     strict = ["--config", tmp_path / "strict.toml", "--file", tmp_path / "odd.csv"]
     (tmp_path / "strict.toml").write_text(config.replace('on_bad_row = "drop"', 'on_bad_row = "refuse"'))

@@ -183,7 +183,11 @@ def test_a_report_replaces_a_report_and_nothing_else(finished, tmp_path):
 
 
 def test_a_run_that_is_called_like_a_demo_s_stays(quick_demo, finished, tmp_path):
-    """A run of their own in a folder `fedex`, beside a file demo.json of their own."""
+    """A run of their own in a folder `fedex`, beside a file demo.json of their own; or that file alone."""
+    for words in ("no table", "[]", '{"base_accuracy": 1}'):
+        (tmp_path / "demo.json").write_text(words)
+        assert "no part of a demo" in one_line(call("demo", "--out", tmp_path), 2)
+        assert (tmp_path / "demo.json").read_text() == words
     shutil.copytree(finished, tmp_path / "fedex")
     (tmp_path / "demo.json").write_text("{}")
     before = contents(tmp_path)

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from peft import PeftModel
 from tests.runs.test_run import events_of, ignore
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers.utils import chat_template_utils
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
@@ -239,9 +241,10 @@ def test_a_long_chat_is_cut_at_its_right_end_and_counted():
     assert notes == [f"a: 1 of 2 rows are cut at task.max_length = {len(whole) - 1} (the longest has {len(whole)} tokens)"]
 
 
-def test_a_template_that_draws_by_chance_draws_alike_for_each_chat():
-    """So that no chat changes another, and the same rows are the same tokens again, whatever else drew."""
-    tokenizer = tokenizer_of("smollm2", "{{ range(1000) | random }}" + SMOLLM2)
+@pytest.mark.parametrize("written", ["{{ range(1000) | random }}", "{{ strftime_now('%d %b %Y %f') }}"])
+def test_a_template_that_draws_by_chance_or_reads_the_clock_writes_alike_for_each_chat(written):
+    """So that no chat changes another, and the same rows are the same tokens again, whatever else drew, and on another day."""
+    tokenizer = tokenizer_of("smollm2", written + SMOLLM2)
     one, other = Chat(CHATS["single"]), Chat(CHATS["several"])
     random.seed(5)
     state = random.getstate()
@@ -249,6 +252,7 @@ def test_a_template_that_draws_by_chance_draws_alike_for_each_chat():
     assert random.getstate() == state
     random.seed(6)
     assert tokenize_chats(tokenizer, [other, other, one], 512)["input_ids"][2] == first
+    assert chat_template_utils.datetime is datetime
 
 
 def test_a_prompt_that_has_other_tokens_alone_is_said():

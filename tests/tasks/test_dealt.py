@@ -98,7 +98,17 @@ def test_the_check_looks_into_every_file(tmp_path):
     (tmp_path / f"{names[1]}.jsonl").write_text(text + text.splitlines()[0] + "\n")
     found = [finding.words for finding in check(read_config(file))]
     assert any("repeats the input of another" in words and f"{names[1]}.jsonl" in words for words in found)
-    assert list(describe_rows(read_config(file), rows=0).clients) == names
+    report = describe_rows(read_config(file), rows=len(names))
+    assert list(report.clients) == names
+    read = {name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in names}
+    for shown in report.shown:  # by the line of its own file
+        line = json.loads(read[shown.client][int(shown.place.removeprefix("line ")) - 1])
+        assert line["note"] in "".join(text for text, _ in shown.parts)
+    (tmp_path / f"{names[0]}.jsonl").write_text('{"note": "a", "color": "red"}\n')
+    (tmp_path / f"{names[2]}.jsonl").unlink()
+    found = [finding.words for finding in check(read_config(file))]
+    for words in (f"{names[0]}.jsonl has no column 'colour'", f"{names[1]}.jsonl: 1 row repeats", f"{names[2]}.jsonl does not exist"):
+        assert any(words in one for one in found), words
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fedex_lora.tasks import load_task, usable
 from fedex_lora.tasks._completions import FULL, IGNORED, prompt_ids, tokenize_completions
 from fedex_lora.tasks._files import read_rows
 from fedex_lora.tasks._rows import classes_of
+from fedex_lora.tasks._task import tokenize_texts
 
 CELLS = {"id": "007", "size": "2.50", "seen": "TRUE", "date": "2024-01-05", "code": "NA", "note": "Zoë, bed 4"}
 LINE = json.dumps(CELLS, ensure_ascii=False) + "\n"
@@ -61,6 +62,8 @@ def test_a_cell_is_the_text_that_is_written(name, content, tmp_path):
 def test_cells_that_are_no_text_are_what_json_writes(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 7, "b": 2.50, "c": true, "d": null, "e": 1e3, "f": ["x", 1.5]}\n')
     assert read_rows("a.jsonl", tmp_path).iloc[0].to_dict() == {"a": "7", "b": "2.50", "c": "true", "d": None, "e": "1e3", "f": ["x", 1.5]}
+    (tmp_path / "nan.jsonl").write_text('{"a": NaN, "b": [NaN], "c": "NaN", "d": Infinity}\n')
+    assert read_rows("nan.jsonl", tmp_path).iloc[0].to_dict() == {"a": None, "b": [None], "c": "NaN", "d": "Infinity"}
     frame = pd.DataFrame(
         {"a": pd.array([7, None], dtype="Int64"), "c": [True, False], "t": ["007", "x"], "d": pd.to_datetime(["2024-01-05"] * 2)}
     )
@@ -69,6 +72,9 @@ def test_cells_that_are_no_text_are_what_json_writes(tmp_path):
         {"a": "7", "c": "true", "t": "007", "d": "2024-01-05T00:00:00"},
         {"a": None, "c": "false", "t": "x", "d": "2024-01-05T00:00:00"},
     ]
+
+
+PACKED = gzip.compress(b"text\n" + b"row\n" * 5000, mtime=0)
 
 
 def test_lines_are_those_of_the_file(tmp_path):
@@ -85,6 +91,7 @@ def test_lines_are_those_of_the_file(tmp_path):
         ("a.csv", b"\n".join([b"text"] + [b"row"] * 4000 + ["Zoë".encode("latin-1")]), r"is not UTF-8 \(line 4002\): .*iconv -f latin1"),
         ("a.csv.gz", b"text\n1\n", "cannot be read"),
         ("a.csv.gz", gzip.compress(b"text\n" + b"row\n" * 5000, mtime=0)[:40], "cannot be read"),
+        ("a.csv.gz", PACKED[:12] + b"\xff" + PACKED[13:], "cannot be read"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: "),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 is no object"),
         ("a.json", b"[[1]]", "row 1 is no object"),
@@ -266,6 +273,10 @@ def test_rows_that_are_cut_are_counted_and_those_that_lose_all_are_not_trained_o
     assert FULL not in rows.column_names
     assert notes[1] == "here: 1 of 2 rows are cut at task.max_length = 12 (the longest has 15 tokens)"
     assert settings(tmp_path, kind="causal-lm").length == 1024
+    left = bytewise()
+    left.truncation_side = "left"
+    cut = tokenize_texts(left, [["beginning and end"]], [0], 10)
+    assert (left.decode(cut["input_ids"][0]), left.truncation_side) == ("<s>beginning", "left")
     bounded = bytewise()
     bounded.model_max_length = 16
     assert max(map(len, load_task(settings(tmp_path, kind="causal-lm"), 0).tokenize(bounded, task.train)["input_ids"])) == 16

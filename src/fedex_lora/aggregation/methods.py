@@ -204,6 +204,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
+ALIASES = {"fedavg": "fedit"}  # FedAvg of LoRA factors is what the literature calls FedIT
 REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
 
 
@@ -218,6 +219,7 @@ def get_method(name: str) -> Method:
         'balanced'
     """
     method, plus, gauge = name.partition("+")
+    method = ALIASES.get(method, method)
     _require_known("method", method, METHODS)
     row = METHODS[method]
     if not plus:
@@ -240,7 +242,7 @@ def get_method(name: str) -> Method:
         raise UsageError(
             f"{gauge} aligns factors with averaged ones, and clients of {method} see their own only: use balanced or orthonormal-a"
         )
-    return replace(row, name=name, gauge=gauge)
+    return replace(row, name=f"{method}+{gauge}", gauge=gauge)
 
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:

@@ -113,6 +113,8 @@ def _as_json(measured: "Measured", beside: str | None) -> dict[str, Any]:
     made: dict[str, Any] = dict(measured.numbers)
     if measured.classes:
         made |= {"classes": [one._asdict() for one in measured.classes.classes], "confusion": measured.classes.confusion}
+    if measured.notes:
+        made["notes"] = list(measured.notes)
     if measured.beside:
         made["beside"] = {"model": beside, **_as_json(measured.beside, None), "difference": measured.difference}
     return made
@@ -130,6 +132,8 @@ def _show(source: str, found: Mapping[str, "Measured"], console: "Console", besi
             lines.append([name, metric, _cell(metric, value), *more_cells])
     console.print(console_table(source, ["task", "metric", "value" if not beside else source, *more], lines))
     for measured in found.values():
+        for note in measured.notes:
+            console.print(f"! {note}", highlight=False, markup=False)
         if measured.classes:
             _show_classes(measured, console, beside)
 

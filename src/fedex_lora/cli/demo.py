@@ -1,5 +1,6 @@
 """`fedex-lora demo`: the embedded default, four methods side by side."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,22 @@ def _clear(out: Path) -> None:
     if not out.is_dir() or not (barely_begun(out) or (out / RESULT).is_file()):
         raise UsageError(f"{out} exists and is no earlier demo: give another --out")
     for path in out.iterdir():
-        ours = is_report(path) if path.name == REPORT else _is_demo(path) if path.name in METHODS else path.name == RESULT
+        mine = {REPORT: is_report, RESULT: _is_table, **dict.fromkeys(METHODS, _is_demo)}.get(path.name)
+        ours = mine is not None and mine(path)
         if not ours and not path.name.startswith(TEMPORARY):
             raise UsageError(f"{path} is no part of a demo, so the demo in {out} is not replaced: give another --out, or move that away")
     for method in METHODS:
         if (out / method).is_dir():
             remove(out / method)
+
+
+def _is_table(path: Path) -> bool:
+    """As `run_demo` writes it, at its start or at its end."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(found, dict) and found.keys() in (set(), {"base_accuracy", "methods"})
 
 
 def _is_demo(folder: Path) -> bool:

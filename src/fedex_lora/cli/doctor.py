@@ -116,7 +116,7 @@ def _devices() -> dict[str, str]:
             "tf32 matmul": str(torch.backends.cuda.matmul.allow_tf32),
         }
     if torch.backends.mps.is_available():
-        return {"device": "mps"}
+        return {"device": "cpu (the Apple GPU is not used)"}
     return {
         "device": f"cpu, {torch.get_num_threads()} threads",
         "bf16": f"in software or AVX512 ({torch.backends.cpu.get_cpu_capability()})",

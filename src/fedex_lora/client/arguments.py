@@ -62,7 +62,8 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0, ow
         "eval_strategy": "no",
         "disable_tqdm": True,
     }
-    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), **(own.defaults(config) if own else {})}
+    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": torch.backends.mps.is_available()}
+    defaults |= own.defaults(config) if own else {}
     if config.task.kind == IMAGES:
         ours["remove_unused_columns"] = False  # the model does not know the column `image`; the collator does
     try:
@@ -77,13 +78,13 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0, ow
 
 
 def require_device(device: str) -> None:
-    """The base delta is taken up in fp64, which Apple's GPUs do not have.
+    """No Apple GPU, which has no fp64 and on which nothing was ever measured: where there is one, the CPU is used unless it is asked for.
 
     Raises:
         ConfigError: the device is one of them.
     """
     if device == "mps":
-        raise ConfigError("an Apple GPU (mps) has no fp64, so the base would not take up its delta exactly: set training.use_cpu = true")
+        raise ConfigError("an Apple GPU (mps) has no fp64, and nothing was measured on one: set training.use_cpu = true")
 
 
 def spare_devices(config: Config) -> str:

@@ -221,14 +221,22 @@ def with_columns(tokens: Dataset, rows: pd.DataFrame) -> Dataset:
     """Tokenised rows, and beside them the columns that they were made of.
 
     Nested objects (messages, tool calls) come back with the keys that each had, whatever others have; fractions in them with ten decimals.
+    Columns of encoded images and sounds are left out: the processor has read the one that is trained on.
     """
     names = [name for name in map(str, rows.columns) if name not in (*tokens.column_names, *REPLACED, HOLDER)]
     beside = [tokens]
     for name in names:
         values = [_plain(value) for value in rows[name]]
+        if any(map(_holds_bytes, values)):
+            continue
         nested = any(isinstance(value, list | dict) for value in values)
         beside.append(Dataset.from_dict({name: values}, Features({name: Json()}) if nested else None, on_mixed_types="use_json"))
     return concatenate_datasets(beside, axis=1)
+
+
+def _holds_bytes(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, bytes) or any(map(_holds_bytes, inner))
 
 
 def _plain(value: Any) -> Any:

@@ -51,12 +51,14 @@ class Measured:
         classes: each class and the confusion matrix, where the task has classes.
         beside: the same of another model, on the same rows.
         rows: what `predictions` has of each row.
+        notes: what is to be said of the rows: some are left out, or cut.
     """
 
     numbers: Mapping[str, float]
     classes: ClassScores | None = None
     beside: "Measured | None" = None
     rows: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
     @property
     def difference(self) -> dict[str, float]:
@@ -151,11 +153,11 @@ def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, option
 
     training, watched = {"per_device_eval_batch_size": options.batch_size}, replace(task, metrics=metrics)
     work = TrainingContext(config.Config(base=config.Base(model=opened.base), task=settings, training=training), watched, opened.processor)
-    rows, _ = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
+    rows, notes = usable(task.tokenize(opened.processor, task.eval), settings, "the rows to measure on")
     numbers = evaluate(opened.model, rows, work)
     wanted = options.predictions and task.generation is None and PartialState().is_main_process
     lines = predicted_rows(task, seen[0], options.with_rows) if wanted else ()
-    return Measured(numbers, class_scores(task, seen[0]) if seen else None, rows=lines)
+    return Measured(numbers, class_scores(task, seen[0]) if seen else None, rows=lines, notes=[*task.notes, *notes])
 
 
 def _written(opened: Opened, asked: Generation, options: Options) -> Measured:

@@ -56,7 +56,8 @@ def generate(
         UsageError: a field that GenerationConfig does not have, a value that it refuses, or no room for a prompt.
     """
     state, model = PartialState(), model.eval()
-    model.to(state.device)
+    device = torch.device("cpu") if state.device.type == "mps" else state.device  # as where it trains
+    model.to(device)
     ours = {**GREEDY, **settings}
     no_repeat, config = int(ours.pop("no_repeat_ngram_size", 0)), _config(ours, tokenizer)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
@@ -76,8 +77,8 @@ def generate(
         rows = order[start : start + batch_size]
         batch = [ids if len(ids) <= room else ids[:begin] + ids[len(ids) - room + begin :] for ids in (asked[row] for row in rows)]
         width = max(map(len, batch))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(one)) + one for one in batch], device=state.device)
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch], device=state.device)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(one)) + one for one in batch], device=device)
+        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch], device=device)
         rules = LogitsProcessorList([_NoRepeat(no_repeat, width)] if no_repeat else [])
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=rules)  # type: ignore[operator]
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -54,7 +54,7 @@ def check(config: Config) -> list[Finding]:
 def _everything(config: Config) -> Iterator[Finding]:
     if config.task.name == "custom":
         for file in config.clients.data.values() or [config.task.train]:
-            yield from _rows(config.task.model_copy(update={"train": file}))
+            yield from _whole_table(config.task.model_copy(update={"train": file}))
         yield from _given_twice(config)
     lenient = config.model_copy(update={"task": config.task.model_copy(update={"on_bad_row": "drop"})})
     try:
@@ -67,6 +67,14 @@ def _everything(config: Config) -> Iterator[Finding]:
         parts = {"all clients": (np.arange(len(task.train)), np.arange(0))}
     yield from (Finding(note) for note in task.notes if "are left out" not in note)
     yield from _clients(config, task, parts)
+
+
+def _whole_table(settings: Settings) -> Iterator[Finding]:
+    """What is wrong with one file must not hide what is wrong with the next."""
+    try:
+        yield from _rows(settings)
+    except DataError as error:
+        yield Finding(str(error), stops=True)
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:

@@ -10,10 +10,13 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
 from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils import chat_template_utils
 
 from fedex_lora.errors import DataError, ModelError
 from fedex_lora.tasks._chat_words import Message, first_missing, name_of, strange
@@ -23,6 +26,7 @@ from fedex_lora.tasks._rows import some
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKED = "save with the tokenizer a template that marks what the assistant says by {% generation %}"
 TAKES = "save with the tokenizer a template that takes them, or mend or leave out these rows"
+NOW = datetime(2024, 7, 26)  # where there is no clock, Llama 3's templates write this day
 ANSWER = "answered"  # a word that no template writes by itself
 
 
@@ -163,13 +167,15 @@ def _render(tokenizer: Any, chat: Chat, count: int, ask: bool = False) -> str:
 
 @contextmanager
 def _same_chance() -> Iterator[None]:
-    """A template that draws by chance draws alike for each chat, so that no chat changes the text of another."""
-    state = random.getstate()
+    """A template draws by chance alike for each chat, at one time, so that no chat changes the text of another."""
+    state, clock = random.getstate(), chat_template_utils.datetime
     random.seed(0)
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: NOW)
     try:
         yield
     finally:
         random.setstate(state)
+        chat_template_utils.datetime = clock
 
 
 def _own_words(error: Exception, template: str) -> str:

@@ -5,8 +5,8 @@ file          read as                                a cell that is not text the
 ============  =====================================  ==============================================================
 .csv, .tsv    a header, then a row a line (RFC 4180  (all cells are text: 007, 2.50, TRUE, NA stay what they are)
               quotes in csv, none in tsv)
-.jsonl .json  an object a line, or one array of      a number as it is written; true and false; null is no value;
-              objects, whatever the name says        lists and objects stay
+.jsonl .json  an object a line, or one array of      a number as it is written; true and false; null and NaN are no
+              objects, whatever the name says        value; lists and objects stay
 .parquet      columns                                a number, a date as JSON writes them; bytes, lists stay
 ============  =====================================  ==============================================================
 
@@ -21,6 +21,7 @@ import json
 import lzma
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -78,7 +79,7 @@ def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[
     except UnicodeError as error:
         how = "save it as UTF-8 (in Excel: CSV UTF-8; or: iconv -f latin1 -t utf-8)"
         raise DataError(f"{path} is not UTF-8 (line {_line_of(path, opener)}): {how}", "encoding") from error
-    except (ValueError, OSError, EOFError, csv.Error, RecursionError, lzma.LZMAError) as error:
+    except (ValueError, OSError, EOFError, csv.Error, RecursionError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}: mend the file, or save it anew", "table") from None
     finally:
         csv.field_size_limit(limit)
@@ -138,7 +139,12 @@ def _json(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=_Written, parse_float=_Written, parse_constant=_Written)
+    return json.loads(text, parse_int=_Written, parse_float=_Written, parse_constant=_constant)
+
+
+def _constant(word: str) -> _Written | None:
+    """NaN is no value, as in a frame or in parquet."""
+    return None if word == "NaN" else _Written(word)
 
 
 def _record(row: Any, where: str) -> dict[str, Any]:

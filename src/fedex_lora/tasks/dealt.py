@@ -53,5 +53,5 @@ def _together(tasks: Mapping[str, Task]) -> Task:
         train=train.where(train.notna(), None),  # columns that only some files have
         classes=np.concatenate([task.classes for task in tasks.values()]),
         notes=list(dict.fromkeys(note for task in tasks.values() for note in task.notes)),
-        lines=(),
+        lines=tuple(line for task in tasks.values() for line in task.lines),
     )
