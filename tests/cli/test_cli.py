@@ -267,7 +267,9 @@ def test_where_it_does_not_run_is_said_at_the_start(tmp_path, monkeypatch):
         require_device("mps")
     require_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert training_arguments(parse_config({})).device.type == "cpu"  # so the demo, and what is only measured, need no word
+    assert (
+        training_arguments(parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}})).device.type == "cpu"
+    )  # so the demo, and what is only measured, need no word
     monkeypatch.setattr("fedex_lora.cli._shared.require_system", lambda: require_system("win32"))
     assert "this is Windows" in one_line(call("run", "examples/quickstart.toml", "--out", tmp_path / "run"), 2)
     assert not (tmp_path / "run").exists()
