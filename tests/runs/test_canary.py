@@ -5,6 +5,7 @@ import os
 import struct
 import threading
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from multiprocessing.connection import Client
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -175,15 +176,22 @@ def test_a_failure_s_code_is_never_a_text():
 
 
 def test_a_worker_outlives_code_that_leaves_and_lengths_that_are_none(tmp_path):
-    socket, ready = tmp_path / "w", threading.Event()
-    threading.Thread(target=serve, args=(socket, lambda _: ready.set()), daemon=True).start()
+    socket, ready, said = tmp_path / "w", threading.Event(), list[str]()
+
+    def tell(line):
+        ready.set()
+        said.append(line)
+        raise BrokenPipeError
+
+    threading.Thread(target=serve, args=(socket, tell), daemon=True).start()
     assert ready.wait(10)
     request = NodeRequest(b"", "a", "r", "", "", {"worker": str(socket), "state": str(tmp_path)})
     with Client(str(socket), "AF_UNIX") as connection:
         os.write(connection.fileno(), struct.pack("!iQ", -1, 2**62))
     with patch("fedex_lora.engines.flower._node.parse_config", side_effect=SystemExit(SECRET)):
         assert code_of(ask(request)) == "privacy"  # nobody knows whether a run is private whose configuration was not read
-    assert code_of(ask(request)) == "config"
+    assert code_of(ask(replace(request, client="ward[/x]\n"))) == "config"
+    assert said[-1].startswith(r"'ward[/x]\n': answered with ")
 
 
 def code_of(answer):

@@ -14,6 +14,7 @@ from tests.finished_runs import event, small_run, synthetic, written
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
+from fedex_lora.cli._shared import consoles
 from fedex_lora.cli.console import Display, console_table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
@@ -89,6 +90,12 @@ def test_tables_keep_their_numbers_on_narrow_terminals():
         assert sum(all(cell in line for cell in rows[0][1:]) for line in lines) == 2
         assert "…" not in shown.getvalue()
         assert width == 40 or max(map(len, lines)) <= 80
+
+
+def test_a_name_is_no_markup(capsys):
+    consoles(False).print("ward[/x] [red]bone", console_table("", ["[/a]"], [["[/b]"]]))
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("ward[/x] [red]bone", "[/a]", "[/b]"))
 
 
 def test_events_are_followed_as_they_are_written(tmp_path):

@@ -70,10 +70,10 @@ def fail_without_numbers(errors: Mapping[str, Iterable[float | None]]) -> None:
 
 
 def consoles(as_json: bool) -> "Console":
-    """Where people look: standard error when standard output carries JSON."""
+    """Where people look: standard error when standard output carries JSON. Texts are shown as they are: names come from elsewhere."""
     from rich.console import Console
 
-    return Console(stderr=as_json, soft_wrap=True)
+    return Console(stderr=as_json, soft_wrap=True, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedex_lora.storage import events as told
 from fedex_lora.storage.events import Event, tail_events
@@ -222,12 +222,12 @@ def numbers(metrics: Mapping[str, float | None]) -> str:
 
 def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of text and numbers; where it is too wide, headings and text fold, and numbers stay whole."""
-    made = Table(title=escape(title), title_justify="left")
+    made = Table(title=Text(title, "table.title"), title_justify="left")
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
         text = index == 0 or any(cell[:1].isalpha() and " " in cell for cell in cells)
         widest = max(map(len, [*([] if text else cells), *column.split()]), default=1)
-        made.add_column(escape(column), justify="left" if text else "right", min_width=widest, overflow="fold")
+        made.add_column(Text(column), justify="left" if text else "right", min_width=widest, overflow="fold")
     for row in rows:
-        made.add_row(*map(escape, row))
+        made.add_row(*map(Text, row))
     return made

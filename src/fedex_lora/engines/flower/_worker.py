@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
 from fedex_lora.errors import UsageError
-from fedex_lora.protocol.failures import failure_of
+from fedex_lora.protocol.failures import failure_of, ignored_failures, in_one_line
 from fedex_lora.protocol.messages import answer_of
+from fedex_lora.server.verdicts import printable
 
 if TYPE_CHECKING:
     from fedex_lora.engines.flower._node import Node
@@ -44,7 +45,7 @@ def serve(path: Path, tell: Callable[[str], None]) -> None:
 
     Args:
         path: of the socket; only this user can open it.
-        tell: told of each request, in words.
+        tell: told of each request, in words; that it fails ends nothing.
 
     Raises:
         UsageError: the socket cannot be made.
@@ -64,11 +65,16 @@ def serve(path: Path, tell: Callable[[str], None]) -> None:
         raise UsageError(f"cannot listen at {path}: {error}: give another path (at most about 100 characters)") from None
     finally:
         os.umask(mask)
-    tell(f"listening at {path}")
+
+    def say(line: str) -> None:
+        with ignored_failures():
+            tell(line)
+
+    say(f"listening at {path}")
     try:
         while True:
             with listener.accept() as connection:
-                _answer_one(connection, node, tell)
+                _answer_one(connection, node, say)
     finally:
         listener.close()
 
@@ -89,7 +95,7 @@ def _require_free(path: Path) -> None:
         raise UsageError(f"a worker listens at {path} already: give another path, or stop that one")
 
 
-def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable[[str], None]) -> None:
+def _answer_one(connection: "Connection[Any, Any]", node: "Node", say: Callable[[str], None]) -> None:
     """One bad message must not end the service; what it was about is in the party's log, and not in what goes back."""
     try:
         message = connection.recv_bytes(MOST_BYTES)
@@ -100,11 +106,11 @@ def _answer_one(connection: "Connection[Any, Any]", node: "Node", tell: Callable
         request = NodeRequest.from_bytes(message)
         client, payload = request.client, request.payload
         reply = node.reply(request)
-        tell(f"{client}: answered with {len(reply) / 1e6:.2f} MB")
+        say(f"{printable(client)}: answered with {len(reply) / 1e6:.2f} MB")
     except (Exception, SystemExit) as error:  # a tokenizer's code may leave so; this service stays
         reply = answer_of(payload, client, failure_of(error).private)
-        tell(f"refused a request: {error}")
+        say(f"refused a request: {in_one_line(error)}")
     try:
         connection.send_bytes(reply)
     except OSError as error:
-        tell(f"the answer was not wanted any more: {error}")
+        say(f"the answer was not wanted any more: {error}")
