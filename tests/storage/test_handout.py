@@ -142,6 +142,25 @@ def test_the_base_delta_has_nobody_s_block_in_it(handed):
     assert call("verify", root / "out").exit_code == 0
 
 
+def test_nor_of_an_earlier_round(handed, tmp_path):
+    """What is handed out on top of a plain result, whose base delta has the blocks of its round."""
+    _, adapters = handed
+    assert call("aggregate", *adapters, "--weights", WEIGHTS, "-o", tmp_path / "plain").exit_code == 0
+    base = load_model(tmp_path / "plain", base_folder())
+    more = [trained(tmp_path / f"more-{seed}", seed, base) for seed in (20, 21)]
+    done = call("aggregate", *more, "--state", tmp_path / "plain", "-o", tmp_path / "out", "--for-parties", tmp_path / "parties", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["max_relative_error"] < 1e-6
+    assert call("verify", tmp_path / "out").exit_code == 0
+    plain, handed_out = read_result(tmp_path / "plain"), read_result(tmp_path / "parties")
+    p = sorted(map(float, WEIGHTS.split(",")))
+    for module, adapter in plain.adapter.items():
+        known, told = plain.base_delta[module], handed_out.base_delta[module]
+        first = LowRank(told.U[:, : known.rank], told.V[: known.rank])  # where the earlier round's blocks would be
+        assert worst_guess(known, adapter, plain.updates, module, p) < 1e-5
+        assert worst_guess(first, adapter, plain.updates, module, p) > 0.1
+
+
 @pytest.mark.parametrize("method", ["fedex", "reinit", "keep"])
 def test_nor_has_what_a_run_sends(method):
     """The residual of a round, as every client is sent it."""

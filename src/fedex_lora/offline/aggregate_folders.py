@@ -237,14 +237,15 @@ def _in_memory(job: AggregationJob, truncation: Truncation | None) -> Outcome:
     if job.previous is None:
         before = server.init(updates[0].adapter, updates[0].other, job.row.name)
         result = aggregate(updates, job.row.name, rule, truncation)
-        if job.blockless:
-            result = replace(result, residual={module: without_blocks(gain) for module, gain in result.residual.items()})
         after = replace(before, round=1, adapter=result.adapter, base_delta=dict(result.residual), other=result.other)
     else:
         before = server.init(job.previous.adapter, job.previous.other, job.row.name)
         before = replace(before, round=int(job.previous.manifest["round"]), base_delta=job.previous.base_delta)
         after, result = server.step(before, updates, rule, truncation)
         held = {update.client_id: _held(before, update) for update in updates}
+    if job.blockless:  # of earlier rounds, too, whose blocks a plain result holds
+        whole = {module: without_blocks(delta) if isinstance(delta, LowRank) else delta for module, delta in after.base_delta.items()}
+        after = replace(after, base_delta=whole)
     measured = time.perf_counter()
     audited = job.audit != "none"
     errors = measure.audit(before, updates, result.weights, after, held) if audited else None
