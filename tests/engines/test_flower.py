@@ -44,12 +44,14 @@ from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
 from fedex_lora.engines.flower.server import Deployment  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
-from fedex_lora.protocol.messages import envelope_of  # noqa: E402
+from fedex_lora.protocol.failures import Failure  # noqa: E402
+from fedex_lora.protocol.messages import encode_failure, envelope_of  # noqa: E402
 from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
 from fedex_lora.protocol.records import Apology  # noqa: E402
 from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
 from fedex_lora.runs.emit import log_to  # noqa: E402
 from fedex_lora.runs.listening import Reply  # noqa: E402
+from fedex_lora.runs.party_log import FILE, left, log_failure, party_log  # noqa: E402
 from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
 from fedex_lora.runs.run import run  # noqa: E402
 from fedex_lora.runs.simulation import LocalSimulation  # noqa: E402
@@ -527,6 +529,19 @@ def test_a_worker_answers_as_the_party_itself_would(tmp_path):
     assert "too short" in (tmp_path / "s" / "party.log").read_text()
     with pytest.raises(UsageError, match="does not answer"):
         ask(NodeRequest(**{**vars(request), "node": {"worker": str(tmp_path / "nobody.sock")}}))
+
+
+def test_a_server_s_words_make_no_line_of_a_party_s_log(tmp_path):
+    """Neither as a client's name nor in an error's text."""
+    log, forged = party_log(tmp_path), "north\n2025-01-01 00:00:00,000 INFO north: sent nothing"
+    left(log, encode_failure(Failure("settings"), "north"), forged)
+    try:
+        raise UsageError(forged)
+    except UsageError as error:
+        log_failure(log, error, Failure("settings"), forged)
+    lines = (tmp_path / FILE).read_text().splitlines()
+    assert sum("sent nothing" in line for line in lines) >= 4
+    assert all(line.startswith("    ") or r"'north\n2025" in line for line in lines)
 
 
 def test_a_message_for_somebody_else_from_another_base_or_too_large_is_refused(tmp_path):

@@ -150,6 +150,13 @@ def test_a_node_s_privacy_is_its_own_word(tmp_path, server_side):
             node_settings({name: value})
 
 
+def test_who_cannot_read_a_configuration_may_be_private(tmp_path):
+    """And says no more; a parser raises what it likes."""
+    for text in ("[", "a = " + "[" * 3000 + "]" * 3000):
+        request = NodeRequest(b"", "ward", "run", "", text, {"state": str(tmp_path)})
+        assert code_of(Node(ignore).reply(request)) == ("privacy", 0)
+
+
 def test_an_app_with_privacy_and_no_epsilon_is_not_written(tmp_path, server_side):
     with pytest.raises(ConfigError, match="says rows and no epsilon"):
         write_app(tmp_path / "app", setting(server_side[0], privacy={"rows": 20}), "run", ["ward"])

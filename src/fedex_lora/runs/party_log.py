@@ -9,6 +9,7 @@ from pathlib import Path
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.frame import read_body_table, split
 from fedex_lora.protocol.records import Answer, parse_envelope
+from fedex_lora.server.verdicts import printable
 
 FILE = "party.log"
 
@@ -34,12 +35,20 @@ def _handler(path: Path) -> logging.Handler:
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except (OSError, ValueError, RuntimeError):
         handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Indented("%(asctime)s %(levelname)s %(message)s"))
     return handler
+
+
+class _Indented(logging.Formatter):
+    """All lines of a record but its first are indented, so that no word of somebody else's is taken for a line of this log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(super().format(record).splitlines())
 
 
 def log_failure(log: logging.Logger, error: BaseException, failure: Failure, who: str) -> None:
     """The full text and the trace stay; what is told of it is said beside them."""
+    who = printable(who)  # the server's word
     log.error("%s: %s", who, traceback.format_exception_only(error)[-1].strip(), exc_info=error)  # that of one whose text raises, too
     log.info("%s: sent the failure %r and nothing else: %s", who, failure.code, failure)
 
@@ -53,5 +62,5 @@ def left(log: logging.Logger, payload: bytes, who: str) -> None:
     said = ", ".join(f"{name} {value:.6g}" for name, value in beside.items())
     log.info(
         "%s: sent a message of kind %s, round %d: %d bytes, %d tensors, %d numbers in them; beside them: %s",
-        who, envelope.kind, envelope.round, len(payload), len(table), numbers, said,
+        printable(who), envelope.kind, envelope.round, len(payload), len(table), numbers, said,
     )  # fmt: skip
