@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -175,9 +176,22 @@ def test_a_result_names_its_protocol(compared):
 
 
 def test_its_own_protocol_asks_the_same_again(compared):
-    """Nothing is run: the written protocol and configuration are this comparison. Another protocol is refused; so is a second process."""
+    """Nothing is run: the written protocol and configuration are this comparison, also those of an earlier version, with fewer keys.
+
+    Another protocol is refused; so is a second process.
+    """
     out = compared / "out"
+    for path in (out / "config.toml", *(out / "runs").rglob("config.toml")):  # of a version that had not that key
+        text = path.read_text()
+        assert text.count("\nhead_rounds = 0\n") == 1
+        path.write_text(text.replace("\nhead_rounds = 0\n", "\n"))
+    (out / "protocol.toml").write_text(re.sub('config_sha256 = ".*"', f'config_sha256 = "{64 * "0"}"', (out / "protocol.toml").read_text()))
+    (compared / "asked.toml").write_text((out / "protocol.toml").read_text().replace(f'config_sha256 = "{64 * "0"}"', ""))
+    hashed = json.loads((out / "compare.json").read_text())["protocol_sha256"]
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    old = CliRunner().invoke(app, ["compare", str(out / "config.toml"), "--out", str(out), "--protocol", str(compared / "asked.toml")])
+    assert old.exit_code == 0, old.stderr
+    assert json.loads((out / "compare.json").read_text())["protocol_sha256"] == hashed
     command = ["compare", str(out / "config.toml"), "--out", str(out)]
     again = CliRunner().invoke(app, [*command, "--protocol", str(out / "protocol.toml")])
     assert again.exit_code == 0, again.stderr

@@ -15,7 +15,7 @@ from fedex_lora.config import Config, flat, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
 from fedex_lora.experiments import Progress, silent
 from fedex_lora.experiments.compare._picture import draw_curves
-from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, label, planned, settled_plan
+from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, is_protocol, label, planned, settled_plan
 from fedex_lora.experiments.compare._protocol import (
     Hypothesis,
     Protocol,
@@ -26,7 +26,7 @@ from fedex_lora.experiments.compare._protocol import (
     read_protocol,
     variant_option,
 )
-from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, done, nobody, outcomes
+from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, done, is_config, nobody, outcomes
 from fedex_lora.experiments.compare._statistics import Curve, at_rounds, later_half, summary
 from fedex_lora.experiments.compare._tables import COSTS, markdown, result_tables
 from fedex_lora.experiments.compare._tests import answers, interval
@@ -222,9 +222,10 @@ def _claim(plan: Plan) -> str:
         raise UsageError(f"{out} exists and is no comparison: give another --out")
     if PROTOCOL not in found and (out / "runs").exists():
         raise UsageError(f"{out} holds a comparison without a protocol, of an earlier version: give another --out, or remove it")
-    for name, what in ((CONFIG, "of another configuration"), (PROTOCOL, f"with another protocol ({PROTOCOL} in it)")):
-        if found.get(name, texts[name]) != texts[name]:
-            raise UsageError(f"{out} holds a comparison {what}: give another --out, or remove it")
+    if CONFIG in found and not is_config(found[CONFIG], plan.config):
+        raise UsageError(f"{out} holds a comparison of another configuration: give another --out, or remove it")
+    if PROTOCOL in found and not is_protocol(found[PROTOCOL], texts[PROTOCOL]):
+        raise UsageError(f"{out} holds a comparison with another protocol ({PROTOCOL} in it): give another --out, or remove it")
     for name, text in texts.items():
         write_text(out / name, text)
     return hashlib.sha256(texts[PROTOCOL].encode()).hexdigest()

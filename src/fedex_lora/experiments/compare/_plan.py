@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import json
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from urllib.parse import quote
 import tomli_w
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import Config, flat, write_config
+from fedex_lora.config import Config, flat
 from fedex_lora.errors import UsageError
 from fedex_lora.experiments.compare._protocol import Hypothesis, Protocol
 from fedex_lora.experiments.compare._runs import RunJob
@@ -197,8 +199,18 @@ def _reference(reference: str | None, plan: Plan) -> str:
 
 
 def hashed(config: Config) -> str:
-    """Of a configuration; how many threads compute it is none of the protocol's."""
-    return hashlib.sha256(write_config(config.model_copy(update={"torch_threads": None})).encode()).hexdigest()
+    """Of what a configuration sets, so that keys of later versions change nothing; threads are none of the protocol's."""
+    tree = config.model_copy(update={"torch_threads": None}).model_dump(mode="json", exclude_defaults=True)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def is_protocol(text: str, wanted: str) -> bool:
+    """Do two say the same? The configuration, whose hash is in them, is looked at by itself."""
+    try:
+        one, other = ({**tomllib.loads(each), "config_sha256": None} for each in (text, wanted))
+    except tomllib.TOMLDecodeError:
+        return False
+    return one == other
 
 
 def canonical(plan: Plan) -> str:

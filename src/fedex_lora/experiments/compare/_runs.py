@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedex_lora.client.training import silence_libraries
-from fedex_lora.config import Config, write_config
-from fedex_lora.errors import StorageError, TrainingError, UnreadableError, UnwritableError
+from fedex_lora.config import Config, parse_config, write_config
+from fedex_lora.errors import ConfigError, StorageError, TrainingError, UnreadableError, UnwritableError
 from fedex_lora.experiments.compare._statistics import Curve, curve
 from fedex_lora.runs.run import run
 from fedex_lora.storage.events import Event, RoundDone, RunDone, Started, of_kind, read_events
@@ -98,7 +99,15 @@ def _slim(job: RunJob) -> None:
 def _is_of(job: RunJob) -> bool:
     """Has the folder the job's configuration?"""
     config = job.folder / CONFIG
-    return config.is_file() and config.read_text(encoding="utf-8") == write_config(job.config)
+    return config.is_file() and is_config(config.read_text(encoding="utf-8"), job.config)
+
+
+def is_config(text: str, config: Config) -> bool:
+    """Is a file's text this configuration, by whatever version it was written?"""
+    try:
+        return text == write_config(config) or write_config(parse_config(tomllib.loads(text))) == write_config(config)
+    except (tomllib.TOMLDecodeError, ConfigError):
+        return False
 
 
 def _outcome(job: RunJob) -> RunOutcome | None:
