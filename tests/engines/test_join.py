@@ -1,4 +1,4 @@
-"""The joins of docs/join.md: the same script in one process, over pipes and in NVFlare's simulator ends in the same bits."""
+"""The same script in one process, over pipes and in NVFlare's simulator ends in the same bits: docs/join.md, docs/join-transports.md."""
 
 import os
 import runpy
@@ -426,8 +426,8 @@ def test_over_flower_only_codes_leave_and_a_party_s_name_is_its_own_word(flower_
 
 
 def test_the_page_shows_the_files():
-    """The script and the server on the page are the examples'; the six lines are the party's."""
-    page = (JOIN.parents[1] / "docs" / "join.md").read_text()
+    """The script and the server on the pages are the examples'; the six lines are the party's."""
+    page = "".join((JOIN.parents[1] / "docs" / name).read_text() for name in ("join.md", "join-transports.md"))
     for name in ("script.py", "in_process.py"):
         assert f"```python\n{(JOIN / name).read_text()}```" in page
     lines = [line.removeprefix("+").replace("answer =", "return") for line in page.splitlines() if line.startswith("+")]

@@ -1,4 +1,4 @@
-"""docs/join.md over Flower: the script of examples/join on a real deployment ends in the bits of one process."""
+"""docs/join-transports.md over Flower: the script of examples/join on a real deployment ends in the bits of one process."""
 
 import shutil
 

@@ -1,6 +1,6 @@
 """NVFlare: a controller around `Server`, an executor around `Client`, and the job that holds both.
 
-Each site says which function of its own trains: `NVFLARE_FEDEX_LORA_PARTY=module:function` (docs/join.md).
+Each site says which function of its own trains: `NVFLARE_FEDEX_LORA_PARTY=module:function` (docs/join-transports.md).
 """
 
 from fedex_lora.errors import require_extra
