@@ -467,6 +467,16 @@ def test_a_trainer_is_the_node_s_word_and_never_the_server_s(tmp_path, monkeypat
     assert not (tmp_path / "was-here").exists()
 
 
+def test_a_server_says_no_numbers_of_nodes_that_have_their_own(tmp_path):
+    """What the run's file states is nobody's: each node states its own rows."""
+    privacy = {"epsilon": 8, "delta": 1e-3, "rows": 20, "accountant": "rdp"}
+    for names in ([], ["bone", "skin"]):
+        facts = Deployment(small(method="ffa", privacy=privacy, clients={"holdout": 0}), None, names).facts()
+        assert facts["privacy"]["epsilon"] == 8
+        assert "private_clients" not in facts
+        assert not any(facts["train_rows"].values())
+
+
 def test_a_lost_or_broken_memory_is_asked_for_anew(tmp_path):
     config, seen = small(rounds=4, clients={"below_quorum": "wait"}), []
 

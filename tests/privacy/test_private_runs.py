@@ -13,11 +13,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tests.messages import retold, told
 
+import fedex_lora
+from fedex_lora.client.client import Client
 from fedex_lora.config import parse_config
-from fedex_lora.errors import ConfigError, FedexLoraError, PrivacyError
+from fedex_lora.errors import ConfigError, FedexLoraError, PrivacyError, UsageError
 from fedex_lora.privacy.account import Account
 from fedex_lora.privacy.accounting import privacy_plan, spent
 from fedex_lora.privacy.ledger import Answered, LedgerEntry, begin_ledger, read_ledger
@@ -380,6 +383,8 @@ def test_an_evaluation_says_the_stated_number_and_no_more(ledger, place, tmp_pat
 def test_a_pool_without_accounts_does_not_train(place, tmp_path):
     with pytest.raises(PrivacyError, match="has an account"):
         ClientPool(place.host.place.config, place.pool.learner)
+    with pytest.raises(PrivacyError, match=r"^privacy\.epsilon is set, and a Client of one's own trains plainly"):
+        Client(place.host.place.config, "bone", place.pool.learner.first)
 
 
 # ---- what is wrong before anything is written
@@ -434,6 +439,14 @@ def test_what_is_measured_is_not_what_is_trained_on(ledger, tmp_path):
             with pytest.raises(ConfigError, match=r"task\.eval = '.*[ab]\.jsonl' has the rows to train on"):
                 run(parse_config(config), tmp_path / "run", ignore)
             assert not (tmp_path / "run").exists()
+    copied = config | {"task": {**task, "eval": "other.jsonl"}, "clients": {"count": 1}}
+    with pytest.raises(ConfigError, match=r"^of the rows of task\.eval 12 are trained on"):
+        run(parse_config(copied), tmp_path / "run", ignore)
+    table = pd.read_json(tmp_path / "a.jsonl", lines=True)
+    unsaid = {key: value for key, value in copied.items() if key not in ("task", "clients")}
+    kind = {"kind": "classification", "labels": ["0", "1"]}
+    with pytest.raises(ConfigError, match="are trained on, and metrics are told without noise"):
+        fedex_lora.run({**unsaid, "task": kind}, rows={"north": table}, eval=table, out=tmp_path / "run")
 
 
 def test_classes_come_from_the_configuration(ledger, tmp_path):
@@ -469,13 +482,18 @@ def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_
         run(config, tmp_path / "run", said.append)
     assert "pays for 1 of the 2 rounds ahead" in next(event.message for event in said if isinstance(event, Warned))
     assert len(entries(ledger)) == len(answered(ledger)) == 3
-    with pytest.raises(ConfigError, match="pays for 0 of the 1 rounds ahead"):
+    with pytest.raises(ConfigError, match=r"pays for 0 of the 1 rounds ahead .* so raise privacy\.budget$"):
         run(config, tmp_path / "run", ignore, resume=True)
     more = setting(tmp_path, privacy={"budget": 8})
     accounts = accounts_of(more, NAMES, {client.client: client.rows for client in entries(ledger)})
     assert require_paid(accounts, entries(ledger)[0].run) == []
     assert len(require_paid(accounts, "")) == 1  # a new run would not be paid to its end, which is said once
     assert all(client in require_paid(accounts, "")[0] for client in NAMES)
+    with pytest.raises(UsageError, match="another configuration"):
+        run(setting(tmp_path, privacy={"budget": 8, "clip_norm": 2.0}), tmp_path / "run", ignore, resume=True)
+    moved = ledger.rename(tmp_path / "moved")
+    run(setting(tmp_path, privacy={"budget": 8, "ledger": str(moved)}), tmp_path / "run", ignore, resume=True)
+    assert len(entries(moved)) == len(answered(moved)) == 6
 
 
 # ---- what the server's side has

@@ -12,8 +12,8 @@ from fedex_lora.aggregation import server_state as states
 from fedex_lora.client import agreement
 from fedex_lora.client.received import Asking, Evaluate, NeedsFull, Received, StoredAnswer, Train
 from fedex_lora.client.state import ClientState, Question, client_state_of, client_table
-from fedex_lora.config import Rules
-from fedex_lora.errors import LacksError, UsageError, WireError
+from fedex_lora.config import Config, Rules
+from fedex_lora.errors import LacksError, PrivacyError, UsageError, WireError
 from fedex_lora.protocol.delta_sync import ModelCopy, caught_up, require_next
 from fedex_lora.protocol.dumps import pack, unpack
 from fedex_lora.protocol.failures import Failure
@@ -59,6 +59,7 @@ class Client:
 
     Raises:
         UsageError: `first` is no adapter.
+        PrivacyError: the rules are those of private training, which is none of this object's.
 
     Example: see `fedex_lora.server.server.Server`.
     """
@@ -68,6 +69,10 @@ class Client:
     ) -> None:
         if not isinstance(first, Mapping):
             raise UsageError(f"a client's first adapter is AdaptedModel(model).read()[0], and this is a {type(first).__name__}")
+        if isinstance(rules, Config) and rules.privacy.is_on:
+            raise PrivacyError(
+                "privacy.epsilon is set, and a Client of one's own trains plainly: remove it, or run by fedex_lora.run or Flower"
+            )
         self.rules, self.name, self.first = rules, name, ModelCopy(adapter=first, delta=base or {})
         self.state = ClientState(self.first)
         self._shared = shared or Shared()

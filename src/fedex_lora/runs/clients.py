@@ -10,7 +10,7 @@ from fedex_lora.aggregation import server_state as states
 from fedex_lora.client.client import Client, Shared
 from fedex_lora.client.learner import Learner
 from fedex_lora.client.received import NeedsFull, StoredAnswer, Train
-from fedex_lora.config import Config, Rules
+from fedex_lora.config import Config, Privacy, Rules
 from fedex_lora.errors import FedexLoraError, LacksError, PrivacyError, StorageError, UnreadableError
 from fedex_lora.privacy.account import Account
 from fedex_lora.protocol.failures import told_to_end
@@ -42,6 +42,8 @@ class ClientPool:
         self._rules, self._shared, self.accounts = rules, Shared(), accounts or {}
         if isinstance(rules, Config) and rules.privacy.is_on and self.accounts.keys() != learner.rows.keys():
             raise PrivacyError("a private client has an account: give those of runs.private.accounts_of")
+        if isinstance(rules, Config):  # privacy is this pool's, and none of its clients'
+            self._rules = rules.model_copy(update={"privacy": Privacy()})
         self.clients = dict[str, Client]()
         self._folder: Path | None = None
         self._run = ""

@@ -17,7 +17,7 @@ from fedex_lora.errors import ConfigError
 from fedex_lora.models.outline import outline
 from fedex_lora.privacy.accounting import PrivacyPlan
 from fedex_lora.privacy.noise import UpdateNoise, noise_of_training, noise_of_update
-from fedex_lora.runs.private import accounts_of, digests_of, plans_or_problems
+from fedex_lora.runs.private import accounts_of, digests_of, plans_or_problems, trained_and_measured
 from fedex_lora.server.checks import participants, require_consistent
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.dealt import dealt
@@ -179,7 +179,8 @@ def _with_budget(
     privacy = config.privacy
     if privacy.ledger is None or not privacy.ledger.exists():
         return rows
-    standing = {client: account.standing() for client, account in accounts_of(config, list(parts), digests_of(task, parts)).items()}
+    accounts = accounts_of(config, list(parts), digests_of(task, parts), trained_and_measured(task, parts))
+    standing = {client: account.standing() for client, account in accounts.items()}
     left = {client: {"spent": one.epsilon, "rounds_paid": one.paid} for client, one in standing.items()}
     most = max(left.values(), key=lambda one: one["spent"])
     return {name: {**row, **left.get(name, most)} for name, row in rows.items()}

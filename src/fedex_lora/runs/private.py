@@ -22,6 +22,15 @@ def digests_of(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> dict
     return {client: rows_digest(task.train.iloc[np.concatenate(held)].to_dict("records")) for client, held in parts.items()}
 
 
+def trained_and_measured(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> int:
+    """How many of the rows that only measure clients train on, too; 0 where they are so few that they may be alike by chance."""
+    columns = [column for column in task.eval.columns if column in task.train.columns]
+    everybody = np.concatenate([indices for held in parts.values() for indices in held])
+    trained = {rows_digest([row]) for row in task.train.iloc[everybody][columns].to_dict("records")}
+    shared = sum(rows_digest([row]) in trained for row in task.eval[columns].to_dict("records"))
+    return shared if shared > max(1, len(task.eval) // 10) else 0
+
+
 def grouped_by_client(said: Iterable[tuple[str, str]]) -> list[str]:
     """What is to be said of clients, once for all of whom it is said.
 
@@ -45,7 +54,7 @@ def plans_or_problems(config: Config, clients: Iterable[str]) -> tuple[dict[str,
     return plans, grouped_by_client(problems)
 
 
-def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str] | None = None) -> dict[str, Account]:
+def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str] | None = None, shared: int = 0) -> dict[str, Account]:
     """The account of each client by its ledger; none where training is not private.
 
     Args:
@@ -53,6 +62,7 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
         clients: all of them, or the one that is here.
         rows: client -> a digest of its rows, where all are in this process and one ledger is of them; else all that a ledger says is of
             this party.
+        shared: see `trained_and_measured`.
 
     Raises:
         ConfigError: what `[privacy]` lacks, or says that cannot be: all of it in one line.
@@ -69,8 +79,10 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
             near = nearest(name, sorted(clients))
             problems.append(f"privacy.rows.{name} is no client: " + (f"did you mean {near}?" if near else f"they are {', '.join(clients)}"))
     problems += wrong + _twins(rows or {})
-    if rows is not None and (twice := _trained_and_measured(config)):
-        problems.append(f"task.eval = {twice!r} has the rows to train on, and metrics are told without noise: name a file of other rows")
+    twice = _of_one_file(config) if rows is not None else ""
+    if twice or shared:
+        which = f"task.eval = {twice!r} has the rows to train on" if twice else f"of the rows of task.eval {shared} are trained on"
+        problems.append(f"{which}, and metrics are told without noise: give other rows to measure")
     if privacy.ledger is None:
         problems.append("privacy.ledger is not set: name a file there, and begin it: fedex-lora ledger FILE --begin")
     else:
@@ -98,7 +110,7 @@ def _twins(rows: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _trained_and_measured(config: Config) -> str:
+def _of_one_file(config: Config) -> str:
     """`task.eval`, if it is what is trained on, too."""
     task, folder = config.task, Path(config.task.data or "")
     trained = {(folder / name).resolve() for name in [task.train, *config.clients.data.values()] if name}
@@ -121,7 +133,8 @@ def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:
         if standing.paid < standing.ahead:
             below = f"the run alone spends {alone:.4g}, so " if alone > account.budget else ""
             mend = "failed rounds are a part of this run's epsilon: begin a new run" if standing.failed else ""
-            words = f"{standing.words(account)}: {mend or f'{below}raise privacy.budget, or lower privacy.epsilon'}"
+            words = f"{standing.words(account)}: {mend or f'{below}raise privacy.budget'}"
+            words += "" if mend or run else ", or lower privacy.epsilon"  # of which a run that began is made
             (notes if standing.paid else problems).append((account.client, words))
     if problems:
         raise ConfigError("; ".join(grouped_by_client(problems)), "privacy")

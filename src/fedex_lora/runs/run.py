@@ -125,12 +125,13 @@ def _is_run(out: Path) -> bool:
 
 
 def _resume_identity(config: Config) -> Config:
-    """What makes a run's bits: without what only says how long it goes, whose updates count and what is kept, which may change."""
+    """What makes a run's bits: without how long it goes, whose updates count, what is kept and what pays, which may change."""
     messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
     clients = config.clients.model_copy(
         update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
     )
-    return config.model_copy(update={"messages": messages, "clients": clients, "rounds": 1, "keep_rounds": None, "trackers": []})
+    same = {"messages": messages, "clients": clients, "privacy": config.privacy.model_copy(update={"budget": None, "ledger": None})}
+    return config.model_copy(update={**same, "rounds": 1, "keep_rounds": None, "trackers": []})
 
 
 def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:

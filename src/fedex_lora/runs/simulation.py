@@ -21,7 +21,7 @@ from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
-from fedex_lora.runs.private import accounts_of, digests_of, require_paid
+from fedex_lora.runs.private import accounts_of, digests_of, require_paid, trained_and_measured
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
@@ -103,7 +103,8 @@ class LocalSimulation:
         given = given or Given()
         task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
-        accounts = accounts_of(config, list(parts), digests_of(task, parts) if config.privacy.is_on else None)
+        held = (digests_of(task, parts), trained_and_measured(task, parts)) if config.privacy.is_on else ()
+        accounts = accounts_of(config, list(parts), *held)
         self._rows = "" if accounts else _digest(task, parts)  # of private rows the ledger has one, and nobody else
         place = ModelContext(config, given.measured(task), given.model, given.processor)
         rows, notes = _rows(place, parts)

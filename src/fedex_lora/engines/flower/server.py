@@ -65,8 +65,10 @@ class Deployment:
             log(INFO, "local.trainer is each party's own word: a node that has not said trainer= does not train")
         config = without_trainer(config)
         task, parts = (load_task(config.task, config.seed), {}) if names else dealt(config)
-        self._rows = dict.fromkeys(names, 0) or {client: config.privacy.stated(client) or len(mine) for client, (mine, _) in parts.items()}
+        known = not config.privacy.is_on
+        self._rows = dict.fromkeys(names, 0) or {client: len(mine) if known else 0 for client, (mine, _) in parts.items()}
         require_consistent(config, len(self._rows))
+        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"rows": None})})  # each node states its own
         self.host = GlobalModel(ModelContext(config, task), ranks_of(config, self._rows))
         self._grid, self._transport = grid, GridExchange(grid, list(self._rows), {})
 
