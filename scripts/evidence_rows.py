@@ -1,4 +1,4 @@
-"""Rows of the settings in docs/when-exactness-matters.md, with the columns by which clients differ.
+"""Rows of the settings in docs/evidence-protocol.md, with the columns by which clients differ.
 
     python scripts/evidence_rows.py DATA OUT
 
