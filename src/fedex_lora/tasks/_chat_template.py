@@ -168,14 +168,15 @@ def _render(tokenizer: Any, chat: Chat, count: int, ask: bool = False) -> str:
 @contextmanager
 def _same_chance() -> Iterator[None]:
     """A template draws by chance alike for each chat, at one time, so that no chat changes the text of another."""
-    state, clock = random.getstate(), chat_template_utils.datetime
+    templates: Any = chat_template_utils
+    state, clock = random.getstate(), templates.datetime
     random.seed(0)
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: NOW)
+    templates.datetime = SimpleNamespace(now=lambda: NOW)
     try:
         yield
     finally:
         random.setstate(state)
-        chat_template_utils.datetime = clock
+        templates.datetime = clock
 
 
 def _own_words(error: Exception, template: str) -> str:
