@@ -17,7 +17,7 @@ PAGES = {
     "configuration.md": configuration.tables,
     "methods.md": methods.tables,
     "precision.md": precision.tables,
-    "reproduction.md": smollm2.tables,
+    "reproduction-results.md": smollm2.tables,
     "scale-out.md": scale_out.tables,
     "when-exactness-matters.md": evidence.tables,
 }
