@@ -1,4 +1,4 @@
-"""What docs/privacy.md says that privacy costs in accuracy, against the records of the runs."""
+"""What docs/privacy-costs.md says that privacy costs in accuracy, against the records of the runs."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from benchmarks import private_methods
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "privacy.md").read_text()
+PAGE = (ROOT / "docs" / "privacy-costs.md").read_text()
 
 
 def cells(lines):
