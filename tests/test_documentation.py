@@ -172,6 +172,23 @@ def test_every_page_is_in_the_navigation():
     assert sorted(re.findall(r"- ([\w-]+\.md)$", navigation, flags=re.M)) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
+def too_wide(text):
+    """Lines of prose above 100 columns: outside of blocks, tables and pictures, and with a place to break them."""
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
+    lines = [line for line in prose.splitlines() if not line.lstrip().startswith(("|", "<", "!["))]
+    return [line for line in lines if len(line) > 100 and " " in line.strip()[:100]]
+
+
+def test_pages_are_short_and_their_prose_is_narrow():
+    """At most 200 lines in docs, and 100 columns everywhere but in the changelog."""
+    assert too_wide(f"a {'word ' * 20}")
+    assert not too_wide(f"```\na {'word ' * 20}\n```\n| {'word ' * 20}|")
+    for page in PAGES:
+        text = page.read_text()
+        assert page.name == "CHANGELOG.md" or not too_wide(text), page.name
+        assert page.parent == ROOT or len(text.splitlines()) <= 200, page.name
+
+
 def test_changelog_and_version_agree():
     headings = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     assert headings[0] == "Unreleased"
