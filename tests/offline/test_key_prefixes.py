@@ -21,7 +21,7 @@ from fedex_lora.models.build import load_model
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
-from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.adapter_folder import read_adapter_folder, write_adapter_config
 from fedex_lora.storage.renaming import find_renaming, shapes_of
 from fedex_lora.storage.result import read_result
 
@@ -132,6 +132,9 @@ def test_a_model_of_the_other_naming_answers_as_the_mean(foreign, bases, tmp_pat
     if foreign == 0:
         path = folders[0] / "adapter_config.json"
         path.write_text(path.read_text().replace('"model.norm"', '"model.language_model.norm"'))
+        assert off(open_source(str(folders[0]), "causal-lm", str(base)).model, own, plain, IDS) < 1e-5
+        read = read_adapter_folder(folders[0])
+        write_adapter_config(folders[0], read.adapter, read.format)  # which names whole paths, as all that we write does
         assert off(open_source(str(folders[0]), "causal-lm", str(base)).model, own, plain, IDS) < 1e-5
     out = tmp_path / "out"
     assert aggregate_folders(folders, out, "fedex", WEIGHTS, None)["max_relative_error"] < 1e-6

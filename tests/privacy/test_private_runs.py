@@ -442,6 +442,12 @@ def test_what_is_measured_is_not_what_is_trained_on(ledger, tmp_path):
     copied = config | {"task": {**task, "eval": "other.jsonl"}, "clients": {"count": 1}}
     with pytest.raises(ConfigError, match=r"^of the rows of task\.eval 12 are trained on"):
         run(parse_config(copied), tmp_path / "run", ignore)
+    chats = [{"id": n, "messages": [{"role": "user", "content": f"bed {n}"}, {"role": "assistant", "content": "yes"}]} for n in range(12)]
+    for name, first in (("chats", 0), ("copy", 100)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row | {"id": first + row["id"]}) + "\n" for row in chats))
+    talk = {"name": "custom", "kind": "chat", "data": str(tmp_path), "train": "chats.jsonl", "eval": "copy.jsonl"}
+    with pytest.raises(ConfigError, match=r"^of the rows of task\.eval 12 are trained on"):
+        run(parse_config(copied | {"task": talk}), tmp_path / "run", ignore)
     table = pd.read_json(tmp_path / "a.jsonl", lines=True)
     unsaid = {key: value for key, value in copied.items() if key not in ("task", "clients")}
     kind = {"kind": "classification", "labels": ["0", "1"]}
@@ -491,6 +497,9 @@ def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_
     assert all(client in require_paid(accounts, "")[0] for client in NAMES)
     with pytest.raises(UsageError, match="another configuration"):
         run(setting(tmp_path, privacy={"budget": 8, "clip_norm": 2.0}), tmp_path / "run", ignore, resume=True)
+    begin_ledger(tmp_path / "new")
+    with pytest.raises(ConfigError, match="new has no entry of this run, which has rounds: is it the right ledger"):
+        run(setting(tmp_path, privacy={"budget": 8, "ledger": str(tmp_path / "new")}), tmp_path / "run", ignore, resume=True)
     moved = ledger.rename(tmp_path / "moved")
     run(setting(tmp_path, privacy={"budget": 8, "ledger": str(moved)}), tmp_path / "run", ignore, resume=True)
     assert len(entries(moved)) == len(answered(moved)) == 6

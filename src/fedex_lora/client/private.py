@@ -207,14 +207,19 @@ def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -
     for row in rows:
         try:
             made = collate([row])
+            shapes = tuple((name, one.shape, one.dtype) for name, one in made.items())
         except BaseException as error:  # of whatever a row has in it
             if told_to_end(error):
                 raise
             failed.append(in_one_line(error))
         else:
-            alike.setdefault(tuple((name, one.shape, one.dtype) for name, one in made.items()), []).append(made)
-    parts = [some[start : start + size] for some in alike.values() for start in range(0, len(some), size)]
-    joined = [{name: torch.cat([one[name] for one in part]) for name in part[0]} for part in parts]
+            alike.setdefault(shapes, []).append(made)
+    joined = list[Any]()
+    while alike:  # what is joined is let go
+        _, some = alike.popitem()
+        while some:
+            part, some = some[:size], some[size:]
+            joined.append({name: torch.cat([one[name] for one in part]) for name in part[0]})
     return {"parts": joined, "drawn": len(rows), "failed": failed}
 
 

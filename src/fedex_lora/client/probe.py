@@ -153,14 +153,18 @@ def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> N
         raise ModelError(f"{name} does not say where its embeddings are: call the layer embed_tokens") from None
     if processor.pad_token_id is None:
         raise ModelError(f"{name} has no token to pad with and no end token: set tokenizer.pad_token, and save it with the model")
-    known, largest = len(table.weight), max(max(map(max, rows["input_ids"]), default=0), processor.pad_token_id)
+    lengths, tokens = [0], [processor.pad_token_id]
+    for batch in rows.with_format("numpy", columns=["input_ids"]).iter(1000):
+        lengths.append(max(map(len, batch["input_ids"])))
+        tokens += [int(ids.max()) for ids in batch["input_ids"] if len(ids)]
+    known, largest = len(table.weight), max(tokens)
     if largest >= known:
         raise ModelError(
             f"{name}: its tokenizer gives token {largest} and the model has embeddings for {known}: enlarge them by "
             "model.resize_token_embeddings(len(tokenizer)), and save both"
         )
     positions = positions_of(model)
-    if positions is not None and (longest := max(map(len, rows["input_ids"]))) > positions:
+    if positions is not None and (longest := max(lengths)) > positions:
         raise ConfigError(
             f"rows have up to {longest} tokens and {name} has {positions} positions: set task.max_length = {positions} or less"
         )

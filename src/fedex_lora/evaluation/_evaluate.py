@@ -140,7 +140,7 @@ def _measured(opened: Opened, task: Task, settings: config.TaskSettings, options
     if asked is None or (asked.asked_for and not wanted):
         return found
     texts = _written(opened, asked, options)
-    return replace(texts, numbers={**found.numbers, **texts.numbers})
+    return replace(texts, numbers={**found.numbers, **texts.numbers}, notes=found.notes or task.notes)
 
 
 def _predicted(opened: Opened, task: Task, settings: config.TaskSettings, options: Options) -> Measured:

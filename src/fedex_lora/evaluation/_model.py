@@ -15,7 +15,7 @@ from fedex_lora.errors import AdapterError, ModelError, StorageError
 from fedex_lora.models.build import build_model, model_kind, read_global, renaming_onto
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.processor import load_processor
-from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.adapter_folder import adapter_config, read_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK
 from fedex_lora.storage.result import DELTA
@@ -162,8 +162,9 @@ def _named_as(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str, str
     rule = renaming_onto(dict(model.named_modules()), read.adapter, {**read.other, **read.format.frozen})
     if rule is None:
         return settings, None
-    for key, value in rule.config(settings.to_dict()).items():
-        setattr(settings, key, value)
+    named = adapter_config(rule.keys(read.adapter), rule.config(settings.to_dict()))
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save"):
+        setattr(settings, key, named.get(key))
     old, new = (f"{part}." if part else "" for part in (rule.old, rule.new))
     return settings, {f"^{re.escape(old)}": new}
 

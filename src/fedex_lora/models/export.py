@@ -201,7 +201,7 @@ def _write(
 def _save_processor(result: StoredResult, name: str, folder: Path, given: Any) -> None:
     """The tokenizer with its chat template, or the image processor: that given, or the base's; a base without one is exported without."""
     if given is not None:
-        given.save_pretrained(folder)
+        save_processor(given, Base(model=getattr(given, "name_or_path", "") or name), folder)
         return
     with contextlib.suppress(ModelError):
         save_processor(load_processor(Base(model=name), model_kind(result, name)), Base(model=name), folder)

@@ -125,7 +125,7 @@ def in_one_line(error: BaseException) -> str:
     """The type and the text of an error, for the party's own log; also of one whose text raises.
 
     Example:
-        >>> in_one_line(ValueError("two\nlines"))
+        >>> in_one_line(ValueError("two\\nlines"))
         'ValueError: two lines'
     """
     return " ".join(traceback.format_exception_only(error)[-1].split())[:300]

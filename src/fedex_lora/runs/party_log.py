@@ -40,10 +40,11 @@ def _handler(path: Path) -> logging.Handler:
 
 
 class _Indented(logging.Formatter):
-    """All lines of a record but its first are indented, so that no word of somebody else's is taken for a line of this log."""
+    """All lines of a record but its first are indented: no word of somebody else is taken for a line of this log, or hides one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n    ".join(super().format(record).splitlines())
+        lines = super().format(record).splitlines()
+        return "\n    ".join("".join(one if one.isprintable() or one == "\t" else repr(one)[1:-1] for one in line) for line in lines)
 
 
 def log_failure(log: logging.Logger, error: BaseException, failure: Failure, who: str) -> None:

@@ -179,7 +179,7 @@ def _with_budget(
     privacy = config.privacy
     if privacy.ledger is None or not privacy.ledger.exists():
         return rows
-    accounts = accounts_of(config, list(parts), digests_of(task, parts), trained_and_measured(task, parts))
+    accounts = accounts_of(config, list(parts), digests_of(task, parts), trained_and_measured(config, task, parts))
     standing = {client: account.standing() for client, account in accounts.items()}
     left = {client: {"spent": one.epsilon, "rounds_paid": one.paid} for client, one in standing.items()}
     most = max(left.values(), key=lambda one: one["spent"])

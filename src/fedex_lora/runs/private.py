@@ -14,6 +14,7 @@ from fedex_lora.privacy.account import Account, rows_digest
 from fedex_lora.privacy.accounting import PrivacyPlan, privacy_plan
 from fedex_lora.privacy.ledger import read_ledger
 from fedex_lora.tasks import Task
+from fedex_lora.tasks.custom import columns_read
 from fedex_lora.tasks.partition import Indices
 
 
@@ -22,13 +23,14 @@ def digests_of(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> dict
     return {client: rows_digest(task.train.iloc[np.concatenate(held)].to_dict("records")) for client, held in parts.items()}
 
 
-def trained_and_measured(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> int:
-    """How many of the rows that only measure clients train on, too; 0 where they are so few that they may be alike by chance."""
-    columns = [column for column in task.eval.columns if column in task.train.columns]
+def trained_and_measured(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> int:
+    """How many of the rows that only measure clients train on, too; 0 where they are less than half: short texts are alike by chance."""
+    said = columns_read(config.task) if config.task.name == "custom" else task.eval.columns
+    columns = [column for column in said if column in task.train.columns and column in task.eval.columns]
     everybody = np.concatenate([indices for held in parts.values() for indices in held])
     trained = {rows_digest([row]) for row in task.train.iloc[everybody][columns].to_dict("records")}
     shared = sum(rows_digest([row]) in trained for row in task.eval[columns].to_dict("records"))
-    return shared if shared > max(1, len(task.eval) // 10) else 0
+    return shared if 2 * shared >= len(task.eval) else 0
 
 
 def grouped_by_client(said: Iterable[tuple[str, str]]) -> list[str]:
@@ -115,6 +117,17 @@ def _of_one_file(config: Config) -> str:
     task, folder = config.task, Path(config.task.data or "")
     trained = {(folder / name).resolve() for name in [task.train, *config.clients.data.values()] if name}
     return task.eval if task.eval and (folder / task.eval).resolve() in trained else ""
+
+
+def require_ledgers(accounts: Mapping[str, Account], run: str) -> None:
+    """The ledgers know a run of which there are rounds: one that does not would let it spend, and answer, again.
+
+    Raises:
+        ConfigError: one has no entry of it.
+    """
+    for path in {account.path for account in accounts.values()}:
+        if not any(line.run == run for line in read_ledger(path)):
+            raise ConfigError(f"{path} has no entry of this run, which has rounds: is it the right ledger?", "privacy")
 
 
 def require_paid(accounts: Mapping[str, Account], run: str) -> list[str]:

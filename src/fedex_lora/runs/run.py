@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
 from fedex_lora.config import Config, read_config, write_config
 from fedex_lora.errors import FedexLoraError, UsageError
@@ -58,7 +59,8 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         place = home(config, emit)
         place.require(out)
         facts = place.facts()
-        _require_base(out, facts.get("base_fingerprint", ""), config.base.model)
+        if get_method(config.method).lora:  # of the whole model, which is trained, the rounds have all
+            _require_base(out, facts.get("base_fingerprint", ""), config.base.model)
         require_space(out, facts["disk_bytes"])
         try:
             out.mkdir(parents=True, exist_ok=True)

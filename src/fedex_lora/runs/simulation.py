@@ -21,13 +21,13 @@ from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.learner import ModelLearner
 from fedex_lora.runs.listening import Reply
-from fedex_lora.runs.private import accounts_of, digests_of, require_paid, trained_and_measured
+from fedex_lora.runs.private import accounts_of, digests_of, require_ledgers, require_paid, trained_and_measured
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import PartyFailed, RoundDone, Warned
 from fedex_lora.storage.files import write_text
-from fedex_lora.storage.run_folder import ROWS, require_rows, round_folder, word_of
+from fedex_lora.storage.run_folder import ROWS, require_rows, round_folder, run_rounds_of, word_of
 from fedex_lora.tasks import Task, load_task, usable
 from fedex_lora.tasks.dealt import Load, dealt
 from fedex_lora.tasks.partition import Indices
@@ -103,7 +103,7 @@ class LocalSimulation:
         given = given or Given()
         task, parts = dealt(config, given.load)
         require_consistent(config, len(parts))
-        held = (digests_of(task, parts), trained_and_measured(task, parts)) if config.privacy.is_on else ()
+        held = (digests_of(task, parts), trained_and_measured(config, task, parts)) if config.privacy.is_on else ()
         accounts = accounts_of(config, list(parts), *held)
         self._rows = "" if accounts else _digest(task, parts)  # of private rows the ledger has one, and nobody else
         place = ModelContext(config, given.measured(task), given.model, given.processor)
@@ -124,6 +124,8 @@ class LocalSimulation:
         """
         if self._rows:
             require_rows(out, self._rows)
+        if self.pool.accounts and run_rounds_of(out):
+            require_ledgers(self.pool.accounts, word_of(out, make=False))
         for note in require_paid(self.pool.accounts, word_of(out, make=False)):
             self._emit(Warned(message=note))
 

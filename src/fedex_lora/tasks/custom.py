@@ -94,6 +94,14 @@ def _tables(settings: config.TaskSettings, sources: Mapping[str, Rows]) -> dict[
     return {source: RowTable(source, rows, _problems(settings, rows, classes), compared, label) for source, rows in sources.items()}
 
 
+def columns_read(settings: config.TaskSettings) -> list[str]:
+    """The columns of a table that are read, of any kind: others are names and numbers of rows."""
+    if settings.kind == config.CHAT:
+        return ["messages", "rejected", "tools"]
+    templates = [*columns_of(settings.prompt), *columns_of(settings.completion)] if settings.kind == "causal-lm" else []
+    return [*templates, *settings.text, settings.label, settings.image or "image"]
+
+
 def class_names(settings: config.TaskSettings, train: Rows) -> list[str]:
     """All classes: as the configuration names them, else those of the training rows; none of scores or texts that are written.
 

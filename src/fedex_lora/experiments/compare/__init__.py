@@ -85,7 +85,7 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
             seeds has no numbers there: its tests have failed.
     """
     config = with_settings(config, flat(protocol.set))
-    if protocol.config_sha256 not in (None, hashed(config)):
+    if protocol.config_sha256 not in (None, hashed(config), _hash_there(_with_threads(config, jobs, out), out)):
         raise UsageError(
             f"the protocol is for another configuration: its config_sha256 is {protocol.config_sha256}, this one's {hashed(config)}"
         )
@@ -208,6 +208,14 @@ def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
         if kind not in tried and not done(job):
             LocalSimulation(job.config, nobody)
         tried.add(kind)
+
+
+def _hash_there(config: Config, out: Path) -> str | None:
+    """The hash in the folder's own protocol, where its configuration is this one: an earlier version may have hashed it otherwise."""
+    mine, there = out / CONFIG, out / PROTOCOL
+    if not (mine.is_file() and there.is_file() and is_config(mine.read_text(encoding="utf-8"), config)):
+        return None
+    return read_protocol(there).config_sha256
 
 
 def _claim(plan: Plan) -> str:
