@@ -253,6 +253,10 @@ def test_scores_are_a_regression_and_never_a_class_a_row(tmp_path):
     written(tmp_path, [{"text": f"row {number}", "label": number / 7} for number in range(30)])
     with pytest.raises(DataError, match=r"30 different values in 30 rows: set task.kind = 'regression'"):
         load_task(settings(tmp_path), 0)
+    written(tmp_path, [{"text": f"row {number}", "label": number} for number in range(15)])
+    with pytest.raises(DataError, match=r"15 different values in 15 rows: set task.kind = 'regression'"):
+        load_task(settings(tmp_path), 0)
+    written(tmp_path, [{"text": f"row {number}", "label": number / 7} for number in range(30)])
     task = load_task(settings(tmp_path, kind="regression"), 0)
     assert (task.model_config, task.headline, task.greater_is_better) == ({"num_labels": 1, "problem_type": "regression"}, "mse", False)
     assert task.tokenize(bytewise(), task.train)[3]["labels"] == pytest.approx(3 / 7)

@@ -216,7 +216,7 @@ def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -
             alike.setdefault(shapes, []).append(made)
     joined = list[Any]()
     while alike:  # what is joined is let go
-        _, some = alike.popitem()
+        some = alike.pop(next(iter(alike)))
         while some:
             part, some = some[:size], some[size:]
             joined.append({name: torch.cat([one[name] for one in part]) for name in part[0]})

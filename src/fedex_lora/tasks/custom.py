@@ -114,16 +114,17 @@ def class_names(settings: config.TaskSettings, train: Rows) -> list[str]:
         return [str(label) for label in settings.labels]
     labels = [cell for cell in train[settings.label] if isinstance(cell, str) and cell.strip()]
     names = classes_of(labels)
-    if _fractions(names) or len(names) > max(20, len(labels) // 2):
+    if _scores(names, len(labels)) or len(names) > max(20, len(labels) // 2):
         raise DataError(
             f"{settings.train}, column {settings.label!r}, has {len(names)} different values in {len(labels)} rows: {SCORES}", "label"
         )
     return names
 
 
-def _fractions(names: Sequence[str]) -> bool:
+def _scores(names: Sequence[str], rows: int) -> bool:
+    """Numbers, and fractions among them, or as many as rows."""
     numbers = pd.to_numeric(pd.Series(names, dtype=object), errors="coerce")
-    return bool(len(names)) and bool(numbers.notna().all()) and bool((numbers % 1 != 0).any())
+    return bool(len(names)) and bool(numbers.notna().all()) and (bool((numbers % 1 != 0).any()) or 4 < len(names) == rows)
 
 
 def _problems(settings: config.TaskSettings, rows: Rows, classes: Sequence[str]) -> list[Problem]:
