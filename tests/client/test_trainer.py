@@ -765,8 +765,8 @@ def make(model, rows, processor, arguments):
 """
 
 
-@pytest.mark.parametrize(("size", "steps"), [(12, 1), (1, 1)])
-def test_a_trainer_that_takes_no_notice_of_its_arguments_is_estimated(size, steps, work, monkeypatch):
+@pytest.mark.parametrize(("size", "rows"), [(12, 12), (1, 3)])
+def test_a_trainer_that_takes_no_notice_of_its_arguments_is_estimated(size, rows, work, monkeypatch):
     """Its rows are those of some steps, or all that there are; one step is enough to time."""
     (work / "oblivious.py").write_text(OBLIVIOUS)
     place, seen = LocalSimulation(setting(work, "oblivious:make", training={"per_device_train_batch_size": size}), ignore), []
@@ -774,7 +774,7 @@ def test_a_trainer_that_takes_no_notice_of_its_arguments_is_estimated(size, step
     monkeypatch.setattr(ModelLearner, "train", lambda self, client, *rest: seen.append(self.rows[client]) or train(self, client, *rest))
     found = estimate(place)
     assert 0 < found.step_seconds < found.run_seconds < math.inf
-    assert seen[0] == 3 * size if size == 1 else 12
+    assert seen[0] == rows
     assert place.pool.learner.rows == {"client-0": 12, "client-1": 12}
 
 

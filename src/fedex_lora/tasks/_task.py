@@ -205,10 +205,12 @@ def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], ma
     encoded = {name: list(values) for name, values in tokenizer(*columns, verbose=False).items()}
     full = [len(ids) for ids in encoded["input_ids"]]
     side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
-    for row in (row for row, length in enumerate(full) if length > max_length):
-        for name, values in tokenizer(*(column[row] for column in columns), truncation=True, max_length=max_length).items():
-            encoded[name][row] = values
-    tokenizer.truncation_side = side
+    try:
+        for row in (row for row, length in enumerate(full) if length > max_length):
+            for name, values in tokenizer(*(column[row] for column in columns), truncation=True, max_length=max_length).items():
+                encoded[name][row] = values
+    finally:
+        tokenizer.truncation_side = side
     unknown = unknown_id(tokenizer)
     return Dataset.from_dict({**encoded, "labels": labels, FULL: full, UNKNOWN: [ids.count(unknown) for ids in encoded["input_ids"]]})
 

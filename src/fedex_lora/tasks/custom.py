@@ -85,12 +85,10 @@ def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple
 def _tables(settings: config.TaskSettings, sources: Mapping[str, Rows]) -> dict[str, RowTable]:
     """The files of any kind but chats."""
     written, images = settings.kind == "causal-lm", settings.kind == config.IMAGES
-    inputs = list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)])) if written else settings.text
-    label = None if written else settings.label
-    columns = [*([settings.image or "image"] if images else inputs), *([label] if label else [])]
+    columns, label = columns_read(settings), None if written else settings.label
     each(partial(require_columns, rows, columns, source) for source, rows in sources.items())
     classes = class_names(settings, sources[str(settings.train)])
-    compared = [] if images else inputs
+    compared = [] if images else columns if written else settings.text
     return {source: RowTable(source, rows, _problems(settings, rows, classes), compared, label) for source, rows in sources.items()}
 
 
@@ -98,8 +96,9 @@ def columns_read(settings: config.TaskSettings) -> list[str]:
     """The columns of a table that are read, of any kind: others are names and numbers of rows."""
     if settings.kind == config.CHAT:
         return ["messages", "rejected", "tools"]
-    templates = [*columns_of(settings.prompt), *columns_of(settings.completion)] if settings.kind == "causal-lm" else []
-    return [*templates, *settings.text, settings.label, settings.image or "image"]
+    if settings.kind == "causal-lm":
+        return list(dict.fromkeys([*columns_of(settings.prompt), *columns_of(settings.completion)]))
+    return [*([settings.image or "image"] if settings.kind == config.IMAGES else settings.text), settings.label]
 
 
 def class_names(settings: config.TaskSettings, train: Rows) -> list[str]:
