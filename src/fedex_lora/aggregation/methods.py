@@ -20,6 +20,7 @@ from fedex_lora.aggregation.decompositions import (
     padded_means,
 )
 from fedex_lora.aggregation.factorizations import ALIGNED, GAUGES
+from fedex_lora.config import method_name
 from fedex_lora.errors import UsageError
 
 Part: TypeAlias = Literal["AB", "A", "B", "C"]
@@ -204,7 +205,6 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-ALIASES = {"fedavg": "fedit"}  # FedAvg of LoRA factors is what the literature calls FedIT
 REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
 
 
@@ -218,8 +218,8 @@ def get_method(name: str) -> Method:
         >>> get_method("fedit+balanced").gauge
         'balanced'
     """
+    name = method_name(name)
     method, plus, gauge = name.partition("+")
-    method = ALIASES.get(method, method)
     _require_known("method", method, METHODS)
     row = METHODS[method]
     if not plus:
@@ -242,7 +242,7 @@ def get_method(name: str) -> Method:
         raise UsageError(
             f"{gauge} aligns factors with averaged ones, and clients of {method} see their own only: use balanced or orthonormal-a"
         )
-    return replace(row, name=f"{method}+{gauge}", gauge=gauge)
+    return replace(row, name=name, gauge=gauge)
 
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from fedex_lora.config.privacy import Privacy
 from fedex_lora.config.reading import flat, located, nearest, overridden, parse_config, plain_value, put, read_config, write_config
-from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours, trainer_parts
+from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours, method_name, trainer_parts
 from fedex_lora.config.tables import CHAT, DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "flat",
     "is_ours",
     "located",
+    "method_name",
     "nearest",
     "overridden",
     "parse_config",

@@ -142,6 +142,16 @@ def is_ours(key: str) -> bool:
     return key in OWNED or key.startswith(OWNED_PREFIXES)
 
 
+def method_name(name: str) -> str:
+    """FedAvg of LoRA factors is what the literature calls FedIT.
+
+    Example:
+        >>> method_name("fedavg+balanced"), method_name("fedex")
+        ('fedit+balanced', 'fedex')
+    """
+    return f"fedit{name.removeprefix('fedavg')}" if name.partition("+")[0] == "fedavg" else name
+
+
 class Rules(ConfigTable):
     """What server and clients of a run agree on: all but the model, the rows and how they are trained on.
 
@@ -174,8 +184,7 @@ class Rules(ConfigTable):
     @field_validator("method")
     @classmethod
     def _one_name(cls, value: str) -> str:
-        """FedAvg of LoRA factors is what the literature calls FedIT."""
-        return f"fedit{value.removeprefix('fedavg')}" if value.partition("+")[0] == "fedavg" else value
+        return method_name(value)
 
 
 class Config(Rules):

@@ -54,7 +54,7 @@ def check(config: Config) -> list[Finding]:
 def _everything(config: Config) -> Iterator[Finding]:
     if config.task.name == "custom":
         for file in config.clients.data.values() or [config.task.train]:
-            yield from _whole_table(config.task.model_copy(update={"train": file}))
+            yield from _rows(config.task.model_copy(update={"train": file}))
         yield from _given_twice(config)
     lenient = config.model_copy(update={"task": config.task.model_copy(update={"on_bad_row": "drop"})})
     try:
@@ -69,16 +69,12 @@ def _everything(config: Config) -> Iterator[Finding]:
     yield from _clients(config, task, parts)
 
 
-def _whole_table(settings: Settings) -> Iterator[Finding]:
-    """What is wrong with one file must not hide what is wrong with the next."""
-    try:
-        yield from _rows(settings)
-    except DataError as error:
-        yield Finding(str(error), stops=True)
-
-
 def _rows(settings: Settings) -> Iterator[Finding]:
-    train, held = custom.row_tables(settings)
+    try:
+        train, held = custom.row_tables(settings)
+    except DataError as error:  # what is wrong with one file must not hide what is wrong with the next
+        yield Finding(str(error), stops=True)
+        return
     for table in (train, held) if held.source != train.source else (train,):
         stops = settings.on_bad_row == "refuse"
         yield from (Finding(f"{table.source}: {told(problem)}", stops) for problem in table.problems)
