@@ -145,9 +145,8 @@ def is_ours(key: str) -> bool:
 def method_name(name: str) -> str:
     """FedAvg of LoRA factors is what the literature calls FedIT.
 
-    Example:
-        >>> method_name("fedavg+balanced"), method_name("fedex")
-        ('fedit+balanced', 'fedex')
+    >>> method_name("fedavg+balanced"), method_name("fedex")
+    ('fedit+balanced', 'fedex')
     """
     return f"fedit{name.removeprefix('fedavg')}" if name.partition("+")[0] == "fedavg" else name
 

@@ -213,9 +213,8 @@ def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
 def _hash_there(config: Config, out: Path) -> str | None:
     """The hash in the folder's own protocol, where its configuration is this one: an earlier version may have hashed it otherwise."""
     mine, there = out / CONFIG, out / PROTOCOL
-    if not (mine.is_file() and there.is_file() and is_config(mine.read_text(encoding="utf-8"), config)):
-        return None
-    return read_protocol(there).config_sha256
+    same = mine.is_file() and there.is_file() and is_config(mine.read_text(encoding="utf-8"), config)
+    return read_protocol(there).config_sha256 if same else None
 
 
 def _claim(plan: Plan) -> str:
