@@ -1,22 +1,20 @@
-"""What the comparisons below evidence/ say: primary tests of all settings, and of each its arms and effects, from compare.json."""
+"""What the comparisons below evidence/ say, from compare.json and the records: all primary tests; of each setting its arms and tests."""
 
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
+import tarfile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.power_of_comparisons import equivalence
 
+from fedex_lora.experiments.compare._plan import label
 from fedex_lora.experiments.compare._tests import at_round, holm, paired
 
 RECORDS = Path(__file__).parents[2] / "evidence"
 SETTINGS = ["notes", "topics", "places", "sentiment"]
-LAST = 3  # rounds, of which effects are the mean
-ARM = re.compile(r"(?P<exact>fedex|fedit)(?P<balanced>\+balanced)?(?P<momentum> momentum)?")
-Arm = dict[str, bool]
-"""Factor -> is it there."""
+LAST = 3  # rounds, of which an arm's second number is the mean
 
 
 def found(name: str) -> dict[str, Any] | None:
@@ -57,18 +55,19 @@ def tests() -> list[str]:
     results = {name: found(name) for name in SETTINGS}
     ps = {name: primary(result)["p"] if result else math.nan for name, result in results.items()}
     corrected = dict(zip(ps, holm(list(ps.values())), strict=True))
-    lines = head("setting", "centralised", "the reference", "their difference", "primary test", "difference", "seeds", "p", "p, Holm", "")
+    lines = head("setting", "lost", "centralised", "FedIT", "centralised minus FedIT", "primary", "difference", "seeds", "p", "p, Holm", "")
     for name, result in results.items():
         if result is None:
-            lines.append(row(name, "not run", *[""] * 8))
+            lines.append(row(name, "not run", *[""] * 9))
             continue
         test, ends = primary(result), {method["name"]: method for method in result["methods"]}
         pooled, reference = ends["centralised"], result["reference"]
         lines.append(
             row(
                 name,
+                lost(name, ends[reference]),
                 f"{pooled['mean']:.3f}",
-                f"{reference}: {ends[reference]['mean']:.3f}",
+                f"{ends[reference]['mean']:.3f}",
                 f"{pooled['difference']:+.3f} ± {pooled['difference_half_width']:.3f}",
                 test["name"],
                 f"{test['mean']:+.3f} ± {test['half_width']:.3f}",
@@ -79,6 +78,18 @@ def tests() -> list[str]:
             )
         )
     return lines
+
+
+def lost(name: str, method: dict[str, Any]) -> str:
+    """How far plain averaging is from the mean of products, all modules together: in the first round and in the last, mean of the seeds."""
+    archive = RECORDS / name / "runs.tar.xz"
+    if not archive.is_file():
+        return "no records"
+    wanted = {f"runs/{method['name']}/{label(method['settings'])}/seed-{seed}/events.jsonl" for seed in method["seeds"]}
+    with tarfile.open(archive) as tar:
+        files = [tar.extractfile(member).read().decode() for member in tar if member.name in wanted]
+    runs = [[event["deviation"] for event in map(json.loads, file.splitlines()) if event["event"] == "round_done"] for file in files]
+    return f"{mean(run[0] for run in runs):.0%}, {mean(run[-1] for run in runs):.0%}"
 
 
 def last_rounds(result: dict[str, Any], method: dict[str, Any]) -> list[float]:
@@ -98,26 +109,14 @@ def arms(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def effects(result: dict[str, Any]) -> list[str]:
-    """Of each factor: the mean over the arms that have it minus the mean over those that do not, paired by seed."""
-    cells = list[tuple[Arm, list[float]]]()
-    for method in result["methods"]:
-        if match := ARM.fullmatch(method["name"]):
-            arm = {"exact": match["exact"] == "fedex", "balanced": bool(match["balanced"]), "momentum": bool(match["momentum"])}
-            cells.append((arm, last_rounds(result, method)))
-    factors = [factor for factor in ("exact", "balanced", "momentum") if len({arm[factor] for arm, _ in cells}) == 2]
-
-    def contrast(sign: Callable[[Arm], int]) -> Sequence[float]:
-        return [2 * sum(sign(arm) * values[seed] for arm, values in cells) / len(cells) for seed in range(len(cells[0][1]))]
-
-    asked = {factor: contrast(lambda arm, factor=factor: 1 if arm[factor] else -1) for factor in factors}
-    for other in factors[1:]:
-        both = contrast(lambda arm, other=other: 1 if arm["exact"] == arm[other] else -1)
-        asked[f"exact, with {other} minus without"] = [2 * value for value in both]
-    lines = head("effect", "difference", "p")
-    for name, differences in asked.items():
-        test = paired(differences)
-        lines.append(row(name, f"{test.mean:+.4f} ± {test.half_width:.4f}", f"{test.p:.2g}"))
+def asked(result: dict[str, Any]) -> list[str]:
+    """The tests of the protocol, as they are: no p is corrected."""
+    lines = head("test", "difference of", "and", "mean of rounds", "difference", "p")
+    for test in result["tests"]:
+        (here, there), (one, other), many = test["rounds"], test["variants"], test["mean_of"]
+        rounds = f"{here - many + 1} to {here}" + (f", {there - many + 1} to {there}" if there != here else "")
+        p = f"{test['p']:.2g}" + (f", of equivalence within {test['bound']:g}" if test["kind"] == "equivalence" else "")
+        lines.append(row(test["name"], one, other, rounds, f"{test['mean']:+.4f} ± {test['half_width']:.4f}", p))
     return lines
 
 
@@ -131,8 +130,8 @@ def power(result: dict[str, Any]) -> list[str]:
 
 
 def tables() -> dict[str, list[str]]:
-    """Places of settings that have ended are in the page. One tuning seed is too few for effects: they would be of learning rates."""
+    """Places of settings that have ended are in the page."""
     ended = {name: result for name in SETTINGS if (result := found(name))}
     made = {"primary": tests()} | {f"{name} arms": arms(result) for name, result in ended.items()}
-    made |= {f"{name} power": power(result) for name, result in ended.items() if primary(result)["kind"] == "equivalence"}
-    return made | {f"{name} effects": effects(result) for name, result in ended.items() if len(result["tuning_seeds"]) > 1}
+    made |= {f"{name} tests": asked(result) for name, result in ended.items()}
+    return made | {f"{name} power": power(result) for name, result in ended.items() if primary(result)["kind"] == "equivalence"}

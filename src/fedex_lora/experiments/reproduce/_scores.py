@@ -141,7 +141,9 @@ def _account_grid(panel: Panel, accounts: Mapping[str, Mapping[str, Any]]) -> li
         for label, found in accounts.items()
         if found["runs"]
     ]
-    notes = ["Both errors are relative to the ideal update, of the worst round: of what the method gives, and of averaged factors alone."]
+    notes = [
+        "Errors of the worst round, relative to the ideal update: the method's in its worst module, averaged factors' in all together."
+    ]
     return [TextTable(f"Runs: {panel.label}", heads, rows, notes)] if rows else []
 
 
