@@ -35,10 +35,10 @@ from fedex_lora.config import parse_config, read_config, write_config  # noqa: E
 from fedex_lora.engines.flower import _exchange, _worker  # noqa: E402
 from fedex_lora.engines.flower._exchange import GridExchange, NodeDirectory  # noqa: E402
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key  # noqa: E402
-from fedex_lora.engines.flower._messages import Envelope, from_record, to_record  # noqa: E402
+from fedex_lora.engines.flower._messages import from_record, to_record  # noqa: E402
 from fedex_lora.engines.flower._node import Node  # noqa: E402
 from fedex_lora.engines.flower._request import NodeRequest  # noqa: E402
-from fedex_lora.engines.flower._settings import node_settings, run_settings  # noqa: E402
+from fedex_lora.engines.flower._settings import RunSettings, node_settings, read_settings  # noqa: E402
 from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
 from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
@@ -76,7 +76,7 @@ def test_settings_of_a_node():
     for wrong, words in (({"clinet": "a"}, "did you mean client"), ({"threads": "2"}, "of kind int"), ({"rows": "all"}, "own")):
         with pytest.raises(ConfigError, match=words):
             node_settings(wrong)
-    assert run_settings({"out": "x", "clients": "b, a"}).names == ["a", "b"]
+    assert read_settings(RunSettings(), {"out": "x", "clients": "b, a"}, "run config").names == ["a", "b"]
 
 
 def custom(tmp_path):
@@ -212,7 +212,7 @@ class Nodes:
         identity = f"message {number}"
         message = self.out[identity]
         message.metadata.__dict__["_message_id"] = identity
-        self.back[identity] = Message(to_record(Envelope(content, {})) if isinstance(content, bytes) else content, reply_to=message)
+        self.back[identity] = Message(to_record(content, {}) if isinstance(content, bytes) else content, reply_to=message)
 
 
 def of_round(number):
@@ -240,7 +240,7 @@ def test_an_absent_node_is_waited_for_and_a_dead_one_is_named():
     nodes = Nodes("a")
     replies = GridExchange(nodes, ["a", "b"], {"run": "r"})({"a": of_round(1), "b": of_round(1)}, None)
     assert next(replies) is None
-    assert from_record(nodes.sent[0]) == Envelope(of_round(1), {"run": "r", "client": "a"})
+    assert from_record(nodes.sent[0]) == (of_round(1), {"run": "r", "client": "a"})
     nodes.nodes[20] = SimpleNamespace(node_id=20, name="b", last_activated_at="1")
     nodes.answer(0)
     assert told([next(replies)]) == [("a", b"answer", "")]
@@ -255,7 +255,7 @@ def test_a_node_started_anew_is_asked_again_at_once():
     assert next(replies) is None
     nodes.nodes[10].last_activated_at = "2"
     assert next(replies) is None
-    assert [from_record(message).payload for message in nodes.sent] == [of_round(1)] * 2
+    assert [from_record(message)[0] for message in nodes.sent] == [of_round(1)] * 2
     nodes.answer(1)
     assert told(replies) == [("a", b"answer", "")]
 

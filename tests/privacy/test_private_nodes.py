@@ -30,7 +30,7 @@ from transformers import (
 
 from fedex_lora.config import Privacy, base_folder, parse_config, write_config
 from fedex_lora.engines.flower._files import node_file
-from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
+from fedex_lora.engines.flower._messages import from_record, to_record
 from fedex_lora.engines.flower._node import Node
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
@@ -430,9 +430,9 @@ def test_a_worker_that_dies_tells_what_every_failure_tells(tmp_path, server_side
     about = {"run": "run", "base": "", "client": "ward"}
     codes = []
     for node in (party.node, {key: party.node[key] for key in ("client", "data", "train", "state")}):
-        message = Message(to_record(Envelope(question(server_side), about)), dst_node_id=1, message_type="train")
+        message = Message(to_record(question(server_side), about), dst_node_id=1, message_type="train")
         context = Context(1, 1, {**node, "worker": str(tmp_path / "nobody")}, RecordDict(), {})
-        codes.append(code_of(from_record(client_app(file)(message, context)).payload))
+        codes.append(code_of(from_record(client_app(file)(message, context))[0]))
     assert codes == [("privacy", 0), ("worker", 0)]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,20 +15,6 @@ from fedex_lora.types import Adapter, ClientUpdate, LoRAPair, ServerState
 BATCH_BYTES = 2 * 2**20  # of clients' factors that one call of a method works on: hides call overhead, stays in the cache
 Space: TypeAlias = dict[str, Tensor]
 """Memory that one batch after the other is stacked in."""
-
-
-class Batch(NamedTuple):
-    """Modules of one shape, ranks and scaling: what one call of a method's split sees.
-
-    Attributes:
-        modules: the g module paths.
-        clients: their factors, stacked, on one scaling.
-        scaling: s, which the adapter keeps.
-    """
-
-    modules: Sequence[str]
-    clients: ClientStack
-    scaling: float
 
 
 def rescaled(pair: LoRAPair, scaling: float) -> LoRAPair:
@@ -53,32 +39,25 @@ def shape_batches(updates: Sequence[ClientUpdate], state: ServerState | None = N
         yield from (modules[start : start + size] for start in range(0, len(modules), size))
 
 
-def batches(updates: Sequence[ClientUpdate], p: Sequence[float], row: Method, state: ServerState | None) -> Iterator[Batch]:
-    """All modules of updates in memory; a batch is valid until the next one is asked for."""
-    space: Space = {}
+def batches(updates: Sequence[ClientUpdate], p: Sequence[float], row: Method, state: ServerState | None) -> Iterator[ClientStack]:
+    """What a split sees of updates in memory, on the scaling of the global adapter, else of the first client; valid until the next one."""
+    adapters, space = [update.adapter for update in updates], Space()
     for modules in shape_batches(updates, state):
-        yield _batch(updates, p, modules, row, state, space)
-
-
-def _batch(
-    updates: Sequence[ClientUpdate], p: Sequence[float], modules: Sequence[str], row: Method, state: ServerState | None, space: Space
-) -> Batch:
-    """What the method's split sees, on the scaling of the global adapter, else of the first client."""
-    first = modules[0]
-    live = state.adapter[first] if state else updates[0].adapter[first]
-    ranks = [update.adapter[first].rank for update in updates]
-    rank = max([*ranks, live.rank] if row.per_client_ranks else ranks)
-    stacked = _stacked([update.adapter for update in updates], modules, rank, live.scaling, space)
-    clients = ClientStack(
-        A=stacked.A,
-        B=stacked.B,
-        p=stacked.A.new_tensor(p),
-        modules=modules,
-        seed=derive_seed(state.seed, state.round + 1, "fresh") if state else 0,
-        frozen=_frozen(state.adapter, modules, p, ranks) if state and row.holds_tail and min(ranks) < rank else None,
-        origins=_origins(state.personal, updates, modules, rank, live.scaling) if state and row.client_state else None,
-    )
-    return Batch(modules=modules, clients=clients, scaling=live.scaling)
+        first = modules[0]
+        live = state.adapter[first] if state else adapters[0][first]
+        ranks = [adapter[first].rank for adapter in adapters]
+        rank = max([*ranks, live.rank] if row.per_client_ranks else ranks)
+        stacked = _stacked(adapters, modules, rank, live.scaling, space)
+        yield ClientStack(
+            A=stacked.A,
+            B=stacked.B,
+            p=stacked.A.new_tensor(p),
+            modules=modules,
+            seed=derive_seed(state.seed, state.round + 1, "fresh") if state else 0,
+            scaling=live.scaling,
+            frozen=_frozen(state.adapter, modules, p, ranks) if state and row.holds_tail and min(ranks) < rank else None,
+            origins=_origins(state.personal, updates, modules, rank, live.scaling) if state and row.client_state else None,
+        )
 
 
 def _frozen(live: Adapter, modules: Sequence[str], p: Sequence[float], ranks: Sequence[int]) -> Factors:

@@ -28,6 +28,7 @@ class ClientStack:
         p: `k` weights with sum one.
         modules: the g module paths.
         seed: for factors that start anew.
+        scaling: s, which the adapter keeps.
         frozen: what the clients of lower rank hold frozen beside their adapter, weighted (`g x q`); None: nothing.
         origins: the factors that each client started from, padded alike, where every client goes on with its own; None: zero products.
     """
@@ -37,6 +38,7 @@ class ClientStack:
     p: Tensor
     modules: Sequence[str]
     seed: int
+    scaling: float
     frozen: Factors | None = None
     origins: Factors | None = None
 

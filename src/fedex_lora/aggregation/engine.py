@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.batching import Batch, batches
+from fedex_lora.aggregation.batching import batches
 from fedex_lora.aggregation.decompositions import ClientStack, factor_means
 from fedex_lora.aggregation.factorizations import GAUGES
 from fedex_lora.aggregation.factors import Factors
@@ -205,7 +205,7 @@ class BatchResult(NamedTuple):
     scaling: float
 
 
-def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterator[BatchResult]:
+def splits(row: Method, ids: Sequence[str], batches: Iterable[ClientStack]) -> Iterator[BatchResult]:
     """The method's split of every batch.
 
     Args:
@@ -216,15 +216,19 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
     Raises:
         AggregationError: NaN or infinity, or factors that the method needs shared and are not.
     """
-    for modules, clients, scaling in batches:
+    for clients in batches:
+        modules, scaling = clients.modules, clients.scaling
         if row.refactorises or row.reinitialises:  # the result would not show what came in
             _require_finite(ids, modules, clients, clients.factors)
         adapter, rest = _split(row, clients)
         _require_finite(ids, modules, clients, adapter)
         if rest is not None and row.residual_policy != "drop" and scaling != 1:
             rest.B.mul_(scaling)
-        if rest is not None:
-            _require_no_overflow(modules, rest)
+        if rest is not None and not finite(*rest):  # factors whose mean is finite may differ by more than their dtype holds
+            odd = next(module for index, module in enumerate(modules) if not finite(rest.A[index], rest.B[index]))
+            raise AggregationError(
+                f"the residual of {odd} overflows: some client's factors are too large; leave it out, or train it with less"
+            )
         part = [BatchResult(modules, adapter, rest, scaling)]
         del adapter, rest  # nothing here holds a batch's result while the next one is made
         yield part.pop()
@@ -232,7 +236,7 @@ def splits(row: Method, ids: Sequence[str], batches: Iterable[Batch]) -> Iterato
 
 def _split(row: Method, clients: ClientStack) -> tuple[Factors, Factors | None]:
     """The method's split, with the adapter in the method's gauge."""
-    if row.trained_schedule != ("AB",) and not any(_shared(x) for x in clients.factors):
+    if row.trained_schedule != ("AB",) and not any(torch.equal(x, x[:, -1:].expand_as(x)) for x in clients.factors):
         raise AggregationError(
             f"{row.name} needs one A that all clients share (or one B), and theirs differ: freeze one while training, or use method fedex"
         )
@@ -241,11 +245,6 @@ def _split(row: Method, clients: ClientStack) -> tuple[Factors, Factors | None]:
         means, _ = factor_means(clients)
         adapter = GAUGES[row.gauge](adapter, means, clients.fresh)
     return adapter, rest
-
-
-def _shared(x: Tensor) -> bool:
-    """Do all clients have the same?"""
-    return torch.equal(x, x[:, -1:].expand_as(x))
 
 
 def _require_finite(ids: Sequence[str], modules: Sequence[str], clients: ClientStack, factors: Factors) -> None:
@@ -257,10 +256,3 @@ def _require_finite(ids: Sequence[str], modules: Sequence[str], clients: ClientS
             if not finite(*(x[position, index] for x in clients.factors)):
                 raise AggregationError(f"client {client} sent NaN or infinity in {module}: leave it out, or lower its learning rate")
     raise AggregationError(f"the mean of {modules[0]} overflows: some client's factors are near the largest number of their dtype")
-
-
-def _require_no_overflow(modules: Sequence[str], rest: Factors) -> None:
-    """Factors whose mean is finite may differ by more than their dtype holds, before or after the scaling."""
-    if not finite(*rest):
-        odd = next(module for index, module in enumerate(modules) if not finite(rest.A[index], rest.B[index]))
-        raise AggregationError(f"the residual of {odd} overflows: some client's factors are too large; leave it out, or train it with less")

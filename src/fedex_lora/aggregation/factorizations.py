@@ -36,7 +36,8 @@ def orthonormal_a(adapter: Factors, reference: Factors, fresh: Tensor) -> Factor
     U, S, V = torch.linalg.svd((R @ adapter.B.double()).mT, full_matrices=False)
     missing = R.shape[1] - S.shape[1]  # a module with fewer outputs than the rank
     if missing:
-        V = _completed(V)
+        basis, _ = torch.linalg.qr(V.mT, mode="complete")
+        V = torch.cat([V, basis.mT[:, V.shape[1] :]], dim=1)
         U, S = torch.nn.functional.pad(U, (0, missing)), torch.nn.functional.pad(S, (0, missing))
     extra = adapter.A.shape[1] - V.shape[1]
     A, B = V @ Q.mT, (U * S[:, None]).mT
@@ -49,12 +50,6 @@ def procrustes(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
     U, _, V = torch.linalg.svd(sum(ours.double() @ theirs.double().mT for ours, theirs in zip(adapter, reference, strict=True)))
     G = V.mT @ U.mT
     return Factors(A=(G @ adapter.A.double()).to(adapter.A), B=(G @ adapter.B.double()).to(adapter.B))
-
-
-def _completed(rows: Tensor) -> Tensor:
-    """Orthonormal rows, `g x q x r`, completed to a basis, `g x r x r`."""
-    basis, _ = torch.linalg.qr(rows.mT, mode="complete")
-    return torch.cat([rows, basis.mT[:, rows.shape[1] :]], dim=1)
 
 
 ALIGNED = ("procrustes",)  # gauges that need the averaged factors

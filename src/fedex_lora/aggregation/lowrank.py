@@ -46,27 +46,20 @@ def from_parts(found: Mapping[str, Tensor]) -> Delta:
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if not all(tensor.is_floating_point() for tensor in found.values()):
         raise ValueError(f"{shapes}, which are no floating-point numbers")
-    made = _from_parts(found, shapes)
-    if made is None:
-        raise ValueError(f"{shapes}: it must be U and V that chain, or W alone; or the same with its velocity")
-    return made
-
-
-def _from_parts(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Delta | None:
-    names, q = found.keys(), shapes.get("velocity")
-    if names == {"U", "V"} and _chain(shapes["U"], shapes["V"]):
-        return LowRank(U=found["U"], V=found["V"])
-    if names == {"left", "right", "coefficients", "velocity"} and _chain(shapes["left"], shapes["right"]):
-        plain = all(found[name].dtype == torch.float64 for name in ("coefficients", "velocity"))
-        fits = shapes["coefficients"] == q == shapes["right"][:1] and plain
-        return MovingLowRank.of(found["left"], found["right"], found["coefficients"], found["velocity"]) if fits else None
-    if names == {"W"} and len(shapes["W"]) == 2:
-        return Dense(W=found["W"])
-    return (
-        MovingDense(W=found["W"], velocity=found["velocity"])
-        if names == {"W", "velocity"} and len(shapes["W"]) == 2 and q == shapes["W"]
-        else None
-    )
+    match sorted(found):
+        case ["U", "V"] if _chain(shapes["U"], shapes["V"]):
+            return LowRank(**found)
+        case ["coefficients", "left", "right", "velocity"] if (
+            _chain(shapes["left"], shapes["right"])
+            and shapes["coefficients"] == shapes["velocity"] == shapes["right"][:1]
+            and found["coefficients"].dtype == found["velocity"].dtype == torch.float64
+        ):
+            return MovingLowRank.of(**found)
+        case ["W"] if len(shapes["W"]) == 2:
+            return Dense(**found)
+        case ["W", "velocity"] if len(shapes["W"]) == 2 and shapes["velocity"] == shapes["W"]:
+            return MovingDense(**found)
+    raise ValueError(f"{shapes}: it must be U and V that chain, or W alone; or the same with its velocity")
 
 
 def _chain(left: tuple[int, ...], right: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, one_line_errors, print_json
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
     from fedex_lora.engines.flower._files import Startable
@@ -212,7 +212,4 @@ def worker(
 
 
 def _require_flower() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("flwr") is None:
-        raise UsageError("Flower is not installed: pip install '.[flower]'")
+    require_extra("flwr", "flower", "federations over Flower")

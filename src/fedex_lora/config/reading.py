@@ -47,9 +47,9 @@ def read_config(path: Path, overrides: Sequence[str] = (), begun: Path | None = 
         overrides: `a.b=v`.
         begun: a run folder that goes on: what the file does not say is as the run began, whatever today's defaults are.
     """
-    tree = _tree(path)
+    tree = toml_tree(path)
     if begun is not None and (begun / "config.toml").is_file():
-        tree = _over(_tree(begun / "config.toml"), tree)
+        tree = _over(toml_tree(begun / "config.toml"), tree)
     given = {override.partition("=")[0].strip() for override in overrides}
     return _with_absolute_paths(parse_config(overridden(tree, overrides)), path.parent, given)
 
@@ -64,13 +64,14 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return {**below, **above, **both}
 
 
-def _tree(path: Path) -> dict[str, Any]:
+def toml_tree(path: Path) -> dict[str, Any]:
+    """A TOML file as plain values; a `ConfigError` says why there are none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give the path of a TOML file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file that this user can read") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 

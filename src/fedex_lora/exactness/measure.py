@@ -8,7 +8,7 @@ rows of `METHODS`.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from fedex_lora.aggregation import get_method
 from fedex_lora.exactness.algebra import effective_rank, image, norm, relative_error, summed, worst
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, Motion, ServerState
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def ideal_update(
             terms += _times(weights[update.client_id], (held or {}).get(update.client_id, {}), module)
         return summed(terms + _times(1.0, base_delta, module))
 
-    return _Made(updates[0].adapter, of)
+    return Made(updates[0].adapter, of)
 
 
 def moved_ideal(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], motion: Motion) -> Mapping[str, Delta]:
@@ -90,7 +92,7 @@ def moved_ideal(ideal: Mapping[str, Delta], base_delta: Mapping[str, Delta], mot
         terms: list[tuple[float, Delta]] = [(motion.learning_rate, ideal[module]), (1 - motion.learning_rate, here[module])]
         return summed(terms + _times(motion.momentum, motion.change, module))
 
-    return _Made(ideal, of)
+    return Made(ideal, of)
 
 
 def change_error(before: Mapping[str, Delta], after: Mapping[str, Delta], recorded: Mapping[str, Delta]) -> dict[str, float]:
@@ -109,16 +111,16 @@ def change_error(before: Mapping[str, Delta], after: Mapping[str, Delta], record
 
 def effective_update(adapter: Adapter, base_delta: Mapping[str, Delta]) -> Mapping[str, Delta]:
     """`D + s B A` per module, in fp64: what a model with these factors has beside W0."""
-    return _Made(adapter, lambda module: summed([(1.0, _product(adapter[module])), *_times(1.0, base_delta, module)]))
+    return Made(adapter, lambda module: summed([(1.0, _product(adapter[module])), *_times(1.0, base_delta, module)]))
 
 
-class _Made(Mapping[str, Delta]):
-    """Module path -> what a function makes of it, anew whenever it is asked for."""
+class Made(Mapping[str, T]):
+    """Name -> what a function makes of it, anew whenever it is asked for."""
 
-    def __init__(self, modules: Iterable[str], make: Callable[[str], Delta]) -> None:
+    def __init__(self, modules: Iterable[str], make: Callable[[str], T]) -> None:
         self._modules, self._make = dict.fromkeys(modules), make
 
-    def __getitem__(self, module: str) -> Delta:
+    def __getitem__(self, module: str) -> T:
         if module not in self._modules:
             raise KeyError(module)
         return self._make(module)
@@ -166,7 +168,7 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
 def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> Mapping[str, Delta]:
     """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round. Made when it is asked for."""
     ideal = ideal_update({}, updates, result.weights)
-    return _Made(result.adapter, lambda module: summed([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))]))
+    return Made(result.adapter, lambda module: summed([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))]))
 
 
 def per_module(deviation: Exactness, adapter: Adapter) -> dict[str, list[Any]]:

@@ -1,6 +1,5 @@
 """Adapters from elsewhere: aggregate PEFT folders exactly, with no model, no training and no server."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora import __version__
-from fedex_lora.aggregation import Method, aggregate, get_method, in_order, normalised_weights, require_same_structure
+from fedex_lora.aggregation import Method, aggregate, get_method, normalised_weights
 from fedex_lora.aggregation import server_state as server
+from fedex_lora.aggregation.engine import in_order, require_same_structure
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import Truncation
 from fedex_lora.errors import UsageError
@@ -57,45 +57,6 @@ class AggregationJob:
     keep_updates: bool
     audit: How
     blockless: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an aggregation left behind.
-
-    Attributes:
-        weights: client -> p_i.
-        modules, trainable_rank, residual_rank: how many, and their largest ranks.
-        errors, deviation: of the result, and of plain averaging, against the ideal in fp64; None: not measured.
-        seconds, audit_seconds: in all, and of that for the errors.
-        dense_modules: how many gained a matrix.
-        adapter: is there a stand-alone adapter?
-        error_estimated: on random directions?
-        tail, warning: of a truncation (`measure.tail`, `measure.useless_truncation`).
-    """
-
-    weights: Mapping[str, float]
-    modules: int
-    trainable_rank: int
-    residual_rank: int
-    errors: measure.Exactness | None
-    deviation: measure.Exactness | None
-    seconds: float
-    audit_seconds: float
-    dense_modules: int = 0
-    adapter: bool = True
-    error_estimated: bool = False
-    tail: float = 0.0
-    warning: str | None = None
-
-    def numbers(self) -> dict[str, Any]:
-        """As the command prints them."""
-        return {
-            **{key: value for key, value in vars(self).items() if key != "errors"},
-            "max_relative_error": self.errors.max_relative_error if self.errors else None,
-            "total_relative_error": self.errors.total_relative_error if self.errors else None,
-            "deviation": self.deviation.total_relative_error if self.deviation else None,
-        }
 
 
 def aggregate_folders(
@@ -161,8 +122,8 @@ def aggregate_folders(
         "method": method,
         "exact_method": row.exact,
         "base_model": like.config["base_model_name_or_path"],
-        **outcome.numbers(),
-        "weights": {name: outcome.weights[name] for name in names},
+        **outcome,
+        "weights": {name: outcome["weights"][name] for name in names},
         "notes": [one.rule.told(str(folder)) for folder, one in zip(folders, described, strict=True) if one.rule],
         "out": str(out),
         **({"for_parties": str(parties)} if parties else {}),
@@ -193,17 +154,22 @@ def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Forma
         "task_type": like.config.get("task_type"),
         **({"frozen": sorted(like.frozen)} if like.frozen else {}),
         "sources": [str(folder) for folder in folders],
-        "total_weight": float(len(folders))
-        if weights is None
-        else math.fsum(weights)
-        if math.isfinite(sum(weights))
-        else math.inf,  # which is refused
+        "total_weight": float(len(folders) if weights is None else sum(weights)),  # what is infinite is refused
         "versions": {"fedex-lora": __version__},
     }
 
 
-def _from_files(job: AggregationJob) -> Outcome:
-    """From files to files."""
+def _measured(errors: measure.Exactness | None, deviation: measure.Exactness | None) -> dict[str, float | None]:
+    """The errors of the result, and of plain averaging, against the ideal in fp64; None: not measured."""
+    return {
+        "max_relative_error": errors.max_relative_error if errors else None,
+        "total_relative_error": errors.total_relative_error if errors else None,
+        "deviation": deviation.total_relative_error if deviation else None,
+    }
+
+
+def _from_files(job: AggregationJob) -> dict[str, Any]:
+    """From files to files: the numbers of the result."""
     started = time.perf_counter()
     updates = [ClientUpdate(name, one.folder.adapter, 1, one.folder.other) for name, one in job.files.items()]
     ordered, p = in_order(updates, normalised_weights(updates, "uniform" if job.weights is None else job.weights))
@@ -211,22 +177,23 @@ def _from_files(job: AggregationJob) -> Outcome:
     round = StreamJob(job.row, [job.files[update.client_id] for update in ordered], ordered, p, job.format)
     audit = None if job.audit == "none" else Audit(exact=job.audit == "exact" or (job.audit == "auto" and audit_is_cheap(round)))
     write_streamed(job.out, round, job.facts, job.keep_updates, audit, job.blockless)
-    return Outcome(
-        weights=round.weights,
-        modules=len(round.adapter),
-        trainable_rank=max(pair.rank for pair in round.adapter.values()),
-        residual_rank=max(min(round.rest_rank(module), *pair.shape) for module, pair in round.adapter.items()),
-        errors=audit.exactness() if audit else None,
-        deviation=audit.deviation() if audit else None,
-        seconds=time.perf_counter() - started,
-        audit_seconds=audit.seconds if audit else 0.0,
-        dense_modules=sum(round.rest_rank(module) > 0 and round.dense(module) for module in round.adapter),
-        adapter=round.standalone is not None,
-        error_estimated=bool(audit and not audit.exact),
-    )
+    return {
+        "weights": round.weights,
+        "modules": len(round.adapter),
+        "trainable_rank": max(pair.rank for pair in round.adapter.values()),
+        "residual_rank": max(min(round.rest_rank(module), *pair.shape) for module, pair in round.adapter.items()),
+        **_measured(audit.exactness() if audit else None, audit.deviation() if audit else None),
+        "seconds": time.perf_counter() - started,
+        "audit_seconds": audit.seconds if audit else 0.0,
+        "dense_modules": sum(round.rest_rank(module) > 0 and round.dense(module) for module in round.adapter),
+        "adapter": round.standalone is not None,
+        "error_estimated": bool(audit and not audit.exact),
+        "tail": 0.0,
+        "warning": None,
+    }
 
 
-def _in_memory(job: AggregationJob, truncation: Truncation | None) -> Outcome:
+def _in_memory(job: AggregationJob, truncation: Truncation | None) -> dict[str, Any]:
     """Everything read first: ranks that differ, other layers, truncation, an earlier result."""
     started = time.perf_counter()
     read = {name: file.read() for name, file in job.files.items()}
@@ -253,18 +220,20 @@ def _in_memory(job: AggregationJob, truncation: Truncation | None) -> Outcome:
     audit_seconds = time.perf_counter() - measured
     kept = job.files if job.keep_updates else {}
     write_result(job.out, after, updates, result.weights, format, job.facts, before.base_delta, held=held, standalone=True, kept=kept)
-    return Outcome(
-        weights=result.weights,
-        modules=len(after.adapter),
-        trainable_rank=max(pair.rank for pair in after.adapter.values()),
-        residual_rank=max((gain.rank for gain in result.residual.values()), default=0),
-        errors=errors,
-        deviation=deviation,
-        seconds=time.perf_counter() - started,
-        audit_seconds=audit_seconds,
-        tail=measure.tail(result),
-        warning=measure.useless_truncation(result),
-    )
+    return {
+        "weights": result.weights,
+        "modules": len(after.adapter),
+        "trainable_rank": max(pair.rank for pair in after.adapter.values()),
+        "residual_rank": max((gain.rank for gain in result.residual.values()), default=0),
+        **_measured(errors, deviation),
+        "seconds": time.perf_counter() - started,
+        "audit_seconds": audit_seconds,
+        "dense_modules": 0,
+        "adapter": True,
+        "error_estimated": False,
+        "tail": measure.tail(result),
+        "warning": measure.useless_truncation(result),
+    }
 
 
 def _require_global_model(row: Method, truncation: Truncation | None) -> None:

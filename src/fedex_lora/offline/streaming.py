@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation import Batch, BatchResult, ClientStack, Method, mean_of, shape_batches, splits
+from fedex_lora.aggregation import ClientStack, Method
+from fedex_lora.aggregation.batching import shape_batches
+from fedex_lora.aggregation.engine import BatchResult, mean_of, splits
 from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError
@@ -191,7 +193,7 @@ def _adapter_shapes(modules: Sequence[str], adapter: Mapping[str, LoRAPair]) -> 
     }
 
 
-def _batches(round: StreamJob, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[Batch]:
+def _batches(round: StreamJob, order: Sequence[Sequence[str]], audit: Audit | None) -> Iterator[ClientStack]:
     """The modules' factors of all clients, read into memory that the next batch uses again."""
     space = torch.empty(0)
     for modules in order:
@@ -216,7 +218,7 @@ def _batches(round: StreamJob, order: Sequence[Sequence[str]], audit: Audit | No
             B = B.clone() if audit else B  # the audit goes on from what was read
             for index, client in product(range(len(modules)), range(len(round.files))):
                 B[index, client] = (B[index, client].double() * (scalings[index][client] / first.scaling)).float()
-        yield Batch(modules, ClientStack(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0), first.scaling)
+        yield ClientStack(A=A, B=B.mT, p=A.new_tensor(round.p), modules=modules, seed=0, scaling=first.scaling)
 
 
 def _write_module(

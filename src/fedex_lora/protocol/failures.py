@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from fedex_lora.errors import FedexLoraError
+from fedex_lora.errors import FedexLoraError, counted
 
 WORDS: Final[Mapping[str, str]] = {
     "unexpected": "an error that was not foreseen",
@@ -79,13 +79,9 @@ class Failure:
         if self.code not in WORDS:  # a text, by mistake: it stays here
             object.__setattr__(self, "code", "unexpected")
 
-    @property
-    def words(self) -> str:
-        """What is wrong, without where to read more."""
-        return WORDS[self.code] + (f": {self.rows} row{'' if self.rows == 1 else 's'}" if self.rows else "")
-
     def __str__(self) -> str:
-        return f"{self.words}; the details are in the party's log"
+        rows = f": {counted(self.rows, 'row')}" if self.rows else ""
+        return f"{WORDS[self.code]}{rows}; the details are in the party's log"
 
     @property
     def private(self) -> "Failure":
@@ -96,16 +92,6 @@ class Failure:
             (Failure(code='privacy', rows=0), Failure(code='base', rows=0))
         """
         return Failure(self.code if self.code in BESIDE_ROWS else "privacy")
-
-    @property
-    def of_the_run(self) -> bool:
-        """Is it of no use to ask again, because only the run's configuration can mend it?"""
-        return self.code in OF_THE_RUN
-
-    @property
-    def lacks(self) -> bool:
-        """Could it not even begin, for want of what the message counts on?"""
-        return self.code == "lacks"
 
 
 def told_to_end(error: BaseException) -> bool:
@@ -155,15 +141,9 @@ def failure_of(error: BaseException) -> Failure:
     """What may be told of an error, whoever raised it: nothing of its text, and of foreign ones not even the name of their class."""
     if isinstance(error, FedexLoraError):
         return Failure(error.code, error.rows)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+    if "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}:
         return Failure("memory")
-    if isinstance(error, UnicodeError):
-        return Failure("encoding")
-    if isinstance(error, ImportError):
-        return Failure("package")
-    if isinstance(error, FileNotFoundError):
-        return Failure("file")
-    if isinstance(error, OSError):
-        return Failure("disk" if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) else "storage")
-    return Failure("unexpected")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        return Failure("disk")
+    codes = {MemoryError: "memory", UnicodeError: "encoding", ImportError: "package", FileNotFoundError: "file", OSError: "storage"}
+    return Failure(next((code for kind, code in codes.items() if isinstance(error, kind)), "unexpected"))

@@ -11,7 +11,6 @@ belong to nothing. What these checks allocate is bounded by the size of a header
 import json
 import math
 import struct
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from blake3 import blake3
@@ -78,16 +77,6 @@ def split(payload: bytes, envelope_limit: int) -> tuple[str, memoryview]:
         raise WireError("the message's envelope is not UTF-8") from None
 
 
-def require_digest(body: memoryview, declared: str) -> None:
-    """The body is the one that the envelope names. (Against accidents: who alters a message on purpose can name the new digest.)
-
-    Raises:
-        WireError: else.
-    """
-    if digest(body) != declared:
-        raise WireError("the message's checksum is wrong: it was altered on the way; send it again")
-
-
 def read_body_table(body: memoryview, header_limit: int) -> tuple[str, dict[str, BodyEntry]]:
     """The text of the body's own header, and name -> `BodyEntry`, after every check that needs no tensor.
 
@@ -98,25 +87,20 @@ def read_body_table(body: memoryview, header_limit: int) -> tuple[str, dict[str,
     Raises:
         WireError: with the first thing that is wrong, in one line.
     """
-    size = _header_size(body, header_limit)
-    table = _parsed(bytes(body[8 : 8 + size]))
-    about = table.pop("__metadata__", None)
-    if not isinstance(about, dict) or about.keys() != {"header"} or not isinstance(about["header"], str):
-        raise WireError("the message has no header of this protocol")
-    entries = {_safe(name): _entry(name, entry) for name, entry in table.items()}
-    _require_covered(entries, len(body) - 8 - size)
-    return about["header"], entries
-
-
-def _header_size(body: memoryview, limit: int) -> int:
     if len(body) < 8:
         raise WireError(f"a message whose body has {len(body)} bytes is too short")
     (size,) = struct.unpack("<Q", body[:8])
     if size > len(body) - 8:
         raise WireError("the message is truncated: its header is longer than its body")
-    if size > limit:
-        raise WireError(f"the message's header has {size} bytes where at most {limit} were expected")
-    return int(size)
+    if size > header_limit:
+        raise WireError(f"the message's header has {size} bytes where at most {header_limit} were expected")
+    table = _parsed(bytes(body[8 : 8 + size]))
+    about = table.pop("__metadata__", None)
+    if not isinstance(about, dict) or about.keys() != {"header"} or not isinstance(about["header"], str):
+        raise WireError("the message has no header of this protocol")
+    entries = {name: _entry(name, entry) for name, entry in table.items()}
+    _require_covered(entries, len(body) - 8 - size)
+    return about["header"], entries
 
 
 def _parsed(header: bytes) -> dict[str, Any]:
@@ -155,13 +139,9 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _safe(name: str) -> str:
+def _entry(name: str, entry: Any) -> BodyEntry:
     if len(name) > NAME or not name.isprintable():
         raise WireError(f"tensor {shown(name)} has a name that is too long or not printable")
-    return name
-
-
-def _entry(name: str, entry: Any) -> BodyEntry:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         known = len(entry) == 3 and all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end))
@@ -182,14 +162,3 @@ def _require_covered(entries: dict[str, BodyEntry], size: int) -> None:
         place = entry.end
     if place != size:
         raise WireError(f"{size} bytes of tensors arrived and {place} are described: the message is truncated, or has bytes to spare")
-
-
-def require_same_names(here: Sequence[str], there: Sequence[str]) -> None:
-    """The tensors that arrived are those that were declared.
-
-    Raises:
-        WireError: with one that is odd.
-    """
-    for what, names in (("not declared", set(here) - set(there)), ("missing", set(there) - set(here))):
-        if names:
-            raise WireError(f"tensor {shown(min(names))} is {what} ({len(names)} such in all)")

@@ -20,7 +20,7 @@ from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.dumps import apart
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.frame import BodyEntry, digest, join, read_body_table, require_digest, require_same_names, shown, split
+from fedex_lora.protocol.frame import BodyEntry, digest, join, read_body_table, shown, split
 from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header, uncountable
 from fedex_lora.protocol.sync_tensors import catch_up_of, catch_up_tensors
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
@@ -215,7 +215,10 @@ def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: 
     ):
         if here != there:
             raise WireError(f"the update's {name} is {shown(here)}, this round declared {shown(there)}")
-    _require_countable(answer, request.kind, max_examples)
+    if wrong := uncountable(answer.num_examples, request.kind, max_examples):
+        raise WireError(wrong)
+    if not 0 <= (rows := answer.metrics.get("held_out_rows", 0)) <= max_examples:
+        raise WireError(f"held_out_rows is {rows:g}: it must be from 0 to messages.max_examples = {max_examples}")
     tensors = _tensors(bytes_of, entries, answer.body)
     return ClientUpdate(
         client_id=answer.client,
@@ -232,17 +235,11 @@ def declared_bytes(expected: Mapping[str, Tensor]) -> tuple[int, int]:
     return header, 64 + ENVELOPE + header + sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
 
 
-def _require_countable(answer: Answer, kind: str, most: int) -> None:
-    if wrong := uncountable(answer.num_examples, kind, most):
-        raise WireError(wrong)
-    rows = answer.metrics.get("held_out_rows", 0)
-    if not 0 <= rows <= most:
-        raise WireError(f"held_out_rows is {rows:g}: it must be from 0 to messages.max_examples = {most}")
-
-
 def _require_declared(entries: Mapping[str, BodyEntry], expected: Mapping[str, Tensor]) -> None:
     """Names, shapes and dtypes as declared, before a tensor is made of the message."""
-    require_same_names(list(entries), list(expected))
+    for what, names in (("not declared", entries.keys() - expected.keys()), ("missing", expected.keys() - entries.keys())):
+        if names:
+            raise WireError(f"tensor {shown(min(names))} is {what} ({len(names)} such in all)")
     for name, tensor in expected.items():
         entry = entries[name]
         if entry.shape != tuple(tensor.shape):
@@ -276,7 +273,8 @@ def _tensors(body: memoryview, entries: Mapping[str, BodyEntry], declared: str) 
     Raises:
         WireError: the body is not the one that was declared, a dtype is not one of factors, or a number is not finite.
     """
-    require_digest(body, declared)
+    if digest(body) != declared:  # against accidents: who alters a message on purpose can name the new digest
+        raise WireError("the message's checksum is wrong: it was altered on the way; send it again")
     data, tensors = body[len(body) - max((entry.end for entry in entries.values()), default=0) :], dict[str, Tensor]()
     for name, entry in entries.items():
         if entry.dtype not in _TORCH:

@@ -11,18 +11,7 @@ from fedex_lora.protocol.frame import shown, strict_json
 
 SCHEMA = 2
 METRICS, METRIC = 64, re.compile(r"[A-Za-z0-9_.@/ +-]{1,64}")
-RESERVED_METRICS = {
-    "event",
-    "time",
-    "path",
-    "self",
-    "round",
-    "client",
-    "num_examples",
-    "bytes_up",
-    "late",
-    "name",
-}  # names of an event's own fields
+RESERVED_METRICS = frozenset("event time path self round client num_examples bytes_up late name".split())  # names of an event's own fields
 BASE = 100  # characters of a base's name
 LARGEST = 1e100  # of a metric: sums of such numbers stay finite
 
@@ -175,11 +164,7 @@ def parse_envelope(text: str) -> Envelope:
 
 
 def parse_header(text: str) -> BodyHeader:
-    """The record in a body's header.
-
-    Raises:
-        WireError: it is none of this version.
-    """
+    """The record in a body's header; see `parse_envelope`."""
     return _checked("header", text, TypeAdapter(BodyHeader))
 
 

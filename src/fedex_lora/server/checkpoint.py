@@ -60,15 +60,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         UsageError: another version wrote it.
     """
     result, (tensors, about) = read_result(folder), _read(folder)
-    stored = ServerState(
-        method=result.manifest["method"],
-        round=int(result.manifest["round"]),
-        adapter=result.adapter,
-        base_delta=result.base_delta,
-        other=result.other,
-    )
     try:
-        state, registry = server_state_of(tensors, about, stored)
+        state, registry = server_state_of(tensors, about, result)
         return Checkpoint(state, registry, dict(about["held_out"]), about["done"], about["skipped"])
     except (StorageError, KeyError, ValueError, TypeError) as error:
         raise _odd(folder, error) from None

@@ -5,12 +5,11 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from fedex_lora.aggregation import ALIGNED, METHODS, Method, derive_seed, get_method
+from fedex_lora.aggregation import METHODS, Method, derive_seed, get_method
+from fedex_lora.aggregation.factorizations import ALIGNED
 from fedex_lora.config import Config, Rules, ServerOptimizer, Truncation
-from fedex_lora.errors import ConfigError, WireError
+from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.settings import require_private
-from fedex_lora.protocol.messages import envelope_of
-from fedex_lora.protocol.records import Answer
 
 
 def require_consistent(config: Config, clients: int) -> None:
@@ -136,22 +135,6 @@ def below_quorum(round: int, updates: int, asked: int, rejected: Sequence[tuple[
     who = "; ".join(f"client {client}: {reason}" for client, reason in rejected[:5]) or "the others did not answer"
     more = f" (and {len(rejected) - 5} more)" if len(rejected) > 5 else ""
     return f"round {round} has {updates} updates of {asked} clients and needs {needed}: {who}{more}"
-
-
-def base_of_all(known: str, payload: bytes) -> str:
-    """The name of the base that all stand on, after a valid answer.
-
-    Args:
-        known: "" before anybody has said it.
-        payload: the answer.
-
-    Raises:
-        WireError: it is of another base.
-    """
-    said = envelope_of(payload, Answer)[0].base
-    if known and said not in ("", known):
-        raise WireError("its base model is not the others': give all the same model, revision and precision")
-    return known or said
 
 
 def sample(clients: Collection[str], fraction: float, seed: int, round: int) -> list[str]:

@@ -18,8 +18,8 @@ from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import CatchUp, Log
 from fedex_lora.protocol.messages import Body, Download
 from fedex_lora.protocol.records import Request
-from fedex_lora.server.context import Unanswered
-from fedex_lora.server.registry import ClientRegistry
+from fedex_lora.server.registry import ClientRegistry, Unanswered
+from fedex_lora.storage.result import StoredResult
 from fedex_lora.types import Delta, LowRank, MovingDense, MovingLowRank, ServerState
 
 
@@ -89,7 +89,7 @@ def server_table(state: ServerState, registry: ClientRegistry, whole: bool) -> t
 
 
 def server_state_of(
-    tensors: Mapping[str, Tensor], about: Mapping[str, Any], stored: ServerState | None = None
+    tensors: Mapping[str, Tensor], about: Mapping[str, Any], stored: StoredResult | None = None
 ) -> tuple[ServerState, ClientRegistry]:
     """The inverse of `server_table`.
 
@@ -108,8 +108,8 @@ def server_state_of(
             adapter = unflatten_adapter("adapter", about["adapter"], {**flatten_adapter("adapter", stored.adapter), **tensors})
             base_delta, other = base_delta_of(tensors, about, stored.base_delta), dict(stored.other)
         state = ServerState(
-            method=about["method"] if stored is None else stored.method,
-            round=int(about["round"] if stored is None else stored.round),
+            method=about["method"],
+            round=int(about["round"]),
             adapter={module: adapter[module] for module in about["adapter"]},
             base_delta={module: base_delta[module] for module in about["base_delta"]},
             other={name: other[name] for name in about["other"]},

@@ -37,13 +37,9 @@ def size_of(update: ClientUpdate, start: Adapter, other: Mapping[str, Tensor]) -
         start: module path -> the factors that the client started from.
         other: the other tensors that it started from.
     """
-    moved, apart = list[float](), list[float]()
-    for module, pair in update.adapter.items():
-        product, factors = _moved(pair, start[module])
-        moved.append(product)
-        apart.append(factors)
+    moved = [_moved(pair, start[module]) for module, pair in update.adapter.items()]
     rest = [_distance(tensor, other[name]) for name, tensor in update.other.items()]
-    return Size(math.hypot(*moved), math.hypot(*apart), math.hypot(*rest))
+    return Size(math.hypot(*(product for product, _ in moved)), math.hypot(*(factors for _, factors in moved)), math.hypot(*rest))
 
 
 def _moved(pair: LoRAPair, start: LoRAPair) -> tuple[float, float]:

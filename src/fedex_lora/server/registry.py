@@ -1,6 +1,6 @@
 """What the server remembers of its clients from round to round: which base and adapter version each client holds."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,7 +9,8 @@ from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas
 from fedex_lora.config import Rules
 from fedex_lora.protocol.delta_sync import CatchUp, Log, lacking, pruned
 from fedex_lora.protocol.dumps import tensors_digest
-from fedex_lora.types import Adapter, Aggregate, ServerState
+from fedex_lora.protocol.messages import Download
+from fedex_lora.types import Adapter, Aggregate, LowRank, ServerState
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,3 +117,34 @@ class ClientRegistry:
             last_accepted={client: number for client, number in self.last_accepted.items() if client in clients},
             pending_rejection={client: why for client, why in self.pending_rejection.items() if client in clients},
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Unanswered:
+    """The messages of a round that were not answered in it, and what the base has gained since they were sent."""
+
+    downloads: Mapping[str, Download] = field(default_factory=dict)
+    gained: Mapping[str, LowRank] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class ServerContext:
+    """Where a run is; a round that ends puts the next values in place.
+
+    Attributes:
+        rules, ranks, run: see `Server`.
+        clients: the names of all clients, sorted.
+        state: after the last round.
+        registry: what is remembered of the clients.
+        unanswered: the messages of the round before that nobody answered.
+        base: what its clients' models stand on, see `Server`; "" until it is known.
+    """
+
+    rules: Rules
+    clients: Sequence[str]
+    ranks: Mapping[str, int]
+    run: str
+    state: ServerState
+    registry: ClientRegistry
+    unanswered: Unanswered = field(default_factory=Unanswered)
+    base: str = ""

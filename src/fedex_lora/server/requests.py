@@ -9,7 +9,7 @@ from fedex_lora.aggregation import server_state as states
 from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.messages import Body, Download, Encoded, encode_body, message
 from fedex_lora.protocol.records import Request
-from fedex_lora.server.context import ServerContext
+from fedex_lora.server.registry import ServerContext
 from fedex_lora.types import Adapter, LowRank
 
 Phase: TypeAlias = Literal["train", "evaluate"]

@@ -59,16 +59,7 @@ def result_of(
     pace: ServerOptimizer,
     base: str = "",
 ) -> Result:
-    """The result of a round, measured: from what the participants sent, never from what the server made of it.
-
-    Args:
-        before, state: the server before and after.
-        aggregate: of the round.
-        updates: that it was made of.
-        held: what single participants held beside the base delta before.
-        pace: momentum and learning rate of the server.
-        base: the name of the base.
-    """
+    """The result of a round, measured: from what the participants sent, never from what the server made of it. See `Result`."""
     motion = states.motion_of(before, pace)
     if not state.adapter or get_method(state.method).exactness == "personalised":
         return Result(before, state, updates, aggregate, held, motion, {}, None, {}, base)

@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
-from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.messages import Download, answer_in, decode_update
-from fedex_lora.protocol.records import Apology, elsewhere
-from fedex_lora.server.checks import base_of_all, below_quorum, quorum
-from fedex_lora.server.context import ServerContext, Unanswered
+from fedex_lora.protocol.failures import OF_THE_RUN, Failure
+from fedex_lora.protocol.messages import Download, answer_in, decode_update, envelope_of
+from fedex_lora.protocol.records import Answer, Apology, elsewhere
+from fedex_lora.server.checks import below_quorum, quorum
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
+from fedex_lora.server.registry import ServerContext, Unanswered
 from fedex_lora.server.requests import LazyMessages, Phase, Requests
 from fedex_lora.server.result import Result, result_of
 from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Receipt, Rejected, Short, Verdict, printable
@@ -116,7 +116,10 @@ class Round:
     def _decoded(self, payload: bytes, sent: Download) -> ClientUpdate:
         withheld = get_method(sent.body.method).withheld(sent.request.round)
         update = decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
-        self._server.base = base_of_all(self._server.base, payload)
+        known, said = self._server.base, envelope_of(payload, Answer)[0].base
+        if known and said not in ("", known):
+            raise WireError("its base model is not the others': give all the same model, revision and precision")
+        self._server.base = known or said
         return update
 
     def _of_the_round_before(self, client: str, payload: bytes) -> Verdict | None:
@@ -136,9 +139,9 @@ class Round:
         return Rejected(client, number, f"it answered in round {self.number} only: too late (clients.late = 'refuse')")
 
     def _apology(self, client: str, failure: Failure) -> Verdict:
-        if failure.lacks and not self._requests.asked[client].request.full:
+        if failure.code == "lacks" and not self._requests.asked[client].request.full:
             return NeedsFull(client, self.number, str(failure))
-        return Failed(client, self.number, f"it failed: {failure}", failure.of_the_run, failure.code)
+        return Failed(client, self.number, f"it failed: {failure}", failure.code in OF_THE_RUN, failure.code)
 
     def _record(self, verdict: Verdict) -> None:
         client = verdict.client

@@ -11,9 +11,8 @@ from fedex_lora.config import Rules
 from fedex_lora.errors import UsageError
 from fedex_lora.protocol.dumps import pack, unpack
 from fedex_lora.server.checks import require_rules, sample
-from fedex_lora.server.context import ServerContext, Unanswered
 from fedex_lora.server.dump import server_state_of, server_table, unanswered_of, unanswered_table
-from fedex_lora.server.registry import ClientRegistry
+from fedex_lora.server.registry import ClientRegistry, ServerContext, Unanswered
 from fedex_lora.server.requests import Phase
 from fedex_lora.server.round import Round
 from fedex_lora.server.verdicts import Rejected, Verdict, printable

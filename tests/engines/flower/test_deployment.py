@@ -135,7 +135,7 @@ from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedex_lora.engines.flower._messages import Envelope, to_record
+from fedex_lora.engines.flower._messages import to_record
 from fedex_lora.engines.flower.client import client_app
 
 honest = client_app(Path(__file__).with_name("config.toml"))
@@ -148,7 +148,7 @@ def train(message, context):
     if round == "1":
         return 1 / 0
     if round == "2":
-        return Message(to_record(Envelope(os.urandom(70_000), {})), reply_to=message)
+        return Message(to_record(os.urandom(70_000), {}), reply_to=message)
     if round == "3":
         return Message(RecordDict(), reply_to=message)
     return honest(message, context)

@@ -9,7 +9,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
+from fedex_lora.engines.flower._messages import from_record, to_record
 from fedex_lora.protocol.messages import envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.listening import Reply
@@ -130,7 +130,7 @@ class GridExchange:
         """The message's round, if Flower took it. Its bytes are held no longer than this takes."""
         payload = messages[client]
         round = envelope_of(payload, Request, len(payload))[0].round
-        content = to_record(Envelope(payload, {**self._about, "client": client}))
+        content = to_record(payload, {**self._about, "client": client})
         message = Message(content=content, dst_node_id=seat.node, message_type="train", group_id=str(round))
         taken = [identity for identity in self._grid.push_messages([message]) if identity]
         self._asked |= {identity: _PendingRequest(client, round, seat) for identity in taken}
@@ -159,4 +159,4 @@ def _reply(client: str, round: int, message: Message) -> Reply:
     packet = from_record(message)
     if packet is None:
         return Reply(client, None, "its answer is not of this protocol: is fedex-lora there the same version?", round)
-    return Reply(client, packet.payload, round=round)
+    return Reply(client, packet[0], round=round)

@@ -4,7 +4,6 @@ import datetime
 import os
 import re
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 
 from fedex_lora.config import located, nearest
+from fedex_lora.config.reading import toml_tree
 from fedex_lora.engines.flower import ENVIRONMENT
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings, read_settings
 from fedex_lora.errors import ConfigError, FedexLoraError
@@ -87,7 +87,7 @@ def node_file(path: Path) -> Startable:
     Raises:
         ConfigError: it is not there, or is not TOML.
     """
-    tree = _tree(path)
+    tree = toml_tree(path)
     given, problems = _read(tree, path.absolute().parent, Supernode, NodeSettings)
     problems += [f"{name} is missing: add it" for name in ("superlink", "auth_supernode_private_key") if not given.get(name)]
     address = str(given.get("superlink", ""))
@@ -109,7 +109,7 @@ def server_file(path: Path) -> Startable:
     Raises:
         ConfigError: it is not there, or is not TOML.
     """
-    tree, folder = _tree(path), path.absolute().parent
+    tree, folder = toml_tree(path), path.absolute().parent
     named = tree.pop("nodes", {})
     given, problems = _read(tree, folder, Superlink)
     given = {"host": Superlink.host, "port": Superlink.port, **given}
@@ -150,15 +150,6 @@ def node_words(settings: Mapping[str, Any]) -> str:
 def flower_environment() -> dict[str, str]:
     """Of every process of Flower: nothing is told to anybody outside the federation, and our interpreter's commands come first."""
     return {**os.environ, **ENVIRONMENT, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file that this user can read") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
 def _read(tree: Mapping[str, Any], folder: Path, *kinds: type) -> tuple[dict[str, Any], list[str]]:
@@ -205,20 +196,16 @@ def _of_the_hub(model: str, folder: Path) -> bool:
     return not model.startswith((".", "/", "~")) and not (folder / model).exists()
 
 
-def _file(path: Path) -> str:
+def _file(path: Path, folder: bool = False) -> str:
     if not path.exists():
         return f"{path} does not exist"
-    if not path.is_file():
-        return f"{path} is no file"
-    return "" if os.access(path, os.R_OK) else f"this user cannot read {path}"
+    if not (path.is_dir() if folder else path.is_file()):
+        return f"{path} is no {'folder' if folder else 'file'}"
+    return "" if os.access(path, os.R_OK | os.X_OK * folder) else f"this user cannot read {path}"
 
 
 def _folder(path: Path) -> str:
-    if not path.exists():
-        return f"{path} does not exist"
-    if not path.is_dir():
-        return f"{path} is no folder"
-    return "" if os.access(path, os.R_OK | os.X_OK) else f"this user cannot read {path}"
+    return _file(path, folder=True)
 
 
 def _state(path: Path) -> str:

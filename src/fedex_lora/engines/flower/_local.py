@@ -19,6 +19,7 @@ import tomli_w
 
 from fedex_lora.engines.flower._files import flower_environment
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
+from fedex_lora.engines.flower._register import listens
 from fedex_lora.errors import FedexLoraError, TrainingError
 from fedex_lora.storage.events import RunDone, read_events
 
@@ -121,7 +122,12 @@ class LocalDeployment:
         else:
             files = {"ssl_certfile": "server.pem", "ssl_keyfile": "server.key", "ssl_ca_certfile": "ca.crt"}
             self.start("superlink", self._from_file("server", {"port": self.port, **files}))
-        self.wait_for(lambda: _listens(self.port), 90, "the SuperLink does not listen", "superlink")
+        end = time.monotonic() + 90
+        while not listens("127.0.0.1", self.port):
+            if self.processes["superlink"].poll() is not None or time.monotonic() > end:
+                said = self.log("superlink").strip()[-300:]
+                raise TrainingError(f"the SuperLink does not listen (see {self.folder / 'logs' / 'superlink.log'}): {said}")
+            time.sleep(0.2)
 
     def start_node(self, client: str, **options: str) -> None:
         """A party's process, `flower node`; `options` are of its file, and hold over what it has else."""
@@ -195,25 +201,6 @@ class LocalDeployment:
         if status["status"] != ENDED[0]:
             raise TrainingError(f"the run ended as {status['status']}: {status.get('status-details', '')}: see {self.folder / 'logs'}")
         return status
-
-    def wait_for(self, ready: Any, seconds: float, failure: str, name: str) -> None:
-        """Until `ready()` is true.
-
-        Raises:
-            TrainingError: not in time, or the process `name` has ended.
-        """
-        end = time.monotonic() + seconds
-        while not ready():
-            ended = name in self.processes and self.processes[name].poll() is not None
-            if ended or time.monotonic() > end:
-                raise TrainingError(f"{failure} (see {self.folder / 'logs' / name}.log): {self.log(name).strip()[-300:]}")
-            time.sleep(0.2)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from fedex_lora.client.arguments import spare_devices
 from fedex_lora.client.probe import check_trainer, require_trainable
 from fedex_lora.client.training import ClientData, silence_libraries
 from fedex_lora.config import parse_config
-from fedex_lora.engines.flower._log import log_of
-from fedex_lora.engines.flower._private_rows import UnreadRows, file_digest, private_rows, sample_rows, sample_task
-from fedex_lora.engines.flower._request import NodeRequest
+from fedex_lora.engines.flower._private_rows import file_digest, private_rows, sample_rows, sample_task
+from fedex_lora.engines.flower._request import NodeRequest, log_of
 from fedex_lora.engines.flower._settings import NodeSettings, is_private, node_settings
 from fedex_lora.errors import FedexLoraError, ModelError, StorageError, TrainingError, UsageError
+from fedex_lora.exactness.measure import Made
 from fedex_lora.privacy.account import Account, rows_digest
 from fedex_lora.privacy.settings import require_private
 from fedex_lora.protocol.failures import failure_of, told_to_end
@@ -158,12 +159,13 @@ def _alone(folder: Path, patience: float = 60.0) -> Iterator[None]:
 def _unread(place: ModelContext, client: str, log: logging.Logger) -> tuple[Mapping[str, ClientData], str]:
     """What a private party will train on, and the digest of its file."""
 
-    def read() -> ClientData:
+    @cache
+    def read(name: str) -> ClientData:
         data = private_rows(place, client, log)
         log.info("%s: holds %s", client, _held(data, place.config.task.labels or [], place.work.task))
         return data
 
-    return UnreadRows(client, read), file_digest(place.config.task)
+    return Made([client], read), file_digest(place.config.task)
 
 
 def _rows(

@@ -5,7 +5,7 @@ So whether a party answers, and what it fails with, is the same with one row mor
 
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from blake3 import blake3
@@ -24,32 +24,6 @@ from fedex_lora.tasks._rows import usable_rows
 from fedex_lora.tasks._templates import columns_of, text_of
 
 SAID = "the quick brown fox jumps over the lazy dog"  # long enough for a model to look from one word at another
-
-
-class UnreadRows(Mapping[str, ClientData]):
-    """Client -> its rows, which are read when they are asked for, once.
-
-    Args:
-        client: the only one.
-        read: gives them.
-    """
-
-    def __init__(self, client: str, read: Callable[[], ClientData]) -> None:
-        self._client, self._read = client, read
-        self._rows: ClientData | None = None
-
-    def __getitem__(self, client: str) -> ClientData:
-        if client != self._client:
-            raise KeyError(client)
-        if self._rows is None:
-            self._rows = self._read()
-        return self._rows
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([self._client])
-
-    def __len__(self) -> int:
-        return 1
 
 
 def sample_task(settings: TaskSettings) -> Task:

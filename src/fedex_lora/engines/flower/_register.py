@@ -35,7 +35,7 @@ def register_nodes(server: Startable, tell: Callable[[str], None], patience: flo
     home = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
     connect(home / "config.toml", f"[{host}]:{port}" if ":" in host else f"{host}:{port}", server.given["ssl_ca_certfile"])
     end = time.monotonic() + patience
-    while not _listens(host, port):
+    while not listens(host, port):
         if time.monotonic() > end:
             raise FedexLoraError(f"no SuperLink listens at {host}:{port}: start it by fedex-lora flower server FILE")
         time.sleep(0.2)
@@ -63,7 +63,8 @@ def connect(path: Path, address: str, authority: str) -> None:
         raise UsageError(f"{path} has another server as {CONNECTION_NAME}, {there.get('address')}: rename it there, or set FLWR_HOME")
 
 
-def _listens(host: str, port: int) -> bool:
+def listens(host: str, port: int) -> bool:
+    """Does somebody listen there?"""
     try:
         socket.create_connection((host, port), 1).close()
     except OSError:

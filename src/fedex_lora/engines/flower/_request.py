@@ -1,8 +1,14 @@
-"""What a party is asked, as bytes: from Flower's process to the one that holds the model."""
+"""What a party is asked, as bytes: from Flower's process to the one that holds the model; and its log."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from fedex_lora.engines.flower._settings import NodeSettings, node_settings
+from fedex_lora.errors import ConfigError
+from fedex_lora.runs.party_log import party_log
 
 
 @dataclass(frozen=True)
@@ -35,3 +41,11 @@ class NodeRequest:
         """The inverse of `to_bytes`."""
         words, _, payload = message.partition(b"\n")
         return cls(payload=payload, **json.loads(words))
+
+
+def log_of(node: Mapping[str, Any]) -> logging.Logger:
+    """The log of the party whose node config this is; in the default folder where its settings are wrong."""
+    try:
+        return party_log(node_settings(node).folder)
+    except (ConfigError, RuntimeError):
+        return party_log(NodeSettings().folder)

@@ -215,15 +215,6 @@ def is_private(node: Mapping[str, Any], config: str) -> bool:
         return True
 
 
-def run_settings(given: Mapping[str, Any]) -> RunSettings:
-    """From Flower's run config.
-
-    Raises:
-        ConfigError: see `node_settings`.
-    """
-    return read_settings(RunSettings(), given, "run config")
-
-
 def read_settings(default: T, given: Mapping[str, Any], where: str) -> T:
     """A record of settings with the values that are `given`, of its own kinds.
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedex_lora.engines.flower._log import log_of
-from fedex_lora.engines.flower._messages import Envelope, from_record, to_record
-from fedex_lora.engines.flower._request import NodeRequest
+from fedex_lora.engines.flower._messages import from_record, to_record
+from fedex_lora.engines.flower._request import NodeRequest, log_of
 from fedex_lora.engines.flower._settings import is_private
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
@@ -34,8 +33,8 @@ def client_app(config: Path) -> ClientApp:
             failure, asked = failure_of(error), from_record(message)
             failure = failure.private if is_private(context.node_config, _text(config)) else failure
             log_failure(log_of(context.node_config), error, failure, "this node")
-            reply = answer_of(asked.payload, asked.about.get("client", ""), failure) if asked else encode_failure(failure, "")
-        return Message(to_record(Envelope(reply, {})), reply_to=message)
+            reply = answer_of(asked[0], asked[1].get("client", ""), failure) if asked else encode_failure(failure, "")
+        return Message(to_record(reply, {}), reply_to=message)
 
     return app
 
@@ -50,8 +49,8 @@ def _text(config: Path) -> str:
 
 def _answer(config: Path, message: Message, context: Context) -> bytes:
     packet = from_record(message)
-    if packet is None or not {"run", "base", "client"} <= packet.about.keys():
+    if packet is None or not {"run", "base", "client"} <= packet[1].keys():
         raise WireError("the server's message is not of this protocol: use one version of fedex-lora everywhere")
-    about = {key: packet.about[key] for key in ("run", "base", "client")}
+    about = {key: packet[1][key] for key in ("run", "base", "client")}
     node = dict(context.node_config)
-    return ask(NodeRequest(payload=packet.payload, config=config.read_text(encoding="utf-8"), node=node, **about))
+    return ask(NodeRequest(payload=packet[0], config=config.read_text(encoding="utf-8"), node=node, **about))

@@ -1,6 +1,5 @@
 """Flower's ServerApp around our round loop."""
 
-from collections.abc import Iterator, Mapping
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedex_lora.client.arguments import without_trainer
 from fedex_lora.config import Config, read_config
 from fedex_lora.engines.flower._exchange import GridExchange
-from fedex_lora.engines.flower._settings import run_settings
+from fedex_lora.engines.flower._settings import RunSettings, read_settings
 from fedex_lora.engines.flower.app_folder import require_federated
 from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import log_line
-from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation
 from fedex_lora.runs.run import run
 from fedex_lora.runs.simulation import ranks_of
@@ -38,7 +36,7 @@ def server_app(config: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        settings, given = run_settings(context.run_config), read_config(config)
+        settings, given = read_settings(RunSettings(), context.run_config, "run config"), read_config(config)
         out = Path(settings.out).expanduser().absolute()
         log(INFO, "run folder: %s", out)
         run(given, out, narrate, resume=True, home=lambda config, emit: Deployment(config, grid, settings.names))
@@ -70,7 +68,7 @@ class Deployment:
         require_consistent(config, len(self._rows))
         config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"rows": None})})  # each node states its own
         self.host = GlobalModel(ModelContext(config, task), ranks_of(config, self._rows))
-        self._grid, self._transport = grid, GridExchange(grid, list(self._rows), {})
+        self._grid, self._about = grid, dict[str, str]()
 
     def require(self, out: Path) -> None:
         """Nothing: each party looks at its own ledger."""
@@ -85,15 +83,11 @@ class Deployment:
 
     def federation(self) -> Federation:
         """What the round loop needs of this place."""
-        return self.host.federation(self._rows, self._exchange)
-
-    def _exchange(self, messages: Mapping[str, bytes], deadline: float | None) -> Iterator[Reply | None]:
-        return self._transport(messages, deadline)
+        return self.host.federation(self._rows, GridExchange(self._grid, list(self._rows), self._about))
 
     def remember_in(self, out: Path) -> None:
         """Clients keep their own memory; they know this run, and no other under the same name, by a word in the run folder."""
-        about = {"run": word_of(out), "base": self.host.place.identity}
-        self._transport = GridExchange(self._grid, list(self._rows), about)
+        self._about = {"run": word_of(out), "base": self.host.place.identity}
 
 
 def narrate(event: Event) -> None:

@@ -37,9 +37,7 @@ class TaskExchange:
 
     def __call__(self, messages: Mapping[str, bytes], deadline: float | None = None) -> Iterator[Reply | None]:
         """Everybody's message goes out before anybody is waited for; the deadline is the listener's to keep."""
-        waiting = dict[str, int]()
-        for client in messages:
-            waiting[client] = self._send(client, messages[client])
+        waiting = {client: self._send(client, messages[client]) for client in messages}
         while waiting:
             if self._abort.triggered:
                 raise TrainingError("the job was aborted: its rounds are kept, and go on where it is given the same out")

@@ -20,7 +20,7 @@ from fedex_lora.protocol.dumps import tensors_digest
 from fedex_lora.runs.emit import Emit, log_line
 from fedex_lora.runs.listening import Exchange
 from fedex_lora.runs.round_loop import gather, hand_on, skip_or_stop
-from fedex_lora.server.result import Result, save_result
+from fedex_lora.server.result import save_result
 from fedex_lora.server.server import Server
 from fedex_lora.server.verdicts import Short
 from fedex_lora.storage.adapter_folder import AdapterFolder, read_adapter_folder
@@ -120,11 +120,9 @@ class FederationController(Controller):
             raise UsageError(f"{folder} has rounds of a federation with other {' and '.join(other)}: give another out, or the same again")
         return run
 
-    def _one_round(
-        self, folder: Path, server: Server, exchange: Exchange, tell: Emit, start: AdapterFolder, fl_ctx: FLContext
-    ) -> Result | None:
+    def _one_round(self, folder: Path, server: Server, exchange: Exchange, tell: Emit, start: AdapterFolder, fl_ctx: FLContext) -> None:
         """One round: its result folder is whole before the dump that says so is there."""
-        round, result = server.open_round(), None
+        round = server.open_round()
         got = gather(round, exchange, server.rules, tell)
         if isinstance(got.ready, Short):
             skip_or_stop(round, got.ready, server.rules, tell)
@@ -136,4 +134,3 @@ class FederationController(Controller):
                 remove(folder, f"{ROUNDS}/{round.number:04d}")
             save_result(round_folder(folder, round.number), result, start.format)
         write_bytes(folder / DUMP, server.dump())
-        return result
