@@ -471,7 +471,7 @@ def test_a_server_says_no_numbers_of_nodes_that_have_their_own(tmp_path):
     """What the run's file states is nobody's: each node states its own rows."""
     privacy = {"epsilon": 8, "delta": 1e-3, "rows": 20, "accountant": "rdp"}
     for names in ([], ["bone", "skin"]):
-        facts = Deployment(small(method="ffa", privacy=privacy, clients={"holdout": 0}), None, names).facts()
+        facts = Deployment(small(method="ffa", privacy=privacy, clients={"holdout": 0}), None, names).federation().facts
         assert facts["privacy"]["epsilon"] == 8
         assert "private_clients" not in facts
         assert not any(facts["train_rows"].values())

@@ -10,18 +10,8 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
-from fedex_lora.cli import _federation as _federation  # isort: skip (the order of the commands in --help)
-from fedex_lora.cli import _init as _init  # isort: skip
-from fedex_lora.cli import _data as _data  # isort: skip
-from fedex_lora.cli import _privacy as _privacy  # isort: skip
-from fedex_lora.cli import _ledger as _ledger  # isort: skip
-from fedex_lora.cli import _adapters as _adapters  # isort: skip
-from fedex_lora.cli import _report as _report  # isort: skip
-from fedex_lora.cli import _flower as _flower  # isort: skip
-from fedex_lora.cli import _evaluate as _evaluate  # isort: skip
-from fedex_lora.cli import _score as _score  # isort: skip
-from fedex_lora.cli import doctor as doctor  # isort: skip
-from fedex_lora.cli import _reproduce as _reproduce  # isort: skip
+from fedex_lora.cli import _federation, _init, _data, _privacy, _ledger, _adapters  # noqa: F401  # isort: skip (their order is that of --help)
+from fedex_lora.cli import _report, _flower, _evaluate, _score, doctor, _reproduce  # noqa: F401  # isort: skip
 from fedex_lora.cli._shared import app
 
 __all__ = ["app", "main"]

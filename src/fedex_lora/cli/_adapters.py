@@ -1,7 +1,7 @@
 """Adapters and results: `aggregate`, `verify`, `export`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -18,20 +18,20 @@ def aggregate(
         str | None, typer.Option(help="Comma-separated numbers, one an adapter; by default uniform (--merge: their totals).")
     ] = None,
     method: Annotated[str, typer.Option(help="METHOD or METHOD+GAUGE; see docs/methods.md.")] = "fedex",
-    state: Annotated[Optional[Path], typer.Option(help="The result folder that the adapters were trained on top of.")] = None,  # noqa: UP045
+    state: Annotated[Path | None, typer.Option(help="The result folder that the adapters were trained on top of.")] = None,
     truncate: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="fedex-svd: rank=R, energy=SHARE or bytes=N; by default the adapter's rank."),
     ] = None,
     updates: Annotated[
         bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
     ] = True,
     for_parties: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A folder to write beside OUT for the parties to go on from: it holds nobody's adapter, name or weight."),
     ] = None,
     base: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="The base model of all of them, where they name it differently (other paths, a 4-bit copy)."),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the results of regional servers, exactly, whatever the tree.")] = False,
@@ -121,7 +121,7 @@ def _truncation(text: str | None) -> Any:
 @one_line_errors
 def verify(
     path: Annotated[Path, typer.Argument(help="A run folder, a round folder, or the OUT of aggregate; of an export, its files' sums.")],
-    base: Annotated[Optional[str], typer.Option(help="The base model: its own weights are compared too.")] = None,  # noqa: UP045
+    base: Annotated[str | None, typer.Option(help="The base model: its own weights are compared too.")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every module's error, too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -216,10 +216,10 @@ def export(
     source: Annotated[Path, typer.Argument(help="A run folder (its last round), a round folder, or the OUT of aggregate.")],
     form: Annotated[str, typer.Option("--as", help="merged, adapter or base+adapter.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
-    base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
-    rank: Annotated[Optional[int], typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,  # noqa: UP045
+    base: Annotated[str | None, typer.Option(help="The base model; by default as the folder says.")] = None,
+    rank: Annotated[int | None, typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16 or float16; what that costs is printed.")] = None,
-    max_shard_size: Annotated[Optional[str], typer.Option(help="The largest size of a model's file, such as 2GB.")] = None,  # noqa: UP045
+    max_shard_size: Annotated[str | None, typer.Option(help="The largest size of a model's file, such as 2GB.")] = None,
     round: Round = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ def data(
     config: Annotated[Path, typer.Argument(help="A TOML file.")],
     set_: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="So many rows are shown, of each client in turn.")] = 3,
-    client: Annotated[Optional[str], typer.Option(metavar="NAME", help="Only this client's rows.")] = None,  # noqa: UP045 (typer)
+    client: Annotated[str | None, typer.Option(metavar="NAME", help="Only this client's rows.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

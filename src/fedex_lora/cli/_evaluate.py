@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,28 +25,28 @@ def evaluate(
         str,
         typer.Argument(help="A run, round or result folder, an export, a PEFT adapter, or a model.", metavar="MODEL"),
     ],
-    task: Annotated[Optional[str], typer.Option(help="What to measure; by default what the run learnt.")] = None,  # noqa: UP045 (typer)
+    task: Annotated[str | None, typer.Option(help="What to measure; by default what the run learnt.")] = None,
     config: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Take the task from this TOML file: one of your own, for an export, an adapter or a model."),
     ] = None,
-    data: Annotated[Optional[Path], typer.Option(help="Folder of the task's data; by default as the run says, else the hub.")] = None,  # noqa: UP045
-    file: Annotated[Optional[Path], typer.Option(help="Measure on the rows of this file, which has the columns of the task's.")] = None,  # noqa: UP045
+    data: Annotated[Path | None, typer.Option(help="Folder of the task's data; by default as the run says, else the hub.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Measure on the rows of this file, which has the columns of the task's.")] = None,
     beside: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="MODEL", help="Measure this model too, on the same rows; `base`: what the first was trained from."),
     ] = None,
-    lm_eval: Annotated[Optional[str], typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of --task.")] = None,  # noqa: UP045
-    include_path: Annotated[Optional[Path], typer.Option(help="--lm-eval: a folder with task files of your own.")] = None,  # noqa: UP045
-    base: Annotated[Optional[str], typer.Option(help="The base model; by default as the folder says.")] = None,  # noqa: UP045
-    rows: Annotated[Optional[int], typer.Option(min=1, help="Measure on so many rows only.")] = None,  # noqa: UP045
+    lm_eval: Annotated[str | None, typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of --task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="--lm-eval: a folder with task files of your own.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model; by default as the folder says.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Measure on so many rows only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
     generate: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="A field of GenerationConfig, such as num_beams=1, over the task's own."),
     ] = None,
     predictions: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Write what it wrote, or predicted of each row, to this .tsv or .jsonl; what --beside said, too."),
     ] = None,
     with_rows: Annotated[bool, typer.Option("--with-rows", help="--predictions: with the rows' own columns, such as their text.")] = False,
@@ -57,7 +57,17 @@ def evaluate(
 ) -> None:
     """Measure a model by official metrics. Those of a task here, or of tasks of lm-evaluation-harness."""
     own = dict(map(_setting, generate or []))
-    _require_sense(task, config, lm_eval, include_path, predictions, score, own)
+    for odd, said in (
+        (task and lm_eval, "give one of --task and --lm-eval"),
+        (config and lm_eval, "give one of --config and --lm-eval"),
+        (include_path and not lm_eval, "--include-path is for --lm-eval: give its tasks too"),
+        (not score and not predictions, "--no-score is for --predictions: give the file too"),
+        (lm_eval and (own or predictions), "--generate and --predictions are for --task: lm-evaluation-harness has its own"),
+    ):
+        if odd:
+            raise UsageError(said)
+    if predictions and not predictions.absolute().parent.is_dir():
+        raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
     if lm_eval and (file or beside or with_rows):
         raise UsageError("--file, --beside and --with-rows are for --task: lm-evaluation-harness has its own rows")
     from accelerate import PartialState
@@ -82,30 +92,6 @@ def evaluate(
             result = {"model": source, "task": settings.name, **_as_json(measured[settings.name], beside)}
     if PartialState().is_main_process:
         print_json(result) if as_json else _show(source, measured, console, beside)
-
-
-def _require_sense(
-    task: str | None,
-    config: Path | None,
-    lm_eval: str | None,
-    include_path: Path | None,
-    predictions: Path | None,
-    score: bool,
-    own: Mapping[str, Any],
-) -> None:
-    """Options that go together."""
-    if task and lm_eval:
-        raise UsageError("give one of --task and --lm-eval")
-    if config and lm_eval:
-        raise UsageError("give one of --config and --lm-eval")
-    if include_path and not lm_eval:
-        raise UsageError("--include-path is for --lm-eval: give its tasks too")
-    if not score and not predictions:
-        raise UsageError("--no-score is for --predictions: give the file too")
-    if lm_eval and (own or predictions):
-        raise UsageError("--generate and --predictions are for --task: lm-evaluation-harness has its own")
-    if predictions and not predictions.absolute().parent.is_dir():
-        raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
 
 
 def _as_json(measured: "Measured", beside: str | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the runs and the table go; an earlier demo there is replaced.")] = Path(
         "fedex-lora-demo"
     ),
-    rounds: Annotated[Optional[int], typer.Option(min=1, help="Rounds of each method.")] = None,  # noqa: UP045 (typer)
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each method.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -49,8 +49,8 @@ def demo(
 def run(
     config: Annotated[Path, typer.Argument(help="A TOML file.")],
     set_: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,  # noqa: UP045
-    rounds: Annotated[Optional[int], typer.Option(min=1, help="Short for --set rounds=N; with --resume a run gets more.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME of the file.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Short for --set rounds=N; with --resume a run gets more.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted, to the same bits.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything, and say what the run will take.")] = False,
     as_json: Json = False,
@@ -124,8 +124,8 @@ def check(
         fail(f"{stops} of {len(found)} finding{'' if len(found) == 1 else 's'} would stop a run (marked !)", 1)
 
 
-Text = Optional[str]  # noqa: UP045 (typer)
-Texts = Optional[list[str]]  # noqa: UP045
+Text = str | None
+Texts = list[str] | None
 OPTIONS = "methods variant seeds tuning_seeds grid learning_rates primary equivalent at reference target controls".split()  # of a protocol
 
 
@@ -158,15 +158,15 @@ def compare(
     ] = None,
     at: Annotated[Text, typer.Option(help="Comma-separated rounds after which all variants are set side by side.")] = None,
     reference: Annotated[Text, typer.Option(help="The variant that differences are from; by default fedit, or the first.")] = None,
-    target: Annotated[Optional[float], typer.Option(help="Count rounds to this value; by default the reference's end.")] = None,  # noqa: UP045
-    controls: Annotated[Optional[bool], typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is; by default on.")] = None,  # noqa: UP045
+    target: Annotated[float | None, typer.Option(help="Count rounds to this value; by default the reference's end.")] = None,
+    controls: Annotated[bool | None, typer.Option(help="Also run fedit+balanced, and ffa@2r where ffa is; by default on.")] = None,
     protocol: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A TOML file that says all of this, instead of the options above."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
     set_: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="Where runs and tables go; an interrupted comparison continues.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Where runs and tables go; an interrupted comparison continues.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -176,21 +176,15 @@ def compare(
         raise UsageError(f"--jobs {jobs}: give one or more")
     given = {option: context.params[option] for option in OPTIONS if context.params[option] not in (None, (), [])}
     out = out or Path("compare") / config.stem
-    _compare(config, set_ or [], protocol, given, out, jobs, as_json)
-
-
-def _compare(
-    config: Path, overrides: list[str], protocol: Path | None, given: Mapping[str, Any], out: Path, jobs: int, as_json: bool
-) -> None:
-    from fedex_lora.cli.console import Runs
+    from fedex_lora.cli.console import runs_shown
     from fedex_lora.config import read_config
     from fedex_lora.experiments import compare as comparing
 
     plan = comparing.read_protocol(protocol) if protocol else comparing.parse_protocol(_protocol(given))
     if protocol and given:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} beside --protocol: {protocol} says all of that; change it there")
-    settings, console = read_config(config, overrides), consoles(as_json)
-    with Runs(console) as tell:
+    settings, console = read_config(config, set_ or []), consoles(as_json)
+    with runs_shown(console) as tell:
         result = comparing.compare(settings, plan, out, jobs, tell)
     if as_json:
         print_json(result)
@@ -209,7 +203,7 @@ def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
     tree = {key: given[key] for key in ("reference", "target", "controls") if key in given}
     for key in ("seeds", "tuning_seeds", "at"):
         if key in given:
-            tree[key] = _whole(given[key], f"--{key.replace('_', '-')}")
+            tree[key] = number_list(given[key], f"--{key.replace('_', '-')}", "0,1,2", int)
     if "methods" in given or "variant" not in given:
         tree["methods"] = given.get("methods", "fedex,fedit,ffa").split(",")
     named = [comparing.variant_option(text) for text in given.get("variant", ())]
@@ -242,10 +236,3 @@ def _show(result: Mapping[str, Any], out: Path, console: "Console") -> None:
             console.print(*one.notes, highlight=False)
     console.print(f"{first.notes[0]} {out / 'compare.json'}", highlight=False)
     console.print(f"protocol sha256 {result['protocol_sha256']}", highlight=False)
-
-
-def _whole(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} {text!r}: give comma-separated whole numbers, such as 0,1,2") from None

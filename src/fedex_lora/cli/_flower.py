@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,10 +30,10 @@ def init(
     folder: Annotated[Path, typer.Argument(help="The app folder to write; must not exist or be empty.")],
     config: Annotated[Path, typer.Option(help="A TOML file; paths in it are the server's.")],
     clients: Annotated[
-        Optional[str],  # noqa: UP045 (typer)
+        str | None,
         typer.Option(help="Comma-separated names of the parties, which have rows of their own; without, the configuration deals its rows."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run folder, on the server; by default FOLDER-run.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="The run folder, on the server; by default FOLDER-run.")] = None,
     set_: Overrides = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -60,7 +60,7 @@ def init(
 def keys(
     folder: Annotated[Path, typer.Argument(help="Where they go; what is there is not overwritten.")],
     hosts: Annotated[str, typer.Option(help="Comma-separated names and addresses under which the parties reach the server.")] = "",
-    node: Annotated[Optional[list[str]], typer.Option(help="A party's name: its key pair.")] = None,  # noqa: UP045
+    node: Annotated[list[str] | None, typer.Option(help="A party's name: its key pair.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -175,8 +175,8 @@ def _become(found: "Startable", file: Path, show: bool, notes: list[str]) -> Non
 @flower.command(name="try")
 @one_line_errors
 def try_(
-    config: Annotated[Optional[Path], typer.Option(help="A TOML file; by default two short rounds of the demo.")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="Where logs and both runs go; by default a temporary folder.")] = None,  # noqa: UP045
+    config: Annotated[Path | None, typer.Option(help="A TOML file; by default two short rounds of the demo.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where logs and both runs go; by default a temporary folder.")] = None,
     seconds: Annotated[float, typer.Option(help="Give up after so long.")] = 900.0,
     set_: Overrides = None,
     as_json: Json = False,

@@ -1,7 +1,7 @@
 """A first configuration: `init`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,10 +13,10 @@ from fedex_lora.errors import UsageError
 @one_line_errors
 def init(
     file: Annotated[Path, typer.Argument(help="Training rows: jsonl, json, csv, tsv or parquet.")],
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The TOML file; by default NAME.toml here.")] = None,  # noqa: UP045 (typer)
-    eval_: Annotated[Optional[Path], typer.Option("--eval", help="Rows that only measure; by default one beside it.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The TOML file; by default NAME.toml here.")] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="Rows that only measure; by default one beside it.")] = None,
     model: Annotated[str, typer.Option(help="The base: a hub name or a folder.")] = "demo",
-    label: Annotated[Optional[str], typer.Option(help="The column of classes or scores; by default guessed.")] = None,  # noqa: UP045
+    label: Annotated[str | None, typer.Option(help="The column of classes or scores; by default guessed.")] = None,
     debug: Debug = False,
 ) -> None:
     """Write a first TOML from a file's columns. Kind of task, labels, clients and lengths are guessed, and said."""

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,9 @@ Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that h
 @one_line_errors
 def report(
     runs: Runs,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="The HTML file; by default report.html in the first folder.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file; by default report.html in the first folder.")] = None,
     evaluated: Annotated[
-        Optional[list[Path]],  # noqa: UP045
+        list[Path] | None,
         typer.Option(help="A file of what `evaluate RUN --json` printed: its metrics, classes and confusion matrix are shown, too."),
     ] = None,
     as_json: Json = False,
@@ -44,7 +44,7 @@ def report(
 def figure(
     number: Annotated[int, typer.Argument(help="The paper's: 2, 4, 5 (by layer, first round) or 3, 6, 7, 8, 9 (across rounds).")],
     runs: Runs,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help=".pdf, .svg or .png; by default figure-N.pdf.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option("-o", "--out", help=".pdf, .svg or .png; by default figure-N.pdf.")] = None,
     value: Annotated[str, typer.Option(help="relative (to the ideal update) or scaled (by sqrt(out in)).")] = "relative",
     as_json: Json = False,
     debug: Debug = False,

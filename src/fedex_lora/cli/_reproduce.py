@@ -1,7 +1,7 @@
 """The paper's tables and figures: `reproduce`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,17 +17,17 @@ def reproduce(
         str, typer.Option(help="smoke: made-up rows; small: real data, a small model; smollm2: table4 only; full: the paper's.")
     ] = "smoke",
     data: Annotated[
-        Optional[Path],  # noqa: UP045 (typer)
+        Path | None,
         typer.Option(envvar="FEDEX_LORA_DATA", help="The folder that holds glue/, e2e/ and so on; without it, the hub."),
     ] = None,
     model: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A local folder of the base that the recipe names, or of folders named like the bases; without it, the hub."),
     ] = None,
-    panel: Annotated[Optional[list[str]], typer.Option(help="Run this part only; may be repeated, as the next three.")] = None,  # noqa: UP045
-    row: Annotated[Optional[list[str]], typer.Option(help="A method, as the recipe calls it.")] = None,  # noqa: UP045
-    column: Annotated[Optional[list[str]], typer.Option(help="A data set, as the recipe calls it.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[list[int]], typer.Option(help="A seed of the scale.")] = None,  # noqa: UP045
+    panel: Annotated[list[str] | None, typer.Option(help="Run this part only; may be repeated, as the next three.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="A method, as the recipe calls it.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="A data set, as the recipe calls it.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A seed of the scale.")] = None,
     run: Annotated[bool, typer.Option(help="Run what is missing, or only make the tables from the records that are there.")] = True,
     set_: Overrides = None,
     out: Annotated[Path, typer.Option(help="Where records and tables go; what is there is not run again.")] = Path("reproduce"),
@@ -35,7 +35,7 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """Reproduce a table or figure of the paper. Its runs, then the table, with the paper's numbers beside ours."""
-    from fedex_lora.cli.console import Runs, console_table
+    from fedex_lora.cli.console import console_table, runs_shown
 
     require_extra("scipy", "experiments", "the paper's tables")
     from fedex_lora.experiments.reproduce import Only, about, read_recipe, targets
@@ -50,7 +50,7 @@ def reproduce(
             console.print(console_table("targets", ["target", "what"], [[name, recipe.title] for name, recipe in found.items()]))
         return
     only = Only(panel or (), row or (), column or (), seed or ())
-    with Runs(console) as tell:
+    with runs_shown(console) as tell:
         result, grids = reproduce_here(target, scale, out, data, model, set_ or [], only, run, tell)
     if as_json:
         print_json(result)

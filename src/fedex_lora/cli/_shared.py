@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -19,10 +19,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Round = Annotated[
-    Optional[str],  # noqa: UP045 (typer)
+    str | None,
     typer.Option(metavar="N|best", help="Of a run folder, after which round; best: on the clients' held-out rows; by default the last."),
 ]
-Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")]  # noqa: UP045 (typer)
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")]
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -83,9 +83,9 @@ def print_json(value: Any) -> None:
     print(finite_json(value))
 
 
-def number_list(text: str | None, option: str, example: str) -> list[float] | None:
+def number_list(text: str | None, option: str, example: str, kind: Callable[[str], Any] = float) -> list[Any] | None:
     """Comma-separated numbers of an option."""
     try:
-        return None if text is None else [float(part) for part in text.split(",")]
+        return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text!r}: give comma-separated numbers, such as {example}") from None
+        raise UsageError(f"{option} {text!r}: give comma-separated {'whole ' * (kind is int)}numbers, such as {example}") from None

@@ -1,7 +1,8 @@
 """What a person sees of a run: progress bars on a terminal, one line a round anywhere else."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -187,24 +188,18 @@ def watch(folder: Path, console: Console, once: bool = False, every: float = 1.0
     return done
 
 
-class Runs:
+@contextmanager
+def runs_shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Shows the runs of a comparison: a line for each that is done, and on a terminal a bar of how many."""
+    with _bars(console, "runs", "") as progress:
+        bar = progress.add_task("runs", total=None)
 
-    def __init__(self, console: Console) -> None:
-        self._progress = _bars(console, "runs", "")
-        self._console, self._bar = console, self._progress.add_task("runs", total=None)
+        def tell(line: str, done: int, total: int) -> None:
+            if total:
+                progress.update(bar, completed=done, total=total)
+            console.print(f"{done}/{total}  {line}" if total else line, highlight=False, markup=False)
 
-    def __enter__(self) -> "Runs":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, line: str, done: int, total: int) -> None:
-        if total:
-            self._progress.update(self._bar, completed=done, total=total)
-        self._console.print(f"{done}/{total}  {line}" if total else line, highlight=False, markup=False)
+        yield tell
 
 
 def _bars(console: Console, before: str, after: str, clock: Callable[[], float] | None = None) -> Progress:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from fedex_lora.client.trainers import PartyTrainer, with_columns
+from fedex_lora.client.trainers import FORCED, PartyTrainer, with_columns
 from fedex_lora.config import IMAGES, Config, is_ours, nearest
 from fedex_lora.errors import ConfigError
 from fedex_lora.tasks import Task
@@ -52,16 +52,7 @@ def training_arguments(config: Config, output: str = "unused", seed: int = 0, ow
         raise ConfigError(
             f"training.max_length = {length} would cut or drop rows that count in the mean, and say nothing: set task.max_length = {length}"
         )
-    ours: dict[str, Any] = {
-        "output_dir": output,
-        "seed": seed,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "logging_nan_inf_filter": False,  # or a NaN would not show in the loss
-        "eval_strategy": "no",
-        "disable_tqdm": True,
-    }
+    ours: dict[str, Any] = {**FORCED, "output_dir": output, "seed": seed}
     defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": torch.backends.mps.is_available()}
     defaults |= own.defaults(config) if own else {}
     if config.task.kind == IMAGES:

@@ -1,6 +1,5 @@
 """What a trained model's predictions come to."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,16 +7,6 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from fedex_lora.tasks import IGNORED
-
-
-def weighted_mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics over several clients, weighted by their rows; `rows` is the sum."""
-    measured = [one for one in metrics if one.get("rows")]
-    total = math.fsum(one["rows"] for one in measured)
-    names = set.intersection(*(set(one) for one in measured)) - {"rows"} if measured else set()
-    return {name: math.fsum(one[name] * one["rows"] for one in measured) / total for name in sorted(names)} | (
-        {"rows": total} if measured else {}
-    )
 
 
 def first_output(prediction: EvalPrediction) -> EvalPrediction:

@@ -22,7 +22,7 @@ from fedex_lora.client.example_gradients import forget, losses_of, per_example_g
 from fedex_lora.errors import TrainingError
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
 from fedex_lora.privacy.secret_numbers import secret_normals, secret_uniforms
-from fedex_lora.protocol.failures import in_one_line, told_to_end
+from fedex_lora.protocol.failures import ignored_failures
 
 log = getLogger(__name__)
 Tell = Callable[[int, str], None]
@@ -147,19 +147,17 @@ class PrivateTrainer(Trainer):
     def _add(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         """The rows of a batch; one that cannot be computed counts as zero, for whether it was drawn must not end a round."""
         self._private.zero_grad(set_to_none=True)
-        rows = len(batch["labels"])
-        try:
+        rows, reasons = len(batch["labels"]), list[str]()
+        with ignored_failures(reasons):  # whatever the model makes of a row
             with self.compute_loss_context_manager():
                 losses = losses_of(model, batch, self._kind)
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        except BaseException as error:  # whatever the model makes of a row; a panic of a library is no Exception
-            if told_to_end(error):
-                raise
+        if reasons:
             forget(model)
             for row in range(rows if rows > 1 else 0):
                 self._add(model, {name: tensor[row : row + 1] for name, tensor in batch.items()})
             if rows == 1:
-                self._fail(in_one_line(error))
+                self._fail(reasons[0])
             return
         self._require_own(rows)
         self._private.signal_skip_step(True)
@@ -205,14 +203,9 @@ def _in_parts(rows: list[Any], collate: Callable[[list[Any]], Any], size: int) -
     """Rows of one shape together. Each is made alone and none is padded, so that what a row is does not depend on those beside it."""
     alike, failed = dict[object, list[Any]](), list[str]()
     for row in rows:
-        try:
+        with ignored_failures(failed):  # of whatever a row has in it
             made = collate([row])
             shapes = tuple((name, one.shape, one.dtype) for name, one in made.items())
-        except BaseException as error:  # of whatever a row has in it
-            if told_to_end(error):
-                raise
-            failed.append(in_one_line(error))
-        else:
             alike.setdefault(shapes, []).append(made)
     joined = list[Any]()
     while alike:  # what is joined is let go

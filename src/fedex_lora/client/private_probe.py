@@ -11,6 +11,7 @@ from fedex_lora.client.example_gradients import losses_of, owners, per_example_g
 from fedex_lora.errors import ModelError
 from fedex_lora.models.lora import lora_layers, set_trained
 from fedex_lora.storage.peft_rules import PREFIX
+from fedex_lora.tasks._rows import some
 
 BUFFERS = "it keeps buffers, which rows would change"
 BESIDE = "its gradient of a row depends on the rows beside it"
@@ -19,7 +20,6 @@ FOREIGN = "Opacus cannot differentiate it row by row"
 SHAPE = "it sees tokens, or something else, where rows should be"
 RANDOM = "it is random, even without dropout, so that one row would shift the numbers of others"
 UNUSED = "the loss does not depend on it"
-FEW = 5  # names of one reason that are told
 
 Batch = Callable[[list[dict[str, Any]]], Any]
 """Rows -> a batch on the model's device."""
@@ -46,15 +46,11 @@ def require_sound(model: nn.Module, rows: list[dict[str, Any]], batch: Batch, ki
     set_trained(model, schedule[0])
     if found:
         reasons = {reason: sorted({_module(name) for name, why in found.items() if why == reason}) for reason in found.values()}
-        told = "; ".join(f"{', '.join(names[:FEW])}{_more(names)} ({reason})" for reason, names in reasons.items())
+        told = "; ".join(f"{some(names)} ({reason})" for reason, names in reasons.items())
         raise ModelError(
             f"private training needs the gradient of every single row, and has none for {told}: choose others by lora.target_modules and "
             "lora.modules_to_save"
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - FEW} more" if len(names) > FEW else ""
 
 
 def _module(name: str) -> str:

@@ -41,7 +41,7 @@ FORCED: Mapping[str, Any] = {
     "push_to_hub": False,
     "report_to": [],
     "logging_strategy": "no",
-    "logging_nan_inf_filter": False,
+    "logging_nan_inf_filter": False,  # or a NaN would not show in the loss
     "eval_strategy": "no",
     "eval_on_start": False,
     "do_eval": False,

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, disable_progress_bars
 from huggingface_hub import constants
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, logging, set_seed
 
 from fedex_lora.aggregation import derive_seed, get_method
@@ -93,7 +94,7 @@ def local_update(
                 ) from None
             raise
         loss, steps = float(output.training_loss), float(output.global_step)
-        state = _on_cpu(optimizer.state_dict()) if work.config.local.optimizer_state == "keep" else None
+        state = send_to_device(optimizer.state_dict(), "cpu") if work.config.local.optimizer_state == "keep" else None
         del trainer, optimizer
     if not steps and not plan:
         raise TrainingError(
@@ -233,15 +234,6 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._hook(state.global_step, state.max_steps)
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state with its tensors on the CPU."""
-    moments = {
-        index: {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {**state, "state": moments}
 
 
 def _current_rates(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

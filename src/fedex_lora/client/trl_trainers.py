@@ -130,12 +130,9 @@ def _at_start(model: PeftModel, place: Place) -> Iterator[None]:
 
 def _plain(kind: type[TrainingArguments]) -> dict[str, Any]:
     """`transformers`' own defaults, where TRL has others (checkpointing, bf16), so that another trainer is no other training."""
-    made = dict[str, Any]()
-    theirs = {one.name: one for one in dataclasses.fields(kind)}
-    for ours in dataclasses.fields(TrainingArguments):
-        if ours.init and ours.default is not dataclasses.MISSING and theirs[ours.name].default != ours.default:
-            made[ours.name] = ours.default
-    return made
+    theirs = {one.name: one.default for one in dataclasses.fields(kind)}
+    ours = [one for one in dataclasses.fields(TrainingArguments) if one.init and one.default is not dataclasses.MISSING]
+    return {one.name: one.default for one in ours if theirs[one.name] != one.default}
 
 
 SHARED = {key: _RUNS for key in ("model_init_kwargs", "trust_remote_code", "pad_token")}

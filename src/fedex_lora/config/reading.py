@@ -49,19 +49,19 @@ def read_config(path: Path, overrides: Sequence[str] = (), begun: Path | None = 
     """
     tree = toml_tree(path)
     if begun is not None and (begun / "config.toml").is_file():
-        tree = _over(toml_tree(begun / "config.toml"), tree)
+        tree = merged(toml_tree(begun / "config.toml"), tree)
     given = {override.partition("=")[0].strip() for override in overrides}
     return _with_absolute_paths(parse_config(overridden(tree, overrides)), path.parent, given)
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees as one; where both say something, `above` holds."""
-    both = {
-        key: _over(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return {**below, **above, **both}
+def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables, later ones first; lists and values are replaced."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged(result[key], value) if both else value
+    return result
 
 
 def toml_tree(path: Path) -> dict[str, Any]:

@@ -107,6 +107,12 @@ class Truncation(ConfigTable):
         return self
 
 
+ADMISSION: Any = {  # of the rules: whose updates count, which may change when a run goes on
+    "clients": {"quorum", "min_clients", "deadline", "below_quorum", "late"},
+    "messages": {"norm_bound", "max_examples"},
+}
+
+
 class Messages(ConfigTable):
     """What travels to a client (docs/participation.md)."""
 

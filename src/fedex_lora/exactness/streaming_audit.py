@@ -118,14 +118,7 @@ class Audit:
         yield
         self.seconds += time.perf_counter() - started
 
-    def exactness(self) -> Exactness:
-        """Of the result."""
-        return self._norms(0)
-
-    def deviation(self) -> Exactness:
-        """Of plain averaging."""
-        return self._norms(1)
-
-    def _norms(self, which: int) -> Exactness:
+    def errors(self, plain: bool = False) -> Exactness:
+        """Of the result, or of plain averaging."""
         norms = {module: squares.sqrt().tolist() for module, squares in self._squares.items()}
-        return Exactness({module: norm[which] for module, norm in norms.items()}, {module: norm[2] for module, norm in norms.items()})
+        return Exactness({module: norm[plain] for module, norm in norms.items()}, {module: norm[2] for module, norm in norms.items()})

@@ -182,7 +182,7 @@ def _from_files(job: AggregationJob) -> dict[str, Any]:
         "modules": len(round.adapter),
         "trainable_rank": max(pair.rank for pair in round.adapter.values()),
         "residual_rank": max(min(round.rest_rank(module), *pair.shape) for module, pair in round.adapter.items()),
-        **_measured(audit.exactness() if audit else None, audit.deviation() if audit else None),
+        **_measured(audit.errors() if audit else None, audit.errors(plain=True) if audit else None),
         "seconds": time.perf_counter() - started,
         "audit_seconds": audit.seconds if audit else 0.0,
         "dense_modules": sum(round.rest_rank(module) > 0 and round.dense(module) for module in round.adapter),

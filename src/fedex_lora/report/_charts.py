@@ -1,6 +1,6 @@
 """Charts of a report: Vega-Lite specifications, each with the table of what it shows."""
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,14 +53,13 @@ class Chart:
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows for a chart: five significant digits, null for what is not a number."""
-    rounded = {
-        column: [None if pd.isna(value) else float(f"{value:.5g}") for value in frame[column]]
-        if frame[column].dtype.kind == "f"
-        else frame[column]
-        for column in frame
-    }
-    found: list[dict[str, Any]] = json.loads(pd.DataFrame(rounded, dtype=object).to_json(orient="records", default_handler=str))
-    return found
+    return [{str(name): _short(value) for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
 
 
 def thinned(rounds: Sequence[int], limit: int = POINTS) -> list[int]:

@@ -19,7 +19,7 @@ Value = Literal["scaled", "relative"]
 Layout = Literal["layers", "rounds"]
 KEYS: dict[Layout, list[str]] = {"layers": ["projection", "layer"], "rounds": ["panel", "module", "round"]}
 AXES = {"scaled": r"$\|R\|_F / \sqrt{mn}$", "relative": r"$\|R\|_F / \|M\|_F$"}
-STYLE = {
+STYLE: Any = {
     "font.family": "serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -80,11 +80,13 @@ def draw(layout: Layout, groups: Sequence[Group], out: Path, value: Value = "rel
         UsageError: Matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    drawing = _matplotlib()
+    require_extra("matplotlib", "report", "figures")
+    from matplotlib import rc_context
+
     data = over_seeds(layout, per_seed(layout, groups, value))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with drawing.rc_context(STYLE):
-        (_draw_layers if layout == "layers" else _draw_rounds)(data, out, value)
+    with rc_context(STYLE):
+        _draw(layout, data, out, value)
     return data
 
 
@@ -154,62 +156,30 @@ def _alike(run: analysis.Run, other: analysis.Run) -> bool:
     return rest(run) == rest(other)
 
 
-def _draw_layers(data: pd.DataFrame, out: Path, value: Value) -> None:
-    figure, axes = _canvas(data["run"].nunique())
-    projections = list(dict.fromkeys(data["projection"]))
-    for axis, (run, panel) in zip(axes, data.groupby("run", sort=False), strict=True):
-        for projection in projections:
-            _line(axis, panel[panel["projection"] == projection], "layer", projection, projections.index(projection))
-        axis.set_title(run, fontsize=9, y=1.0, pad=11)
-        axis.set_xlabel("layer")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    _finish(figure, axes, out, value)
-
-
-def _draw_rounds(data: pd.DataFrame, out: Path, value: Value) -> None:
-    figure, axes = _canvas(2, share=False)
-    runs = list(dict.fromkeys(data["run"]))
-    firsts = [name for name in dict.fromkeys(data["module"]) if name]
-    titles = {"first": f"(a) {_end(firsts[0]) if len(firsts) == 1 else 'first layer'}", "all": "(b) mean over all modules"}
-    for axis, (panel, title) in zip(axes, titles.items(), strict=True):
-        for run in runs:
-            _line(axis, data[(data["panel"] == panel) & (data["run"] == run)], "round", run, runs.index(run))
-        axis.set_title(title, fontsize=9, y=1.0, pad=11)
-        axis.set_xlabel("aggregation round")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    _finish(figure, axes, out, value)
-
-
-def _end(module: str, length: int = 34) -> str:
-    """A module path, without its beginning where it is long."""
-    return module if len(module) <= length else f"…{module[-length:]}"
-
-
-def _matplotlib() -> Any:
-    require_extra("matplotlib", "report", "figures")
-    import matplotlib
-
-    return matplotlib
-
-
-def _canvas(panels: int, share: bool = True) -> tuple[Any, Any]:
+def _draw(layout: Layout, data: pd.DataFrame, out: Path, value: Value) -> None:
+    """A panel a run, with a line a projection; or across rounds two panels, with a line a run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * panels, 2.7), layout="constrained")
-    return figure, figure.subplots(1, panels, sharey=share, squeeze=False)[0]
-
-
-def _line(axis: Any, rows: pd.DataFrame, x: str, label: str, index: int) -> None:
-    colour, marker = PALETTE[index % len(PALETTE)], "os^Dvx"[index % 6]
-    axis.plot(rows[x], rows["mean"], marker=marker, markersize=3.5, linewidth=1.3, color=colour, label=label)
-    if (rows["high"] > rows["low"]).any():
-        axis.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
-
-
-def _finish(figure: Any, axes: Any, out: Path, value: Value) -> None:
-    for axis in axes:
-        if axis is axes[0] or not axis.get_shared_y_axes().joined(axis, axes[0]):
-            axis.set_ylabel(AXES[value])
+    panel, line, x = ("run", "projection", "layer") if layout == "layers" else ("panel", "run", "round")
+    titles, lines = {run: run for run in data["run"].unique()}, list(data[line].unique())
+    if layout == "rounds":
+        firsts = [name for name in data["module"].unique() if name]
+        first = firsts[0] if len(firsts) == 1 else "first layer"
+        titles = {"first": f"(a) {first if len(first) <= 34 else f'…{first[-34:]}'}", "all": "(b) mean over all modules"}
+    figure = Figure(figsize=(3.1 * len(titles), 2.7), layout="constrained")
+    axes: Any = figure.subplots(1, len(titles), sharey=layout == "layers", squeeze=False)[0]
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for index, label in enumerate(lines):
+            rows, colour = data[(data[panel] == name) & (data[line] == label)], PALETTE[index % len(PALETTE)]
+            axis.plot(rows[x], rows["mean"], marker="os^Dvx"[index % 6], markersize=3.5, linewidth=1.3, color=colour, label=label)
+            if (rows["high"] > rows["low"]).any():
+                axis.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
+        axis.set_title(title, fontsize=9, y=1.0, pad=11)
+        axis.set_xlabel("layer" if layout == "layers" else "aggregation round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[:1] if layout == "layers" else axes:
+        axis.set_ylabel(AXES[value])
+    for axis in axes:  # after all lines: axes may be shared
         axis.set_ylim(bottom=0)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     handles, names = axes[0].get_legend_handles_labels()

@@ -51,14 +51,15 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def series(groups: Sequence[Group], column: str) -> pd.DataFrame:
     """A column over the rounds: `round`, `label`, and over the seeds the mean `value`, `low` and `high`."""
-    parts = []
-    for group in groups:
-        seeds = [frame.set_index("round")[column] for frame in group.rounds if column in frame]
-        if seeds:
-            together = pd.concat(seeds, axis=1).astype(float)
-            means = {"value": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)}
-            parts.append(pd.DataFrame(means).assign(label=group.label).rename_axis("round").reset_index())
+    frames = {group.label: [frame.astype({column: float}) for frame in group.rounds if column in frame] for group in groups}
+    parts = [banded(seeds, ["round"], column).assign(label=label) for label, seeds in frames.items() if seeds]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["round", "label", "value", "low", "high"])
+
+
+def banded(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.DataFrame:
+    """The mean over the rows of each seed's frame, and of that over the seeds the mean `value`, `low` and `high`."""
+    seeds = pd.concat([frame.groupby(by)[column].mean().reset_index() for frame in frames])
+    return seeds.groupby(by)[column].agg(value="mean", low="min", high="max").reset_index()
 
 
 def final(group: Group, column: str) -> list[float]:

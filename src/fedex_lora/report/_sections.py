@@ -10,7 +10,7 @@ import pandas as pd
 from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import Chart, heat, lines, timeline
-from fedex_lora.report._groups import VALUES, Group, final, group_sent, judged_column, series, worst_error
+from fedex_lora.report._groups import VALUES, Group, banded, final, group_sent, judged_column, series, worst_error
 from fedex_lora.report._tables import Format, Sortable, duration, fixed, percent, scientific, significant, size, sortable
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
@@ -92,10 +92,10 @@ def deviation_section(groups: Sequence[Group]) -> Section:
     for group in groups:
         frames = [frame for frame in group.modules if not frame.empty]
         if frames:
-            parts.append(_means(frames, ["round"], "relative").assign(label=group.label))
-            absolute.append(_means(frames, ["round"], "scaled").assign(label=group.label))
+            parts.append(banded(frames, ["round"], "relative").assign(label=group.label))
+            absolute.append(banded(frames, ["round"], "scaled").assign(label=group.label))
             firsts = [frame[(frame["round"] == frame["round"].min()) & (frame["layer"] >= 0)] for frame in frames]
-            by = _means(firsts, ["projection", "layer"], "relative")
+            by = banded(firsts, ["projection", "layer"], "relative")
             layers.append(by.assign(label=[f"{group.label}: {name}" if len(groups) > 1 else name for name in by["projection"]]))
     if not parts:
         return Section("")
@@ -134,12 +134,6 @@ def deviation_section(groups: Sequence[Group]) -> Section:
     if count > LINES:
         note += f" By layer these would be {count} lines: see the heat maps."
     return Section("What plain averaging would lose", note, [chart for chart in both if chart])
-
-
-def _means(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.DataFrame:
-    """The mean over modules, and of that over the seeds' frames the mean `value`, `low` and `high`."""
-    seeds = pd.concat([frame.groupby(by)[column].mean().reset_index() for frame in frames])
-    return seeds.groupby(by)[column].agg(value="mean", low="min", high="max").reset_index()
 
 
 def communication_section(groups: Sequence[Group]) -> Section:

@@ -52,16 +52,7 @@ def _cell(value: Any, show: Format) -> tuple[str, float | None]:
         return "–", None
     if isinstance(value, float) and math.isinf(value):
         return NOT_FINITE, None
-    text = show(value)
-    return text, None if isinstance(value, str) or _is_number(text) else float(f"{float(value):.6g}")
-
-
-def _is_number(text: str) -> bool:
-    """Does the text itself sort as a number?"""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    return show(value), None if isinstance(value, str) else float(f"{float(value):.6g}")
 
 
 def _plain(value: Any) -> str:

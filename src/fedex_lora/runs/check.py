@@ -16,7 +16,7 @@ from fedex_lora.models.processor import load_processor
 from fedex_lora.privacy.account import rows_digest
 from fedex_lora.tasks import Task, custom, load_task, usable
 from fedex_lora.tasks._files import read_rows
-from fedex_lora.tasks._rows import RowTable, lines_of, told
+from fedex_lora.tasks._rows import RowTable, lines_of, some, told
 from fedex_lora.tasks._templates import text_of
 from fedex_lora.tasks.dealt import dealt
 from fedex_lora.tasks.partition import Indices
@@ -131,9 +131,7 @@ def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indi
     for client, (train, _) in parts.items():
         present = set(task.classes[train].tolist())
         if absent := [name for label, name in names.items() if label not in present]:
-            yield Finding(
-                f"{client}: no row of class {', '.join(absent[:5])}" + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-            )
+            yield Finding(f"{client}: no row of class {some(absent)}")
         batch = config.training.get("per_device_train_batch_size", 8)
         if config.training.get("dataloader_drop_last") and len(train) < batch:
             yield Finding(

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
-from fedex_lora.client.client import Client, Shared
-from fedex_lora.client.learner import Learner
+from fedex_lora.client.client import Client, Model, Shared
 from fedex_lora.client.received import NeedsFull, StoredAnswer, Train
 from fedex_lora.config import Config, Privacy, Rules
 from fedex_lora.errors import FedexLoraError, LacksError, PrivacyError, StorageError, UnreadableError
@@ -17,9 +17,41 @@ from fedex_lora.protocol.failures import told_to_end
 from fedex_lora.storage.adapter_folder import Format, write_adapter_folder
 from fedex_lora.storage.files import write_bytes
 from fedex_lora.storage.result import safe_name
-from fedex_lora.types import Delta, ServerState
+from fedex_lora.types import Adapter, ClientUpdate, Delta, ServerState
 
 FILE = "memory.safetensors"
+
+
+class Learner(Model, Protocol):
+    """One model on which clients train in turn.
+
+    Attributes:
+        folder: where they keep their files, in a folder each; set by whoever drives them.
+    """
+
+    folder: Path | None
+
+    @property
+    def first(self) -> Adapter:
+        """The initial adapter: the same for everyone who has the configuration and the base."""
+
+    @property
+    def base(self) -> Mapping[str, Delta]:
+        """What the frozen base has gained before the first round; as `first`."""
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Client -> how many training rows it has, or states where it is private, of the clients that are here."""
+
+    def measure(self, client: str) -> dict[str, float]:
+        """The model as it stands on the client's held-out rows, as `held_out_NAME`; nothing where it has none, or is private."""
+
+    def train(self, client: str, round: int, optimizer: Mapping[str, Any] | None) -> tuple[ClientUpdate, Mapping[str, Any] | None]:
+        """Train the model as it stands: the update, and the optimiser's state.
+
+        Raises:
+            TrainingError: see `client.local_update`.
+        """
 
 
 class ClientPool:

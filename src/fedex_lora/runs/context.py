@@ -171,13 +171,12 @@ class GlobalModel:
         place = self.place
         return place.adapted.cores() if get_method(place.config.method).core else place.first
 
-    def federation(self, train_rows: Mapping[str, int], exchange: Exchange, **more: Any) -> Federation:
+    def federation(self, train_rows: Mapping[str, int], exchange: Exchange) -> Federation:
         """What the round loop needs of this place.
 
         Args:
             train_rows: client -> its number of training rows, as far as the server knows it.
             exchange: the transport.
-            more: other fields of `Federation`.
         """
         return Federation(
             clients=sorted(train_rows),
@@ -187,7 +186,6 @@ class GlobalModel:
             format=format_of(self.place.model),
             facts=self.facts(train_rows),
             ranks=self.ranks,
-            **more,
         )
 
     def load(self, state: ServerState) -> nn.Module:

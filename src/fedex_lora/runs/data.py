@@ -6,7 +6,8 @@ What is wrong with rows is told by `fedex_lora.runs.check`.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise, takewhile, zip_longest
+from functools import partial
+from itertools import chain, islice, pairwise, zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedex_lora.config import IMAGES, Config, nearest
 from fedex_lora.errors import UsageError
 from fedex_lora.models.processor import load_processor
 from fedex_lora.tasks import IGNORED, Task, limit
+from fedex_lora.tasks._chat_template import common_length
 from fedex_lora.tasks._completions import FULL
 from fedex_lora.tasks._images import decode
 from fedex_lora.tasks.dealt import dealt
@@ -121,7 +123,11 @@ def describe_rows(config: Config, rows: int = 3, client: str | None = None) -> R
     """
     task, parts = dealt(config.model_copy(update={"task": config.task.model_copy(update={"on_bad_row": "drop"})}))
     if client is not None:
-        parts = {client: parts[client]} if client in parts else _unknown(client, list(parts))
+        if client not in parts:
+            near = nearest(client, list(parts))
+            mend = f"did you mean {near!r}?" if near else f"give one of {', '.join(parts)}"
+            raise UsageError(f"--client {client!r} holds no rows: {mend}")
+        parts = {client: parts[client]}
     processor = load_processor(config.base, task.kind)
     view = _View(task, processor, task.tokenize(processor, task.train))
     all_rows = np.concatenate([both for held in parts.values() for both in held])
@@ -143,11 +149,6 @@ def describe_rows(config: Config, rows: int = 3, client: str | None = None) -> R
         clients={name: view.held(train, held) for name, (train, held) in parts.items()},
         eval_rows=len(task.eval),
     )
-
-
-def _unknown(client: str, names: Sequence[str]) -> Any:
-    near = nearest(client, names)
-    raise UsageError(f"--client {client!r} holds no rows: " + (f"did you mean {near!r}?" if near else f"give one of {', '.join(names)}"))
 
 
 def _whole(rows: Dataset) -> NDArray[np.int64]:
@@ -234,18 +235,9 @@ def pieces(tokenizer: Any, ids: Sequence[int], on: Sequence[bool]) -> list[tuple
     A piece is what the text with its tokens has more than the text without: tokenizers write spaces between tokens, and characters of
     several tokens, only where they see both sides.
     """
-    text = _text(tokenizer, ids)
+    text_of = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = text_of(ids)
     starts = [0, *(place for place in range(1, len(ids)) if on[place] != on[place - 1]), len(ids)]
-    ends = [_alike(text, _text(tokenizer, ids[:start])) for start in starts[:-1]] + [len(text)]
+    ends = [common_length(text, text_of(ids[:start])) for start in starts[:-1]] + [len(text)]
     made = [(text[begin:end], on[start]) for (begin, end), start in zip(pairwise(ends), starts, strict=False)]
     return [(part, marked) for part, marked in made if part]
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _alike(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedex_lora.client.metrics import weighted_mean
 from fedex_lora.exactness import algebra, measure
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.runs.emit import Emit
@@ -55,9 +54,12 @@ def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emi
         client: {name.removeprefix("held_out_"): value for name, value in found.items() if name.startswith("held_out_")}
         for client, found in metrics.items()
     }
-    mean = weighted_mean(list(own.values()))
-    if mean:
-        emit(HeldOut(round=version, metrics=mean, clients=own))
+    measured = [one for one in own.values() if one.get("rows")]
+    if not measured:
+        return {}
+    total, names = math.fsum(one["rows"] for one in measured), set.intersection(*map(set, measured)) - {"rows"}
+    mean = {name: math.fsum(one[name] * one["rows"] for one in measured) / total for name in sorted(names)} | {"rows": total}
+    emit(HeldOut(round=version, metrics=mean, clients=own))
     return mean
 
 

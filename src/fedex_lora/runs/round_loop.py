@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedex_lora import __version__
 from fedex_lora.config import Config, Rules
@@ -17,7 +17,6 @@ from fedex_lora.runs.listening import Exchange, listen, tell
 from fedex_lora.runs.measuring import best_of, held_out_event, learnt_nothing, round_numbers
 from fedex_lora.server.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.server.checks import quorum, sample
-from fedex_lora.server.result import Result
 from fedex_lora.server.round import Round
 from fedex_lora.server.server import Server
 from fedex_lora.server.verdicts import Complete, Short
@@ -27,7 +26,7 @@ from fedex_lora.storage.files import FINAL, ROUNDS
 from fedex_lora.storage.handout import differs, for_parties
 from fedex_lora.storage.result import write_result
 from fedex_lora.storage.run_folder import remove, round_folder, run_rounds_of, strays
-from fedex_lora.types import ClientUpdate, Delta, Motion, ServerState
+from fedex_lora.types import ClientUpdate, Delta, ServerState
 
 PAUSE = 60.0  # seconds, at most, before clients are asked again
 
@@ -110,38 +109,36 @@ def _one_round(number: int, here: Checkpoint, server: Server, federation: Federa
     facts |= {"momentum": config.server.model_dump(mode="json")} if config.server.moves else {}
     if isinstance(got.ready, Short):
         skip_or_stop(round, got.ready, config, emit)
-        ended = _Ended({"skipped": got.ready.reason}, {"skipped": got.ready.reason}, {}, {}, None)
+        ended: dict[str, Any] = {"skipped": got.ready.reason}
+        facts |= ended
+        weights: Mapping[str, float] = {}
+        held: Held = {}
+        motion = None
         here = replace(here, skipped=[*here.skipped, number])
     else:
         measured_by = {client: round.receipts[client].metrics for client in got.ready.clients if client in round.receipts}
         here = replace(here, held_out={**here.held_out, before.round: held_out_event(before.round, measured_by, emit)})
-        ended = _closed(round, got.ready, round.close(got.updates), federation, emit)
+        result = round.close(got.updates)
+        weights, held, motion = result.aggregate.weights, result.held, result.motion
+        ended = {"accepted": list(got.ready.clients), **round_numbers(result, federation.realised, emit)}
+        facts |= {"late": sorted(got.ready.late)} if got.ready.late else {}
+        del result
     metrics = federation.evaluate(server.state)
-    done = {"bytes_down": got.down, "bytes_up": got.up, "round": number, "metrics": metrics, **ended.done}
+    done = {"bytes_down": got.down, "bytes_up": got.up, "round": number, "metrics": metrics, **ended}
     here = replace(here, state=server.state, registry=server.registry, done={**done, "seconds": time.perf_counter() - began})
     write_result(
         round_folder(out, number),
         here.state,
         got.updates,
-        ended.weights,
+        weights,
         federation.format,
-        {**facts, **ended.facts},
+        facts,
         before.base_delta,
-        ended.held,
+        held,
         {FILE: to_file(here)},
-        ended.motion,
+        motion,
     )
     return here
-
-
-class _Ended(NamedTuple):
-    """How a round ended: fields of its event and its manifest, and what its folder is to hold."""
-
-    done: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    weights: Mapping[str, float]
-    held: Held
-    motion: Motion | None
 
 
 def skip_or_stop(round: Round, short: Short, rules: Rules, emit: Emit) -> None:
@@ -155,12 +152,6 @@ def skip_or_stop(round: Round, short: Short, rules: Rules, emit: Emit) -> None:
         raise TrainingError(f"{short.reason}: {hint}")
     round.skip()
     emit(Warned(round=round.number, message=f"the round is skipped: {short.reason.partition(':')[0]}"))
-
-
-def _closed(round: Round, ready: Complete, result: Result, federation: Federation, emit: Emit) -> _Ended:
-    done = {"accepted": list(ready.clients), **round_numbers(result, federation.realised, emit)}
-    facts = {"late": sorted(ready.late)} if ready.late else {}
-    return _Ended(done, facts, result.aggregate.weights, result.held, result.motion)
 
 
 def gather(round: Round, exchange: Exchange, rules: Rules, emit: Emit) -> Gathered:

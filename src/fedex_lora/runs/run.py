@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.client.arguments import spare_devices
-from fedex_lora.config import Config, read_config, write_config
+from fedex_lora.config import Config, flat, read_config, write_config
+from fedex_lora.config.run import ADMISSION
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.runs.emit import Emit, log_to
 from fedex_lora.runs.global_state import alone, undone
@@ -26,7 +27,6 @@ class Home(Protocol):
 
     def require(self, out: Path) -> None: ...
     def initial(self) -> ServerState: ...
-    def facts(self) -> dict[str, Any]: ...
     def federation(self) -> Federation: ...
     def remember_in(self, out: Path) -> None: ...
 
@@ -58,7 +58,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         trackers = Trackers(config, out, emit)
         place = home(config, emit)
         place.require(out)
-        facts = place.facts()
+        facts = place.federation().facts
         if get_method(config.method).lora:  # of the whole model, which is trained, the rounds have all
             _require_base(out, facts.get("base_fingerprint", ""), config.base.model)
         require_space(out, facts["disk_bytes"])
@@ -94,7 +94,7 @@ def _require_run(out: Path, config: Config) -> None:
             f"{out} has {begun.rounds} rounds, over which privacy.epsilon = {begun.privacy.epsilon:g} was spread: more would spend more: "
             "begin another run from its result by base.start, which the ledger charges by itself"
         )
-    here, there = (_keys(_resume_identity(one)) for one in (config, begun))
+    here, there = _bits(config), _bits(begun)
     if odd := next((key for key in here | there if here.get(key) != there.get(key)), None):
         yours, theirs = (f"{keys[odd]!r}" if odd in keys else "unset" for keys in (here, there))
         raise UsageError(
@@ -110,14 +110,6 @@ def _require_base(out: Path, fingerprint: str, name: str) -> None:
         raise UsageError(f"{out} was trained on another base than {name} is now: give the one that it began with, or another out")
 
 
-def _keys(table: Any, name: str = "") -> dict[str, Any]:
-    """`table.key` -> value, of what is set."""
-    tree = table.model_dump(mode="json", exclude_none=True) if isinstance(table, Config) else table
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {key: found for inner, value in tree.items() for key, found in _keys(value, f"{name}.{inner}".lstrip(".")).items()}
-
-
 def _is_run(out: Path) -> bool:
     """Has it the configuration and the events of a run? One that was killed in between left its configuration, as we write it, alone."""
     mark = out / "config.toml"
@@ -126,14 +118,10 @@ def _is_run(out: Path) -> bool:
     return not strays(out) and mark.read_text(encoding="utf-8") == write_config(read_config(mark))
 
 
-def _resume_identity(config: Config) -> Config:
-    """What makes a run's bits: without how long it goes, whose updates count, what is kept and what pays, which may change."""
-    messages = config.messages.model_copy(update={"norm_bound": None, "max_examples": 1})
-    clients = config.clients.model_copy(
-        update={"quorum": 1.0, "min_clients": 1, "deadline": None, "below_quorum": "stop", "late": "refuse"}
-    )
-    same = {"messages": messages, "clients": clients, "privacy": config.privacy.model_copy(update={"budget": None, "ledger": None})}
-    return config.model_copy(update={**same, "rounds": 1, "keep_rounds": None, "trackers": []})
+def _bits(config: Config) -> dict[str, Any]:
+    """What makes a run's bits, by dotted keys: without how long it goes, whose updates count, what is kept and what pays."""
+    free: Any = {**ADMISSION, "privacy": {"budget", "ledger"}, "rounds": True, "keep_rounds": True, "trackers": True}
+    return flat(config.model_dump(mode="json", exclude_none=True, exclude=free))
 
 
 def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:

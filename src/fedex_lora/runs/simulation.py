@@ -133,10 +133,6 @@ class LocalSimulation:
         """The state before round 1."""
         return self.host.initial()
 
-    def facts(self) -> dict[str, Any]:
-        """See `GlobalModel.facts`."""
-        return self.host.facts(self.pool.learner.rows)
-
     def federation(self) -> Federation:
         """What the round loop needs of this place."""
         there = self.host.federation(self.pool.learner.rows, self.exchange)

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -35,10 +34,6 @@ def _temporary(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
-def _new_file(path: Path) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
-
-
 def _new_folder(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Its name is nobody's and cannot be foretold: what stands beside `path`, a link somewhere else too, is left as it is.
     """
-    with _temporary(path, _new_file) as temporary:
+    with _temporary(path, lambda new: new.touch(exist_ok=False)) as temporary:
         yield temporary
         temporary.replace(path)
 
@@ -193,12 +188,4 @@ def fsync(path: Path) -> None:
 
 def finite_json(value: Any) -> str:
     """JSON as the standard has it: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from fedex_lora.errors import AdapterError
@@ -59,13 +59,8 @@ def require_known(names: Iterable[str], where: str) -> None:
 def trained_whole(name: str, config: Mapping[str, Any]) -> bool:
     """PEFT's rule: is the tensor of a module whose path ends with a name in `modules_to_save`, or of a head of the task's type?"""
     wanted = tuple(config.get("modules_to_save") or ()) + HEADS.get(config.get("task_type") or "", ())
-    return any(path.endswith(wanted) for path in _paths(name))
-
-
-def _paths(name: str) -> Iterator[str]:
-    """The modules that a tensor lies in, outermost first."""
     parts = name.split(".")
-    return (".".join(parts[:count]) for count in range(1, len(parts)))
+    return any(".".join(parts[:count]).endswith(wanted) for count in range(1, len(parts)))
 
 
 def require_plain_lora(config: Mapping[str, Any], where: str) -> None:

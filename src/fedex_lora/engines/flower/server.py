@@ -2,7 +2,6 @@
 
 from logging import INFO
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.common.logger import log
@@ -76,10 +75,6 @@ class Deployment:
     def initial(self) -> ServerState:
         """The state before round 1."""
         return self.host.initial()
-
-    def facts(self) -> dict[str, Any]:
-        """See `GlobalModel.facts`; of clients with rows of their own, their number is not known."""
-        return self.host.facts(self._rows)
 
     def federation(self) -> Federation:
         """What the round loop needs of this place."""

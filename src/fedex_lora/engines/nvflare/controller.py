@@ -13,6 +13,7 @@ from nvflare.apis.signal import Signal
 
 from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of
 from fedex_lora.config import Rules
+from fedex_lora.config.run import ADMISSION
 from fedex_lora.engines.nvflare._exchange import TaskExchange
 from fedex_lora.engines.nvflare._party import rules_of
 from fedex_lora.errors import FedexLoraError, StorageError, UsageError
@@ -29,10 +30,6 @@ from fedex_lora.storage.files import ROUNDS, write_bytes, write_text
 from fedex_lora.storage.run_folder import barely_begun, locked, remove, round_folder, run_rounds_of
 
 DUMP, FEDERATION = "server.dump", "federation.json"  # files of the folder: the server between two rounds, and whose rounds they are
-ADMISSION: Any = {  # of the rules: whose updates count, which may change when a job goes on
-    "clients": {"quorum", "min_clients", "deadline", "below_quorum", "late"},
-    "messages": {"norm_bound", "max_examples"},
-}
 
 
 class FederationController(Controller):

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.optimize import isotonic_regression
+
 from fedex_lora.experiments.compare._tests import interval
 from fedex_lora.storage.files import replacing
 
@@ -28,27 +31,9 @@ def spread(positions: list[float], gap: float) -> list[float]:
         >>> [round(position, 3) for position in spread([0.50, 0.51, 0.90], 0.1)]
         [0.455, 0.555, 0.9]
     """
-    order = sorted(range(len(positions)), key=lambda index: positions[index])
-    groups: list[list[int]] = [[index] for index in order]
-
-    def middle(group: list[int]) -> float:
-        return sum(positions[index] for index in group) / len(group)
-
-    def overlap(low: list[int], high: list[int]) -> bool:
-        return middle(high) - middle(low) < gap * (len(low) + len(high)) / 2
-
-    at = 0
-    while at < len(groups) - 1:
-        if overlap(groups[at], groups[at + 1]):
-            groups[at : at + 2] = [groups[at] + groups[at + 1]]
-            at = max(0, at - 1)
-        else:
-            at += 1
-    placed = list(positions)
-    for group in groups:
-        for offset, index in enumerate(group):
-            placed[index] = middle(group) + gap * (offset - (len(group) - 1) / 2)
-    return placed
+    order, steps, placed = np.argsort(positions, kind="stable"), gap * np.arange(len(positions)), np.empty(len(positions))
+    placed[order] = isotonic_regression(np.asarray(positions)[order] - steps).x + steps
+    return list(map(float, placed))
 
 
 def draw_curves(result: Mapping[str, Any], out: Path) -> None:

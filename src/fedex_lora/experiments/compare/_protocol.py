@@ -1,7 +1,6 @@
 """What a comparison is asked, as data: what `protocol.toml` says, or the options of the command."""
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from fedex_lora.config import nearest, plain_value
+from fedex_lora.config.reading import toml_tree
 from fedex_lora.errors import UsageError
 
 
@@ -131,12 +131,9 @@ def read_protocol(path: Path) -> Protocol:
     Raises:
         UsageError: there is no such file, or what is wrong with it.
     """
+    tree = toml_tree(path)
     try:
-        return parse_protocol(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}: give the path of a protocol") from None
+        return parse_protocol(tree)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 

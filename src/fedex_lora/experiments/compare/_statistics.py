@@ -101,15 +101,12 @@ def summary(
     goal = target if target is not None else float(np.mean(list(ends[reference].values())))
     rows = []
     for name, by_seed in runs.items():
-        mean, width = interval(list(ends[name].values()))
         reached = [rounds_to(run.metric, goal, sign) for run in by_seed.values()]
         first, errors = next(iter(by_seed.values())), [run.exactness for run in by_seed.values() if run.exactness is not None]
         rows.append(
             {
                 "name": name,
-                "mean": mean,
-                "half_width": width,
-                **_against(ends[name], ends[reference], name in (reference, *apart)),
+                **_beside(ends[name], ends[reference], name in (reference, *apart)),
                 "over_rounds": float(np.mean([np.mean(run.metric[1:]) for run in by_seed.values()])),
                 "rounds_to_target": reached,
                 "exactness_error": worst(errors) if errors else None,
@@ -132,18 +129,17 @@ def at_rounds(metrics: Metrics, reference: str, rounds: Sequence[int], apart: Se
     records = []
     for round in rounds:
         there = {name: {seed: metric[round] for seed, metric in by_seed.items()} for name, by_seed in metrics.items()}
-        methods = {}
-        for name, values in there.items():
-            mean, width = interval(list(values.values()))
-            methods[name] = {"mean": mean, "half_width": width, **_against(values, there[reference], name in (reference, *apart))}
+        methods = {name: _beside(values, there[reference], name in (reference, *apart)) for name, values in there.items()}
         records.append({"round": round, "methods": methods})
     return records
 
 
-def _against(values: Mapping[int, float], others: Mapping[int, float], not_asked: bool) -> dict[str, float | None]:
-    """The mean difference, paired by seed, the half-width of its interval, and p of Student's paired test; None where there is none."""
+def _beside(values: Mapping[int, float], others: Mapping[int, float], not_asked: bool) -> dict[str, float | None]:
+    """The mean, and the mean difference paired by seed; of each the half-width of its interval, and p of Student's paired test."""
+    mean, half_width = interval(list(values.values()))
+    row: dict[str, float | None] = {"mean": mean, "half_width": half_width}
     if not_asked:
-        return dict.fromkeys(("difference", "difference_half_width", "p"))
+        return row | dict.fromkeys(("difference", "difference_half_width", "p"))
     differences = [value - others[seed] for seed, value in values.items()]
     difference, width = interval(differences)
-    return {"difference": difference, "difference_half_width": width, "p": None if width is None else paired(differences).p}
+    return row | {"difference": difference, "difference_half_width": width, "p": None if width is None else paired(differences).p}

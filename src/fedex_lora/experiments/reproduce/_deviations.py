@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fedex_lora.errors import counted
 from fedex_lora.experiments.reproduce._filled import Filled
 from fedex_lora.experiments.reproduce._recipe import UNKNOWN, Column
 from fedex_lora.experiments.reproduce._scores import mean_and_deviation
@@ -33,12 +34,13 @@ def pictures(filled: Filled, folder: Path) -> list[Path]:
         if groups := _groups(filled, column):
             for measure in MEASURES:
                 drawn.append(folder / f"{filled.recipe.target}-{column.label}-{measure}.png")
-                draw(layout, [replace(group, label=_counted(group)) for group in groups], drawn[-1], measure)
+                draw(
+                    layout,
+                    [replace(group, label=f"{group.label}, {counted(len(group.runs), 'seed')}") for group in groups],
+                    drawn[-1],
+                    measure,
+                )
     return drawn
-
-
-def _counted(group: Group) -> str:
-    return f"{group.label}, {len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
 
 
 def _groups(filled: Filled, column: Column) -> list[Group]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedex_lora.config import Config, nearest, overridden, parse_config
+from fedex_lora.config.reading import merged, toml_tree
 from fedex_lora.errors import ConfigError, UsageError
 from fedex_lora.experiments.compare import RATE, Variant, configured
 
@@ -212,11 +212,8 @@ def folder_of_recipes() -> Path:
 
 def targets() -> list[str]:
     """The names of all tables and figures."""
-    return sorted((path.stem for path in folder_of_recipes().glob("*.toml") if not path.stem.startswith("_")), key=_natural)
-
-
-def _natural(name: str) -> tuple[str, int]:
-    return name.rstrip("0123456789"), int("0" + name[len(name.rstrip("0123456789")) :])
+    names = (path.stem for path in folder_of_recipes().glob("*.toml") if not path.stem.startswith("_"))
+    return sorted(names, key=lambda name: (name.rstrip("0123456789"), len(name), name))
 
 
 def read_recipe(target: str) -> Recipe:
@@ -244,22 +241,9 @@ def _read(path: Path, heirs: Sequence[Path] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} extends itself, by way of {heirs[-1].name}: remove one `extends`")
     if not path.is_file():
         raise ConfigError(f"{heirs[-1]} extends {path}, which does not exist")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    tree = toml_tree(path)
     parent = tree.pop("extends", None)
     return merged(_read(path.parent / f"{parent}.toml", [*heirs, path]), tree) if parent else tree
-
-
-def merged(*trees: Tree) -> dict[str, Any]:
-    """Nested tables, later ones first; lists and values are replaced."""
-    result: dict[str, Any] = {}
-    for tree in trees:
-        for key, value in tree.items():
-            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if both else value
-    return result
 
 
 def cells(recipe: Recipe, scale_name: str, overrides: Sequence[str] = ()) -> Iterator[Cell]:
