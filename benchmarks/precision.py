@@ -20,7 +20,7 @@ import torch
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import parse_config
 from fedex_lora.models.build import build_model
-from fedex_lora.models.layers import Layer
+from fedex_lora.models.layers import Layer, is_quantised
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.models.merge import in_float32, logits
 from fedex_lora.offline import verify
@@ -76,7 +76,7 @@ def fold(layer: Layer, update: torch.Tensor) -> None:
     """Put an update into the weight as it is stored, rounding or quantising as that does."""
     weight = layer.base.weight
     total = layer.weight().double() + update
-    if not layer.quantised:
+    if not is_quantised(layer.base):
         layer.weight().copy_(total.to(weight.dtype))
         return
     import bitsandbytes as bnb

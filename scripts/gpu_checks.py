@@ -146,7 +146,7 @@ def settings(base: dict[str, Any], task: dict[str, Any], batch: int, **more: Any
 def glue(folder: Path) -> dict[str, Any]:
     """An encoder with a new head on rows to be classified: run, verify --base, export, evaluate."""
     from fedex_lora.config import parse_config
-    from fedex_lora.evaluation import evaluate_source
+    from fedex_lora.evaluation import measure
     from fedex_lora.models.export import export
 
     base, rows = encoder(folder), os.environ.get("FEDEX_LORA_DATA", "")
@@ -166,7 +166,7 @@ def glue(folder: Path) -> dict[str, Any]:
         "task": task["name"],
         "verify": verified(folder / "run", str(base)),
         "export": {name: exported[name] for name in ("output_error", "change_error")},
-        "evaluate": evaluate_source(str(folder / "run"), parse_config(tree).task),
+        "evaluate": dict(measure(str(folder / "run"), parse_config(tree).task).numbers),
     }
 
 

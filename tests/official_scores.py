@@ -7,7 +7,7 @@ import csv
 import sys
 from pathlib import Path
 
-from fedex_lora.tasks.scoring import METRICS, read_predictions, read_references, score_e2e
+from fedex_lora.tasks.scoring.e2e import METRICS, read_predictions, read_references, score_e2e
 
 SYSTEMS = ("tgen", "slug", "chen", "dangnt")
 

@@ -12,7 +12,7 @@ from fedex_lora.config import base_folder
 from fedex_lora.errors import UsageError
 from fedex_lora.evaluation import generate
 from fedex_lora.evaluation._generation import _NoRepeat
-from fedex_lora.tasks.scoring import read_predictions, read_references, score_e2e
+from fedex_lora.tasks.scoring.e2e import read_predictions, read_references, score_e2e
 
 BEAM = {"num_beams": 4, "length_penalty": 0.9, "no_repeat_ngram_size": 4, "max_new_tokens": 16}
 PROMPTS = [

@@ -24,7 +24,8 @@ from fedex_lora.aggregation import server_state as server
 from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import base_folder, parse_config
 from fedex_lora.engines.flower._node import Node
-from fedex_lora.evaluation import evaluate_source, generate
+from fedex_lora.evaluation import generate
+from fedex_lora.evaluation import measure as evaluate
 from fedex_lora.exactness import measure
 from fedex_lora.models import base_weights as _base
 from fedex_lora.models import pristine as _pristine
@@ -193,7 +194,7 @@ def made_of(place, kind, out, source):
     run_folder = place / "runs" / kind
     numbers = {"verify": verify(run_folder, base), "logits": logits(load_model(run_folder, base)).tolist()}
     numbers |= {form: {**export(run_folder, form, out / form, base), "out": "", "vllm": ""} for form in FORMS}
-    numbers["evaluate"] = [evaluate_source(str(run_folder), config.task), evaluate_source(str(out / "merged"), config.task)]
+    numbers["evaluate"] = [evaluate(str(folder), config.task).numbers for folder in (run_folder, out / "merged")]
     numbers["aggregate"] = aggregate_folders([run_folder / "a", run_folder / "b"], out / "sum", "fedex", None, None)
     numbers["aggregate"] = {"max_relative_error": numbers["aggregate"]["max_relative_error"], **verify(out / "sum", base)}
     numbers["aggregate"]["rounds"] = len(numbers["aggregate"]["rounds"])  # they name the folder

@@ -22,7 +22,7 @@ from fedex_lora.errors import AdapterError, AggregationError, ConfigError, Fedex
 from fedex_lora.models.core import truncated_svd
 from fedex_lora.models.export import export
 from fedex_lora.models.loading import load_base
-from fedex_lora.models.lora import add_lora, hold_cores, read_model, set_trained, write_model
+from fedex_lora.models.lora import add_lora, lora_layers, read_model, set_trained, write_model
 from fedex_lora.models.merge import logits
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
@@ -251,7 +251,7 @@ def test_what_does_not_go_with_cores_is_refused_in_a_line(changes, error, messag
 def test_convolutions_hold_no_core():
     model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(AdapterError, match="0 is a Conv2d, and cores are for linear layers"):
-        hold_cores(model)
+        next(iter(lora_layers(model).values())).hold_core()
 
 
 def test_a_start_is_refused(finished, tmp_path):

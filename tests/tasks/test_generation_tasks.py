@@ -11,7 +11,8 @@ from fedex_lora.errors import DataError
 from fedex_lora.tasks import load_task
 from fedex_lora.tasks._task import IGNORED
 from fedex_lora.tasks.arithmetic import as_metamath, score_gsm8k, score_math
-from fedex_lora.tasks.scoring import CHOICES, equivalent, extract_answer
+from fedex_lora.tasks.scoring.choices import CHOICES
+from fedex_lora.tasks.scoring.mathematics import equivalent, extract_answer
 
 
 def task(name, data, **changes):
@@ -36,7 +37,7 @@ def test_e2e_as_the_lora_paper_prompts_it(data_folder, stories):
 def test_references_as_texts_score_like_people(data_folder):
     """The first reference of each as prediction: BLEU 1, because it matches itself."""
     loaded = task("e2e", data_folder, eval_rows=40)
-    from fedex_lora.tasks.scoring import score_e2e
+    from fedex_lora.tasks.scoring.e2e import score_e2e
 
     rows = loaded.generation.rows
     assert len(rows) == 40

@@ -12,17 +12,9 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.errors import DataError, UsageError
 from fedex_lora.evaluation._classes import write_rows
-from fedex_lora.tasks.scoring import (
-    CHOICES,
-    METRICS,
-    equivalent,
-    extract_answer,
-    extract_choice,
-    extract_number,
-    read_predictions,
-    read_references,
-    score_e2e,
-)
+from fedex_lora.tasks.scoring.choices import CHOICES, extract_choice
+from fedex_lora.tasks.scoring.e2e import METRICS, read_predictions, read_references, score_e2e
+from fedex_lora.tasks.scoring.mathematics import equivalent, extract_answer, extract_number
 from fedex_lora.tasks.scoring.mteval import bleu, nist, tokenize
 
 

@@ -16,7 +16,7 @@ from fedex_lora.tasks._completions import FULL, IGNORED, completion_metrics, tok
 from fedex_lora.tasks._metrics import class_metrics
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.partition import partition
-from fedex_lora.tasks.scoring import CHOICES
+from fedex_lora.tasks.scoring.choices import CHOICES
 
 
 def settings(**changes):

@@ -21,7 +21,7 @@ def e2e(
     debug: Debug = False,
 ) -> None:
     """BLEU, NIST, METEOR, ROUGE-L and CIDEr of the E2E NLG challenge, as its official scripts compute them."""
-    from fedex_lora.tasks.scoring import read_predictions, read_references, require_e2e, score_e2e
+    from fedex_lora.tasks.scoring.e2e import read_predictions, read_references, require_e2e, score_e2e
 
     names = [name.strip() for name in metrics.split(",")]
     require_e2e(names)

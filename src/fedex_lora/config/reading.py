@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fedex_lora.config.run import Config, trainer_parts
 from fedex_lora.config.tables import DEMO, WRITTEN
@@ -204,23 +204,14 @@ def _one_line(detail: Any) -> str:
     if where in REMOVED:
         return f"{where} was removed: {REMOVED[where]}"
     if detail["type"] == "extra_forbidden":
-        *tables, key = (str(part) for part in detail["loc"])
-        near = nearest(key, _fields(tables))
+        *tables, key = map(str, detail["loc"])
+        model: Any = Config.model_fields[tables[0]].annotation if tables else Config
+        near = nearest(key, list(model.model_fields))
         return f"unknown key {where}" + (f": did you mean {'.'.join([*tables, near])}?" if near else "")
     if detail["type"] == "missing":
         return f"{where} is missing: add it to the file, or --set {where}=..."
     message = "give a whole number" if detail["type"].startswith("int_") else detail["msg"].removeprefix("Value error, ")
     return f"{where} = {detail['input']!r}: {message[:1].lower()}{message[1:]}" if where and detail["type"] != "value_error" else message
-
-
-def _fields(tables: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for name in tables:
-        annotation: Any = model.model_fields[name].annotation
-        model = next(
-            (option for option in (annotation, *get_args(annotation)) if isinstance(option, type) and issubclass(option, BaseModel)), model
-        )
-    return list(model.model_fields)
 
 
 ALSO = {

@@ -1,9 +1,9 @@
 """One run: its method, its server, its messages, and the tables of `config.tables`."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from fedex_lora.config.privacy import Privacy
 from fedex_lora.config.tables import Base, Clients, ConfigTable, Lora, TaskSettings
@@ -165,7 +165,7 @@ class Rules(ConfigTable):
         0.6
     """
 
-    method: str = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
+    method: Annotated[str, AfterValidator(method_name)] = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
     weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
     clients: Clients = Clients()
@@ -185,11 +185,6 @@ class Rules(ConfigTable):
         """
         said = self.model_dump(mode="json", include={"seed", "weights", "server", "truncation"}, exclude_defaults=True)
         return {key: json.dumps(value, sort_keys=True) for key, value in {"method": self.method, **said}.items()}
-
-    @field_validator("method")
-    @classmethod
-    def _one_name(cls, value: str) -> str:
-        return method_name(value)
 
 
 class Config(Rules):
@@ -217,24 +212,16 @@ class Config(Rules):
     )
 
     @model_validator(mode="after")
-    def _files_of_clients(self) -> "Config":
+    def _goes_together(self) -> "Config":
         if self.clients.data and (self.task.name != "custom" or self.task.train):
             raise ValueError('clients.data names the training rows of task "custom": remove task.train, or clients.data')
         if self.clients.data and self.task.needs_labels:
             raise ValueError("task.labels is not set: name all classes there, for a client's own file may lack some")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_private_is_held_out(self) -> "Config":
         if self.privacy.is_on and "holdout" in self.clients.model_fields_set and self.clients.holdout:
             raise ValueError(
                 f"clients.holdout = {self.clients.holdout:g} does not go with privacy.epsilon, for nothing is measured on private rows: "
                 "set it to 0, or remove it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _start_has_one_rank(self) -> "Config":
         if self.base.start is not None and self.clients.ranks:
             raise ValueError("base.start goes on with one adapter for all: remove clients.ranks")
         return self

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from fedex_lora.errors import UsageError
 from fedex_lora.storage.files import finite_json
 from fedex_lora.tasks import Task
 
@@ -65,16 +64,6 @@ def class_scores(task: Task, prediction: EvalPrediction) -> ClassScores | None:
     return ClassScores([ClassScore(*row) for row in rows], confusion_matrix(labels, predicted, labels=known).tolist())
 
 
-def require_writable(path: Path) -> None:
-    """Predictions and texts are written as TSV or JSONL.
-
-    Raises:
-        UsageError: the file's ending is another.
-    """
-    if path.suffix.lower() not in (".tsv", ".jsonl"):
-        raise UsageError(f"--predictions {path.name}: end it in .tsv or .jsonl, which is what is written there")
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line a row.
 
@@ -99,7 +88,8 @@ def predicted_rows(task: Task, prediction: EvalPrediction, with_rows: bool) -> l
         prediction: logits (`rows x classes`) or scores, and labels.
         with_rows: also the row's own columns of text and numbers, before these; of the same name, these hold.
     """
-    return [{**row, **line} for row, line in zip(_own(task, with_rows), _lines(task, prediction), strict=True)]
+    own = [{str(name): _text(cell) for name, cell in row.items()} if with_rows else {} for row in task.eval.to_dict(orient="records")]
+    return [{**row, **line} for row, line in zip(own, _lines(task, prediction), strict=True)]
 
 
 def _lines(task: Task, prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
@@ -113,12 +103,6 @@ def _lines(task: Task, prediction: EvalPrediction) -> Iterator[dict[str, Any]]:
     for place, label, share in zip(places, labels, shares, strict=True):
         best = int(share.argmax())
         yield {"line": int(place), "label": names[int(label)], "predicted": names[best], "probability": round(float(share[best]), 6)}
-
-
-def _own(task: Task, wanted: bool) -> Iterator[dict[str, Any]]:
-    """The columns of each row that a text file can hold."""
-    for row in task.eval.to_dict(orient="records"):
-        yield {str(name): _text(cell) for name, cell in row.items()} if wanted else {}
 
 
 def _text(cell: Any) -> Any:

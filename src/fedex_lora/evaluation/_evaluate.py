@@ -13,7 +13,7 @@ from fedex_lora import config
 from fedex_lora.client.arguments import TrainingContext
 from fedex_lora.client.training import evaluate
 from fedex_lora.errors import UsageError
-from fedex_lora.evaluation._classes import ClassScores, class_scores, predicted_rows, require_writable, write_rows
+from fedex_lora.evaluation._classes import ClassScores, class_scores, predicted_rows, write_rows
 from fedex_lora.evaluation._generation import generate
 from fedex_lora.evaluation._model import BASE, Opened, labels_of, open_base, open_source, run_folders
 from fedex_lora.tasks import Generation, Task, load_task, usable
@@ -47,7 +47,8 @@ class Measured:
     """What measuring a model gave.
 
     Attributes:
-        numbers: metric -> value, and `rows`; see `evaluate_source`.
+        numbers: metric -> value, and `rows`; of written texts also `unanswered`, those without an answer (they count as wrong), and
+            `prompts_cut`, prompts whose beginning did not fit the model's context.
         classes: each class and the confusion matrix, where the task has classes.
         beside: the same of another model, on the same rows.
         rows: what `predictions` has of each row.
@@ -74,8 +75,8 @@ class Measured:
         return [{**row, "beside": other[said]} for row, other in zip(self.rows, others, strict=True)]
 
 
-def evaluate_source(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0) -> dict[str, float]:
-    """The task's metrics of a model.
+def measure(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0, beside: str | None = None) -> Measured:
+    """The task's metrics of a model, each class's, and if asked for the same of another model on the same rows.
 
     Tasks with `generation` (`e2e`, `arithmetic/*`, `commonsense/*`) are measured on what the model writes, others on what it predicts;
     chats and other texts of your own are also written, where `predictions` or `generation` ask for that.
@@ -85,27 +86,14 @@ def evaluate_source(source: str, settings: config.TaskSettings, options: Options
         settings: the task; `eval_rows` of it measure, drawn with `seed`.
         options: how.
         seed: of the draw.
+        beside: another source, or "base": what the model of a run or of an adapter was trained from, with the head that it began with.
 
     Returns:
-        Metric -> value, and `rows`; of written texts also `unanswered`, those without an answer (they count as wrong), and `prompts_cut`,
-        prompts whose beginning did not fit the model's context. Of texts, nothing in processes of `accelerate launch` but the main one.
+        Of texts, nothing in processes of `accelerate launch` but the main one.
 
     Raises:
         UsageError: options that the task has no use for; predictions that exist; a metric that cannot be computed here.
         DataError, ModelError, StorageError: see `load_task` and `open_source`.
-    """
-    return dict(measure(source, settings, options, seed).numbers)
-
-
-def measure(source: str, settings: config.TaskSettings, options: Options = Options(), seed: int = 0, beside: str | None = None) -> Measured:
-    """The task's metrics of a model, each class's, and if asked for the same of another model on the same rows.
-
-    Args:
-        source, settings, options, seed: see `evaluate_source`.
-        beside: another source, or "base": what the model of a run or of an adapter was trained from, with the head that it began with.
-
-    Raises:
-        FedexLoraError: see `evaluate_source`.
     """
     if options.predictions and os.path.lexists(options.predictions):
         raise UsageError(f"{options.predictions} exists, and is not overwritten: remove it, or give --predictions elsewhere")
@@ -115,8 +103,8 @@ def measure(source: str, settings: config.TaskSettings, options: Options = Optio
         raise UsageError(f"task {settings.name} is measured on predictions, not on texts: leave out --generate and --predictions")
     if options.with_rows and (asked is not None or not options.predictions):
         raise UsageError("--with-rows is for --predictions of classes or scores: give the file, or leave it out")
-    if options.predictions:
-        require_writable(options.predictions)
+    if options.predictions and options.predictions.suffix.lower() not in (".tsv", ".jsonl"):
+        raise UsageError(f"--predictions {options.predictions.name}: end it in .tsv or .jsonl, which is what is written there")
     if asked is not None and options.score:
         asked.require()
     if beside is not None:

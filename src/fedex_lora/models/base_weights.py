@@ -14,7 +14,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.exactness.algebra import fp32_floor, relative_error, worst
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.fingerprint import fingerprint
-from fedex_lora.models.layers import Layer, disable_cpu_repacking
+from fedex_lora.models.layers import Layer, disable_cpu_repacking, is_quantised, oriented
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.models.pristine import PristineWeights
 from fedex_lora.storage.peft_rules import PREFIX
@@ -98,7 +98,7 @@ class FrozenBase:
         >>> FrozenBase(model).name                                                         # doctest: +SKIP
         '5f2c...e1 bfloat16 none'
         """
-        layers = sorted(self._layers.values(), key=lambda layer: not layer.quantised)
+        layers = sorted(self._layers.values(), key=lambda layer: not is_quantised(layer.base))
         weight = layers[0].base.weight if layers else next(self._model.parameters())
         kinds = {"Params4bit": getattr(weight, "quant_type", ""), "Int8Params": "int8"}
         dtype = getattr(self._model, "dtype", torch.float32) if type(weight).__name__ in kinds else weight.dtype
@@ -153,7 +153,7 @@ class _MergedDelta:
 
     def w0(self) -> Tensor:
         """The pristine weight as a matrix, on the CPU; as is that of a side path."""
-        return self._layer.oriented(self._pristine())
+        return oriented(self._layer.base, self._pristine())
 
     def realised(self, ideal: Delta, compute: torch.dtype) -> tuple[float, float, float]:
         target = self.w0().double() + ideal.dense()
@@ -258,7 +258,7 @@ def _owners(model: nn.Module) -> dict[int, dict[int, str]]:
 
 def _why_not_fold(layer: Layer, owners: Mapping[int, Mapping[int, str]]) -> str | None:
     weight = layer.base.weight
-    if layer.quantised:
+    if is_quantised(layer.base):
         return f"is quantised ({type(weight).__name__}), and folding would lose the base delta"
     if weight.dtype != torch.float32:
         return f"is {weight.dtype}, and folding is exact in float32 only"

@@ -25,9 +25,7 @@ from fedex_lora.storage.renaming import Renaming, find_renaming
 from fedex_lora.storage.result import StoredResult, read_result
 from fedex_lora.types import Adapter
 
-IMAGE_TASK = "IMAGE_CLS"  # what a manifest calls image classification, for which PEFT has no task type
-KINDS: dict[str | None, Kind] = {kind: name for name, kind in TASK_TYPES.items() if kind}
-KINDS |= {IMAGE_TASK: IMAGES, "FEATURE_EXTRACTION": "features"}
+KINDS: dict[str | None, Kind] = {name: kind for kind, name in TASK_TYPES.items()}
 
 
 @dataclass

@@ -26,7 +26,7 @@ from fedex_lora.models.loading import is_encoder
 from fedex_lora.models.lora import trainable_parameters, write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.models.processor import load_processor, save_processor
-from fedex_lora.models.rounded import dtype_named, logit_bound, require_nearest, require_same_factors, rounded_adapter
+from fedex_lora.models.rounded import dtype_named, logit_bound, require_nearest, require_same_factors
 from fedex_lora.storage.adapter_folder import concat_adapter, read_adapter_folder, write_adapter_folder
 from fedex_lora.storage.files import atomic_folder, write_text
 from fedex_lora.storage.layout import LINEAR
@@ -105,6 +105,7 @@ def export(
     with atomic_folder(out, facts) as folder:
         got, bound, size = _write(folder, form, result, adapter, name, stored, frozen)
         error, off = float((got - want).abs().max() / want.abs().max()), float((got - want).abs().max())
+        ranks = (result.manifest.get("start", {}).get("base_rank", 0), _rank(whole))
         numbers: dict[str, Any] = {
             "output_error": error,
             "output_bound": bound,
@@ -112,7 +113,7 @@ def export(
             "update_error": update_error,
             "rank": _rank(result.adapter if form == "base+adapter" else adapter),
             "tokens": new_tokens(result, name) if form == "adapter" else None,
-            "growth": _growth(result, size, _rank(whole)),
+            "growth": growth(result.adapter, result.base_delta, facts["round"], size, *ranks).line() if result.adapter else "",
         }
         write_text(folder / "README.md", model_card(facts, numbers, result, model_kind(result, name)))
         same = SAME_INT8 if form != "adapter" and result.manifest.get("base_quantization") == "int8" else SAME
@@ -134,12 +135,6 @@ def _logits_with_and_without(result: StoredResult, name: str) -> tuple[Tensor, T
     frozen.set({})
     write_model(model, {module: replace(pair, B=torch.zeros_like(pair.B)) for module, pair in result.adapter.items()}, result.other)
     return want, logits(model), frozen
-
-
-def _growth(result: StoredResult, numbers: int, rank: int) -> str:
-    """What more rounds do to the rank; nothing where there is no adapter."""
-    before = result.manifest.get("start", {}).get("base_rank", 0)
-    return growth(result.adapter, result.base_delta, result.manifest["round"], numbers, before, rank).line() if result.adapter else ""
 
 
 def _stored(form: str, dtype: str | None, shard: str | None, processor: Any) -> _Stored:
@@ -190,7 +185,8 @@ def _write(
     bound = logit_bound(model, dtype) if sixteen else None
     if form != "merged":
         inside, factors = folder / ADAPTER if form == "base+adapter" else folder, adapter if form == "adapter" else result.adapter
-        factors, other = rounded_adapter(factors, dtype), {key: tensor.to(dtype) for key, tensor in result.other.items()}
+        factors = {module: replace(pair, A=pair.A.to(dtype), B=pair.B.to(dtype)) for module, pair in factors.items()}
+        other = {key: tensor.to(dtype) for key, tensor in result.other.items()}
         write_adapter_folder(inside, factors, other, format)
         require_same_factors(read_adapter_folder(inside).adapter, factors)
         _save_processor(result, name, inside, stored.processor)

@@ -15,8 +15,8 @@ A model may be on any device. What is read from it is on the CPU before it is an
 float64), and what is written into it goes to its parameters' device.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,10 +55,6 @@ class Layer:
         return LINEAR
 
     @property
-    def quantised(self) -> bool:
-        return is_quantised(self.base)
-
-    @property
     def rank(self) -> int:
         return int(self.peft.r[self.adapter])
 
@@ -69,7 +65,7 @@ class Layer:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight as a matrix."""
-        return (self.base.out_features, self.base.in_features) if self.quantised else tuple(self.weight().shape)  # type: ignore[return-value]
+        return (self.base.out_features, self.base.in_features) if is_quantised(self.base) else tuple(self.weight().shape)  # type: ignore[return-value]
 
     @property
     def parts(self) -> str:
@@ -109,10 +105,6 @@ class Layer:
     def weight(self) -> Tensor:
         """The base's weight, `out x in`: a view, or its dequantised values."""
         return stored_weight(self.base)
-
-    def oriented(self, weight: Tensor) -> Tensor:
-        """A plain weight of this layer's shape as `out x in`: a view."""
-        return _oriented(self.base, weight)
 
     def resize(self, rank: int) -> None:
         """Another rank: new factors of zeros in the place of the old ones, trained or frozen as those were."""
@@ -248,26 +240,16 @@ def disable_cpu_repacking(model: nn.Module) -> None:
 @torch.no_grad()
 def stored_weight(layer: Any) -> Tensor:
     """A layer's weight as one matrix, `out x in`: a view where it is plain, float32 values where it is quantised."""
-    weight: Tensor = layer.weight.detach()
-    if is_quantised(layer):
-        with _in_float32(layer.weight):
-            return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).detach().float()
-    return _oriented(layer, weight)
-
-
-@contextmanager
-def _in_float32(weight: Any) -> Iterator[None]:
-    """4-bit weights are dequantised in the dtype that they came from; what is stored, a code times a float32 scale, needs float32."""
-    state = getattr(weight, "quant_state", None)
-    dtype = getattr(state, "dtype", None)
-    if state is not None:
-        state.dtype = torch.float32
+    if not is_quantised(layer):
+        return oriented(layer, layer.weight.detach())
+    state = getattr(layer.weight, "quant_state", None) or SimpleNamespace(dtype=None)  # of 4 bits only
+    dtype, state.dtype = state.dtype, torch.float32  # what is stored, a code times a float32 scale, needs float32
     try:
-        yield
+        return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).detach().float()
     finally:
-        if state is not None:
-            state.dtype = dtype
+        state.dtype = dtype
 
 
-def _oriented(layer: nn.Module, weight: Tensor) -> Tensor:
+def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A plain weight of a layer's shape as `out x in`: a view."""
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)

@@ -20,11 +20,11 @@ from fedex_lora.storage.adapter_folder import Format, adapter_config
 from fedex_lora.storage.peft_rules import PREFIX, require_plain_lora
 from fedex_lora.types import Adapter, LoRAPair
 
-TASK_TYPES: dict[Kind, str | None] = {
+TASK_TYPES: dict[Kind, str] = {
     "classification": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
-    IMAGES: None,
-    "features": None,
+    IMAGES: "IMAGE_CLS",  # what a manifest calls it; PEFT has no task type for it
+    "features": "FEATURE_EXTRACTION",
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
 }
@@ -43,7 +43,7 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         raise AdapterError("the head of this model cannot be told from its encoder: name it in lora.modules_to_save")
     fresh = [module for module in loaded.fresh if not (heads or HEADS) & set(module.split("."))]
     config = LoraConfig(
-        task_type=TASK_TYPES[kind],
+        task_type=None if kind == IMAGES else TASK_TYPES[kind],
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type] # PEFT divides it only
         lora_dropout=lora.dropout,
@@ -143,16 +143,6 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def hold_cores(model: nn.Module) -> None:
-    """Every adapter gets a core between fixed factors, `B = U C`.
-
-    Raises:
-        AdapterError: a layer that is not linear.
-    """
-    for layer in lora_layers(model).values():
-        layer.hold_core()
-
-
 def lora_layers(model: nn.Module) -> dict[str, Layer]:
     """Module path (as in the base model) -> its LoRA layer.
 
@@ -240,8 +230,3 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     per_element = {"Params4bit": 2}
     sizes = [(per_element.get(type(p).__name__, 1) * p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    """The size of what is not trained, as it is stored."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad)

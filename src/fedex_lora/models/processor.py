@@ -51,7 +51,7 @@ def load_processor(base: Base, kind: Kind) -> Any:
     """
     if kind != IMAGES:
         return load_tokenizer(base)
-    require_pillow()
+    require_extra("PIL", "images", "images")
     options = {"trust_remote_code": base.trust_remote_code}
     try:
         with quiet_loading():
@@ -92,12 +92,3 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     size = getattr(vision, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return int(getattr(vision, "num_channels", None) or 3), int(height), int(width)
-
-
-def require_pillow() -> None:
-    """Images are read with Pillow, which is an extra.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    require_extra("PIL", "images", "images")

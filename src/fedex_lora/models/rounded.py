@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -28,11 +27,6 @@ def dtype_named(name: str | None) -> torch.dtype:
         raise UsageError(f"dtype {name!r}: give {', '.join(DTYPES)}")
     found: torch.dtype = getattr(torch, name or "float32")
     return found
-
-
-def rounded_adapter(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The same factors in another dtype."""
-    return {module: replace(pair, A=pair.A.to(dtype), B=pair.B.to(dtype)) for module, pair in adapter.items()}
 
 
 def logit_bound(model: nn.Module, dtype: torch.dtype) -> float:

@@ -21,22 +21,13 @@ from fedex_lora.client.arguments import TrainingContext, training_arguments
 from fedex_lora.client.probe import check_trainer
 from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
-from fedex_lora.config import DEMO, IMAGES, Config
+from fedex_lora.config import DEMO, Config
 from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
-from fedex_lora.models.build import IMAGE_TASK, fitted
+from fedex_lora.models.build import fitted
 from fedex_lora.models.loading import Loaded, load_base
-from fedex_lora.models.lora import (
-    add_lora,
-    format_of,
-    frozen_bytes,
-    hold_cores,
-    read_model,
-    read_other,
-    set_trained,
-    trainable_parameters,
-)
+from fedex_lora.models.lora import TASK_TYPES, add_lora, format_of, lora_layers, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
 from fedex_lora.models.start import adapted_as, read_start, require_base, standing
 from fedex_lora.protocol.dumps import tensors_digest
@@ -46,8 +37,6 @@ from fedex_lora.runs.round_loop import Federation, versions
 from fedex_lora.server.checkpoint import bytes_needed
 from fedex_lora.tasks import Task, limit, usable
 from fedex_lora.types import Adapter, Delta, ServerState
-
-TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", IMAGES: IMAGE_TASK}  # of manifests
 
 
 class ModelContext:
@@ -96,8 +85,8 @@ class ModelContext:
         if method.lora:
             set_seed(config.seed)
             model = add_lora(loaded, config.lora, task.kind) if start is None else adapted_as(start, loaded, config.lora)
-            if method.core:
-                hold_cores(model)
+            for layer in lora_layers(model).values() if method.core else ():
+                layer.hold_core()
             set_trained(model, method.trained(1))
         self.adapted = AdaptedModel(model, config.base.delta)
         self.model, self.base, self.start = model, self.adapted.base, dict[str, Delta]()
@@ -227,7 +216,7 @@ class GlobalModel:
             "greater_is_better": task.greater_is_better,
             "trainable_parameters": trained,
             "total_parameters": total,
-            "base_bytes": frozen_bytes(place.model),
+            "base_bytes": sum(one.numel() * one.element_size() for one in place.model.parameters() if not one.requires_grad),
             "device": str(training_arguments(config).device),
             "settings": self._settings(),
             "disk_bytes": bytes_needed(config, self.initial(), len(train_rows)),

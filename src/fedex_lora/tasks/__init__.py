@@ -10,7 +10,7 @@ from fedex_lora.tasks import arithmetic, commonsense, custom, demo, e2e, glue
 from fedex_lora.tasks._completions import IGNORED, prompt_ids
 from fedex_lora.tasks._images import ImageCollator
 from fedex_lora.tasks._task import Generation, Task, limit, text_collator, usable
-from fedex_lora.tasks.scoring import CHOICES
+from fedex_lora.tasks.scoring.choices import CHOICES
 
 __all__ = ["IGNORED", "TASKS", "Generation", "Task", "collator", "limit", "load_task", "prompt_ids", "usable"]
 

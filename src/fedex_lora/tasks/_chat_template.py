@@ -70,7 +70,11 @@ def tokenize_chats(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Da
         ModelError: the tokenizer has no chat template, or does not say where in the text its tokens are.
         DataError: the template cannot be used for some of the chats: all of them in one line.
     """
-    require_template(tokenizer)
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer of {name} has no chat template: use a model that was made for chats, or set and save one with it")
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {name} does not say where its tokens are in the text: save it as a fast one (tokenizer.json)")
     made, refused = [], dict[str, list[str]]()
     for chat in chats:
         try:
@@ -105,19 +109,6 @@ def _is_torn(tokenizer: Any, added: Collection[int], ids: Sequence[int], labels:
     start = next((place for place in reversed(range(begin)) if ids[place] in added), 0)
     head = list(ids[start:begin])
     return head != plain_ids(tokenizer, [tokenizer.decode(head, clean_up_tokenization_spaces=False)])[0]
-
-
-def require_template(tokenizer: Any) -> None:
-    """The tokenizer has a chat template, and says of each token where in the text it is.
-
-    Raises:
-        ModelError: else.
-    """
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise ModelError(f"the tokenizer of {name} has no chat template: use a model that was made for chats, or set and save one with it")
-    if not tokenizer.is_fast:
-        raise ModelError(f"the tokenizer of {name} does not say where its tokens are in the text: save it as a fast one (tokenizer.json)")
 
 
 def chat_tokens(tokenizer: Any, chat: Chat) -> tuple[list[int], list[int]]:

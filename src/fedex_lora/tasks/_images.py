@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from torch import Tensor
@@ -19,17 +18,13 @@ from fedex_lora.tasks._rows import Problem, found
 FEATURES = Features({"image": {"bytes": Value("large_binary"), "path": Value("string")}, "labels": Value("int64")})
 
 
-def image_cells(rows: Rows, column: str, folder: Path | None) -> list[dict[str, Any]]:
-    """Of each row `{bytes, path}`, one of them None: a file, relative to `folder`, or the encoded image itself."""
-    return [_cell(value, folder) for value in rows[column]]
-
-
 def _cell(value: Any, folder: Path | None) -> dict[str, Any]:
+    """`{bytes, path}`, one of them None: a file, relative to `folder`, or the encoded image itself."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes | bytearray | memoryview):
         return {"bytes": bytes(value) or None, "path": None}
-    empty = value is None or (isinstance(value, float) and np.isnan(value)) or not str(value).strip()
+    empty = value is None or (isinstance(value, float) and value != value) or not str(value).strip()
     return {"bytes": None, "path": None if empty else str((folder or Path()) / str(value))}
 
 
@@ -97,9 +92,9 @@ def _name(cell: Mapping[str, Any]) -> str:
     return cell["path"] or f"its image of {len(cell['bytes'])} bytes"
 
 
-def image_rows(cells: list[dict[str, Any]], labels: list[int]) -> Dataset:
+def image_rows(rows: Rows, column: str, folder: Path | None, labels: list[int]) -> Dataset:
     """Rows as the collator takes them: still encoded, so that memory holds no pixels but those of one batch."""
-    return Dataset.from_dict({"image": cells, "labels": labels}, features=FEATURES)
+    return Dataset.from_dict({"image": [_cell(value, folder) for value in rows[column]], "labels": labels}, features=FEATURES)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from fedex_lora.errors import DataError, require_extra
 from fedex_lora.tasks._files import Rows, published, read_hub, read_rows
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, written_task
-from fedex_lora.tasks.scoring import equivalent, extract_answer, extract_number, normal_form
+from fedex_lora.tasks.scoring.mathematics import equivalent, extract_answer, extract_number, normal_form
 
 METAMATH, METAMATH_HUB = "MetaMathQA-395K.json", "meta-math/MetaMathQA"
 TESTS = {"gsm8k": 512, "math": 2048}  # tokens that MetaMath's evaluation lets the model write

@@ -20,7 +20,7 @@ from fedex_lora import config
 from fedex_lora.tasks._files import Rows, published, read_hub, read_rows, within
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, label_indices, written_task
-from fedex_lora.tasks.scoring import CHOICES, extract_choice
+from fedex_lora.tasks.scoring.choices import CHOICES, extract_choice
 
 TRAIN = "commonsense_170k.json"
 PUBLISHED = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"

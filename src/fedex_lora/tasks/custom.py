@@ -26,10 +26,9 @@ import pandas as pd
 from datasets import Dataset
 
 from fedex_lora import config
-from fedex_lora.errors import DataError
-from fedex_lora.models.processor import require_pillow
+from fedex_lora.errors import DataError, require_extra
 from fedex_lora.tasks._files import Rows, read_rows
-from fedex_lora.tasks._images import image_cells, image_rows, images_that_fail
+from fedex_lora.tasks._images import image_rows, images_that_fail
 from fedex_lora.tasks._metrics import measuring
 from fedex_lora.tasks._rows import Problem, RowTable, alike, classes_of, each, empty, found, halved, outside, require_columns, usable_rows
 from fedex_lora.tasks._task import Task, limit, tokenize_texts, written_task
@@ -73,7 +72,7 @@ def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple
     if not settings.train or not settings.eval:
         raise DataError("task custom needs task.train and task.eval: files (jsonl, json, csv, tsv, parquet) or HUB_NAME:SPLIT")
     if settings.kind == config.IMAGES:
-        require_pillow()
+        require_extra("PIL", "images", "images")
     chats = settings.kind == config.CHAT
     names = list(dict.fromkeys([str(settings.train), str(settings.eval)]))
     sources = dict(zip(names, each(partial(read, name, settings.data) for name in names), strict=True))
@@ -168,7 +167,7 @@ def _classes(settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequ
         return [index[cell] for cell in rows[settings.label]]
 
     def of_images(_: Any, rows: Rows) -> Dataset:
-        return image_rows(image_cells(rows, settings.image or "image", settings.data), labels(rows))
+        return image_rows(rows, settings.image or "image", settings.data, labels(rows))
 
     named = {"id2label": dict(enumerate(classes)), "label2id": index}
     return Task(

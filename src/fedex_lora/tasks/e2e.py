@@ -20,7 +20,7 @@ from fedex_lora.errors import DataError
 from fedex_lora.tasks._files import Rows, published, read_hub
 from fedex_lora.tasks._rows import require_values
 from fedex_lora.tasks._task import Generation, Task, written_task
-from fedex_lora.tasks.scoring import require_e2e, score_e2e
+from fedex_lora.tasks.scoring.e2e import require_e2e, score_e2e
 
 HUB = "tuetschek/e2e_nlg"
 LAYOUT = "trainset.csv, devset.csv and testset_w_refs.csv of the E2E NLG challenge"

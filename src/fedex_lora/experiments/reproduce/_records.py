@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedex_lora.config import DEMO, Config, read_config, write_config
 from fedex_lora.errors import StorageError, TrainingError
-from fedex_lora.evaluation import Options, evaluate_source
+from fedex_lora.evaluation import Options, measure
 from fedex_lora.experiments.compare._runs import nobody
 from fedex_lora.experiments.reproduce._recipe import Cell, identity
 from fedex_lora.runs.run import run
@@ -144,7 +144,7 @@ def make_record(place: Paths, cell: Cell, tests: Sequence[str] = (), generation:
         record: dict[str, Any] = {"config": identity(cell.config), "failed": str(error)}
     else:
         options = Options(base=config.base.source, batch_size=config.training.get("per_device_eval_batch_size", 8), generation=generation)
-        written = {test: _short(evaluate_source(str(folder), settings, options, cell.seed)) for test, settings in asked.items()}
+        written = {test: _short(measure(str(folder), settings, options, cell.seed).numbers) for test, settings in asked.items()}
         record = {"config": identity(cell.config), **recorded(read_events(folder / EVENTS)), "tests": written}
     write_text(place.out / RUNS / f"{cell.name}.json", finite_json(record) + "\n")
     if folder.is_dir() and not strays(folder):

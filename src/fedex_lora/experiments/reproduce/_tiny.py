@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedex_lora.storage.files import write_text
 from fedex_lora.tasks.demo import WARDS, colour_of, note
-from fedex_lora.tasks.scoring import CHOICES
+from fedex_lora.tasks.scoring.choices import CHOICES
 
 TRAIN, DEV = 90, 30
 GLUE = {  # folder -> its header
