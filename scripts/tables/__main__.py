@@ -15,11 +15,12 @@ from scripts.tables import configuration, evidence, methods, precision, scale_ou
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "configuration.md": configuration.tables,
+    "evidence-tables.md": evidence.tables,
     "methods.md": methods.tables,
     "precision.md": precision.tables,
     "reproduction-results.md": smollm2.tables,
     "scale-out.md": scale_out.tables,
-    "when-exactness-matters.md": evidence.tables,
+    "when-exactness-matters.md": evidence.summary,
 }
 
 

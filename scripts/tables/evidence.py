@@ -14,6 +14,7 @@ from fedex_lora.experiments.compare._tests import at_round, holm, paired
 
 RECORDS = Path(__file__).parents[2] / "evidence"
 SETTINGS = ["notes", "topics", "places", "sentiment"]
+ADDED = ["notes/long", "notes/cores", "notes/steps", "topics/heads", "sentiment/again"]
 LAST = 3  # rounds, of which an arm's second number is the mean
 
 
@@ -129,9 +130,15 @@ def power(result: dict[str, Any]) -> list[str]:
     return [*lines, row(test["name"], f"{spread:.4f}", str(n), f"{equivalence(0, test['bound'] / spread, n):.2f}", str(enough))]
 
 
+def summary() -> dict[str, list[str]]:
+    return {"primary": tests()}
+
+
 def tables() -> dict[str, list[str]]:
-    """Places of settings that have ended are in the page."""
-    ended = {name: result for name in SETTINGS if (result := found(name))}
-    made = {"primary": tests()} | {f"{name} arms": arms(result) for name, result in ended.items()}
-    made |= {f"{name} tests": asked(result) for name, result in ended.items()}
-    return made | {f"{name} power": power(result) for name, result in ended.items() if primary(result)["kind"] == "equivalence"}
+    """Places of what has ended are in the page."""
+    ended = {name: result for name in [*SETTINGS, *ADDED] if (result := found(name))}
+    made = {f"{name} arms": arms(result) for name, result in ended.items()} | {
+        f"{name} tests": asked(result) for name, result in ended.items()
+    }
+    equivalences = {name: result for name, result in ended.items() if name in SETTINGS and primary(result)["kind"] == "equivalence"}
+    return made | {f"{name} power": power(result) for name, result in equivalences.items()}
