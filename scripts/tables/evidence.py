@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import tarfile
 from pathlib import Path
 from statistics import mean
@@ -59,7 +60,7 @@ def tests() -> list[str]:
     lines = head("setting", "lost", "centralised", "FedIT", "centralised minus FedIT", "primary", "difference", "seeds", "p", "p, Holm", "")
     for name, result in results.items():
         if result is None:
-            lines.append(row(name, "not run", *[""] * 9))
+            lines.append(row(name, "not ended", *[""] * 9))
             continue
         test, ends = primary(result), {method["name"]: method for method in result["methods"]}
         pooled, reference = ends["centralised"], result["reference"]
@@ -89,6 +90,8 @@ def lost(name: str, method: dict[str, Any]) -> str:
     wanted = {f"runs/{method['name']}/{label(method['settings'])}/seed-{seed}/events.jsonl" for seed in method["seeds"]}
     with tarfile.open(archive) as tar:
         files = [tar.extractfile(member).read().decode() for member in tar if member.name in wanted]
+    if len(files) != len(wanted):
+        sys.exit(f"{archive} has {len(files)} of {len(wanted)} runs of {method['name']}")
     runs = [[event["deviation"] for event in map(json.loads, file.splitlines()) if event["event"] == "round_done"] for file in files]
     return f"{mean(run[0] for run in runs):.0%}, {mean(run[-1] for run in runs):.0%}"
 
@@ -117,7 +120,16 @@ def asked(result: dict[str, Any]) -> list[str]:
         (here, there), (one, other), many = test["rounds"], test["variants"], test["mean_of"]
         rounds = f"{here - many + 1} to {here}" + (f", {there - many + 1} to {there}" if there != here else "")
         p = f"{test['p']:.2g}" + (f", of equivalence within {test['bound']:g}" if test["kind"] == "equivalence" else "")
-        lines.append(row(test["name"], one, other, rounds, f"{test['mean']:+.4f} ± {test['half_width']:.4f}", p))
+        lines.append(
+            row(
+                f"**{test['name']}**" if test["primary"] else test["name"],
+                one,
+                other,
+                rounds,
+                f"{test['mean']:+.4f} ± {test['half_width']:.4f}",
+                p,
+            )
+        )
     return lines
 
 

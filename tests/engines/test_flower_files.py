@@ -178,7 +178,7 @@ def test_what_a_node_lacks_is_said(made):
     (made / "ward" / "few").mkdir()
     assert "few/x.csv does not exist" in node_file(node(made, 'data = "few"\ntrain = "x.csv"\n')).problems[0]
     path.write_text("client = ")
-    for wrong, told in ((path, "is not TOML"), (made / "none.toml", "does not exist"), (made, "Is a directory")):
+    for wrong, told in ((path, "is not TOML"), (made / "none.toml", "does not exist"), (made, "is a folder")):
         done = fedex_lora("flower", "node", wrong)
         assert (done.exit_code, told in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), done.stderr
 

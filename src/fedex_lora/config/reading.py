@@ -70,6 +70,8 @@ def toml_tree(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give the path of a TOML file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file that this user can read") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -89,7 +89,7 @@ def measure(source: str, settings: config.TaskSettings, options: Options = Optio
         beside: another source, or "base": what the model of a run or of an adapter was trained from, with the head that it began with.
 
     Returns:
-        Of texts, nothing in processes of `accelerate launch` but the main one.
+        See `Measured`; of texts its numbers are empty in processes of `accelerate launch` but the main one.
 
     Raises:
         UsageError: options that the task has no use for; predictions that exist; a metric that cannot be computed here.

@@ -125,6 +125,9 @@ class Made(Mapping[str, T]):
             raise KeyError(module)
         return self._make(module)
 
+    def __contains__(self, module: object) -> bool:
+        return module in self._modules
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
 

@@ -1,5 +1,6 @@
 """Adapters from elsewhere: aggregate PEFT folders exactly, with no model, no training and no server."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,9 @@ def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Forma
         "task_type": like.config.get("task_type"),
         **({"frozen": sorted(like.frozen)} if like.frozen else {}),
         "sources": [str(folder) for folder in folders],
-        "total_weight": float(len(folders) if weights is None else sum(weights)),  # what is infinite is refused
+        "total_weight": float(
+            len(folders) if weights is None else math.fsum(weights) if math.isfinite(sum(weights)) else math.inf
+        ),  # which is refused
         "versions": {"fedex-lora": __version__},
     }
 

@@ -52,7 +52,8 @@ def _cell(value: Any, show: Format) -> tuple[str, float | None]:
         return "–", None
     if isinstance(value, float) and math.isinf(value):
         return NOT_FINITE, None
-    return show(value), None if isinstance(value, str) else float(f"{float(value):.6g}")
+    text = show(value)
+    return text, None if isinstance(value, str) or text == str(value) else float(f"{float(value):.6g}")
 
 
 def _plain(value: Any) -> str:

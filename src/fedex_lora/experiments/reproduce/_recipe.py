@@ -16,7 +16,6 @@ from fedex_lora.errors import ConfigError, UsageError
 from fedex_lora.experiments.compare import RATE, Variant, configured
 
 UNKNOWN = "not published here"
-Tree = Mapping[str, Any]
 
 
 class _Table(BaseModel):
