@@ -98,4 +98,4 @@ $(VENV)/.installed-flower: $(VENV)/.installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs site
+	rm -rf $(VENV) site

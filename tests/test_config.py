@@ -3,11 +3,13 @@
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedex_lora.client.arguments import training_arguments
 from fedex_lora.config import parse_config, read_config, write_config
-from fedex_lora.errors import ConfigError
+from fedex_lora.errors import ConfigError, UsageError
+from fedex_lora.runs.run import run
 
 MINIMAL = {"base": {"model": "m"}, "task": {"name": "demo"}}
 
@@ -30,10 +32,16 @@ def test_round_trip():
         ({"rounds": 0}, "rounds = 0"),
         ({"clients": {"fraction": 0}}, "clients.fraction = 0"),
         ({"clients": {"partition": "column"}}, "needs clients.column"),
+        ({"clients": {"column": "ward"}}, "^clients.column is set, and clients.partition is not: set it to"),
+        ({"clients": {"ranks": 4}}, "^clients.ranks = 4: input should be a valid list"),
+        ({"task": {"name": "custom", "labels": ["1", "2", 1]}}, "task.labels names a class twice: name each once"),
         ({"base": {}}, "base.model is missing"),
         ({"training": {"seed": 3}}, "seed is set by fedex-lora"),
         ({"training": {"save_steps": 3}}, "save_steps is set by fedex-lora"),
         ({"training": {"report_to": "wandb"}}, "report_to"),
+        ({"training": {"bf16_full_eval": True}}, "bf16_full_eval is set by fedex-lora"),
+        ({"training": {"fp16_full_eval": True}}, "fp16_full_eval is set by fedex-lora"),
+        ({"training": {"skip_memory_metrics": False}}, "skip_memory_metrics is set by fedex-lora"),
         ({"weights": "majority"}, "weights = 'majority'"),
         (
             {"messages": {"per_client": True}},
@@ -62,6 +70,10 @@ def test_training_fields_are_those_of_transformers():
         training_arguments(parse_config({**MINIMAL, "training": {"device": "cpu"}}))
     with pytest.raises(ConfigError, match="refused by transformers"):
         training_arguments(parse_config({**MINIMAL, "training": {"lr_scheduler_type": "stairs"}}))
+    for key, value in (("max_steps", 1.5), ("gradient_accumulation_steps", 2.5), ("per_device_train_batch_size", 8.0)):
+        with pytest.raises(ConfigError, match=f"training.{key} = {value}: give a whole number"):
+            training_arguments(parse_config({**MINIMAL, "training": {key: value}}))
+    training_arguments(parse_config({**MINIMAL, "training": {"num_train_epochs": 0.5, "warmup_steps": 0.1, "max_steps": 2}}))
     arguments = training_arguments(parse_config({**MINIMAL, "training": {"learning_rate": 1e-3, "adam_beta2": 0.95, "max_grad_norm": 0.5}}))
     assert (arguments.learning_rate, arguments.adam_beta2, arguments.max_grad_norm) == (1e-3, 0.95, 0.5)
 
@@ -114,7 +126,8 @@ def test_defaults_that_suit_lora_and_the_kind_of_task():
     assert (plain.lora.r, plain.lora.alpha, plain.training["learning_rate"], plain.task.length) == (8, 16, 1e-3, 256)
     assert (written.lora.r, written.lora.alpha, written.training["learning_rate"], written.task.length) == (16, 32, 3e-4, 1024)
     assert (made(lora={"r": 4}).lora.alpha, made(lora={"alpha": 3}).lora.alpha) == (8, 3)
-    assert made(clients={"ranks": [2, 4, 2]}).lora.r == 4
+    assert [made(lora={"r": rank}).lora.alpha for rank in ("4", 4.0, np.int64(4), " 4 ")] == [8] * 4  # what pydantic takes as 4
+    assert made(clients={"ranks": [2, 4, 2]}).lora.r == made(clients={"ranks": (2, 4, 2)}).lora.r == 4
     assert made(training={"learning_rate": 0.5}).training["learning_rate"] == 0.5
     assert "learning_rate" not in made(method="full-ft").training
     assert (made(method="fedavg").method, made(method="fedavg+balanced").method) == ("fedit", "fedit+balanced")
@@ -137,3 +150,20 @@ def test_a_run_that_goes_on_keeps_what_its_file_does_not_say(tmp_path):
     config = read_config(path, ["seed=7"], begun=begun)
     assert (config.lora.r, config.lora.alpha, config.training["learning_rate"]) == (4, 8, 5e-5)
     assert (config.rounds, config.seed, config.lora.target_modules) == (3, 7, "all-linear")
+
+
+def test_what_is_taken_out_of_a_table_of_the_user_s_own_keys_is_out_when_the_run_goes_on(tmp_path):
+    """A client that gave its rows back is trained on no more: the configuration is another one then, which `run` refuses."""
+    head = '[base]\nmodel = "m"\n[task]\nname = "custom"\nlabels = ["a", "b"]\neval = "e.csv"\n[training]\nmax_steps = 3\n'
+    tables = '[clients.data]\nnorth = "n.csv"\n{}[lora.rank_pattern]\nv_proj = 2\n{}[privacy.rows]\nnorth = 3\n{}'
+    path, begun = tmp_path / "c.toml", tmp_path / "run"
+    begun.mkdir()
+    path.write_text(head + tables.format('south = "s.csv"\n', "q_proj = 4\n", "south = 3\n"))
+    (begun / "config.toml").write_text(write_config(read_config(path)))
+    assert write_config(read_config(path, begun=begun)) == (begun / "config.toml").read_text()
+    path.write_text(head + tables.format("", "", ""))
+    config = read_config(path, ["training.weight_decay=0.5"], begun=begun)
+    assert (set(config.clients.data), config.lora.rank_pattern, config.privacy.rows) == ({"north"}, {"v_proj": 2}, {"north": 3})
+    assert config.training == {"learning_rate": 1e-3, "max_steps": 3, "weight_decay": 0.5}
+    with pytest.raises(UsageError, match=r"is a run with another configuration \(clients.data.south"):
+        run(read_config(path, begun=begun), begun, print, resume=True)

@@ -18,6 +18,7 @@ FedexLoraError              exit 1: the work failed
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 
 class FedexLoraError(Exception):
@@ -122,6 +123,11 @@ def counted(count: int, name: str) -> str:
     ('1 row', '2 rows')
     """
     return f"{count} {name}{'' if count == 1 else 's'}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of names, and how many there are."""
+    return names[0] + (f" ({len(names)} such)" if len(names) > 1 else "")
 
 
 def require_system(platform: str = sys.platform) -> None:

@@ -8,6 +8,7 @@ import torch
 from tests.conftest import make_pair, make_updates
 
 from fedex_lora import METHODS, LoRAPair, aggregate
+from fedex_lora.aggregation import normalised_weights
 from fedex_lora.errors import AggregationError, UsageError
 
 
@@ -56,6 +57,11 @@ def test_overflow_is_not_called_nan():
 def test_impossible_weights(weights, message):
     with pytest.raises(AggregationError, match=message):
         aggregate(make_updates(3), weights=weights)
+
+
+def test_weights_by_name_are_in_no_order():
+    with pytest.raises(AggregationError, match="give one number an update"):
+        normalised_weights(make_updates(2), {"1": 100, "2": 100})
 
 
 def test_no_updates():

@@ -362,3 +362,21 @@ def test_other_tensors_of_any_precision_are_averaged_and_left_alone():
         result = aggregate(updates, weights="uniform")
         assert torch.equal(result.other["head"].double(), torch.full((2, 2), 4.0, dtype=torch.float64))
         assert [update.other["head"][0, 0].item() for update in updates] == heads
+
+
+def test_parameters_of_a_model_are_averaged_as_their_values():
+    """As PEFT's layers hold them: with gradients, of which the result has none."""
+    plain = make_updates(2)
+    trained = [
+        replace(
+            one,
+            adapter={m: LoRAPair(torch.nn.Parameter(pair.A), torch.nn.Parameter(pair.B), pair.scaling) for m, pair in one.adapter.items()},
+            other={name: torch.nn.Parameter(tensor) for name, tensor in one.other.items()},
+        )
+        for one in plain
+    ]
+    ours, theirs = aggregate(trained), aggregate(plain)
+    made = [*ours.other.values(), *(tensor for pair in ours.adapter.values() for tensor in pair.parts.values())]
+    assert not any(tensor.requires_grad for tensor in made)
+    assert all(torch.equal(ours.adapter[module].B, pair.B) for module, pair in theirs.adapter.items())
+    assert all(torch.equal(ours.other[name], tensor) for name, tensor in theirs.other.items())

@@ -1,6 +1,7 @@
 """`fedex_lora.aggregate` on folders: what the command does, from Python."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,11 +10,13 @@ import torch
 from tests.conftest import make_updates
 from tests.offline.test_streaming import SHAPES, write_adapter
 
-from fedex_lora import AggregatedFolders, aggregate
+from fedex_lora import AggregatedFolders, aggregate, load_model, run
+from fedex_lora.config import base_folder
 from fedex_lora.errors import FedexLoraError, UsageError
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.adapter_folder import read_adapter_folder
+from fedex_lora.storage.files import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,35 @@ def test_a_second_round_stands_on_the_first(sites, tmp_path):
     again = aggregate(sites, state=tmp_path / "out").save(tmp_path / "second")
     assert again.numbers["max_relative_error"] < 1e-6
     with pytest.raises(UsageError, match="is not empty"):
-        again.save(tmp_path / "out")
+        again.save(tmp_path / "second")
+    with pytest.raises(UsageError, match="lies in one of the folders"):
+        again.save(tmp_path / "out" / "next")
+    assert verify(tmp_path / "out")["max_relative_error"] < 1e-6
+
+
+def test_the_next_round_by_hand_is_on_the_model_of_the_run(tmp_path):
+    """A base in 16 bits, and classes by their names: what parties load after it is what they loaded before."""
+    rows = [{"text": word, "label": label} for word, label in (("limp", "yellow"), ("burn", "red"))] * 6
+    tree = {
+        "base": {"model": "demo", "dtype": "bfloat16"},
+        "rounds": 1,
+        "lora": {"target_modules": ["q_proj"], "r": 2},
+        "training": {"max_steps": 1},
+        "task": {"text": ["text"], "label": "label", "labels": ["red", "yellow"]},
+    }
+    run(tree, rows={"a": rows, "b": rows}, eval=rows, out=tmp_path / "run", on_event=lambda event: None)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = load_model(tmp_path / "run", base_folder())
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter) if parameter.requires_grad else 0
+        model.save_pretrained(tmp_path / name)
+    aggregate([tmp_path / "a", tmp_path / "b"], state=tmp_path / "run").save(tmp_path / "next", for_parties=tmp_path / "send")
+    for folder in (tmp_path / "next", tmp_path / "send"):
+        model = load_model(folder, base_folder())
+        assert (model.dtype, model.config.id2label) == (torch.bfloat16, {0: "red", 1: "yellow"})
+        assert read_manifest(folder)["base_fingerprint"] == read_manifest(tmp_path / "run" / "final")["base_fingerprint"]
+    assert verify(tmp_path / "next", str(base_folder()))["base_checked"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +107,17 @@ def test_updates_are_aggregated_as_before(sites):
             aggregate(odd)
     assert aggregate(updates).weights.keys() == {"client-0", "client-1"}
     assert len(aggregate(sites[0]).folders) == 1
+
+
+def test_updates_are_weighted_by_the_clients_ids():
+    """Of whatever kind the ids are, and in whatever order."""
+    updates = [replace(update, client_id=str(number)) for number, update in enumerate(make_updates(3), 1)]
+    by_name, in_order = aggregate(updates, weights={"3": 1, "1": 2, "2": 5}), aggregate(updates, weights=[2, 5, 1])
+    assert by_name.weights == in_order.weights == {"1": 0.25, "2": 0.625, "3": 0.125}
+    assert all(torch.equal(pair.B, in_order.adapter[module].B) for module, pair in by_name.adapter.items())
+    for wrong, words in (({"1": 1, "2": 1}, "weights name 1, 2, and the updates are 1, 2, 3: name"), ({"1": "x"}, "give one number a")):
+        with pytest.raises(UsageError, match=words):
+            aggregate(updates, weights=wrong)
 
 
 def test_what_was_aggregated_is_saved_also_when_the_adapters_are_gone(sites, tmp_path):

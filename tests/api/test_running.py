@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fedex_lora
 from fedex_lora.cli import app
-from fedex_lora.config import base_folder
+from fedex_lora.config import Base, TaskSettings, base_folder
 from fedex_lora.errors import ConfigError, DataError, FedexLoraError, ModelError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.simulation import _numbers
@@ -181,6 +181,14 @@ def test_a_classifier_in_memory(tmp_path):
         fedex_lora.run({**tree, "task": {"labels": [0, 1, 2]}}, **here)
 
 
+def test_a_model_with_batch_normalisation_is_refused_as_one_by_its_name_is(notes):
+    parts, held = notes
+    model = AutoModelForCausalLM.from_pretrained(base_folder())
+    model.model.norm = torch.nn.BatchNorm1d(4)
+    with pytest.raises(ModelError, match="the model has batch normalisation, whose running statistics are not averaged"):
+        fedex_lora.run(TREE, rows=parts, eval=held, model=model, on_event=ignore)
+
+
 def test_a_result_without_a_global_model_says_so(notes):
     parts, held = notes
     result = fedex_lora.run({**TREE, "rounds": 1, "method": "fedsa"}, rows=parts, eval=held, on_event=ignore)
@@ -205,6 +213,13 @@ def test_what_a_listener_raises_ends_the_run_which_goes_on_to_the_same_bits(erro
     with pytest.raises(error):
         fedex_lora.run(TREE, rows=parts, eval=held, on_event=stops, out=tmp_path / "run")
     result = fedex_lora.run(TREE, rows=parts, eval=held, on_event=ignore, out=tmp_path / "run", resume=True)
+    assert_same_bits(result.folder, plain.folder)
+
+
+def test_tables_may_be_records_already(notes, plain):
+    parts, held = notes
+    tables = {"task": TaskSettings(name="custom", **TREE["task"]), "base": Base(**TREE["base"])}
+    result = fedex_lora.run({**TREE, **tables}, rows=parts, eval=held, on_event=ignore)
     assert_same_bits(result.folder, plain.folder)
 
 
@@ -293,9 +308,16 @@ def test_no_metric_of_the_users_own_has_the_name_of_a_column(plain):
         with pytest.raises(UsageError, match="give it another name"):
             _numbers({"mine": 1.0, name: 1.0}, known)
     assert _numbers({"mine": 1, "evaluation": np.float32(2)}, ()) == {"mine": 1.0, "evaluation": 2.0}
+    assert list(_numbers({"x" * 55: 1, "F1 +/- 1@k": 2}, ()))
+    for name in ("F1 (macro)", "accuracy (%)", "précision", "x" * 56):  # clients could not report it after the first round
+        with pytest.raises(UsageError, match="name it by at most 55 letters"):
+            _numbers({name: 1.0}, ())
 
 
 def test_rows_that_were_in_memory_are_not_asked_of_the_hub(plain, tmp_path):
+    report = tmp_path / "report.html"
+    call("report", plain.folder, "-o", report)
+    assert "fedex-lora run run.toml" not in report.read_text()
     said = "memory:eval: its rows were in memory: go on from Python, or give --file"
     config = plain.folder / "config.toml"
     commands = [("evaluate", plain.folder), ("data", config), ("check", config), ("run", config, "--dry-run")]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def test_run_then_verify(config, tmp_path):
     assert shown.stdout.rstrip().endswith("(limit 1e-06)")
     assert "q_proj" not in shown.stdout
     assert "layers.0.self_attn.q_proj" in call("verify", tmp_path / "out", "--modules").stdout
+
+
+def test_rows_that_are_measured_and_trained_on_are_said():
+    notes = Path(__file__).parents[2] / "examples" / "notes"
+    same = call("run", f"{notes}.toml", "--dry-run", "--set", "task.train_rows=60", "--set", f"task.eval={notes / 'train.jsonl'}")
+    assert same.exit_code == 0, same.stderr
+    assert same.stdout.count("is trained on, too: metrics on it say nothing of other rows") == 1
 
 
 def test_aggregate_and_verify(adapters, tmp_path):
@@ -239,6 +247,12 @@ def test_demo(tmp_path, monkeypatch):
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     assert "no earlier demo" in one_line(call("demo", "--out", tmp_path / "mine"), 2)
     assert Path(tmp_path / "mine" / "thesis.tex").read_text() == "mine"
+    monkeypatch.setattr(demo, "METHODS", ("fedex",))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    bare = call("demo", "--rounds", 1, "--out", tmp_path / "bare")
+    assert bare.exit_code == 0, bare.stderr
+    assert "without charts: reports need jinja2, which is not installed" in bare.stdout
+    assert json.loads((tmp_path / "bare" / "demo.json").read_text())["methods"]["fedex"]["accuracy"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,19 @@
 """A party of a script: what differs from the server's, and what its training may not do, is a line at the party."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.messages import retold
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_result
 from fedex_lora.errors import AdapterError, ModelError, TrainingError, UsageError
 from fedex_lora.models.lora import set_trained
 from fedex_lora.protocol.failures import failure_of
-from fedex_lora.server.verdicts import Accepted, Rejected
+from fedex_lora.server.verdicts import Accepted
 from fedex_lora.storage.result import read_result
 
 
@@ -84,16 +86,57 @@ def test_the_same_weights_in_another_precision_are_another_base():
     assert same.name != fingerprints[0].name
 
 
-def test_a_server_without_a_model_learns_the_base_and_keeps_it():
-    server = federation(known=False)
-    messages = server.open_round().messages
-    first, other = Party("a", peft()), Party("b", peft(base(seed=1)))
-    assert isinstance(server.receive("a", first.answer(messages["a"])), Accepted)
-    verdict = server.receive("b", other.answer(messages["b"]))
-    assert isinstance(verdict, Rejected)
-    assert "its base model is not the others'" in verdict.reason
-    again = Server.restore(server.dump(), Rules(), ["a", "b"])
-    refused(ModelError, "base", "other weights", Party("b", peft(base(seed=1))), again.open_round().messages["b"])
+def test_a_server_without_a_model_takes_the_base_of_most_and_keeps_it():
+    """Whoever answers first, and wherever the round is interrupted."""
+    rules = Rules.model_validate({"clients": {"quorum": 0.6}})
+    server = Server.start(rules, *AdaptedModel(peft()).read(), ["a", "b", "c"])
+    parties = {name: Party(name, peft(base(seed=name == "a")), rules) for name in "abc"}
+    round, updates = server.open_round(), {}
+    for name, message in round.messages.items():
+        updates[name] = server.receive(name, parties[name].answer(message)).update
+        again = Server.restore(server.dump(), rules, ["a", "b", "c"])
+        server, round = again, again.reopen(round.dump())
+    ready = round.ready()
+    assert (ready.clients, [one.client for one in ready.rejected]) == (["b", "c"], ["a"])
+    assert "its base model is not the others'" in ready.rejected[0].reason
+    assert round.close([updates["b"], updates["c"]]).base == parties["b"].party.base.name
+    again = Server.restore(server.dump(), rules, ["a", "b", "c"])
+    refused(ModelError, "base", "other weights", parties["a"], again.open_round().messages["a"])
+
+
+def test_what_is_trained_is_float32_on_a_base_of_16_bits():
+    """Heads and adapters that PEFT left in bf16, under any name: what a party goes on from is the mean, and the second round has it."""
+    made = lambda: peft(base(dtype=torch.bfloat16), "ward", modules_to_save=["lm_head"])  # noqa: E731
+    parties = {name: Party(name, made()) for name in "ab"}
+    server = Server.start(Rules(), *AdaptedModel(made()).read(), ["a", "b"])
+    for number in (1, 2):
+        round, updates = server.open_round(), []
+        for name, message in round.messages.items():
+            answer = parties[name].answer(message, partial(train, seed=number * ord(name)))
+            updates.append(server.receive(name, answer).update)
+        result = round.close(updates)
+        assert result.exactness.max_relative_error < 1e-6
+        mean = sum(update.other["lm_head.weight"].double() for update in updates) / 2
+        torch.testing.assert_close(result.state.other["lm_head.weight"].double(), mean, rtol=1e-6, atol=1e-7)
+    parties["a"].party.load(result.state.adapter, result.state.base_delta, result.state.other)
+    assert torch.equal(parties["a"].party.read()[1]["lm_head.weight"], result.state.other["lm_head.weight"])
+    assert {tensor.dtype for pair in parties["a"].party.read()[0].values() for tensor in (pair.A, pair.B)} == {torch.float32}
+    ids = torch.arange(3, 12)[None]
+    parties["a"].model(ids, labels=ids).loss.backward()
+    assert all(bool(one.grad.isfinite().all()) for one in parties["a"].model.parameters() if one.requires_grad)
+
+
+def test_a_bias_that_is_trained_in_16_bits_is_refused():
+    model = peft(base(dtype=torch.bfloat16))
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(AdapterError, match=r"norm\.weight is trained in 16 bits"):
+        AdaptedModel(model)
+
+
+def test_a_method_that_the_party_has_not_agreed_to_trains_nothing():
+    """Also of a server that says no rules: else B would leave a party of FedSA."""
+    message = retold(federation(Rules(method="fedit")).open_round().messages["a"], rules={})
+    refused(UsageError, "settings", "method is fedsa here and fedit", Party("a", peft(), Rules(method="fedsa")), message)
 
 
 def test_a_model_of_ones_own_without_a_name_for_its_base_takes_part():

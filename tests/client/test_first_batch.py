@@ -89,6 +89,19 @@ def test_every_row_is_looked_at(prompt, message, rows, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_ratio": 0.1}}, "'min_lr_ratio'"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "'num_decay_steps'"),
+    ],
+)
+def test_a_schedule_that_does_not_work_is_found_before_a_round(training, message, rows, tmp_path):
+    with pytest.raises(ConfigError, match=f"refused by transformers: .*{message}") as caught:
+        LocalSimulation(setting(base(tmp_path / "base", bytewise()), rows, training), ignore)
+    assert "\n" not in str(caught.value)
+
+
 def test_too_little_memory_is_no_wrong_tokenizer(rows, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

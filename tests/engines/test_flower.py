@@ -39,7 +39,7 @@ from fedex_lora.engines.flower._messages import from_record, to_record  # noqa: 
 from fedex_lora.engines.flower._node import Node  # noqa: E402
 from fedex_lora.engines.flower._request import NodeRequest  # noqa: E402
 from fedex_lora.engines.flower._settings import RunSettings, node_settings, read_settings  # noqa: E402
-from fedex_lora.engines.flower._trial import differing, short_demo  # noqa: E402
+from fedex_lora.engines.flower._trial import differing, short_demo, trial  # noqa: E402
 from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
 from fedex_lora.engines.flower.server import Deployment  # noqa: E402
@@ -49,13 +49,13 @@ from fedex_lora.protocol.messages import encode_failure, envelope_of  # noqa: E4
 from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
 from fedex_lora.protocol.records import Apology  # noqa: E402
 from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
-from fedex_lora.runs.emit import log_to  # noqa: E402
+from fedex_lora.runs.emit import log_line, log_to  # noqa: E402
 from fedex_lora.runs.listening import Reply  # noqa: E402
 from fedex_lora.runs.party_log import FILE, left, log_failure, party_log  # noqa: E402
 from fedex_lora.runs.round_loop import run_rounds  # noqa: E402
 from fedex_lora.runs.run import run  # noqa: E402
 from fedex_lora.runs.simulation import LocalSimulation  # noqa: E402
-from fedex_lora.storage.events import RoundDone, of_kind, read_events  # noqa: E402
+from fedex_lora.storage.events import HeldOut, RoundDone, RoundStarted, Warned, of_kind, read_events  # noqa: E402
 from fedex_lora.storage.tensors import load_tensors  # noqa: E402
 from fedex_lora.tasks import load_task  # noqa: E402
 
@@ -101,6 +101,40 @@ def test_paths_and_code_are_the_party_s_own(tmp_path):
     assert node_settings({"data": "/srv/a"}).applied(config).task.train == "rows.csv"  # never the server's path
 
 
+@pytest.mark.parametrize(("run_s", "node_s", "counts"), [(None, 0, None), (10, 0, 10), (None, 5, 5), (10, 5, 5), (5, 10, 5)])
+def test_of_two_limits_of_rows_the_smaller_one_holds(run_s, node_s, counts, tmp_path):
+    config = custom(tmp_path)
+    config = config.model_copy(update={"task": config.task.model_copy(update={"train_rows": run_s})})
+    assert node_settings({"data": "/srv/a", "max-rows": node_s}).applied(config).task.train_rows == counts
+    private = {"epsilon": 3.0, "stated-rows": 20, "ledger": "/srv/ledger.jsonl"}
+    assert node_settings({"data": "/srv/a", **private}).applied(config).task.train_rows is None
+
+
+def test_nodes_with_files_of_their_own_end_in_the_bits_of_one_process(tmp_path):
+    """`clients.data` and `data=`: the same rows are drawn and held out. Where a run's rows are, each node says itself."""
+    names, rows = ("north", "south"), [f"{bed},{'yes' if bed % 2 else 'no'}\n" for bed in range(80)]
+    for name, part in zip((*names, "eval"), (rows[:40], rows[40:], rows[::9]), strict=True):
+        (tmp_path / f"{name}.csv").write_text("text,label\nbed " + "bed ".join(part))
+    task = {"name": "custom", "text": ["text"], "label": "label", "labels": ["no", "yes"], "train_rows": 24, "eval": "eval.csv"}
+    tree = small().model_dump(mode="json", exclude_none=True) | {"rounds": 1, "clients": {"data": {name: f"{name}.csv" for name in names}}}
+    config = parse_config({**tree, "task": {**task, "data": str(tmp_path)}})
+    own = {name: {"rows": "own", "data": str(tmp_path), "train": f"{name}.csv"} for name in names}
+    assert alone(config, tmp_path / "alone", lambda request: Node(ignore).reply(request), own) == []
+    run(config, tmp_path / "together", ignore)
+    assert differing(tmp_path / "together", tmp_path / "alone" / "run") == []
+    held = [of_kind(read_events(tmp_path / place / "events.jsonl"), HeldOut)[0].metrics for place in ("together", "alone")]
+    assert held[0] == held[1]
+
+
+def test_a_private_run_is_not_tried(tmp_path):
+    """Its noise is never the same twice, and training would spend the ledger's epsilon."""
+    private = {"epsilon": 3, "rows": 20, "ledger": str(tmp_path / "ledger.jsonl")}
+    config = parse_config({"base": {"model": "demo"}, "method": "ffa", "task": {"name": "demo"}, "privacy": private})
+    with pytest.raises(UsageError, match="private noise is never the same twice"):
+        trial(config, tmp_path / "tried", 60, ignore)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_app_folder_is_one_that_flower_bundles(tmp_path):
     done = CliRunner().invoke(
         app, ["flower", "init", str(tmp_path / "My App"), "--config", "examples/quickstart.toml", "--clients", "b,a", "--json"]
@@ -125,6 +159,11 @@ def test_paths_in_the_app_folder_do_not_depend_on_where_it_is_started(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(app, ["flower", "init", "app", "--config", "c.toml"]).exit_code == 0
     assert read_config(tmp_path / "app" / "federation" / "config.toml").task.train == str(tmp_path / "rows.csv")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = CliRunner().invoke(app, ["flower", "init", ".", "--config", "../c.toml", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == str(tmp_path / "here-run")
 
 
 def test_classes_that_every_node_would_ask_for_are_asked_for_at_once(tmp_path):
@@ -150,6 +189,12 @@ def test_certificates_and_keys_are_good_and_private(tmp_path):
         handshake(server, client, "elsewhere.org")
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(server, ssl.create_default_context(), "localhost")
+    far = f"{'a' * 40}.{'b' * 40}.elb.example.org"  # more than the 64 characters of a certificate's common name
+    make_certificates(tmp_path / "far", [far])
+    client = ssl.create_default_context(cafile=tmp_path / "far" / "ca.crt")
+    server.load_cert_chain(tmp_path / "far" / "server.pem", tmp_path / "far" / "server.key")
+    assert handshake(server, client, far)
+    shutil.rmtree(tmp_path / "far")
     assert isinstance(load_ssh_public_key((tmp_path / "node.pub").read_bytes()), EllipticCurvePublicKey)
     done = CliRunner().invoke(app, ["flower", "keys", str(tmp_path), "--node", "node"])
     assert done.exit_code == 2
@@ -349,13 +394,13 @@ def small(**changes):
     return parse_config(tree)
 
 
-def alone(config, folder, answer):
-    """A federation in which every client is a party of its own with its own folder, and answers by `answer(request)`."""
+def alone(config, folder, answer, own=None):
+    """A federation in which every client is a party of its own with its own folder and settings, and answers by `answer(request)`."""
     place = LocalSimulation(config, ignore)
 
     def exchange(messages, deadline):
         for client, payload in messages.items():
-            node = {"client": client, "state": str(folder / "state"), "rows": "dealt"}
+            node = {"client": client, "state": str(folder / "state"), "rows": "dealt", **(own or {}).get(client, {})}
             request = NodeRequest(payload, client, "this-run", place.host.place.base.fingerprint(), write_config(config), node)
             yield Reply(client, answer(request))
 
@@ -412,6 +457,27 @@ def test_more_rounds_over_flower_are_those_of_one_process(local, tmp_path):
     run(small(rounds=3, local=local), tmp_path / "together", ignore)
     assert differing(tmp_path / "together", tmp_path / "run") == []
     assert (tmp_path / "state" / "this-run" / "skin").is_dir()
+
+
+def test_a_run_goes_on_with_other_parties_and_says_so(tmp_path):
+    """Over Flower the run config names them, and no key of the run: one has left, and another one came."""
+
+    class Others(Apart):
+        """`bone` is not there before round 2, and `skin` no longer."""
+
+        def federation(self):
+            there, absent = super().federation(), "bone" if self.host.place.config.rounds == 1 else "skin"
+            return replace(there, clients=[name for name in there.clients if name != absent])
+
+    lines = []
+    run(small(rounds=1), tmp_path / "run", ignore, True, Others)
+    run(small(rounds=2), tmp_path / "run", lambda event: lines.append(log_line(event)), True, Others)
+    words = "the run goes on with other parties than it began with: gone: skin; new: bone"
+    assert any(words in line for _, line in filter(None, lines))
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [event.message for event in of_kind(events, Warned) if "parties" in event.message] == [words]
+    assert [event.clients for event in of_kind(events, RoundStarted)] == [["chest", "skin"], ["bone", "chest"]]
+    assert all(event.exactness_error < 1e-6 for event in of_kind(events, RoundDone))
 
 
 def preferences(tmp_path, trainer):
@@ -544,7 +610,8 @@ def test_a_worker_answers_as_the_party_itself_would(tmp_path):
 def test_a_server_s_words_make_no_line_of_a_party_s_log(tmp_path):
     """Neither as a client's name nor in an error's text."""
     log, forged = party_log(tmp_path), "north\n2025-01-01 00:00:00,000 INFO north: sent nothing"
-    left(log, encode_failure(Failure("settings"), "north"), forged)
+    asked = message_bytes(ToClient(kind="train", run="r", round=2, client="north", rejected=forged))
+    left(log, encode_failure(Failure("settings"), "north"), forged, asked)
     try:
         raise UsageError(forged)
     except UsageError as error:

@@ -272,6 +272,7 @@ def test_jobs_that_cannot_work_are_refused_before_they_are_written(tmp_path, mon
         ({"rules": {"clients": {"ranks": [2, 4], "holdout": 0.2}}}, UsageError, "clients.ranks, clients.holdout"),
         ({"rules": {"clients": {"count": 2}}}, UsageError, "clients.count"),
         ({"rules": {"clients": {"partition": "column", "column": "ward"}}}, UsageError, "clients.partition, clients.column"),
+        *(({"rules": {"method": name}}, UsageError, f"method {name} is none") for name in ("centralised", "full-ft", "fed-sb", "fedsa")),
         ({"start": "nope"}, StorageError, "nope is not a PEFT adapter"),
         ({"start": str(tmp_path)}, StorageError, "give one of the 1 folders in it"),
     ):

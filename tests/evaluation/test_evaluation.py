@@ -94,6 +94,15 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning(writer):
         generate(model, tokenizer, ["The dog"], {"max_new_tokens": 8, "num_beems": 2})
 
 
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 2, "num_beams": 2}, {"return_dict_in_generate": True}, {"do_sample": True}])
+def test_one_text_a_prompt_and_none_by_chance(settings):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base_folder()), AutoTokenizer.from_pretrained(base_folder())
+    with pytest.raises(UsageError, match="one text a prompt is written, and none is sampled: leave it out"):
+        generate(model, tokenizer, ["bed 4 :"], {"max_new_tokens": 2, **settings})
+    same = {"do_sample": False, "num_return_sequences": 1}
+    assert len(generate(model, tokenizer, ["bed 4 :"], {"max_new_tokens": 2, **same})[0]) == 1
+
+
 CONFIG = f"""
 rounds = 1
 [base]

@@ -8,13 +8,25 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tests.evaluation.test_evaluation import call, numbers, one_line
 from tests.runs.test_run import configuration, ignore
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from fedex_lora.config import base_folder
+from fedex_lora.config import base_folder, read_config, write_config
+from fedex_lora.errors import ModelError
 from fedex_lora.evaluation import ClassScore, ClassScores
+from fedex_lora.evaluation._classes import write_rows
+from fedex_lora.evaluation._model import open_source
 from fedex_lora.models.export import export
 from fedex_lora.runs.run import run
 from fedex_lora.storage.events import Started, of_kind, read_events
@@ -94,6 +106,12 @@ def test_the_rows_own_columns_only_where_they_are_asked_for(made, tmp_path):
     lines = read(tmp_path / "p.jsonl")
     assert len(lines) == 5
     assert all(line["text"] == files["eval"][line["line"] - 2]["text"] for line in lines)
+    (tmp_path / "named.csv").write_text("text,label,output,predicted\na mild cough,calm,mine,mine\nan itchy cough,odd,mine,mine\n")
+    asked = ["--file", tmp_path / "named.csv", "--predictions", tmp_path / "q.tsv", "--with-rows", "--beside", folder / "run"]
+    numbers("evaluate", folder / "run", *asked)
+    for line in read(tmp_path / "q.tsv"):
+        assert (line["output"], line["beside"]) == ("mine", line["predicted"])
+        assert line["predicted"] in WORDS
 
 
 def test_beside_the_base_stand_the_run_s_own_numbers_before_round_1(made, tmp_path):
@@ -224,3 +242,58 @@ def test_of_many_classes_the_most_frequent_confusions_are_told():
 )
 def test_bad_usage(arguments, status, message, made):
     assert message in one_line(call("evaluate", made[0] / "run", *arguments), status)
+
+
+def test_a_line_break_of_any_kind_stays_in_its_cell(tmp_path):
+    rows = [{"prompt": "a", "output": text} for text in ("one\rtwo", "one\ntwo", "plain")]
+    write_rows(tmp_path / "p.tsv", rows)
+    assert read(tmp_path / "p.tsv") == rows
+    write_rows(tmp_path / "q.tsv", rows[2:])
+    assert (tmp_path / "q.tsv").read_text() == "prompt\toutput\na\tplain\n"
+
+
+def test_classes_in_an_order_of_their_own(made, tmp_path):
+    """The names and the order are the model's where the task does not say them, and else the same, or nothing is measured."""
+    folder, _ = made
+    order = ["urgent", "calm", "odd"]
+    config = configuration(
+        task={**read_config(folder / "run" / "config.toml").task.model_dump(exclude_none=True), "labels": order, "train_rows": None},
+        clients=IID,
+        rounds=1,
+        lora={"target_modules": ["q_proj", "v_proj"]},
+    )
+    run(config, tmp_path / "run", ignore)
+    want = numbers("evaluate", tmp_path / "run")
+    merged = export(tmp_path / "run", "merged", tmp_path / "merged")["out"]
+    for name, labels in (("unsaid", None), ("other", sorted(order))):
+        told = config.model_copy(update={"task": config.task.model_copy(update={"labels": labels})})
+        (tmp_path / f"{name}.toml").write_text(write_config(told))
+    for source in (tmp_path / "run", merged):
+        found = numbers("evaluate", source, "--config", tmp_path / "unsaid.toml")
+        assert (found["accuracy"], found["loss"]) == (want["accuracy"], pytest.approx(want["loss"], abs=1e-5))
+    AutoModelForSequenceClassification.from_pretrained(merged).save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(merged).save_pretrained(tmp_path / "plain")
+    said = "tells urgent, calm, odd apart, in this order, and the task calm, odd, urgent: set task.labels to the model's"
+    cases = [(tmp_path / "run", "other"), (merged, "other"), (tmp_path / "plain", "other"), (tmp_path / "plain", "unsaid")]
+    for source, name in cases:
+        assert said in one_line(call("evaluate", source, "--config", tmp_path / f"{name}.toml"), 1)
+    assert said in one_line(call("evaluate", folder / "run", "--beside", tmp_path / "run"), 1)
+    assert numbers("evaluate", tmp_path / "plain", "--config", tmp_path / "run" / "config.toml")["accuracy"] == want["accuracy"]
+
+
+def test_an_adapter_without_its_head_is_not_measured(tmp_path):
+    """Nothing but chance would say what is predicted."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    tokenizer.save_pretrained(tmp_path / "base")
+    shape = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "pad_token_id": tokenizer.pad_token_id}
+    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "base")
+    settings = {"num_labels": 2, "problem_type": "single_label_classification"}
+    for task_type, saved in ((None, None), (None, ["pre_classifier"]), ("SEQ_CLS", None)):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+        whole = get_peft_model(model, LoraConfig(task_type=task_type, r=2, target_modules=["q_lin"], modules_to_save=saved))
+        whole.save_pretrained(out := tmp_path / f"{task_type}-{saved}")
+        if task_type is None:
+            with pytest.raises(ModelError, match=r"has no trained classifier, and .* none either: save it with the adapter"):
+                open_source(str(out), "classification", **settings)
+    row = {key: value for key, value in tokenizer("a cough", return_tensors="pt").items() if key != "token_type_ids"}
+    assert torch.equal(open_source(str(out), "classification", **settings).model(**row).logits, whole.eval()(**row).logits)

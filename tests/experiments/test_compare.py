@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 from tests.runs.test_run import configuration
 
-from fedex_lora.config import write_config
+from fedex_lora.config import parse_config, write_config
 from fedex_lora.errors import FedexLoraError, TrainingError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.experiments.compare import compare as compare_by
 from fedex_lora.experiments.compare import configured, interval, parse_protocol
@@ -73,6 +73,27 @@ def test_a_variant_changes_method_rate_seed_and_rank_only():
     assert (made.lora.r, made.lora.alpha, made.lora.rank_pattern) == (4, 12, {"q_proj": 6})  # alpha / r stays
     assert made.model_copy(update={key: getattr(config, key) for key in ("method", "seed", "lora", "training")}) == config
     assert grid_around(config) == [0.00167, 0.005, 0.015]
+
+
+def test_twice_the_rank_has_the_same_scaling_rank_stabilised_too():
+    lora = {"r": 2, "alpha": 6, "rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 5}}
+    made = configured(configuration(lora=lora), Variant.parse("ffa@2r"), {}, 0).lora
+    assert (made.r, made.rank_pattern) == (4, {"q_proj": 6})
+    assert (made.alpha / 4**0.5, made.alpha_pattern["q_proj"] / 6**0.5) == pytest.approx((6 / 2**0.5, 5 / 3**0.5))
+
+
+def test_a_comparison_goes_on_from_a_result(tmp_path):
+    """Also with keys for all runs; its rank is that of the result, so no variant has another."""
+    run(configuration(rounds=1), tmp_path / "first", nobody)
+    tree = configuration(rounds=1, base={"start": str(tmp_path / "first")}).model_dump(mode="json", exclude_none=True)
+    config = parse_config({**tree, "lora": {}})
+    result = compare(config, ["fedit", "fedex"], [0], tmp_path / "out", [5e-3], with_controls=False, set={"task.eval_rows": 15})
+    assert [row["name"] for row in result["methods"]] == ["fedit", "fedex"]
+    assert result["config"]["lora"] == {}
+    begun = read_events(next((tmp_path / "out" / "runs" / "fedex").rglob("events.jsonl")))
+    assert of_kind(begun, Started)[0].start["round"] == 1
+    with pytest.raises(UsageError, match=r"ffa@2r: base\.start goes on with an adapter as it is: leave @2r out, or remove base\.start"):
+        compare(config, ["fedit", "ffa@2r"], [0], tmp_path / "twice", [5e-3])
 
 
 def test_a_rate_is_chosen_by_the_later_half_of_the_held_out_rows():
@@ -336,6 +357,10 @@ def test_a_seed_that_fails_costs_its_tests_and_not_the_comparison(tmp_path, monk
         ({"methods": ["fedsa"], "with_controls": False}, "fedsa has no global model"),
         ({"methods": ["fedit", "fedex@50r"]}, "rank 100 is above the size of module"),
         ({"methods": ["fedit", "fedx"]}, "did you mean 'fedex'"),
+        (
+            {"grid": {"training.weight_decay": [0.0, "a"]}},
+            r"fedit, training\.weight_decay=a: training\.weight_decay = 'a': give a finite number",
+        ),
         ({"config": configuration(base={"model": "nowhere"})}, "'nowhere' is neither a local folder"),
         ({"config": configuration(training={"learning_rate": "abc"})}, "learning_rate = 'abc' is no number"),
         ({"methods": ["fedex"], "reference": "fedex", "config": configuration(clients={"ranks": [1, 2, 2]})}, "needs one rank"),

@@ -139,6 +139,28 @@ def test_protocols_that_cannot_be(changes, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds=1", "--set rounds would change nothing, for [set] has it: change it there"),
+        ("task.eval_rows=30", ""),
+        ("training.learning_rate=1e-4", "--set training.learning_rate would change nothing, for the grid has it: change it there"),
+        ("seed=7", "--set seed: every run sets it by itself"),
+        ("method=ffa", "--set method: every run sets it by itself"),
+    ],
+)
+def test_what_the_command_line_sets_is_not_lost(override, message, tmp_path):
+    """Refused where the comparison sets it otherwise; what is the same, or only the file's, goes on: here to a seed that cannot be."""
+    (tmp_path / "config.toml").write_text(write_config(CONFIG))
+    protocol = {"methods": ["fedit"], "seeds": [-1], "grid": {"training": {"learning_rate": [1e-2]}}}
+    (tmp_path / "protocol.toml").write_text(tomli_w.dumps({**protocol, "set": {"rounds": 2, "task": {"eval_rows": 30}}}))
+    words = ["compare", "config.toml", "--protocol", "protocol.toml", "--out", "out"]
+    words = [str(tmp_path / word) if "." in word or word == "out" else word for word in words]
+    said = CliRunner().invoke(app, [*words, "--set", override]).stderr
+    assert (message or "seed = -1") in said
+    assert said.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """A comparison by a file, from the command line."""

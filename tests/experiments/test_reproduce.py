@@ -108,6 +108,26 @@ def test_targets_share_runs():
     assert len({cell.name for cell in cells(read_recipe("table3"), "small")}) == 75
 
 
+def test_a_rate_that_is_given_holds_for_every_method():
+    """Also where the scale has rates of its own."""
+    recipe = read_recipe("table3")
+    assert {cell.config.training["learning_rate"] for cell in cells(recipe, "small")} == {0.003, 0.01}
+    given = cells(recipe, "small", ["training.learning_rate=1e-4"])
+    assert {cell.config.training["learning_rate"] for cell in given} == {1e-4}
+
+
+def test_a_method_without_a_global_model_has_a_record(recipe, tmp_path):
+    """It has no metrics of the rows that only measure, and is read again all the same."""
+    path = tmp_path / "personal.toml"
+    path.write_text(RECIPE.replace('method = "ffa@2r"', 'method = "fedsa"'))
+    only = Only(rows=["FFA, 2 r"], columns=["MRPC"], seeds=[0])
+    (cell,) = (cell for cell in cells(read_recipe(str(path)), "smoke") if only.holds(cell))
+    result, _ = reproduce(str(path), "smoke", tmp_path, only=only)
+    assert result["runs_done"] == 1
+    assert find_record(tmp_path, cell).rounds[0].metrics == {}
+    assert reproduce(str(path), "smoke", tmp_path, only=only)[0] == result
+
+
 def test_scores_are_those_of_the_runs(ran):
     """Means, deviations and paired intervals from the records, by numpy and scipy."""
     out, result, grids = ran
@@ -277,6 +297,8 @@ def test_layouts_of_runs_that_average_no_adapters(tmp_path):
         (["table3", "--seed", "7"], "has no seed '7': it has 0, 1"),
         (["table3", "--scale", "small", "--data", "nowhere", "--set", "base.model=demo"], "train.tsv does not exist"),
         (["table3", "--set", "rounds=0"], "rounds"),
+        (["table3", "--set", "seed=7"], "--set seed: every run of a table has its own"),
+        (["table3", "--set", "method=ffa"], "--set method: every run of a table has its own"),
         (["table3", "--no-run", "--seed", "7"], "has no seed '7': it has 0, 1"),
         (["broken.toml"], "title"),
         (["itself.toml"], "itself.toml extends itself"),

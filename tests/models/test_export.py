@@ -107,6 +107,20 @@ def test_a_cut_adapter_has_the_error_that_it_says(causal, tmp_path):
     assert distance(logits(reloaded("adapter", tmp_path / "cut")), want) == pytest.approx(cut["output_error"], rel=1e-3)
 
 
+def test_a_cut_adapter_keeps_modules_that_gained_nothing(tmp_path):
+    """Their update is zero to the bit: they have rank 1 in the folder, and still add nothing."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder()), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for index in range(2):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and "q_proj" in name:
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+        model.save_pretrained(tmp_path / f"{index}")
+    aggregate_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "out", "fedex", None, None)
+    assert export(tmp_path / "out", "adapter", tmp_path / "cut", str(base_folder()), rank=2)["rank"] == 2
+    moved = {name.endswith("q_proj"): oracle.product(pair).any() for name, pair in read_adapter_folder(tmp_path / "cut").adapter.items()}
+    assert moved == {True: True, False: False}
+
+
 def test_a_head_travels_in_every_form(classifier, tmp_path):
     want = logits(load_model(classifier, str(base_folder())))
     for form in ("merged", "adapter", "base+adapter"):

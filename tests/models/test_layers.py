@@ -13,13 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora import load_model
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.errors import AdapterError, ModelError
+from fedex_lora.errors import AdapterError, ModelError, TrainingError
+from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.models.loading import Loaded
-from fedex_lora.models.lora import add_lora, read_model, read_other, write_model
+from fedex_lora.models.lora import add_lora, lora_layers, read_model, read_other, write_model
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.storage.layout import Layout
-from fedex_lora.types import ClientUpdate, LoRAPair
+from fedex_lora.types import ClientUpdate, LoRAPair, LowRank
 
 IDS = torch.arange(2, 26).reshape(2, 12)
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -204,6 +205,34 @@ def test_layers_that_the_algebra_does_not_cover_are_refused_by_name(layer, messa
     model = get_peft_model(Net(layer), LoraConfig(r=2, target_modules=["layer"]))
     with pytest.raises(AdapterError, match=message):
         read_model(model)
+
+
+def test_what_is_written_into_another_memory_format_is_there():
+    """Also where the model was given that format after the base was looked at."""
+    model = adapted(resnet, {"target_modules": ["convolution"]}, 0)
+    frozen, adapter = FrozenBase(model), read_model(model)
+    model.to(memory_format=torch.channels_last)
+    assert not all(layer.base.weight.is_contiguous() for layer in lora_layers(model).values())
+    more = {name: LoRAPair(A=pair.A + 1, B=pair.B - 1, scaling=pair.scaling) for name, pair in adapter.items()}
+    delta = {name: LowRank(U=torch.ones(pair.shape[0], 1), V=torch.ones(1, pair.shape[1])) for name, pair in adapter.items()}
+    before = {name: layer.weight().clone() for name, layer in lora_layers(model).items()}
+    write_model(model, more, {})
+    frozen.set(delta)
+    for name, pair in read_model(model).items():
+        assert torch.equal(pair.A, more[name].A)
+        assert torch.equal(pair.B, more[name].B)
+        assert torch.equal(lora_layers(model)[name].weight(), before[name] + 1)
+
+
+def test_running_statistics_that_move_are_noticed():
+    """They are in no answer; batch normalisation that is held in evaluation mode is a layer like others."""
+    party = AdaptedModel(get_peft_model(resnet(), LoraConfig(r=2, target_modules=["convolution"])))
+    party.load(*party.read()[:1], {}, {})
+    party.model.eval()(pixel_values=PIXELS)
+    party.read()
+    party.model.train()(pixel_values=PIXELS)
+    with pytest.raises(TrainingError, match=r"changed .*running_mean \([0-9]+ such\), .* batch normalisation in eval"):
+        party.read()
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3), (3, 5, 5)])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,14 @@ def test_pristine_weights_are_read_from_the_checkpoint_not_copied():
     assert torch.equal(frozen._homes[name].w0(), want)
 
 
+def test_a_stray_file_beside_a_checkpoint_is_none_of_its_weights(tmp_path):
+    """A pointer of Git LFS, say, that transformers does not read either."""
+    folder = shutil.copytree(base_folder(), tmp_path / "base")
+    (folder / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
+    names = [FrozenBase(adapted(("demo", str(where)), 0)).fingerprint() for where in (folder, base_folder())]
+    assert names[0] == names[1]
+
+
 def test_a_tied_weight_is_never_folded(gpt2):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ModelError, match=r"shares its weight with transformer.wte, and folding would change both: set base.delta"):
@@ -307,7 +316,7 @@ def test_verify_checks_the_stand_alone_adapter(tmp_path):
 
 def test_an_output_inside_an_input_is_refused(tmp_path):
     folder = saved(tmp_path, "a")
-    with pytest.raises(UsageError, match="lies in one of the folders that are aggregated"):
+    with pytest.raises(UsageError, match="lies in one of the folders that are read"):
         aggregate_folders([folder], folder / "out", "fedex", None, None)
 
 

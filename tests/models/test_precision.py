@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from peft import PeftModel
 from tests import oracle
+from tests.models.test_sixteen_bits import as_the_card_says, share
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -14,6 +14,7 @@ from fedex_lora.errors import AdapterError, ModelError
 from fedex_lora.models.base_weights import FrozenBase, SidePath
 from fedex_lora.models.build import build_model
 from fedex_lora.models.export import export
+from fedex_lora.models.layers import disable_cpu_repacking
 from fedex_lora.models.loading import load_base
 from fedex_lora.models.lora import add_lora, lora_layers, read_other
 from fedex_lora.models.merge import in_float32, logits, plain_model
@@ -147,9 +148,10 @@ def test_exports_of_such_a_run(form, finished, tmp_path):
         assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
         want = logits(ideal_model(out, dtype, quantization))
         assert float((logits(plain) - want).abs().max() / want.abs().max()) < 1e-5
-    if form == "adapter" and quantization == "none":
-        base = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=getattr(torch, dtype))
-        assert torch.isfinite(logits(PeftModel.from_pretrained(base, tmp_path / "out"))).all()
+    if form == "adapter":  # by the lines of its card; those of a packed base compute in the base's dtype
+        want, model = logits(in_float32(load_model(out, str(base_folder())))), as_the_card_says(tmp_path / "out")
+        disable_cpu_repacking(model)  # by which bitsandbytes is 0.8 % off on some CPUs
+        assert share(logits(model), want) < (5e-2 if (dtype, quantization) == ("bfloat16", "nf4") else 1e-5)
 
 
 def test_the_same_bits_from_the_same_seeds(tmp_path):

@@ -103,6 +103,13 @@ def test_folders_that_are_none_name_the_one_that_is(bases, tmp_path):
         aggregate_folders([tmp_path / "absent", inner], tmp_path / "out", "fedex", None, None)
 
 
+def test_a_configuration_without_end_is_refused(bases, tmp_path):
+    folder = trained(Kind(), bases / "llama", tmp_path / "a", 0)
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(FedexLoraError, match=r"adapter_config\.json cannot be read"):
+        aggregate_folders([folder], tmp_path / "out")
+
+
 # One base, or several
 
 

@@ -21,7 +21,7 @@ from fedex_lora.models.build import load_model
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
-from fedex_lora.storage.adapter_folder import read_adapter_folder, write_adapter_config
+from fedex_lora.storage.adapter_folder import Format, read_adapter_folder, write_adapter_config, write_adapter_folder
 from fedex_lora.storage.renaming import find_renaming, shapes_of
 from fedex_lora.storage.result import read_result
 
@@ -256,6 +256,24 @@ def test_the_reference_can_fail(tmp_path):
     name = "layers.0.q"
     want = oracle.ideal([factors(folder)[name] for folder in folders], WEIGHTS)
     assert oracle.relative(gained(read_result(tmp_path / "out"), f"model.{name}"), want) > 0.1
+
+
+def test_a_path_that_ends_another_has_its_own_rank_and_scaling(tmp_path):
+    """As PEFT reads the folder, and as we do."""
+    layers = {"block.mix": (2, 2.0), "block.up": (2, 2.0), "mix": (3, 8.0), "up": (2, 2.0)}
+    mean = {name: LoRAPair(torch.randn(rank, 6), torch.randn(4, rank), scaling) for name, (rank, scaling) in layers.items()}
+    write_adapter_folder(tmp_path, mean, {}, Format(config={}))
+    assert {name: pair.scaling for name, pair in read_adapter_folder(tmp_path).adapter.items()} == {
+        name: scaling for name, (_, scaling) in layers.items()
+    }
+    plain = torch.nn.ModuleDict({"mix": torch.nn.Linear(6, 4), "up": torch.nn.Linear(6, 4)})
+    plain["block"] = torch.nn.ModuleDict({"mix": torch.nn.Linear(6, 4), "up": torch.nn.Linear(6, 4)})
+    model = PeftModel.from_pretrained(plain, tmp_path)
+    for name, want in mean.items():
+        layer = model.base_model.model.get_submodule(name)
+        assert torch.allclose(layer.get_delta_weight("default"), want.scaling * want.B @ want.A, atol=1e-5)
+    patterns = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert patterns == {"^mix": 3}  # and no other mark where no path ends so
 
 
 def test_a_run_s_base_is_told_by_its_own_names(bases, tmp_path):

@@ -245,7 +245,6 @@ def test_files_written_in_pieces_are_those_of_safetensors(dtype, tmp_path):
     theirs = load_file(tmp_path / "ours")
     save_file(tensors, tmp_path / "theirs", {"k": "v"})
     table = read_table(tmp_path / "theirs")
-    assert dict(table.metadata) == {"k": "v"}
     for name, tensor in tensors.items():
         assert torch.equal(theirs[name], tensor)
         assert torch.equal(read_tensor(tmp_path / "theirs", table.entries[name]), tensor)
@@ -408,7 +407,59 @@ def test_regions_that_share_an_adapter_are_refused(tmp_path):
     with pytest.raises(AggregationError, match=r"b is in .*north and in .*south"):
         merge_folders(regions, tmp_path / "all", None)
     line = CliRunner().invoke(app, ["aggregate", "--merge", *map(str, regions), "-o", str(regions[0] / "all")]).output
-    assert "lies in one of the folders that are aggregated" in line
+    assert "lies in one of the folders that are read" in line
+
+
+def test_regions_whose_folders_are_called_alike_merge(tmp_path, monkeypatch):
+    """Each server has its own site-1 and site-2; a copy of an adapter under another name is that adapter, over two levels, too."""
+    for number, region in enumerate(("north", "south", "west")):
+        (tmp_path / region).mkdir()
+        monkeypatch.chdir(tmp_path / region)
+        sites = [write_adapter(Path(f"site-{site}"), 10 * number + site) for site in (1, 2)]
+        if region == "west":
+            sites.append(shutil.copytree(tmp_path / "north" / "site-1", Path("site-3")))
+        aggregate_folders(sites, Path("out"))
+    north, south, west = (tmp_path / region / "out" for region in ("north", "south", "west"))
+    monkeypatch.chdir(tmp_path)
+    assert merge_folders([north, south], tmp_path / "all", None)["max_relative_error"] < 1e-6
+    for first, name in ((north, "site-3"), (tmp_path / "all", "site-3")):
+        with pytest.raises(AggregationError, match=f"{name} is in {first} and in {west}"):
+            merge_folders([first, west], tmp_path / "never", None)
+
+
+def told(folder, **facts):
+    """The manifest says so, too."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def test_regions_of_bases_that_differ_are_refused(tmp_path):
+    """By what their manifests say, though they call it by one name; `--base` says that they are one, but not of their classes."""
+    regions = [tmp_path / "north", tmp_path / "south"]
+    for number, region in enumerate(regions):
+        aggregate_folders([write_adapter(tmp_path / f"{number}{name}", 10 * number + seed) for seed, name in enumerate("ab")], region)
+    one = {"base_fingerprint": "1" * 64, "base_dtype": "bfloat16", "base_quantization": "nf4", "labels": ["x", "y"]}
+    told(regions[0], **one)
+    merge_folders(regions, tmp_path / "one-says-it", None)
+    for key, other in (("base_fingerprint", "2" * 64), ("base_dtype", "float32"), ("base_quantization", "none"), ("labels", ["y", "x"])):
+        told(regions[1], **{**one, key: other})
+        with pytest.raises(AggregationError, match=f"the regions differ in {key}, so they have no mean") as caught:
+            merge_folders(regions, tmp_path / "never", None, base="base" if key == "labels" else None)
+        assert "\n" not in str(caught.value)
+    told(regions[1], **{**one, "base_dtype": "float32"})
+    merge_folders(regions, tmp_path / "said", None, base="base")
+    told(regions[1], **one)
+    merge_folders(regions, tmp_path / "alike", None)
+    for out, facts in (("one-says-it", one), ("alike", one), ("said", {key: one[key] for key in one if key != "base_dtype"})):
+        assert {key: value for key, value in read_manifest(tmp_path / out).items() if key in one} == facts
+
+
+def test_a_result_is_not_written_into_the_state(tmp_path):
+    folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    aggregate_folders(folders, tmp_path / "first")
+    with pytest.raises(UsageError, match="first/next lies in one of the folders"):
+        aggregate_folders(folders, tmp_path / "first" / "next", previous=tmp_path / "first")
+    assert verify(tmp_path / "first")["max_relative_error"] < 1e-6
 
 
 def test_a_stopped_command_leaves_nothing_behind(tmp_path):

@@ -422,6 +422,12 @@ def test_bad_input_is_one_line_before_anything_is_written(changes, words, ledger
     assert read_ledger(ledger) == []
 
 
+def test_a_schedule_that_does_not_work_costs_no_epsilon(ledger, tmp_path):
+    with pytest.raises(ConfigError, match=r"refused by transformers: .*num_decay_steps"):
+        run(setting(tmp_path, training={"lr_scheduler_type": "warmup_stable_decay"}), tmp_path / "run", ignore)
+    assert read_ledger(ledger) == []
+
+
 def test_what_is_measured_is_not_what_is_trained_on(ledger, tmp_path):
     """Metrics are told without noise."""
     for name in ("a", "b", "other"):

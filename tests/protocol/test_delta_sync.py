@@ -362,7 +362,7 @@ def test_whole_runs_with_absent_clients_stay_exact(messages, tmp_path):
 
 
 def test_the_base_delta_itself_travels_where_it_is_smaller(tmp_path):
-    """Ranks so large that one round's residual has more numbers than the matrix: bytes as `Method.messages` says, and exact."""
+    """Ranks so large that one round's residual has more numbers than the matrix: bytes as `Method.message_size` says, and exact."""
     place, done, worst = whole_run(tmp_path / "run", rounds=2, lora={**FEW, "r": 40})
     assert worst == 0
     shapes = [pair.shape for pair in place.host.place.first.values()]

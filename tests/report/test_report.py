@@ -12,6 +12,7 @@ from tests.finished_runs import event, synthetic, written
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
+from fedex_lora.errors import UsageError
 from fedex_lora.report import page, write_figure, write_report
 from fedex_lora.report.analysis import find_runs
 from fedex_lora.storage.events import ClientRejected, of_kind
@@ -239,6 +240,28 @@ def test_doing_it_again_is_promised_where_it_can_be(one, several):
         text = parsed(page([run])[0])[1]
         assert "fedex-lora run run.toml --out again" in text
         assert ("if the same answers are missing" in text) == (run in refused)
+
+
+@pytest.mark.parametrize(("rows", "eval"), [({"a": 0, "b": 0}, "measured.csv"), ({"a": 3, "b": 4}, "memory:eval")])
+def test_rows_that_are_not_in_the_configuration_cannot_be_trained_on_again(rows, eval, tmp_path):
+    """Over Flower the server's own file measures only; what was in memory is nowhere."""
+    run = written(tmp_path / "run", [event("started", method="fedex", clients=list(rows), metrics={}, train_rows=rows)])
+    (run / "config.toml").write_text(f'[task]\nname = "custom"\ntrain = "measured.csv"\neval = "{eval}"\n')
+    text = parsed(page(find_runs([run]))[0])[1]
+    assert "this file alone does not repeat the run" in text
+    assert "to the last bit" not in text
+    assert "fedex-lora run" not in text
+
+
+def test_modules_in_no_stack_have_no_figure_by_layer(tmp_path):
+    def flat(one):
+        if "modules" in one:
+            one["modules"]["module"] = ["encoder", "decoder"]
+
+    run = written(tmp_path / "run", changed(synthetic(rounds=2, clients=3, layers=1), flat))
+    with pytest.raises(UsageError, match="these modules are in no stack of layers: draw a figure across rounds, such as 3"):
+        write_figure(2, [run], tmp_path / "two.svg")
+    assert write_figure(3, [run], tmp_path / "three.svg")["data"]
 
 
 @pytest.mark.parametrize(("number", "suffix", "starts"), [(2, ".pdf", b"%PDF"), (3, ".svg", b"<?xml")])

@@ -1,12 +1,19 @@
 """`fedex-lora check`: all that is wrong with rows, in one go."""
 
 import json
+from logging import getLogger
 
+import pytest
+from tests.runs.test_run import ignore
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
 from fedex_lora.config import parse_config, write_config
+from fedex_lora.engines.flower._node import _rows
+from fedex_lora.errors import FedexLoraError
 from fedex_lora.runs.check import check
+from fedex_lora.runs.simulation import LocalSimulation
+from fedex_lora.tasks.dealt import dealt
 
 ROWS = """text,label,site
 printer is broken,Hardware ,north
@@ -64,7 +71,7 @@ def test_rows_of_nobody_are_named_and_the_check_goes_on(tmp_path):
 
 def test_a_tokenizer_that_does_not_know_the_words_is_told(tmp_path):
     said = [line for line in words(configuration(tmp_path), stops=False) if "unknown to this tokenizer" in line]
-    assert [line.partition(":")[0] for line in said] == ["north", "south"]
+    assert [line.partition(":")[0] for line in said] == ["north", "south", "the rows to measure on"]
     # 'printer is broken', 'mouse is dead', 'vpn fails': 6 of 11 tokens; each row begins with <s>, and 'is' is the demo's
     assert said[0].startswith("north: 55% of the tokens in these rows are unknown to this tokenizer"), said
     demo = parse_config({"base": {"model": "demo"}, "task": {"name": "demo"}})
@@ -101,3 +108,65 @@ def test_rows_that_are_given_twice_are_named(tmp_path):
     assert twice(n="b.csv", s="c.csv") == ["b.csv and eval.csv: the same rows are clients.data.n and task.eval: give each its own"]
     same = configuration(tmp_path, eval="rows.csv")
     assert "rows.csv: the same rows are task.train and task.eval: give each its own" in words(same, stops=False)
+
+
+LONG, SHORT = "bed " * 70, "bed 4 : the woman has wheeze"
+
+
+def texts(folder, train, held, **tables):
+    """Of one client, whose tenth row is held out."""
+    for name, notes in (("train", train), ("eval", held)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"note": note, "colour": " red"}) + "\n" for note in notes))
+    task = {"name": "custom", "kind": "causal-lm", "data": str(folder), "train": "train.jsonl", "eval": "eval.jsonl"}
+    task |= {"prompt": "{note}", "completion": "{colour}", **tables.pop("task", {})}
+    tree = {"base": {"model": "demo"}, "lora": {"target_modules": "all-linear"}, "clients": {"count": 1}, "task": task}
+    return parse_config({**tree, **tables})
+
+
+def held_back(folder):
+    """Ten rows, of which the one that is held out is too long."""
+    _, parts = dealt(texts(folder, [SHORT] * 10, [SHORT]))
+    (row,) = parts["client-0"][1]
+    return [LONG if place == row else SHORT for place in range(10)]
+
+
+def refusal(config):
+    """Why a run does not begin; "" where it does."""
+    try:
+        LocalSimulation(config, ignore)
+    except FedexLoraError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("held", "tables", "said"),
+    [
+        ([SHORT, LONG], {}, "the rows to measure on: 1 of 2 rows have a prompt that fills"),
+        ([LONG], {"task": {"on_bad_row": "drop"}}, "nothing is left to learn: raise it"),
+        ([SHORT], {"method": "nope"}, "nope"),
+        ([SHORT], {"training": {"learning_rte": 1}}, "unknown key training.learning_rte"),
+        ([SHORT], {"method": "fedex-best", "clients": {"count": 3, "ranks": [1, 2]}}, "2 ranks for 3 clients"),
+        ([SHORT], {}, ""),
+    ],
+)
+def test_a_run_refuses_what_a_check_refuses(held, tables, said, tmp_path):
+    """Rows that only measure, and settings."""
+    config = texts(tmp_path, [SHORT] * 10, held, **tables)
+    found = words(config, stops=True)
+    assert (said in "".join(found), said in refusal(config), bool(found)) == (True, True, bool(said))
+    assert "drop" not in refusal(config) or "task" not in tables  # what is set already is not advised
+
+
+def test_a_client_may_lose_the_row_that_it_held_out(tmp_path):
+    """Where rows are dropped; else a run is refused, and a check says so."""
+    rows = held_back(tmp_path)
+    strict, lenient = (texts(tmp_path, rows, [SHORT], task={"on_bad_row": word}) for word in ("refuse", "drop"))
+    said = "1 of 1 rows have a prompt that fills"
+    assert said in words(strict, stops=True)[0]
+    assert said in refusal(strict)
+    assert words(lenient, stops=True) == []
+    here = LocalSimulation(lenient, ignore)
+    at_a_node, _ = _rows(here.host.place, "client-0", dealt(lenient)[1], getLogger("party"))
+    for data in (here.pool.learner.data, at_a_node):
+        assert (len(data["client-0"].train), len(data["client-0"].held_out)) == (9, 0)

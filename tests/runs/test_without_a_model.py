@@ -23,7 +23,7 @@ from fedex_lora.runs import clients as pools
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.listening import Reply
-from fedex_lora.runs.measuring import learnt_nothing
+from fedex_lora.runs.measuring import best_of, held_out_event, learnt_nothing
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.run import run
 from fedex_lora.server.registry import ClientRegistry
@@ -200,8 +200,16 @@ def test_a_full_disk_is_the_run_s_and_no_client_s_failure(tmp_path, monkeypatch)
     ],
 )
 def test_a_run_that_learns_nothing_says_so(before, after, said):
+    """By what two clients report, from whom numbers that are not finite do not come."""
+
+    def mean(number, found):
+        finite = {f"held_out_{name}": value for name, value in found.items() if value == value}
+        whole = {f"held_out_{name}": 0.5 for name in found}
+        return held_out_event(number, {"a": {**finite, "held_out_rows": 5.0}, "b": {**(whole | finite), "held_out_rows": 5.0}}, ignore)
+
     facts = {"headline": "accuracy", "greater_is_better": True}
-    rows = {"rows": 10.0}
-    words = learnt_nothing({0: {**before, **rows} if before else {}, 3: {**after, **rows}}, facts)
+    held = {0: mean(0, before) if before else {}, 3: mean(3, after)}
+    words = learnt_nothing(held, facts)
+    assert best_of(held, facts) == 3
     assert bool(words) == bool(said)
     assert not said or (said in words and "0.5 on the clients' own rows before" in words)

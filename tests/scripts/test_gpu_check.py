@@ -2,11 +2,14 @@
 
 import json
 import math
+import sys
 
 import pytest
 from scripts import gpu_check, gpu_checks
 from tests.fake_accelerator import accelerator
 
+from fedex_lora.cli import demo
+from fedex_lora.config import TaskSettings
 from fedex_lora.storage.events import append_event
 
 
@@ -16,6 +19,16 @@ def test_a_check_runs_on_a_device():
     assert found["status"] == "ok"
     assert found["device"] == "fake:0"
     assert found["exactness_error"] < 1e-6
+
+
+def test_the_demo_is_checked_where_there_are_no_packages_for_a_report(monkeypatch):
+    whole, short = demo.configuration, TaskSettings(name="demo", train_rows=60)
+    monkeypatch.setattr(demo, "METHODS", ("fedex",))
+    monkeypatch.setattr(demo, "configuration", lambda *how: whole(*how).model_copy(update={"task": short}))
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    found = gpu_check.one("demo")
+    assert (found["status"], found["report"]) == ("ok", "skipped: no vl_convert")
+    assert found["fedex"]["exactness_error"] < 1e-6
 
 
 def test_the_file_has_versions_times_and_reasons(tmp_path, monkeypatch, capsys):

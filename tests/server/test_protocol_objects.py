@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests import oracle
 from tests.conftest import make_pair
-from tests.messages import retold
+from tests.messages import retold, told
 from tests.protocol.test_hostile import bits, equal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedex_lora import AdaptedModel, Client, ClientUpdate, LoRAPair, Rules, Server
+from fedex_lora.aggregation.server_state import init
 from fedex_lora.client.received import NeedsFull as ClientLacks
 from fedex_lora.client.received import StoredAnswer
 from fedex_lora.errors import AdapterError, ConfigError, StorageError, TrainingError, UsageError, WireError
@@ -382,9 +383,42 @@ def test_a_stale_model_is_no_answer():
 
 
 def test_rules_that_do_not_go_together_are_refused_before_the_first_round():
-    for odd in ({"method": "keep", "clients": {"late": "next"}}, {"method": "rolora", "server": {"momentum": 0.5}}):
+    for odd in (
+        {"method": "keep", "clients": {"late": "next"}},
+        {"method": "rolora", "server": {"momentum": 0.5}},
+        {"method": "rolora", "local": {"head_rounds": 1}},  # whose first round of adapters would train A against B = 0
+    ):
         with pytest.raises(ConfigError):
             Server.start(Rules.model_validate(odd), FIRST, HEAD, ["a", "b"])
+    with pytest.raises(ConfigError, match="one rank for all"):
+        Server(Rules(), init(FIRST, HEAD, "fedex"), ["a", "b"], {"a": 1, "b": 3})
+    for odd in ({"method": "fedex-best", "clients": {"ranks": [1, 3]}}, {"method": "centralised"}, {"method": "full-ft"}):
+        with pytest.raises(UsageError, match=r"ranks=\{client: rank\}|averages no adapters"):
+            Server.start(Rules.model_validate(odd), FIRST, HEAD, ["a", "b"])
+
+
+@pytest.mark.parametrize("method", ["fedex-svd", "flexlora"])
+def test_a_round_in_which_no_adapter_moved_has_dropped_nothing(method):
+    """As in rounds that train the head alone."""
+    server, updates = Server.start(Rules(method=method), FIRST, HEAD, ["a", "b"]), []
+    round = server.open_round()
+    for name, payload in round.messages.items():
+        client = Client(Rules(method=method), name, FIRST)
+        work = client.receive(payload)
+        still = ClientUpdate(name, work.start, 10, {key: one + 1 for key, one in work.other.items()})
+        updates.append(server.receive(name, client.reply(10, {}, update=still)).update)
+    assert round.close(updates).numbers["dropped"] == 0
+
+
+def test_who_is_accepted_after_a_failure_is_told_of_no_rejection():
+    server, clients = federation()
+    round, updates = server.open_round(), []
+    for name, payload in round.messages.items():
+        server.round.lost(name, "the connection broke")
+        updates.append(server.receive(name, answer(clients[name], payload)).update)
+    assert round.rejections == []
+    round.close(updates)
+    assert {told(payload)["rejected"] for payload in server.open_round().messages.values()} == {""}
 
 
 def test_odd_metrics_are_refused_in_a_line():

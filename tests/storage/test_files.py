@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.conftest import make_updates
 
-from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.errors import StorageError, UnwritableError, UsageError
 from fedex_lora.storage.events import KINDS, ClientRejected, RoundStarted, append_event, read_events, record
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, read_manifest, replacing
 from fedex_lora.storage.tensors import load_delta, load_tensors, save_delta, save_tensors
@@ -70,6 +70,11 @@ def test_an_occupied_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="not empty"), atomic_folder(tmp_path / "out", {}):
         pass
     assert (tmp_path / "out" / "x").read_text() == "x"
+
+
+def test_a_name_that_is_too_long_is_said(tmp_path):
+    with pytest.raises(UnwritableError, match="File name too long: choose another folder"), atomic_folder(tmp_path / ("o" * 230), {}):
+        pass
 
 
 @pytest.mark.parametrize("cut", [0, 4, 20, -1])

@@ -194,7 +194,7 @@ def test_factors_without_blocks_keep_the_product(size):
     [
         (["--for-parties", "out"], 2, "lie in one another"),
         (["--for-parties", "out/parties"], 2, "lie in one another"),
-        (["--for-parties", "st-mary/parties"], 2, "lies in one of the folders that are aggregated"),
+        (["--for-parties", "st-mary/parties"], 2, "lies in one of the folders that are read"),
         (["--for-parties", "taken"], 2, "is not empty"),
         (["--for-parties", "parties", "--weights", "0,1,0"], 2, "would hand out one party's adapter as it is"),
         (["--for-parties", "parties", "--weights", "1,2"], 1, "2 weights for 3 updates"),
@@ -279,6 +279,13 @@ def test_a_final_that_is_not_the_last_round(file, tmp_path):
     del manifest["files"][file]
     (out / "final" / "manifest.json").write_text(json.dumps(manifest))
     assert f"final/{file} is not what the last round left" in one_line(call("verify", out), 1)
+
+
+@pytest.mark.parametrize("folder", ["rounds/0001", "rounds/0002", "final"])
+def test_a_folder_of_a_run_without_its_manifest(folder, tmp_path):
+    out = small_run(tmp_path / "run")
+    (out / folder / "manifest.json").unlink()
+    assert f"{folder} has no manifest.json" in one_line(call("verify", out), 1)
 
 
 def changed(folder, **facts):

@@ -38,8 +38,9 @@ def split(folder):
 
 
 def test_three_files_are_one_file_with_a_column(tmp_path):
+    """But for the rows that are held out, which are drawn for each file by itself: here none."""
     file, names = split(tmp_path)
-    small = ["rounds=1", "training.num_train_epochs=1", "task.eval_rows=20"]
+    small = ["rounds=1", "training.num_train_epochs=1", "task.eval_rows=20", "clients.holdout=0"]
     run(read_config(NOTES, small), tmp_path / "column", ignore)
     config = read_config(file, small)
     assert sorted(config.clients.data) == names
@@ -62,8 +63,8 @@ def test_files_of_three_kinds_are_one_file_with_a_column(tmp_path):
     task = {"name": "custom", "text": ["note"], "labels": [0, 1, 2], "data": str(tmp_path), "eval": "all.jsonl"}
     common = {"base": {"model": "demo"}, "rounds": 1, "torch_threads": 1, "training": {"max_steps": 2}, "lora": {"r": 2}}
     files = {"c": "c.parquet", "b": "b.jsonl", "a": "a.csv"}
-    run(parse_config({**common, "task": task, "clients": {"data": files}}), tmp_path / "files", ignore)
-    column = {"partition": "column", "column": "ward"}
+    run(parse_config({**common, "task": task, "clients": {"holdout": 0, "data": files}}), tmp_path / "files", ignore)
+    column = {"holdout": 0, "partition": "column", "column": "ward"}
     run(parse_config({**common, "task": {**task, "train": "all.jsonl"}, "clients": column}), tmp_path / "column", ignore)
     assert_same_bits(tmp_path / "files", tmp_path / "column")
 

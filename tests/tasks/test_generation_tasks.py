@@ -130,3 +130,10 @@ def test_responses_of_no_layout():
 
     with pytest.raises(DataError, match="no column 'query'"):
         as_metamath(pd.DataFrame({"text": ["x"]}), "rows")
+
+
+def test_a_problem_without_a_number_is_refused_before_anything_is_written(tmp_path):
+    rows = [{"question": "How many?", "answer": f"Some. #### {number}"} for number in ("4", "none")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="arithmetic/gsm8k, test set: row 2 has no number as its answer"):
+        task("arithmetic/gsm8k", tmp_path, train="")

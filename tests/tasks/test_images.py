@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -341,3 +342,15 @@ def test_the_manifest_says_what_it_is(finished):
     manifest = json.loads((finished / "final" / "manifest.json").read_text())
     assert (manifest["task_type"], manifest["labels"]) == ("IMAGE_CLS", sorted(COLOURS))
     assert any(event["event"] == "run_done" for event in read_events(finished / "events.jsonl"))
+
+
+def test_another_image_of_the_same_name_is_another_row(data, shape, tmp_path):
+    """A run goes on with the images that it began with only; a file beside them changes nothing."""
+    here, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    config = configuration(here, shape, random=True)
+    run(config.model_copy(update={"rounds": 1}), out, ignore)
+    (here / "note.txt").write_text("new")
+    LocalSimulation(config, ignore).require(out)
+    picture("red", 77).save(here / "png" / "train1.png")
+    with pytest.raises(UsageError, match="the rows are not those that the run in"):
+        LocalSimulation(config, ignore).require(out)

@@ -15,7 +15,7 @@ from fedex_lora import config
 from fedex_lora.errors import DataError
 from fedex_lora.tasks import load_task, usable
 from fedex_lora.tasks._completions import FULL, IGNORED, prompt_ids, tokenize_completions
-from fedex_lora.tasks._files import read_rows
+from fedex_lora.tasks._files import as_text, read_rows
 from fedex_lora.tasks._rows import classes_of
 from fedex_lora.tasks._task import tokenize_texts
 
@@ -306,3 +306,16 @@ def test_half_a_character_is_a_fault_of_its_row(tmp_path, kind):
 
 
 ANSWERED = {"role": "assistant", "content": "Yes."}
+
+
+def test_a_class_of_rows_that_are_left_out_is_a_class(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\ncough,mild\nburn,bad\n,rare\n")
+    (tmp_path / "eval.csv").write_text("text,label\nache,mild\nfever,rare\n")
+    task = load_task(settings(tmp_path, train="train.csv", eval="eval.csv", on_bad_row="drop"), 0)
+    assert (task.model_config["id2label"], len(task.train)) == ({0: "bad", 1: "mild", 2: "rare"}, 2)
+    assert task.tokenize(bytewise(), task.eval)["labels"] == [1, 2]
+
+
+def test_a_date_that_is_missing_in_a_frame_is_no_value():
+    frame = pd.DataFrame({"day": pd.to_datetime(["2024-01-05", None]), "size": pd.array([7, None], dtype="Int64")})
+    assert as_text(frame).to_dict(orient="records") == [{"day": "2024-01-05T00:00:00", "size": "7"}, {"day": None, "size": None}]

@@ -214,3 +214,13 @@ def test_every_task_has_a_loader():
     glue = {"glue/mrpc", "glue/cola", "glue/rte", "glue/sst2", "glue/qnli", "glue/stsb"}
     arithmetic = {"arithmetic/gsm8k", "arithmetic/math"}
     assert {"demo", "custom", "e2e", *glue, *arithmetic, *(f"commonsense/{name}" for name in CHOICES)} == set(TASKS)
+
+
+@pytest.mark.parametrize("names", [("accuracy", "macro_f1"), ("mse", "pearson")])
+def test_what_is_no_number_is_no_prediction(names):
+    """Nor an error in the middle of a round."""
+    outputs, labels = np.array([[np.nan, 1.0], [0.0, 1.0]]), np.array([0, 1])
+    scores = outputs if names[0] == "accuracy" else outputs[:, :1]
+    found = class_metrics(EvalPrediction(predictions=scores, label_ids=labels), names)
+    assert list(found) == list(names)
+    assert np.isnan(list(found.values())).all()

@@ -22,6 +22,7 @@ from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerS
 WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
 
 
+@torch.no_grad()
 def aggregate(
     updates: Sequence[ClientUpdate],
     method: str = "fedex",
@@ -102,6 +103,8 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
     """`p_i >= 0` in float64 with sum one, over the participants, in their order."""
     if not updates:
         raise AggregationError("no updates to aggregate: give at least one")
+    if isinstance(weights, Mapping):
+        raise AggregationError("weights are given by name: give one number an update, in their order")
     if isinstance(weights, str):
         if weights not in ("num_examples", "uniform"):
             raise AggregationError(f"unknown weights {weights!r}: use 'num_examples', 'uniform' or one number a client")

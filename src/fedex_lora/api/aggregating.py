@@ -33,6 +33,7 @@ class AggregatedFolders:
 
     def __init__(self, folders: Sequence[Path], **options: Any) -> None:
         self.folders = list(folders)
+        self._read = [*self.folders, *([options["previous"]] if options.get("previous") else [])]
         self._here = TemporaryDirectory(prefix="fedex-lora-")
         self.numbers = aggregate_folders(self.folders, Path(self._here.name) / "out", **options, blockless=True)
         for file in Path(self._here.name).rglob("*"):
@@ -63,7 +64,7 @@ class AggregatedFolders:
             UsageError: a folder that holds something, or lies in one that is read.
         """
         target, parties, here = Path(out), None if for_parties is None else Path(for_parties), Path(self._here.name) / "out"
-        require_apart(self.folders, target, parties)
+        require_apart(self._read, target, parties)
         if parties is not None:
             require_several(self.numbers["weights"].values())
         facts = read_manifest(here)
@@ -77,7 +78,7 @@ class AggregatedFolders:
 def aggregate(
     updates: Sequence[ClientUpdate],
     method: str = ...,
-    weights: engine.WeightRule | None = ...,
+    weights: engine.WeightRule | Mapping[str, float] | None = ...,
     truncation: Truncation | None = ...,
     state: ServerState | None = ...,
 ) -> Aggregate: ...
@@ -109,8 +110,8 @@ def aggregate(
     Args:
         updates: one `ClientUpdate` a client, or one adapter folder.
         method: a name in `METHODS`, or METHOD+GAUGE.
-        weights: of updates "num_examples" (the default), "uniform" or one number each; of folders one number each, in their order or by
-            the folder's name, or nothing for equal ones.
+        weights: one number each, in their order or by name (a client's id, a folder's name); or of updates "num_examples" (the default)
+            or "uniform", of folders nothing for equal ones.
         truncation: of the residual, for `fedex-svd`.
         state: of updates the `ServerState` that the clients went on from; of folders the result folder that they were trained on top of.
         base: of folders: the base of all adapters, where they name it differently.
@@ -132,9 +133,12 @@ def aggregate(
     if kinds != {"folder"}:
         if base is not None:
             raise UsageError("base= is for adapter folders")
+        if isinstance(weights, Mapping):
+            weights = _shares("update", [update.client_id for update in updates], weights)
         return engine.aggregate(updates, method, "num_examples" if weights is None else weights, truncation, state)
     folders = [Path(folder) for folder in updates]
-    shares = None if weights is None or isinstance(weights, str) else _shares(folders, weights)
+    names = [folder.resolve().name for folder in folders]
+    shares = None if weights is None or isinstance(weights, str) else _shares("folder", names, weights)
     if isinstance(weights, str) and weights != "uniform":
         raise UsageError(f"weights = {weights!r}: folders do not say how many rows they were trained on: give one number a folder")
     return AggregatedFolders(
@@ -142,17 +146,15 @@ def aggregate(
     )
 
 
-def _shares(folders: Sequence[Path], weights: Sequence[float] | Mapping[str, float]) -> list[float]:
-    """One weight a folder, in their order."""
+def _shares(kind: str, names: Sequence[str], weights: Sequence[float] | Mapping[str, float]) -> list[float]:
+    """One weight for each of the folders or updates of these names, in their order."""
     numbers = list(weights.values()) if isinstance(weights, Mapping) else weights
     if not isinstance(numbers, Sequence | np.ndarray) or not all(isinstance(one, int | float | np.number) for one in numbers):
         said = " ".join(repr(weights).split())[:80]
-        raise UsageError(f"weights = {said}: give one number a folder, in their order or by the folder's name")
+        raise UsageError(f"weights = {said}: give one number a {kind}, in their order or by the {kind}'s name")
     if not isinstance(weights, Mapping):
         return [float(weight) for weight in weights]
-    names = [folder.resolve().name for folder in folders]
-    if sorted(names) != sorted(weights):
-        raise UsageError(
-            f"weights name {', '.join(sorted(weights))}, and the folders are {', '.join(sorted(names))}: name each folder once"
-        )
+    if len(names) != len(weights) or set(names) != set(weights):
+        given, wanted = (", ".join(sorted(map(str, one))) for one in (weights, names))
+        raise UsageError(f"weights name {given}, and the {kind}s are {wanted}: name each {kind} once")
     return [float(weights[name]) for name in names]

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 import pandas as pd
 import torch
 from datasets import Dataset
+from pydantic import BaseModel
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
 
-from fedex_lora.config import Config, TaskSettings, parse_config, read_config
+from fedex_lora.config import MEMORY, Config, TaskSettings, parse_config, read_config
 from fedex_lora.errors import ConfigError, DataError, UsageError, counted, require_system, require_versions
 from fedex_lora.models import export as exporting
 from fedex_lora.models.build import load_model
@@ -27,7 +28,7 @@ from fedex_lora.storage.events import Event, RoundDone, RunDone, of_kind
 from fedex_lora.storage.files import copy_whole
 from fedex_lora.storage.run_folder import folder_after
 from fedex_lora.tasks import Task, custom, load_task
-from fedex_lora.tasks._files import MEMORY, Rows, as_text
+from fedex_lora.tasks._files import Rows, as_text
 from fedex_lora.tasks._rows import each
 from fedex_lora.types import ServerState
 
@@ -171,7 +172,8 @@ def _settings(config: Config | Mapping[str, Any] | str | Path, rows: Any, held: 
         config = read_config(Path(config))
     if not isinstance(config, Config | Mapping):
         raise ConfigError(f"config is of type {type(config).__name__}: give a TOML file, or its tables as a dictionary")
-    tree: dict[str, Any] = dict(config.model_dump(exclude_unset=True)) if isinstance(config, Config) else dict(config)
+    given = config.model_dump(exclude_unset=True) if isinstance(config, Config) else config
+    tree = {key: table.model_dump(exclude_unset=True) if isinstance(table, BaseModel) else table for key, table in given.items()}
     if model is not None:
         tree["base"] = _base_of(model, processor, tree.get("base", {}))
     if (rows is None) is not (held is None):

@@ -16,7 +16,7 @@ from fedex_lora.privacy.account import Account
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.estimate import estimate
 from fedex_lora.runs.global_state import undone
-from fedex_lora.runs.private import spent_lines
+from fedex_lora.runs.private import of_one_file, spent_lines
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import Started, of_kind, read_events
 from fedex_lora.storage.run_folder import word_of
@@ -29,6 +29,8 @@ def said_before(config: Config, emit: Emit, console: Console, begins: bool = Tru
     if privacy.is_on:
         promised = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each client"
         console.print(f"private: {promised}, ledger {privacy.ledger}", highlight=False, markup=False)
+    if twice := of_one_file(config):
+        console.print(f"! task.eval = {twice!r} is trained on, too: metrics on it say nothing of other rows", highlight=False, markup=False)
     with suppress(FedexLoraError):
         for line in estimate(place).lines() if begins else ():
             console.print(line, highlight=False)

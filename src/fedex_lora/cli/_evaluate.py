@@ -63,13 +63,12 @@ def evaluate(
         (include_path and not lm_eval, "--include-path is for --lm-eval: give its tasks too"),
         (not score and not predictions, "--no-score is for --predictions: give the file too"),
         (lm_eval and (own or predictions), "--generate and --predictions are for --task: lm-evaluation-harness has its own"),
+        (lm_eval and (file or beside or with_rows), "--file, --beside, --with-rows are for --task: lm-evaluation-harness has its own rows"),
     ):
         if odd:
             raise UsageError(said)
     if predictions and not predictions.absolute().parent.is_dir():
         raise UsageError(f"{predictions.parent} does not exist: make it, or give --predictions elsewhere")
-    if lm_eval and (file or beside or with_rows):
-        raise UsageError("--file, --beside and --with-rows are for --task: lm-evaluation-harness has its own rows")
     from accelerate import PartialState
 
     from fedex_lora.client.training import silence_libraries

@@ -177,12 +177,13 @@ def compare(
     given = {option: context.params[option] for option in OPTIONS if context.params[option] not in (None, (), [])}
     out = out or Path("compare") / config.stem
     from fedex_lora.cli.console import runs_shown
-    from fedex_lora.config import read_config
+    from fedex_lora.config import flat, read_config
     from fedex_lora.experiments import compare as comparing
 
     plan = comparing.read_protocol(protocol) if protocol else comparing.parse_protocol(_protocol(given))
     if protocol and given:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} beside --protocol: {protocol} says all of that; change it there")
+    comparing.require_heeded(set_ or [], flat(plan.grid or {}), flat(plan.set))
     settings, console = read_config(config, set_ or []), consoles(as_json)
     with runs_shown(console) as tell:
         result = comparing.compare(settings, plan, out, jobs, tell)

@@ -43,7 +43,8 @@ def init(
     from fedex_lora.engines.flower.app_folder import write_app
 
     names = [name.strip() for name in (clients or "").split(",") if name.strip()]
-    run = (out or folder.with_name(f"{folder.name}-run")).absolute()
+    here = Path(os.path.abspath(folder))
+    run = (out or here.with_name(f"{here.name}-run")).absolute()
     write_app(folder, read_config(config, set_ or []), str(run), names)
     if as_json:
         print_json({"app": str(folder), "out": str(run), "clients": names})

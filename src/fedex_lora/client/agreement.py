@@ -34,6 +34,16 @@ def require_same_rules(mine: Rules, theirs: Mapping[str, str]) -> None:
         raise UsageError(f"Rules: {shown(odd[0])[1:-1]} is {here} here and {shown(there)[1:-1]} at the server: give both the same")
 
 
+def require_same_method(mine: str, theirs: str) -> None:
+    """What is trained, and leaves, is by the method that this party has agreed to, also where a server says no rules.
+
+    Raises:
+        UsageError: the message is of another one.
+    """
+    if mine != theirs:
+        raise UsageError(f"Rules: method is {mine} here and {shown(theirs)[1:-1]} at the server: give both the same")
+
+
 def require_same_adapter(mine: Adapter, theirs: Adapter, ranks: bool) -> None:
     """The server's adapter is on the modules of this party's, with the same shapes, precision and scalings.
 

@@ -88,10 +88,10 @@ def spare_devices(config: Config) -> str:
 
 def _require_sensible(key: str, value: Any, kind: type[TrainingArguments]) -> None:
     """The right kind of value, finite, and positive where it must be: transformers would say so in the middle of a round only."""
-    default = next(field.default for field in dataclasses.fields(kind) if field.name == key)
-    number = isinstance(default, int | float) and not isinstance(default, bool)
-    if number and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
-        raise ConfigError(f"training.{key} = {value!r}: give a finite number")
+    field = next(field for field in dataclasses.fields(kind) if field.name == key)
+    number, whole = isinstance(field.default, int | float) and not isinstance(field.default, bool), field.type in (int, "int")
+    if number and (not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not math.isfinite(value)):
+        raise ConfigError(f"training.{key} = {value!r}: give a {'whole' if whole else 'finite'} number")
     positive = key in ("learning_rate", "num_train_epochs", "gradient_accumulation_steps") or "batch_size" in key
     if number and positive and value <= 0:
         raise ConfigError(f"training.{key} = {value!r}: it must be greater than zero")

@@ -113,6 +113,7 @@ class Client:
         body = self._shared.body[1]
         if body.catch_up.version != request.round - 1:
             raise WireError(f"the message of round {request.round} brings version {body.catch_up.version}")
+        agreement.require_same_method(self.rules.method, body.method)
         method = get_method(body.method)
         if not self.state.round:
             agreement.require_same_adapter(self.first.adapter, body.adapter, request.rank is None and not method.per_client_ranks)

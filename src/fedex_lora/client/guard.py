@@ -9,6 +9,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from fedex_lora.errors import first_of
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.protocol.dumps import tensors_digest
 
@@ -76,28 +77,24 @@ class Guard:
             parameter.requires_grad_(name in self._trained)
         after = _digests(self._frozen)
         changed = [name for name, digest in self._digests.items() if after[name] != digest]
-        return f"changed {_some(changed)}, which is frozen" if changed else ""
+        return f"changed {first_of(changed)}, which is frozen" if changed else ""
 
     def _replaced(self) -> str:
         now = dict(self._model.named_parameters())
         gone = [name for name, parameter in self._parameters.items() if now.get(name) is not parameter]
-        return f"replaced or removed the parameter {_some(gone)}" if gone else ""
+        return f"replaced or removed the parameter {first_of(gone)}" if gone else ""
 
     def _others(self) -> str:
         """What is trained has its shape, precision, rank and scaling, it is what the model computes with, and nothing else is trained."""
         odd = [name for name, one in self._parameters.items() if (tuple(one.shape), one.dtype) != self._kinds[name]]
         if odd:
-            return f"changed shape or precision of {_some(odd)}"
+            return f"changed shape or precision of {first_of(odd)}"
         more = [name for name, one in self._model.named_parameters() if one.requires_grad and name not in self._parameters]
         if more:
-            return f"trained {_some(more)}, which this run does not train"
+            return f"trained {first_of(more)}, which this run does not train"
         adapters = _adapters(self._model)
         changed = [name for name, said in self._adapters.items() if adapters.get(name) != said]
-        return f"changed rank or scaling of {_some(changed)}, or left it merged, disabled or replaced by another" if changed else ""
-
-
-def _some(names: list[str]) -> str:
-    return names[0] + (f" ({len(names)} such)" if len(names) > 1 else "")
+        return f"changed rank or scaling of {first_of(changed)}, or left it merged, disabled or replaced by another" if changed else ""
 
 
 def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:

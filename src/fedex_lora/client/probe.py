@@ -37,13 +37,14 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
         return
     with _trainer(model, work, 0, rows, None) as trainer:
         try:
-            trainer.create_optimizer()
+            trainer.create_optimizer_and_scheduler(num_training_steps=10)
             trainer.get_train_dataloader()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise ConfigError(f"[training] is refused by transformers: {str(error).splitlines()[0]}") from None
         training, name = model.training, work.config.base.model
         try:
-            batch = {key: value.to(trainer.args.device) for key, value in trainer.data_collator(_hardest(rows)).items()}  # type: ignore[misc]
+            hardest = [rows[row] for row in _hardest_rows(rows)]
+            batch = {key: value.to(trainer.args.device) for key, value in trainer.data_collator(hardest).items()}  # type: ignore[misc]
             with trainer.compute_loss_context_manager():
                 loss: Tensor = trainer.compute_loss(model.train(), batch)  # type: ignore[assignment]
             loss.backward()  # type: ignore[no-untyped-call]
@@ -184,10 +185,6 @@ def fitting(model: nn.Module, rows: Dataset) -> Dataset:
     known, positions = len(model.get_input_embeddings().weight), positions_of(model)  # type: ignore[operator]
     kept = [row for row, ids in enumerate(rows["input_ids"]) if ids and max(ids) < known and len(ids) <= (positions or len(ids))]
     return rows if len(kept) == len(rows) else rows.select(kept)
-
-
-def _hardest(rows: Dataset) -> list[dict[str, Any]]:
-    return [rows[row] for row in _hardest_rows(rows)]
 
 
 def _hardest_rows(rows: Dataset) -> list[int]:

@@ -1,14 +1,26 @@
 """The configuration: pydantic models read from TOML."""
 
 from fedex_lora.config.privacy import Privacy
-from fedex_lora.config.reading import flat, located, nearest, overridden, parse_config, plain_value, put, read_config, write_config
+from fedex_lora.config.reading import (
+    flat,
+    located,
+    nearest,
+    overridden,
+    parse_config,
+    plain_config,
+    plain_value,
+    put,
+    read_config,
+    write_config,
+)
 from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours, method_name, trainer_parts
-from fedex_lora.config.tables import CHAT, DEMO, IMAGES, Base, Clients, Lora, TaskSettings, base_folder
+from fedex_lora.config.tables import CHAT, DEMO, IMAGES, MEMORY, Base, Clients, Lora, TaskSettings, base_folder
 
 __all__ = [
     "CHAT",
     "DEMO",
     "IMAGES",
+    "MEMORY",
     "Base",
     "Clients",
     "Config",
@@ -28,6 +40,7 @@ __all__ = [
     "nearest",
     "overridden",
     "parse_config",
+    "plain_config",
     "plain_value",
     "put",
     "read_config",

@@ -16,6 +16,7 @@ from fedex_lora.config.tables import DEMO, WRITTEN
 from fedex_lora.errors import ConfigError, UsageError
 
 WRITTEN_RANK, READ_RANK, WRITTEN_RATE, READ_RATE = 16, 8, 3e-4, 1e-3
+OWN_KEYS = ("data", "rows", "rank_pattern", "alpha_pattern")  # tables whose keys are the user's: a client that is left out is out
 
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,11 +26,11 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(table, Mapping) for table in (task, lora, clients, training, privacy)):
         return made  # the models say what is wrong
     read = task.get("kind", "classification") not in WRITTEN and str(task.get("name", "")).startswith(("custom", "glue/"))
-    ranks = [rank for rank in clients.get("ranks") or () if isinstance(rank, int)]
+    ranks = [rank for rank in given if isinstance(rank, int)] if isinstance(given := clients.get("ranks"), list | tuple) else []
     rank = lora.get("r", max(ranks, default=READ_RANK if read else WRITTEN_RANK))
     base = tree.get("base", {})
     if not (isinstance(base, Mapping) and base.get("start")):  # whose adapter goes on as it is
-        made["lora"] = {"r": rank, "alpha": 2 * rank if isinstance(rank, int) else rank, **lora}
+        made["lora"] = {"r": rank, "alpha": 2 * float(rank) if str(rank).strip().replace(".", "", 1).isdecimal() else rank, **lora}
     if tree.get("method") != "full-ft":
         made["training"] = {"learning_rate": READ_RATE if read else WRITTEN_RATE, **training}
     if privacy.get("epsilon") is not None:
@@ -45,22 +46,22 @@ def read_config(path: Path, overrides: Sequence[str] = (), begun: Path | None = 
     Args:
         path: the file.
         overrides: `a.b=v`.
-        begun: a run folder that goes on: what the file does not say is as the run began, whatever today's defaults are.
+        begun: a run folder that goes on: what the file does not say is as it began, whatever defaults are now; of `OWN_KEYS` it says all.
     """
     tree = toml_tree(path)
     if begun is not None and (begun / "config.toml").is_file():
-        tree = merged(toml_tree(begun / "config.toml"), tree)
+        tree = merged(toml_tree(begun / "config.toml"), tree, whole=OWN_KEYS)
     given = {override.partition("=")[0].strip() for override in overrides}
     return _with_absolute_paths(parse_config(overridden(tree, overrides)), path.parent, given)
 
 
-def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables, later ones first; lists and values are replaced."""
+def merged(*trees: Mapping[str, Any], whole: Collection[str] = ()) -> dict[str, Any]:
+    """Nested tables, later ones first; lists, values and tables that `whole` names are replaced."""
     result: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():
-            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if both else value
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key not in whole
+            result[key] = merged(result[key], value, whole=whole) if both else value
     return result
 
 
@@ -134,12 +135,17 @@ def _without_past_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(tree)
 
 
-def write_config(config: Config) -> str:
-    """The configuration as TOML, complete but for what is unset."""
+def plain_config(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, complete but for what is unset."""
     tree = config.model_dump(mode="json", exclude_none=True)
     if config.base.start is not None:
         tree["lora"] = config.lora.model_dump(mode="json", exclude_unset=True)  # what is not said is the start's
-    return tomli_w.dumps(tree)
+    return tree
+
+
+def write_config(config: Config) -> str:
+    """The same as TOML."""
+    return tomli_w.dumps(plain_config(config))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -136,9 +136,9 @@ class Messages(ConfigTable):
     )
 
 
-OWNED = frozenset(
+OWNED = frozenset(  # of the last three, two would cast the model that is trained on, and one would send a party's memory use
     "seed data_seed output_dir overwrite_output_dir report_to run_name push_to_hub do_train do_eval do_predict eval_do_concat_batches "
-    "eval_on_start batch_eval_metrics prediction_loss_only label_names".split()
+    "eval_on_start batch_eval_metrics prediction_loss_only label_names bf16_full_eval fp16_full_eval skip_memory_metrics".split()
 )
 OWNED_PREFIXES = tuple("save_ hub_ resume_ load_best logging_ eval_st eval_delay metric_for greater_is disable_tqdm".split())
 

@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 DEMO = "demo"
+MEMORY = "memory:"  # what the sources of rows that a run was given in memory begin with
 IMAGES: Final = "image-classification"
 CHAT: Final = "chat"
 WRITTEN: Final = ("causal-lm", CHAT)  # kinds of custom tasks whose answer is a text, which takes more than a class
@@ -135,6 +136,8 @@ class TaskSettings(ConfigTable):
             raise ValueError(f'task.image is for task.kind = "{IMAGES}", and the kind is {self.kind}: set the kind, or remove task.image')
         if self.kind in (IMAGES, CHAT) and self.name != "custom":
             raise ValueError(f'task.kind = "{self.kind}" is for task custom, and the task is {self.name}: set task.name = "custom"')
+        if len(set(map(str, self.labels or ()))) < len(self.labels or ()):
+            raise ValueError("task.labels names a class twice: name each once")
         return self
 
     @property
@@ -199,4 +202,6 @@ class Clients(ConfigTable):
             raise ValueError("clients.data says who holds which rows: remove partition and column from [clients]")
         if self.partition == "column" and not self.column:
             raise ValueError('partition = "column" needs clients.column')
+        if self.column and "partition" not in self.model_fields_set:
+            raise ValueError('clients.column is set, and clients.partition is not: set it to "column", to "dirichlet", or to "iid"')
         return self

@@ -49,15 +49,15 @@ def class_names_of(task: Task, classes: int) -> list[str]:
 
 
 def class_scores(task: Task, prediction: EvalPrediction) -> ClassScores | None:
-    """Precision, recall and F1 of each class, and the confusion matrix; None where the task has no classes.
+    """Precision, recall and F1 of each class, and the confusion matrix; None where the task has no classes, or an output is no number.
 
     A class that is never predicted has precision zero, one without rows recall zero.
     """
-    if task.model_config.get("num_labels", 1) < 2:
+    labels, outputs = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+    if task.model_config.get("num_labels", 1) < 2 or np.isnan(outputs).any():
         return None
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    labels, outputs = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
     known, predicted = range(outputs.shape[-1]), outputs.argmax(axis=-1)
     columns = precision_recall_fscore_support(labels, predicted, labels=known, zero_division=0.0)
     rows = zip(class_names_of(task, outputs.shape[-1]), *(column.tolist() for column in columns), strict=True)
@@ -75,7 +75,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if path.suffix.lower() == ".jsonl":
             file.writelines(finite_json(dict(row)) + "\n" for row in rows)
             return
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
+        torn = any("\r" in str(cell) for row in rows for cell in row.values())  # which csv quotes in Python 3.13 only
+        style: Any = {"delimiter": "\t", "lineterminator": "\n", "quoting": csv.QUOTE_ALL if torn else csv.QUOTE_MINIMAL}
+        writer = csv.DictWriter(file, list(rows[0]), **style)
         writer.writeheader()
         writer.writerows(rows)
 

@@ -71,7 +71,7 @@ class Measured:
     def rows_of_both(self) -> list[dict[str, Any]]:
         """`rows`, with what the other model said of each as `beside`."""
         others = self.beside.rows if self.beside else ()
-        said = "output" if "output" in next(iter(others), {}) else "predicted"
+        said = "predicted" if "predicted" in next(iter(others), {}) else "output"  # a row's own column may be called so
         return [{**row, "beside": other[said]} for row, other in zip(self.rows, others, strict=True)]
 
 
@@ -195,11 +195,12 @@ def task_of(
 
 
 def _on(settings: config.TaskSettings, rows_file: Path | None, source: str) -> config.TaskSettings:
-    """The same task, measured on the rows of a file."""
+    """The same task, measured on the rows of a file, if there is one; its classes, where nobody names them, are the model's."""
+    if settings.needs_labels:
+        settings = settings.model_copy(update={"labels": labels_of(source)})
     if rows_file is None:
         return settings
     if settings.name != "custom":
         raise UsageError(f"--file is for rows of your own (task custom), and the task is {settings.name}: leave it out")
     there = str(rows_file.absolute())
-    known = settings.model_copy(update={"labels": settings.labels or labels_of(source)})
-    return known.model_copy(update={"eval": there, **({} if known.needs_labels else {"train": there, "train_rows": None})})
+    return settings.model_copy(update={"eval": there, **({} if settings.needs_labels else {"train": there, "train_rows": None})})

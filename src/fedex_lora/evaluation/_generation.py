@@ -12,7 +12,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from fedex_lora.errors import UsageError
 from fedex_lora.tasks import prompt_ids
 
-GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
+ONE: Mapping[str, Any] = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}  # text a prompt, never sampled
+GREEDY: Mapping[str, Any] = {**ONE, "num_beams": 1, "repetition_penalty": 1.0}
 """What holds where a task's settings say nothing, whatever the model's own generation_config.json says."""
 
 
@@ -90,9 +91,11 @@ def generate(
 
 def _config(settings: Mapping[str, Any], tokenizer: Any) -> GenerationConfig:
     known = GenerationConfig().to_dict().keys()
-    for key in settings:
+    for key, value in settings.items():
         if key not in known:
             raise UsageError(f"unknown generation setting {key}: see transformers.GenerationConfig")
+        if ONE.get(key, value) != value:
+            raise UsageError(f"generation setting {key} = {value!r}: one text a prompt is written, and none is sampled: leave it out")
     if not isinstance(settings.get("max_new_tokens"), int) or settings["max_new_tokens"] < 1:
         raise UsageError("max_new_tokens must be a whole number, one or more")
     try:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import set_seed
 
 from fedex_lora.config import Base, read_config
 from fedex_lora.errors import AdapterError, ModelError, StorageError
 from fedex_lora.models.build import build_model, model_kind, read_global, renaming_onto
-from fedex_lora.models.loading import load_base
+from fedex_lora.models.loading import config_of, load_base
 from fedex_lora.models.processor import load_processor
 from fedex_lora.storage.adapter_folder import adapter_config, read_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, read_manifest
@@ -63,6 +64,10 @@ def open_source(source: str, kind: Any, base: str | None = None, **config: Any) 
     wanted, has = config.get("num_labels"), opened.model.config.num_labels  # type: ignore[union-attr]
     if wanted is not None and wanted != has:
         raise ModelError(f"{source} tells {has} classes apart, and the task has {wanted}: give a model of this task")
+    names, own = list(config.get("id2label", {}).values()), labels_of(source) or _named(folder)
+    if names and own and names != own:
+        told = f"{source} tells {', '.join(own)} apart, in this order, and the task {', '.join(names)}"
+        raise ModelError(f"{told}: set task.labels to the model's, or id2label in its config.json to the task's")
     opened.model.eval()
     return opened
 
@@ -104,6 +109,12 @@ def labels_of(source: str) -> list[str] | None:
     return _facts_of(Path(source)).get("labels")
 
 
+def _named(folder: Path) -> list[str]:
+    """The same of a model of Transformers; nothing where its names are those that Transformers makes up."""
+    names = [str(name) for name in getattr(config_of(Base(model=str(folder))), "id2label", {}).values()]
+    return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
 def _facts_of(folder: Path) -> dict[str, Any]:
     """What a folder's manifest says, or of an adapter its configuration."""
     for one in (folder / FINAL, folder):
@@ -139,7 +150,7 @@ def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) 
     name = base or said.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{folder} does not say what its base is: give it by --base")
-    under = load_base(Base(model=name), kind, **config).model
+    under, fresh = load_base(Base(model=name), kind, **config)
     settings, names = _named_as(under, folder)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -149,6 +160,9 @@ def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) 
             raise ModelError(f"{folder} does not fit {name}: {str(error).splitlines()[0][:200]}") from None
     if any("missing adapter keys" in str(one.message) for one in told):  # they would be as they began: the base alone is measured
         raise ModelError(f"{folder} does not fit {name}: it has no factors for modules that it adapts there: give its own base by --base")
+    brought = tuple(f"{path}." for path, module in under.named_modules() if isinstance(module, ModulesToSaveWrapper))
+    if random := [path for path in fresh if not f"{path}.".startswith(brought)]:
+        raise ModelError(f"{folder} has no trained {random[0]}, and {name} none either: save it with the adapter (PEFT's modules_to_save)")
     return Opened(model, load_processor(Base(model=name), kind), name)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedex_lora.errors import TrainingError, UsageError
+from fedex_lora.errors import TrainingError, UsageError, first_of
 from fedex_lora.models.base_weights import FrozenBase, Where
 from fedex_lora.models.core import core_start
 from fedex_lora.models.fingerprint import frozen_samples
-from fedex_lora.models.lora import format_of, lora_layers, other_parameters, read_model, read_other, write_model
+from fedex_lora.models.lora import format_of, lora_layers, other_parameters, read_model, read_other, train_in_float32, write_model
 from fedex_lora.storage.adapter_folder import Format
 from fedex_lora.storage.peft_rules import require_plain_lora
 from fedex_lora.types import Adapter, Delta, LoRAPair
@@ -19,7 +19,7 @@ class AdaptedModel:
     """A PEFT model with LoRA, and the frozen base under it.
 
     Args:
-        model: as `peft.get_peft_model` gives it, its adapter under any name; changed in place by `load`.
+        model: as `peft.get_peft_model` gives it, its adapter under any name; changed in place by `load`. What is trained becomes float32.
         where: see `FrozenBase`.
 
     Raises:
@@ -35,6 +35,7 @@ class AdaptedModel:
             raise UsageError(f"AdaptedModel takes a model, as peft.get_peft_model gives it, and this is a {type(model).__name__}")
         if isinstance(model, PeftModel):
             require_plain_lora(model.peft_config[model.active_adapter].to_dict(), "the adapter of this model")
+        train_in_float32(model)
         self.model, self.base = model, FrozenBase(model, where)
         self._frozen = dict[str, bytes]()
         self._dtypes = {name: parameter.dtype for name, parameter in self._trained()}
@@ -72,8 +73,10 @@ class AdaptedModel:
         """
         now = frozen_samples(self.model) if self._frozen else {}
         if odd := [name for name, sample in now.items() if self._frozen.get(name, sample) != sample]:
-            more = f" ({len(odd)} such)" if len(odd) > 1 else ""
-            raise TrainingError(f"the training changed {odd[0]}{more}, which is frozen: train the adapter and modules_to_save only")
+            raise TrainingError(
+                f"the training changed {first_of(odd)}, which is frozen: train the adapter and modules_to_save only, with batch "
+                "normalisation in eval()"
+            )
         adapter = {name: self._as_at_first(name, pair) for name, pair in read_model(self.model).items()}
         return adapter, {name: tensor.to(self._dtypes.get(name, tensor.dtype)) for name, tensor in read_other(self.model).items()}
 

@@ -14,7 +14,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.exactness.algebra import fp32_floor, relative_error, worst
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.fingerprint import fingerprint
-from fedex_lora.models.layers import Layer, disable_cpu_repacking, is_quantised, oriented
+from fedex_lora.models.layers import Layer, disable_cpu_repacking, is_quantised, like_weight, oriented
 from fedex_lora.models.lora import lora_layers
 from fedex_lora.models.pristine import PristineWeights
 from fedex_lora.storage.peft_rules import PREFIX
@@ -146,10 +146,8 @@ class _MergedDelta:
         self._layer, self._pristine = layer, checkpoint.source(layer.name, layer.base.weight)
 
     def set(self, delta: Delta | None) -> None:
-        if delta is None:
-            self._layer.base.weight.copy_(self._pristine())
-        else:
-            self._layer.weight().copy_(self.w0() + delta.dense(torch.float32))
+        new = self._pristine() if delta is None else like_weight(self._layer.base, self.w0() + delta.dense(torch.float32))
+        self._layer.base.weight.copy_(new)
 
     def w0(self) -> Tensor:
         """The pristine weight as a matrix, on the CPU; as is that of a side path."""

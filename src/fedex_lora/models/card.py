@@ -5,7 +5,7 @@ from typing import Any
 
 from fedex_lora.config import Base
 from fedex_lora.models.build import head_rows
-from fedex_lora.models.loading import AUTO, Kind
+from fedex_lora.models.loading import AUTO, Kind, quantization_settings
 from fedex_lora.storage.result import StoredResult
 
 
@@ -69,13 +69,22 @@ the sum.
 def _loading(facts: Mapping[str, Any], numbers: Mapping[str, Any], result: StoredResult, kind: Kind) -> str:
     form, auto, labels = facts["format"], AUTO[kind], result.manifest.get("labels", [])
     base = {"merged": ".", "adapter": Base(model=facts["base_model"]).source, "base+adapter": "base"}[form]
-    options = [f"{base!r}", f"dtype={facts['dtype']!r}"]
+    dtype, packed = facts["dtype"], facts.get("base_quantization", "none") if form == "adapter" else "none"
+    if form == "adapter" and dtype == "float32":
+        dtype = facts.get("base_dtype", dtype)  # it is for the base as that was stored, whatever it computes in
+    options = [f"{base!r}", f"dtype={dtype!r}"]
+    if packed != "none":
+        settings = quantization_settings(Base(model=facts["base_model"], dtype=dtype, quantization=packed), kind).to_diff_dict()
+        said = ", ".join(f"{key}={value!r}" for key, value in settings.items() if not key.startswith("_"))
+        options.append(f"quantization_config=BitsAndBytesConfig({said})")
     if form == "adapter" and (rows := head_rows(result)):
         names = dict(enumerate(labels))
         options.append(f"num_labels={rows[0]}")
         options += [f"id2label={names!r}", f"label2id={ {label: index for index, label in names.items()}!r}"] if names else []
     name = "model" if form == "merged" else "base"
-    lines = [f"from transformers import {auto}", "", f"{name} = {auto}.from_pretrained({', '.join(options)})"]
+    wide = ".float()" if packed == "none" and dtype != facts["dtype"] else ""
+    imported = auto if packed == "none" else f"{auto}, BitsAndBytesConfig"
+    lines = [f"from transformers import {imported}", "", f"{name} = {auto}.from_pretrained({', '.join(options)}){wide}"]
     if numbers["tokens"]:
         lines.append(f"base.resize_token_embeddings({numbers['tokens']})  # the adapter has tokens of its own")
     if form != "merged":

@@ -210,7 +210,10 @@ def _cut(whole: Adapter, rank: int) -> tuple[dict[str, LoRAPair], float]:
     if not 1 <= rank <= most:
         raise UsageError(f"rank {rank}: give 1 to {most}, the rank of the total update")
     kept, dropped = truncate(total, Truncation(rank=rank), rank)
-    cut = {module: LoRAPair(A=kept[module].V, B=kept[module].U) if module in kept else whole[module].first(1) for module in whole}
+    cut = {
+        module: LoRAPair(A=gain.V, B=gain.U) if gain.rank else LoRAPair(A=whole[module].A[:1], B=gain.U.new_zeros(len(gain.U), 1))
+        for module, gain in kept.items()
+    }
     size = math.hypot(*(norm(update) for update in total.values()))
     return cut, math.hypot(*dropped.values()) / size if size else 0.0
 

@@ -51,13 +51,12 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) 
 
 
 def frozen_samples(model: nn.Module) -> dict[str, bytes]:
-    """Of every frozen parameter, by its name: some of its values as they are stored now. What changes one of them was training, or alike.
+    """Of every frozen parameter, and of running statistics, by its name: some of its values now. What changes one was training, or alike.
 
     So few numbers are read that it costs nothing beside a training; weights of which a few rows change (embeddings) may escape.
     """
-    return {
-        name: _sample(one.detach(), ADAPTED) for name, one in model.named_parameters() if not one.requires_grad and ".lora_" not in name
-    }
+    there = [*model.named_parameters(), *(named for named in model.named_buffers() if ".running_" in named[0])]
+    return {name: _sample(one.detach(), ADAPTED) for name, one in there if not one.requires_grad and ".lora_" not in name}
 
 
 def _add(digest: "hashlib._Hash", name: str, values: Tensor, count: int) -> None:

@@ -36,7 +36,7 @@ CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: f
 
 
 class Layer:
-    """One LoRA layer of a PEFT model; factors and weight are views as matrices, so writing into them writes into the model.
+    """One LoRA layer of a PEFT model; factors are views as matrices, so writing into them writes into the model.
 
     Args:
         name: the module's path in the base model.
@@ -138,7 +138,10 @@ class Convolution(Layer):
         return Layout(kernel=tuple(self.base.weight.shape[1:]))
 
     def factor(self, part: str) -> Tensor:
-        return super().factor(part).flatten(1)
+        held = super().factor(part)
+        if not held.is_contiguous():  # channels_last, of which `flatten` would give a copy
+            self.parameter(part).data = held = held.contiguous()
+        return held.flatten(1)
 
     @staticmethod
     def _count(A: Any, B: Any, rank: int) -> None:
@@ -251,5 +254,10 @@ def stored_weight(layer: Any) -> Tensor:
 
 
 def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A plain weight of a layer's shape as `out x in`: a view."""
+    """A plain weight of a layer's shape as `out x in`: a view, but for convolutions in another memory format (channels_last)."""
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
+
+
+def like_weight(layer: Any, matrix: Tensor) -> Tensor:
+    """An `out x in` matrix in the shape of a layer's plain weight."""
+    return oriented(layer, matrix).reshape(layer.weight.shape)

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -55,21 +55,21 @@ def load_base(base: Base, kind: Kind, **config: Any) -> Loaded:
                 shape = transformers.AutoConfig.from_pretrained(base.source, **options)
                 fresh = auto.from_config(shape).to(getattr(torch, base.dtype))
                 pad(fresh, base)
-                return Loaded(_averageable(fresh, base.model), [])
+                return Loaded(averageable(fresh, base.model), [])
             if getattr(transformers.AutoConfig.from_pretrained(base.source, **options), "quantization_config", None) is not None:
                 raise ModelError(f"{base.model} is quantised already: give the plain checkpoint, and set base.quantization")
             options |= {"dtype": getattr(torch, base.dtype), "use_safetensors": True, "output_loading_info": True}
             if kind == IMAGES:
                 options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
             if base.quantization != "none":
-                options["quantization_config"] = _quantization(base, auto, options["dtype"], config)
+                options["quantization_config"] = quantization_settings(base, kind, **config)
             model, info = auto.from_pretrained(base.source, **options)
             disable_cpu_repacking(model)
             misfit = {key for key, *_ in info["mismatched_keys"]}
             if odd := sorted(key for key in misfit if key.partition(".")[0] not in head_modules(model)):
                 raise ModelError(f"{base.model}: {odd[0]} has another shape in the checkpoint than in config.json: is it whole?")
             pad(model, base)
-            return Loaded(_averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
+            return Loaded(averageable(model, base.model), sorted({key.rpartition(".")[0] for key in {*info["missing_keys"], *misfit}}))
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors, huggingface_hub and the file system each raise their own
@@ -88,30 +88,30 @@ def pad(model: Any, base: Base) -> None:
     model.config.pad_token_id = config.pad_token_id = padding
 
 
-def _quantization(base: Base, auto: Any, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:
+def quantization_settings(base: Base, kind: Kind, **config: Any) -> Any:
     """bitsandbytes' settings: linear layers only, without heads, tied and output embeddings, and poolers (which may be new)."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("base.quantization needs bitsandbytes: pip install '.[quantized]'", "package")
-    options = {"trust_remote_code": base.trust_remote_code}
+    auto, options = getattr(transformers, AUTO[kind]), {"trust_remote_code": base.trust_remote_code}
     with torch.device("meta"):
         shape = auto.from_config(transformers.AutoConfig.from_pretrained(base.source, **options, **config), **options)
     poolers = [name for name, _ in shape.named_modules() if name.rpartition(".")[2] == "pooler"]  # whole paths, or their insides are packed
-    kept = [*get_keys_to_not_convert(shape), *head_modules(shape), *poolers]
+    kept = sorted({*get_keys_to_not_convert(shape), *head_modules(shape), *poolers})
     if base.quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=base.quantization, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+        load_in_4bit=True, bnb_4bit_quant_type=base.quantization, bnb_4bit_compute_dtype=base.dtype, llm_int8_skip_modules=kept
     )
 
 
-def _averageable(model: Any, name: str) -> Any:
+def averageable(model: Any, name: str) -> Any:
     """The model, if all that training changes in it are parameters, which travel; running statistics do not."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()):
         raise ModelError(f"{name} has batch normalisation, whose running statistics are not averaged: use a base with layer normalisation")
     return model
 
 
-def _config(base: Base) -> Any:
+def config_of(base: Base) -> Any:
     """The base's config; None where there is none, for whoever loads the base says why."""
     try:
         return transformers.AutoConfig.from_pretrained(base.source, trust_remote_code=base.trust_remote_code)
@@ -123,7 +123,7 @@ def modules_of(base: Base, kind: Kind) -> dict[str, nn.Module]:
     """The modules of a model of this kind, of the base's config, by their paths; nothing is loaded, and they hold no numbers."""
     try:
         with torch.device("meta"):
-            model = getattr(transformers, AUTO[kind]).from_config(_config(base), trust_remote_code=base.trust_remote_code)
+            model = getattr(transformers, AUTO[kind]).from_config(config_of(base), trust_remote_code=base.trust_remote_code)
     except Exception:  # no such head; whoever loads it says why
         return {}
     return dict(model.named_modules())
@@ -131,12 +131,12 @@ def modules_of(base: Base, kind: Kind) -> dict[str, nn.Module]:
 
 def takes_images(base: Base) -> bool:
     """Can transformers classify images with it?"""
-    return type(_config(base)) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return type(config_of(base)) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def is_encoder(base: Base) -> bool:
     """Does it fill in masked words, and write no texts, whatever head transformers could give it?"""
-    config = _config(base)
+    config = config_of(base)
     writes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
     return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not writes
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fedex_lora.config import IMAGES, Lora, nearest
 from fedex_lora.errors import AdapterError
-from fedex_lora.models.layers import ADAPTER, Layer, copied, is_quantised, layer_of
+from fedex_lora.models.layers import Layer, copied, is_quantised, layer_of
 from fedex_lora.models.loading import HEADS, Kind, Loaded, head_modules
 from fedex_lora.storage.adapter_folder import Format, adapter_config
 from fedex_lora.storage.peft_rules import PREFIX, require_plain_lora
@@ -91,22 +91,39 @@ def _require_names(model: PreTrainedModel, lora: Lora) -> None:
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`get_peft_model`, where all that is trained is float32, whatever the base is.
-
-    PEFT sees to the adapters. Modules that are trained whole would stay in 16 bits, where small steps and means are lost: they become
-    float32, their inputs with them; and their outputs return to the base's precision unless they are the model's own (a head).
-    """
+    """`get_peft_model`, where all that is trained is float32, whatever the base is."""
     wrapped = get_peft_model(model, config)
-    for name, module in wrapped.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper):
+    train_in_float32(wrapped)
+    return wrapped
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Let all that is trained be float32: 16 bits would lose small steps, and the mean that a server sends.
+
+    PEFT makes adapters so, unless it is told not to. Modules that are trained whole become float32, their inputs with them; and their
+    outputs return to the base's precision unless they are the model's own (a head).
+
+    Raises:
+        AdapterError: something else is trained in 16 bits.
+    """
+    for layer in lora_layers(model).values():
+        for part in layer.parts.replace("U", ""):
+            layer.parameter(part).data = _wide(layer.parameter(part))
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or module.active_adapters[0] not in module.modules_to_save:
             continue
-        trained = module.modules_to_save[ADAPTER]
-        if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained.parameters()):
+        trained = module.modules_to_save[module.active_adapters[0]]
+        if any(_wide(parameter) is not parameter for parameter in trained.parameters()):
             trained.float()
             trained.register_forward_pre_hook(_cast_inputs)
             if "." in name.removeprefix(PREFIX):
                 module.register_forward_hook(_cast_outputs)
-    return wrapped
+    if odd := [name for name, parameter in other_parameters(model).items() if _wide(parameter) is not parameter]:
+        raise AdapterError(f"{odd[0]} is trained in 16 bits, where a mean is rounded: load the model in float32, or freeze it")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _cast_inputs(trained: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

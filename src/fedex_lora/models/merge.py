@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedex_lora.errors import ModelError
-from fedex_lora.models.layers import is_quantised, stored_weight
+from fedex_lora.models.layers import is_quantised, like_weight, stored_weight
 from fedex_lora.models.processor import image_shape
 from fedex_lora.types import Delta
 
@@ -40,8 +40,7 @@ def plain_model(
     for name, gained in delta.items():
         module = _found(base, name)
         total = (stored_weight(module).double() + gained.dense()).to(dtype)  # rounded once, to the dtype asked for
-        module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=dtype), requires_grad=False)
-        stored_weight(module).copy_(total)
+        module.weight = nn.Parameter(like_weight(module, total).contiguous(), requires_grad=False)
     nn.Module.to(base, dtype)
     for name, tensor in other.items():
         path, _, leaf = name.rpartition(".")

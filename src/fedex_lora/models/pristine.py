@@ -1,5 +1,6 @@
 """Where the weights of a base can be read again as they were, so that no second copy of them is kept in memory."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedex_lora.models.layers import copied
@@ -24,7 +25,7 @@ class PristineWeights:
         self._where: dict[str, Path] = {}
         folder = cached_folder(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None))
         for path in sorted(folder.glob("*.safetensors")) if folder else []:
-            with safe_open(path, framework="pt") as file:
+            with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:  # a stray file is none of them
                 self._where |= {key: path for key in file.keys()}  # noqa: SIM118 (not a dict)
 
     def source(self, name: str, weight: Tensor) -> Callable[[], Tensor]:

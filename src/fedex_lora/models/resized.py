@@ -34,7 +34,7 @@ def resized(model: PreTrainedModel, frozen: Mapping[str, Tensor], other: Mapping
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in frozen.items():
-        if name not in parameters or parameters[name].shape != tensor.shape or is_quantised(_owner(model, name)):
+        if name not in parameters or parameters[name].shape != tensor.shape or is_quantised(model.get_submodule(name.rpartition(".")[0])):
             raise ModelError(f"the adapter brings {name} of its base, and this base has not the like: is it another model?")
         with torch.no_grad():
             parameters[name].copy_(tensor)
@@ -48,7 +48,3 @@ def _embeddings(model: PreTrainedModel) -> dict[str, Tensor]:
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     wanted = {id(end.weight) for end in ends if isinstance(end, nn.Embedding | nn.Linear)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])

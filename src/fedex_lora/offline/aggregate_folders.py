@@ -29,7 +29,7 @@ from fedex_lora.offline.together import (
     require_several,
 )
 from fedex_lora.storage.adapter_folder import AdapterHeader, Format, describe_adapter_folders
-from fedex_lora.storage.handout import for_parties
+from fedex_lora.storage.handout import OF_BASE, for_parties
 from fedex_lora.storage.result import StoredResult, read_result, write_result
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
@@ -101,7 +101,7 @@ def aggregate_folders(
     """
     row = get_method(method)
     _require_global_model(row, truncation)
-    require_apart(folders, out, parties)
+    require_apart([*folders, *([previous] if previous else [])], out, parties)
     if parties is not None:
         require_several([1.0] * len(folders) if weights is None else weights)
     if previous is not None and row.client_state:
@@ -115,7 +115,7 @@ def aggregate_folders(
     require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
     names = distinct_names(folders)
     files = dict(zip(names, described, strict=True))
-    blockless, facts = blockless or parties is not None, _facts(folders, weights, like)
+    blockless, facts = blockless or parties is not None, _facts(folders, weights, like, before)
     job = AggregationJob(row, files, weights, like, facts, before, out, keep_updates, audit, blockless)
     with for_parties(out, parties):
         outcome = _from_files(job) if before is None and streamable(row, described) else _in_memory(job, truncation)
@@ -148,11 +148,12 @@ def _described(folders: Sequence[Path], base: str | None, before: StoredResult |
     return described, replace(described[0].folder.format, config={**config, "base_model_name_or_path": base_model})
 
 
-def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Format) -> dict[str, Any]:
-    """What the manifest says beside the method and the inputs."""
+def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Format, before: StoredResult | None) -> dict[str, Any]:
+    """What the manifest says beside the method and the inputs; of the base what the earlier result says."""
     return {
         "base_model": like.config["base_model_name_or_path"],
         "task_type": like.config.get("task_type"),
+        **({key: before.manifest[key] for key in OF_BASE if key in before.manifest} if before else {}),
         **({"frozen": sorted(like.frozen)} if like.frozen else {}),
         "sources": [str(folder) for folder in folders],
         "total_weight": float(

@@ -13,9 +13,12 @@ from fedex_lora.aggregation.lowrank import linear_combination, smallest
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness import measure
-from fedex_lora.offline.together import distinct_names, one_base, one_naming, require_apart, require_same_frozen, require_several
-from fedex_lora.storage.handout import for_parties
+from fedex_lora.offline.together import REMEDY, distinct_names, one_base, one_naming, require_apart, require_same_frozen, require_several
+from fedex_lora.storage.adapter_folder import WEIGHTS
+from fedex_lora.storage.handout import OF_BASE, for_parties
+from fedex_lora.storage.renaming import Renaming
 from fedex_lora.storage.result import StoredResult, read_result, write_result
+from fedex_lora.storage.updates import UPDATES
 from fedex_lora.types import Aggregate, ClientUpdate, Delta, Dense, LowRank
 
 
@@ -40,6 +43,7 @@ def merge_folders(
     results, names = [read_result(folder) for folder in folders], distinct_names(folders)
     base_model = one_base(folders, [result.manifest.get("base_model") for result in results], base)
     rules = one_naming(results)
+    said = _of_base([result.manifest for result in results], rules, base)
     results = [result.renamed(rule) if rule else result for result, rule in zip(results, rules, strict=True)]
     require_same_frozen(folders, [one.format.frozen for one in results], lambda index, name: results[index].format.frozen[name])
     _require_at_rest(folders, results)
@@ -57,6 +61,7 @@ def merge_folders(
     errors = measure.audit(before, updates, shares, after, held)
     facts = {
         "base_model": base_model,
+        **said,
         **{key: results[0].manifest[key] for key in ("task_type", "frozen") if key in results[0].manifest},
         "sources": [str(folder) for folder in folders],
         "adapters": adapters,
@@ -112,16 +117,37 @@ def _total(folder: Path, result: StoredResult) -> float:
     return float(total)
 
 
-def _require_disjoint(folders: Sequence[Path], results: Sequence[StoredResult]) -> list[str]:
-    """The adapters that all regions were made of; none is in two of them."""
-    seen = dict[str, Path]()
+def _of_base(manifests: Sequence[Mapping[str, Any]], rules: Sequence[Renaming | None], base: str | None) -> dict[str, Any]:
+    """What the regions say of their base, alike; where `base` says that they have one, what they say otherwise is left out, but classes."""
+    facts = dict[str, Any]()
+    for key in OF_BASE:
+        named = [one for one, rule in zip(manifests, rules, strict=True) if not rule or key != "base_fingerprint"]  # which holds names
+        told = [one[key] for one in named if key in one]
+        if all(one == told[0] for one in told):
+            facts |= {key: told[0]} if told else {}
+        elif key == "labels" or not base:
+            mend = "merge regions of the same classes" if key == "labels" else REMEDY
+            raise AggregationError(f"the regions differ in {key}, so they have no mean: {mend}")
+    return facts
+
+
+def _require_disjoint(folders: Sequence[Path], results: Sequence[StoredResult]) -> dict[str, str]:
+    """The adapters that all regions were made of, see `_made_of`; none is in two of them."""
+    seen, adapters = dict[str, Path](), dict[str, str]()
     for folder, result in zip(folders, results, strict=True):
-        for adapter in result.manifest.get("adapters") or result.manifest.get("sources", ()):
-            place = str(Path(adapter).resolve())
-            if place in seen:
-                raise AggregationError(f"{adapter} is in {seen[place]} and in {folder}: count every adapter once")
-            seen[place] = folder
-    return list(seen)
+        for key, name in _made_of(result.manifest).items():
+            if key in seen:
+                raise AggregationError(f"{name} is in {seen[key]} and in {folder}: count every adapter once")
+            seen[key], adapters[key] = folder, name
+    return adapters
+
+
+def _made_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The sum of each adapter's weights, or where it was not kept its path -> its name."""
+    if adapters := manifest.get("adapters"):
+        return dict(adapters) if isinstance(adapters, Mapping) else dict(zip(adapters, adapters, strict=True))  # of older versions a list
+    kept = {digest: path.parent.name for file, digest in manifest["files"].items() if (path := Path(file)).match(f"{UPDATES}/*/{WEIGHTS}")}
+    return kept or {str(Path(source).resolve()): source for source in manifest.get("sources", ())}
 
 
 def _require_at_rest(folders: Sequence[Path], results: Sequence[StoredResult]) -> None:

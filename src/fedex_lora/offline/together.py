@@ -42,8 +42,8 @@ def require_apart(inputs: Sequence[Path], out: Path, parties: Path | None) -> No
         UsageError: it does.
     """
     for target, option in ((out, "-o"), (parties, "--for-parties")):
-        if target is not None and any(target.resolve().is_relative_to(folder.resolve()) for folder in inputs):
-            raise UsageError(f"{target} lies in one of the folders that are aggregated: give another {option}")
+        if target is not None and any(_within(target, folder) for folder in inputs):
+            raise UsageError(f"{target} lies in one of the folders that are read: give another {option}")
     if parties is not None and (_within(parties, out) or _within(out, parties)):
         raise UsageError(f"{parties} and {out} lie in one another: give --for-parties a folder of its own, which holds nobody's adapter")
 

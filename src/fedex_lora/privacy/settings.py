@@ -18,8 +18,6 @@ HOOKS, BATCHES, DEVICES = "the gradients of single rows come by hooks", "Poisson
 REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "max_grad_norm": ((0, 1), "privacy.clip_norm is what gradients are clipped to"),
     "fp16": ((False,), "it scales losses, and so what is clipped: take bf16"),
-    "fp16_full_eval": ((False,), f"{HOOKS}, and it leaves the model where it is until they are there"),
-    "bf16_full_eval": ((False,), f"{HOOKS}, and it leaves the model where it is until they are there"),
     "label_smoothing_factor": ((0,), "the loss of a row is its own cross entropy"),
     "neftune_noise_alpha": ((None, 0), "its noise depends on how long the other rows of a batch are"),
     "gradient_checkpointing": ((None, False), f"{HOOKS}, and it runs modules twice"),

@@ -128,10 +128,11 @@ def strict_json(text: bytes | str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise WireError(f"the message's header has the key {shown(next(name for name in names if names.count(name) > 1))} twice")
+    found = dict[str, Any]()
+    for name, value in pairs:
+        if name in found:
+            raise WireError(f"the message's header has the key {shown(name)} twice")
+        found[name] = value
     return found
 
 

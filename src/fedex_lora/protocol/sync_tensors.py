@@ -34,13 +34,14 @@ def catch_up_of(
     Raises:
         WireError: else; or half of a product, a tensor of no form, or what `require_whole` refuses.
     """
+    logs, pasts = (_by_round(form, tensors) for form in ("log", "past"))
     try:
-        log = {number: unflatten_deltas(f"log|{number}", tensors) for number in rounds}
+        log = {number: unflatten_deltas(f"log|{number}", logs.pop(number, {})) for number in rounds}
         gain, snapshot = unflatten_deltas("gain", tensors), unflatten_deltas("snapshot", tensors)
     except ValueError as error:
         raise WireError(str(error)[:400]) from None
-    placed = ("adapter|", "other|", "past|", "snapshot|", "gain|", *(f"log|{number}|" for number in rounds))
-    if odd := [name for name in tensors if not name.startswith(placed)]:
+    placed = ("adapter|", "other|", "past|", "snapshot|", "gain|", "log|")
+    if odd := [name for name in tensors if not name.startswith(placed)] + [name for left in logs.values() for name in left]:
         raise _misplaced(odd[0], rounds)
     for form, deltas in {**{f"log|{number}": gains for number, gains in log.items()}, "gain": gain, "snapshot": snapshot}.items():
         for module, delta in deltas.items():
@@ -48,7 +49,8 @@ def catch_up_of(
                 ours = adapter[module].shape if module in adapter else "no such module"
                 name = shown(f"{form}|{module}")
                 raise WireError(f"{name} is {delta.shape} and the adapter has {ours}: is the message of another model?")
-    past = {number: _past(under(f"past|{number}", tensors), adapter, number in rounds[:-1]) for number in _numbers("past", tensors)}
+    before = set(rounds[:-1])
+    past = {number: _past(under(f"past|{number}", group), adapter, number in before) for number, group in pasts.items()}
     products = {number: _products(f"log|{number}", gains, rounds) for number, gains in log.items()}
     message = CatchUp(since, version, products, _products("gain", gain, rounds), snapshot, past, halts)
     require_whole(message)
@@ -67,10 +69,15 @@ def _misplaced(name: str, rounds: Sequence[int]) -> WireError:
     return WireError(f"tensor {shown(name)} has no place in a download with the log of rounds {list(rounds[:20])}")
 
 
-def _numbers(prefix: str, tensors: Mapping[str, Tensor]) -> list[int]:
-    """The rounds in the names `PREFIX|ROUND|...`, as they come."""
-    texts = dict.fromkeys(name.partition("|")[0] for name in under(prefix, tensors))
-    return [int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1 for text in texts]
+def _by_round(form: str, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The tensors `FORM|ROUND|...` of each round, in one pass, for there may be many; -1 where ROUND is no number as we write it."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        first, text = [*name.split("|", 2), ""][:2]
+        if first == form:
+            number = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
+            found.setdefault(number if str(number) == text else -1, {})[name] = tensor
+    return found
 
 
 def _past(tensors: Mapping[str, Tensor], adapter: Adapter, logged: bool) -> dict[str, LoRAPair]:

@@ -77,13 +77,15 @@ def draw(layout: Layout, groups: Sequence[Group], out: Path, value: Value = "rel
         What is drawn: see `over_seeds`.
 
     Raises:
-        UsageError: Matplotlib is not installed.
+        UsageError: Matplotlib is not installed; or by layer, and there are no numbered ones.
         OSError: the file cannot be written.
     """
     require_extra("matplotlib", "report", "figures")
     from matplotlib import rc_context
 
     data = over_seeds(layout, per_seed(layout, groups, value))
+    if data.empty:
+        raise UsageError("these modules are in no stack of layers: draw a figure across rounds, such as 3")
     out.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         _draw(layout, data, out, value)

@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from fedex_lora import __version__
+from fedex_lora.config import MEMORY
 from fedex_lora.errors import UsageError, require_extra
 from fedex_lora.report._charts import CELLS, Chart
 from fedex_lora.report._groups import grouped
@@ -160,5 +161,6 @@ def _setup(label: str, run: Run) -> dict[str, Any]:
     done = of_kind(run.events, RoundDone)
     missed = bool(of_kind(run.events, ClientRejected)) or any(event.skipped for event in done)
     exact = any(event.exactness_error is not None for event in done)
-    flags = {"exact": exact, "missed": missed, "private": bool(started.privacy)}
+    own = str(run.config.get("task", {}).get("eval")).startswith(MEMORY) or set(started.train_rows.values()) == {0}
+    flags = {"exact": exact, "missed": missed, "private": bool(started.privacy), "own": own}
     return {"label": label, "config": text, "environment": environment, "seed": run.config.get("seed"), **flags}

@@ -16,9 +16,8 @@ from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
 from fedex_lora.storage.events import Event
 
-AFTER = "Singular values of R after the last kept round."
 SPECTRA: dict[Literal["residual", "base delta"], str] = {
-    "residual": AFTER,
+    "residual": "Singular values of R after the last kept round.",
     "base delta": "The same of all that the base gained.",
 }
 ERRORS = {"exactness_error": "exactness error", "deviation": "averaging alone"}

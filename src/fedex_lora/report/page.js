@@ -108,7 +108,6 @@ theme.addEventListener("click", () => {
   document.documentElement.dataset.theme = dark() ? "light" : "dark";
   named();
 });
-theme.removeAttribute("aria-pressed");
 named();
 
 await drawAll(document);

@@ -1,4 +1,4 @@
-"""`fedex-lora check`: every problem of rows, labels, lengths, duplicates and classes, at each client, in one go; nothing is trained.
+"""`fedex-lora check`: every problem of rows, labels, lengths, duplicates and classes, at each client, in one go, and one of the settings.
 
 What the rows are, problems or none, is shown by `fedex_lora.runs.data`.
 """
@@ -8,18 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from datasets import Dataset
 
+from fedex_lora.client.arguments import training_arguments
+from fedex_lora.client.trainers import find_trainer
 from fedex_lora.config import Config
 from fedex_lora.config import TaskSettings as Settings
 from fedex_lora.errors import DataError, FedexLoraError, counted
 from fedex_lora.models.processor import load_processor
 from fedex_lora.privacy.account import rows_digest
+from fedex_lora.server.checks import require_consistent
 from fedex_lora.tasks import Task, custom, load_task, usable
 from fedex_lora.tasks._files import read_rows
 from fedex_lora.tasks._rows import RowTable, lines_of, some, told
 from fedex_lora.tasks._templates import text_of
 from fedex_lora.tasks.dealt import dealt
 from fedex_lora.tasks.partition import Indices
+
+ALL = "all clients"  # of rows that cannot be dealt out
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,12 @@ def _everything(config: Config) -> Iterator[Finding]:
             raise
         task = load_task(lenient.task, config.seed)
         yield Finding(str(error), stops=True)
-        parts = {"all clients": (np.arange(len(task.train)), np.arange(0))}
+        parts = {ALL: (np.arange(len(task.train)), np.arange(0))}
     yield from (Finding(note) for note in task.notes if "are left out" not in note)
     yield from _clients(config, task, parts)
+    training_arguments(config, own=find_trainer(config.local.trainer))
+    if ALL not in parts:
+        require_consistent(config, len(parts))
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:
@@ -126,9 +135,14 @@ def _keys(table: RowTable) -> list[tuple[str, ...]]:
 
 def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> Iterator[Finding]:
     names: Mapping[int, str] = task.model_config.get("id2label", {})
-    rows = task.tokenize(load_processor(config.base, task.kind), task.train)
-    settings = config.task.model_copy(update={"on_bad_row": "drop"})
-    for client, (train, _) in parts.items():
+    processor, lenient = load_processor(config.base, task.kind), config.task.model_copy(update={"on_bad_row": "drop"})
+    rows, strict = task.tokenize(processor, task.train), config.task.on_bad_row == "refuse"
+
+    def said(rows: Dataset, source: str, may_be_empty: bool = False) -> Iterator[Finding]:
+        notes = usable(rows, lenient, source, may_be_empty)[1]
+        return (Finding(note, strict and "nothing is left" in note) for note in notes)
+
+    for client, (train, held) in parts.items():
         present = set(task.classes[train].tolist())
         if absent := [name for label, name in names.items() if label not in present]:
             yield Finding(f"{client}: no row of class {some(absent)}")
@@ -137,5 +151,6 @@ def _clients(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indi
             yield Finding(
                 f"{client}: {counted(len(train), 'row')}: fewer than a batch of {batch}, and training.dataloader_drop_last drops them", True
             )
-        for note in usable(rows.select(train), settings, client)[1]:
-            yield Finding(note, config.task.on_bad_row == "refuse" and "nothing is left" in note)
+        yield from said(rows.select(train), client)
+        yield from said(rows.select(held), f"{client}, held out", may_be_empty=True)
+    yield from said(task.tokenize(processor, task.eval), "the rows to measure on")

@@ -26,7 +26,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import fitted
-from fedex_lora.models.loading import Loaded, load_base
+from fedex_lora.models.loading import Loaded, averageable, load_base
 from fedex_lora.models.lora import TASK_TYPES, add_lora, format_of, lora_layers, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
 from fedex_lora.models.start import adapted_as, read_start, require_base, standing
@@ -111,7 +111,7 @@ def given_base(model: PreTrainedModel, task: Task) -> Loaded:
     """A copy of a base that is here already.
 
     Raises:
-        ModelError: it tells another number of classes apart than the task has, or has adapters.
+        ModelError: it tells another number of classes apart than the task has, or has adapters or batch normalisation.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError("the model has adapters already: give the plain base, or go on from a result with base.start")
@@ -120,7 +120,7 @@ def given_base(model: PreTrainedModel, task: Task) -> Loaded:
         raise ModelError(
             f"the model tells {model.config.num_labels} classes apart, and the task has {wanted}: load it with num_labels={wanted}"
         )
-    made = deepcopy(model)
+    made = deepcopy(averageable(model, "the model"))
     made.config.update(dict(task.model_config))
     return Loaded(made, [])
 

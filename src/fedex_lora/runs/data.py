@@ -153,7 +153,7 @@ def describe_rows(config: Config, rows: int = 3, client: str | None = None) -> R
 
 def _whole(rows: Dataset) -> NDArray[np.int64]:
     """Tokens of each row, before it was cut."""
-    return np.asarray(rows[FULL] if FULL in rows.column_names else [len(ids) for ids in rows["input_ids"]], dtype=np.int64)
+    return np.asarray(rows[FULL], dtype=np.int64)
 
 
 def _spread(tokens: NDArray[np.int64]) -> Spread:

@@ -45,6 +45,8 @@ def round_numbers(result: Result, realised: Realised, emit: Emit) -> dict[str, A
 def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emit: Emit) -> dict[str, float]:
     """The mean over the clients' own held-out rows of the model that they received (after round `version`).
 
+    A number that some have is NaN where one lacks it: numbers that are not finite do not travel.
+
     Args:
         version: of the model.
         metrics: client -> what it reported.
@@ -57,8 +59,8 @@ def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emi
     measured = [one for one in own.values() if one.get("rows")]
     if not measured:
         return {}
-    total, names = math.fsum(one["rows"] for one in measured), set.intersection(*map(set, measured)) - {"rows"}
-    mean = {name: math.fsum(one[name] * one["rows"] for one in measured) / total for name in sorted(names)} | {"rows": total}
+    total, names = math.fsum(one["rows"] for one in measured), set[str]().union(*measured) - {"rows"}
+    mean = {name: math.fsum(one.get(name, math.nan) * one["rows"] for one in measured) / total for name in sorted(names)} | {"rows": total}
     emit(HeldOut(round=version, metrics=mean, clients=own))
     return mean
 
@@ -70,10 +72,8 @@ def best_of(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any
     """
     headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
     rows = max((metrics.get("rows", 0) for metrics in held_out.values()), default=0)
-    found = {
-        number: metrics[headline] for number, metrics in held_out.items() if number > 0 and headline in metrics and metrics["rows"] == rows
-    }
-    compared = len(found) == len(held_out.keys() - {0})
+    found = {number: one.get(headline, math.nan) for number, one in held_out.items() if number > 0 and one.get("rows") == rows}
+    compared = len(found) == len(held_out.keys() - {0}) and any(headline in one for one in held_out.values())
     worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in found.items()}  # `max` is lost in NaN
     losses = {number: loss if math.isfinite(loss := held_out[number].get("loss", math.inf)) else math.inf for number in worth}
     return max(worth, key=lambda number: (worth[number], -losses[number], -number)) if worth and compared else None
@@ -83,12 +83,13 @@ def learnt_nothing(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[s
     """What to say where the clients' own held-out rows are predicted no better after the last round than before the first; "" elsewhere."""
     headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
     before, after = held_out.get(0, {}), held_out[max(held_out)]
-    if not before.get("rows") or before["rows"] != after.get("rows") or not {headline, "loss"} <= before.keys() & after.keys():
+    if not before.get("rows") or before["rows"] != after.get("rows") or not {headline, "loss"} <= before.keys():
         return ""
-    if sign * after[headline] > sign * before[headline] or after["loss"] < 0.99 * before["loss"]:
+    worth, loss = after.get(headline, math.nan), after.get("loss", math.nan)
+    if math.isfinite(loss) and (sign * worth > sign * before[headline] or loss < 0.99 * before["loss"]):
         return ""
-    numbers = f"{headline} {before[headline]:.3g} on the clients' own rows before, {after[headline]:.3g} after"
-    if not after["loss"] <= 1.5 * before["loss"]:  # NaN, too
-        rose = f"loss {before['loss']:.3g}, then {after['loss']:.3g}; {numbers}"
+    numbers = f"{headline} {before[headline]:.3g} on the clients' own rows before, {worth:.3g} after"
+    if not loss <= 1.5 * before["loss"]:  # NaN, too
+        rose = f"loss {before['loss']:.3g}, then {loss:.3g}; {numbers}"
         return f"training diverged, or the rate is too high ({rose}): lower training.learning_rate"
     return f"the model learnt nothing ({numbers}): raise training.learning_rate or rounds, and look at the rows by fedex-lora check"

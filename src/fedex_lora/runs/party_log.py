@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.protocol.frame import read_body_table, split
-from fedex_lora.protocol.records import Answer, parse_envelope
+from fedex_lora.protocol.records import Answer, Request, parse_envelope
 from fedex_lora.server.verdicts import printable
 
 FILE = "party.log"
@@ -54,8 +54,14 @@ def log_failure(log: logging.Logger, error: BaseException, failure: Failure, who
     log.info("%s: sent the failure %r and nothing else: %s", who, failure.code, failure)
 
 
-def left(log: logging.Logger, payload: bytes, who: str) -> None:
-    """The line of an answer: kind, bytes, tensors, numbers, and each number that it says beside its tensors."""
+def left(log: logging.Logger, payload: bytes, who: str, asked: bytes) -> None:
+    """The line of an answer: kind, bytes, tensors, numbers, and each number that it says beside its tensors.
+
+    Before it, why the server left out the last one, where the message that is `asked` says so.
+    """
+    request = parse_envelope(split(asked, len(asked))[0])
+    if isinstance(request, Request) and request.rejected:
+        log.warning("%s: its last answer is no part of the mean: %s", printable(who), request.rejected)
     text, body = split(payload, len(payload))
     envelope, table = parse_envelope(text), read_body_table(body, len(body))[1] if body else {}
     numbers = sum(math.prod(entry.shape) for entry in table.values())

@@ -81,7 +81,7 @@ def accounts_of(config: Config, clients: Collection[str], rows: Mapping[str, str
             near = nearest(name, sorted(clients))
             problems.append(f"privacy.rows.{name} is no client: " + (f"did you mean {near}?" if near else f"they are {', '.join(clients)}"))
     problems += wrong + _twins(rows or {})
-    twice = _of_one_file(config) if rows is not None else ""
+    twice = of_one_file(config) if rows is not None else ""
     if twice or shared:
         which = f"task.eval = {twice!r} has the rows to train on" if twice else f"of the rows of task.eval {shared} are trained on"
         problems.append(f"{which}, and metrics are told without noise: give other rows to measure")
@@ -112,7 +112,7 @@ def _twins(rows: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _of_one_file(config: Config) -> str:
+def of_one_file(config: Config) -> str:
     """`task.eval`, if it is what is trained on, too."""
     task, folder = config.task, Path(config.task.data or "")
     trained = {(folder / name).resolve() for name in [task.train, *config.clients.data.values()] if name}

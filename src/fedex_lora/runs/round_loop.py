@@ -11,10 +11,10 @@ from typing import Any
 from fedex_lora import __version__
 from fedex_lora.config import Config, Rules
 from fedex_lora.errors import StorageError, TrainingError
-from fedex_lora.exactness.measure import Exactness, Held
+from fedex_lora.exactness.measure import Held
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.listening import Exchange, listen, tell
-from fedex_lora.runs.measuring import best_of, held_out_event, learnt_nothing, round_numbers
+from fedex_lora.runs.measuring import Realised, best_of, held_out_event, learnt_nothing, round_numbers
 from fedex_lora.server.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.server.checks import quorum, sample
 from fedex_lora.server.round import Round
@@ -26,7 +26,7 @@ from fedex_lora.storage.files import FINAL, ROUNDS
 from fedex_lora.storage.handout import differs, for_parties
 from fedex_lora.storage.result import write_result
 from fedex_lora.storage.run_folder import remove, round_folder, run_rounds_of, strays
-from fedex_lora.types import ClientUpdate, Delta, ServerState
+from fedex_lora.types import ClientUpdate, ServerState
 
 PAUSE = 60.0  # seconds, at most, before clients are asked again
 
@@ -49,7 +49,7 @@ class Federation:
     clients: Sequence[str]
     exchange: Exchange
     evaluate: Callable[[ServerState], dict[str, float]]
-    realised: Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, dict[str, float]]]
+    realised: Realised
     format: Format
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)

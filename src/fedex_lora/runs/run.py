@@ -1,6 +1,6 @@
 """One run into its folder: begun or gone on with, round by round, in this process or wherever its home is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from fedex_lora.runs.round_loop import Federation, handed_on, run_rounds
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, require_space
-from fedex_lora.storage.events import Finished, Resumed, RoundDone, Started, Warned, is_over, of_kind, read_events, record
+from fedex_lora.storage.events import Event, Finished, Resumed, RoundDone, Started, Warned, is_over, of_kind, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
 from fedex_lora.storage.run_folder import barely_begun, locked, not_begun_removed, remove_temporaries, run_rounds_of, strays
 from fedex_lora.types import ServerState
@@ -124,6 +124,14 @@ def _bits(config: Config) -> dict[str, Any]:
     return flat(config.model_dump(mode="json", exclude_none=True, exclude=free))
 
 
+def _other_parties(events: Sequence[Event], clients: Iterable[str]) -> str:
+    """Who is gone and who is new, where a run goes on with other parties than it began with, as over Flower it may; else nothing."""
+    began = [set(one.clients) for one in of_kind(events, Started)] or [set(clients)]
+    changes = {"gone": began[-1].difference(clients), "new": set(clients) - began[-1]}
+    said = "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in changes.items() if names)
+    return said and f"the run goes on with other parties than it began with: {said}"
+
+
 def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
     """The rounds that are not there yet; all of them in a new folder."""
     checkpoint, complaints = last_checkpoint(out)
@@ -142,6 +150,8 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
             emit(record("round_done", **checkpoint.done))
     place.remember_in(out)
     begun, there = checkpoint or place.initial(), place.federation()
+    if others := _other_parties(events, there.clients):
+        emit(Warned(message=others))
     if isinstance(begun, ServerState):
         said = [noise_warning(config, begun.adapter, there.clients), start_warning(config, there.facts.get("start", {}))]
         for warning in filter(None, said):

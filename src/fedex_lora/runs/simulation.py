@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from transformers import EvalPrediction, PreTrainedModel
 
 from fedex_lora.aggregation import get_method
@@ -16,6 +17,7 @@ from fedex_lora.errors import FedexLoraError, UnreadableError, UnwritableError, 
 from fedex_lora.privacy.account import rows_digest
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
+from fedex_lora.protocol.records import METRIC
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.context import GlobalModel, ModelContext
 from fedex_lora.runs.emit import Emit
@@ -26,7 +28,7 @@ from fedex_lora.runs.round_loop import Federation
 from fedex_lora.server.checkpoint import load_base_delta
 from fedex_lora.server.checks import require_consistent
 from fedex_lora.storage.events import PartyFailed, RoundDone, Warned
-from fedex_lora.storage.files import write_text
+from fedex_lora.storage.files import checksum, write_text
 from fedex_lora.storage.run_folder import ROWS, require_rows, round_folder, run_rounds_of, word_of
 from fedex_lora.tasks import Task, load_task, usable
 from fedex_lora.tasks.dealt import Load, dealt
@@ -78,6 +80,8 @@ def _numbers(found: Any, known: Collection[str]) -> dict[str, float]:
         if name in known or name in TAKEN or name.startswith(TAKEN_BEGINNINGS):
             whose = "which the task has already" if name in {*known, "loss", "rows"} else "a name that is taken"
             raise UsageError(f"metrics gave {name!r}, {whose}: give it another name")
+        if not METRIC.fullmatch(f"held_out_{name}"):
+            raise UsageError(f"metrics gave {name!r}: name it by at most 55 letters a to z, digits, spaces and signs of _.@/+-")
     made = dict[str, float]()
     for name, value in found.items():
         try:
@@ -173,7 +177,16 @@ def _digest(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> str:
     """One, of everybody's rows and those that measure, each in its place."""
     whose = {client: task.train.iloc[np.concatenate(mine)] for client, mine in parts.items()}
     every = [*whose.items(), ("", task.eval)]
-    return rows_digest([[client, place, row] for client, rows in every for place, row in enumerate(rows.to_dict("records"))])
+    return rows_digest([[client, place, row] for client, rows in every for place, row in enumerate(_contents(task, rows))])
+
+
+def _contents(task: Task, rows: pd.DataFrame) -> list[Any]:
+    """What each row says, and of an image in a file what is in that."""
+    said: list[Any] = rows.to_dict("records")
+    if task.reads_text:
+        return said
+    images = task.tokenize(None, rows)["image"]
+    return [[row, checksum(Path(cell["path"]))] if cell["path"] else row for row, cell in zip(said, images, strict=True)]
 
 
 def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> tuple[dict[str, ClientData], list[str]]:
@@ -183,8 +196,9 @@ def _rows(place: ModelContext, parts: Mapping[str, tuple[Indices, Indices]]) -> 
         together = [np.sort(np.concatenate(rows)) for rows in zip(*parts.values(), strict=True)]
         parts = {CENTRAL_CLIENT: (together[0], together[1])}
     data, notes = dict[str, ClientData](), list[str]()
-    for client, rows in parts.items():
-        (mine, said), (held, _) = (usable(train.select(indices), place.config.task, f"client {client}") for indices in rows)
+    for client, (own, kept) in parts.items():
+        mine, said = usable(train.select(own), place.config.task, f"client {client}")
+        held, _ = usable(train.select(kept), place.config.task, f"client {client}", may_be_empty=True)
         data[client] = ClientData(train=mine, held_out=held)
         notes += said
     return data, notes

@@ -59,6 +59,9 @@ def require_rules(rules: Rules, clients: int, ranks: bool) -> None:
     if rules.local.head_rounds and (rules.local.optimizer_state == "keep" or not method.lora):
         key = "local.optimizer_state = 'keep'" if method.lora else rules.method
         raise ConfigError(f"local.head_rounds does not go with {key}, because it trains other tensors in later rounds: remove it")
+    if rules.local.head_rounds % len(method.trained_schedule):
+        turns = f"factors in turns of {len(method.trained_schedule)} rounds: give a multiple of that"
+        raise ConfigError(f"local.head_rounds = {rules.local.head_rounds}, and {rules.method} trains {turns}")
     if rules.local.head_rounds and rules.server.momentum and rules.server.momentum_on == "all":
         raise ConfigError(
             "local.head_rounds does not go with server.momentum_on = 'all', which moves a head that is frozen: use 'adapters'"
@@ -72,6 +75,8 @@ def require_rules(rules: Rules, clients: int, ranks: bool) -> None:
     if rules.clients.min_clients > asked and not method.centralised:
         raise ConfigError(f"clients.min_clients = {rules.clients.min_clients} and {asked} clients take part in a round: lower it")
     _require_late(rules, method, ranks)
+    if ranks:
+        _require_ranks_that_differ(rules, method)
     if rules.truncation != Truncation() and method.residual_policy != "truncate":
         raise ConfigError(f"[truncation] is for fedex-svd, and the method is {rules.method}: remove it, or set method = 'fedex-svd'")
 
@@ -116,13 +121,17 @@ def _require_ranks(config: Config, method: Method, clients: int) -> None:
     ranks = config.clients.ranks
     if ranks is None:
         return
-    if not method.per_client_ranks or method.centralised:
-        able = ", ".join(name for name, row in METHODS.items() if row.per_client_ranks)
-        raise ConfigError(f"method {config.method} needs one rank for all clients: remove clients.ranks, or use one of {able}")
+    _require_ranks_that_differ(config, method)
     if len(ranks) != clients:
         raise ConfigError(f"clients.ranks has {len(ranks)} ranks for {clients} clients: give one a client, in the order of their names")
     if max(ranks) != config.lora.r:
         raise ConfigError(f"the largest of clients.ranks is {max(ranks)} and lora.r is {config.lora.r}: make them equal")
+
+
+def _require_ranks_that_differ(rules: Rules, method: Method) -> None:
+    if not method.per_client_ranks or method.centralised:
+        able = ", ".join(name for name, row in METHODS.items() if row.per_client_ranks)
+        raise ConfigError(f"method {rules.method} needs one rank for all clients: remove clients.ranks, or use one of {able}")
     if method.gauge in ALIGNED:
         raise ConfigError(f"clients.ranks needs components in falling order, and {method.gauge} turns them: use balanced or orthonormal-a")
 

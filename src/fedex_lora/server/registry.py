@@ -45,10 +45,6 @@ class ClientRegistry:
             | {client: why for client, why in rejected.items() if client in asked},
         )
 
-    def record_rejections(self, rejected: Mapping[str, str]) -> "ClientRegistry":
-        """After valid updates were rejected for what is in them: these clients are told why."""
-        return replace(self, pending_rejection={**self.pending_rejection, **rejected})
-
     def after_round(
         self, before: ServerState, after: ServerState, result: Aggregate, accepted: Iterable[str], clients: Collection[str], rules: Rules
     ) -> "ClientRegistry":

@@ -73,7 +73,7 @@ def result_of(
         "drift": measure.drift(updates, aggregate.weights),
     }
     if get_method(state.method).exactness in ("truncated", "rank-r-optimal"):
-        numbers["dropped"] = math.hypot(*aggregate.dropped.values()) / math.hypot(*exactness.ideal.values())
+        numbers["dropped"] = algebra.relative_error(math.hypot(*aggregate.dropped.values()), math.hypot(*exactness.ideal.values()))
     if motion and motion.momentum:
         start, end = (measure.effective_update(one.adapter, one.base_delta) for one in (before, state))
         numbers["change_error"] = algebra.worst(measure.change_error(start, end, states.last_changes(state, pace)).values())

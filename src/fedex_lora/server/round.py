@@ -1,13 +1,14 @@
 """One round that is going on: whom it asks, what it has heard, whether that is enough, and what it comes to. No I/O, no waiting."""
 
 import json
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.failures import OF_THE_RUN, Failure
-from fedex_lora.protocol.messages import Download, answer_in, decode_update, envelope_of
+from fedex_lora.protocol.messages import Download, answer_in, decode_update
 from fedex_lora.protocol.records import Answer, Apology, elsewhere
 from fedex_lora.server.checks import below_quorum, quorum
 from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
@@ -18,6 +19,7 @@ from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late
 from fedex_lora.types import ClientUpdate, LowRank
 
 TWICE, NOT_ASKED = "its first answer counts", "it was not asked in this round"
+OTHER_BASE = "its base model is not the others': give all the same model, revision and precision"
 _SETS = ("missing", "needs_full", "failed", "hopeless", "_unsettled", "_silent")
 
 
@@ -59,8 +61,9 @@ class Round:
     def receive(self, client: str, payload: bytes) -> Verdict:
         """See `Server.receive`."""
         self._require_open()
-        verdict = self._judged(client, payload)
-        self._record(verdict)
+        said = answer_in(payload)
+        verdict = self._judged(client, payload, said)
+        self._record(verdict, said.base if isinstance(said, Answer) else "")
         return verdict
 
     def lost(self, client: str, reason: str, round: int | None = None) -> Verdict:
@@ -72,15 +75,13 @@ class Round:
         """
         self._require_open()
         number = self.number
-        verdict: Verdict
+        verdict: Verdict = Failed(client, number, f"it failed: {reason}")
         if round not in (None, number):
             verdict = Rejected(client, round or 0, f"it failed, too late to matter: {reason}")
         elif client in self.receipts:
             verdict = Ignored(client, number, TWICE)
         elif client not in self._requests.asked:
             verdict = Rejected(printable(client), number, NOT_ASKED)
-        else:
-            verdict = Failed(client, number, f"it failed: {reason}")
         self._record(verdict)
         return verdict
 
@@ -94,9 +95,9 @@ class Round:
         self._rejections += rejected
         return rejected
 
-    def _judged(self, client: str, payload: bytes) -> Verdict:
-        number, said = self.number, answer_in(payload)
-        if self.phase == "train" and (verdict := self._of_the_round_before(client, payload)):
+    def _judged(self, client: str, payload: bytes, said: Answer | Apology | None) -> Verdict:
+        number = self.number
+        if self.phase == "train" and (verdict := self._of_the_round_before(client, payload, said)):
             return verdict
         if client in self.receipts:
             return Ignored(client, number, TWICE)
@@ -109,26 +110,24 @@ class Round:
         if isinstance(said, Apology):
             return self._apology(client, Failure(said.code, said.rows))
         try:
-            return Accepted(client, number, self._decoded(payload, sent))
+            return Accepted(client, number, self._decoded(payload, sent, said))
         except WireError as error:
             return Rejected(client, number, str(error))
 
-    def _decoded(self, payload: bytes, sent: Download) -> ClientUpdate:
+    def _decoded(self, payload: bytes, sent: Download, said: Answer | Apology | None) -> ClientUpdate:
         withheld = get_method(sent.body.method).withheld(sent.request.round)
         update = decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
-        known, said = self._server.base, envelope_of(payload, Answer)[0].base
-        if known and said not in ("", known):
-            raise WireError("its base model is not the others': give all the same model, revision and precision")
-        self._server.base = known or said
+        if self._server.base and isinstance(said, Answer) and said.base not in ("", self._server.base):
+            raise WireError(OTHER_BASE)
         return update
 
-    def _of_the_round_before(self, client: str, payload: bytes) -> Verdict | None:
+    def _of_the_round_before(self, client: str, payload: bytes, said: Answer | Apology | None) -> Verdict | None:
         """What a valid answer to a message of the round before is; None: it is no such answer."""
         sent = self._server.unanswered.downloads.get(client)
         if sent is None:
             return None
         try:
-            update = self._decoded(payload, sent)
+            update = self._decoded(payload, sent, said)
         except WireError:
             return None
         number = sent.request.round
@@ -143,12 +142,12 @@ class Round:
             return NeedsFull(client, self.number, str(failure))
         return Failed(client, self.number, f"it failed: {failure}", failure.code in OF_THE_RUN, failure.code)
 
-    def _record(self, verdict: Verdict) -> None:
+    def _record(self, verdict: Verdict, base: str = "") -> None:
         client = verdict.client
         if isinstance(verdict, Late):
-            self.late[client] = self._receipt(verdict.update, self._server.unanswered.downloads[client])
+            self.late[client] = self._receipt(verdict.update, self._server.unanswered.downloads[client], base)
         elif isinstance(verdict, Accepted):
-            self.receipts[client] = self._receipt(verdict.update, self._requests.download(client))
+            self.receipts[client] = self._receipt(verdict.update, self._requests.download(client), base)
             for heard in (self.needs_full, self.missing, self.failed, self.hopeless):
                 heard.discard(client)
         elif isinstance(verdict, Ignored):
@@ -162,9 +161,9 @@ class Round:
             self.hopeless |= {client} if isinstance(verdict, Failed) and verdict.hopeless else set()
             self.missing.discard(client)
 
-    def _receipt(self, update: ClientUpdate, sent: Download) -> Receipt:
+    def _receipt(self, update: ClientUpdate, sent: Download, base: str) -> Receipt:
         first = self._requests.start(sent)[0] if update.adapter else {}
-        return Receipt(update.num_examples, update.metrics, size_of(update, first, sent.body.other))
+        return Receipt(update.num_examples, update.metrics, size_of(update, first, sent.body.other), base)
 
     def ask_again(self, clients: Collection[str], full: bool = False) -> LazyMessages:
         """Ask some clients once more, whatever they answered; with `full` their messages bring everything.
@@ -179,42 +178,44 @@ class Round:
         if full:
             self._server.registry = self._server.registry.record_replies(self._server.state.round, clients, (), {})
         self._rejections = [one for one in self._rejections if one.client not in clients]
-        self.failed -= set(clients)
-        self.hopeless -= set(clients)
-        self.receipts = {client: receipt for client, receipt in self.receipts.items() if client not in clients}
+        self.failed, self.hopeless = self.failed - set(clients), self.hopeless - set(clients)
+        self.receipts = {client: one for client, one in self.receipts.items() if client not in clients}
         self._ask(sorted(clients))
         return self.messages
 
     def _settle(self, clients: Collection[str]) -> None:
         """The registry learns what the answers of these clients say of who holds what, and whom to tell of a rejection."""
-        reasons, valid, large = {one.client: one.reason for one in self._rejections}, self.receipts.keys() & set(clients), self._large()
-        registry = self._server.registry.record_replies(self._server.state.round, self._unsettled & set(clients), valid, reasons)
-        rejected = {client: reason for client, reason in large.items() if client in clients}
-        self._server.registry = registry.record_rejections(rejected)
+        reasons, valid = {one.client: one.reason for one in self.rejections}, self.receipts.keys() & set(clients)
+        asked = valid | self._unsettled & set(clients)
+        self._server.registry = self._server.registry.record_replies(self._server.state.round, asked, valid, reasons)
         self._unsettled -= set(clients)
 
-    def _large(self) -> dict[str, str]:
-        """Client -> why its valid update is far larger than the others'."""
-        receipts = {**self.late, **self.receipts}
-        sizes = {client: receipt.size for client, receipt in receipts.items()}
-        return norm_rejected(sizes, self._server.rules.messages.norm_bound)
+    def _base(self) -> str:
+        """What the base is called: where it is not known yet, as most of the updates say; of two with as many, the first client's."""
+        found = Counter(one.base for _, one in sorted({**self.late, **self.receipts}.items()) if one.base)
+        return self._server.base or max(found, key=found.__getitem__, default="")
+
+    def _refused(self) -> dict[str, Rejected]:
+        """Of the clients whose valid update is not averaged: it is of another base than the others', or far larger."""
+        found, base = {**self.late, **self.receipts}, self._base()
+        odd = {client: OTHER_BASE for client, one in found.items() if one.base not in ("", base)}
+        sizes = {client: one.size for client, one in found.items() if client not in odd}
+        reasons = odd | norm_rejected(sizes, self._server.rules.messages.norm_bound)
+        return {client: Rejected(client, self.number, reason) for client, reason in reasons.items()}
 
     @property
     def rejections(self) -> list[Rejected]:
         """What is no part of the mean, and why, as far as it has been heard."""
-        large = [Rejected(client, self.number, reason) for client, reason in self._large().items()]
-        return [one for one in self._rejections if one.client not in self.receipts] + large
+        return [one for one in self._rejections if one.client not in self.receipts] + list(self._refused().values())
 
     def ready(self) -> Complete | Short:
-        """Are there enough updates of those that have come? Those that are far larger than the others do not count."""
-        rules, asked, large = self._server.rules, len(self.participants), self._large()
-        on_time, late = (sorted(client for client in found if client not in large) for found in (self.receipts, self.late))
-        rejected = [Rejected(client, self.number, reason) for client, reason in large.items()]
-        reasons = [(one.client, one.reason) for one in self.rejections]
+        """Are there enough updates of those that have come? Those of another base, and far larger ones, do not count."""
+        rules, asked, refused = self._server.rules, len(self.participants), self._refused()
+        on_time, late = sorted(self.receipts.keys() - refused.keys()), frozenset(self.late.keys() - refused.keys() - self.receipts.keys())
+        rejected, reasons = list(refused.values()), [(one.client, one.reason) for one in self.rejections]
         if reason := below_quorum(self.number, len(on_time), asked, reasons, rules):
             return Short(reason, on_time, len(self.hopeless) > asked - quorum(rules, asked), rejected)
-        late = [client for client in late if client not in self.receipts]
-        return Complete(sorted([*on_time, *late]), frozenset(late), rejected)
+        return Complete(sorted([*on_time, *late]), late, rejected)
 
     def close(self, updates: Sequence[ClientUpdate]) -> Result:
         """End the round with the mean of the updates: the server goes on from it.
@@ -241,7 +242,7 @@ class Round:
         held = {client: behind if client in ready.late else self._requests.start(sent(client))[1] for client in ready.clients}
         late = {client: held[client] for client in ready.late}
         state, aggregate = states.step(before, updates, rules.weights, rules.truncation, late, rules.server)
-        silent = self.leave()
+        server.base, silent = self._base(), self.leave()
         server.registry = server.registry.after_round(before, state, aggregate, ready.clients, server.clients, rules)
         gain = states.gained_in(before, state, aggregate, rules.server) if silent else {}
         server.state, server.unanswered = state, Unanswered(silent, gain)
@@ -254,8 +255,7 @@ class Round:
             UsageError: the round has ended.
         """
         self._require_open()
-        server, before, state = self._server, self._server.state, states.skip(self._server.state)
-        silent = self.leave()
+        server, before, state, silent = self._server, self._server.state, states.skip(self._server.state), self.leave()
         server.registry = server.registry.after_skip(before, state, server.clients, server.rules)
         server.state, server.unanswered = state, Unanswered(silent)
 
@@ -290,8 +290,8 @@ class Round:
                 raise StorageError(f"it is the dump of round {about['number']}, and the server is at round {round.number}")
             round._requests.take(about["asked"])
             for name in ("receipts", "late"):
-                found = {client: Receipt(count, metrics, Size(*size)) for client, (count, metrics, size) in about[name].items()}
-                setattr(round, name, found)
+                heard = about[name].items()
+                setattr(round, name, {client: Receipt(rows, has, Size(*size), *more) for client, (rows, has, size, *more) in heard})
             round._rejections = [Rejected(*one) for one in about["rejections"]]
             for name in _SETS:
                 setattr(round, name, set(about[name]))

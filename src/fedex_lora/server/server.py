@@ -29,7 +29,7 @@ class Server(ServerContext):
         ranks: client -> its rank, where they differ.
         run: one word that no other run of these clients has.
         registry: who holds what; by default nobody anything.
-        base: the name of the base that all stand on, `AdaptedModel.base.name`; "": that of the first update that is accepted. Who has
+        base: the name of the base that all stand on, `AdaptedModel.base.name`; "": as most updates of the first mean say. Who has
             another one is refused.
 
     Attributes:
@@ -65,6 +65,8 @@ class Server(ServerContext):
     ) -> None:
         if get_method(rules.method).core and not all("C" in pair.parts for pair in state.adapter.values()):
             raise UsageError(f"method {rules.method} trains cores between fixed factors: start from `AdaptedModel.cores()`")
+        if rules.clients.ranks and not ranks:
+            raise UsageError("clients.ranks is of a run's configuration: give the server ranks={client: rank}")
         super().__init__(rules, [], dict(ranks or {}), run, state, registry or ClientRegistry(), base=base)
         self.round: Round | None = None
         self.set_clients(clients)
@@ -79,7 +81,13 @@ class Server(ServerContext):
             rules, clients, run, base: see the class.
             adapter: the initial one, which every client has.
             other: the other trained tensors.
+
+        Raises:
+            UsageError: the method trains no adapter, or one party's rows alone.
         """
+        method = get_method(rules.method)
+        if method.centralised or (adapter and not method.lora):
+            raise UsageError(f"method {rules.method} averages no adapters of several parties: use fedex or another one of docs/methods.md")
         return cls(rules, init(adapter, other, rules.method, rules.seed), clients, run=run, base=base)
 
     def set_clients(self, clients: Collection[str]) -> None:

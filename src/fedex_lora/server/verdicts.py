@@ -66,11 +66,12 @@ Verdict: TypeAlias = Accepted | Late | Rejected | Failed | NeedsFull | Ignored
 
 
 class Receipt(NamedTuple):
-    """What a round remembers of a valid update, whose tensors are the caller's."""
+    """What a round remembers of a valid update, whose tensors are the caller's; `base` names the model that it trained."""
 
     num_examples: int
     metrics: Mapping[str, float]
     size: Size
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Complete:
     Attributes:
         clients: whose updates `close` is to get, in their order.
         late: who of them answered the round before.
-        rejected: valid updates that are far larger than the others'.
+        rejected: valid updates that are far larger than the others', or of another base.
     """
 
     clients: Sequence[str]

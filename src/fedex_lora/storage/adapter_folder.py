@@ -195,7 +195,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise StorageError(f"{folder} is not a PEFT adapter: it has no {CONFIG}{_remedy(folder)}") from None
     except OSError as error:
         raise UnreadableError(f"{folder / CONFIG} cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise StorageError(f"{folder / CONFIG} is not a JSON object")
@@ -238,13 +238,18 @@ def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": False,
-        "rank_pattern": {re.escape(module): value for module, value in ranks.items() if value != rank},
-        "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
+        "rank_pattern": {_pattern(module, adapter): value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {_pattern(module, adapter): value for module, value in alphas.items() if value != alpha},
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": sorted(adapter),  # all of them, so nothing is left to
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
+
+
+def _pattern(module: str, adapter: Adapter) -> str:
+    """What PEFT's rule, which looks at the ends of paths, finds this module by and no other."""
+    return "^" * any(name.endswith(f".{module}") for name in adapter) + re.escape(module)
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

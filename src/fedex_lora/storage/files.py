@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ def _temporary(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
         make(temporary)
         yield temporary
     finally:
-        if not theirs:
-            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what was raised counts, of a name that is too long for instance
+            if not theirs:
+                shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def _new_folder(path: Path) -> None:
@@ -127,7 +128,7 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
         raise StorageError(f"{folder} has no {MANIFEST}: give a folder that fedex-lora wrote") from None
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise StorageError(f"{path} is no manifest of fedex-lora: copy the folder again")

@@ -12,9 +12,11 @@ from fedex_lora.storage.adapter_folder import CONFIG
 from fedex_lora.storage.files import atomic_folder, read_manifest
 from fedex_lora.storage.result import DELTA, TRAINABLE, WHOLE
 
+OF_BASE = ("base_fingerprint", "base_dtype", "base_quantization", "base_random_seed", "labels")
+"""What manifests say of the base and its head, beside its name."""
 SHARED = (
-    "method round base_model base_fingerprint base_dtype base_quantization base_random_seed base_delta task task_type labels frozen"
-    " headline greater_is_better momentum privacy start versions".split()
+    *"method round base_model base_delta task task_type frozen headline greater_is_better momentum privacy start versions".split(),
+    *OF_BASE,
 )
 """What manifests say to everybody: nothing of single clients."""
 

@@ -262,6 +262,5 @@ def _require_finite(folder: Path, result: StoredResult) -> None:
 
 def result_folders(path: Path) -> tuple[list[Path], Path | None]:
     """The result folders of the rounds below a run folder, and its `final/`, if they are there; else the folder itself."""
-    rounds = [folder for folder in reversed(run_rounds_of(path)) if (folder / MANIFEST).exists()]
-    final = path / FINAL
-    return (rounds, final if (final / MANIFEST).exists() else None) if rounds else ([final if (final / MANIFEST).exists() else path], None)
+    rounds, final = run_rounds_of(path)[::-1], path / FINAL if (path / FINAL).is_dir() else None
+    return (rounds, final) if rounds else ([final or path], None)

@@ -137,7 +137,7 @@ def remove(out: Path, part: str = "") -> None:
 
 def best_round(path: Path) -> int | None:
     """The round that did best on the clients' held-out rows, of a run that is done; None where there is none."""
-    events = path / "events.jsonl"
+    events = path / EVENTS
     done = of_kind(read_events(events), RunDone) if events.exists() else []
     return done[-1].best_round if done else None
 

@@ -44,7 +44,6 @@ class TensorTable(NamedTuple):
 
     raw: bytes
     entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
 
 
 @contextmanager
@@ -78,12 +77,12 @@ def read_table(path: Path, known: dict[bytes, TensorTable] | None = None) -> Ten
     if known and raw in known:
         return known[raw]
     header, entries = json.loads(raw), dict[str, Entry]()
-    metadata = header.pop("__metadata__", {})
+    header.pop("__metadata__", None)
     for name, about in header.items():
         if about["dtype"] not in DTYPES:
             raise StorageError(f"{path}: {name} is {about['dtype']}, which is not read here: save the adapter in 16 or 32 bits")
         entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), 8 + len(raw) + about["data_offsets"][0])
-    table = TensorTable(raw, entries, metadata)
+    table = TensorTable(raw, entries)
     if known is not None:
         known[raw] = table
     return table

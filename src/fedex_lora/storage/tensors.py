@@ -59,14 +59,8 @@ def delta_tensors(base_delta: Mapping[str, Delta] | Mapping[str, LowRank]) -> di
 
 def load_delta(path: Path) -> dict[str, Delta]:
     """The inverse of `save_delta`."""
-    tensors, _ = load_tensors(path)
-    return deltas_of(tensors, path)
-
-
-def deltas_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Delta]:
-    """The inverse of `delta_tensors`; `path` is named in errors."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_tensors(path)[0].items():
         module, _, part = name.rpartition(".")
         found.setdefault(module, {})[part] = tensor
     try:

@@ -33,12 +33,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 from datasets import load_dataset
 
+from fedex_lora.config import MEMORY
 from fedex_lora.errors import DataError
 
 Rows: TypeAlias = pd.DataFrame
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
 HALF = re.compile("[\ud800-\udfff]")  # a character of two halves, such as an emoji, of which JSON can have one alone
-MEMORY = "memory:"  # what the sources of rows that a run was given in memory begin with
 Numbered: TypeAlias = Iterator[tuple[int, dict[str, Any]]]
 
 
@@ -173,7 +173,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list):
         return [_number(inner) for inner in value]
     if isinstance(value, date | time):  # a datetime is a date
-        return value.isoformat()
+        return None if value is pd.NaT else value.isoformat()
     return str(value) if isinstance(value, Decimal) else value
 
 

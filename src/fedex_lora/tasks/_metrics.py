@@ -1,5 +1,6 @@
 """Metrics of classes and scores, by scikit-learn and scipy (the extra `tasks`)."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ def measuring(*names: str) -> Callable[[EvalPrediction], dict[str, float]]:
 def class_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
     """The named metrics of logits (`rows x classes`) against classes, or of scores (`rows`, or `rows x 1`) against scores.
 
-    A correlation of constant scores, which have none, is zero.
+    A correlation of constant scores, which have none, is zero. Of outputs that are no numbers all are NaN.
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
@@ -33,6 +34,8 @@ def class_metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[st
         labels, values = (numbers.astype(np.float64).reshape(len(labels)) for numbers in (labels, outputs))
     else:
         values = outputs.argmax(axis=-1)
+    if np.isnan(outputs).any() or not np.isfinite(values).all():  # `argmax` calls NaN the first class
+        return dict.fromkeys(names, math.nan)
 
     def correlation(measure: Any) -> float:
         constant = len(labels) < 2 or np.ptp(values) == 0 or np.ptp(labels) == 0

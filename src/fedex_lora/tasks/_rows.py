@@ -39,6 +39,7 @@ class RowTable:
         inputs: columns that say what a row is about, for comparing rows; none where that cannot be told.
         label: the column with the answer, where one input has only one right answer.
         notes: what is to be said of the file.
+        classes: all that there are, in their order; none of rows without classes.
     """
 
     source: str
@@ -47,6 +48,7 @@ class RowTable:
     inputs: Sequence[str] = ()
     label: str | None = None
     notes: Sequence[str] = ()
+    classes: Sequence[str] = ()
 
 
 def each(work: Iterable[Callable[[], T]]) -> list[T]:

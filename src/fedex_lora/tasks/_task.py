@@ -215,13 +215,14 @@ def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], ma
     return Dataset.from_dict({**encoded, "labels": labels, FULL: full, UNKNOWN: [ids.count(unknown) for ids in encoded["input_ids"]]})
 
 
-def usable(rows: Dataset, settings: config.TaskSettings, source: str) -> tuple[Dataset, list[str]]:
+def usable(rows: Dataset, settings: config.TaskSettings, source: str, may_be_empty: bool = False) -> tuple[Dataset, list[str]]:
     """Tokenised rows without those whose every label was cut off, and what is to be said of rows that are cut, or in unknown words.
 
     Args:
         rows: as `Task.tokenize` gives them.
         settings: says how long rows may be, and what becomes of rows that cannot be used.
         source: whose rows they are, for complaints.
+        may_be_empty: none may be left, as of rows that are held out.
 
     Raises:
         DataError: rows cannot be used and are to be refused, or none is left.
@@ -244,8 +245,9 @@ def usable(rows: Dataset, settings: config.TaskSettings, source: str) -> tuple[D
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])
         if lost.any():
             words = f"{source}: {int(lost.sum())} of {len(lost)} rows have a prompt that fills {room}, and nothing is left to learn"
-            if settings.on_bad_row == "refuse" or lost.all():
-                raise DataError(f"{words}: raise it, or set task.on_bad_row = 'drop'", "long", int(lost.sum()))
+            if (refused := settings.on_bad_row == "refuse") or (lost.all() and not may_be_empty):
+                mend = "raise it, or set task.on_bad_row = 'drop'" if refused else "raise it"
+                raise DataError(f"{words}: {mend}", "long", int(lost.sum()))
             rows, cut, full = rows.select(np.flatnonzero(~lost)), cut[~lost], full[~lost]
             notes.append(f"{words}: they are left out")
     if cut.any():

@@ -60,7 +60,8 @@ def load(settings: config.TaskSettings, read: Reader = read_rows) -> Task:
     kinds = {"regression": _regression, "causal-lm": _causal_lm, config.CHAT: chat_task}
     train, held = (rows.reset_index(drop=True) for rows in kept)
     lines, eval_lines = (tuple(int(line) for line in rows.index) for rows in kept)
-    return replace(kinds.get(settings.kind, _classes)(settings, train, held, notes), eval_lines=eval_lines, lines=lines)
+    made = kinds.get(settings.kind, partial(_classes, tables[0].classes))(settings, train, held, notes)
+    return replace(made, eval_lines=eval_lines, lines=lines)
 
 
 def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple[RowTable, RowTable]:
@@ -88,7 +89,8 @@ def _tables(settings: config.TaskSettings, sources: Mapping[str, Rows]) -> dict[
     each(partial(require_columns, rows, columns, source) for source, rows in sources.items())
     classes = class_names(settings, sources[str(settings.train)])
     compared = [] if images else columns if written else settings.text
-    return {source: RowTable(source, rows, _problems(settings, rows, classes), compared, label) for source, rows in sources.items()}
+    made = partial(RowTable, inputs=compared, label=label, classes=classes)
+    return {source: made(source, rows, _problems(settings, rows, classes)) for source, rows in sources.items()}
 
 
 def columns_read(settings: config.TaskSettings) -> list[str]:
@@ -158,10 +160,9 @@ def _reading(settings: config.TaskSettings, answers: Callable[[Rows], Sequence[f
     )
 
 
-def _classes(settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
+def _classes(classes: Sequence[str], settings: config.TaskSettings, train: Rows, held: Rows, notes: Sequence[str]) -> Task:
     """Classes of texts, or of images."""
-    classes, images = class_names(settings, train), settings.kind == config.IMAGES
-    index = {name: position for position, name in enumerate(classes)}
+    index, images = {name: position for position, name in enumerate(classes)}, settings.kind == config.IMAGES
 
     def labels(rows: Rows) -> list[int]:
         return [index[cell] for cell in rows[settings.label]]

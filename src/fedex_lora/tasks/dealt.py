@@ -8,12 +8,12 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-from fedex_lora.config import Clients, Config, TaskSettings
+from fedex_lora.config import Config, TaskSettings
 from fedex_lora.tasks import Task, load_task
 from fedex_lora.tasks._rows import each
-from fedex_lora.tasks.partition import Indices, partition
+from fedex_lora.tasks.partition import Indices, held_out, partition
 
-HOLDER = "\0client"  # a column that no file has: whose row it is
+HOLDER = "\0client"  # a column that no file has: whose row it is, in digests of rows, too
 
 
 Load: TypeAlias = Callable[[TaskSettings, int], Task]
@@ -25,7 +25,7 @@ def dealt(config: Config, load: Load = load_task) -> tuple[Task, dict[str, tuple
 
     A private client trains on all that it holds: which rows are held out depends on how many there are.
 
-    Three files (`clients.data`) are dealt as one file with a column that names the client.
+    Of a file for each client (`clients.data`) the held-out rows are those that a node with that file holds out.
 
     Raises:
         DataError: see `load_task` and `partition`; of several files, what is wrong with each.
@@ -34,9 +34,11 @@ def dealt(config: Config, load: Load = load_task) -> tuple[Task, dict[str, tuple
     if not clients.data:
         task = load(config.task, config.seed)
         return task, partition(task, clients, config.seed)
-    task = _together(_tasks(config, load))
-    column = Clients(partition="column", column=HOLDER, holdout=clients.holdout)
-    return task, partition(task, column, config.seed)
+    tasks, parts, first = _tasks(config, load), dict[str, tuple[Indices, Indices]](), 0
+    for client, own in tasks.items():
+        mine, held = held_out(client, len(own.train), clients.holdout, config.seed)
+        parts[client], first = (first + mine, first + held), first + len(own.train)
+    return _together(tasks), parts
 
 
 def _tasks(config: Config, load: Load) -> dict[str, Task]:

@@ -27,8 +27,8 @@ def partition(task: Task, clients: Clients, seed: int) -> dict[str, tuple[Indice
     """
     rng = np.random.default_rng(seed)
     rows = len(task.train)
-    if clients.partition == "column" or clients.column:
-        column = _column(task, str(clients.column))
+    if clients.column:
+        column = _column(task, clients.column)
         labels = np.unique(column)
     else:
         column, labels = task.classes, np.unique(task.classes)

@@ -23,7 +23,7 @@ LOG = {"catch_up": "log"}  # who was away adds the past gains one by one: the se
 @contextmanager
 def local_simulation(folder):
     """A SuperLink that simulates nodes by Ray; stopped at the end."""
-    simulation = LocalDeployment(folder, [])
+    simulation = LocalDeployment(folder)
     try:
         simulation.connect("insecure = true")
         simulation.start_superlink("--simulation", "--insecure")

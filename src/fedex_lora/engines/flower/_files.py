@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,7 @@ def _file(path: Path, folder: bool = False) -> str:
     return "" if os.access(path, os.R_OK | os.X_OK * folder) else f"this user cannot read {path}"
 
 
-def _folder(path: Path) -> str:
-    return _file(path, folder=True)
+_folder = partial(_file, folder=True)
 
 
 def _state(path: Path) -> str:

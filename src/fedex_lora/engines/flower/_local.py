@@ -49,14 +49,12 @@ class LocalDeployment:
 
     Attributes:
         folder: of certificates, keys, logs, Flower's own files and clients' states.
-        clients: the parties.
         node_config: client -> more of its node's settings.
         port: of the SuperLink.
         processes: name -> its process, which leads a group of its own.
     """
 
     folder: Path
-    clients: Sequence[str]
     node_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -212,7 +210,7 @@ def local_deployment(folder: Path, clients: Sequence[str], node_config: Mapping[
         clients: names.
         node_config: client -> more of its node's settings.
     """
-    deployment = LocalDeployment(folder, clients, node_config)
+    deployment = LocalDeployment(folder, node_config)
     try:
         make_certificates(folder / "keys", ["localhost", "127.0.0.1"])
         deployment.connect(f'root-certificates = "{folder / "keys" / "ca.crt"}"')

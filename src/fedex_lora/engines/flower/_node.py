@@ -54,7 +54,7 @@ class Node:
         log = log_of(request.node)
         try:
             payload = self.answer(request, node_settings(request.node))
-            left(log, payload, request.client)
+            left(log, payload, request.client, request.payload)
             return payload
         except BaseException as error:  # a panic of a library is no Exception, nor is an exit of the party's own code
             if told_to_end(error):
@@ -183,9 +183,8 @@ def _rows(
         mine, held = held_out(client, len(task.train), config.clients.holdout, config.seed)
     own = task.train.iloc[[*mine, *held]].reset_index(drop=True)
     rows = place.work.tokens(own)
-    (train, notes), (measured, _) = (
-        usable(rows.select(np.arange(*span)), config.task, "this party") for span in ((0, len(mine)), (len(mine), len(rows)))
-    )
+    train, notes = usable(rows.select(np.arange(len(mine))), config.task, "this party")
+    measured, _ = usable(rows.select(np.arange(len(mine), len(rows))), config.task, "this party", may_be_empty=True)
     for note in [*task.notes, *notes]:
         log.warning("%s: %s", client, note)
     data = ClientData(train=train, held_out=measured)

@@ -35,7 +35,7 @@ class NodeSettings:
         state: the folder where it keeps its base delta, optimiser state and last answer.
         threads: CPU threads (`torch_threads`).
         worker: the socket of a `fedex-lora flower worker`, which keeps the base in memory between messages.
-        max_rows: train on no more rows than this; not with privacy.
+        max_rows: train on no more rows than this, nor than the run says (`task.train_rows`); not with privacy.
         max_megabytes: refuse a message that is larger.
         trust_remote_code: let the base run code of its own, if the run says so too.
         trainer: what this party trains with (`local.trainer`); a folder in front is better absolute.
@@ -102,8 +102,9 @@ class NodeSettings:
                 "task.labels is not set: name all classes there, or a party whose rows lack one would train another head", "labels-unset"
             )
         train = self.train or Path(config.task.train or "").name or None
-        task = config.task.model_copy(update={"data": Path(self.data), "train": train, "eval": train, "train_rows": self.max_rows or None})
-        return config.model_copy(update={"task": task})
+        limits = [rows for rows in (self.max_rows, config.task.train_rows) if rows and not config.privacy.is_on]
+        update = {"data": Path(self.data), "train": train, "eval": train, "train_rows": min(limits, default=None)}
+        return config.model_copy(update={"task": config.task.model_copy(update=update)})
 
     def _privacy(self, run: Privacy) -> Privacy:
         """This party's own: of the run's it is the clip norm, and an epsilon or a delta that is smaller still."""

@@ -41,9 +41,11 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
         `same_bits`, seconds, bytes as we count them and as Flower does.
 
     Raises:
-        UsageError: the folder holds something.
+        UsageError: the folder holds something, or the run is private.
         TrainingError: a process or the run failed, or the bits differ.
     """
+    if config.privacy.is_on:
+        raise UsageError("flower try compares bits, and private noise is never the same twice: remove [privacy] (nothing was spent)")
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is not empty: give another --out")
     root = (folder or Path(tempfile.mkdtemp(prefix="fedex-lora-try-"))).absolute()
@@ -69,7 +71,8 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
 def differing(one: Path, other: Path) -> list[str]:
     """The tensors of the final models of two runs, adapter and base delta, that are not the same bit for bit."""
     here, there = _tensors(one / FINAL), _tensors(other / FINAL)
-    return sorted(name for name in here.keys() | there.keys() if not _same(here.get(name), there.get(name)))
+    odd = {name for name in here.keys() & there.keys() if not torch.equal(here[name], there[name])}
+    return sorted(odd | (here.keys() ^ there.keys()))
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -78,10 +81,6 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         for path in sorted(folder.rglob("*.safetensors"))
         for name, tensor in load_tensors(path)[0].items()
     }
-
-
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def bytes_sent(out: Path, status: dict[str, Any]) -> dict[str, int]:

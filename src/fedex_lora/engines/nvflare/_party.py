@@ -10,6 +10,7 @@ from nvflare.fuel.utils.config_service import ConfigService
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedex_lora.aggregation import get_method
 from fedex_lora.client.agreement import require_trained
 from fedex_lora.config import Rules
 from fedex_lora.errors import ConfigError, TrainingError, UsageError
@@ -34,7 +35,7 @@ def rules_of(given: Mapping[str, Any]) -> Rules:
 
     Raises:
         ConfigError: a key or value that they do not have.
-        UsageError: they say what a site's script alone decides.
+        UsageError: they say what a site's script alone decides, or name a method that sites cannot keep.
     """
     try:
         rules = Rules.model_validate(given)
@@ -44,6 +45,9 @@ def rules_of(given: Mapping[str, Any]) -> Rules:
     said = rules.model_dump(exclude_defaults=True)
     if theirs := [f"{table}.{key}" for table, keys in OF_RUNS.items() for key in said.get(table, {}) if key in keys]:
         raise UsageError(f"rules: {', '.join(theirs)}: over NVFlare each site's own script decides that: remove it from the rules")
+    row = get_method(rules.method)
+    if not row.lora or row.centralised or row.core or row.exactness == "personalised":
+        raise UsageError(f"rules: method {rules.method} is none of sites that share one adapter, A and B: over NVFlare use fedex, say")
     return rules
 
 

@@ -49,7 +49,7 @@ class PartyExecutor(Executor):
         log = party_log(folder)
         try:
             answer = self._answer(name, payload, folder)
-            left(log, answer, name)
+            left(log, answer, name, payload)
         except BaseException as error:  # a panic of a library is no Exception, nor is an exit of the party's own code
             if told_to_end(error):
                 raise

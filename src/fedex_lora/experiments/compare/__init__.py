@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.aggregation import get_method
+from fedex_lora.client.arguments import training_arguments
+from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import silence_libraries
-from fedex_lora.config import Config, flat, write_config
-from fedex_lora.errors import FedexLoraError, TrainingError, UsageError
+from fedex_lora.config import Config, flat, plain_config, write_config
+from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError, UsageError
 from fedex_lora.experiments import Progress, silent
 from fedex_lora.experiments.compare._picture import draw_curves
 from fedex_lora.experiments.compare._plan import RATE, Plan, admissible, canonical, hashed, is_protocol, label, planned, settled_plan
@@ -31,7 +33,7 @@ from fedex_lora.experiments.compare._statistics import Curve, at_rounds, later_h
 from fedex_lora.experiments.compare._tables import COSTS, markdown, result_tables
 from fedex_lora.experiments.compare._tests import answers, interval
 from fedex_lora.experiments.compare._tuning import Choice, best_point
-from fedex_lora.experiments.compare._variants import Variant, configured, controls, with_settings
+from fedex_lora.experiments.compare._variants import Variant, configured, controls, require_heeded, with_settings
 from fedex_lora.runs.round_loop import versions
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import Started, of_kind, read_events
@@ -54,6 +56,7 @@ __all__ = [
     "parse_protocol",
     "primary_option",
     "read_protocol",
+    "require_heeded",
     "result_tables",
     "variant_option",
 ]
@@ -85,11 +88,12 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
             seeds has no numbers there: its tests have failed.
     """
     config = with_settings(config, flat(protocol.set))
-    if protocol.config_sha256 not in (None, hashed(config), _hash_there(_with_threads(config, jobs, out), out)):
+    threaded = _with_threads(config, jobs, out)
+    if protocol.config_sha256 not in (None, hashed(config), _hash_there(threaded, out)):
         raise UsageError(
             f"the protocol is for another configuration: its config_sha256 is {protocol.config_sha256}, this one's {hashed(config)}"
         )
-    plan = _admitted(planned(_with_threads(config, jobs, out), protocol, out), protocol.controls, tell)
+    plan = _admitted(planned(threaded, protocol, out), protocol.controls, tell)
     plan = settled_plan(plan, protocol)
     sha256 = _claim(plan)
     with locked(out):
@@ -146,7 +150,7 @@ def _result(plan: Plan, choices: Mapping[str, Choice], ran: Mapping[Key, RunOutc
             {"method": name, "seed": seed, "reason": outcome.reason} for (name, _, seed), outcome in ran.items() if outcome.curve is None
         ],
         "at": at_rounds(metrics, plan.reference, plan.at, plan.personal),
-        "config": plan.config.model_dump(mode="json", exclude_none=True),
+        "config": plain_config(plan.config),
         "versions": versions(),
     }
 
@@ -200,13 +204,18 @@ def _admitted(plan: Plan, with_controls: bool, tell: Progress) -> Plan:
 
 
 def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
-    """Build what a variant's runs need, once for all that differ in `[training]` only, unless the first one is done already."""
+    """Build what a variant's runs need, once for all that differ in `[training]` only, unless the first one is done; and look at that."""
     seed = (plan.tuning_seeds if plan.tuned(variant) else plan.seeds)[0]
     for point in plan.points(variant):
         job = plan.job(variant, point, seed)
         kind = write_config(job.config.model_copy(update={"training": {}}))
-        if kind not in tried and not done(job):
-            LocalSimulation(job.config, nobody)
+        if not done(job):
+            try:
+                training_arguments(job.config, own=find_trainer(job.config.local.trainer))
+            except ConfigError as error:
+                raise ConfigError(f"{variant.name}, {label(point)}: {error}") from None
+            if kind not in tried:
+                LocalSimulation(job.config, nobody)
         tried.add(kind)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedex_lora.errors import counted
 from fedex_lora.experiments.tables import TextTable, plus_minus
 
 EDGE, OWN = "*", "†"
@@ -32,8 +33,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def title(result: Mapping[str, Any]) -> str:
     """What was compared."""
-    rounds, seeds = result["rounds"], len(result["seeds"])
-    after = f"{rounds} round{'s' * (rounds > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    after = f"{counted(result['rounds'], 'round')}, {counted(len(result['seeds']), 'seed')}"
     return f"{result['headline']} on {result['task']} after {after}"
 
 
@@ -89,7 +89,7 @@ def _test_notes(result: Mapping[str, Any]) -> str:
     if kinds == {"equivalence"}:
         notes = ["p is the larger of two one-sided paired t-tests over the seeds."]
     if primary:
-        notes.append(f"Holm's correction is for the {primary} primary test{'s' * (primary > 1)} together; the others have none.")
+        notes.append(f"Holm's correction is for the {counted(primary, 'primary test')} together; the others have none.")
     if not all(test["computable"] for test in result["tests"]):
         notes.append(
             'A test with p "none" cannot be computed (numbers that are not finite, or differences that are all the same): it failed.'

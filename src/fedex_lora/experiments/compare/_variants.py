@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import Config, flat, parse_config, put
+from fedex_lora.config import Config, flat, parse_config, plain_config, plain_value, put
 from fedex_lora.errors import UsageError
 
 CONTROL, TWICE = "fedit+balanced", "ffa@2r"
@@ -88,17 +88,19 @@ def configured(config: Config, variant: Variant, settings: Settings, seed: int) 
     Raises:
         ConfigError: a key that there is not, a value that cannot be, a seed out of range.
     """
-    tree, times = config.model_dump(mode="json", exclude_none=True), variant.times
+    tree, times = plain_config(config), variant.times
     if get_method(variant.method).residual_policy != "truncate":
         tree["truncation"] = {}
     for key, value in {**settings, **variant.overrides}.items():
         put(tree, key, value)
     if times > 1:
+        if "start" in tree["base"]:
+            raise UsageError(f"{variant.name}: base.start goes on with an adapter as it is: leave @{times}r out, or remove base.start")
         lora, clients = tree["lora"], tree["clients"]
-        for key in ("r", "alpha"):
-            lora[key] *= times
-        for key in ("rank_pattern", "alpha_pattern"):
-            lora[key] = {pattern: value * times for pattern, value in lora[key].items()}
+        for key, by in (("r", times), ("alpha", times**0.5 if lora["rslora"] else times)):
+            pattern = f"{'rank' if key == 'r' else key}_pattern"
+            lora[key] *= by
+            lora[pattern] = {name: value * by for name, value in lora[pattern].items()}
         if "ranks" in clients:
             clients["ranks"] = [rank * times for rank in clients["ranks"]]
     return parse_config(tree | {"method": variant.method, "seed": seed})
@@ -108,7 +110,20 @@ def with_settings(config: Config, settings: Settings) -> Config:
     """The configuration with keys that every run has."""
     if odd := [key for key in settings if key in ("seed", "method")]:
         raise UsageError(f"[set] has {odd[0]}, which every run sets by itself: give seeds, and methods or variants")
-    tree = config.model_dump(mode="json", exclude_none=True)
+    tree = plain_config(config)
     for key, value in settings.items():
         put(tree, key, value)
     return parse_config(tree)
+
+
+def require_heeded(overrides: Sequence[str], grid: Settings, settings: Settings) -> None:
+    """What `--set` says holds for the runs.
+
+    Raises:
+        UsageError: a key that every run sets by itself, or that the grid or [set] has, to something else.
+    """
+    for key, _, text in (override.partition("=") for override in overrides):
+        if (name := key.strip()) in ("seed", "method"):
+            raise UsageError(f"--set {name}: every run sets it by itself: give seeds, and methods or variants")
+        if name in grid or settings.get(name, value := plain_value(text)) != value:
+            raise UsageError(f"--set {name} would change nothing, for {'the grid' if name in grid else '[set]'} has it: change it there")

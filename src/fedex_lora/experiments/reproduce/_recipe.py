@@ -249,9 +249,13 @@ def cells(recipe: Recipe, scale_name: str, overrides: Sequence[str] = ()) -> Ite
     """Every number of a target at a scale, the first seed of all of them first.
 
     Raises:
+        UsageError: a seed or a method among the overrides, which each run has of its own.
         ConfigError: settings that cannot be.
     """
-    scale = recipe.scaled(scale_name)
+    scale, given = recipe.scaled(scale_name), {override.partition("=")[0].strip() for override in overrides}
+    if odd := sorted(given & {"seed", "method"}):
+        raise UsageError(f"--set {odd[0]}: every run of a table has its own: choose among them by --seed and --row")
+    rates = {} if given & {RATE, "training"} else scale.learning_rates
     for seed in scale.seeds:
         for panel in chosen(recipe.panels, scale.panels):
             for column in chosen(recipe.columns, scale.columns):
@@ -259,7 +263,7 @@ def cells(recipe: Recipe, scale_name: str, overrides: Sequence[str] = ()) -> Ite
                     own = (scale.panels or {}).get(panel.label, {})
                     tree = merged(recipe.config, panel.set, column.set, scale.config, own, row.set)
                     config = parse_config(overridden(tree, overrides))
-                    rate = scale.learning_rates.get(row.method, config.training.get("learning_rate", 1e-3))
+                    rate = rates.get(row.method, config.training.get("learning_rate", 1e-3))
                     config = configured(config, Variant.parse(row.method), {RATE: rate}, seed)
                     yield Cell(panel.label, row.label, column.label, seed, config, column.folder, column.test)
 

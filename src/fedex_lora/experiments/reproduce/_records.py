@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fedex_lora.aggregation import get_method
 from fedex_lora.config import DEMO, Config, read_config, write_config
 from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.evaluation import Options, measure
@@ -88,11 +89,12 @@ class Record(BaseModel):
         if self.config != identity(config) or self.failed:
             return self.config == identity(config)
         modules = [one.modules for one in self.rounds if one.modules]
+        personal = get_method(config.method).exactness == "personalised"  # without a global model to measure
         return (
             {"facts", "held_out"} <= self.model_fields_set
             and Facts.model_fields.keys() <= self.facts.model_fields_set
             and [one.round for one in self.rounds] == list(range(1, config.rounds + 1))
-            and all(self.facts.headline in one.metrics and one.seconds is not None for one in self.rounds)
+            and all((personal or self.facts.headline in one.metrics) and one.seconds is not None for one in self.rounds)
             and len(modules) == len(self.rounds)
             and all(len(one.module) == len(one.deviation) == len(one.ideal) == len(one.scaled) for one in modules)
         )
