@@ -36,12 +36,12 @@ def catch_up_of(
     """
     logs, pasts = (_by_round(form, tensors) for form in ("log", "past"))
     try:
-        log = {number: unflatten_deltas(f"log|{number}", logs.pop(number, {})) for number in rounds}
+        log = {number: unflatten_deltas(f"log|{number}", logs.get(number, {})) for number in rounds}
         gain, snapshot = unflatten_deltas("gain", tensors), unflatten_deltas("snapshot", tensors)
     except ValueError as error:
         raise WireError(str(error)[:400]) from None
     placed = ("adapter|", "other|", "past|", "snapshot|", "gain|", "log|")
-    if odd := [name for name in tensors if not name.startswith(placed)] + [name for left in logs.values() for name in left]:
+    if odd := [name for name in tensors if not name.startswith(placed)] + [name for one in logs.keys() - log.keys() for name in logs[one]]:
         raise _misplaced(odd[0], rounds)
     for form, deltas in {**{f"log|{number}": gains for number, gains in log.items()}, "gain": gain, "snapshot": snapshot}.items():
         for module, delta in deltas.items():
