@@ -215,5 +215,5 @@ def test_messages_that_are_explained_are_said_somewhere():
 
 
 def test_clean_removes_no_run():
-    done = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "--no-print-directory", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["rm", "-rf", ".venv", "site"]
