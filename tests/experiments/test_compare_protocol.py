@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fedex_lora.cli import app
 from fedex_lora.config import write_config
-from fedex_lora.errors import FedexLoraError, UsageError
+from fedex_lora.errors import FedexLoraError, StorageError, UsageError
 from fedex_lora.experiments.compare import compare, grid_option, parse_protocol, primary_option, variant_option
 from fedex_lora.experiments.compare._plan import RATE, canonical, label, planned, settled_plan
 from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, outcomes
@@ -207,12 +207,7 @@ def test_its_own_protocol_asks_the_same_again(compared):
         text = path.read_text()
         assert text.count("\nhead_rounds = 0\n") == 1
         path.write_text(text.replace("\nhead_rounds = 0\n", "\n"))
-    (out / "protocol.toml").write_text(re.sub('config_sha256 = ".*"', f'config_sha256 = "{64 * "0"}"', (out / "protocol.toml").read_text()))
-    hashed = json.loads((out / "compare.json").read_text())["protocol_sha256"]
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
-    old = CliRunner().invoke(app, ["compare", str(out / "config.toml"), "--out", str(out), "--protocol", str(out / "protocol.toml")])
-    assert old.exit_code == 0, old.stderr
-    assert json.loads((out / "compare.json").read_text())["protocol_sha256"] == hashed
     command = ["compare", str(out / "config.toml"), "--out", str(out)]
     again = CliRunner().invoke(app, [*command, "--protocol", str(out / "protocol.toml")])
     assert again.exit_code == 0, again.stderr
@@ -224,6 +219,74 @@ def test_its_own_protocol_asks_the_same_again(compared):
     with locked(out):
         busy = CliRunner().invoke(app, [*command, "--protocol", str(out / "protocol.toml")])
     assert "another process is at work" in busy.stderr
+
+
+def _again(out):
+    return CliRunner().invoke(app, ["compare", f"{out}/config.toml", "--protocol", f"{out}/protocol.toml", "--out", str(out)])
+
+
+def test_a_configuration_that_was_edited_is_refused_and_no_run_is_lost(compared, tmp_path):
+    """Also with a protocol that has no hash, and where the runs' configurations were edited alike."""
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    for path in out.rglob("config.toml"):
+        text = path.read_text()
+        assert text.count("\nalpha = ") == 1
+        path.write_text(re.sub("\nalpha = .*", "\nalpha = 80.0", text))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    edited = _again(out)
+    assert edited.exit_code == 2
+    assert "for another configuration" in edited.stderr
+    asked = ["compare", f"{out}/config.toml", "--protocol", f"{compared}/ask.toml", "--out", str(out)]
+    assert "with another protocol" in CliRunner().invoke(app, asked).stderr
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text, other: other, "is of another run"),
+        (lambda text, other: text.replace('"seed": 0', '"seed": 1', 1), "is of another run"),
+        (lambda text, other: re.sub('"base_fingerprint": "[0-9a-f]*"', '"base_fingerprint": "00"', text), "are of two bases"),
+    ],
+    ids=["method", "seed", "base"],
+)
+def test_records_of_another_run_are_refused(change, message, compared, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    mine, other = (next((out / "runs" / name).rglob("seed-0/events.jsonl")) for name in ("kept", "fedit"))
+    mine.write_text(change(mine.read_text(), other.read_text()))
+    before = {path: path.read_bytes() for path in (out / "runs").rglob("*") if path.is_file()}
+    done = _again(out)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert before == {path: path.read_bytes() for path in (out / "runs").rglob("*") if path.is_file()}
+
+
+def test_a_copied_record_is_refused(compared, tmp_path):
+    """Of an earlier version, whose events do not say their seed."""
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    first, second = sorted((out / "runs" / "kept").rglob("seed-[01]/events.jsonl"))
+    for path in (first, second):
+        path.write_text(re.sub('"seed": [01], ', "", first.read_text(), count=1))
+    assert "are the same" in _again(out).stderr
+
+
+def test_a_damaged_line_in_the_middle_is_not_passed_over(compared, tmp_path):
+    """The run is made again, to the same numbers; to read it is an error."""
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    events = next((out / "runs" / "kept").rglob("seed-100/events.jsonl"))
+    lines = events.read_text().splitlines(keepends=True)
+    number = next(number for number, line in enumerate(lines) if '"event": "held_out"' in line)
+    events.write_text("".join([*lines[:number], lines[number][:20] + "\n", *lines[number + 1 :]]))
+    with pytest.raises(StorageError, match=f"line {number + 1} is damaged"):
+        read_events(events)
+    table = (out / "compare.md").read_text()
+    assert _again(out).exit_code == 0
+    assert len(read_events(events)) == len(lines)
+    assert (out / "compare.md").read_text() == table
 
 
 JOB = configuration(rounds=3)

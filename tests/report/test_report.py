@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.errors import UsageError
 from fedex_lora.report import page, write_figure, write_report
+from fedex_lora.report._groups import grouped, series
+from fedex_lora.report._sections import comparison
 from fedex_lora.report.analysis import find_runs
 from fedex_lora.storage.events import ClientRejected, of_kind
 
@@ -147,6 +149,26 @@ def test_a_skipped_round_and_numbers_that_are_none(tmp_path):
     text = parsed(html)[1]
     assert not re.search(r"\b(nan|inf)\b", text)
     assert "30.0 % in the last that was measured" in text
+
+
+def test_a_last_round_that_is_not_finite_is_no_earlier_one(tmp_path):
+    """Of one run, and of one among several seeds: neither its number nor the mean is another round's, or the other seeds'."""
+    for seed in (0, 1, 2):
+
+        def other(one, seed=seed):
+            if one["event"] == "round_done":
+                one["metrics"]["accuracy"] = None if (one["round"], seed) == (2, 2) else 0.5
+
+        run = written(tmp_path / f"run-{seed}", changed(synthetic(rounds=2, clients=2, layers=2, seed=seed), other))
+        (run / "config.toml").write_text(f'method = "fedex"\nseed = {seed}\n')
+    for folder, whole in ((tmp_path / "run-2", False), (tmp_path, False), (tmp_path / "run-1", True)):
+        html, _ = page(find_runs([folder]))
+        assert ("accuracy 0.5000 evaluation rows, round 2" in parsed(html)[1]) == whole
+        assert ("accuracy not finite evaluation rows, round 2" in parsed(html)[1]) != whole
+    group = grouped(find_runs([tmp_path]))[0]
+    assert series([group], "accuracy").set_index("round").loc[[1, 2], "value"].isna().tolist() == [False, True]
+    table = comparison([group])
+    assert "0.5000" not in [text for row in table.rows for text, _ in row]
 
 
 def test_every_headline_has_its_curve(tmp_path):

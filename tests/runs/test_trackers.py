@@ -19,7 +19,8 @@ from fedex_lora.cli.console import Display, console_table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
 from fedex_lora.runs.trackers import Trackers, scalars
-from fedex_lora.storage.events import RoundDone, of_kind, read_events, record, tail_events
+from fedex_lora.storage.event_tail import tail_events
+from fedex_lora.storage.events import RoundDone, of_kind, read_events, record
 
 
 def test_watch_a_finished_run(tmp_path):

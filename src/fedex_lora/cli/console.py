@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedex_lora.storage import events as told
-from fedex_lora.storage.events import Event, tail_events
+from fedex_lora.storage.event_tail import tail_events
+from fedex_lora.storage.events import Event
 from fedex_lora.storage.run_folder import EVENTS
 
 HIDDEN = ("rows", "runtime")

@@ -57,15 +57,22 @@ def series(groups: Sequence[Group], column: str) -> pd.DataFrame:
 
 
 def banded(frames: Sequence[pd.DataFrame], by: list[str], column: str) -> pd.DataFrame:
-    """The mean over the rows of each seed's frame, and of that over the seeds the mean `value`, `low` and `high`."""
-    seeds = pd.concat([frame.groupby(by)[column].mean().reset_index() for frame in frames])
-    return seeds.groupby(by)[column].agg(value="mean", low="min", high="max").reset_index()
+    """The mean over the rows of each seed's frame, and of that over the seeds the mean `value`, `low` and `high`: NaN if a seed's is."""
+    seeds = pd.concat([frame.groupby(by)[column].mean().reset_index() for frame in frames]).groupby(by)[column]
+    whole = seeds.count() == seeds.size()
+    return seeds.agg(value="mean", low="min", high="max").where(whole, axis=0).reset_index()
 
 
 def final(group: Group, column: str) -> list[float]:
-    """A column's last value in every run of a group."""
+    """A column's last number in every run of a group."""
     ends = [frame[column].dropna() for frame in group.rounds if column in frame]
     return [float(end.iloc[-1]) for end in ends if len(end)]
+
+
+def final_metrics(group: Group) -> list[float]:
+    """What every run of a group is judged by, after its last round; NaN where that is no finite number."""
+    column = judged_column(group)
+    return [float(frame[column].iloc[-1]) if column in frame else math.nan for frame in group.rounds if len(frame)]
 
 
 def worst_error(frame: pd.DataFrame, column: str) -> float:

@@ -10,7 +10,7 @@ import pandas as pd
 from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import Chart, heat, lines, timeline
-from fedex_lora.report._groups import VALUES, Group, banded, final, group_sent, judged_column, series, worst_error
+from fedex_lora.report._groups import VALUES, Group, banded, final_metrics, group_sent, series, worst_error
 from fedex_lora.report._tables import Format, Sortable, duration, fixed, percent, scientific, significant, size, sortable
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
@@ -39,11 +39,11 @@ def comparison(groups: Sequence[Group]) -> Sortable:
     """One line a label."""
     rows, judged = [], headlines(groups)
     for group in groups:
-        ends, frame = final(group, judged_column(group)), pd.concat(group.rounds)
+        ends, frame = final_metrics(group), pd.concat(group.rounds)
         there = {column: frame[column].sum() if column in frame else np.nan for column in ("seconds", "refused")}
         row: dict[str, Any] = {"run": group.label, "seeds": len(group.runs), "rounds": group.last_round} | dict.fromkeys(judged, np.nan)
         row[group.first.started.headline] = float(np.mean(ends)) if ends else np.nan
-        row |= {"lowest": min(ends, default=np.nan), "highest": max(ends, default=np.nan)}
+        row |= {"lowest": np.min(ends), "highest": np.max(ends)} if ends else {"lowest": np.nan, "highest": np.nan}
         row |= {name: worst_error(frame, column) for column, name in ERRORS.items()}
         row |= dict(zip(("sent down", "sent up"), group_sent(group), strict=True))
         row |= {"time": there["seconds"] / len(group.runs), "refused": int(np.nan_to_num(there["refused"]))}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from fedex_lora.report._groups import Group, final, group_sent, judged_column, worst_error
+from fedex_lora.report._groups import Group, final, final_metrics, group_sent, judged_column, worst_error
 from fedex_lora.report._tables import duration, percent, scientific, size
 from fedex_lora.storage.events import RunDone, of_kind
 
@@ -14,11 +14,14 @@ def tiles(group: Group) -> list[tuple[str, str, str]]:
     """The headline numbers: what, how much, and of what."""
     run, frame, headline = group.first, pd.concat(group.rounds, ignore_index=True), group.first.started.headline
     shown, found = judged_column(group), []
-    if ends := final(group, shown):
+    if shown in frame:
+        end = float(np.mean(final_metrics(group)))
         where = "evaluation rows" if shown == headline else "the clients' own rows"
         before = frame[frame["round"] == 0][shown].mean()
         base = f", {before:.4f} before training" if np.isfinite(before) else ""
-        found.append((headline, f"{np.mean(ends):.4f}", f"{where}, round {group.last_round}{base}{group.over('mean')}"))
+        found.append(
+            (headline, f"{end:.4f}" if math.isfinite(end) else "not finite", f"{where}, round {group.last_round}{base}{group.over('mean')}")
+        )
     if not math.isnan(error := worst_error(frame, "exactness_error")):
         note = f"worst round and module, from the factors{group.over('worst')}"
         found.append(("exactness error", scientific(error), note))

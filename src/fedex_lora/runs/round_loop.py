@@ -85,7 +85,8 @@ def run_rounds(config: Config, start: ServerState | Checkpoint, federation: Fede
     if here.state.round == 0:
         metrics = federation.evaluate(here.state)
         told = {key: value for key, value in federation.facts.items() if key != "labels"}  # names of classes may come from rows
-        emit(record("started", method=config.method, rounds=config.rounds, clients=list(federation.clients), metrics=metrics, **told))
+        begun = {"method": config.method, "rounds": config.rounds, "seed": config.seed, "clients": list(federation.clients)}
+        emit(record("started", **begun, metrics=metrics, **told))
     _forget(out, here, config.keep_rounds, federation.facts)
     for number in range(here.state.round + 1, config.rounds + 1):
         here = _one_round(number, here, server, federation, config, out, emit)

@@ -6,13 +6,13 @@ Numbers that are not finite are null in the file, and NaN in a record. None mean
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from fedex_lora.errors import StorageError, UsageError
+from fedex_lora.errors import StorageError
 from fedex_lora.storage.files import cannot_write, finite_json
 
 _Null = BeforeValidator(lambda value: math.nan if value is None else value)
@@ -52,6 +52,7 @@ class Started(Event, name="started"):
     method: str
     clients: list[str]
     rounds: int = 0
+    seed: int | None = None
     metrics: Metrics = {}
     base_model: str = ""
     base_fingerprint: str = ""
@@ -252,7 +253,7 @@ def append_event(path: Path, event: str | Event, **fields: Any) -> None:
         raise cannot_write(path, error) from None
 
 
-def _read(line: str | bytes) -> Event | None:
+def read_event(line: str | bytes) -> Event | None:
     """The event in a line; None where there is none."""
     try:
         fields = json.loads(line)
@@ -262,8 +263,15 @@ def _read(line: str | bytes) -> Event | None:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events of a run; a torn last line is left out."""
-    return [event for line in path.read_text(encoding="utf-8").splitlines() if (event := _read(line)) is not None]
+    """All events of a run; a torn last line is left out.
+
+    Raises:
+        StorageError: another line cannot be read.
+    """
+    *whole, last = (read_event(line) for line in path.read_text(encoding="utf-8").split("\n"))
+    if None in whole:
+        raise StorageError(f"{path}: line {whole.index(None) + 1} is damaged: copy the file again from where it came")
+    return [event for event in (*whole, last) if event]
 
 
 def of_kind(events: Sequence[Event], kind: type[Kind]) -> list[Kind]:
@@ -274,27 +282,3 @@ def of_kind(events: Sequence[Event], kind: type[Kind]) -> list[Kind]:
 def is_over(events: Sequence[Event]) -> bool:
     """Is a run done, and was it given no more rounds since?"""
     return isinstance(next((event for event in reversed(events) if isinstance(event, RunDone | Resumed)), None), RunDone)
-
-
-def tail_events(path: Path, every: float | None) -> Iterator[Event | None]:
-    """The events of a run as they are written, until it is over; None each time that there is nothing new.
-
-    Args:
-        path: `events.jsonl`.
-        every: seconds between looks; None: only what there is now.
-
-    Raises:
-        UsageError: the file is not there.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist: give the folder of a run that has begun")
-    read, seen = 0, list[Event]()
-    while True:
-        whole = path.read_bytes()[read:].rpartition(b"\n")[0]
-        read += len(whole) + 1 if whole else 0
-        seen += (found := [event for line in whole.splitlines() if (event := _read(line)) is not None])
-        yield from found
-        if every is None or is_over(seen):
-            return
-        yield None
-        time.sleep(every)

@@ -28,7 +28,7 @@ from fedex_lora.experiments.compare._protocol import (
     read_protocol,
     variant_option,
 )
-from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, done, is_config, nobody, outcomes
+from fedex_lora.experiments.compare._runs import RunJob, RunOutcome, done, is_config, nobody, outcomes, require_own
 from fedex_lora.experiments.compare._statistics import Curve, at_rounds, later_half, summary
 from fedex_lora.experiments.compare._tables import COSTS, markdown, result_tables
 from fedex_lora.experiments.compare._tests import answers, interval
@@ -88,12 +88,11 @@ def compare(config: Config, protocol: Protocol, out: Path, jobs: int = 1, tell: 
             seeds has no numbers there: its tests have failed.
     """
     config = with_settings(config, flat(protocol.set))
-    threaded = _with_threads(config, jobs, out)
-    if protocol.config_sha256 not in (None, hashed(config), _hash_there(threaded, out)):
+    if protocol.config_sha256 not in (None, hashed(config)):
         raise UsageError(
             f"the protocol is for another configuration: its config_sha256 is {protocol.config_sha256}, this one's {hashed(config)}"
         )
-    plan = _admitted(planned(threaded, protocol, out), protocol.controls, tell)
+    plan = _admitted(planned(_with_threads(config, jobs, out), protocol, out), protocol.controls, tell)
     plan = settled_plan(plan, protocol)
     sha256 = _claim(plan)
     with locked(out):
@@ -125,7 +124,9 @@ def _ran(plan: Plan, jobs: int, tell: Progress) -> tuple[dict[str, Choice], dict
         for seed in plan.seeds
         for variant in plan.variants
     }
-    return choices, _run(final, jobs, tell, plan.runs, told)
+    ended = _run(final, jobs, tell, plan.runs, told)
+    require_own([*tuned.values(), *ended.values()])
+    return choices, ended
 
 
 def _result(plan: Plan, choices: Mapping[str, Choice], ran: Mapping[Key, RunOutcome], sha256: str) -> dict[str, Any]:
@@ -217,13 +218,6 @@ def _try_out(plan: Plan, variant: Variant, tried: set[str]) -> None:
             if kind not in tried:
                 LocalSimulation(job.config, nobody)
         tried.add(kind)
-
-
-def _hash_there(config: Config, out: Path) -> str | None:
-    """The hash in the folder's own protocol, where its configuration is this one: an earlier version may have hashed it otherwise."""
-    mine, there = out / CONFIG, out / PROTOCOL
-    same = mine.is_file() and there.is_file() and is_config(mine.read_text(encoding="utf-8"), config)
-    return read_protocol(there).config_sha256 if same else None
 
 
 def _claim(plan: Plan) -> str:

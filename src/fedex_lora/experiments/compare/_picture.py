@@ -51,29 +51,28 @@ def draw_curves(result: Mapping[str, Any], out: Path) -> None:
     with rc_context(style):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axis: Any = figure.subplots()
-        lines = bands(result)
+        lines, styles = bands(result), {}
         for index, (name, band) in enumerate(lines.items()):
             mean, low, high = zip(*band, strict=True)
-            colour, dashes = PALETTE[index % len(PALETTE)], DASHES[index // len(PALETTE) % len(DASHES)]
-            axis.plot(range(len(mean)), mean, color=colour, linestyle=dashes, linewidth=1.6, label=name)
-            axis.fill_between(range(len(mean)), low, high, color=colour, alpha=0.13, linewidth=0)
+            styles[name] = {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[index // len(PALETTE) % len(DASHES)]}
+            axis.plot(range(len(mean)), mean, **styles[name], linewidth=1.6)
+            axis.fill_between(range(len(mean)), low, high, color=styles[name]["color"], alpha=0.13, linewidth=0)
         axis.set_xlim(0, result["rounds"])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("round")
         seeds = len(result["seeds"])
         axis.set_ylabel(f"{result['headline']} (mean of {seeds} seeds, 95 % interval)" if seeds > 1 else result["headline"])
         axis.set_title(result["task"], fontsize=9)
-        _name_lines(axis, lines)
+        _name_lines(axis, lines, styles)
         with replacing(out) as whole:
             figure.savefig(whole, dpi=160, format=out.suffix[1:])
 
 
-def _name_lines(axis: Any, lines: Mapping[str, Band]) -> None:
-    """Each line's name beside its end, in its colour; they keep apart."""
+def _name_lines(axis: Any, lines: Mapping[str, Band], styles: Mapping[str, Any]) -> None:
+    """Each line's name beside its end, in its colour and led to by its dashes; they keep apart."""
     low, high = axis.get_ylim()
     ends = {name: band[-1][0] for name, band in lines.items() if band[-1][0] == band[-1][0]}
     heights = spread(list(ends.values()), (high - low) * 0.05)
-    colours = {line.get_label(): line.get_color() for line in axis.get_lines()}
     for (name, end), height in zip(ends.items(), heights, strict=True):
         last = len(lines[name]) - 1
         axis.annotate(
@@ -81,9 +80,9 @@ def _name_lines(axis: Any, lines: Mapping[str, Band]) -> None:
             (last, end),
             xytext=(1.05, (height - low) / (high - low)),
             textcoords="axes fraction",
-            color=colours[name],
+            color=styles[name]["color"],
             fontsize=8,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", **styles[name], "linewidth": 1.1, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)},
         )

@@ -10,15 +10,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fedex_lora.aggregation import get_method
 from fedex_lora.client.training import silence_libraries
 from fedex_lora.config import Config, parse_config, write_config
-from fedex_lora.errors import ConfigError, StorageError, TrainingError, UnreadableError, UnwritableError
+from fedex_lora.errors import ConfigError, StorageError, TrainingError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.experiments.compare._statistics import Curve, curve
 from fedex_lora.runs.run import run
 from fedex_lora.storage.events import Event, RoundDone, RunDone, Started, of_kind, read_events
 from fedex_lora.storage.files import ROUNDS
 from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, remove, strays
+
+RESTORE = "put the file back, or remove its folder and the run is made again"
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,38 @@ def _outcome(job: RunJob) -> RunOutcome | None:
     recorded = _recorded(job)
     if not recorded or not isinstance(recorded[-1], RunDone) or not _without_gaps(recorded, job.config.rounds):
         return None
+    begun = of_kind(recorded, Started)[0]
+    if begun.method != job.config.method or begun.seed not in (None, job.config.seed):
+        raise UsageError(f"{job.folder / EVENTS} is of another run ({begun.method}, seed {begun.seed}): {RESTORE}")
     return RunOutcome(job, curve(recorded))
 
 
+def require_own(found: Iterable[RunOutcome]) -> None:
+    """Has each run events of its own, and have all that begin with one base the same?
+
+    Raises:
+        UsageError: they have not.
+    """
+    texts, bases = dict[bytes, Path](), dict[tuple[Any, ...], Path]()
+    names = dict[Path, str]()
+    for job in {outcome.job.folder: outcome.job for outcome in found if outcome.curve}.values():
+        events, config = job.folder / EVENTS, job.config
+        if (other := texts.setdefault(events.read_bytes(), events)) != events:
+            raise UsageError(f"{other} and {events} are the same: {RESTORE}")
+        names[events] = of_kind(read_events(events), Started)[0].base_fingerprint
+        kind = [table.model_dump_json() for table in (config.base, config.lora, config.task)]
+        other = bases.setdefault((*kind, get_method(config.method).lora, str(config.seed) * config.base.random_weights), events)
+        if names[other] != names[events]:
+            raise UsageError(f"{other} and {events} are of two bases: {RESTORE}")
+
+
 def _recorded(job: RunJob) -> list[Event]:
+    """A run's events; none where a line of them is damaged."""
     events = job.folder / EVENTS
-    return read_events(events) if events.is_file() else []
+    try:
+        return read_events(events) if events.is_file() else []
+    except StorageError:
+        return []
 
 
 def _without_gaps(events: Sequence[Event], rounds: int | None = None) -> bool:

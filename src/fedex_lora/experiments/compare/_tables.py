@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedex_lora.errors import counted
+from fedex_lora.experiments.compare._tests import interval
 from fedex_lora.experiments.tables import TextTable, plus_minus
 
 EDGE, OWN = "*", "†"
@@ -23,7 +24,7 @@ def result_tables(result: Mapping[str, Any]) -> list[TextTable]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables for documents, and the curves."""
     means = [
-        [row["name"], *(f"{sum(values) / len(values):.3f}" for values in zip(*row["seeds"].values(), strict=True))]
+        [row["name"], *(f"{interval(list(values))[0]:.3f}" for values in zip(*row["seeds"].values(), strict=True))]
         for row in result["methods"]
     ]
     columns = ["round", *map(str, range(result["rounds"] + 1))]
