@@ -485,6 +485,20 @@ def test_two_clients_with_the_same_rows_are_refused_and_would_be_charged_for_eac
         accounts_of(config, NAMES, held | {"chest": held["bone"]})
 
 
+def test_two_files_with_the_same_rows_are_twins(ledger, tmp_path):
+    """Of `[clients.data]`, each client's own: also of two files, and of one that both name."""
+    texts = {name: "text,label\n" + "".join(f"{name} {number},red\n" for number in range(12)) for name in ("one", "two")}
+    for name, text in {"a": texts["one"], "copy": texts["one"], "b": texts["two"]}.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    task = {"name": "custom", "kind": "causal-lm", "prompt": "{text}", "completion": " {label}", "train_rows": None, "eval_rows": None}
+    for other in ("copy", "a", "b"):
+        clients = {"partition": "iid", "column": None, "data": {"north": "a.csv", "south": f"{other}.csv"}}
+        config = setting(tmp_path, task={**task, "data": str(tmp_path), "eval": "b.csv"}, clients=clients)
+        with pytest.raises(ConfigError) as found:
+            LocalSimulation(config, ignore)
+        assert ("clients north, south hold the same rows" in str(found.value)) == (other != "b")
+
+
 def test_a_budget_that_ends_before_the_run_is_said_and_a_run_that_it_began_goes_on(ledger, tmp_path):
     """Rounds that are entered already are not paid for again."""
     one = privacy_plan(setting(tmp_path), "bone").round

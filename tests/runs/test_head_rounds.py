@@ -4,15 +4,19 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from tests.runs.test_resume import StopError, stopping
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
 
-from fedex_lora.config import base_folder, read_config
+from fedex_lora.client.client import Client
+from fedex_lora.config import Rules, base_folder, read_config
 from fedex_lora.errors import ConfigError
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import run
+from fedex_lora.server.server import Server
 from fedex_lora.storage.result import read_result
 from fedex_lora.storage.run_folder import round_folder
+from fedex_lora.types import ClientUpdate, LoRAPair
 
 SETTING = {"rounds": 4, "local": {"head_rounds": 2}, "keep_rounds": 4, "training": {"learning_rate": 1e-2}}
 CLASSES = {"kind": "classification", "text": ["text"], "label": "label"}
@@ -91,3 +95,23 @@ def test_what_does_not_go_is_one_line(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(message)):
         run(setting(tmp_path, **changes), tmp_path / "run", ignore)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_frozen_comes_back_as_it_was_or_is_rejected():
+    """Its median change is zero, which bounds nothing: one client would move it at will."""
+    start, head, names = {"q": LoRAPair(torch.ones(2, 6), torch.zeros(4, 2))}, {"score": torch.zeros(2, 4)}, list("abcd")
+    rules = Rules(local={"head_rounds": 1}, clients={"quorum": 0.6})
+    server, clients = Server.start(rules, start, head, names), {name: Client(rules, name, start) for name in names}
+    for number in (1, 2):
+        round, updates = server.open_round(), {}
+        for name, message in round.messages.items():
+            work = clients[name].receive(message)
+            pair, odd = work.start["q"], 1e6 if name == "d" else 0.0
+            changes = (odd, 0.1) if number == 1 else (0.1, odd)
+            moved = {"q": LoRAPair(A=pair.A, B=pair.B + changes[0])}, {"score": work.other["score"] + changes[1]}
+            answer = clients[name].reply(10, {}, update=ClientUpdate(name, moved[0], 10, other=moved[1]))
+            updates[name] = getattr(server.receive(name, answer), "update", None)
+        ready = round.ready()
+        assert [(one.client, one.reason) for one in round.rejections] == [("d", "it changed what local.head_rounds freezes in this round")]
+        after = round.close([updates[name] for name in ready.clients]).state
+        assert torch.allclose(after.other["score"], torch.full((2, 4), 0.1))

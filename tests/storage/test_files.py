@@ -14,7 +14,7 @@ from fedex_lora.errors import StorageError, UnwritableError, UsageError
 from fedex_lora.storage.events import KINDS, ClientRejected, RoundStarted, append_event, read_events, record
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, read_manifest, replacing
 from fedex_lora.storage.tensors import load_delta, load_tensors, save_delta, save_tensors
-from fedex_lora.storage.updates import load_update, save_update
+from fedex_lora.storage.updates import load_update, safe_name, save_update
 from fedex_lora.types import Dense, LowRank
 
 
@@ -162,3 +162,11 @@ def test_sums_of_older_versions_are_checked_as_they_were_written(tmp_path):
     (tmp_path / "out" / "x").write_bytes(b"Content")
     with pytest.raises(StorageError, match="has changed since it was written"):
         read_manifest(tmp_path / "out")
+
+
+def test_no_two_clients_share_a_file():
+    names = ["é", "è", "a b", "a_b", "", ".", "..", "a/b", "../a", "north"]
+    names += [safe_name(name) for name in names if safe_name(name) != name]
+    assert len({safe_name(name) for name in names}) == len(names)
+    assert safe_name("north") == "north"
+    assert all(safe_name(name).strip(".") for name in names)

@@ -99,7 +99,9 @@ def test_a_run_folder_holds_nothing_that_it_does_not_know(finished, tmp_path):
     fedsa = small_run(tmp_path / "fedsa", rounds=1, method="fedsa")
     for out in (finished, fedsa, small_run(tmp_path / "full", rounds=1, method="full-ft", training={"learning_rate": 1e-3})):
         assert strays(out) == []
-    for number, name in enumerate(("rounds/0001/notes.txt", "final/.git/HEAD", "clients/bone/rows.csv", "thesis.tex", "empty/")):
+    named_alike = "final/adapter/adapter_model.safetensors", "final/model.safetensors", "rounds/0001/trainable/own.safetensors"
+    odd = "rounds/0001/notes.txt", "final/.git/HEAD", "clients/bone/rows.csv", "thesis.tex", "empty/"
+    for number, name in enumerate(odd + named_alike):
         out = shutil.copytree(finished, tmp_path / f"{number}")
         fill(out, [name])
         before = contents(out)

@@ -27,7 +27,6 @@ from fedex_lora.config import Config, nearest, trainer_parts
 from fedex_lora.errors import ConfigError, FedexLoraError, TrainingError, require_extra
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.protocol.failures import told_to_end
-from fedex_lora.tasks.dealt import HOLDER
 from fedex_lora.types import Adapter, Delta
 
 TrainerFunction: TypeAlias = Callable[[nn.Module, Dataset, Any, Any], Trainer]
@@ -223,7 +222,7 @@ def with_columns(tokens: Dataset, rows: pd.DataFrame) -> Dataset:
     Nested objects (messages, tool calls) come back with the keys that each had, whatever others have; fractions in them with ten decimals.
     Columns of encoded images and sounds are left out: the processor has read the one that is trained on.
     """
-    names = [name for name in map(str, rows.columns) if name not in (*tokens.column_names, *REPLACED, HOLDER)]
+    names = [name for name in map(str, rows.columns) if name not in (*tokens.column_names, *REPLACED)]
     beside = [tokens]
     for name in names:
         values = [_plain(value) for value in rows[name]]

@@ -196,9 +196,9 @@ def caught_up(copy: ModelCopy, message: CatchUp, adapter: Adapter, pace: ServerO
     def logged(parts: Mapping[str, Kept]) -> dict[str, Kept]:
         return {module: part for module, part in parts.items() if module not in message.snapshot}
 
-    delta, before, last = logged(copy.delta), logged(copy.adapter), logged(adapter)
+    delta, before, last, halts = logged(copy.delta), logged(copy.adapter), logged(adapter), set(message.halts)
     for number in sorted(message.log):
-        if number in message.halts:
+        if number in halts:
             delta = halted(delta)
             continue
         after = last if number == message.version else dict(message.adapters.get(number, {}))

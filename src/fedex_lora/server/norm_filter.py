@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedex_lora.errors import WireError
 from fedex_lora.exactness.algebra import worst
+from fedex_lora.protocol.messages import Download
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
 VOTERS = 3  # fewer updates have no median that says who is odd
@@ -89,3 +91,17 @@ def norm_rejected(sizes: Mapping[str, Size], factor: float | None) -> dict[str, 
                     reason = f"its change of {name} has norm {size[kind]:.3g}, the round's median is {middle:.3g}"
                     rejected.setdefault(client, f"{reason}: above messages.norm_bound = {factor:g} times")
     return rejected
+
+
+def require_frozen(update: ClientUpdate, start: Adapter, sent: Download, head_rounds: int) -> None:
+    """What `local.head_rounds` freezes in a round comes back as it was: the norm bound cannot see it, for its median is zero.
+
+    Raises:
+        WireError: it does not.
+    """
+    if sent.request.round <= head_rounds:
+        pairs = [(factor, start[module].parts[name]) for module, pair in update.adapter.items() for name, factor in pair.parts.items()]
+    else:
+        pairs = [(tensor, sent.body.other[name]) for name, tensor in update.other.items()] if head_rounds else []
+    if not all(torch.equal(*pair) for pair in pairs):
+        raise WireError("it changed what local.head_rounds freezes in this round")

@@ -11,7 +11,7 @@ from fedex_lora.protocol.failures import OF_THE_RUN, Failure
 from fedex_lora.protocol.messages import Download, answer_in, decode_update
 from fedex_lora.protocol.records import Answer, Apology, elsewhere
 from fedex_lora.server.checks import below_quorum, quorum
-from fedex_lora.server.norm_filter import Size, norm_rejected, size_of
+from fedex_lora.server.norm_filter import Size, norm_rejected, require_frozen, size_of
 from fedex_lora.server.registry import ServerContext, Unanswered
 from fedex_lora.server.requests import LazyMessages, Phase, Requests
 from fedex_lora.server.result import Result, result_of
@@ -115,10 +115,11 @@ class Round:
             return Rejected(client, number, str(error))
 
     def _decoded(self, payload: bytes, sent: Download, said: Answer | Apology | None) -> ClientUpdate:
-        withheld = get_method(sent.body.method).withheld(sent.request.round)
-        update = decode_update(payload, sent, withheld, self._server.rules.messages.max_examples)
+        rules, withheld = self._server.rules, get_method(sent.body.method).withheld(sent.request.round)
+        update = decode_update(payload, sent, withheld, rules.messages.max_examples)
         if self._server.base and isinstance(said, Answer) and said.base not in ("", self._server.base):
             raise WireError(OTHER_BASE)
+        require_frozen(update, self._requests.start(sent)[0], sent, rules.local.head_rounds)
         return update
 
     def _of_the_round_before(self, client: str, payload: bytes, said: Answer | Apology | None) -> Verdict | None:
@@ -130,12 +131,11 @@ class Round:
             update = self._decoded(payload, sent, said)
         except WireError:
             return None
-        number = sent.request.round
         if client in self.late or client in self.receipts:
-            return Ignored(client, number, TWICE)
+            return Ignored(client, sent.request.round, TWICE)
         if self._server.rules.clients.late == "next":
-            return Late(client, number, update)
-        return Rejected(client, number, f"it answered in round {self.number} only: too late (clients.late = 'refuse')")
+            return Late(client, sent.request.round, update)
+        return Rejected(client, sent.request.round, f"it answered in round {self.number} only: too late (clients.late = 'refuse')")
 
     def _apology(self, client: str, failure: Failure) -> Verdict:
         if failure.code == "lacks" and not self._requests.asked[client].request.full:

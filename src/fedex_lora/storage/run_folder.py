@@ -7,13 +7,14 @@ import shutil
 import tempfile
 import tomllib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
-from fedex_lora.errors import UsageError
+from fedex_lora.errors import StorageError, UsageError
 from fedex_lora.storage.events import RunDone, of_kind, read_events
-from fedex_lora.storage.files import FINAL, ROUNDS, TEMPORARY, write_text
+from fedex_lora.storage.files import FINAL, MANIFEST, ROUNDS, TEMPORARY, read_manifest, write_text
 
 CONFIG, EVENTS, CLIENTS, TRACKERS, REPORT = "config.toml", "events.jsonl", "clients", "trackers", "report.html"
 WORD, ROWS = "run-id", "rows-digest"
@@ -96,17 +97,30 @@ def remove_temporaries(out: Path) -> None:
 def strays(out: Path, part: str = "") -> list[Path]:
     """What a run folder, or a part of it, holds that no run writes: files, links and empty folders."""
     leaves = (path for path in sorted((out / part).rglob("*")) if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
-    return [path for path in leaves if not _is_ours(path, out)]
+    listed = cache(_listed)
+    return [path for path in leaves if not _is_ours(path, out, listed)]
 
 
-def _is_ours(path: Path, out: Path) -> bool:
-    """Has a file below `out` the name of one that a run writes? Of trackers, a run that has some; and a report says that it is one."""
+def _listed(result: Path) -> set[Path]:
+    """What the manifest of a result says that was written there; nothing where it cannot be read."""
+    with suppress(StorageError):
+        return {result / name for name in (*read_manifest(result, check=False)["files"], MANIFEST)}
+    return set()
+
+
+def _is_ours(path: Path, out: Path, listed: Callable[[Path], set[Path]]) -> bool:
+    """Has a file below `out` the name of one that a run writes, and is it in its result's manifest, where that can be read?
+
+    Of trackers, a run that has some; and a report says that it is one.
+    """
     name = path.relative_to(out)
     if name.parts[0] == TRACKERS:
         return _has_trackers(out)
     if name.as_posix() == REPORT:
         return path.is_file() and not path.is_symlink() and is_report(path)
-    return bool(_OURS.fullmatch(name.as_posix()))
+    depth = {FINAL: 1, ROUNDS: 2}.get(name.parts[0], len(name.parts))
+    written = listed(out.joinpath(*name.parts[:depth])) if depth < len(name.parts) and TEMPORARY not in name.as_posix() else set()
+    return bool(_OURS.fullmatch(name.as_posix())) and (not written or path in written)
 
 
 def _has_trackers(out: Path) -> bool:

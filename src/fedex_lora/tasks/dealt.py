@@ -13,9 +13,6 @@ from fedex_lora.tasks import Task, load_task
 from fedex_lora.tasks._rows import each
 from fedex_lora.tasks.partition import Indices, held_out, partition
 
-HOLDER = "\0client"  # a column that no file has: whose row it is, in digests of rows, too
-
-
 Load: TypeAlias = Callable[[TaskSettings, int], Task]
 """(settings, the run's seed) -> the task."""
 
@@ -49,7 +46,7 @@ def _tasks(config: Config, load: Load) -> dict[str, Task]:
 
 
 def _together(tasks: Mapping[str, Task]) -> Task:
-    train = pd.concat([task.train.assign(**{HOLDER: client}) for client, task in tasks.items()], ignore_index=True).astype(object)
+    train = pd.concat([task.train for task in tasks.values()], ignore_index=True).astype(object)
     return replace(
         next(iter(tasks.values())),
         train=train.where(train.notna(), None),  # columns that only some files have
