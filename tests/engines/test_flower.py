@@ -31,7 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.cli.doctor import examine  # noqa: E402
-from fedex_lora.config import parse_config, read_config, write_config  # noqa: E402
+from fedex_lora.config import base_folder, parse_config, read_config, write_config  # noqa: E402
 from fedex_lora.engines.flower import _exchange, _worker  # noqa: E402
 from fedex_lora.engines.flower._exchange import GridExchange, NodeDirectory  # noqa: E402
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key  # noqa: E402
@@ -401,7 +401,7 @@ def alone(config, folder, answer, own=None):
     def exchange(messages, deadline):
         for client, payload in messages.items():
             node = {"client": client, "state": str(folder / "state"), "rows": "dealt", **(own or {}).get(client, {})}
-            request = NodeRequest(payload, client, "this-run", place.host.place.base.fingerprint(), write_config(config), node)
+            request = NodeRequest(payload, client, "this-run", place.host.place.identity, write_config(config), node)
             yield Reply(client, answer(request))
 
     there = replace(place.federation(), exchange=exchange)
@@ -440,7 +440,7 @@ class Apart(LocalSimulation):
             for client, payload in messages.items():
                 node = {"client": client, "state": str(self.state), "rows": "dealt"}
                 words = write_config(self.host.place.config)
-                request = NodeRequest(payload, client, "this-run", self.host.place.base.fingerprint(), words, node)
+                request = NodeRequest(payload, client, "this-run", self.host.place.identity, words, node)
                 yield Reply(client, Node(ignore).reply(NodeRequest.from_bytes(request.to_bytes())))
 
         return replace(super().federation(), exchange=exchange)
@@ -635,6 +635,10 @@ def test_a_message_for_somebody_else_from_another_base_or_too_large_is_refused(t
     assert "takes 0.001" in refusal(node={**request.node, "max-megabytes": 0.001})
     assert "not the server's" in refusal(base="another")
     assert "none to 'ward'" in refusal(client="ward")
+    words = shutil.copytree(base_folder(), tmp_path / "other words") / "tokenizer.json"
+    words.write_text(words.read_text().replace('"limp"', '"?"').replace('"burn"', '"limp"').replace('"?"', '"burn"'))
+    theirs = LocalSimulation(config, ignore).host.place.identity
+    assert "its tokenizer" in refusal(base=theirs, node={**request.node, "model": str(words.parent)})
 
 
 def test_own_rows(tmp_path):

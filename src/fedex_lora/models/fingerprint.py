@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.storage.peft_rules import PREFIX
 
@@ -48,6 +50,15 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) 
     for name in sorted(frozen):
         _add(digest, name, frozen[name].detach(), REST)
     return digest.hexdigest()
+
+
+def tokenizer_digest(processor: Any) -> str:
+    """Of what makes tokens of text: its vocabulary, special tokens and chat template; "" of anything else. Merges are not looked at."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return ""
+    said = [tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def frozen_samples(model: nn.Module) -> dict[str, bytes]:

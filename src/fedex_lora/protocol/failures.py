@@ -15,7 +15,7 @@ from fedex_lora.errors import FedexLoraError, counted
 WORDS: Final[Mapping[str, str]] = {
     "unexpected": "an error that was not foreseen",
     "adapter": "the adapter does not fit its model",
-    "base": "its base model is not the server's: give both the same revision of the model",
+    "base": "its base model or tokenizer is not the server's: give both the same revision of the model",
     "busy": "another process of this party is at work",
     "client": "its node is registered as another client",
     "column": "its rows lack a column that the task reads",

@@ -26,6 +26,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.exactness.measure import Exactness
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import fitted
+from fedex_lora.models.fingerprint import tokenizer_digest
 from fedex_lora.models.loading import Loaded, averageable, load_base
 from fedex_lora.models.lora import TASK_TYPES, add_lora, format_of, lora_layers, read_model, read_other, set_trained, trainable_parameters
 from fedex_lora.models.processor import load_processor
@@ -100,11 +101,11 @@ class ModelContext:
         self._mark = None if start is None else start.mark or ""
         self.stands_on = {} if start is None else standing(start, folder)
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """The same for all who have the base, and the result that the run goes on from."""
+        """The same for all who have the base, its tokenizer, and the result that the run goes on from."""
         begun = "" if self._mark is None else f" {tensors_digest(flatten_adapter('first', self.first), self._mark)}"
-        return self.base.fingerprint() + begun
+        return f"{self.base.fingerprint()} {tokenizer_digest(self.work.processor)}{begun}"
 
 
 def given_base(model: PreTrainedModel, task: Task) -> Loaded:

@@ -87,8 +87,7 @@ class Node:
             place, data, accounts = self._ready(request, settings)
             if request.base and request.base != place.identity:
                 raise ModelError(
-                    f"the base {place.config.base.model} of this node, or its base.start, is not the server's: give both the same",
-                    "base",
+                    f"the base {place.config.base.model}, its tokenizer or its base.start is not the server's: give both the same", "base"
                 )
             pool = ClientPool(place.config, ModelLearner(place, data, self._emit, log_of(request.node)), alone=True, accounts=accounts)
             pool.take_up(folder, folder.name)
