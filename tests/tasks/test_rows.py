@@ -74,6 +74,28 @@ def test_cells_that_are_no_text_are_what_json_writes(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "columns", "line"),
+    [
+        ("note;urgency, final\nhurts;now\n", ["note", "urgency, final"], 2),
+        ('"text, free, long";label\na, b;c\n', ["text, free, long", "label"], 2),
+        ("sep=;\r\na,b,c;label\r\nx;y\r\n", ["a,b,c", "label"], 3),
+        ("text, label\na, b\n", ["text", " label"], 2),
+    ],
+)
+def test_columns_are_separated_by_what_the_header_says(text, columns, line, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    rows = read_rows("a.csv", tmp_path)
+    assert (list(rows.columns), list(rows.index)) == (columns, [line])
+
+
+def test_whole_numbers_of_the_hub_stay_whole_where_a_row_has_none(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_text(f'{{"label": 1, "ids": [1, null]}}\n{{"label": null}}\n{{"label": {2**53 + 1}}}\n')
+    rows = read_rows(f"{tmp_path / 'set'}:train")
+    assert (list(rows["label"]), rows["ids"][0]) == (["1", None, str(2**53 + 1)], [1, None])
+
+
 PACKED = gzip.compress(b"text\n" + b"row\n" * 5000, mtime=0)
 
 
@@ -89,6 +111,7 @@ def test_lines_are_those_of_the_file(tmp_path):
         ("a.csv", b"text,label\n1,2\n1,2,3\n", "line 3 has more fields than its header"),
         ("a.csv", b'text,label\n"1,2\n', "cannot be read"),
         ("a.csv", b"\n".join([b"text"] + [b"row"] * 4000 + ["Zoë".encode("latin-1")]), r"is not UTF-8 \(line 4002\): .*iconv -f latin1"),
+        ("a.csv", "text\nrow\n".encode("utf-16"), r"is not UTF-8 \(line 1\): .*iconv -f utf-16 -t utf-8"),
         ("a.csv.gz", b"text\n1\n", "cannot be read"),
         ("a.csv.gz", gzip.compress(b"text\n" + b"row\n" * 5000, mtime=0)[:40], "cannot be read"),
         ("a.csv.gz", PACKED[:12] + b"\xff" + PACKED[13:], "cannot be read"),
@@ -244,7 +267,7 @@ def test_labels_are_the_same_text_at_every_party(tmp_path):
         for labels in (["1", "2", "NA"], [1, 2, 3]):
             task = load_task(settings(tmp_path, train=name, eval=name, labels=labels), 0)
             assert (task.model_config["num_labels"], task.classes.tolist()) == (3, [0, 1])
-    assert classes_of(["10", "9", "2"]) == ["2", "9", "10"]
+    assert classes_of(["10", "9", "2", "9" * 5000]) == ["2", "9", "10", "9" * 5000]  # more digits than `int` reads
     (tmp_path / "rows.csv").write_text("text,label\na,Hardware \nb,hardware\n")
     assert "'Hardware ' and 'hardware' are two classes" in load_task(settings(tmp_path, train="rows.csv", eval="rows.csv"), 0).notes[0]
 

@@ -15,6 +15,7 @@ Names may be in capitals and end in .gz, .bz2 or .xz; a byte order mark is no pa
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import json
@@ -77,7 +78,8 @@ def _read(path: Path, reader: Callable[..., Numbered], opener: Callable[..., IO[
     try:
         rows = list(reader(path, opener))
     except UnicodeError as error:
-        how = "save it as UTF-8 (in Excel: CSV UTF-8; or: iconv -f latin1 -t utf-8)"
+        coding = "utf-16" if getattr(error, "object", b"")[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+        how = f"save it as UTF-8 (in Excel: CSV UTF-8; or: iconv -f {coding} -t utf-8)"
         raise DataError(f"{path} is not UTF-8 (line {_line_of(path, opener)}): {how}", "encoding") from error
     except (ValueError, OSError, EOFError, csv.Error, RecursionError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}: mend the file, or save it anew", "table") from None
@@ -100,23 +102,35 @@ def _frame(rows: Sequence[Mapping[str, Any]], index: Sequence[int] | None = None
     return pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, index=index, dtype=object)
 
 
+def _separator(header: str, tabs: bool) -> str:
+    """What is there most often outside of quotes, a mark before a space counting least: it may be of the text.
+
+    >>> _separator("note;urgency, final", False), _separator('"text, free";label', False)
+    (';', ';')
+    """
+    bare = re.sub('"[^"]*"?', "", header)
+    counts = {mark: (len(re.findall(f"{mark}(?! )", bare)), bare.count(mark)) for mark in (",", ";", "\t")}
+    return "\t" if tabs and "\t" in header else max(counts, key=lambda mark: counts[mark])
+
+
 def _table(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        separator = next((mark for mark in ("," if ".csv" in path.name.lower() else "\t", ";", "\t") if mark in first), ",")
-        tabs = ".tsv" in path.name.lower()
+        first, tabs = file.readline(), ".tsv" in path.name.lower()
+        said = re.fullmatch(r'sep=([^\w"\r\n])[\r\n]*', first)  # for Excel, before the header
+        separator, before = (said[1], 1) if said else (_separator(first, tabs), 0)
+        if not said:
+            file.seek(0)
         reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=not tabs)
         header = next(reader, [])
         if twice := next((name for name in header if header.count(name) > 1), None):
             raise ValueError(f"its header has the column {twice!r} twice")
-        line = reader.line_num + 1
+        line = before + reader.line_num + 1
         for cells in reader:
             if len(cells) > len(header):
                 raise ValueError(f"line {line} has more fields than its header: quote fields that hold the separator {separator!r}")
             if cells:
                 yield line, dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
-            line = reader.line_num + 1
+            line = before + reader.line_num + 1
 
 
 def _json(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
@@ -223,12 +237,11 @@ def within(data: Path, name: str) -> Path:
 def read_hub(name: str, subset: str | None, split: str, **options: Any) -> Rows:
     """A split of a data set on the Hugging Face hub (or, with `name` "json", of `data_files`, which may be addresses)."""
     try:
-        frame = load_dataset(name, subset, split=split, **options).to_pandas()
+        table = load_dataset(name, subset, split=split, **options).with_format("arrow")[:]
     except Exception as error:  # datasets, hub and network each raise their own
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         source = options.get("data_files", name)
         raise DataError(
             f"data set {source} ({split}) cannot be had from the hub: go online, or give task.data as a local folder ({reason})", "table"
         ) from None
-    assert isinstance(frame, pd.DataFrame)
-    return frame
+    return pd.DataFrame(table.to_pylist(), columns=table.column_names, dtype=object)  # to_pandas makes 1.0 of 1 where a row has none

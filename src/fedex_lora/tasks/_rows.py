@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from fedex_lora import config
@@ -182,7 +183,7 @@ def classes_of(labels: Iterable[str]) -> list[str]:
     (['9', '10'], ['10', '9', 'no'])
     """
     names = sorted(set(labels))
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return sorted(names, key=Decimal) if all(name.isdecimal() for name in names) else names
 
 
 def alike(classes: Sequence[str]) -> list[tuple[str, str]]:
