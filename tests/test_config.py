@@ -29,6 +29,10 @@ def test_round_trip():
         ({"round": 4}, r"unknown key round: did you mean rounds\?"),
         ({"lora": {"r": "four"}}, "lora.r = 'four': give a whole number"),
         ({"lora": {"r": 0}}, "lora.r = 0"),
+        ({"rounds": True}, "^rounds = True: give a number, not true or false$"),
+        ({"clients": {"deadline": True, "ranks": [2, True]}}, r"^clients.ranks = \[2, True\]: give a number.*; clients.deadline = True"),
+        ({"lora": {"rank_pattern": {"v": True}}}, "^lora.rank_pattern = {'v': True}: give a number"),
+        ({"task": {"name": "custom", "labels": [0.5, 1.5]}}, "^task.labels: put 0.5 in quotes, as it is written in the rows$"),
         ({"rounds": 0}, "rounds = 0"),
         ({"clients": {"fraction": 0}}, "clients.fraction = 0"),
         ({"clients": {"partition": "column"}}, "needs clients.column"),
@@ -107,6 +111,13 @@ def test_paths_are_relative_to_the_file_that_names_them_and_to_the_command_that_
     assert (folder.data, folder.train) == (tmp_path / "here" / "data", "rows.csv")
     (tmp_path / "at" / "demo").mkdir()
     assert read_config(path, ["base.model=demo"]).base.model == "demo"
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_labels_be_true_and_false(tmp_path):
+    path = tmp_path / "c.toml"
+    text = '[base]\nmodel = "m"\nrandom_weights = true\n[task]\nname = "custom"\nlabels = [true, false]\n'
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_config(path).task.labels == ["true", "false"]  # as in rows of JSON
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("rounds = ", "not TOML")])

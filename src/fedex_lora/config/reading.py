@@ -68,7 +68,7 @@ def merged(*trees: Mapping[str, Any], whole: Collection[str] = ()) -> dict[str, 
 def toml_tree(path: Path) -> dict[str, Any]:
     """A TOML file as plain values; a `ConfigError` says why there are none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give the path of a TOML file") from None
     except IsADirectoryError:

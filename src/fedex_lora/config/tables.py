@@ -1,10 +1,13 @@
 """What is trained, on which rows, by whom: the tables `[base]`, `[lora]`, `[task]` and `[clients]`."""
 
+import json
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 DEMO = "demo"
 MEMORY = "memory:"  # what the sources of rows that a run was given in memory begin with
@@ -18,10 +21,22 @@ def base_folder() -> Path:
     return Path(str(files("fedex_lora"))) / "data" / "demo_base"
 
 
+def _of_numbers(kind: Any) -> bool:
+    return kind in (int, float) or any(map(_of_numbers, get_args(kind)))
+
+
 class ConfigTable(BaseModel):
-    """A table of a configuration: frozen; a key that it does not have is an error."""
+    """A table of a configuration: frozen; a key that it does not have is an error, and so is true or false where a number belongs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in inner) and _of_numbers(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("number", "give a number, not true or false")
+        return value
 
 
 class Base(ConfigTable):
@@ -129,6 +144,15 @@ class TaskSettings(ConfigTable):
     )
     train_rows: int | None = Field(None, ge=1, description="Use this many training rows, drawn with the run's seed.")
     eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_json_writes_them(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if odd := [one for one in value if isinstance(one, float)]:
+            raise ValueError(f"task.labels: put {odd[0]} in quotes, as it is written in the rows")
+        return [json.dumps(one) if isinstance(one, bool) else one for one in value]
 
     @model_validator(mode="after")
     def _kinds_go_with_the_rest(self) -> "TaskSettings":
