@@ -9,7 +9,9 @@ from tests.conftest import make_pair, make_updates
 
 from fedex_lora import METHODS, LoRAPair, aggregate
 from fedex_lora.aggregation import normalised_weights
-from fedex_lora.errors import AggregationError, UsageError
+from fedex_lora.aggregation.server_state import init
+from fedex_lora.config import Truncation
+from fedex_lora.errors import AggregationError, FedexLoraError, UsageError
 
 
 def altered(index, **changes):
@@ -52,11 +54,19 @@ def test_overflow_is_not_called_nan():
         ([1, math.nan, 1], "finite"),
         ([1e308, 1e308, 1e308], "infinity"),
         ("majority", "unknown weights"),
+        (["a", "b", "c"], r"weights \['a', 'b', 'c'\]: give one number for each update"),
+        ([1, None, 1], "give one number for each update"),
+        (3, "weights 3: give one number for each update"),
     ],
 )
 def test_impossible_weights(weights, message):
     with pytest.raises(AggregationError, match=message):
         aggregate(make_updates(3), weights=weights)
+
+
+def test_rows_that_are_no_number():
+    with pytest.raises(AggregationError, match=r"weights \[.*None.*\]: give one number for each update"):
+        aggregate(altered(1, num_examples=None))
 
 
 def test_weights_by_name_are_in_no_order():
@@ -93,6 +103,31 @@ def test_clients_without_examples():
 def test_updates_that_do_not_fit(changes, message):
     with pytest.raises(AggregationError, match=message):
         aggregate(altered(1, **changes))
+
+
+def test_factors_without_numbers():
+    updates = [replace(update, adapter={"m": LoRAPair(A=torch.ones(0, 5), B=torch.ones(3, 0))}) for update in make_updates(2)]
+    with pytest.raises(AggregationError, match="client client-0 has no numbers in m: give factors of rank 1 or more"):
+        aggregate(updates)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"k": make_pair(0)}, "client client-0 does not continue module k"),
+        ({"m0": make_pair(0), "m1": make_pair(1, 6, 9)}, "client client-0 does not continue module m1"),
+        ({"m0": make_pair(0)}, "client client-0 sent modules that the global adapter does not have"),
+        ("folder", "state is of type str: give the ServerState that the clients went on from"),
+    ],
+)
+def test_a_state_that_the_updates_do_not_continue(state, message):
+    with pytest.raises(FedexLoraError, match=message):
+        aggregate(make_updates(2), state=state if isinstance(state, str) else init(state, {}))
+
+
+def test_a_truncation_for_a_method_that_does_not_truncate():
+    with pytest.raises(UsageError, match="truncation is for fedex-svd, and the method is fedex: leave it out"):
+        aggregate(make_updates(2), truncation=Truncation(rank=1))
 
 
 def test_integer_tensors_have_no_mean():

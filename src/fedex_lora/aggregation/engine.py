@@ -16,7 +16,7 @@ from fedex_lora.aggregation.lowrank import finite
 from fedex_lora.aggregation.methods import METHODS, Method, get_method
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Truncation, nearest
-from fedex_lora.errors import AggregationError, counted
+from fedex_lora.errors import AggregationError, UsageError, counted
 from fedex_lora.types import Aggregate, ClientUpdate, LoRAPair, LowRank, ServerState
 
 WeightRule = Literal["num_examples", "uniform"] | Sequence[float]
@@ -44,8 +44,9 @@ def aggregate(
         state: what the clients went on from (see `server_state.step`); None: adapters from anywhere.
 
     Raises:
-        AggregationError: no updates, or they do not fit together, or hold NaN or infinity, or the weights are impossible.
-        UsageError: unknown method or gauge.
+        AggregationError: no updates, or they do not fit together, or hold NaN or infinity, or the weights are impossible; or the updates
+            do not continue the state.
+        UsageError: unknown method or gauge, or a truncation for a method that does not truncate.
 
     Example:
         >>> import torch
@@ -55,8 +56,12 @@ def aggregate(
         (4, {'a': 0.25, 'b': 0.75})
     """
     row = get_method(method)
+    if truncation not in (None, Truncation()) and row.residual_policy != "truncate":
+        raise UsageError(f"truncation is for fedex-svd, and the method is {method}: leave it out")
     updates, p = in_order(updates, normalised_weights(updates, weights))
     require_same_structure(updates, row)
+    if state is not None:
+        require_continues(state, updates, row)
     like = updates[0].adapter
     updates = [replace(update, adapter={module: pair.inner for module, pair in update.adapter.items()}) for update in updates]
     adapter: dict[str, LoRAPair] = {}
@@ -105,14 +110,16 @@ def normalised_weights(updates: Sequence[ClientUpdate], weights: WeightRule) -> 
         raise AggregationError("no updates to aggregate: give at least one")
     if isinstance(weights, Mapping):
         raise AggregationError("weights are given by name: give one number an update, in their order")
-    if isinstance(weights, str):
-        if weights not in ("num_examples", "uniform"):
-            raise AggregationError(f"unknown weights {weights!r}: use 'num_examples', 'uniform' or one number a client")
-        raw = [1.0 if weights == "uniform" else float(update.num_examples) for update in updates]
-    else:
-        raw = [float(weight) for weight in weights]
-        if len(raw) != len(updates):
-            raise AggregationError(f"{counted(len(raw), 'weight')} for {counted(len(updates), 'update')}: give one weight for each adapter")
+    if isinstance(weights, str) and weights not in ("num_examples", "uniform"):
+        raise AggregationError(f"unknown weights {weights!r}: use 'num_examples', 'uniform' or one number a client")
+    given = [1 if weights == "uniform" else update.num_examples for update in updates] if isinstance(weights, str) else weights
+    try:
+        raw = [float(weight) for weight in given]
+    except (TypeError, ValueError, OverflowError):
+        said = " ".join(repr(given).split())[:80]
+        raise AggregationError(f"weights {said}: give one number for each update (by default its num_examples)") from None
+    if len(raw) != len(updates):
+        raise AggregationError(f"{counted(len(raw), 'weight')} for {counted(len(updates), 'update')}: give one weight for each adapter")
     if any(not math.isfinite(weight) or weight < 0 for weight in raw):
         raise AggregationError(f"weights {raw} must be finite and not negative: give numbers from zero up")
     total = math.fsum(raw) if math.isfinite(sum(raw)) else math.inf
@@ -153,7 +160,7 @@ def mean_of(last_first: Iterable[Tensor], p: Sequence[float], name: str) -> Tens
 
 
 def require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None:
-    """The same modules, shapes, ranks and other tensors in all updates; ids unique; scalings finite and not zero."""
+    """The same modules, shapes, ranks and other tensors in all updates; ids unique; factors not empty; scalings finite and not zero."""
     first, ids = updates[0], [update.client_id for update in updates]
     if len(set(ids)) < len(ids):
         raise AggregationError(f"client ids {ids} are not unique: give every client its own")
@@ -175,11 +182,33 @@ def require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None
                 "U" in pair.parts and not torch.equal(pair.parts["U"], reference.parts["U"])
             ):
                 raise AggregationError(f"{who} do not share the frozen U of {module}, so their cores have no mean: use method fedex")
-            if not math.isfinite(pair.scaling) or pair.scaling == 0:
-                raise AggregationError(f"client {update.client_id} has scaling {pair.scaling} in {module}: it must be finite and not zero")
+            _require_numbers(update.client_id, module, pair)
         for name, tensor in update.other.items():
             if tensor.shape != first.other[name].shape:
                 raise AggregationError(f"{who} differ in {name}: shape {tuple(first.other[name].shape)} against {tuple(tensor.shape)}")
+
+
+def _require_numbers(client: str, module: str, pair: LoRAPair) -> None:
+    if 0 in (pair.rank, *pair.shape):
+        raise AggregationError(f"client {client} has no numbers in {module}: give factors of rank 1 or more")
+    if not math.isfinite(pair.scaling) or pair.scaling == 0:
+        raise AggregationError(f"client {client} has scaling {pair.scaling} in {module}: it must be finite and not zero")
+
+
+def require_continues(state: ServerState, updates: Sequence[ClientUpdate], row: Method) -> None:
+    """The same modules and shapes as the global adapter's, and its rank, or a lower one where the method takes ranks that differ."""
+    if not isinstance(state, ServerState):
+        raise UsageError(f"state is of type {type(state).__name__}: give the ServerState that the clients went on from")
+    for update in updates:
+        for module, pair in state.adapter.items():
+            sent = update.adapter.get(module)
+            fits = sent is not None and sent.shape == pair.shape and sent.parts.keys() == pair.parts.keys()
+            if sent is None or not fits or sent.rank > pair.rank or (sent.rank < pair.rank and not row.per_client_ranks):
+                raise AggregationError(
+                    f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
+                )
+        if len(state.adapter) < len(update.adapter):
+            raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have")
 
 
 def _require_same_names(who: str, what: str, left: Mapping[str, object], right: Mapping[str, object]) -> None:

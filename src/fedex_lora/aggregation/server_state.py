@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.batching import rescaled
-from fedex_lora.aggregation.engine import WeightRule, aggregate
+from fedex_lora.aggregation.engine import WeightRule, aggregate, require_continues
 from fedex_lora.aggregation.factorizations import regauged
 from fedex_lora.aggregation.factors import derive_seed, init_lora_a
 from fedex_lora.aggregation.flatten import flatten_adapter, scalings_of, unflatten_adapter
@@ -75,6 +75,7 @@ def step(
         (1, 2)
     """
     row = get_method(state.method)
+    require_continues(state, updates, row)
     updates = [_continuing(state, update) for update in updates]
     result = aggregate(updates, state.method, weights, truncation, state)
     shares = [(result.weights[client], gains) for client, gains in (behind or {}).items()]
@@ -207,18 +208,11 @@ def start_of(method: str, adapter: Adapter, rank: int | None, own: Adapter | Non
 
 
 def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
-    """The update on the scalings of the global adapter, if it continues that adapter."""
-    row = get_method(state.method)
-    trained = row.trained(state.round + 1)
+    """The update on the scalings of the global adapter, if it has changed nothing that the method freezes."""
+    trained = get_method(state.method).trained(state.round + 1)
     kept: dict[str, LoRAPair] = {}
     for module, pair in state.adapter.items():
-        sent = update.adapter.get(module)
-        fits = sent is not None and sent.shape == pair.shape and sent.parts.keys() == pair.parts.keys()
-        if sent is None or not fits or sent.rank > pair.rank or (sent.rank < pair.rank and not row.per_client_ranks):
-            raise AggregationError(
-                f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
-            )
-        kept[module] = rescaled(sent, pair.scaling)
+        kept[module] = rescaled(update.adapter[module], pair.scaling)
         for part in (part for part in pair.parts if part not in trained):
             ours, theirs = pair.parts[part], kept[module].parts[part]
             if not (
@@ -226,6 +220,4 @@ def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
             ):  # another scaling rounds
                 raise AggregationError(f"client {update.client_id} changed {part} of {module}, which method {state.method} freezes")
             kept[module] = kept[module].with_part(part, ours)
-    if len(kept) < len(update.adapter):
-        raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have")
     return replace(update, adapter=kept)
