@@ -107,6 +107,7 @@ def test_updates_are_aggregated_as_before(sites):
             aggregate(odd)
     assert aggregate(updates).weights.keys() == {"client-0", "client-1"}
     assert len(aggregate(sites[0]).folders) == 1
+    assert aggregate(sites, base=Path("elsewhere")).numbers["base_model"] == "elsewhere"
 
 
 def test_updates_are_weighted_by_the_clients_ids():

@@ -87,7 +87,7 @@ def test_a_result_is_frames_a_model_and_a_folder(plain, tmp_path):
     assert not list((tmp_path / "full").iterdir())
     ids = torch.arange(3, 27).reshape(2, 12)
     plain.export(tmp_path / "merged")
-    assert plain.export(tmp_path / "half", dtype=torch.bfloat16)["dtype"] == "bfloat16"
+    assert plain.export(tmp_path / "half", dtype=torch.bfloat16, base=base_folder())["dtype"] == "bfloat16"
     for options, words in (({"shard": 100000}, "shard size 100000: write it as 2GB"), ({"form": "mergd"}, "no export as 'mergd'")):
         with pytest.raises(UsageError, match=words) as caught:
             plain.export(tmp_path / "no", **options)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.messages import retold
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedex_lora import AdaptedModel, Client, Rules, Server, load_model, save_result
+from fedex_lora.config import base_folder
 from fedex_lora.errors import AdapterError, ModelError, TrainingError, UsageError
+from fedex_lora.models.export import export
 from fedex_lora.models.lora import set_trained
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.server.verdicts import Accepted
@@ -300,6 +302,44 @@ def test_an_adapter_of_any_name_goes_all_the_way(tmp_path, name):
     ids = torch.arange(3, 12)[None]
     torch.testing.assert_close(loaded(ids).logits, here.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
     assert result.exactness.max_relative_error < 1e-6
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "mixed"])
+def test_adapters_outside_a_peft_model_are_refused(way):
+    """Nobody could tell plain LoRA from DoRA there."""
+    model, lora = base(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+    if way == "add_adapter":
+        model.add_adapter(lora)
+    else:
+        model = get_peft_model(model, lora, mixed=True)
+    with pytest.raises(UsageError, match=r"with adapters in it: wrap the plain base by get_peft_model\(base, LoraConfig\(\.\.\.\)\)$"):
+        AdaptedModel(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_federation_begins_on_a_plain_base(dtype, tmp_path):
+    """What a base has gained is no part of a new one: refused, until it is in the weights of an export, which the parties go on from."""
+    base(dtype=dtype).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_folder()).save_pretrained(tmp_path / "base")
+    start = AdaptedModel(peft(base(dtype=dtype)))
+    for method in ("fedit", "fedex"):
+        server = Server.start(Rules(method=method), *start.read(), ["a", "b"])
+        round = server.open_round()
+        parties = {who: Party(who, peft(base(dtype=dtype)), Rules(method=method)) for who in "ab"}
+        answers = {who: one.answer(round.messages[who], lambda model, who=who: train(model, ord(who))) for who, one in parties.items()}
+        save_result(tmp_path / method, round.close([server.receive(*answer).update for answer in answers.items()]), start.format)
+    AdaptedModel(load_model(tmp_path / "fedit", tmp_path / "base"))  # which has gained nothing
+    loaded, ids = load_model(tmp_path / "fedex", tmp_path / "base"), torch.arange(3, 12)[None]
+    with pytest.raises(UsageError, match=r"go on by run with base\.start, by aggregate\(\.\.\., state=\.\.\.\), or from what"):
+        AdaptedModel(loaded)
+    export(tmp_path / "fedex", "base+adapter", tmp_path / "out", tmp_path / "base")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter", is_trainable=True)
+    want = model.eval()(ids).logits
+    server = Server.start(Rules(), *AdaptedModel(model).read(), ["a"])
+    assert torch.equal(model(ids).logits, want)
+    torch.testing.assert_close(want, loaded(ids).logits.float(), rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.02)
+    assert isinstance(server.receive("a", Party("a", model).answer(server.open_round().messages["a"])), Accepted)
 
 
 def test_two_active_adapters_are_no_adapted_model():

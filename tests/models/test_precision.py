@@ -1,7 +1,11 @@
 """Bases of 16, 8 and 4 bits: the base delta beside the weights, against the base as it is stored, upcast, plus the ideal update in fp64."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
+import transformers
 from tests import oracle
 from tests.models.test_sixteen_bits import as_the_card_says, share
 from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore
@@ -280,3 +284,16 @@ def test_a_run_from_random_weights_can_be_opened(tmp_path):
     run(config, tmp_path / "run", ignore)
     assert verify(tmp_path / "run", str(base_folder()))["output_error"] < 1e-3
     assert export(tmp_path / "run", "merged", tmp_path / "out")["change_error"] < 1e-2
+
+
+def test_what_is_loaded_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    """Progress bars, and what is drawn next: no seed of the run's stays."""
+    run(configuration(base={"random_weights": True}, rounds=1, task={"train_rows": 48}), tmp_path / "run", ignore)
+    drawn = []
+    for seed in (1, 2):
+        transformers.set_seed(seed)
+        monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+        load_model(tmp_path / "run", base_folder())
+        assert transformers.logging.is_progress_bar_enabled()
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(1))))
+    assert all(one != other for one, other in zip(*drawn, strict=True))

@@ -157,6 +157,18 @@ def test_without_updates_and_audit(tmp_path):
         verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_head_in_float64_at_one_party(place, tmp_path):
+    folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    path = folders[place] / "adapter_model.safetensors"
+    save_file({name: x.double() if "score" in name else x for name, x in load_file(path).items()}, path, {"format": "pt"})
+    aggregate_folders(folders, tmp_path / "out", weights=[1, 3])
+    heads = [load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"].double() for folder in folders]
+    for name in ("trainable", "adapter"):
+        mean = read_adapter_folder(tmp_path / "out" / name).other["score.weight"]
+        torch.testing.assert_close(mean.double(), 0.25 * heads[0] + 0.75 * heads[1], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", ["fedex", "fedex-best"])  # from files to files, and in memory
 @pytest.mark.parametrize("linked", [True, False])
 def test_the_inputs_are_kept_as_they_are(linked, method, tmp_path, monkeypatch):

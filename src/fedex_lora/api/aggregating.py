@@ -91,7 +91,7 @@ def aggregate(
     weights: Literal["uniform"] | Sequence[float] | Mapping[str, float] | None = ...,
     truncation: Truncation | None = ...,
     state: str | Path | None = ...,
-    base: str | None = ...,
+    base: str | Path | None = ...,
 ) -> AggregatedFolders: ...
 
 
@@ -141,9 +141,8 @@ def aggregate(
     shares = None if weights is None or isinstance(weights, str) else _shares("folder", names, weights)
     if isinstance(weights, str) and weights != "uniform":
         raise UsageError(f"weights = {weights!r}: folders do not say how many rows they were trained on: give one number a folder")
-    return AggregatedFolders(
-        folders, method=method, weights=shares, previous=None if state is None else Path(state), truncation=truncation, base=base
-    )
+    before, below = None if state is None else Path(state), None if base is None else str(base)
+    return AggregatedFolders(folders, method=method, weights=shares, previous=before, truncation=truncation, base=below)
 
 
 def _shares(kind: str, names: Sequence[str], weights: Sequence[float] | Mapping[str, float]) -> list[float]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedex_lora.errors import TrainingError, UsageError, first_of
@@ -11,7 +12,7 @@ from fedex_lora.models.core import core_start
 from fedex_lora.models.fingerprint import frozen_samples
 from fedex_lora.models.lora import format_of, lora_layers, other_parameters, read_model, read_other, train_in_float32, write_model
 from fedex_lora.storage.adapter_folder import Format
-from fedex_lora.storage.peft_rules import require_plain_lora
+from fedex_lora.storage.peft_rules import MARK, require_plain_lora
 from fedex_lora.types import Adapter, Delta, LoRAPair
 
 
@@ -24,7 +25,7 @@ class AdaptedModel:
 
     Raises:
         AdapterError, ModelError: an adapter or a base that the algebra does not cover (DoRA, PiSSA, trained biases).
-        UsageError: it is no model.
+        UsageError: it is no model, has adapters and is no `PeftModel`, or is of `load_model` on a base that had gained something.
 
     Example:
         >>> model = AdaptedModel(get_peft_model(base, LoraConfig(r=8)))                   # doctest: +SKIP
@@ -35,6 +36,16 @@ class AdaptedModel:
             raise UsageError(f"AdaptedModel takes a model, as peft.get_peft_model gives it, and this is a {type(model).__name__}")
         if isinstance(model, PeftModel):
             require_plain_lora(model.peft_config[model.active_adapter].to_dict(), "the adapter of this model")
+            if any(getattr(config, MARK, "") for config in model.peft_config.values()):
+                raise UsageError(
+                    "AdaptedModel takes a model on a plain base, and load_model gave this one what its base had gained: go on by run with "
+                    "base.start, by aggregate(..., state=...), or from what `fedex-lora export --as base+adapter` writes"
+                )
+        elif any(isinstance(module, LoraLayer) for module in model.modules()):
+            raise UsageError(
+                f"AdaptedModel takes what peft.get_peft_model gives, and this is a {type(model).__name__} with adapters in it: wrap the "
+                "plain base by get_peft_model(base, LoraConfig(...))"
+            )
         train_in_float32(model)
         self.model, self.base = model, FrozenBase(model, where)
         self._frozen = dict[str, bytes]()

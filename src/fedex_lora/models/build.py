@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from fedex_lora.aggregation import get_method
 from fedex_lora.config import IMAGES, Base, nearest
@@ -178,9 +179,10 @@ def base_for(result: StoredResult, name: str) -> PreTrainedModel:
         options = {"num_labels": len(labels), "id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     precision = {key: result.manifest[f"base_{key}"] for key in ("dtype", "quantization") if f"base_{key}" in result.manifest}
     seed = result.manifest.get("base_random_seed")
-    if seed is not None:
-        set_seed(seed)
-    model = load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        model = load_base(Base(model=name, random_weights=seed is not None, **precision), kind, **options).model
     return resized(model, result.format.frozen, result.other)
 
 

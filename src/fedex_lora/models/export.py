@@ -22,7 +22,7 @@ from fedex_lora.exactness.measure import effective_update
 from fedex_lora.models.base_weights import FrozenBase
 from fedex_lora.models.build import base_for, build_model, fitted, model_kind, new_tokens, read_global
 from fedex_lora.models.card import model_card
-from fedex_lora.models.loading import is_encoder
+from fedex_lora.models.loading import is_encoder, quiet_loading
 from fedex_lora.models.lora import trainable_parameters, write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.models.processor import load_processor, save_processor
@@ -54,7 +54,7 @@ def export(
     source: Path,
     form: str,
     out: Path,
-    base: str | None = None,
+    base: str | Path | None = None,
     rank: int | None = None,
     dtype: str | None = None,
     shard: str | None = None,
@@ -87,7 +87,7 @@ def export(
             Nothing is left behind then.
     """
     result, stored = _exportable(source, form, rank), _stored(form, dtype, shard, processor)
-    name = base or str(result.manifest.get("base_model"))
+    name = str(base or result.manifest.get("base_model"))
     result, said = fitted(result, name)
     whole = concat_adapter(result.adapter, result.base_delta)
     adapter, update_error = (whole, 0.0) if rank is None else _cut(whole, rank)
@@ -176,8 +176,9 @@ def _write(
     else:
         gained = {module: pair.low_rank() for module, pair in adapter.items()} if form == "merged" else result.base_delta
         model = plain_model(model, gained, result.other, dtype=dtype, tied=not result.adapter)
-        model.save_pretrained(where, max_shard_size=stored.shard)
-        model = type(model).from_pretrained(where)
+        with quiet_loading():
+            model.save_pretrained(where, max_shard_size=stored.shard)
+            model = type(model).from_pretrained(where)
         if sixteen:
             update = effective_update(result.adapter, result.base_delta) if form == "merged" else result.base_delta
             require_nearest(model, frozen, update, result.other, dtype)

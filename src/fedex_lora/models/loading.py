@@ -171,7 +171,7 @@ def why_not_loaded(name: str, error: Exception) -> str:
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' load report and progress bars; errors still rise."""
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -179,6 +179,8 @@ def quiet_loading() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def head_modules(model: PreTrainedModel) -> set[str]:

@@ -165,8 +165,8 @@ class _Files(NamedTuple):
 @contextmanager
 def _writers(folder: Path, round: StreamJob, modules: Sequence[str]) -> Iterator[_Files]:
     """The files of a result folder, with these modules in this order."""
-    first, frozen = round.updates[0], round.format.frozen
-    other = {f"{PREFIX}{name}": (torch.promote_types(x.dtype, torch.float32), x.shape) for name, x in first.other.items()}
+    first, last, frozen = round.updates[0], round.updates[-1].other, round.format.frozen  # the last one's precision is that of a mean
+    other = {f"{PREFIX}{name}": (torch.promote_types(last[name].dtype, torch.float32), x.shape) for name, x in first.other.items()}
     other |= {frozen_key(name, first.adapter): (x.dtype, x.shape) for name, x in frozen.items()}
     deltas: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for module in modules:
