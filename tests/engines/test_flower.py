@@ -73,6 +73,8 @@ def inside_a_task():
 def test_settings_of_a_node():
     assert node_settings({"client": "a", "data": "/srv", "max-rows": 5, "max-megabytes": 7}).max_megabytes == 7.0
     assert node_settings({"partition-id": 0, "num-partitions": 3}).rows == "dealt"
+    with pytest.raises(ConfigError, match="max_rows is for rows of this node's own, and these are the run's: remove it"):
+        node_settings({"max-rows": 5}).applied(small())
     for wrong, words in (({"clinet": "a"}, "did you mean client"), ({"threads": "2"}, "of kind int"), ({"rows": "all"}, "own")):
         with pytest.raises(ConfigError, match=words):
             node_settings(wrong)
@@ -674,6 +676,11 @@ def test_doctor_warns_of_a_superlink_that_everybody_can_reach(tmp_path):
     assert any("listens on 0.0.0.0" in problem and "docs/deployment.md" in problem for problem in problems)
     assert any("takes any node" in problem for problem in problems)
     assert not [problem for problem in examine()[1] if "listens on 0.0.0.0" in problem]
+
+
+def test_an_installation_for_flower_can_measure_classes():
+    for path in ("docs/deployment.md", "deploy/Dockerfile"):
+        assert "'.[flower,tasks]'" in (Path(__file__).parents[2] / path).read_text(), path
 
 
 def test_files_for_containers_name_only_what_is_there():

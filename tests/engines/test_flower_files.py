@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
 import yaml
 from typer.testing import CliRunner
 
@@ -174,6 +175,8 @@ def test_what_a_node_lacks_is_said(made):
     ):
         path.write_text(text)
         assert node_file(path).problems == told
+    dealt = node_file(node(made, 'rows = "dealt"\ndata = "few"\nmax_rows = 3\n')).problems
+    assert dealt[1:] == [f'{name} says nothing beside rows = "dealt": remove one of them' for name in ("data", "max_rows")]
     assert "double quote" in node_file(node(made, "client = 'a\"b'\n")).problems[0]
     (made / "ward" / "few").mkdir()
     assert "few/x.csv does not exist" in node_file(node(made, 'data = "few"\ntrain = "x.csv"\n')).problems[0]
@@ -219,6 +222,24 @@ def test_the_server_is_safe_and_its_problems_are_said(made):
     open_ = server_file(server(made, f'{tls}host = "192.0.2.1"'))
     assert ["server.pem is not for 192.0.2.1" in problem for problem in open_.problems] == [True]  # else its own processes do not trust it
     assert "listens on 192.0.2.1" in superlink_problems(open_.command)[0]
+
+
+def test_files_of_the_server_that_do_not_go_together_are_named(made, tmp_path):
+    """Its certificate may have a chain behind it, and the authority's own."""
+    _keys.make_certificates(tmp_path, ["127.0.0.1"])
+    tls = {"ssl_ca_certfile": "ca.crt", "ssl_certfile": "server.pem", "ssl_keyfile": "server.key"}
+
+    def problems(**changes):
+        return server_file(server(made, tomli_w.dumps(tls | {name: str(tmp_path / file) for name, file in changes.items()}))).problems
+
+    assert_one_each(["ssl_keyfile: .*/server.key is not the key of .*/server.pem: give"], problems(ssl_keyfile="server.key"))
+    assert_one_each(["ssl_ca_certfile: .*/ca.crt did not sign .*/server.pem: give"], problems(ssl_ca_certfile="ca.crt"))
+    assert len(problems(ssl_certfile="server.pem")) == 2
+    chain = tmp_path / "chain.pem"
+    for behind in ("server/ca.crt", "ward/ca.crt"):
+        chain.write_bytes((made / "server" / "server.pem").read_bytes() + (made / behind).read_bytes())
+        assert problems(ssl_certfile="chain.pem") == []
+    assert problems(ssl_certfile="chain.pem", ssl_ca_certfile="chain.pem") == []  # a certificate of itself
 
 
 def test_show_prints_what_a_shell_understands_and_starts_nothing(made, monkeypatch):
@@ -268,7 +289,12 @@ def test_examples_have_every_key_and_defaults_that_are_the_code_s():
 
 def test_keys_takes_no_file_s_place(tmp_path):
     (tmp_path / "a.toml").write_text("mine")
-    for words, told in ((["--node", "a"], "a.toml exists"), (["--node", "server"], "none of ca.crt"), (["--node", "ca.crt"], "none of")):
+    for words, told in (
+        (["--node", "a"], "a.toml exists"),
+        (["--node", "server"], "none of ca.crt"),
+        (["--node", "ca.crt"], "none of"),
+        (["--node", "x.pub", "--node", "x"], "no other party's"),
+    ):
         done = fedex_lora("flower", "keys", tmp_path, *words)
         assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.toml"]
@@ -289,12 +315,31 @@ def test_flower_s_own_configuration_is_added_to_and_never_changed(tmp_path):
     with pytest.raises(UsageError, match=r"another server as federation, 127\.0\.0\.1:8000"):
         connect(path, "127.0.0.1:8001", "/ca.crt")
     assert path.read_text() == text
+    path.unlink()
+    for before in ('superlink = "x"', 'superlink = {default = "x"}', '[superlink]\nfederation = "x"', "bad["):
+        path.write_text(before)
+        with pytest.raises(UsageError, match=r"config\.toml"):
+            connect(path, "127.0.0.1:8000", "/ca.crt")
+        assert path.read_text() == before
+
+
+def test_flower_s_configuration_stays_a_link_that_others_may_not_read(tmp_path):
+    connect(tmp_path / "new.toml", "127.0.0.1:8000", "/ca.crt")
+    real, path = tmp_path / "real.toml", tmp_path / "config.toml"
+    real.write_text("# mine")
+    real.chmod(0o640)
+    path.symlink_to(real)
+    connect(path, "127.0.0.1:8000", "/ca.crt")
+    assert path.is_symlink()
+    assert [file.stat().st_mode & 0o777 for file in (tmp_path / "new.toml", real)] == [0o600, 0o640]
+    assert tomllib.loads(real.read_text()) == tomllib.loads((tmp_path / "new.toml").read_text())
 
 
 def test_register_runs_flower_s_command_for_each_node(made, tmp_path, monkeypatch):
-    """By a `flwr` that writes down what it is asked, and knows the second key already."""
+    """By a `flwr` that writes down what it is asked, knows the second key already, and lists three nodes."""
     fake = tmp_path / "flwr"
-    known = 'case "$*" in *ward-b*) echo "Error: Public key already in use." >&2; exit 1;; esac'
+    known = 'case "$*" in *ward-b*) echo "Error: Public key already in use." >&2; exit 1;; *list*)'
+    known += """ for id in 1 2 3; do echo '"node-id": 1,'; done;; esac"""
     fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{known}\n')
     fake.chmod(0o755)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
@@ -309,8 +354,10 @@ def test_register_runs_flower_s_command_for_each_node(made, tmp_path, monkeypatc
         register_nodes(server_file(path), lines.append)
     folder = made / "ward"
     asked = [f"supernode register {folder}/ward-{name}.pub federation --name ward-{name}" for name in "ab"]
-    assert (tmp_path / "asked").read_text().splitlines() == asked
-    assert lines == [f"flwr {asked[0]}", "ward-b: its key is registered already"]
+    assert (tmp_path / "asked").read_text().splitlines() == [*asked, "supernode list federation --format json"]
+    assert lines[0] == f"flwr {asked[0]}"
+    assert lines[1].startswith("ward-b: its key is registered already, under the name that it had then; for another name start the SuperL")
+    assert lines[2:] == ["! the SuperLink lets in 1 more than the file names: to shut them out start the SuperLink anew"]
     with pytest.raises(FedexLoraError, match="no SuperLink listens"):
         register_nodes(server_file(path), lines.append, patience=0.1)
 

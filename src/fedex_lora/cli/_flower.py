@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,11 +74,15 @@ def keys(
 
     named, nodes = [host.strip() for host in hosts.split(",") if host.strip()], node or []
     plain = re.compile(r"\w[\w .-]*")
-    taken = [name for name in nodes if {name.removesuffix(".pub"), f"{name}.toml"} & set(SERVER)]
-    odd = [name for name in nodes if not plain.fullmatch(name) or name in taken or nodes.count(name) > 1]
+    theirs = [f"{name}{end}" for name in nodes for end in ENDS]
+    files = Counter([*SERVER, *theirs])
+    odd = [name for name in nodes if not plain.fullmatch(name) or any(files[f"{name}{end}"] > 1 for end in ENDS)]
     if odd:
-        raise UsageError(f"--node {odd[0]}: give each party's name once, without slashes, and none of {', '.join(SERVER)}")
-    wanted = [folder / name for name in (SERVER if named else ())] + [folder / f"{name}{end}" for name in nodes for end in ENDS]
+        raise UsageError(
+            f"--node {odd[0]}: give each party's name once, without slashes, whose files (NAME{', NAME'.join(ENDS)}) are no other party's, "
+            f"and none of {', '.join(SERVER)}"
+        )
+    wanted = [folder / name for name in [*(SERVER if named else ()), *theirs]]
     if not wanted:
         raise UsageError("nothing to make: give --hosts for the server, --node for a party")
     if there := next((path for path in wanted if path.exists()), None):

@@ -218,7 +218,8 @@ def _one_line(detail: Any) -> str:
         return f"unknown key {where}" + (f": did you mean {'.'.join([*tables, near])}?" if near else "")
     if detail["type"] == "missing":
         return f"{where} is missing: add it to the file, or --set {where}=..."
-    message = "give a whole number" if detail["type"].startswith("int_") else detail["msg"].removeprefix("Value error, ")
+    said = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = "give a whole number" if detail["type"].startswith("int_") else said
     return f"{where} = {detail['input']!r}: {message[:1].lower()}{message[1:]}" if where and detail["type"] != "value_error" else message
 
 

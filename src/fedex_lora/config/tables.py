@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 DEMO = "demo"
 MEMORY = "memory:"  # what the sources of rows that a run was given in memory begin with
@@ -35,7 +34,7 @@ class ConfigTable(BaseModel):
     def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
         inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, bool) for one in inner) and _of_numbers(cls.model_fields[info.field_name or ""].annotation):
-            raise PydanticCustomError("number", "give a number, not true or false")
+            raise AssertionError("give a number, not true or false")
         return value
 
 

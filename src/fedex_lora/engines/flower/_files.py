@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from fedex_lora.config import located, nearest
 from fedex_lora.config.reading import toml_tree
 from fedex_lora.engines.flower import ENVIRONMENT
+from fedex_lora.engines.flower._keys import mismatches
 from fedex_lora.engines.flower._settings import NodeSettings, node_settings, read_settings
 from fedex_lora.errors import ConfigError, FedexLoraError
 from fedex_lora.privacy.ledger import read_ledger
@@ -100,6 +101,8 @@ def node_file(path: Path) -> Startable:
         problems.append(f"train: {fault}")
     about = {name: value for name, value in given.items() if name in _names(NodeSettings)}
     problems += NodeSettings(**about).private_problems({key for key, value in tree.items() if value != ""})
+    if given.get("rows") == "dealt":
+        problems += [f'{name} says nothing beside rows = "dealt": remove one of them' for name in ("data", "max_rows") if given.get(name)]
     problems += [f"{name} = {value!r}: Flower cannot take a double quote" for name, value in about.items() if '"' in str(value)]
     return Startable(["flower-supernode", *_options(given, Supernode), "--node-config", node_words(about)], problems, given)
 
@@ -115,8 +118,10 @@ def server_file(path: Path) -> Startable:
     given, problems = _read(tree, folder, Superlink)
     given = {"host": Superlink.host, "port": Superlink.port, **given}
     problems += [f"{name} is missing: add it" for name in _names(Superlink) if name.startswith("ssl_") and not given.get(name)]
-    host, certificate = own_host(given["host"]), Path(given.get("ssl_certfile", ""))
-    if certificate.is_file() and not CHECKS["ssl_certfile"](certificate) and host not in _hosts(certificate):
+    host, tls = own_host(given["host"]), {name: Path(value) for name, value in given.items() if name.startswith("ssl_")}
+    sound = {name: path for name, path in tls.items() if not CHECKS[name](path)}
+    problems += mismatches(**sound) if len(sound) == 3 else []
+    if (certificate := sound.get("ssl_certfile")) and host not in _hosts(certificate):
         problems.append(f"ssl_certfile: {certificate} is not for {host}, where Flower's own processes reach it (see flower keys)")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         problems.append('nodes: write a table [nodes] with lines such as ward-a = "ward-a.pub"')

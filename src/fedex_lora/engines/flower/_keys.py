@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -43,7 +44,7 @@ def make_certificates(folder: Path, hosts: list[str]) -> None:
         .sign(ca_key, hashes.SHA256())
     )
     for name, certificate in (("ca.crt", ca), ("server.pem", server)):
-        (folder / name).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        _write_new(folder / name, certificate.public_bytes(serialization.Encoding.PEM), 0o666)
     for name, private in (("ca.key", ca_key), ("server.key", key)):
         _write_key(folder / name, private, serialization.PrivateFormat.PKCS8)
 
@@ -54,12 +55,36 @@ def make_node_key(path: Path) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     _write_key(path, key, serialization.PrivateFormat.OpenSSH)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_name(f"{path.name}.pub").write_bytes(public + b"\n")
+    _write_new(path.with_name(f"{path.name}.pub"), public + b"\n", 0o666)
+
+
+def mismatches(ssl_certfile: Path, ssl_keyfile: Path, ssl_ca_certfile: Path) -> list[str]:
+    """What of a server's files does not go together, a line each; behind its certificate there may be those of a chain."""
+    chain, roots = (x509.load_pem_x509_certificates(path.read_bytes()) for path in (ssl_certfile, ssl_ca_certfile))
+    key = serialization.load_pem_private_key(ssl_keyfile.read_bytes(), None)
+    problems = []
+    if key.public_key() != chain[0].public_key():
+        problems.append(f"ssl_keyfile: {ssl_keyfile} is not the key of {ssl_certfile}: give the one that it was made with")
+    if not any(_is_signed(one, root) for one in chain for root in roots):
+        problems.append(f"ssl_ca_certfile: {ssl_ca_certfile} did not sign {ssl_certfile}: give the certificate of the authority that did")
+    return problems
+
+
+def _is_signed(one: x509.Certificate, root: x509.Certificate) -> bool:
+    try:
+        one.verify_directly_issued_by(root)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    _write_new(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()), 0o600)
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
 
 
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:

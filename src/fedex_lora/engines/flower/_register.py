@@ -7,16 +7,18 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import tomli_w
 
+from fedex_lora.config.reading import toml_tree
 from fedex_lora.engines.flower._files import Startable, flower_environment, own_host
 from fedex_lora.errors import FedexLoraError, UsageError
-from fedex_lora.storage.files import write_text
 
 CONNECTION_NAME = "federation"  # as which the `flwr` command knows the server of a file
 KNOWN = "key already in use"  # in Flower's words for a node that is registered
+ANEW = "start the SuperLink anew"  # which keeps its nodes in memory
 
 
 def register_nodes(server: Startable, tell: Callable[[str], None], patience: float = 60.0) -> None:
@@ -24,7 +26,7 @@ def register_nodes(server: Startable, tell: Callable[[str], None], patience: flo
 
     Args:
         server: of `server_file`, without problems.
-        tell: told of each command, in words.
+        tell: told of each command, in words, and of nodes that the file does not name.
         patience: seconds to wait for the SuperLink.
 
     Raises:
@@ -39,28 +41,43 @@ def register_nodes(server: Startable, tell: Callable[[str], None], patience: flo
         if time.monotonic() > end:
             raise FedexLoraError(f"no SuperLink listens at {host}:{port}: start it by fedex-lora flower server FILE")
         time.sleep(0.2)
+    ask = partial(subprocess.run, env=flower_environment(), capture_output=True, text=True, check=False)
     for name, key in server.nodes.items():
         command = ["flwr", "supernode", "register", str(key), CONNECTION_NAME, "--name", name]
-        done = subprocess.run(command, env=flower_environment(), capture_output=True, text=True, check=False)
+        done = ask(command)
         words = " ".join((done.stdout + done.stderr).split())
         if done.returncode and KNOWN not in words.lower():
             raise FedexLoraError(f"{shlex.join(command)} failed: {words[-300:]}")
-        tell(f"{name}: its key is registered already" if done.returncode else shlex.join(command))
+        known = f"{name}: its key is registered already, under the name that it had then; for another name {ANEW}"
+        tell(known if done.returncode else shlex.join(command))
+    others = ask(["flwr", "supernode", "list", CONNECTION_NAME, "--format", "json"]).stdout.count('"node-id"') - len(server.nodes)
+    if others > 0:
+        tell(f"! the SuperLink lets in {others} more than the file names: to shut them out {ANEW}")
 
 
 def connect(path: Path, address: str, authority: str) -> None:
-    """Add the server to Flower's configuration file; nothing that is there is changed.
+    """Add the server to Flower's configuration file; nothing that is there is changed, nor who may read it.
 
     Raises:
-        UsageError: another server has the name.
+        UsageError: another server has the name, or nothing can be added to the file.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else f'[superlink]\ndefault = "{CONNECTION_NAME}"\n'
+    tree = toml_tree(path) if path.exists() else {}
+    section = tree.get("superlink", {})
+    there = section.get(CONNECTION_NAME) if isinstance(section, dict) else section
     wanted = {"address": address, "root-certificates": authority}
-    there = tomllib.loads(text).get("superlink", {}).get(CONNECTION_NAME)
-    if there is None:
-        write_text(path, f"{text}\n[superlink.{CONNECTION_NAME}]\n{tomli_w.dumps(wanted)}")
-    elif there != wanted:
+    if there == wanted:
+        return
+    if isinstance(there, dict):
         raise UsageError(f"{path} has another server as {CONNECTION_NAME}, {there.get('address')}: rename it there, or set FLWR_HOME")
+    more = f"\n[superlink.{CONNECTION_NAME}]\n{tomli_w.dumps(wanted)}"
+    more = more if tree else f'\n[superlink]\ndefault = "{CONNECTION_NAME}"\n{more}'
+    try:
+        tomllib.loads((path.read_text(encoding="utf-8-sig") if tree else "") + more)
+    except tomllib.TOMLDecodeError:
+        raise UsageError(f"{path}: superlink, or {CONNECTION_NAME} in it, is no [table]: make it one, or set FLWR_HOME") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
+        file.write(more)
 
 
 def listens(host: str, port: int) -> bool:

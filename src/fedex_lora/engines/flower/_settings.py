@@ -35,7 +35,7 @@ class NodeSettings:
         state: the folder where it keeps its base delta, optimiser state and last answer.
         threads: CPU threads (`torch_threads`).
         worker: the socket of a `fedex-lora flower worker`, which keeps the base in memory between messages.
-        max_rows: train on no more rows than this, nor than the run says (`task.train_rows`); not with privacy.
+        max_rows: train on no more rows of `data` than this, nor than the run says (`task.train_rows`); not with privacy.
         max_megabytes: refuse a message that is larger.
         trust_remote_code: let the base run code of its own, if the run says so too.
         trainer: what this party trains with (`local.trainer`); a folder in front is better absolute.
@@ -94,6 +94,8 @@ class NodeSettings:
         if self.threads:
             config = config.model_copy(update={"torch_threads": self.threads})
         if self.deals(config):
+            if self.max_rows:
+                raise ConfigError("max_rows is for rows of this node's own, and these are the run's: remove it, or give data", "settings")
             return config
         if not self.data:
             raise ConfigError('this node has not said where its rows are: give it data = "FOLDER" (or rows = "dealt")', "no-data")
