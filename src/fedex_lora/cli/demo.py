@@ -46,7 +46,7 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
         console_table(f"accuracy on the notes of all three hospitals (the base alone: {base:.3f}, chance: {1 / 3:.3f})", columns, body)
     )
     console.print(
-        "one run a method does not say which is better: with 20 seeds on such notes exactness alone gained 1.4 +- 1.1 points, momentum "
+        "one run a method does not say which is better: with 20 seeds on such notes exactness alone gained 1.2 +- 0.9 points, momentum "
         "and balanced factors three to five each; on other texts only balanced factors gained some (docs/when-exactness-matters.md)",
         highlight=False,
     )
