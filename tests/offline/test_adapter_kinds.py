@@ -31,10 +31,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fedex_lora.models.build import load_model
+from fedex_lora.evaluation._model import open_source
+from fedex_lora.models.build import load_model, model_kind
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
+from fedex_lora.storage.result import read_result
 
 HEAD = {"auto": AutoModelForSequenceClassification, "options": {"num_labels": 3}}
 TOKENS = torch.tensor([[5, 6, VOCABULARY, VOCABULARY + 1, 9, VOCABULARY + 2]])
@@ -95,6 +97,8 @@ def test_what_people_have_comes_out_right(made, tmp_path):
     merged = kind.auto.from_pretrained(tmp_path / "merged")
     assert off(merged, want, plain, kind.ids) < 1e-5
     assert off(PeftModel.from_pretrained(kind.load(base), tmp_path / "adapter"), want, plain, kind.ids) < 1e-5
+    measured = open_source(str(tmp_path / "adapter"), model_kind(read_result(out), str(base)), **kind.options)
+    assert off(measured.model, want, plain, kind.ids) < 1e-5
     below = kind.auto.from_pretrained(tmp_path / "base+adapter" / "base")
     assert off(PeftModel.from_pretrained(below, tmp_path / "base+adapter" / "adapter"), want, plain, kind.ids) < 1e-5
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,15 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from fedex_lora.errors import FedexLoraError
+from fedex_lora import METHODS
+from fedex_lora.config import Lora
+from fedex_lora.errors import FedexLoraError, ModelError
+from fedex_lora.evaluation._model import open_source
 from fedex_lora.models.build import load_model
+from fedex_lora.models.export import export
+from fedex_lora.models.start import read_start
 from fedex_lora.offline.aggregate_folders import aggregate_folders
+from fedex_lora.offline.merge_results import merge_folders
 from fedex_lora.offline.together import distinct_names
 from fedex_lora.offline.verify import verify
 
@@ -158,10 +165,47 @@ def test_bases_that_are_elsewhere_are_one_if_somebody_says_so(bases, tmp_path):
         aggregate_folders(folders, tmp_path / "no", "fedex", None, None, base=str(bases / "wide"))
 
 
+def revised(folders, *revisions):
+    for folder, revision in zip(folders, revisions, strict=True):
+        configured(base_model_name_or_path="org/llama", revision=revision)(folder, 0)
+
+
+def test_a_revision_is_another_base_and_is_kept(bases, tmp_path):
+    """Of a name on the hub; none is "main". By its name no other one is loaded."""
+    folders, out, place = pair(bases, tmp_path), tmp_path / "out", str(bases / "llama")
+    revised(folders, "v2", None)
+    with pytest.raises(FedexLoraError, match=r"on revision main of org/llama, .* on v2: adapters of different bases have no mean; if they"):
+        aggregate_folders(folders, out)
+    aggregate_folders(folders, tmp_path / "said", base=place)
+    for folder, revision in zip(folders, ("v2", "main"), strict=True):
+        revised([folder], revision)
+        aggregate_folders([folder], tmp_path / revision)
+    with pytest.raises(FedexLoraError, match="adapters of different bases have no mean"):
+        merge_folders([tmp_path / "v2", tmp_path / "main"], out, None)
+    merge_folders([tmp_path / "v2", tmp_path / "main"], tmp_path / "merged", None, base=place)
+    revised(folders, "v2", "v2")
+    aggregate_folders(folders, out)
+    for folder in second(bases, tmp_path, out, "second"):
+        revised([folder], json.loads((folder / "adapter_config.json").read_text())["revision"])
+    aggregate_folders([tmp_path / "second-0", tmp_path / "second-1"], tmp_path / "two", previous=out)
+    wanted = {"said": None, "v2": "v2", "main": None, "merged": None, "out": "v2", "two": "v2"}
+    for name, part in product(wanted, ("adapter", "trainable")):
+        assert json.loads((tmp_path / name / part / "adapter_config.json").read_text())["revision"] == wanted[name]
+    for load in (
+        lambda: load_model(out, "org/llama"),
+        lambda: open_source(str(out / "adapter"), "causal-lm"),
+        lambda: read_start(out, "causal-lm", "org/llama", METHODS["fedex"], Lora(), []),
+    ):
+        with pytest.raises(ModelError, match="hf download org/llama --revision v2 --local-dir FOLDER, and give FOLDER as the base"):
+            load()
+    export(out, "adapter", tmp_path / "export", place)
+    assert json.loads((tmp_path / "export" / "adapter_config.json").read_text())["revision"] is None
+
+
 # A second round
 
 
-def second(bases, tmp_path, result, name):
+def second(bases, tmp_path, result, name, **how):
     """Adapters trained on from a result, saved as a party saves them."""
     folders = []
     for party in range(2):
@@ -171,7 +215,7 @@ def second(bases, tmp_path, result, name):
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         folders.append(tmp_path / f"{name}-{party}")
-        model.save_pretrained(folders[-1])
+        model.save_pretrained(folders[-1], **how)
     return folders
 
 
@@ -203,6 +247,24 @@ def test_a_second_round_without_its_state_or_with_a_stale_one_is_refused(bases, 
     plain_folder = trained(Kind(), bases / "llama", tmp_path / "plain", 9)
     with pytest.raises(FedexLoraError, match="does not say what its base had gained, and others do"):
         aggregate_folders([third[0], plain_folder], tmp_path / "three", "fedex", WEIGHTS, two)
+
+
+def test_a_vocabulary_that_only_the_state_holds_goes_on(bases, tmp_path):
+    """PEFT need not save embeddings that nobody trains."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    aggregate_folders(pair(bases, tmp_path, Kind(prepare=grow)), one)
+    folders = second(bases, tmp_path, one, "second", save_embedding_layers=False)
+    assert not any("embed" in name for name in load_file(folders[0] / "adapter_model.safetensors"))
+    aggregate_folders(folders, two, previous=one)
+    grown, loaded = AutoModelForCausalLM.from_pretrained(bases / "grown"), load_model(two, bases / "llama")
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(loaded, name)().weight, getattr(grown, name)().weight)
+    assert verify(two)["max_relative_error"] < 1e-6
+    folders = second(bases, tmp_path, two, "third", save_embedding_layers=True)
+    for folder in folders:
+        rewritten(lambda tensors: {name: tensor + ("lm_head" in name) for name, tensor in tensors.items()})(folder)
+    with pytest.raises(FedexLoraError, match=r"the result of --state differ in lm_head\.weight, which was not trained: save the adapters"):
+        aggregate_folders(folders, tmp_path / "three", previous=two)
 
 
 def test_a_lost_frozen_tensor_is_found(bases, tmp_path):

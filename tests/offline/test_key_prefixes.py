@@ -276,6 +276,34 @@ def test_a_path_that_ends_another_has_its_own_rank_and_scaling(tmp_path):
     assert patterns == {"^mix": 3}  # and no other mark where no path ends so
 
 
+@pytest.mark.parametrize("chosen", [{"target_modules": "mix|other.mix"}, {"target_modules": ["mix"], "exclude_modules": ["block.mix"]}])
+def test_a_module_at_the_root_is_not_those_inside_that_are_called_so(chosen, tmp_path):
+    """Plain PEFT makes of the result the layers that were trained, and no other."""
+
+    def plain():
+        torch.manual_seed(0)
+        inside = {name: torch.nn.ModuleDict({"mix": torch.nn.Linear(6, 4)}) for name in ("block", "other")}
+        return torch.nn.ModuleDict({**inside, "mix": torch.nn.Linear(6, 4)})
+
+    for seed in (1, 2):
+        model = get_peft_model(plain(), LoraConfig(r=2, **chosen))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            parameter.data += torch.randn_like(parameter) if ".lora_" in name else 0
+        model.save_pretrained(tmp_path / f"site-{seed}")
+    folders = [tmp_path / "site-1", tmp_path / "site-2"]
+    aggregate_folders(folders, tmp_path / "one", weights=WEIGHTS)
+    aggregate_folders([tmp_path / "one" / "adapter"], tmp_path / "two")  # whose settings say it by now
+    for out in ("one", "two"):
+        model = PeftModel.from_pretrained(plain(), tmp_path / out / "adapter")
+        layers = {name.removeprefix("base_model.model."): one for name, one in model.named_modules() if hasattr(one, "lora_A")}
+        assert layers.keys() == {"mix", "other.mix"}
+        for name, layer in layers.items():
+            own = [PeftModel.from_pretrained(plain(), folder).base_model.model.get_submodule(name) for folder in folders]
+            want = sum(p * oracle.numpy64(one.get_delta_weight("default")) for p, one in zip(WEIGHTS, own, strict=True))
+            assert oracle.relative(oracle.numpy64(layer.get_delta_weight("default")), want) < 1e-5
+
+
 def test_a_run_s_base_is_told_by_its_own_names(bases, tmp_path):
     """Its fingerprint holds the names of the parameters, so under others nothing is claimed."""
     folder = moved(trained(Kind(), bases / "llama", tmp_path / "a", 0), "model.", "model.language_model.")

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from fedex_lora.config import Base, read_config
 from fedex_lora.errors import AdapterError, ModelError, StorageError
-from fedex_lora.models.build import build_model, model_kind, read_global, renaming_onto
+from fedex_lora.models.build import build_model, model_kind, read_global, renaming_onto, require_revision
 from fedex_lora.models.loading import config_of, load_base
 from fedex_lora.models.processor import load_processor
+from fedex_lora.models.resized import resized
 from fedex_lora.storage.adapter_folder import adapter_config, read_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK
@@ -150,6 +151,7 @@ def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) 
     name = base or said.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{folder} does not say what its base is: give it by --base")
+    require_revision(said, name)
     under, fresh = load_base(Base(model=name), kind, **config)
     settings, names = _named_as(under, folder)
     with warnings.catch_warnings(record=True) as told:
@@ -166,8 +168,11 @@ def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) 
     return Opened(model, load_processor(Base(model=name), kind), name)
 
 
-def _named_as(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str, str] | None]:
-    """An adapter's configuration, and a pattern for its keys where it names the model's modules as another version of transformers does."""
+def _named_as(model: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, str] | None]:
+    """An adapter's configuration, and a pattern for its keys where it names the model's modules as another version of transformers does.
+
+    The model gets as many tokens as the adapter has embeddings for.
+    """
     settings = PeftConfig.from_pretrained(str(folder))
     try:
         read = read_adapter_folder(folder)
@@ -175,9 +180,12 @@ def _named_as(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str, str
         return settings, None
     rule = renaming_onto(dict(model.named_modules()), read.adapter, {**read.other, **read.format.frozen})
     if rule is None:
+        resized(model, read.format.frozen, read.other)
         return settings, None
-    named = adapter_config(rule.keys(read.adapter), rule.config(settings.to_dict()))
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save"):
+    read = read.renamed(rule)
+    resized(model, read.format.frozen, read.other)
+    named = adapter_config(read.adapter, rule.config(settings.to_dict()))
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save"):
         setattr(settings, key, named.get(key))
     old, new = (f"{part}." if part else "" for part in (rule.old, rule.new))
     return settings, {f"^{re.escape(old)}": new}

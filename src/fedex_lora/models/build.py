@@ -134,9 +134,25 @@ def fitted(result: StoredResult, base: str | PreTrainedModel) -> tuple[StoredRes
     """A result by the names that a base has for its modules, where the two differ by a wrapper only; and what is to be said of that."""
     if not result.adapter:
         return result, None
+    if isinstance(base, str):
+        require_revision(result.config, base)
     found = modules_of(Base(model=base), model_kind(result, base)) if isinstance(base, str) else dict(base.named_modules())
     rule = renaming_onto(found, result.adapter, {**result.other, **result.format.frozen})
     return (result.renamed(rule), rule.told("the result")) if rule else (result, None)
+
+
+def require_revision(config: Mapping[str, Any], base: str) -> None:
+    """By its name on the hub a base is loaded in its default revision.
+
+    Raises:
+        ModelError: the adapter with this configuration was trained on another one.
+    """
+    revision = config.get("revision") or "main"
+    if revision != "main" and base == config.get("base_model_name_or_path") and not Path(base).is_dir():
+        raise ModelError(
+            f"the adapter was trained on revision {revision} of {base}: hf download {base} --revision {revision} --local-dir FOLDER, and "
+            "give FOLDER as the base"
+        )
 
 
 def renaming_onto(modules: Mapping[str, nn.Module], adapter: Adapter, others: Collection[str]) -> Renaming | None:

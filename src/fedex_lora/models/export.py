@@ -165,7 +165,7 @@ def _write(
     Returns:
         Its logits, in float32 or in the 16 bits asked for; what rounding to these explains; the numbers of a merged model.
     """
-    dtype, config = stored.dtype, {**result.config, "base_model_name_or_path": name if form == "adapter" else BASE}
+    dtype, config = stored.dtype, {**result.config, "base_model_name_or_path": name if form == "adapter" else BASE, "revision": None}
     format = replace(result.format, config=config, frozen=result.format.frozen if form == "adapter" else {})
     sixteen, where = dtype != torch.float32, folder / BASE if form == "base+adapter" else folder
     served = {**result.manifest, "base_dtype": str(dtype).removeprefix("torch.")} if sixteen and form == "adapter" else result.manifest

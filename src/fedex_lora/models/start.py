@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.config import Lora
 from fedex_lora.errors import AdapterError, ModelError
-from fedex_lora.models.build import model_kind, read_global
+from fedex_lora.models.build import model_kind, read_global, require_revision
 from fedex_lora.models.loading import Kind, Loaded
 from fedex_lora.models.lora import wrap, write_model
 from fedex_lora.models.resized import resized
@@ -37,6 +37,7 @@ def read_start(folder: Path, kind: Kind, name: str, method: Method, lora: Lora, 
         ModelError: another kind of model, trained in another way, or with other classes; a method whose clients keep models of their own.
     """
     result = read_global(folder)
+    require_revision(result.config, name)
     if result.base_delta and method.exactness == "personalised":
         raise ModelError(f"method {method.name} keeps adapters for the untouched base, and that of base.start {folder} gained something")
     if method.core:

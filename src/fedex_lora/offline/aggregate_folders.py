@@ -19,8 +19,10 @@ from fedex_lora.exactness.streaming_audit import Audit, How
 from fedex_lora.offline.streaming import StreamJob, audit_is_cheap, streamable, write_streamed
 from fedex_lora.offline.together import (
     distinct_names,
+    frozen_of,
     one_base,
     one_naming,
+    one_revision,
     one_task,
     require_apart,
     require_fits,
@@ -145,7 +147,9 @@ def _described(folders: Sequence[Path], base: str | None, before: StoredResult |
     described = [one.renamed(rule) if rule else one for one, rule in zip(described, rules, strict=True)]
     config = rule.config(configs[speaker]) if (rule := rules[speaker]) else configs[speaker]
     require_same_frozen(folders, [one.folder.format.frozen for one in described], lambda index, name: described[index].tensor(name))
-    return described, replace(described[0].folder.format, config={**config, "base_model_name_or_path": base_model})
+    settings = {**config, "base_model_name_or_path": base_model, "revision": one_revision(folders, configs, base)}
+    frozen = frozen_of(folders[0], described[0], before)
+    return described, replace(described[0].folder.format, config=settings, frozen=frozen)
 
 
 def _facts(folders: Sequence[Path], weights: Sequence[float] | None, like: Format, before: StoredResult | None) -> dict[str, Any]:
@@ -202,7 +206,8 @@ def _in_memory(job: AggregationJob, truncation: Truncation | None) -> dict[str, 
     started = time.perf_counter()
     read = {name: file.read() for name, file in job.files.items()}
     updates = [ClientUpdate(name, one.adapter, 1, one.other) for name, one in read.items()]
-    format = replace(job.format, frozen=next(iter(read.values())).format.frozen)
+    brought = next(iter(read.values())).format.frozen
+    format = replace(job.format, frozen={name: brought[name] if one.is_meta else one for name, one in job.format.frozen.items()})
     rule: Any = "uniform" if job.weights is None else list(job.weights)
     held: measure.Held = {}
     if job.previous is None:

@@ -13,7 +13,16 @@ from fedex_lora.aggregation.lowrank import linear_combination, smallest
 from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness import measure
-from fedex_lora.offline.together import REMEDY, distinct_names, one_base, one_naming, require_apart, require_same_frozen, require_several
+from fedex_lora.offline.together import (
+    REMEDY,
+    distinct_names,
+    one_base,
+    one_naming,
+    one_revision,
+    require_apart,
+    require_same_frozen,
+    require_several,
+)
 from fedex_lora.storage.adapter_folder import WEIGHTS
 from fedex_lora.storage.handout import OF_BASE, for_parties
 from fedex_lora.storage.renaming import Renaming
@@ -42,6 +51,7 @@ def merge_folders(
     require_apart(folders, out, parties)
     results, names = [read_result(folder) for folder in folders], distinct_names(folders)
     base_model = one_base(folders, [result.manifest.get("base_model") for result in results], base)
+    revision = one_revision(folders, [result.config for result in results], base)
     rules = one_naming(results)
     said = _of_base([result.manifest for result in results], rules, base)
     results = [result.renamed(rule) if rule else result for result, rule in zip(results, rules, strict=True)]
@@ -70,8 +80,10 @@ def merge_folders(
         "versions": {"fedex-lora": __version__},
     }
     standalone = not any(isinstance(delta, Dense) for delta in after.base_delta.values())
+    config = {**results[0].config, "revision": revision, **({"base_model_name_or_path": base} if base else {})}
+    format = replace(results[0].format, config=config)
     with for_parties(out, parties):
-        write_result(out, after, updates, shares, results[0].format, facts, standalone=standalone, held=held)
+        write_result(out, after, updates, shares, format, facts, standalone=standalone, held=held)
     exact = get_method(merged.method).exact
     return {
         "method": merged.method,

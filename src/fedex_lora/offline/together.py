@@ -94,6 +94,27 @@ def one_base(folders: Sequence[Path], names: Sequence[str | None], base: str | N
     return wanted
 
 
+def one_revision(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]], base: str | None = None) -> str | None:
+    """The revision of a base on the hub that all were trained on; None: the default one ("main"), or `base` says another base.
+
+    Raises:
+        AggregationError: they were trained on several, and there is no `base`.
+    """
+    told = [
+        (folder, name, config.get("revision") or "main")
+        for folder, config in zip(folders, configs, strict=True)
+        if (name := config.get("base_model_name_or_path")) and not Path(name).is_dir()
+    ]
+    odd = next((one for one in told if one[2] != told[0][2]), None)
+    if odd and not base:
+        raise AggregationError(
+            f"{odd[0]} was trained on revision {odd[2]} of {odd[1]}, {told[0][0]} on {told[0][2]}: adapters of different bases have no "
+            f"mean; {REMEDY}"
+        )
+    kept = told[0][2] if told and not odd and base in (None, told[0][1]) else "main"
+    return None if kept == "main" else kept
+
+
 def difference(one: Path, other: Path) -> str | None:
     """The first thing in which two checkpoints differ; None where there is none, as for a copy; "" where no weight can be compared.
 
@@ -216,6 +237,22 @@ def require_same_frozen(folders: Sequence[Path], frozen: Sequence[Collection[str
                 f"{folders[0]} and {folder} differ in {name}, which by PEFT's rule was not trained: if it was, name its module in "
                 "modules_to_save of their adapter_config.json; if not, their bases have other weights there"
             )
+
+
+def frozen_of(folder: Path, first: AdapterHeader, before: StoredResult | None) -> dict[str, Tensor]:
+    """What is written of the base untrained: what the adapters hold, as the first one's header says it, and what the earlier result does.
+
+    Raises:
+        AggregationError: both hold a tensor, and it is not the same.
+    """
+    here, kept = first.folder.format.frozen, before.format.frozen if before else {}
+    for name in sorted(here.keys() & kept.keys()):
+        if here[name].shape != kept[name].shape or not _equal(first.tensor(name), kept[name]):
+            raise AggregationError(
+                f"{folder} and the result of --state differ in {name}, which was not trained: save the adapters from the model that "
+                "fedex_lora.load_model gives"
+            )
+    return {**here, **{name: tensor for name, tensor in kept.items() if name not in first.folder.other}}
 
 
 def require_marks(folders: Sequence[Path], marks: Sequence[str | None], below: str | None) -> None:

@@ -222,6 +222,7 @@ KEPT = (
     "fan_in_fan_out",
     "lora_dropout",
     "modules_to_save",
+    "revision",
     "task_type",
 )
 """Of one adapter's configuration, what that of a mean has too; nothing else of it travels."""
@@ -243,8 +244,17 @@ def adapter_config(adapter: Adapter, like: Mapping[str, Any]) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": sorted(adapter),  # all of them, so nothing is left to
-        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        "exclude_modules": _left_out(adapter, like),
+        **dict.fromkeys(("layers_to_transform", "layers_pattern")),
     }
+
+
+def _left_out(adapter: Adapter, like: Mapping[str, Any]) -> str | None:
+    """By PEFT's rule, which looks at the ends of paths, a module at the model's root names those inside that end so, too: an expression
+    for these, where settings of which this is not true (an expression, or what they leave out) may have chosen the modules."""
+    roots = [re.escape(module) for module in adapter if "." not in module]
+    chosen = isinstance(like.get("target_modules"), str) or like.get("exclude_modules") or like.get("layers_to_transform") is not None
+    return rf"(?!({'|'.join(map(re.escape, adapter))})$).*\.({'|'.join(roots)})" if roots and chosen else None
 
 
 def _pattern(module: str, adapter: Adapter) -> str:
