@@ -19,10 +19,9 @@ UPDATES = "updates"
 
 
 def safe_name(client_id: str) -> str:
-    """A client id as a file name; ids with odd characters, or that look like such a name, get a hash, so that no two share a name."""
+    """A client id as a file name; ids with odd characters get a hash, so that no two of them share a name."""
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", client_id).lstrip(".")[:100]
-    is_name = plain == client_id and re.search(r"^$|-[0-9a-f]{12}$", plain) is None
-    return plain if is_name else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
+    return plain if plain == client_id != "" else f"{plain}-{hashlib.sha256(client_id.encode()).hexdigest()[:12]}"
 
 
 def save_update(path: Path, update: ClientUpdate) -> None:
