@@ -102,6 +102,6 @@ def require_frozen(update: ClientUpdate, start: Adapter, sent: Download, head_ro
     if sent.request.round <= head_rounds:
         pairs = [(factor, start[module].parts[name]) for module, pair in update.adapter.items() for name, factor in pair.parts.items()]
     else:
-        pairs = [(tensor, sent.body.other[name]) for name, tensor in update.other.items()] if head_rounds else []
+        pairs = [(tensor, sent.body.other[name]) for name, tensor in update.other.items()]
     if not all(torch.equal(*pair) for pair in pairs):
         raise WireError("it changed what local.head_rounds freezes in this round")

@@ -119,13 +119,13 @@ class Round:
         update = decode_update(payload, sent, withheld, rules.messages.max_examples)
         if self._server.base and isinstance(said, Answer) and said.base not in ("", self._server.base):
             raise WireError(OTHER_BASE)
-        require_frozen(update, self._requests.start(sent)[0], sent, rules.local.head_rounds)
+        if rules.local.head_rounds:
+            require_frozen(update, self._requests.start(sent)[0], sent, rules.local.head_rounds)
         return update
 
     def _of_the_round_before(self, client: str, payload: bytes, said: Answer | Apology | None) -> Verdict | None:
         """What a valid answer to a message of the round before is; None: it is no such answer."""
-        sent = self._server.unanswered.downloads.get(client)
-        if sent is None:
+        if (sent := self._server.unanswered.downloads.get(client)) is None:
             return None
         try:
             update = self._decoded(payload, sent, said)

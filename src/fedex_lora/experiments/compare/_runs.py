@@ -133,15 +133,15 @@ def require_own(found: Iterable[RunOutcome]) -> None:
     Raises:
         UsageError: they have not.
     """
-    texts, bases = dict[bytes, Path](), dict[tuple[Any, ...], Path]()
-    names = dict[Path, str]()
+    texts, names, bases = dict[bytes, Path](), dict[Path, str](), dict[tuple[Any, ...], Path]()
     for job in {outcome.job.folder: outcome.job for outcome in found if outcome.curve}.values():
         events, config = job.folder / EVENTS, job.config
         if (other := texts.setdefault(events.read_bytes(), events)) != events:
             raise UsageError(f"{other} and {events} are the same: {RESTORE}")
         names[events] = of_kind(read_events(events), Started)[0].base_fingerprint
         kind = [table.model_dump_json() for table in (config.base, config.lora, config.task)]
-        other = bases.setdefault((*kind, get_method(config.method).lora, str(config.seed) * config.base.random_weights), events)
+        drawn = config.seed if config.base.random_weights else None
+        other = bases.setdefault((*kind, get_method(config.method).lora, drawn), events)
         if names[other] != names[events]:
             raise UsageError(f"{other} and {events} are of two bases: {RESTORE}")
 
