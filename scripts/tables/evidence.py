@@ -5,7 +5,7 @@ import math
 import sys
 import tarfile
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.power_of_comparisons import equivalence
@@ -17,6 +17,10 @@ RECORDS = Path(__file__).parents[2] / "evidence"
 SETTINGS = ["notes", "topics", "places", "sentiment"]
 ADDED = ["notes/long", "notes/cores", "notes/steps", "topics/heads", "sentiment/again"]
 LAST = 3  # rounds, of which an arm's second number is the mean
+CONTRASTS = [  # thought of after the results, where both arms are there
+    *((f"{name}+balanced{rest}", f"{name}{rest}") for name in ("fedit", "fedex") for rest in ("", " momentum")),
+    ("fedit momentum of factors", "fedit momentum"),
+]
 
 
 def found(name: str) -> dict[str, Any] | None:
@@ -133,6 +137,30 @@ def asked(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def contrasts(result: dict[str, Any]) -> list[str]:
+    """Differences that the protocol does not ask for; no p is corrected."""
+    rounds, lines = result["rounds"], head("difference of", "and", "mean of rounds", "difference", "p")
+    arms = {method["name"]: last_rounds(result, method) for method in result["methods"]}
+    for one, other in CONTRASTS:
+        if {one, other} <= arms.keys():
+            found = paired([here - there for here, there in zip(arms[one], arms[other], strict=True)])
+            difference = f"{found.mean:+.4f} ± {found.half_width:.4f}"
+            lines.append(row(one, other, f"{rounds - LAST + 1} to {rounds}", difference, f"{found.p:.2g}"))
+    return lines
+
+
+def hours(ended: list[str]) -> list[str]:
+    """Core-hours of the rounds of each comparison's runs, tuning included; a run has one thread."""
+    lines = head("comparison", "runs", "core-hours: median of a run, times their number", "by the clock")
+    for name in ended:
+        with tarfile.open(RECORDS / name / "runs.tar.xz") as tar:
+            files = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith("events.jsonl")]
+        runs = [[event["seconds"] for event in map(json.loads, file.splitlines()) if event["event"] == "round_done"] for file in files]
+        took = [sum(seconds) / 3600 for seconds in runs]
+        lines.append(row(name, str(len(took)), f"{median(took) * len(took):.1f}", f"{sum(took):.1f}"))
+    return lines
+
+
 def power(result: dict[str, Any]) -> list[str]:
     """How often the primary test would show equivalence if there were no difference, and how many seeds four times in five need."""
     test = primary(result)
@@ -153,4 +181,5 @@ def tables() -> dict[str, list[str]]:
         f"{name} tests": asked(result) for name, result in ended.items()
     }
     equivalences = {name: result for name, result in ended.items() if name in SETTINGS and primary(result)["kind"] == "equivalence"}
-    return made | {f"{name} power": power(result) for name, result in equivalences.items()}
+    made |= {f"{name} contrasts": contrasts(ended[name]) for name in ("notes", "topics")}
+    return made | {f"{name} power": power(result) for name, result in equivalences.items()} | {"hours": hours(list(ended))}
