@@ -39,7 +39,7 @@ TINY = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer
 
 @pytest.fixture(scope="module")
 def notes():
-    """Client -> its rows, and the rows that only measure."""
+    """Client -> its rows, and the evaluation set."""
     rows = [json.loads(line) for line in (NOTES / "train.jsonl").read_text().splitlines()][::4]
     parts = {}
     for row in rows:

@@ -117,7 +117,7 @@ def test_a_rate_that_is_given_holds_for_every_method():
 
 
 def test_a_method_without_a_global_model_has_a_record(recipe, tmp_path):
-    """It has no metrics of the rows that only measure, and is read again all the same."""
+    """It has no metrics of the evaluation set, and is read again all the same."""
     path = tmp_path / "personal.toml"
     path.write_text(RECIPE.replace('method = "ffa@2r"', 'method = "fedsa"'))
     only = Only(rows=["FFA, 2 r"], columns=["MRPC"], seeds=[0])

@@ -151,7 +151,7 @@ def refusal(config):
     ],
 )
 def test_a_run_refuses_what_a_check_refuses(held, tables, said, tmp_path):
-    """Rows that only measure, and settings."""
+    """Evaluation rows, and settings."""
     config = texts(tmp_path, [SHORT] * 10, held, **tables)
     found = words(config, stops=True)
     assert (said in "".join(found), said in refusal(config), bool(found)) == (True, True, bool(said))

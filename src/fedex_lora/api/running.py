@@ -132,7 +132,7 @@ def run(
         config: a TOML file, or its tables as a dictionary.
         rows: client -> its training rows: a `datasets.Dataset`, a data frame or a list of dictionaries, with the columns of `[task]`.
             Then `task.name` is "custom", and `[clients]` deals nothing.
-        eval: the rows that only measure, with `rows`.
+        eval: the evaluation set, with `rows`.
         model: the base, with its head: a `PreTrainedModel`, of a class of your own, too; it stays as it is. None: `base.model`.
         processor: the model's tokenizer or image processor; None: that of `base.model`.
         metrics: `EvalPrediction` -> name -> number, beside the task's own, under other names. A causal LM's predictions are token ids.
@@ -177,7 +177,7 @@ def _settings(config: Config | Mapping[str, Any] | str | Path, rows: Any, held: 
     if model is not None:
         tree["base"] = _base_of(model, processor, tree.get("base", {}))
     if (rows is None) is not (held is None):
-        raise UsageError("give rows and eval together: rows to learn from, a table for each client, and rows that only measure")
+        raise UsageError("give rows and eval together: rows to learn from, a table for each client, and an evaluation set")
     if rows is not None:
         if not isinstance(rows, Mapping) or not rows or EVAL in rows or not all(isinstance(name, str) and name.strip() for name in rows):
             raise UsageError(f"rows: give a table for each client by its name, a text that is not empty, and call none {EVAL!r}")

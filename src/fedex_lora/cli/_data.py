@@ -117,7 +117,7 @@ def _clients(console: "Console", report: "RowReport") -> None:
     for client, one in report.clients.items() if names != columns else ():
         classes = ", ".join(f"{count:,} {name}" for name, count in one.classes.items() if count)
         console.print(f"{client}: {classes}", highlight=False, markup=False)
-    console.print(f"{report.eval_rows:,} rows only measure", highlight=False)
+    console.print(f"{report.eval_rows:,} evaluation rows", highlight=False)
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

@@ -14,7 +14,7 @@ from fedex_lora.errors import UsageError
 def init(
     file: Annotated[Path, typer.Argument(help="Training rows: jsonl, json, csv, tsv or parquet.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The TOML file; by default NAME.toml here.")] = None,
-    eval_: Annotated[Path | None, typer.Option("--eval", help="Rows that only measure; by default one beside it.")] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="The evaluation set; by default one beside it.")] = None,
     model: Annotated[str, typer.Option(help="The base: a hub name or a folder.")] = "demo",
     label: Annotated[str | None, typer.Option(help="The column of classes or scores; by default guessed.")] = None,
     debug: Debug = False,

@@ -22,7 +22,7 @@ class Privacy(ConfigTable):
         None,
         gt=0,
         le=100,
-        description="Of this run, for each client, at most 100: its training is private, to so much. Nothing said: it is not.",
+        description="Of this run for each client, at most 100. Where it is set, training is private; else it is not.",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Of (epsilon, delta): less than one over the rows.")
     clip_norm: float = Field(

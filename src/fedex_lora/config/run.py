@@ -118,8 +118,8 @@ class Messages(ConfigTable):
 
     catch_up: Literal["smallest", "log"] = Field(
         "smallest",
-        description="What a client lacks of the base delta, for each module: its past gains, their recompressed sum or a snapshot, "
-        "whichever is smallest; or always the past gains, which the server then keeps for as long as some client lacks them.",
+        description="What a client is missing of the base delta, for each module: the past residuals, their recompressed sum or a "
+        "snapshot, whichever is smallest; or always the residuals, which the server then keeps for as long as some client misses them.",
     )
     tolerance: float = Field(
         1e-7,
@@ -127,12 +127,12 @@ class Messages(ConfigTable):
         lt=1,
         description="Relative Frobenius error of a recompressed sum. Larger is lossy, and the exactness error does not show it.",
     )
-    max_examples: int = Field(10_000_000, ge=1, le=2**53, description="An update that claims more training rows than this is refused.")
+    max_examples: int = Field(10_000_000, ge=1, le=2**53, description="An update that claims more training rows than this is rejected.")
     norm_bound: float | None = Field(
         10.0,
         ge=0,
         description="An update whose change (of the weights, the factors, the other tensors) has a Frobenius norm above so many times the "
-        "round's median is refused. Only where at least three updates came: a median of two says nothing. 0: no bound.",
+        "round's median is rejected. Only where at least three updates came: a median of two says nothing. 0: no bound.",
     )
 
 
@@ -165,7 +165,7 @@ class Rules(ConfigTable):
         0.6
     """
 
-    method: Annotated[str, AfterValidator(method_name)] = Field("fedex", description="See docs/methods.md; METHOD or METHOD+GAUGE.")
+    method: Annotated[str, AfterValidator(method_name)] = Field("fedex", description="METHOD[+GAUGE], of docs/methods.md (fedavg: fedit).")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
     weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
     clients: Clients = Clients()

@@ -105,10 +105,10 @@ class TaskSettings(ConfigTable):
     data: Path | None = Field(None, description="Folder of the data in its published layout; without it, the hub.")
     train: str | None = Field(
         None,
-        description="custom: a jsonl, csv, tsv or parquet file, or HUB_NAME:SPLIT. arithmetic, commonsense: the same instead of MetaMathQA "
+        description="custom: a jsonl, json, csv, tsv or parquet file, or HUB_NAME:SPLIT. arithmetic, commonsense: the same for MetaMathQA "
         'and Commonsense170K; "" for no training rows.',
     )
-    eval: str | None = Field(None, description="custom: the same for the rows that only measure.")
+    eval: str | None = Field(None, description="custom: the same for the evaluation set.")
     kind: Literal["classification", "regression", "causal-lm", "chat", "image-classification"] = Field(
         "classification",
         description="custom: what is predicted: a class, a score, a text, what the assistant says in a chat, the class of an image.",
@@ -142,7 +142,7 @@ class TaskSettings(ConfigTable):
         "refuse", description="custom: what to do with rows that cannot be used: refuse them all in one line, or leave them out and say so."
     )
     train_rows: int | None = Field(None, ge=1, description="Use this many training rows, drawn with the run's seed.")
-    eval_rows: int | None = Field(None, ge=1, description="The same for the rows that only measure.")
+    eval_rows: int | None = Field(None, ge=1, description="The same for the evaluation set.")
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -215,8 +215,8 @@ class Clients(ConfigTable):
     )
     late: Literal["refuse", "next"] = Field(
         "refuse",
-        description="An update that comes after the deadline: refused, or, when it comes during the next round, part of that round's mean, "
-        "with the base that it was trained on (exact too).",
+        description="An update that comes after the deadline: rejected, or, when it comes during the next round, part of that round's "
+        "mean, with the base that it was trained on (exact too).",
     )
 
     @model_validator(mode="after")

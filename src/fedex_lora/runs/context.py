@@ -127,7 +127,7 @@ def given_base(model: PreTrainedModel, task: Task) -> Loaded:
 
 
 class GlobalModel:
-    """The server's side of a run: the global model, and the rows that only measure.
+    """The server's side of a run: the global model, and the evaluation set.
 
     Args:
         place: the model.

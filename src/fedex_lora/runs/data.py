@@ -90,7 +90,7 @@ class RowReport:
         cut: a length -> how many of the clients' rows are longer: the run's own, and shorter ones.
         nothing_left: rows that are cut before the loss begins, so that they are left out.
         clients: client -> what it holds.
-        eval_rows: rows that only measure.
+        eval_rows: how many measure the global model.
     """
 
     loss: Literal["text", "class", "score"]
@@ -137,7 +137,7 @@ def describe_rows(config: Config, rows: int = 3, client: str | None = None) -> R
         lengths["a row"] = _spread(view.whole[all_rows])
         if view.loss == "text":
             lengths["its loss, once it is cut"] = _spread(view.learnt[all_rows])
-        lengths["a row that only measures"] = _spread(_whole(task.tokenize(processor, task.eval)))
+        lengths["an evaluation row"] = _spread(_whole(task.tokenize(processor, task.eval)))
     return RowReport(
         loss=view.loss,
         notes=task.notes,

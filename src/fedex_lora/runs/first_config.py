@@ -47,7 +47,7 @@ def first_config(file: Path, eval_file: Path | None = None, model: str = DEMO, l
 
     Args:
         file: training rows: jsonl, json, csv, tsv or parquet.
-        eval_file: rows that only measure; None: a file beside it that is called so (eval, dev, valid, test) and has the same columns, else
+        eval_file: the evaluation set; None: a file beside it that is called so (eval, dev, valid, test) and has the same columns, else
             the same rows, which the text says.
         model: the base.
         label: the column of classes or scores; None: guessed.
@@ -266,7 +266,7 @@ def _of_clients(rows: Rows, column: str | None, count: int) -> list[str]:
 
 
 def _beside(file: Path, rows: Rows) -> Path | None:
-    """The file of rows that only measure which belongs to a training file: by its name, and with its columns."""
+    """The file of the evaluation set that belongs to a training file: by its name, and with its columns."""
 
     def stem(path: Path) -> str:
         return re.sub(r"[^a-z0-9]", "", PART.sub("", path.name.lower().removesuffix(ending.lower())))

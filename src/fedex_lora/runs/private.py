@@ -24,7 +24,7 @@ def digests_of(task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> dict
 
 
 def trained_and_measured(config: Config, task: Task, parts: Mapping[str, tuple[Indices, Indices]]) -> int:
-    """How many of the rows that only measure clients train on, too; 0 where they are less than half: short texts are alike by chance."""
+    """How many evaluation rows clients train on, too; 0 where they are less than half: short texts are alike by chance."""
     said = columns_read(config.task) if config.task.name == "custom" else task.eval.columns
     columns = [column for column in said if column in task.train.columns and column in task.eval.columns]
     everybody = np.concatenate([indices for held in parts.values() for indices in held])

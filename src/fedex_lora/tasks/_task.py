@@ -89,7 +89,7 @@ class Task:
 
     Attributes:
         kind: the head that the model needs.
-        train, eval: rows to learn from, rows that only measure.
+        train, eval: rows to learn from, the evaluation set.
         tokenize: (tokenizer, rows) -> data set of `input_ids`, `attention_mask`, `labels`; of images (encoded) and `labels`.
         metrics: predictions -> name -> number.
         headline: the metric that ranks rounds on the clients' own held-out rows.

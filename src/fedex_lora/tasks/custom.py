@@ -65,7 +65,7 @@ def load(settings: config.TaskSettings, read: Reader = read_rows) -> Task:
 
 
 def row_tables(settings: config.TaskSettings, read: Reader = read_rows) -> tuple[RowTable, RowTable]:
-    """The rows to learn from and those that only measure, with all that is wrong with single ones.
+    """The rows to learn from and the evaluation set, with all that is wrong with single ones.
 
     Raises:
         DataError: a file or column is missing.
