@@ -17,7 +17,7 @@ from fedex_lora import LoRAPair
 from fedex_lora.aggregation import derive_seed, get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import WireError
-from fedex_lora.exactness.measure import Exactness
+from fedex_lora.exactness.measure import Realised
 from fedex_lora.protocol.failures import failure_of
 from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
@@ -32,6 +32,15 @@ from fedex_lora.types import ClientUpdate
 SHAPES = {"wide": (10, 16), "tall": (18, 8)}  # out x in
 SCALING = 2.0
 HEAD = "head.weight"
+
+
+def raising(error):
+    """A function that raises it, whatever it is given."""
+
+    def raises(*_, **__):
+        raise error
+
+    return raises
 
 
 def setting(**changes):
@@ -120,7 +129,7 @@ class FakeHost:
 
     def federation(self, rows, exchange):
         format, facts = Format({"modules_to_save": ["head"]}), self.facts(rows)
-        measured = Exactness({}, {}), 0.0, {}  # of no layers
+        measured = Realised({}, {}), {}  # of no layers
         return Federation(sorted(rows), exchange, self.evaluate, lambda state, ideal: measured, format, facts, self.ranks)
 
     def evaluate(self, state):

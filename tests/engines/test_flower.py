@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from tests.fake import raising
 from typer.testing import CliRunner
 
 flwr = pytest.importorskip("flwr", reason="the extra flower is not installed")
@@ -28,6 +29,7 @@ from flwr.app.error import Error  # noqa: E402
 from flwr.cli.build import build_fab_from_disk  # noqa: E402
 from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from httpx import ConnectError  # noqa: E402
 
 from fedex_lora.cli import app  # noqa: E402
 from fedex_lora.cli.doctor import examine  # noqa: E402
@@ -294,6 +296,21 @@ def test_an_absent_node_is_waited_for_and_a_dead_one_is_named():
     assert next(replies) is None
     nodes.answer(1, Error(ErrorCode.NODE_UNAVAILABLE, "node 1 is gone"))
     assert told(replies) == [("b", None, "its node went away before it answered")]
+
+
+def test_what_flower_cannot_unpack_is_a_failure_of_the_client_that_sent_it():
+    """Whatever a node has stored at the SuperLink, the run goes on without it; a link that is down is none of its answers."""
+    nodes = Nodes("a", "b")
+    pull, replies = nodes.pull_messages, GridExchange(nodes, ["a", "b"], {"run": "r"})({"a": of_round(1), "b": of_round(1)}, None)
+
+    nodes.pull_messages = lambda identities: raising(ValueError("no JSON"))() if "message 1" in identities else pull(identities)
+    assert told([next(replies)]) == [("b", None, "its answer cannot be unpacked (ValueError)")]
+    nodes.answer(0)
+    assert told(replies) == [("a", b"answer", "")]
+    again = GridExchange(nodes, ["a", "b"], {"run": "r"})({"b": of_round(2)}, None)
+    nodes.pull_messages = raising(ConnectError("refused"))
+    with pytest.raises(ConnectError):
+        next(again)
 
 
 def test_a_node_started_anew_is_asked_again_at_once():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -24,6 +25,7 @@ from fedex_lora.experiments.compare import configured, interval, parse_protocol
 from fedex_lora.experiments.compare._plan import RATE, Variant, grid_around, label
 from fedex_lora.experiments.compare._runs import RunJob, nobody, outcomes
 from fedex_lora.experiments.compare._statistics import Curve, curve, held_out_score, rounds_to, summary
+from fedex_lora.experiments.compare._tuning import best_point
 from fedex_lora.experiments.compare._variants import controls, variants
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs.run import run
@@ -415,3 +417,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(UsageError, match="is no comparison"):
         compare(configuration(), ["fedit"], [0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_configuration_of_one_s_own_is_not_written_over(tmp_path):
+    """It means the same as the comparison's, so a killed comparison could have left it; but its comments are somebody's."""
+    mine = "# mine\n" + write_config(configuration())
+    (tmp_path / "config.toml").write_text(mine)
+    with pytest.raises(UsageError, match="is no comparison"):
+        compare(configuration(), ["fedit"], [0], tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.toml": mine}
+
+
+def test_where_no_held_out_score_is_finite_no_rate_is_the_best(tmp_path):
+    plan = SimpleNamespace(points=lambda _: [{"rate": 1}, {"rate": 2}], tuned=lambda _: True, tuning_seeds=[7], grid={"rate": [1, 2]})
+    curve = Curve(
+        metric=[0.5, math.nan],
+        held_out={0: 0.5, 1: math.nan},
+        held_out_loss={},
+        bytes_down=0,
+        bytes_up=0,
+        exactness=0,
+        seconds=0,
+        trainable=0,
+    )
+    ran = {("fedex", label(point), 7): SimpleNamespace(curve=curve, reason="") for point in plan.points(None)}
+    with pytest.raises(TrainingError, match="fails at every point of the grid: rate=1: what the clients measured"):
+        best_point(plan, SimpleNamespace(name="fedex"), ran, 1)

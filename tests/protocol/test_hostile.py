@@ -16,7 +16,7 @@ from tests.runs.test_run import configuration, events_of, ignore
 
 from fedex_lora import LoRAPair
 from fedex_lora.errors import ConfigError, TrainingError
-from fedex_lora.exactness.measure import Exactness
+from fedex_lora.exactness.measure import Realised
 from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.frame import join
 from fedex_lora.protocol.messages import answer_in, declared_bytes
@@ -53,7 +53,7 @@ def federation(tmp_path_factory):
             yield reply
 
     state = place.initial()
-    quick = replace(told, evaluate=lambda state: {}, realised=lambda state, ideal: (Exactness({}, {}), 0.0, {}))
+    quick = replace(told, evaluate=lambda state: {}, realised=lambda state, ideal: (Realised({}, {}), {}))
     run_rounds(setting(), state, replace(quick, exchange=exchange), tmp_path_factory.mktemp("honest") / "run", ignore)
     return state, quick, sent
 

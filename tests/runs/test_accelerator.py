@@ -247,8 +247,8 @@ def after_a_round(case, where, device):
     state, result = server.step(server.init(updates[0].adapter, updates[0].other), updates)
     base.set(state.base_delta)
     write_model(models[0], state.adapter, state.other)
-    exact, floor = base.realised(measure.ideal_update({}, updates, result.weights))
-    numbers = [base.fingerprint(), base.side_error, dict(exact.error), floor, logits(models[0]).tolist()]
+    exact = base.realised(measure.ideal_update({}, updates, result.weights))
+    numbers = [base.fingerprint(), base.side_error, dict(exact.error), exact.worst, logits(models[0]).tolist()]
     base.set({})
     return [*numbers, {name: layer.weight().cpu().tolist() for name, layer in lora_layers(models[0]).items()}]
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,12 @@ from fedex_lora import aggregate, load_model
 from fedex_lora.cli import app
 from fedex_lora.cli.console import Display
 from fedex_lora.config import base_folder, parse_config, read_config
-from fedex_lora.errors import ConfigError, ModelError, StorageError
+from fedex_lora.errors import ConfigError, ModelError, StorageError, UsageError
 from fedex_lora.models.export import export
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs.run import run
+from fedex_lora.storage.events import Warned
 from fedex_lora.storage.files import read_manifest
 from fedex_lora.storage.result import read_result
 from fedex_lora.types import Dense
@@ -38,6 +41,27 @@ def first(tmp_path_factory):
     out = tmp_path_factory.mktemp("first") / "run"
     run(configuration(), out, ignore)
     return out
+
+
+def test_a_run_is_not_resumed_from_another_start(first, tmp_path):
+    """Its start got a round since: clients that were not asked yet would begin there, and the round be called exact."""
+    shutil.copytree(first, tmp_path / "first")
+    run(going_on(tmp_path / "first", rounds=1), tmp_path / "run", ignore)
+    run(configuration(rounds=3), tmp_path / "first", ignore, resume=True)
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"began with another tokenizer, or another base\.start"):
+        run(going_on(tmp_path / "first", rounds=2), tmp_path / "run", ignore, resume=True)
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+
+
+def test_a_run_that_is_resumed_with_other_threads_says_so(first, tmp_path):
+    told = []
+    run(going_on(first, rounds=1), tmp_path / "other", ignore)
+    events = tmp_path / "other" / "events.jsonl"
+    events.write_text(re.sub(r'"torch_threads": ?\d+', '"torch_threads": 99', events.read_text()))
+    run(going_on(first, rounds=2), tmp_path / "other", told.append, resume=True)
+    said = [event.message for event in told if isinstance(event, Warned)]
+    assert [message for message in said if "the run goes on elsewhere than it began" in message and "torch_threads 99" in message]
 
 
 def going_on(start, **changes):

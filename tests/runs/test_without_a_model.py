@@ -210,6 +210,6 @@ def test_a_run_that_learns_nothing_says_so(before, after, said):
     facts = {"headline": "accuracy", "greater_is_better": True}
     held = {0: mean(0, before) if before else {}, 3: mean(3, after)}
     words = learnt_nothing(held, facts)
-    assert best_of(held, facts) == 3
+    assert best_of(held, facts) == (3 if "accuracy" in held[3] and held[3]["accuracy"] == held[3]["accuracy"] else None)
     assert bool(words) == bool(said)
     assert not said or (said in words and "0.5 on the clients' own rows before" in words)

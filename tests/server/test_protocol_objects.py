@@ -305,6 +305,21 @@ def test_a_late_update_never_takes_the_place_of_one_that_is_on_time():
     assert len(updates) == 2
 
 
+def test_an_update_that_is_asked_for_again_leaves_no_late_one_in_its_place():
+    """A client whose update of this round was refused is judged by that, and not by the late one that it had sent before."""
+    server, clients = federation(clients={"quorum": 0.5, "late": "next"})
+    round = server.open_round(list("abc"))
+    late = {name: answer(clients[name], round.messages[name]) for name in "abc"}
+    round.close([server.receive(name, late[name]).update for name in "ab"])
+    clients["c"] = Client(server.rules, "c", FIRST)
+    round = server.open_round(list("abc"))
+    assert isinstance(server.receive("c", late["c"]), Late)
+    for name in "abc":
+        assert isinstance(server.receive(name, answer(clients[name], round.messages[name])), Accepted)
+    round.ask_again(["c"])
+    assert (round.ready().clients, round.ready().late) == (["a", "b"], frozenset())
+
+
 def test_looking_whether_a_round_is_ready_changes_nothing():
     """Two small updates and one that is larger: polled after each answer, or judged once, the same count."""
     found = []

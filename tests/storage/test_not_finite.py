@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.cli.test_cli import call, one_line
 from tests.conftest import make_updates
+from tests.fake import raising
 from tests.finished_runs import event, written
 from tests.offline.test_streaming import write_adapter
 from tests.runs.test_run import configuration, events_of, ignore
@@ -290,16 +291,44 @@ def test_a_side_path_that_overflows_in_16_bits_shows():
     """One module of many: its outputs are infinite in float16, so the round's number is NaN, not the largest of the others."""
     frozen, deltas = side_model("float16")
     frozen.set(deltas)
-    before, _ = frozen.realised(deltas)
+    before = frozen.realised(deltas)
     assert before.max_relative_error < 1e-2
     assert frozen.side_error < 1e-5
     second = list(frozen._layers.values())[1]
     with torch.no_grad():
         second.base.weight.fill_(6e4)
-    realised, _ = frozen.realised(deltas)
+    realised = frozen.realised(deltas)
     assert math.isnan(realised.max_relative_error)
+    assert math.isnan(realised.worst[0])
     second.base.base_delta.last = second.base.base_delta.last * math.nan
     assert math.isnan(frozen.side_error)
+
+
+def test_a_module_without_an_update_hides_no_other_s_error():
+    """Relative to an update of zero its own rounding is infinite, and whatever the other layers compute was below that."""
+    frozen, deltas = side_model("float32")
+    first, second = list(frozen._layers)[:2]
+    deltas[first] = LowRank(torch.zeros_like(deltas[first].U), deltas[first].V)
+    frozen.set(deltas)
+    error, floor = frozen.realised(deltas).worst
+    assert error <= 10 * floor < 1e-3
+    with torch.no_grad():
+        frozen._layers[second].base.weight += 0.5 * deltas[second].dense(torch.float32)
+    error, floor = frozen.realised(deltas).worst
+    assert 0.4 < error < 0.6
+    assert floor < 1e-3
+
+
+def test_a_delta_that_could_not_be_set_is_set_the_next_time(monkeypatch):
+    """Memory ends between two modules: what the first has got is not what the base is said to have."""
+    frozen, deltas = side_model("float32")
+    pristine = {name: frozen._layers[name].weight().clone() for name in frozen._layers}
+    with monkeypatch.context() as patched:
+        patched.setattr(frozen._homes[list(frozen._homes)[1]], "set", raising(MemoryError()))
+        with pytest.raises(MemoryError):
+            frozen.set(deltas)
+    frozen.set({})
+    assert all(torch.equal(frozen._layers[name].weight(), weight) for name, weight in pristine.items())
 
 
 def test_a_round_whose_errors_cannot_be_computed_says_so(tmp_path, monkeypatch):
@@ -307,9 +336,8 @@ def test_a_round_whose_errors_cannot_be_computed_says_so(tmp_path, monkeypatch):
     realised = FrozenBase.realised
 
     def overflowing(self, ideal):
-        found, floor = realised(self, ideal)
-        name = list(found.error)[-1]
-        return replace(found, error={**found.error, name: math.inf}), floor
+        found = realised(self, ideal)
+        return replace(found, error={**found.error, list(found.error)[-1]: math.inf})
 
     monkeypatch.setattr(FrozenBase, "realised", overflowing)
     (tmp_path / "run.toml").write_text(write_config(configuration(rounds=1)))

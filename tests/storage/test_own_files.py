@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.cli.test_cli import call, one_line
 from tests.experiments.test_compare import outcomes
+from tests.fake import raising
 from tests.finished_runs import small_run
 from tests.offline.test_streaming import write_adapter
 from tests.runs.test_run import configuration, ignore
@@ -76,6 +77,19 @@ def test_resume_beside_a_configuration_of_their_own(tmp_path):
         with pytest.raises(UsageError, match="no run"):
             run(config, out, ignore, resume=True)
         assert {path.name: path.read_text() for path in out.iterdir()} == files
+
+
+def test_a_start_that_fails_leaves_what_was_there_before(tmp_path, monkeypatch):
+    """A configuration of one's own, as a killed run leaves one, and an empty folder; a folder that the run made is gone again."""
+    text = write_config(configuration(rounds=1))
+    for name in ("mine", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine" / "config.toml").write_text(text)
+    monkeypatch.setattr(runner, "run_rounds", raising(KeyboardInterrupt()))
+    for name in ("mine", "empty", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            run(configuration(rounds=1), tmp_path / name, ignore, resume=True)
+    assert contents(tmp_path) == {"mine": None, "empty": None, "mine/config.toml": text.encode()}
 
 
 def test_only_temporaries_are_swept(finished, tmp_path):

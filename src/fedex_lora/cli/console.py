@@ -134,7 +134,7 @@ class Display:
             f"final/ is round {event.rounds}; best on the clients' held-out rows{by} is round {best}"
             + ("" if best == event.rounds else f" (rounds/{best:04d}; export and evaluate take it by --round best)")
             if best
-            else "no round is called best: not every client measured every round (nothing is measured on private rows)"
+            else "no round is called best: not every client measured every round, or nothing finite (on private rows nothing is measured)"
         )
         self._print(f"{note}; {self._clock() - self._started:.0f} s in all")
 

@@ -85,6 +85,12 @@ def effective_rank(matrix: Tensor) -> float:
     return float(1 / (gram * gram).sum())
 
 
-def fp32_floor(weight_norm: float, update_norm: float, dtype: torch.dtype = torch.float32) -> float:
-    """The relative error that storing `W0 + D` in `dtype` costs by itself: `eps |W| / |update|`."""
-    return relative_error(torch.finfo(dtype).eps * weight_norm, update_norm)
+def above(error: float, floor: float) -> float:
+    """How many times its floor an error is: infinite where one of them is NaN, 0 beside an infinite floor.
+
+    >>> above(3e-6, 1e-6), above(math.nan, 1.0), above(math.inf, math.inf), above(0.0, 0.0)
+    (3.0, inf, 0.0, 0.0)
+    """
+    if math.isnan(error) or math.isnan(floor):
+        return math.inf
+    return 0.0 if error == 0 or math.isinf(floor) else error / floor if floor else math.inf

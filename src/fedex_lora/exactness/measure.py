@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.exactness.algebra import effective_rank, image, norm, relative_error, summed, worst
+from fedex_lora.exactness.algebra import above, effective_rank, image, norm, relative_error, summed, worst
 from fedex_lora.types import Adapter, Aggregate, ClientUpdate, Delta, LoRAPair, LowRank, Motion, ServerState
 
 T = TypeVar("T")
@@ -48,6 +48,33 @@ class Exactness:
     def total_relative_error(self) -> float:
         """|got - ideal| / |ideal| over all modules together."""
         return relative_error(math.hypot(*self.error.values()), math.hypot(*self.ideal.values()))
+
+
+@dataclass(frozen=True)
+class Realised(Exactness):
+    """The same of what a model's own layers compute.
+
+    Attributes:
+        rounding: module path -> what rounding costs by itself, `eps |W|`, in the precision that the module computes in.
+    """
+
+    rounding: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """(|got - ideal|, its rounding), relative to |ideal|, of the module that is furthest above its own rounding.
+
+        A module that no row reached has no update, and so counts relative to that of all modules together.
+
+        >>> Realised(error={"a": 1e-6, "b": 9e-6}, ideal={"a": 1.0, "b": 0.0}, rounding={"a": 2e-6, "b": 1e-6}).worst
+        (9e-06, 1e-06)
+        """
+        if not self.error:
+            return 0.0, 0.0
+        finite = {name: size if math.isfinite(size) else math.nan for name, size in self.rounding.items()}
+        module = max(self.error, key=lambda name: above(self.error[name], finite[name]))
+        size = self.ideal[module] or math.hypot(*self.ideal.values())
+        return relative_error(self.error[module], size), relative_error(self.rounding[module], size)
 
 
 USELESS_TAIL = 0.7  # of the residual's norm: less than half of its energy is kept

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedex_lora.aggregation.lowrank import same_bits
 from fedex_lora.errors import ModelError
-from fedex_lora.exactness.algebra import fp32_floor, relative_error, worst
-from fedex_lora.exactness.measure import Exactness
+from fedex_lora.exactness.algebra import relative_error, worst
+from fedex_lora.exactness.measure import Realised
 from fedex_lora.models.fingerprint import fingerprint
 from fedex_lora.models.layers import Layer, disable_cpu_repacking, is_quantised, like_weight, oriented
 from fedex_lora.models.lora import lora_layers
@@ -53,6 +53,7 @@ class FrozenBase:
             side = where == "side" or (where == "auto" and why_not is not None)
             self._homes[name] = _SideDelta(layer) if side else _MergedDelta(layer, checkpoint)
         self._now: dict[str, Delta] = {}
+        self._unsure = set[str]()  # modules whose delta could not be set, for lack of memory say
 
     @torch.no_grad()
     def set(self, base_delta: Mapping[str, Delta]) -> None:
@@ -67,8 +68,10 @@ class FrozenBase:
             if (shape := self._layers[name].shape) != delta.shape:
                 raise ModelError(f"the base delta of {name} is {delta.shape}, the model's weight {shape}: is it another base model?")
         for name, home in self._homes.items():
-            if not same_bits(self._now.get(name), base_delta.get(name)):
+            if name in self._unsure or not same_bits(self._now.get(name), base_delta.get(name)):
+                self._unsure.add(name)
                 home.set(base_delta.get(name))
+        self._unsure.clear()
         self._now = dict(base_delta)
 
     @contextmanager
@@ -124,19 +127,15 @@ class FrozenBase:
         return worst(errors)
 
     @torch.no_grad()
-    def realised(self, ideal: Mapping[str, Delta]) -> tuple[Exactness, float]:
+    def realised(self, ideal: Mapping[str, Delta]) -> Realised:
         """What the model's own layers compute, against `W0 + ideal` in fp64 (W0 as stored: dequantised, upcast).
 
         Of a folded module the weight is read, `W + s B A`. A module with a side path is run, in its own precision, on random inputs.
-
-        Returns:
-            (the errors, and the floor `eps |W| / |ideal|` of the worst module, eps of the precision that it computes in).
         """
-        error, size, floors = dict[str, float](), dict[str, float](), list[float]()
+        error, size, rounding = dict[str, float](), dict[str, float](), dict[str, float]()
         for name, delta in ideal.items():
-            error[name], size[name], floor = self._homes[name].realised(delta, getattr(self._model, "dtype", torch.float32))
-            floors.append(floor)
-        return Exactness(error=error, ideal=size), worst(floors)
+            error[name], size[name], rounding[name] = self._homes[name].realised(delta, getattr(self._model, "dtype", torch.float32))
+        return Realised(error=error, ideal=size, rounding=rounding)
 
 
 class _MergedDelta:
@@ -157,8 +156,7 @@ class _MergedDelta:
         target = self.w0().double() + ideal.dense()
         got = self._layer.weight().cpu().double() + self._layer.pair().delta()
         norm = torch.linalg.matrix_norm
-        size = float(norm(ideal.dense()))
-        return float(norm(got - target)), size, fp32_floor(float(norm(target)), size)
+        return float(norm(got - target)), float(norm(ideal.dense())), torch.finfo(torch.float32).eps * float(norm(target))
 
 
 class _SideDelta:
@@ -202,9 +200,8 @@ class _SideDelta:
             bias = self._layer.base.bias.detach().cpu().double()
             target = target + bias.reshape(-1, *[1] * (target.ndim - 2)) if self._layer.layout.kernel else target + bias
         norm = torch.linalg.vector_norm
-        floor = fp32_floor(float(norm(target)), float(norm(change)), compute)
         eight_bits = type(self._layer.base.weight).__name__ == "Int8Params"  # its inputs are quantised too, by 1 / 127
-        return float(norm(got - target)), float(norm(change)), floor * (1 / 127 / torch.finfo(compute).eps if eight_bits else 1)
+        return float(norm(got - target)), float(norm(change)), float(norm(target)) * (1 / 127 if eight_bits else torch.finfo(compute).eps)
 
 
 class SidePath(nn.Module):

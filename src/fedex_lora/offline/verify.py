@@ -74,7 +74,8 @@ def verify(path: Path, base: str | None = None) -> dict[str, Any]:
         **(largest if recomputed else dict.fromkeys(largest)),
     }
     if base:
-        summary |= {key: algebra.worst(row[key] for row in rows) for key in ("realised_error", "floor")}
+        layers = max(rows, key=lambda row: algebra.above(row["realised_error"], row["floor"]))
+        summary |= {key: layers[key] for key in ("realised_error", "floor")}
         summary |= output_errors(last, base) | {"base_checked": "base_fingerprint" in last.manifest}
         summary["base_quantization"] = last.manifest.get("base_quantization", "none")
     return summary | {
@@ -239,8 +240,7 @@ def _verify_one(folder: Path, result: StoredResult, base: str | None) -> dict[st
     }
     if base:
         _, folded = build_model(result, base)
-        realised, floor = folded.realised(ideal)
-        row |= {"realised_error": realised.max_relative_error, "floor": floor}
+        row |= dict(zip(("realised_error", "floor"), folded.realised(ideal).worst, strict=True))
     return row
 
 

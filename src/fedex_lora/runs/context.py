@@ -23,7 +23,7 @@ from fedex_lora.client.trainers import find_trainer
 from fedex_lora.client.training import evaluate
 from fedex_lora.config import DEMO, Config
 from fedex_lora.errors import ModelError
-from fedex_lora.exactness.measure import Exactness
+from fedex_lora.exactness.measure import Realised
 from fedex_lora.models.adapted import AdaptedModel
 from fedex_lora.models.build import fitted
 from fedex_lora.models.fingerprint import tokenizer_digest
@@ -189,11 +189,11 @@ class GlobalModel:
             return {}
         return evaluate(self.load(state), self.eval, self.place.work)
 
-    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Exactness, float, dict[str, float]]:
-        """The exactness of what the model's layers compute, its floor, and of side paths their own error."""
+    def realised(self, state: ServerState, ideal: Mapping[str, Delta]) -> tuple[Realised, dict[str, float]]:
+        """The exactness of what the model's layers compute, and of side paths their own error."""
         self.load(state)
         base = self.place.base
-        return *base.realised(ideal), {"side_error": error} if (error := base.side_error) else {}
+        return base.realised(ideal), {"side_error": error} if (error := base.side_error) else {}
 
     def _settings(self) -> dict[str, Any]:
         """What has a default that depends on the task, as it is."""
@@ -210,6 +210,7 @@ class GlobalModel:
         return {
             "base_model": os.path.abspath(model) if (model := config.base.model) != DEMO and Path(model).is_dir() else model,
             "base_fingerprint": place.base.fingerprint(),
+            "base_identity": place.identity,
             "task": config.task.name,
             "task_type": format_of(place.model).config.get("task_type") or TASK_TYPES[task.kind],
             **({"labels": list(names.values())} if (names := task.model_config.get("id2label")) else {}),

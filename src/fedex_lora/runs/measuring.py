@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedex_lora.exactness import algebra, measure
-from fedex_lora.exactness.measure import Exactness
+from fedex_lora.exactness.measure import Realised
 from fedex_lora.runs.emit import Emit
 from fedex_lora.server.result import Result
 from fedex_lora.storage.events import HeldOut, Warned
 from fedex_lora.types import Delta, ServerState
 
-Realised = Callable[[ServerState, Mapping[str, Delta]], tuple[Exactness, float, dict[str, float]]]
+MeasureLayers = Callable[[ServerState, Mapping[str, Delta]], tuple[Realised, dict[str, float]]]
 
 
-def round_numbers(result: Result, realised: Realised, emit: Emit) -> dict[str, Any]:
+def round_numbers(result: Result, realised: MeasureLayers, emit: Emit) -> dict[str, Any]:
     """The fields of `round_done` that a round achieved, from the factors and from the model's own layers; nothing without a global model.
 
     Args:
@@ -27,11 +27,12 @@ def round_numbers(result: Result, realised: Realised, emit: Emit) -> dict[str, A
         emit(Warned(round=number, message=useless, tail=measure.tail(result.aggregate)))
     if result.exactness is None:
         return {}
-    layers, floor, side = realised(result.state, result.ideal)
+    layers, side = realised(result.state, result.ideal)
+    error, floor = layers.worst
     errors = {
         "exactness_error": result.exactness.max_relative_error,
         "exactness_error_total": result.exactness.total_relative_error,
-        "realised_error": layers.max_relative_error,
+        "realised_error": error,
     }
     numbers = {**result.numbers, **side}
     checked = {**errors, **{name: numbers[name] for name in ("change_error", *side) if name in numbers}}
@@ -68,13 +69,14 @@ def held_out_event(version: int, metrics: Mapping[str, Mapping[str, float]], emi
 def best_of(held_out: Mapping[int, Mapping[str, float]], facts: Mapping[str, Any]) -> int | None:
     """The round whose model was best on the held-out rows of all clients; ties go to the smaller loss, then to the earlier one.
 
-    A round that only some clients measured (`clients.fraction` below one) is not compared: its rows were other rows.
+    A round that only some clients measured (`clients.fraction` below one) is not compared: its rows were other rows. None is best where no
+    number is finite.
     """
     headline, sign = facts["headline"], 1 if facts["greater_is_better"] else -1
     rows = max((metrics.get("rows", 0) for metrics in held_out.values()), default=0)
     found = {number: one.get(headline, math.nan) for number, one in held_out.items() if number > 0 and one.get("rows") == rows}
     compared = len(found) == len(held_out.keys() - {0}) and any(headline in one for one in held_out.values())
-    worth = {number: sign * value if math.isfinite(value) else -math.inf for number, value in found.items()}  # `max` is lost in NaN
+    worth = {number: sign * value for number, value in found.items() if math.isfinite(value)}
     losses = {number: loss if math.isfinite(loss := held_out[number].get("loss", math.inf)) else math.inf for number in worth}
     return max(worth, key=lambda number: (worth[number], -losses[number], -number)) if worth and compared else None
 

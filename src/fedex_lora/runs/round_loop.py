@@ -14,7 +14,7 @@ from fedex_lora.errors import StorageError, TrainingError
 from fedex_lora.exactness.measure import Held
 from fedex_lora.runs.emit import Emit
 from fedex_lora.runs.listening import Exchange, listen, tell
-from fedex_lora.runs.measuring import Realised, best_of, held_out_event, learnt_nothing, round_numbers
+from fedex_lora.runs.measuring import MeasureLayers, best_of, held_out_event, learnt_nothing, round_numbers
 from fedex_lora.server.checkpoint import FILE, Checkpoint, to_file
 from fedex_lora.server.checks import quorum, sample
 from fedex_lora.server.round import Round
@@ -49,7 +49,7 @@ class Federation:
     clients: Sequence[str]
     exchange: Exchange
     evaluate: Callable[[ServerState], dict[str, float]]
-    realised: Realised
+    realised: MeasureLayers
     format: Format
     facts: Mapping[str, Any]
     ranks: Mapping[str, int] = field(default_factory=dict)

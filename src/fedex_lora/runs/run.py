@@ -1,6 +1,6 @@
 """One run into its folder: begun or gone on with, round by round, in this process or wherever its home is."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from fedex_lora.runs.trackers import Trackers
 from fedex_lora.server.checkpoint import last_checkpoint, require_space
 from fedex_lora.storage.events import Event, Finished, Resumed, RoundDone, Started, Warned, is_over, of_kind, read_events, record
 from fedex_lora.storage.files import write_text, writing_failed
-from fedex_lora.storage.run_folder import barely_begun, locked, not_begun_removed, remove_temporaries, run_rounds_of, strays
+from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, locked, not_begun_removed, remove_temporaries, run_rounds_of, strays
 from fedex_lora.types import ServerState
 
 
@@ -49,8 +49,8 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         OSError: what is none of `out`'s: a connection, a file of the rows.
     """
     resolved = write_config(config)
-    found = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if found and not resume:
+    before = {path.name for path in out.iterdir()} if out.is_dir() else None
+    if (found := out.exists() and before != set()) and not resume:
         raise UsageError(f"{out} exists and is not empty: give another out, remove it, or resume it")
     if found:
         _require_run(out, config)
@@ -60,15 +60,15 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         place.require(out)
         facts = place.federation().facts
         if get_method(config.method).lora:  # of the whole model, which is trained, the rounds have all
-            _require_base(out, facts.get("base_fingerprint", ""), config.base.model)
+            _require_base(out, facts, config.base.model)
         require_space(out, facts["disk_bytes"])
         try:
             out.mkdir(parents=True, exist_ok=True)
             with locked(out), trackers:
                 remove_temporaries(out)
-                write_text(out / "config.toml", resolved)
-                with not_begun_removed(out):
-                    return _resume_or_start(config, place, out, log_to(out / "events.jsonl", emit, trackers))
+                with not_begun_removed(out, before):
+                    write_text(out / CONFIG, resolved)
+                    return _resume_or_start(config, place, out, log_to(out / EVENTS, emit, trackers))
         except OSError as error:
             if not writing_failed(error, out):
                 raise
@@ -83,7 +83,7 @@ def _require_run(out: Path, config: Config) -> None:
         raise UsageError(f"{out} holds something that is no run: give another out")
     if (rounds := run_rounds_of(out)) and config.rounds < (done := int(rounds[0].name)):
         raise UsageError(f"{out} has {done} rounds already, and rounds = {config.rounds}: give rounds = {done} or more")
-    begun = read_config(out / "config.toml")
+    begun = read_config(out / CONFIG)
     if config.rounds != begun.rounds and "run" in (config.local.schedule, begun.local.schedule):
         raise UsageError(
             f'{out} has {begun.rounds} rounds, over which local.schedule = "run" spreads the learning rate: with {config.rounds} they '
@@ -103,17 +103,20 @@ def _require_run(out: Path, config: Config) -> None:
         )
 
 
-def _require_base(out: Path, fingerprint: str, name: str) -> None:
-    """The rounds of `out` were trained on this base."""
-    events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
-    if any(one.base_fingerprint not in ("", fingerprint) for one in of_kind(events, Started)):
+def _require_base(out: Path, facts: Mapping[str, Any], name: str) -> None:
+    """The rounds of `out` were trained on this base, with this tokenizer, from this start."""
+    events = read_events(out / EVENTS) if (out / EVENTS).exists() else []
+    begun = list(of_kind(events, Started))
+    if any(one.base_fingerprint not in ("", facts.get("base_fingerprint", "")) for one in begun):
         raise UsageError(f"{out} was trained on another base than {name} is now: give the one that it began with, or another out")
+    if any(one.base_identity not in ("", facts.get("base_identity", "")) for one in begun):
+        raise UsageError(f"{out} began with another tokenizer, or another base.start, than there is now: give those, or another out")
 
 
 def _is_run(out: Path) -> bool:
     """Has it the configuration and the events of a run? One that was killed in between left its configuration, as we write it, alone."""
-    mark = out / "config.toml"
-    if not mark.is_file() or (out / "events.jsonl").is_file():
+    mark = out / CONFIG
+    if not mark.is_file() or (out / EVENTS).is_file():
         return mark.is_file()
     return not strays(out) and mark.read_text(encoding="utf-8") == write_config(read_config(mark))
 
@@ -132,6 +135,16 @@ def _other_parties(events: Sequence[Event], clients: Iterable[str]) -> str:
     return said and f"the run goes on with other parties than it began with: {said}"
 
 
+def _other_machine(events: Sequence[Event], facts: Mapping[str, Any]) -> str:
+    """What may make other bits, where a run goes on with other threads, on another device or with other libraries; else nothing."""
+    began: Any = (of_kind(events, Started) or [{}])[-1]
+    before, now = (
+        {**one.get("versions", {}), "torch_threads": one.get("torch_threads"), "device": one.get("device")} for one in (began, facts)
+    )
+    said = "; ".join(f"{key} {was}, now {now[key]}" for key, was in before.items() if was and now.get(key) not in (None, was))
+    return said and f"the run goes on elsewhere than it began, so its next bits may be others ({said})"
+
+
 def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> ServerState:
     """The rounds that are not there yet; all of them in a new folder."""
     checkpoint, complaints = last_checkpoint(out)
@@ -139,7 +152,7 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
         emit(Warned(message=f"a broken round was set aside: {complaint}"))
     if spare := spare_devices(config):
         emit(Warned(message=spare))
-    events = read_events(out / "events.jsonl") if (out / "events.jsonl").exists() else []
+    events = read_events(out / EVENTS) if (out / EVENTS).exists() else []
     if checkpoint is not None:
         number = checkpoint.state.round
         if is_over(events) and number == config.rounds and handed_on(out, number):
@@ -150,7 +163,7 @@ def _resume_or_start(config: Config, place: Home, out: Path, emit: Emit) -> Serv
             emit(record("round_done", **checkpoint.done))
     place.remember_in(out)
     begun, there = checkpoint or place.initial(), place.federation()
-    if others := _other_parties(events, there.clients):
+    for others in filter(None, (_other_parties(events, there.clients), _other_machine(events, there.facts))):
         emit(Warned(message=others))
     if isinstance(begun, ServerState):
         said = [noise_warning(config, begun.adapter, there.clients), start_warning(config, there.facts.get("start", {}))]

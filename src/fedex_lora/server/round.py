@@ -147,6 +147,7 @@ class Round:
         if isinstance(verdict, Late):
             self.late[client] = self._receipt(verdict.update, self._server.unanswered.downloads[client], base)
         elif isinstance(verdict, Accepted):
+            self.late.pop(client, None)  # what is averaged is what was judged, also where this one is asked for again
             self.receipts[client] = self._receipt(verdict.update, self._requests.download(client), base)
             for heard in (self.needs_full, self.missing, self.failed, self.hopeless):
                 heard.discard(client)

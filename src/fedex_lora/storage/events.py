@@ -56,6 +56,7 @@ class Started(Event, name="started"):
     metrics: Metrics = {}
     base_model: str = ""
     base_fingerprint: str = ""
+    base_identity: str = ""
     base_dtype: str = ""
     base_quantization: str = ""
     base_random_seed: int | None = None

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import tomllib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -71,16 +71,22 @@ def barely_begun(out: Path) -> bool:
 
 
 @contextmanager
-def not_begun_removed(out: Path) -> Iterator[None]:
-    """Where something is raised before anything happened that a run could go on from, the folder is free again."""
+def not_begun_removed(out: Path, before: Collection[str] | None) -> Iterator[None]:
+    """Where something is raised before anything happened that a run could go on from, what the run wrote is gone again.
+
+    Args:
+        out: the folder.
+        before: names of what was in it before; None: it was not there.
+    """
     try:
         yield
     except BaseException:
         with suppress(OSError):
-            if {path.name for path in out.iterdir()} <= {CONFIG, WORD, ROWS}:
-                for name in (CONFIG, WORD, ROWS):
+            if {path.name for path in out.iterdir()} <= (ours := {CONFIG, WORD, ROWS}):
+                for name in ours.difference(before or ()):
                     (out / name).unlink(missing_ok=True)
-                out.rmdir()
+                if before is None:
+                    out.rmdir()
         raise
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from httpx import HTTPError
 
 from fedex_lora.engines.flower._messages import from_record, to_record
 from fedex_lora.protocol.messages import envelope_of
@@ -147,9 +148,15 @@ class GridExchange:
 
     def _replies(self) -> Iterable[Reply]:
         for identity, asked in list(self._asked.items()):
-            for message in self._grid.pull_messages([identity]):
+            try:
+                found = [_reply(asked.client, asked.round, message) for message in self._grid.pull_messages([identity])]
+            except (OSError, HTTPError):
+                raise  # the link's, and not this answer's
+            except Exception as error:  # Flower's, of objects that are none of its own
+                found = [Reply(asked.client, None, f"its answer cannot be unpacked ({type(error).__name__})", asked.round)]
+            if found:
                 del self._asked[identity]
-                yield _reply(asked.client, asked.round, message)
+            yield from found
 
 
 def _reply(client: str, round: int, message: Message) -> Reply:

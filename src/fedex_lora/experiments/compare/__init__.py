@@ -38,7 +38,7 @@ from fedex_lora.runs.round_loop import versions
 from fedex_lora.runs.simulation import LocalSimulation
 from fedex_lora.storage.events import Started, of_kind, read_events
 from fedex_lora.storage.files import finite_json, write_text
-from fedex_lora.storage.run_folder import EVENTS, locked
+from fedex_lora.storage.run_folder import EVENTS, barely_begun, locked
 
 __all__ = [
     "COSTS",
@@ -226,18 +226,18 @@ def _claim(plan: Plan) -> str:
     Returns:
         The protocol's hash.
     """
-    out, texts = plan.out, {CONFIG: write_config(plan.config), PROTOCOL: canonical(plan)}
+    out, texts = plan.out, {PROTOCOL: canonical(plan), CONFIG: write_config(plan.config)}  # written in this order: the first one claims it
     found = {name: (out / name).read_text(encoding="utf-8") for name in texts if (out / name).is_file()}
-    if not found and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is no comparison: give another --out")
     if PROTOCOL not in found and (out / "runs").exists():
         raise UsageError(f"{out} holds a comparison without a protocol, of an earlier version: give another --out, or remove it")
+    if PROTOCOL not in found and out.exists() and not barely_begun(out):
+        raise UsageError(f"{out} exists and is no comparison: give another --out")
     if CONFIG in found and not is_config(found[CONFIG], plan.config):
         raise UsageError(f"{out} holds a comparison of another configuration: give another --out, or remove it")
     if PROTOCOL in found and not is_protocol(found[PROTOCOL], texts[PROTOCOL]):
         raise UsageError(f"{out} holds a comparison with another protocol ({PROTOCOL} in it): give another --out, or remove it")
-    for name, text in texts.items():
-        write_text(out / name, text)
+    for name in [name for name in texts if name not in found]:
+        write_text(out / name, texts[name])
     return hashlib.sha256(texts[PROTOCOL].encode()).hexdigest()
 
 
