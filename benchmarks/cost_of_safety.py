@@ -25,8 +25,9 @@ from fedex_lora.config import read_config
 from fedex_lora.models.lora import format_of
 from fedex_lora.protocol.delta_sync import ModelCopy
 from fedex_lora.protocol.dumps import pack
+from fedex_lora.protocol.envelopes import envelope_of
 from fedex_lora.protocol.frame import digest, split
-from fedex_lora.protocol.messages import Download, decode_body, decode_update, envelope_of
+from fedex_lora.protocol.messages import Download, decode_body, decode_update
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.round_loop import run_rounds
 from fedex_lora.runs.simulation import LocalSimulation

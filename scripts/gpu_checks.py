@@ -91,18 +91,18 @@ def device(folder: Path) -> dict[str, Any]:
 
 def demo(folder: Path) -> dict[str, Any]:
     """Four methods on the embedded task; and the report, where its packages are."""
-    from fedex_lora.cli.demo import METHODS, configuration, demo_summary
+    from fedex_lora.cli.demo import SHOWN, configuration, demo_summary
     from fedex_lora.report import write_report
     from fedex_lora.runs.run import run
 
     found: dict[str, Any] = {}
-    for method in METHODS:
+    for method in SHOWN:
         config = configuration(method, 5 if on_gpu() else 1)
         run(config, folder / method, lambda event: None)
         found[method] = demo_summary(folder / method) | numbers(folder / method, exact=method != "fedit")
     if missing := [name for name in ("jinja2", "vl_convert") if importlib.util.find_spec(name) is None]:
         return found | {"report": f"skipped: no {' and no '.join(missing)}"}
-    return found | {"report_bytes": write_report([folder / method for method in METHODS], folder / "report.html")["bytes"]}
+    return found | {"report_bytes": write_report([folder / method for method in SHOWN], folder / "report.html")["bytes"]}
 
 
 def encoder(folder: Path) -> Path:

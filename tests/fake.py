@@ -18,8 +18,8 @@ from fedex_lora.aggregation import derive_seed, get_method
 from fedex_lora.aggregation import server_state as server
 from fedex_lora.errors import WireError
 from fedex_lora.exactness.measure import Realised
+from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import failure_of
-from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.listening import Reply
 from fedex_lora.runs.round_loop import Federation

@@ -23,8 +23,9 @@ from tests.messages import bounds, parts, sealed, split_roughly, with_table
 
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.delta_sync import CatchUp
+from fedex_lora.protocol.envelopes import envelope_of, message
 from fedex_lora.protocol.frame import PREFIX, digest, join
-from fedex_lora.protocol.messages import Body, Download, decode_body, decode_update, encode_body, encode_update, envelope_of, message
+from fedex_lora.protocol.messages import Body, Download, decode_body, decode_update, encode_body, encode_update
 from fedex_lora.protocol.records import Request
 from fedex_lora.types import ClientUpdate, LowRank
 

@@ -12,8 +12,8 @@ from party import NAMES, RULES
 from script import prepare
 
 from fedex_lora import AdaptedModel, Client
+from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import failure_of, told_to_end
-from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.party_log import log_failure, party_log
 
 server_app = ServerApp()

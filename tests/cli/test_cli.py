@@ -247,7 +247,7 @@ def test_demo(tmp_path, monkeypatch):
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     assert "no earlier demo" in one_line(call("demo", "--out", tmp_path / "mine"), 2)
     assert Path(tmp_path / "mine" / "thesis.tex").read_text() == "mine"
-    monkeypatch.setattr(demo, "METHODS", ("fedex",))
+    monkeypatch.setattr(demo, "SHOWN", ("fedex",))
     monkeypatch.setitem(sys.modules, "jinja2", None)
     bare = call("demo", "--rounds", 1, "--out", tmp_path / "bare")
     assert bare.exit_code == 0, bare.stderr

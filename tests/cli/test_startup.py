@@ -27,5 +27,12 @@ def test_help_imports_no_heavy_library(arguments):
     assert not imported(*arguments) & HEAVY
 
 
+def test_the_process_of_a_flower_message_imports_no_torch():
+    """Flower starts one for every message, and the party's worker has the libraries loaded."""
+    pytest.importorskip("flwr")
+    code = "import sys, fedex_lora.engines.flower.client; print(*sys.modules, file=sys.stderr)"
+    assert not imported(code=code) & {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
+
+
 def test_the_check_can_fail():
     assert "safetensors" in imported("--help", code="import safetensors\n" + SHOW)

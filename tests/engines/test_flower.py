@@ -46,9 +46,9 @@ from fedex_lora.engines.flower._worker import ask, serve  # noqa: E402
 from fedex_lora.engines.flower.app_folder import write_app  # noqa: E402
 from fedex_lora.engines.flower.server import Deployment  # noqa: E402
 from fedex_lora.errors import ConfigError, FedexLoraError, StorageError, UsageError  # noqa: E402
+from fedex_lora.protocol.envelopes import encode_failure, envelope_of  # noqa: E402
+from fedex_lora.protocol.envelopes import message as message_bytes  # noqa: E402
 from fedex_lora.protocol.failures import Failure  # noqa: E402
-from fedex_lora.protocol.messages import encode_failure, envelope_of  # noqa: E402
-from fedex_lora.protocol.messages import message as message_bytes  # noqa: E402
 from fedex_lora.protocol.records import Apology  # noqa: E402
 from fedex_lora.protocol.records import Request as ToClient  # noqa: E402
 from fedex_lora.runs.emit import log_line, log_to  # noqa: E402

@@ -29,7 +29,7 @@ from fedex_lora.engines.nvflare._exchange import PAYLOAD
 from fedex_lora.errors import ConfigError, StorageError, UsageError
 from fedex_lora.offline.verify import verify
 from fedex_lora.protocol.dumps import tensors_digest
-from fedex_lora.protocol.messages import answer_in
+from fedex_lora.protocol.envelopes import answer_in
 from fedex_lora.protocol.records import Apology
 from fedex_lora.server.verdicts import Accepted, Failed
 from fedex_lora.storage.adapter_folder import read_adapter_folder

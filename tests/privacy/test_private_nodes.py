@@ -40,7 +40,7 @@ from fedex_lora.errors import ConfigError
 from fedex_lora.privacy.accounting import privacy_plan, spent
 from fedex_lora.privacy.ledger import LedgerEntry, begin_ledger, read_ledger
 from fedex_lora.privacy.settings import require_private
-from fedex_lora.protocol.messages import envelope_of
+from fedex_lora.protocol.envelopes import envelope_of
 from fedex_lora.protocol.records import Apology
 from fedex_lora.runs import learner as learners
 from fedex_lora.runs.simulation import LocalSimulation

@@ -18,8 +18,9 @@ from fedex_lora import LoRAPair
 from fedex_lora.errors import ConfigError, TrainingError
 from fedex_lora.exactness.measure import Realised
 from fedex_lora.offline.verify import verify
+from fedex_lora.protocol.envelopes import answer_in
 from fedex_lora.protocol.frame import join
-from fedex_lora.protocol.messages import answer_in, declared_bytes
+from fedex_lora.protocol.messages import declared_bytes
 from fedex_lora.report.analysis import participation
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.listening import Reply

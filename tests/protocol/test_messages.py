@@ -12,18 +12,9 @@ from tests.messages import retold, with_tensors
 from fedex_lora import LoRAPair, aggregate
 from fedex_lora.errors import WireError
 from fedex_lora.protocol.delta_sync import CatchUp, ModelCopy, caught_up
+from fedex_lora.protocol.envelopes import answer_of, envelope_of, message
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.messages import (
-    Body,
-    Download,
-    answer_of,
-    decode_body,
-    decode_update,
-    encode_body,
-    encode_update,
-    envelope_of,
-    message,
-)
+from fedex_lora.protocol.messages import Body, Download, decode_body, decode_update, encode_body, encode_update
 from fedex_lora.protocol.records import Apology, Request
 from fedex_lora.types import Dense, LowRank
 

@@ -26,8 +26,8 @@ from fedex_lora.engines.flower._worker import ask, serve
 from fedex_lora.engines.flower.client import client_app
 from fedex_lora.engines.flower.server import Deployment, narrate
 from fedex_lora.errors import DataError
+from fedex_lora.protocol.envelopes import answer_of, envelope_of
 from fedex_lora.protocol.failures import WORDS, Failure, failure_of
-from fedex_lora.protocol.messages import answer_of, envelope_of
 from fedex_lora.protocol.records import Apology
 from fedex_lora.report import write_report
 from fedex_lora.runs.run import run

@@ -16,8 +16,8 @@ from fedex_lora.config import base_folder
 from fedex_lora.errors import ModelError, TrainingError, UnreadableError, UnwritableError
 from fedex_lora.exactness import measure
 from fedex_lora.offline.verify import verify
+from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.messages import answer_of
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs import clients as pools
 from fedex_lora.runs.clients import ClientPool

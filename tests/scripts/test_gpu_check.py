@@ -23,7 +23,7 @@ def test_a_check_runs_on_a_device():
 
 def test_the_demo_is_checked_where_there_are_no_packages_for_a_report(monkeypatch):
     whole, short = demo.configuration, TaskSettings(name="demo", train_rows=60)
-    monkeypatch.setattr(demo, "METHODS", ("fedex",))
+    monkeypatch.setattr(demo, "SHOWN", ("fedex",))
     monkeypatch.setattr(demo, "configuration", lambda *how: whole(*how).model_copy(update={"task": short}))
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     found = gpu_check.one("demo")

@@ -163,7 +163,7 @@ def test_of_old_rounds_the_best_so_far_stays(rate, tmp_path):
 @pytest.fixture
 def quick_demo(monkeypatch, finished, tmp_path_factory):
     """The demo with runs that are copied, not trained."""
-    made = {method: tmp_path_factory.mktemp("demo") / method for method in demo.METHODS}
+    made = {method: tmp_path_factory.mktemp("demo") / method for method in demo.SHOWN}
     for method, folder in made.items():
         shutil.copytree(finished, folder)
         (folder / "config.toml").write_text(write_config(demo.configuration(method, 3)))

@@ -51,15 +51,19 @@ def flatten_deltas(prefix: str, deltas: Mapping[str, Delta]) -> dict[str, Tensor
     return {f"{prefix}|{module}|{part}": tensor for module, delta in deltas.items() for part, tensor in parts(delta).items()}
 
 
-def unflatten_deltas(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+def unflatten_deltas(prefix: str, tensors: Mapping[str, Tensor], dotted: bool = False) -> dict[str, Delta]:
     """The inverse of `flatten_deltas`; tensors of other prefixes are left alone.
+
+    Args:
+        prefix, tensors: of the table.
+        dotted: read `PREFIX|MODULE.PART`, too, as tables of earlier files have it.
 
     Raises:
         ValueError: tensors that are no delta; the message names the module.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in under(prefix, tensors).items():
-        module, _, part = name.rpartition("|")
+        module, _, part = name.rpartition("." if dotted and "|" not in name else "|")
         found.setdefault(module, {})[part] = tensor
     deltas: dict[str, Delta] = {}
     for module, made_of in found.items():
@@ -68,16 +72,6 @@ def unflatten_deltas(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, De
         except ValueError as error:
             raise ValueError(f"{prefix}|{module} has {error}") from None
     return deltas
-
-
-def undotted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tables of earlier files had `PREFIX|MODULE.PART`.
-
-    Example:
-        >>> list(undotted({"base|h.0.q.U": 1, "base|h.0.q|V": 2}))
-        ['base|h.0.q|U', 'base|h.0.q|V']
-    """
-    return {name if name.count("|") > 1 else "|".join(name.rpartition(".")[::2]): tensor for name, tensor in tensors.items()}
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

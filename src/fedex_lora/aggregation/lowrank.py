@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedex_lora.types import Delta, Dense, LowRank, MovingDense, MovingLowRank
+from fedex_lora.types import Adapter, Delta, Dense, LoRAPair, LowRank, MovingDense, MovingLowRank
 
 
 def finite(*tensors: Tensor) -> bool:
@@ -113,3 +113,13 @@ def factorise(delta: Delta) -> LowRank:
     rank = max(1, int((sigma > sigma[0] * torch.finfo(delta.W.dtype).eps * 1e-2).sum()))
     root = sigma[:rank].sqrt()
     return LowRank(U=(U[:, :rank] * root).to(delta.W.dtype), V=(root[:, None] * V[:rank]).to(delta.W.dtype))
+
+
+def concat_adapter(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:
+    """One stand-alone adapter, `s B A + D = [s B, U] [A; V]`: all of the update, with scaling one."""
+    total: dict[str, LoRAPair] = {}
+    for module, pair in adapter.items():
+        terms = [pair.low_rank()] + ([factorise(base_delta[module])] if module in base_delta else [])
+        whole = concatenate(terms)
+        total[module] = LoRAPair(A=whole.V, B=whole.U, scaling=1.0)
+    return total

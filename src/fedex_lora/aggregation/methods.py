@@ -24,7 +24,7 @@ from fedex_lora.config import method_name
 from fedex_lora.errors import UsageError
 
 Part: TypeAlias = Literal["AB", "A", "B", "C"]
-Exactness: TypeAlias = Literal["exact", "truncated", "rank-r-optimal", "inexact", "personalised"]
+Claim: TypeAlias = Literal["exact", "truncated", "rank-r-optimal", "inexact", "personalised"]
 
 
 def _centred(ranks: Sequence[int], limit: int) -> int:
@@ -77,7 +77,7 @@ class Method:
     """
 
     name: str
-    exactness: Exactness
+    exactness: Claim
     split: Callable[[ClientStack], Split]
     paper: str
     adapter: Literal["mean", "weighted", "svd", "drawn"] = "mean"
@@ -205,7 +205,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-REMOVED = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
+REMOVED_GAUGES = {"gl-aligned": "use procrustes or balanced"}  # gauge -> what to use in its place
 
 
 def get_method(name: str) -> Method:
@@ -224,8 +224,8 @@ def get_method(name: str) -> Method:
     row = METHODS[method]
     if not plus:
         return row
-    if gauge in REMOVED:
-        raise UsageError(f"method {name!r}: the gauge {gauge} was removed: {REMOVED[gauge]}")
+    if gauge in REMOVED_GAUGES:
+        raise UsageError(f"method {name!r}: the gauge {gauge} was removed: {REMOVED_GAUGES[gauge]}")
     _require_known("gauge", gauge, GAUGES)
     if not row.lora or row.core or row.client_state == "B" or (row.reinitialises and not row.client_state):
         reason = (

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, Round, app, consoles, fail, number_list, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, RoundOption, app, consoles, fail, number_list, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 
@@ -220,7 +220,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16 or float16; what that costs is printed.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="The largest size of a model's file, such as 2GB.")] = None,
-    round: Round = None,
+    round: RoundOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedex_lora.cli._shared import Debug, Json, Round, app, consoles, one_line_errors, print_json
+from fedex_lora.cli._shared import Debug, Json, RoundOption, app, consoles, one_line_errors, print_json
 from fedex_lora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def evaluate(
     ] = None,
     with_rows: Annotated[bool, typer.Option("--with-rows", help="--predictions: with the rows' own columns, such as their text.")] = False,
     score: Annotated[bool, typer.Option(help="--no-score: only write --predictions, to be scored elsewhere.")] = True,
-    round: Round = None,
+    round: RoundOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

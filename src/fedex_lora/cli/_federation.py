@@ -1,23 +1,12 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedex_lora.cli._shared import (
-    Debug,
-    Json,
-    Overrides,
-    app,
-    consoles,
-    fail,
-    fail_without_numbers,
-    number_list,
-    one_line_errors,
-    print_json,
-)
+from fedex_lora.cli._shared import Debug, Json, Overrides, app, consoles, fail, number_list, one_line_errors, print_json
 from fedex_lora.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
@@ -41,7 +30,7 @@ def demo(
     result = run_demo(out, rounds, console)
     if as_json:
         print_json(result)
-    fail_without_numbers({name: (row["exactness_error"], row["realised_error"]) for name, row in result["methods"].items()})
+    _fail_without_numbers({name: (row["exactness_error"], row["realised_error"]) for name, row in result["methods"].items()})
 
 
 @app.command()
@@ -194,7 +183,7 @@ def compare(
     if lost := result["failed"]:
         who = ", ".join(f"{one['method']} with seed {one['seed']}" for one in lost)
         fail(f"error: training failed of {who}, and what they are in cannot be computed: {lost[0]['reason']}", 1)
-    fail_without_numbers({row["name"]: [row["exactness_error"]] for row in result["methods"]})
+    _fail_without_numbers({row["name"]: [row["exactness_error"]] for row in result["methods"]})
 
 
 def _protocol(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,3 +226,12 @@ def _show(result: Mapping[str, Any], out: Path, console: "Console") -> None:
             console.print(*one.notes, highlight=False)
     console.print(f"{first.notes[0]} {out / 'compare.json'}", highlight=False)
     console.print(f"protocol sha256 {result['protocol_sha256']}", highlight=False)
+
+
+def _fail_without_numbers(errors: Mapping[str, Iterable[float | None]]) -> None:
+    """Leave with status 1 if an error of something that is named could not be computed; None is one that was not asked for."""
+    from fedex_lora.exactness.algebra import failed
+
+    odd = [name for name, values in errors.items() if any(value is not None and failed(value) for value in values)]
+    if odd:
+        fail(f"error: the errors of {', '.join(odd)} cannot be computed: see the warnings in its events.jsonl", 1)

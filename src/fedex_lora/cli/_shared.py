@@ -1,7 +1,7 @@
 """What every command shares: the application, errors as one line, where output goes."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ typer.core.HAS_RICH = False  # help and usage errors as plain text: importing wh
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Exact federated fine-tuning with LoRA.")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
-Round = Annotated[
+RoundOption = Annotated[
     str | None,
     typer.Option(metavar="N|best", help="Of a run folder, after which round; best: on the clients' held-out rows; by default the last."),
 ]
@@ -58,15 +58,6 @@ def fail(line: str, status: int) -> None:
     """Say one line on standard error, and leave with this status."""
     print(" ".join(line.split()), file=sys.stderr)
     raise typer.Exit(status)
-
-
-def fail_without_numbers(errors: Mapping[str, Iterable[float | None]]) -> None:
-    """Leave with status 1 if an error of something that is named could not be computed; None is one that was not asked for."""
-    from fedex_lora.exactness.algebra import failed
-
-    odd = [name for name, values in errors.items() if any(value is not None and failed(value) for value in values)]
-    if odd:
-        fail(f"error: the errors of {', '.join(odd)} cannot be computed: see the warnings in its events.jsonl", 1)
 
 
 def consoles(as_json: bool) -> "Console":

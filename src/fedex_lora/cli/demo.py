@@ -19,7 +19,7 @@ from fedex_lora.storage.files import TEMPORARY, finite_json, write_text
 from fedex_lora.storage.run_folder import CONFIG, EVENTS, barely_begun, is_report, remove, strays
 from fedex_lora.tasks.demo import ROUNDS, configuration
 
-METHODS = ("fedex", "fedit", "ffa", "centralised")
+SHOWN = ("fedex", "fedit", "ffa", "centralised")
 RESULT, REPORT = "demo.json", "report.html"
 
 
@@ -34,7 +34,7 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     write_text(out / RESULT, "{}\n")
     console.print("three hospitals write triage notes, each about its own symptoms; none can learn the rule for all alone\n")
     rows = {}
-    for method in METHODS:
+    for method in SHOWN:
         with Display(console, f"{method:11}") as display:
             run(configuration(method, rounds or ROUNDS), out / method, display)
         rows[method] = demo_summary(out / method)
@@ -53,7 +53,7 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     result = {"base_accuracy": base, "methods": rows}
     write_text(out / RESULT, finite_json(result) + "\n")
     try:
-        page = write_report([out / method for method in METHODS], out / REPORT)
+        page = write_report([out / method for method in SHOWN], out / REPORT)
         console.print(f"what happened, in charts: {page['out']} (open it in a browser)", highlight=False)
     except UsageError as error:
         console.print(f"without charts: {error}", highlight=False)
@@ -66,11 +66,11 @@ def _clear(out: Path) -> None:
     if not out.is_dir() or not (barely_begun(out) or (out / RESULT).is_file()):
         raise UsageError(f"{out} exists and is no earlier demo: give another --out")
     for path in out.iterdir():
-        mine = {REPORT: is_report, RESULT: _is_table, **dict.fromkeys(METHODS, _is_demo)}.get(path.name)
+        mine = {REPORT: is_report, RESULT: _is_table, **dict.fromkeys(SHOWN, _is_demo)}.get(path.name)
         ours = mine is not None and mine(path)
         if not ours and not path.name.startswith(TEMPORARY):
             raise UsageError(f"{path} is no part of a demo, so the demo in {out} is not replaced: give another --out, or move that away")
-    for method in METHODS:
+    for method in SHOWN:
         if (out / method).is_dir():
             remove(out / method)
 

@@ -16,17 +16,16 @@ from fedex_lora.config import Config, Rules
 from fedex_lora.errors import LacksError, PrivacyError, UsageError, WireError
 from fedex_lora.protocol.delta_sync import ModelCopy, caught_up, require_next
 from fedex_lora.protocol.dumps import pack, unpack
+from fedex_lora.protocol.envelopes import REQUEST, encode_failure, envelope_of
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.messages import Body, decode_body, encode_failure, encode_update, envelope_of
+from fedex_lora.protocol.messages import Body, decode_body, encode_update
 from fedex_lora.protocol.records import Request, uncountable
 from fedex_lora.types import Adapter, ClientUpdate, Delta
-
-ENVELOPE = 2**20  # bytes, at most, of a request's
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What a client trains: `fedex_lora.models.AdaptedModel`, or anything that has these two."""
+    """What a client trains: `fedex_lora.AdaptedModel`, or anything that has these two."""
 
     def load(self, start: Adapter, delta: Mapping[str, Delta], other: Mapping[str, Tensor]) -> str | None:
         """Take over the factors to train, what the frozen base has gained, and the other trained tensors. Returns the name of its base,
@@ -89,7 +88,7 @@ class Client:
             UsageError, AdapterError: this party's rules, or its initial adapter, are not the server's.
         """
         self._request = self._work = self._model = None
-        request, body = envelope_of(payload, Request, ENVELOPE)
+        request, body = envelope_of(payload, Request, REQUEST)
         if request.client != self.name:
             raise WireError(f"this is client {self.name!r}, and the message is for {request.client!r}")
         self._request = request

@@ -7,15 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.flatten import (
-    flatten_adapter,
-    flatten_deltas,
-    scalings_of,
-    under,
-    undotted,
-    unflatten_adapter,
-    unflatten_deltas,
-)
+from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas, scalings_of, under, unflatten_adapter, unflatten_deltas
 from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import ModelCopy
 from fedex_lora.types import Adapter, Delta
@@ -91,7 +83,7 @@ def client_state_of(
         StorageError: something is missing, or does not fit together.
     """
     try:
-        delta = unflatten_deltas("base", undotted(tensors)) if about["whole"] else base_of(about["version"])
+        delta = unflatten_deltas("base", tensors, dotted=True) if about["whole"] else base_of(about["version"])
         lossy = frozenset(about["lossy"])
         adapter = first.adapter if about["adapter"] is None else unflatten_adapter("adapter", about["adapter"], tensors)
         reply = tensors["reply"].numpy().tobytes()

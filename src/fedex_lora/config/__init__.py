@@ -1,19 +1,8 @@
 """The configuration: pydantic models read from TOML."""
 
 from fedex_lora.config.privacy import Privacy
-from fedex_lora.config.reading import (
-    flat,
-    located,
-    nearest,
-    overridden,
-    parse_config,
-    plain_config,
-    plain_value,
-    put,
-    read_config,
-    write_config,
-)
-from fedex_lora.config.run import Config, Local, Messages, Rules, ServerOptimizer, Truncation, is_ours, method_name, trainer_parts
+from fedex_lora.config.reading import flat, located, nearest, overridden, parse_config, plain_config, plain_value, read_config, write_config
+from fedex_lora.config.run import Config, Messages, Rules, ServerOptimizer, Truncation, is_ours, method_name, trainer_parts
 from fedex_lora.config.tables import CHAT, DEMO, IMAGES, MEMORY, Base, Clients, Lora, TaskSettings, base_folder
 
 __all__ = [
@@ -24,7 +13,6 @@ __all__ = [
     "Base",
     "Clients",
     "Config",
-    "Local",
     "Lora",
     "Messages",
     "Privacy",
@@ -42,7 +30,6 @@ __all__ = [
     "parse_config",
     "plain_config",
     "plain_value",
-    "put",
     "read_config",
     "trainer_parts",
     "write_config",

@@ -200,7 +200,7 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[key] = value
 
 
-REMOVED = {
+REMOVED_KEYS = {
     "messages.per_client": "delete the line (each client is sent the residual of the round)",
     "base.compact_rank": "delete the line (a side path keeps the whole base delta)",
     "base.compact_tolerance": "delete the line (a side path keeps the whole base delta)",
@@ -209,8 +209,8 @@ REMOVED = {
 
 def _one_line(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    if where in REMOVED:
-        return f"{where} was removed: {REMOVED[where]}"
+    if where in REMOVED_KEYS:
+        return f"{where} was removed: {REMOVED_KEYS[where]}"
     if detail["type"] == "extra_forbidden":
         *tables, key = map(str, detail["loc"])
         model: Any = Config.model_fields[tables[0]].annotation if tables else Config

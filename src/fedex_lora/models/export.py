@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedex_lora import __version__
 from fedex_lora.aggregation.growth import SERVED, growth
+from fedex_lora.aggregation.lowrank import concat_adapter
 from fedex_lora.aggregation.truncation import truncate
 from fedex_lora.config import Base, Truncation
 from fedex_lora.errors import ModelError, UsageError
@@ -27,7 +28,7 @@ from fedex_lora.models.lora import trainable_parameters, write_model
 from fedex_lora.models.merge import in_float32, logits, plain_model
 from fedex_lora.models.processor import load_processor, save_processor
 from fedex_lora.models.rounded import dtype_named, logit_bound, require_nearest, require_same_factors
-from fedex_lora.storage.adapter_folder import concat_adapter, read_adapter_folder, write_adapter_folder
+from fedex_lora.storage.adapter_folder import read_adapter_folder, write_adapter_folder
 from fedex_lora.storage.files import atomic_folder, write_text
 from fedex_lora.storage.layout import LINEAR
 from fedex_lora.storage.result import StoredResult

@@ -11,19 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.storage.peft_rules import PREFIX
 
-CONFIG = (  # what may differ between models whose weights have the same shapes
-    "model_type",
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_head",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
+COMPARED = tuple(  # what may differ between models whose weights have the same shapes
+    "model_type hidden_act hidden_activation activation_function num_attention_heads num_key_value_heads n_head".split()
+    + "layer_norm_eps layer_norm_epsilon rms_norm_eps rope_parameters tie_word_embeddings".split()
 )
 OURS = (".lora_", ".modules_to_save.", ".original_module.", ".base_delta.")
 ADAPTED, REST = 256, 16  # values of each weight under an adapter, and of each other parameter
@@ -41,7 +31,7 @@ def fingerprint(model: nn.Module, pristine: Mapping[str, Callable[[], Tensor]]) 
             weight at a time is in memory.
     """
     config = getattr(model, "config", None)
-    digest = hashlib.sha256(json.dumps({key: getattr(config, key, None) for key in CONFIG}, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps({key: getattr(config, key, None) for key in COMPARED}, sort_keys=True, default=str).encode())
     for name in sorted(pristine):
         _add(digest, name, pristine[name](), ADAPTED)
     under = {f"{name}.weight" for name in pristine}

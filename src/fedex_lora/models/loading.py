@@ -18,7 +18,7 @@ from fedex_lora.errors import ModelError
 from fedex_lora.models.layers import disable_cpu_repacking
 
 Kind: TypeAlias = Literal["classification", "causal-lm", "image-classification", "features", "token-classification", "question-answering"]
-HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
+CLASS_HEADS = {"classifier", "score"}  # PEFT trains these by itself for sequence classification
 AUTO = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",

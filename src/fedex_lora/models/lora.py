@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fedex_lora.config import IMAGES, Lora, nearest
 from fedex_lora.errors import AdapterError
 from fedex_lora.models.layers import Layer, copied, is_quantised, layer_of
-from fedex_lora.models.loading import HEADS, Kind, Loaded, head_modules
+from fedex_lora.models.loading import CLASS_HEADS, Kind, Loaded, head_modules
 from fedex_lora.storage.adapter_folder import Format, adapter_config
 from fedex_lora.storage.peft_rules import PREFIX, require_plain_lora
 from fedex_lora.types import Adapter, LoRAPair
@@ -41,7 +41,7 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
     heads = head_modules(loaded.model) if kind == IMAGES else set[str]()  # PEFT has no type for images: it is told what the head is
     if kind == IMAGES and not (heads or lora.modules_to_save):
         raise AdapterError("the head of this model cannot be told from its encoder: name it in lora.modules_to_save")
-    fresh = [module for module in loaded.fresh if not (heads or HEADS) & set(module.split("."))]
+    fresh = [module for module in loaded.fresh if not (heads or CLASS_HEADS) & set(module.split("."))]
     config = LoraConfig(
         task_type=None if kind == IMAGES else TASK_TYPES[kind],
         r=lora.r,

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedex_lora.errors import AggregationError, UsageError
-from fedex_lora.models.fingerprint import CONFIG
+from fedex_lora.models.fingerprint import COMPARED
 from fedex_lora.models.pristine import cached_folder
 from fedex_lora.storage.adapter_folder import AdapterFolder, AdapterHeader
 from fedex_lora.storage.layout import LINEAR
@@ -122,7 +122,7 @@ def difference(one: Path, other: Path) -> str | None:
     precisions: so a copy in 4 bits is compared by what it keeps in 16 (embeddings, norms).
     """
     configs = [_config(folder) for folder in (one, other)]
-    for key in (*CONFIG, *SIZES):
+    for key in (*COMPARED, *SIZES):
         left, right = (config.get(key) for config in configs)
         if None not in (left, right) and left != right:
             return f"{key} ({left}, {right})"

@@ -14,7 +14,7 @@ BATCH, EPOCHS = 8, 3.0  # transformers.TrainingArguments' own, where [training] 
 LEAST, MOST = 0.1, 1024.0  # of sigma: less is next to none, and with more nothing is left to learn
 MOST_STEPS = 1_000_000  # of all rounds together
 FEW_STEPS = 100_000  # so many are composed numerically, of more Rényi divergences bound epsilon
-ROUNDING = 1e-12  # of a delta and a step: below it the numerical composition, in float64, is not certain
+CERTAIN = 1e-12  # of a delta and a step: below it the numerical composition, in float64, is not certain
 LARGE = 400.0  # an epsilon, by Rényi divergences, that need not be known better
 TINY = 1e-12  # of an epsilon: what is nothing at all, to its logarithm
 POINTS = 2_000_000  # of a distribution of losses: more take gigabytes, and minutes
@@ -88,7 +88,7 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accoun
     if accountant == "rdp":
         return _accounted(history, "rdp", delta=delta)
     bound, steps = _epsilon(history, delta, "rdp"), sum(count for _, _, count in history)
-    if not bound <= LARGE or steps > FEW_STEPS or delta < ROUNDING * steps:
+    if not bound <= LARGE or steps > FEW_STEPS or delta < CERTAIN * steps:
         return bound
     error = max(min(0.01, bound / 200), _coarsest(history, steps, delta))  # it is added to the result
     return min(bound, _accounted(history, accountant, delta=delta, eps_error=error))

@@ -38,6 +38,11 @@ def shown(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def printable(client: str) -> str:
+    """The name of somebody who was not asked, safe to print."""
+    return client if client.isprintable() and len(client) < 200 else shown(client)
+
+
 def digest(body: bytes | memoryview) -> str:
     """`blake3:HEX` of a body."""
     return f"blake3:{blake3(body).hexdigest()}"

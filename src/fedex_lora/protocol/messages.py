@@ -7,7 +7,6 @@ declared before anything is computed with it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -19,18 +18,16 @@ from fedex_lora.aggregation.server_state import fresh_adapter
 from fedex_lora.errors import AggregationError, LacksError, WireError
 from fedex_lora.protocol.delta_sync import CatchUp
 from fedex_lora.protocol.dumps import apart
-from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.frame import BodyEntry, digest, join, read_body_table, shown, split
-from fedex_lora.protocol.records import LARGEST, Answer, Apology, BodyHeader, Envelope, Request, parse_envelope, parse_header, uncountable
+from fedex_lora.protocol.envelopes import ENVELOPE, Encoded, envelope_of, message
+from fedex_lora.protocol.frame import BodyEntry, digest, read_body_table, shown
+from fedex_lora.protocol.records import LARGEST, Answer, BodyHeader, Request, parse_header, uncountable
 from fedex_lora.protocol.sync_tensors import catch_up_of, catch_up_tensors
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
 EXAMPLES = 10_000_000  # of one client, at most, where the configuration says nothing
 HEADER = 8192  # bytes of JSON, beside what the declared tensors need
-ENVELOPE = 16384  # bytes, at most, of an answer's; a request's may have more
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
-Kind = TypeVar("Kind", Request, Answer, Apology)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,43 +55,6 @@ class Download:
 
     request: Request
     body: Body
-
-
-class Encoded(NamedTuple):
-    """A body as bytes, and their digest."""
-
-    payload: bytes
-    digest: str
-
-
-NOTHING = Encoded(b"", "")
-
-
-def message(envelope: Envelope, body: Encoded = NOTHING) -> bytes:
-    """The bytes of a message."""
-    return join(envelope.model_copy(update={"body": body.digest}).model_dump_json(), body.payload)
-
-
-def envelope_of(payload: bytes, kind: type[Kind], limit: int = ENVELOPE) -> tuple[Kind, memoryview]:
-    """The envelope of a message, and the bytes of its body, which are not looked at.
-
-    Raises:
-        WireError: see `split`; or it is a message of another kind.
-    """
-    text, body = split(payload, limit)
-    envelope = parse_envelope(text)
-    if not isinstance(envelope, kind):
-        raise WireError(f"expected {kind.__name__.lower()}, got {envelope.kind}: is this message going the wrong way?")
-    return envelope, body
-
-
-def answer_in(payload: bytes) -> Answer | Apology | None:
-    """What an answer says of itself; None where it says nothing that can be read."""
-    try:
-        envelope = parse_envelope(split(payload, ENVELOPE)[0])
-    except WireError:
-        return None
-    return None if isinstance(envelope, Request) else envelope
 
 
 def encode_body(body: Body, omit: str = "") -> Encoded:
@@ -158,26 +118,6 @@ def encode_update(update: ClientUpdate, sent: Request, method: str, base_version
         base=base,
     )
     return message(answer, _encode(BodyHeader(method=method, scalings=scalings_of(update.adapter)), tensors))
-
-
-def encode_failure(failure: Failure, client: str, sent: Request | None = None) -> bytes:
-    """The bytes of a failure: nothing of an error's text is in them.
-
-    Args:
-        failure: what may be told.
-        client: who failed.
-        sent: the request that it answers; None: it could not be read.
-    """
-    run, round = (sent.run, sent.round) if sent else ("", 0)
-    return message(Apology(run=run, round=round, client=client, code=failure.code, rows=failure.rows))
-
-
-def answer_of(payload: bytes, client: str, failure: Failure) -> bytes:
-    """The bytes of a failure to answer a request, which may itself be unreadable."""
-    try:
-        return encode_failure(failure, client, envelope_of(payload, Request, 2**20)[0])
-    except WireError:
-        return encode_failure(failure, client)
 
 
 def decode_update(payload: bytes, sent: Download, omit: str = "", max_examples: int = EXAMPLES) -> ClientUpdate:

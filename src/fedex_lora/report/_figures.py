@@ -16,8 +16,8 @@ from fedex_lora.storage.files import replacing
 LAYERS, ROUNDS = (2, 4, 5), (3, 6, 7, 8, 9)
 FORMATS = (".pdf", ".svg", ".png")
 Value = Literal["scaled", "relative"]
-Layout = Literal["layers", "rounds"]
-KEYS: dict[Layout, list[str]] = {"layers": ["projection", "layer"], "rounds": ["panel", "module", "round"]}
+Placing = Literal["layers", "rounds"]
+KEYS: dict[Placing, list[str]] = {"layers": ["projection", "layer"], "rounds": ["panel", "module", "round"]}
 AXES = {"scaled": r"$\|R\|_F / \sqrt{mn}$", "relative": r"$\|R\|_F / \|M\|_F$"}
 STYLE: Any = {
     "font.family": "serif",
@@ -70,7 +70,7 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
     return {"out": str(out), "data": data.to_dict("records"), "observations": observed(groups, value).to_dict("records")}
 
 
-def draw(layout: Layout, groups: Sequence[Group], out: Path, value: Value = "relative") -> pd.DataFrame:
+def draw(layout: Placing, groups: Sequence[Group], out: Path, value: Value = "relative") -> pd.DataFrame:
     """Draw the deviation of groups of runs, by layer after the first round or across rounds.
 
     Returns:
@@ -92,7 +92,7 @@ def draw(layout: Layout, groups: Sequence[Group], out: Path, value: Value = "rel
     return data
 
 
-def per_seed(layout: Layout, groups: Sequence[Group], value: Value) -> pd.DataFrame:
+def per_seed(layout: Placing, groups: Sequence[Group], value: Value) -> pd.DataFrame:
     """The deviation that a figure draws, a row a point of each seed.
 
     Returns:
@@ -116,7 +116,7 @@ def per_seed(layout: Layout, groups: Sequence[Group], value: Value) -> pd.DataFr
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def over_seeds(layout: Layout, points: pd.DataFrame) -> pd.DataFrame:
+def over_seeds(layout: Placing, points: pd.DataFrame) -> pd.DataFrame:
     """The `mean`, `low` and `high` of a figure's points over the seeds."""
     means = points.groupby(["run", *KEYS[layout]], sort=False)["value"].agg(mean="mean", low="min", high="max")
     return means.reset_index()
@@ -158,7 +158,7 @@ def _alike(run: analysis.Run, other: analysis.Run) -> bool:
     return rest(run) == rest(other)
 
 
-def _draw(layout: Layout, data: pd.DataFrame, out: Path, value: Value) -> None:
+def _draw(layout: Placing, data: pd.DataFrame, out: Path, value: Value) -> None:
     """A panel a run, with a line a projection; or across rounds two panels, with a line a run."""
     from matplotlib.figure import Figure
 

@@ -11,7 +11,7 @@ from fedex_lora.errors import StorageError
 from fedex_lora.report import analysis
 from fedex_lora.report._charts import Chart, heat, lines, timeline
 from fedex_lora.report._groups import VALUES, Group, banded, final_metrics, group_sent, series, worst_error
-from fedex_lora.report._tables import Format, Sortable, duration, fixed, percent, scientific, significant, size, sortable
+from fedex_lora.report._tables import Formatter, Sortable, duration, fixed, percent, scientific, significant, size, sortable
 from fedex_lora.report.analysis import Run
 from fedex_lora.report.analysis._frames import relative, traffic
 from fedex_lora.storage.events import Event
@@ -52,7 +52,7 @@ def comparison(groups: Sequence[Group]) -> Sortable:
     several = bool((made["seeds"] > 1).any())
     if not several:
         made = made.drop(columns=["lowest", "highest", "seeds"])
-    formats: dict[str, Format] = dict.fromkeys([*judged, "lowest", "highest"], fixed)
+    formats: dict[str, Formatter] = dict.fromkeys([*judged, "lowest", "highest"], fixed)
     formats |= dict(zip(ERRORS.values(), (scientific, percent), strict=True))
     formats |= {"sent down": size, "sent up": size, "time": duration}
     caption = (

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.filesize import decimal
 
-Format = Callable[[Any], str]
+Formatter = Callable[[Any], str]
 NOT_FINITE = "not finite"
 
 
@@ -35,7 +35,7 @@ def size(count: float) -> str:
 
 
 def sortable(
-    caption: str, frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, names: Mapping[str, str] | None = None
+    caption: str, frame: pd.DataFrame, formats: Mapping[str, Formatter] | None = None, names: Mapping[str, str] | None = None
 ) -> Sortable:
     """A data frame as a table; columns with a format are numbers, the others text or small numbers."""
     formats, names = formats or {}, names or {}
@@ -47,7 +47,7 @@ def sortable(
     return Sortable(caption, [names.get(str(column), str(column)) for column in frame], rows, numeric)
 
 
-def _cell(value: Any, show: Format) -> tuple[str, float | None]:
+def _cell(value: Any, show: Formatter) -> tuple[str, float | None]:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–", None
     if isinstance(value, float) and math.isinf(value):

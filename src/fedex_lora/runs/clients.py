@@ -50,7 +50,7 @@ class Learner(Model, Protocol):
         """Train the model as it stands: the update, and the optimiser's state.
 
         Raises:
-            TrainingError: see `client.local_update`.
+            TrainingError: see `client.training.local_update`.
         """
 
 

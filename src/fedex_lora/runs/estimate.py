@@ -26,7 +26,7 @@ from fedex_lora.types import ServerState
 
 STEPS, MORE = 3, 24  # of training that are timed, the first one only warms up; and of a small model
 QUICK = 2.0  # seconds: training that took less is timed again, for most of that was the libraries' first time
-ENTRY, ENVELOPE = 160, 2048  # bytes of JSON that a tensor and a message have beside it, from above
+ENTRY, MESSAGE = 160, 2048  # bytes of JSON that a tensor and a message have beside it, from above
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def bytes_of(config: Config, state: ServerState, clients: int, ranks: Mapping[st
     largest = sorted(ranks.values(), reverse=True)[:taking_part]
     missed = math.ceil(1 / config.clients.fraction)
     other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
-    envelope = ENVELOPE + ENTRY * (len(state.other) + 2 * len(state.adapter))
+    envelope = MESSAGE + ENTRY * (len(state.other) + 2 * len(state.adapter))
     gains = 2 * ENTRY * missed * len(state.adapter) if row.residual_rank else 0
 
     def message(round: int) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def bytes_of(config: Config, state: ServerState, clients: int, ranks: Mapping[st
     times = {number: 1 if number < 3 else (last - number) // period + 1 for number in range(1, min(last, 2 + period) + 1)}
     rounds = {number: message(number) for number in times}
     end, end_up = message(last)
-    travelled = taking_part * (sum(times[number] * sum(rounds[number]) for number in times) - end - end_up) + clients * (end + ENVELOPE)
+    travelled = taking_part * (sum(times[number] * sum(rounds[number]) for number in times) - end - end_up) + clients * (end + MESSAGE)
     return max(down for down, _ in rounds.values()), max(up for _, up in rounds.values()), travelled
 
 

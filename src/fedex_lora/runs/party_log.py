@@ -7,9 +7,8 @@ import traceback
 from pathlib import Path
 
 from fedex_lora.protocol.failures import Failure
-from fedex_lora.protocol.frame import read_body_table, split
+from fedex_lora.protocol.frame import printable, read_body_table, split
 from fedex_lora.protocol.records import Answer, Request, parse_envelope
-from fedex_lora.server.verdicts import printable
 
 FILE = "party.log"
 

@@ -137,7 +137,7 @@ def _other_parties(events: Sequence[Event], clients: Iterable[str]) -> str:
 
 def _other_machine(events: Sequence[Event], facts: Mapping[str, Any]) -> str:
     """What may make other bits, where a run goes on with other threads, on another device or with other libraries; else nothing."""
-    began: Any = (of_kind(events, Started) or [{}])[-1]
+    began: Any = next(reversed(of_kind(events, Started)), {})
     before, now = (
         {**one.get("versions", {}), "torch_threads": one.get("torch_threads"), "device": one.get("device")} for one in (began, facts)
     )

@@ -15,8 +15,8 @@ from fedex_lora.client.training import SPEED, ClientData
 from fedex_lora.config import Config
 from fedex_lora.errors import FedexLoraError, UnreadableError, UnwritableError, UsageError
 from fedex_lora.privacy.account import rows_digest
+from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import failure_of
-from fedex_lora.protocol.messages import answer_of
 from fedex_lora.protocol.records import METRIC
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.context import GlobalModel, ModelContext

@@ -16,7 +16,7 @@ def require_consistent(config: Config, clients: int) -> None:
     """What single keys cannot say: do method, ranks, precision, truncation, optimiser state and privacy go together?
 
     Raises:
-        UsageError: unknown method or factorization.
+        UsageError: unknown method or gauge.
         ConfigError: they do not.
     """
     method = get_method(config.method)

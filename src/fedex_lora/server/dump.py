@@ -5,15 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedex_lora.aggregation.flatten import (
-    flatten_adapter,
-    flatten_deltas,
-    scalings_of,
-    under,
-    undotted,
-    unflatten_adapter,
-    unflatten_deltas,
-)
+from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas, scalings_of, under, unflatten_adapter, unflatten_deltas
 from fedex_lora.errors import StorageError
 from fedex_lora.protocol.delta_sync import CatchUp, Log
 from fedex_lora.protocol.messages import Body, Download
@@ -152,5 +144,5 @@ def base_delta_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any], store
     Raises:
         KeyError, ValueError: something is missing.
     """
-    moving = unflatten_deltas("moving", undotted(tensors))
+    moving = unflatten_deltas("moving", tensors, dotted=True)
     return {module: moving.get(module) or stored[module] for module in about["base_delta"]}

@@ -17,7 +17,7 @@ from fedex_lora.protocol.messages import Download
 from fedex_lora.types import Adapter, ClientUpdate, LoRAPair
 
 VOTERS = 3  # fewer updates have no median that says who is odd
-LARGEST = 1e15  # norm of a tensor, beyond which the products of fp32 factors may overflow
+MOST_NORM = 1e15  # norm of a tensor, beyond which the products of fp32 factors may overflow
 
 
 class Size(NamedTuple):
@@ -80,7 +80,7 @@ def norm_rejected(sizes: Mapping[str, Size], factor: float | None) -> dict[str, 
     rejected = {
         client: "its numbers are too large to be averaged: lower its training.learning_rate"
         for client, size in sizes.items()
-        if not worst(size[1:]) <= LARGEST
+        if not worst(size[1:]) <= MOST_NORM
     }
     sound = {client: size for client, size in sizes.items() if client not in rejected}
     if factor and len(sound) >= VOTERS:

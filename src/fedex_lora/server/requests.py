@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.protocol.delta_sync import CatchUp
-from fedex_lora.protocol.messages import Body, Download, Encoded, encode_body, message
+from fedex_lora.protocol.envelopes import Encoded, message
+from fedex_lora.protocol.messages import Body, Download, encode_body
 from fedex_lora.protocol.records import Request
 from fedex_lora.server.registry import ServerContext
 from fedex_lora.types import Adapter, LowRank

@@ -7,15 +7,17 @@ from collections.abc import Collection, Sequence
 from fedex_lora.aggregation import get_method
 from fedex_lora.aggregation import server_state as states
 from fedex_lora.errors import StorageError, TrainingError, UsageError, WireError
+from fedex_lora.protocol.envelopes import answer_in
 from fedex_lora.protocol.failures import OF_THE_RUN, Failure
-from fedex_lora.protocol.messages import Download, answer_in, decode_update
+from fedex_lora.protocol.frame import printable
+from fedex_lora.protocol.messages import Download, decode_update
 from fedex_lora.protocol.records import Answer, Apology, elsewhere
 from fedex_lora.server.checks import below_quorum, quorum
 from fedex_lora.server.norm_filter import Size, norm_rejected, require_frozen, size_of
 from fedex_lora.server.registry import ServerContext, Unanswered
 from fedex_lora.server.requests import LazyMessages, Phase, Requests
 from fedex_lora.server.result import Result, result_of
-from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Receipt, Rejected, Short, Verdict, printable
+from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Receipt, Rejected, Short, Verdict
 from fedex_lora.types import ClientUpdate, LowRank
 
 TWICE, NOT_ASKED = "its first answer counts", "it was not asked in this round"
@@ -74,14 +76,13 @@ class Round:
             round: that it was asked in; None: this one.
         """
         self._require_open()
-        number = self.number
-        verdict: Verdict = Failed(client, number, f"it failed: {reason}")
-        if round not in (None, number):
+        verdict: Verdict = Failed(client, self.number, f"it failed: {reason}")
+        if round not in (None, self.number):
             verdict = Rejected(client, round or 0, f"it failed, too late to matter: {reason}")
         elif client in self.receipts:
-            verdict = Ignored(client, number, TWICE)
+            verdict = Ignored(client, self.number, TWICE)
         elif client not in self._requests.asked:
-            verdict = Rejected(printable(client), number, NOT_ASKED)
+            verdict = Rejected(printable(client), self.number, NOT_ASKED)
         self._record(verdict)
         return verdict
 
@@ -96,23 +97,22 @@ class Round:
         return rejected
 
     def _judged(self, client: str, payload: bytes, said: Answer | Apology | None) -> Verdict:
-        number = self.number
         if self.phase == "train" and (verdict := self._of_the_round_before(client, payload, said)):
             return verdict
         if client in self.receipts:
-            return Ignored(client, number, TWICE)
+            return Ignored(client, self.number, TWICE)
         if client not in self._requests.asked:
-            kind = Ignored if said is not None and said.round < number else Rejected
-            return kind(printable(client), number, NOT_ASKED)
+            kind = Ignored if said is not None and said.round < self.number else Rejected
+            return kind(printable(client), self.number, NOT_ASKED)
         sent = self._requests.download(client)
         if said is not None and (why := elsewhere(said, sent.request)):
-            return Ignored(client, number, why)
+            return Ignored(client, self.number, why)
         if isinstance(said, Apology):
             return self._apology(client, Failure(said.code, said.rows))
         try:
-            return Accepted(client, number, self._decoded(payload, sent, said))
+            return Accepted(client, self.number, self._decoded(payload, sent, said))
         except WireError as error:
-            return Rejected(client, number, str(error))
+            return Rejected(client, self.number, str(error))
 
     def _decoded(self, payload: bytes, sent: Download, said: Answer | Apology | None) -> ClientUpdate:
         rules, withheld = self._server.rules, get_method(sent.body.method).withheld(sent.request.round)

@@ -10,12 +10,13 @@ from fedex_lora.aggregation.server_state import init
 from fedex_lora.config import Rules
 from fedex_lora.errors import UsageError
 from fedex_lora.protocol.dumps import pack, unpack
+from fedex_lora.protocol.frame import printable
 from fedex_lora.server.checks import require_rules, sample
 from fedex_lora.server.dump import server_state_of, server_table, unanswered_of, unanswered_table
 from fedex_lora.server.registry import ClientRegistry, ServerContext, Unanswered
 from fedex_lora.server.requests import Phase
 from fedex_lora.server.round import Round
-from fedex_lora.server.verdicts import Rejected, Verdict, printable
+from fedex_lora.server.verdicts import Rejected, Verdict
 from fedex_lora.types import Adapter, ServerState
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from fedex_lora.protocol.frame import shown
 from fedex_lora.server.norm_filter import Size
 from fedex_lora.types import ClientUpdate
 
@@ -104,8 +103,3 @@ class Short:
     clients: Sequence[str] = ()
     hopeless: bool = False
     rejected: Sequence[Rejected] = ()
-
-
-def printable(client: str) -> str:
-    """The name of somebody who was not asked, safe to print."""
-    return client if client.isprintable() and len(client) < 200 else shown(client)

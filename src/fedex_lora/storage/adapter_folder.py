@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import concatenate, factorise
 from fedex_lora.errors import AdapterError, AggregationError, StorageError, UnreadableError
 from fedex_lora.storage.layout import LINEAR, Layout
 from fedex_lora.storage.peft_rules import FACTOR, MARK, PREFIX, named, require_known, require_plain_lora, scaling_of, trained_whole
 from fedex_lora.storage.renaming import Renaming
 from fedex_lora.storage.safetensors_io import Entry, TensorTable, file_identity, read_table, read_tensor
 from fedex_lora.storage.tensors import load_tensors, save_tensors
-from fedex_lora.types import Adapter, Delta, LoRAPair
+from fedex_lora.types import Adapter, LoRAPair
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -215,16 +214,7 @@ def _remedy(folder: Path) -> str:
     return "" if folder.exists() else ", and is not there at all: give a folder that PEFT's save_pretrained wrote"
 
 
-KEPT = (
-    "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-    "lora_dropout",
-    "modules_to_save",
-    "revision",
-    "task_type",
-)
+KEPT = "base_model_name_or_path bias ensure_weight_tying fan_in_fan_out lora_dropout modules_to_save revision task_type".split()
 """Of one adapter's configuration, what that of a mean has too; nothing else of it travels."""
 
 
@@ -288,13 +278,3 @@ def frozen_key(name: str, adapter: Adapter) -> str:
 def write_adapter_config(folder: Path, adapter: Adapter, like: Format) -> None:
     """`adapter_config.json`; of the factors only ranks and scalings count."""
     (folder / CONFIG).write_text(json.dumps(adapter_config(adapter, like.config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def concat_adapter(adapter: Adapter, base_delta: Mapping[str, Delta]) -> dict[str, LoRAPair]:
-    """One stand-alone adapter, `s B A + D = [s B, U] [A; V]`: all of the update, with scaling one."""
-    total: dict[str, LoRAPair] = {}
-    for module, pair in adapter.items():
-        terms = [pair.low_rank()] + ([factorise(base_delta[module])] if module in base_delta else [])
-        whole = concatenate(terms)
-        total[module] = LoRAPair(A=whole.V, B=whole.U, scaling=1.0)
-    return total

@@ -222,7 +222,7 @@ class Unreadable(Event, name="unreadable"):
 
 
 KINDS = {kind.name: kind for kind in Event.__subclasses__() if kind is not Unreadable} | {"refused": ClientRejected}
-Kind = TypeVar("Kind", bound=Event)
+EventT = TypeVar("EventT", bound=Event)
 
 
 def record(event: str | Event, **fields: Any) -> Event:
@@ -275,7 +275,7 @@ def read_events(path: Path) -> list[Event]:
     return [event for event in (*whole, last) if event]
 
 
-def of_kind(events: Sequence[Event], kind: type[Kind]) -> list[Kind]:
+def of_kind(events: Sequence[Event], kind: type[EventT]) -> list[EventT]:
     """The events of one kind, in their order."""
     return [event for event in events if isinstance(event, kind)]
 

@@ -1,4 +1,4 @@
-"""Files: safetensors and JSON, written beside and renamed, with a manifest of checksums."""
+"""Files and folders, written beside and renamed, with a manifest of checksums."""
 
 import errno
 import hashlib

@@ -3,15 +3,7 @@
 import json
 from pathlib import Path
 
-from fedex_lora.aggregation.flatten import (
-    flatten_adapter,
-    flatten_deltas,
-    scalings_of,
-    under,
-    undotted,
-    unflatten_adapter,
-    unflatten_deltas,
-)
+from fedex_lora.aggregation.flatten import flatten_adapter, flatten_deltas, scalings_of, under, unflatten_adapter, unflatten_deltas
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.storage.tensors import Tensors, load_tensors
 from fedex_lora.types import Adapter, Motion
@@ -43,7 +35,7 @@ def read_motion(path: Path, like: Adapter) -> Motion | None:
             momentum=float(about["momentum"]),
             learning_rate=float(about["learning_rate"]),
             adapter=unflatten_adapter("adapter", about["scalings"], tensors),
-            change=unflatten_deltas("change", undotted(tensors)),
+            change=unflatten_deltas("change", tensors, dotted=True),
             other=under("other", tensors),
             other_change=under("other_change", tensors),
         )

@@ -9,16 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from fedex_lora.aggregation import METHODS
+from fedex_lora.aggregation.lowrank import concat_adapter
 from fedex_lora.errors import AggregationError, StorageError
 from fedex_lora.exactness.measure import Held
-from fedex_lora.storage.adapter_folder import (
-    AdapterFolder,
-    AdapterHeader,
-    Format,
-    concat_adapter,
-    read_adapter_folder,
-    write_adapter_folder,
-)
+from fedex_lora.storage.adapter_folder import AdapterFolder, AdapterHeader, Format, read_adapter_folder, write_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, atomic_folder, read_manifest
 from fedex_lora.storage.motion import motion_tensors, read_motion
 from fedex_lora.storage.renaming import Renaming, find_renaming, shapes_of

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 IGNORED = -100  # the label that transformers leaves out of the loss
 # Columns beside tokens, until `usable` has read them; their names are none that a file's own columns have.
 FULL = "fedex-lora:full_length"  # a column: tokens of a row before it was cut
-UNKNOWN = "fedex-lora:unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
+UNK = "fedex-lora:unknown_tokens"  # a column: those of a row's tokens that stand for words that the tokenizer does not have
 TORN = "fedex-lora:torn"  # a column: is a row's prompt, when it stands alone, of other tokens?
 OPEN = "fedex-lora:open"  # a column: is nothing learnt that ends a row's answer?
 ANCHORS = ("=", "\n", "a")  # a completion is tokenised behind one of them where its own prompt's last token would change
@@ -30,7 +30,8 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
     A begin token that the prompt holds already is not put in front again.
     """
-    whole, plain = _ids(tokenizer, prompts, True), plain_ids(tokenizer, prompts)
+    whole = tokenizer(list(prompts), add_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
+    plain = plain_ids(tokenizer, prompts)
     begin = tokenizer.bos_token_id
     made = []
     for ids, own in zip(whole, plain, strict=True):
@@ -64,11 +65,7 @@ def _behind_anchor(tokenizer: Any, completion: str) -> list[int]:
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Each text's tokens and no others: none that the tokenizer puts around a text."""
-    return _ids(tokenizer, texts, False)
-
-
-def _ids(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -84,7 +81,7 @@ def tokenize_completions(tokenizer: Any, prompts: Sequence[str], completions: Se
         end: put the end token behind the completion.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (`IGNORED` on the prompt), `FULL` and `UNKNOWN`.
+        `input_ids`, `attention_mask`, `labels` (`IGNORED` on the prompt), `FULL` and `UNK`.
     """
     tail = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     heads, answers = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, prompts, completions)
@@ -94,14 +91,14 @@ def tokenize_completions(tokenizer: Any, prompts: Sequence[str], completions: Se
 
 def token_rows(tokenizer: Any, made: Sequence[tuple[list[int], list[int]]], max_length: int) -> Dataset:
     """Tokens and labels of each row, cut at the right end; its columns are those of `tokenize_completions`."""
-    rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], FULL: [], UNKNOWN: []}
+    rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], FULL: [], UNK: []}
     unknown = unknown_id(tokenizer)
     for ids, labels in made:
         rows["input_ids"].append(ids[:max_length])
         rows["attention_mask"].append([1] * min(len(ids), max_length))
         rows["labels"].append(labels[:max_length])
         rows[FULL].append(len(ids))
-        rows[UNKNOWN].append(rows["input_ids"][-1].count(unknown))
+        rows[UNK].append(rows["input_ids"][-1].count(unknown))
     return Dataset.from_dict(rows)
 
 

@@ -11,17 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 
 from fedex_lora import config
 from fedex_lora.errors import DataError
-from fedex_lora.tasks._completions import (
-    FULL,
-    IGNORED,
-    OPEN,
-    TORN,
-    UNKNOWN,
-    completion_metrics,
-    prompt_ids,
-    tokenize_completions,
-    unknown_id,
-)
+from fedex_lora.tasks._completions import FULL, IGNORED, OPEN, TORN, UNK, completion_metrics, prompt_ids, tokenize_completions, unknown_id
 from fedex_lora.tasks._files import Rows
 
 Array: TypeAlias = NDArray[Any]
@@ -212,7 +202,7 @@ def tokenize_texts(tokenizer: Any, texts: list[list[str]], labels: list[Any], ma
     finally:
         tokenizer.truncation_side = side
     unknown = unknown_id(tokenizer)
-    return Dataset.from_dict({**encoded, "labels": labels, FULL: full, UNKNOWN: [ids.count(unknown) for ids in encoded["input_ids"]]})
+    return Dataset.from_dict({**encoded, "labels": labels, FULL: full, UNK: [ids.count(unknown) for ids in encoded["input_ids"]]})
 
 
 def usable(rows: Dataset, settings: config.TaskSettings, source: str, may_be_empty: bool = False) -> tuple[Dataset, list[str]]:
@@ -230,7 +220,7 @@ def usable(rows: Dataset, settings: config.TaskSettings, source: str, may_be_emp
     if FULL not in rows.column_names or not len(rows):
         return rows, []
     full, lengths = np.asarray(rows[FULL]), np.asarray([len(ids) for ids in rows["input_ids"]])
-    cut, notes, unknown = full > lengths, list[str](), sum(rows[UNKNOWN]) / max(1, lengths.sum())
+    cut, notes, unknown = full > lengths, list[str](), sum(rows[UNK]) / max(1, lengths.sum())
     if unknown > STRANGE:
         notes.append(
             f"{source}: {unknown:.0%} of the tokens in these rows are unknown to this tokenizer: is it of this language, or of this model?"
@@ -240,7 +230,7 @@ def usable(rows: Dataset, settings: config.TaskSettings, source: str, may_be_emp
             such, rows = sum(rows[column]), rows.remove_columns([column])
             if such:
                 notes.append(f"{source}: in {such} of {len(rows)} rows {words}")
-    rows, room = rows.remove_columns([FULL, UNKNOWN]), f"task.max_length = {settings.max_length or int(lengths.max())}"
+    rows, room = rows.remove_columns([FULL, UNK]), f"task.max_length = {settings.max_length or int(lengths.max())}"
     if isinstance(rows[0]["labels"], list):  # of a token each
         lost = np.asarray([all(label == IGNORED for label in labels) for labels in rows["labels"]])
         if lost.any():

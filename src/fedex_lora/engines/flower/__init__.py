@@ -1,6 +1,6 @@
 """The same federation over Flower (extra `flower`): our round loop over its Grid, our clients in its ClientApp.
 
-Flower carries messages and starts processes. Sampling, quorum, deadline, validation, checkpoints and resume are `rounds`, as in process.
+Flower carries messages and starts processes. Sampling, quorum, deadline, validation, checkpoints and resume are those of `runs`.
 Nothing heavy is imported here: Flower starts a process for every message. `app_folder` does not need flwr, so that a folder for it can be
 written without it.
 """

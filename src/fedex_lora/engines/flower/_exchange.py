@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from httpx import HTTPError
 
 from fedex_lora.engines.flower._messages import from_record, to_record
-from fedex_lora.protocol.messages import envelope_of
+from fedex_lora.protocol.envelopes import envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.listening import Reply
 

@@ -23,8 +23,8 @@ from fedex_lora.errors import FedexLoraError, ModelError, StorageError, Training
 from fedex_lora.exactness.measure import Made
 from fedex_lora.privacy.account import Account, rows_digest
 from fedex_lora.privacy.settings import require_private
+from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import failure_of, told_to_end
-from fedex_lora.protocol.messages import answer_of
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.runs.emit import Emit

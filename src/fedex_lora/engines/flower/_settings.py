@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fedex_lora.config import DEMO, Config, Privacy, located, nearest, parse_config
 from fedex_lora.errors import ConfigError
 
-PRIVATE = {
+NEEDED = {
     "epsilon": "of a run, at most",
     "stated_rows": "the number of rows that it states",
     "ledger": "where it writes down what was spent",
@@ -113,15 +113,15 @@ class NodeSettings:
         said = self._said
         if not said and not run.is_on:
             return run
-        if missing := [key for key, value in PRIVATE.items() if not getattr(self, key)]:
+        if missing := [key for key, value in NEEDED.items() if not getattr(self, key)]:
             raise ConfigError(
                 f"{'this run' if run.is_on else 'this node'} is private, and this node's file lacks "
-                + ", ".join(f"{key} ({PRIVATE[key]})" for key in missing)
+                + ", ".join(f"{key} ({NEEDED[key]})" for key in missing)
                 + ": add "
                 + ("them" if len(missing) > 1 else "it"),
                 "privacy",
             )
-        if problems := self.private_problems(PRIVATE):
+        if problems := self.private_problems(NEEDED):
             raise ConfigError(f"this node's privacy: {'; '.join(problems)}", "privacy")
         own = Privacy.model_validate({"clip_norm": run.clip_norm, "budget": self.epsilon, **said})
         smaller = {"epsilon": min(self.epsilon, run.epsilon), "delta": min(own.delta, run.delta)} if run.epsilon else {}
@@ -130,7 +130,7 @@ class NodeSettings:
     @property
     def _said(self) -> dict[str, Any]:
         """What it says of its privacy, under the names of `[privacy]`."""
-        said = {name: getattr(self, name) for name in (*PRIVATE, *MORE) if name != "stated_rows"} | {"rows": self.stated_rows}
+        said = {name: getattr(self, name) for name in (*NEEDED, *MORE) if name != "stated_rows"} | {"rows": self.stated_rows}
         return {name: value for name, value in said.items() if value}
 
     def private_problems(self, named: Collection[str]) -> list[str]:
@@ -140,9 +140,9 @@ class NodeSettings:
             named: the keys that it was given, also with values that were refused.
         """
         keys = {key.replace("-", "_") for key in named}
-        if not keys & {*PRIVATE, *MORE}:
+        if not keys & {*NEEDED, *MORE}:
             return []
-        problems = [f"{name} is missing ({words}): add it" for name, words in PRIVATE.items() if name not in keys]
+        problems = [f"{name} is missing ({words}): add it" for name, words in NEEDED.items() if name not in keys]
         try:
             Privacy.model_validate(self._said)
         except ValidationError as error:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fedex_lora.engines.flower._request import NodeRequest
 from fedex_lora.engines.flower._settings import node_settings
 from fedex_lora.errors import UsageError
+from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import failure_of, ignored_failures, in_one_line
-from fedex_lora.protocol.messages import answer_of
-from fedex_lora.server.verdicts import printable
+from fedex_lora.protocol.frame import printable
 
 if TYPE_CHECKING:
     from fedex_lora.engines.flower._node import Node

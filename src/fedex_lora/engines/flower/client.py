@@ -10,8 +10,8 @@ from fedex_lora.engines.flower._request import NodeRequest, log_of
 from fedex_lora.engines.flower._settings import is_private
 from fedex_lora.engines.flower._worker import ask
 from fedex_lora.errors import WireError
+from fedex_lora.protocol.envelopes import answer_of, encode_failure
 from fedex_lora.protocol.failures import failure_of, told_to_end
-from fedex_lora.protocol.messages import answer_of, encode_failure
 from fedex_lora.runs.party_log import log_failure
 
 

@@ -11,7 +11,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedex_lora.errors import TrainingError
-from fedex_lora.protocol.messages import envelope_of
+from fedex_lora.protocol.envelopes import envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.listening import Reply
 

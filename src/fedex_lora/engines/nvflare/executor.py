@@ -11,12 +11,11 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.fuel.utils.config_service import ConfigService
 
-from fedex_lora.client.client import ENVELOPE
 from fedex_lora.engines.nvflare._exchange import PAYLOAD
 from fedex_lora.engines.nvflare._party import ScriptLearner, party_of, rules_of
 from fedex_lora.errors import StorageError, WireError
+from fedex_lora.protocol.envelopes import REQUEST, answer_of, envelope_of
 from fedex_lora.protocol.failures import failure_of, told_to_end
-from fedex_lora.protocol.messages import answer_of, envelope_of
 from fedex_lora.protocol.records import Request
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.party_log import left, log_failure, party_log
@@ -66,7 +65,7 @@ class PartyExecutor(Executor):
         """
         if not isinstance(payload, bytes):
             raise WireError("the server's message is not of this protocol: use one version of fedex-lora everywhere")
-        run = folder / safe_name(envelope_of(payload, Request, ENVELOPE)[0].run)
+        run = folder / safe_name(envelope_of(payload, Request, REQUEST)[0].run)
         if self._made is None:
             self._made = party_of(name)
         try:

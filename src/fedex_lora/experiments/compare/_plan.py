@@ -122,7 +122,7 @@ class Plan:
 
 
 def planned(config: Config, protocol: Protocol, out: Path) -> Plan:
-    """The plan, all of whose configurations are valid; without controls, reference and tests (see `settled`).
+    """The plan, all of whose configurations are valid; without controls, reference and tests (see `settled_plan`).
 
     Raises:
         UsageError: options that make no sense.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedex_lora.exactness.algebra import worst
-from fedex_lora.experiments.compare._tests import Metrics, interval, paired
+from fedex_lora.experiments.compare._tests import MetricBySeed, interval, paired
 from fedex_lora.report.analysis import sent
 from fedex_lora.storage.events import Evaluated, Event, HeldOut, RoundDone, Started, of_kind
 
@@ -120,7 +120,7 @@ def summary(
     return goal, rows
 
 
-def at_rounds(metrics: Metrics, reference: str, rounds: Sequence[int], apart: Sequence[str] = ()) -> list[dict[str, Any]]:
+def at_rounds(metrics: MetricBySeed, reference: str, rounds: Sequence[int], apart: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every variant after each of some rounds, and its difference to the reference there.
 
     Returns:

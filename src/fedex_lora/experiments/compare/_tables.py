@@ -9,7 +9,7 @@ from fedex_lora.experiments.tables import TextTable, plus_minus
 
 EDGE, OWN = "*", "†"
 COSTS = "mean over rounds"
-Rows = tuple[list[str], list[list[str]]]
+TableBody = tuple[list[str], list[list[str]]]
 """Column names and cells."""
 
 
@@ -38,7 +38,7 @@ def title(result: Mapping[str, Any]) -> str:
     return f"{result['headline']} on {result['task']} after {after}"
 
 
-def _variants(result: Mapping[str, Any]) -> Rows:
+def _variants(result: Mapping[str, Any]) -> TableBody:
     """One row a variant; the columns from `COSTS` on are what it costs."""
     reference, target, several = result["reference"], result["target"], len(result["seeds"]) > 1
     keys = list(result["grid"])
@@ -65,7 +65,7 @@ def _variants(result: Mapping[str, Any]) -> Rows:
     return columns, rows
 
 
-def _tests(result: Mapping[str, Any]) -> Rows:
+def _tests(result: Mapping[str, Any]) -> TableBody:
     """One row a test."""
     rows = []
     for test in result["tests"]:
@@ -98,7 +98,7 @@ def _test_notes(result: Mapping[str, Any]) -> str:
     return " ".join(notes)
 
 
-def _at(result: Mapping[str, Any], record: Mapping[str, Any]) -> Rows:
+def _at(result: Mapping[str, Any], record: Mapping[str, Any]) -> TableBody:
     """All variants after one round."""
     columns = ["method", result["headline"], f"minus {result['reference']}", "p"]
     rows = []

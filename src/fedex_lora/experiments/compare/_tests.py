@@ -14,7 +14,7 @@ from scipy.special import stdtr, stdtrit
 from fedex_lora.experiments.compare._protocol import Hypothesis
 
 Alternative = Literal["two-sided", "greater", "less"]
-Metrics = Mapping[str, Mapping[int, Sequence[float]]]
+MetricBySeed = Mapping[str, Mapping[int, Sequence[float]]]
 """Variant -> seed -> the metric for rounds 0..T."""
 SAME = 1e-12  # differences of numbers about one that are equal but for their rounding
 
@@ -92,7 +92,7 @@ def at_round(metric: Sequence[float], round: int, mean_of: int = 1) -> float:
     return float(np.mean(metric[round - mean_of + 1 : round + 1]))
 
 
-def differences(metrics: Metrics, hypothesis: Hypothesis, than: str) -> list[float]:
+def differences(metrics: MetricBySeed, hypothesis: Hypothesis, than: str) -> list[float]:
     """The first variant minus the other, seed by seed."""
     one, (here, there) = hypothesis.sides[0], hypothesis.rounds
     return [
@@ -102,7 +102,7 @@ def differences(metrics: Metrics, hypothesis: Hypothesis, than: str) -> list[flo
 
 
 def answers(
-    metrics: Metrics, hypotheses: Sequence[Hypothesis], sign: int, scores: Mapping[str, tuple[float, float]] | None = None
+    metrics: MetricBySeed, hypotheses: Sequence[Hypothesis], sign: int, scores: Mapping[str, tuple[float, float]] | None = None
 ) -> list[dict[str, Any]]:
     """A record of each test; the primary ones corrected together by Holm's method.
 
@@ -119,7 +119,7 @@ def answers(
     return records
 
 
-def _answer(metrics: Metrics, hypothesis: Hypothesis, sign: int, scores: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def _answer(metrics: MetricBySeed, hypothesis: Hypothesis, sign: int, scores: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     one, others = hypothesis.sides
     than = others[0] if len(others) == 1 else max(others, key=lambda name: scores[name])
     found = differences(metrics, hypothesis, than)

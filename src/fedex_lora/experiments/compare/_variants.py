@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedex_lora.aggregation import get_method
-from fedex_lora.config import Config, flat, parse_config, plain_config, plain_value, put
+from fedex_lora.config import Config, flat, parse_config, plain_config, plain_value
+from fedex_lora.config.reading import put
 from fedex_lora.errors import UsageError
 
 CONTROL, TWICE = "fedit+balanced", "ffa@2r"

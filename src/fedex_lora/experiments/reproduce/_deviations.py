@@ -8,17 +8,17 @@ from typing import Any, TypeAlias
 
 from fedex_lora.errors import counted
 from fedex_lora.experiments.reproduce._filled import Filled
-from fedex_lora.experiments.reproduce._recipe import UNKNOWN, Column
+from fedex_lora.experiments.reproduce._recipe import NOT_PUBLISHED, Column
 from fedex_lora.experiments.reproduce._scores import mean_and_deviation
 from fedex_lora.experiments.tables import NOT_RUN, TextTable
-from fedex_lora.report import Group, Layout, Value, draw, observed, per_seed
+from fedex_lora.report import Group, Placing, Value, draw, observed, per_seed
 from fedex_lora.report.analysis import Run, module_frame, parse_module_paths
 
 MEASURES: dict[Value, tuple[float, str]] = {
     "relative": (100.0, "|difference| / |ideal|, in %"),
     "scaled": (1e6, "|difference| / sqrt(out in), times 1e6"),
 }
-WHEN: dict[Layout, str] = {"layers": "after the first round", "rounds": "round by round"}
+WHEN: dict[Placing, str] = {"layers": "after the first round", "rounds": "round by round"}
 OF_ROUNDS = "falls with the rounds"
 Series: TypeAlias = dict[tuple[str, str], dict[int, list[float]]]
 """(panel, name) -> place (layer or round) -> a value a seed."""
@@ -74,7 +74,7 @@ def deviation_figures(filled: Filled) -> tuple[list[dict[str, Any]], list[TextTa
     return numbers, tables
 
 
-def _series(layout: Layout, groups: Sequence[Group], measure: Value) -> Series:
+def _series(layout: Placing, groups: Sequence[Group], measure: Value) -> Series:
     found: Series = {}
     points = per_seed(layout, groups, measure)
     if layout == "rounds":
@@ -93,7 +93,7 @@ def _table(title: str, unit: str, series: Series, factor: float, seeds: int) -> 
         + [mean_and_deviation([factor * value for value in line[place]], seeds, 2) if place in line else NOT_RUN for place in places]
         for (panel, name), line in series.items()
     ]
-    return TextTable(title, [unit, *map(str, places)], rows or [[NOT_RUN]], [f"The paper's numbers: {UNKNOWN} (a plot)."])
+    return TextTable(title, [unit, *map(str, places)], rows or [[NOT_RUN]], [f"The paper's numbers: {NOT_PUBLISHED} (a plot)."])
 
 
 def _observations(title: str, groups: Sequence[Group], unit: str) -> list[TextTable]:

@@ -15,7 +15,7 @@ from fedex_lora.config.reading import merged, toml_tree
 from fedex_lora.errors import ConfigError, UsageError
 from fedex_lora.experiments.compare import RATE, Variant, configured
 
-UNKNOWN = "not published here"
+NOT_PUBLISHED = "not published here"
 
 
 class _Table(BaseModel):
@@ -49,7 +49,7 @@ class Panel(_Table):
     label: str
     set: dict[str, Any] = {}
     metrics: dict[str, str] = Field({}, description="Column -> metric, where it differs.")
-    source: str = Field(UNKNOWN, description="Where the paper's numbers were found.")
+    source: str = Field(NOT_PUBLISHED, description="Where the paper's numbers were found.")
     paper: dict[str, list[float]] = Field({}, description="Row -> a number for each column, and the average; nan where it is not known.")
 
 

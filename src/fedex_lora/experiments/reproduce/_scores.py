@@ -9,7 +9,7 @@ import numpy as np
 from fedex_lora.exactness.algebra import worst
 from fedex_lora.experiments.compare import interval
 from fedex_lora.experiments.reproduce._filled import Filled
-from fedex_lora.experiments.reproduce._recipe import UNKNOWN, Panel, Row
+from fedex_lora.experiments.reproduce._recipe import NOT_PUBLISHED, Panel, Row
 from fedex_lora.experiments.reproduce._records import Record
 from fedex_lora.experiments.tables import NOT_RUN, TextTable, plus_minus
 from fedex_lora.storage.events import Evaluated, RoundDone
@@ -56,7 +56,7 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> TextTable:
         rows.append([row.label, filled.label, *ours])
         if panel.paper and not row.added:
             rows.append(["", "paper", *map(_known, panel.paper.get(row.label, [math.nan] * len(heads)))])
-    notes = [f"Paper: {panel.source}." if panel.paper else f"The paper's numbers: {UNKNOWN}."]
+    notes = [f"Paper: {panel.source}." if panel.paper else f"The paper's numbers: {NOT_PUBLISHED}."]
     notes.append("Ours: mean ± standard deviation over the seeds, after the last round.")
     notes += filled.unanswered(panel)
     missing = [column.label for column in recipe.columns if column not in filled.columns]
@@ -69,7 +69,7 @@ def _score_grid(filled: Filled, panel: Panel, cells: Cells) -> TextTable:
 
 
 def _known(number: float) -> str:
-    return UNKNOWN if math.isnan(number) else f"{number:g}"
+    return NOT_PUBLISHED if math.isnan(number) else f"{number:g}"
 
 
 def mean_and_deviation(values: Sequence[float], wanted: int, digits: int) -> str:
@@ -159,7 +159,7 @@ def traffic_tables(filled: Filled) -> tuple[list[dict[str, Any]], list[TextTable
             totals = {label: math.fsum(found[part] for part in parts) for label, found in sums.items() if found}
             rows.append([panel.label, name, *(_share(totals, label, reference) for label in labels)])
         known = {label: f"{panel.paper[label][0]:g}" for label in panel.paper}
-        rows.append([panel.label, "paper", *(known.get(label, UNKNOWN) for label in labels)])
+        rows.append([panel.label, "paper", *(known.get(label, NOT_PUBLISHED) for label in labels)])
     notes = [
         "Counted from the messages that were sent, both ways: all clients, all rounds, and the message after the last round, which brings "
         f"the final model to all clients; relative to {reference}.",

@@ -152,7 +152,7 @@ def traffic(events: Events) -> dict[str, Any]:
 
 
 def relative(frame: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
-    """Rows of `travelled` with a column `run`, in relation to one of them; see `communication`."""
+    """Rows of `traffic` with a column `run`, in relation to one of them; see `communication`."""
     exact = frame.loc[frame["method"] == "fedex", "run"]
     one = frame.set_index("run").loc[reference or (exact.iloc[0] if len(exact) else frame["run"].iloc[0])]
     whole = frame["bytes_total"] + frame["base_bytes"]

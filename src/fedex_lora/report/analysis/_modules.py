@@ -13,12 +13,12 @@ from fedex_lora.exactness import algebra, measure
 from fedex_lora.report.analysis._runs import Run
 from fedex_lora.storage.events import Modules, RoundDone, of_kind
 from fedex_lora.storage.files import read_manifest
+from fedex_lora.storage.result import DELTA
 from fedex_lora.storage.run_folder import round_folder, run_rounds_of
 from fedex_lora.storage.tensors import load_delta
-from fedex_lora.storage.updates import read_updates
+from fedex_lora.storage.updates import UPDATES, read_updates
 from fedex_lora.types import Aggregate, ClientUpdate, Delta
 
-DELTA, UPDATES = "base_delta.safetensors", "updates"
 COLUMNS = ["round", "module", "layer", "projection", "deviation", "ideal", "relative", "scaled", "effective_rank"]
 
 
