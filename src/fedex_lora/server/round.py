@@ -198,11 +198,10 @@ class Round:
 
     def _refused(self) -> dict[str, Rejected]:
         """Of the clients whose valid update is not averaged: it is of another base than the others', or far larger."""
-        found, base = {**self.late, **self.receipts}, self._base()
+        found, base, bound = {**self.late, **self.receipts}, self._base(), self._server.rules.messages.norm_bound
         odd = {client: OTHER_BASE for client, one in found.items() if one.base not in ("", base)}
         sizes = {client: one.size for client, one in found.items() if client not in odd}
-        reasons = odd | norm_rejected(sizes, self._server.rules.messages.norm_bound)
-        return {client: Rejected(client, self.number, reason) for client, reason in reasons.items()}
+        return {client: Rejected(client, self.number, why) for client, why in (odd | norm_rejected(sizes, bound)).items()}
 
     @property
     def rejections(self) -> list[Rejected]:
