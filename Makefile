@@ -13,7 +13,7 @@ demo: $(VENV)/.installed   ## three hospitals, four methods, offline
 	$(BIN)/fedex-lora demo --out demo
 
 test: $(VENV)/.installed-dev   ## all tests, and the examples in docstrings
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(HOW)
 
 short: $(VENV)/.installed-dev   ## the short forms of the campaigns: kills and failing writes, mutated messages, METEOR by its official program
 	$(BIN)/python -m pytest -m campaign --numprocesses 2 tests

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,7 @@ def _final_held_out(config: Config, server: Server, federation: Federation, emit
     return held_out_event(number, {client: round.receipts[client].metrics for client in sorted(round.receipts)}, emit)
 
 
+@cache
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     from importlib.metadata import version

@@ -48,7 +48,7 @@ class Federation:
     def finish(self, config, name, app=None, seconds=PATIENCE):
         """Run `config` to its end; the run folder, and Flower's words about the run."""
         identity, out = self.submit(config, name, app)
-        return out, self.deployment.finish(identity, out, seconds)
+        return out, self.deployment.finish(identity, seconds)
 
     def reference(self, config):
         """The same run in one process, which nobody disturbs."""

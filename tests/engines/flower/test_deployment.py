@@ -1,7 +1,9 @@
 """A real deployment on this machine: the same bits as in process, whatever dies, and exactness all the way."""
 
+import os
 import signal
 from contextlib import contextmanager, suppress
+from unittest import mock
 
 import psutil
 import pytest
@@ -26,7 +28,8 @@ def local_simulation(folder):
     simulation = LocalDeployment(folder)
     try:
         simulation.connect("insecure = true")
-        simulation.start_superlink("--simulation", "--insecure")
+        with mock.patch.dict(os.environ, RAY_worker_niceness="0"):  # else its actors wait for whatever else runs here
+            simulation.start_superlink("--simulation", "--insecure")
         yield simulation
     finally:
         simulation.stop_all()
@@ -67,7 +70,7 @@ def test_the_same_bits_in_process_in_simulation_and_deployed_and_the_same_bytes(
     write_app(tmp_path / "app", config, str(tmp_path / "run"), [])
     nodes = ["--federation-config", "num-supernodes=3 client-resources-num-cpus=1"]
     with local_simulation(tmp_path) as simulation:
-        simulation.finish(simulation.submit(tmp_path / "app", *nodes), tmp_path / "run", PATIENCE)
+        simulation.finish(simulation.submit(tmp_path / "app", *nodes), PATIENCE)
     assert differing(deployed, tmp_path / "run") == []
     other = configuration(training={"learning_rate": 1e-3})
     assert differing(federation.reference(other), deployed)  # the comparison can fail

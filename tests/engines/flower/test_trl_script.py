@@ -17,6 +17,7 @@ def test_a_trl_script_over_a_deployment(federation, one_process, tmp_path):  # n
     app, out = tmp_path / "join", federation.root / "join"
     shutil.copytree(JOIN, app)
     run = federation.deployment.submit(app, "--run-config", f'out="{out}"')
+    wait_for(lambda: federation.deployment.is_over(run), pause=1)
     wait_for(lambda: federation.deployment.run_status(run)["status"] in ENDED, pause=3)
     assert federation.deployment.run_status(run)["status"] == ENDED[0], federation.deployment.log("superlink")[-3000:]
     assert digest(out) == digest(one_process)

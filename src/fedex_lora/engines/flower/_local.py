@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,6 @@ from fedex_lora.engines.flower._files import flower_environment
 from fedex_lora.engines.flower._keys import make_certificates, make_node_key
 from fedex_lora.engines.flower._register import listens
 from fedex_lora.errors import FedexLoraError, TrainingError
-from fedex_lora.storage.events import RunDone, read_events
 
 CONNECTION = "local-deployment"  # in Flower's configuration file, which is in the deployment's folder
 ENDED = ("finished:completed", "finished:failed", "finished:stopped")
@@ -179,17 +179,21 @@ class LocalDeployment:
         found = self.flwr("ls", CONNECTION, "--run-id", run)["runs"]
         return dict(found[0])
 
-    def finish(self, run: str, out: Path, seconds: float) -> dict[str, Any]:
-        """Wait for the end of a run into the folder `out`.
+    def is_over(self, run: str) -> bool:
+        """Does the SuperLink's log say that a run has ended? Asking `flwr` starts a process each time."""
+        return re.search(rf"Finished task \d+ of run {run}\b", self.log("superlink")) is not None
+
+    def finish(self, run: str, seconds: float) -> dict[str, Any]:
+        """Wait for the end of a run.
 
         Raises:
             TrainingError: it failed, or took too long.
         """
-        end, looked, events = time.monotonic() + seconds, time.monotonic(), out / "events.jsonl"
-        while not (events.exists() and any(isinstance(event, RunDone) for event in read_events(events))):
+        end, looked = time.monotonic() + seconds, time.monotonic()
+        while not self.is_over(run):
             if time.monotonic() > end:
                 raise TrainingError(f"run {run} has not ended after {seconds:g} seconds: see {self.folder / 'logs'}")
-            if time.monotonic() - looked > 10:  # each look is a process
+            if time.monotonic() - looked > 30:  # of an app that was killed the log says nothing
                 looked = time.monotonic()
                 if self.run_status(run)["status"] in ENDED:
                     break

@@ -59,7 +59,7 @@ def trial(config: Config, folder: Path | None, seconds: float, tell: Callable[[s
     node = {"rows": "dealt", **({"trainer": config.local.trainer} if config.local.trainer else {})}
     with local_deployment(root, clients, dict.fromkeys(clients, node)) as deployment:
         began = time.perf_counter()
-        status = deployment.finish(deployment.submit(root / "app"), root / "deployed", seconds)
+        status = deployment.finish(deployment.submit(root / "app"), seconds)
         result = {"seconds_in_process": took, "seconds_deployed": time.perf_counter() - began, **bytes_sent(root / "deployed", status)}
     odd = differing(root / "in-process", root / "deployed")
     if odd:
