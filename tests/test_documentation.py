@@ -217,3 +217,11 @@ def test_messages_that_are_explained_are_said_somewhere():
 def test_clean_removes_no_run():
     done = subprocess.run(["make", "--no-print-directory", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["rm", "-rf", ".venv", "site"]
+
+
+def test_what_the_security_page_names_is_there():
+    """The tests and targets by which each promise is held."""
+    text = (ROOT / "SECURITY.md").read_text()
+    assert [path for path in re.findall(r"`(tests/[\w/]+\.py)`", text) if not (ROOT / path).is_file()] == []
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {name for name in re.findall(r"`make ([\w-]+)`", text) if name not in targets} == set()

@@ -88,7 +88,7 @@ class LoRAPair:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LowRank:
-    """A matrix `U V` kept as its factors: `U` is `out x q`, `V` is `q x in`; any scaling is inside.
+    """A matrix `U V`: `U` is `out x q`, `V` is `q x in`, any scaling inside; AggregationError if they do not chain. `dense()` is in fp64.
 
     Example:
         >>> import torch

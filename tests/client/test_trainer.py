@@ -19,7 +19,7 @@ from huggingface_hub.utils import _telemetry
 from tests.client.test_first_batch import base
 from tests.fake_accelerator import accelerator
 from tests.runs.test_resume import StopError, stopping
-from tests.runs.test_run import assert_same_bits, events_of, ignore, tensors
+from tests.runs.test_run import assert_same_bits, configuration, events_of, ignore, tensors
 from tests.tasks.test_rows import bytewise
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, SFTConfig
@@ -821,3 +821,19 @@ def test_on_a_device_a_run_ends_in_the_bits_of_the_cpu(work, tmp_path):
         device = finished(config, tmp_path / "device")
     assert events_of(device, "started")[0]["device"].startswith("fake")
     assert_same_bits(cpu, device)
+
+
+def test_the_rate_falls_over_the_whole_run(tmp_path, monkeypatch):
+    """With `local.schedule = "run"` a line from the rate to zero over the steps of all rounds, else over those of each."""
+    step, one = torch.optim.AdamW.step, {"partition": "iid", "column": None, "count": 1}
+    for schedule, want in (("run", [1 - t / 6 for t in range(6)]), ("round", [1, 2 / 3, 1 / 3] * 2)):
+        rates = []
+
+        def noted(self, *args, rates=rates, **options):
+            rates.append(self.param_groups[0]["lr"])
+            return step(self, *args, **options)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+        training = {"learning_rate": 4e-3, "max_steps": 3}
+        run(configuration(rounds=2, clients=one, local={"schedule": schedule}, training=training), tmp_path / schedule, ignore)
+        assert rates == pytest.approx([4e-3 * share for share in want])

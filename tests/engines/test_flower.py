@@ -435,9 +435,9 @@ def alone(config, folder, answer, own=None):
         {},
         {"local": {"optimizer_state": "keep"}},
         {"method": "fedsa"},
-        {"method": "fed-sb", "local": {"optimizer_state": "keep"}, "clients": {"fraction": 0.67}, "rounds": 4},
+        {"method": "fed-sb", "local": {"optimizer_state": "keep"}, "clients": {"fraction": 0.6}, "rounds": 4},
         {"clients": {"holdout": 0.0}},
-        {"server": {"momentum": 0.5}, "clients": {"fraction": 0.67}, "rounds": 5},
+        {"server": {"momentum": 0.5}, "clients": {"fraction": 0.6}, "rounds": 5},
     ],
     ids=["fedex", "moments kept", "fedsa", "fed-sb, one absent", "no held-out rows", "momentum, one absent in each round"],
 )

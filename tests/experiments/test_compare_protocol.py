@@ -14,6 +14,7 @@ from tests.runs.test_run import configuration
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
+from fedex_lora.cli._federation import OPTIONS, _protocol
 from fedex_lora.config import write_config
 from fedex_lora.errors import FedexLoraError, StorageError, UsageError
 from fedex_lora.experiments.compare import compare, grid_option, parse_protocol, primary_option, variant_option
@@ -325,3 +326,51 @@ def test_a_half_done_run_goes_on_to_the_same_numbers(half_done, broken, goes_on_
     whole = half_done[1]
     assert (outcome.curve.metric, outcome.curve.held_out) == (whole.metric, whole.held_out)
     assert outcome.curve.bytes_down == whole.bytes_down
+
+
+def test_options_and_a_file_say_one_protocol():
+    """Every option, under its own key."""
+    options = {
+        "methods": "fedex,fedit",
+        "variant": ("kept: method=fedex local.schedule=run",),
+        "seeds": "0,1,2",
+        "tuning_seeds": "7,8",
+        "at": "4,8",
+        "reference": "fedit",
+        "target": 0.7,
+        "controls": False,
+        "grid": ("lora.dropout=0,0.1",),
+        "learning_rates": "1e-3,3e-3",
+        "primary": ("fedex@4 > fedit@8",),
+        "equivalent": ("fedex = kept: 0.01",),
+    }
+    text = """
+methods = ["fedex", "fedit"]
+seeds = [0, 1, 2]
+tuning_seeds = [7, 8]
+at = [4, 8]
+reference = "fedit"
+target = 0.7
+controls = false
+[variants.kept]
+method = "fedex"
+"local.schedule" = "run"
+[grid]
+"training.learning_rate" = [1e-3, 3e-3]
+"lora.dropout" = [0, 0.1]
+[[tests]]
+better = "fedex"
+than = "fedit"
+round_better = 4
+round_than = 8
+primary = true
+[[tests]]
+equivalent = ["fedex", "kept"]
+bound = 0.01
+"""
+    assert sorted(options) == sorted(OPTIONS)
+    said, written = (parse_protocol(tree).model_dump() for tree in (_protocol(options), tomllib.loads(text)))
+    for one in (said, written):
+        for test in one["tests"]:
+            test.pop("name", None)
+    assert said == written

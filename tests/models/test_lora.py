@@ -3,21 +3,28 @@
 import copy
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tests import oracle
+from tests.fake import raising
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from fedex_lora import aggregate, load_model
 from fedex_lora.aggregation import server_state as server
-from fedex_lora.config import base_folder
+from fedex_lora.config import Base, Lora, base_folder
 from fedex_lora.errors import AdapterError, AggregationError, FedexLoraError, ModelError, StorageError, UsageError
+from fedex_lora.evaluation._model import open_source
 from fedex_lora.models.base_weights import FrozenBase
-from fedex_lora.models.lora import lora_layers, read_model, read_other, write_model
+from fedex_lora.models.loading import config_of, load_base
+from fedex_lora.models.lora import add_lora, lora_layers, read_model, read_other, write_model
+from fedex_lora.models.processor import load_processor
 from fedex_lora.offline.aggregate_folders import aggregate_folders
 from fedex_lora.offline.verify import verify
 from fedex_lora.storage.adapter_folder import read_adapter_folder
@@ -281,8 +288,9 @@ def test_broken_folders_are_refused_and_nothing_is_written(case, tmp_path):
 
 def test_different_targets_and_ranks_are_refused(tmp_path):
     one = saved(tmp_path, "a")
-    for other in (saved(tmp_path, "b", target_modules=["q_proj"]), saved(tmp_path, "c", r=2)):
-        with pytest.raises(AggregationError):
+    fewer, lower = saved(tmp_path, "b", target_modules=["q_proj"]), saved(tmp_path, "c", r=2)
+    for other, words in ((fewer, "modules"), (lower, "rank")):
+        with pytest.raises(AggregationError, match=words):
             aggregate_folders([one, other], tmp_path / "out", "fedex", None, None)
 
 
@@ -331,7 +339,7 @@ def test_a_full_output_folder_is_left_alone(tmp_path):
 
 def test_another_base_is_refused(tmp_path, gpt2):
     aggregate_folders([saved(tmp_path, "a")], tmp_path / "out", "fedex", None, None)
-    with pytest.raises(FedexLoraError):
+    with pytest.raises(FedexLoraError, match=r"this base has not the modules of the adapter: .*: is it another model\?"):
         load_model(tmp_path / "out", str(gpt2))
 
 
@@ -356,3 +364,44 @@ def test_real_mnli_adapter_factors(data_folder):
     result, p = aggregate(updates), oracle.shares([1, 2, 3])
     worst = max(oracle.relative(oracle.total(result, m), oracle.ideal([u.adapter[m] for u in updates], p)) for m in modules)
     assert worst < 1e-6
+
+
+def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
+    """Neither an adapter's, by whatever command, nor a base's."""
+    folder, base = saved(tmp_path), tmp_path / "base"
+    shutil.copytree(base_folder(), base)
+    for file, pickle in ((folder / "adapter_model.safetensors", "adapter_model.bin"), (base / "model.safetensors", "pytorch_model.bin")):
+        torch.save(load_file(file), file.with_name(pickle))
+        file.unlink()
+    monkeypatch.setattr(torch, "load", raising(AssertionError("a pickle was opened")))
+    averaged = partial(aggregate_folders, [folder], tmp_path / "out", "fedex", None, None)
+    for opened in (averaged, partial(open_source, folder, "causal-lm", None)):
+        with pytest.raises(StorageError, match=r"pickled adapter_model\.bin"):
+            opened()
+    with pytest.raises(ModelError):
+        load_base(Base(model=str(base)), "causal-lm")
+
+
+def test_a_model_s_own_code_is_not_run(tmp_path):
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    shutil.copytree(base_folder(), base)
+    (base / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    model = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    for name, maps in {"config.json": model, "tokenizer_config.json": {"AutoTokenizer": ["own.Own", None]}}.items():
+        said = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**said, "auto_map": maps}))
+    for load in (lambda given: load_base(given, "causal-lm"), lambda given: load_processor(given, "causal-lm"), config_of):
+        with suppress(FedexLoraError):
+            load(Base(model=str(base)))
+    assert not ran.exists()
+
+
+def test_patterns_reach_the_adapter(gpt2):
+    lora = Lora(r=4, alpha=8, rslora=True, rank_pattern={"c_fc": 2}, alpha_pattern={"c_fc": 3}, target_modules=["c_attn", "c_fc"])
+    pairs = read_model(add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), lora, "causal-lm"))
+    assert {name.rpartition(".")[2] for name in pairs} == {"c_attn", "c_fc"}
+    for name, pair in pairs.items():
+        rank, alpha = (2, 3) if name.endswith("c_fc") else (4, 8)
+        assert (pair.rank, pair.scaling) == (rank, pytest.approx(alpha / rank**0.5))
+    with pytest.raises(AdapterError, match=r"lora\.rank_pattern: no adapted module is called 'nope'"):
+        add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), lora.model_copy(update={"rank_pattern": {"nope": 1}}), "causal-lm")

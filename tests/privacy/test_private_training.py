@@ -44,6 +44,7 @@ from fedex_lora.models.lora import lora_layers, set_trained
 from fedex_lora.models.processor import ImageProcessor
 from fedex_lora.privacy.accounting import Mechanism, PrivacyPlan
 from fedex_lora.privacy.settings import FREE, REFUSED, require_private
+from fedex_lora.protocol.failures import WORDS, Failure
 from fedex_lora.runs.context import ModelContext
 from fedex_lora.tasks import collator, load_task
 
@@ -664,3 +665,48 @@ def test_a_party_is_held_to_its_own_refusals(settings):
     work = type(work)(work.config.model_copy(update={"method": "fedex-svd"}), work.task, work.processor)
     with pytest.raises(ConfigError, match="fedex-svd"):
         local_update(setting.model, "client-1", 1, ClientData(setting.rows, setting.rows), work)
+
+
+HARM = {
+    "max_grad_norm": 0.3,
+    "label_smoothing_factor": 0.1,
+    "train_sampling_strategy": "group_by_length",
+    "neftune_noise_alpha": 5.0,
+    "fsdp": "full_shard",
+    "deepspeed": "plan.json",
+    "debug": "underflow_overflow",
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "accelerator_config": {"split_batches": True},
+    "parallelism_config": {"dp": 1},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_each_field_that_sees_single_rows_is_refused(key):
+    config = configuration(method="ffa", privacy={**PRIVATE, "ledger": "unused"})
+    with pytest.raises(ConfigError, match=f"training.{key} = "):
+        require_private(config.model_copy(update={"training": {key: HARM.get(key, True)}}))
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "it follows the loss"),
+        ({"local": {"head_rounds": 1}}, "local.head_rounds"),
+    ],
+)
+def test_schedules_that_follow_the_loss_and_a_head_of_its_own_are_refused(tables, words):
+    with pytest.raises(ConfigError, match=words):
+        require_private(configuration(method="ffa", privacy={**PRIVATE, "ledger": "unused"}, **tables))
+
+
+def test_what_may_be_set_and_what_may_be_said_are_these():
+    """Both lists are promises: whoever adds to one looks here, and says why."""
+    assert sorted(FREE) == sorted(
+        "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+        "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps bf16 tf32 use_cpu "
+        "full_determinism torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor".split()
+    )
+    said = {code for code in WORDS if Failure(code, 3).private == Failure(code)}
+    assert said == set("base busy client config labels-unset lacks message model no-data package privacy settings size".split())

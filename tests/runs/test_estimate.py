@@ -81,7 +81,7 @@ def test_steps_are_those_of_trainer(training, tmp_path):
 
 
 def test_a_run_that_is_estimated_first_has_the_same_bits(tmp_path):
-    config = configuration(lora={"dropout": 0.1}, clients={"fraction": 0.67})
+    config = configuration(lora={"dropout": 0.1}, clients={"fraction": 0.6})
     run(config, tmp_path / "plain", ignore)
     run(config, tmp_path / "said", ignore, home=partial(said_before, console=Console(quiet=True)))
     assert_same_bits(tmp_path / "plain", tmp_path / "said")

@@ -122,9 +122,9 @@ def test_every_method_runs_and_is_what_it_says(method, tmp_path):
 def test_clients_of_different_ranks(method, tmp_path):
     """Ranks 1, 2 and 4, and not everyone every round: exact in the model's own weights too, and each client trains and sends what it has.
 
-    Without a model: all methods in `test_loop.py`.
+    Without a model: all methods in `test_without_a_model.py`.
     """
-    tree = {"partition": "iid", "count": 3, "ranks": [1, 2, 4], "fraction": 0.67}
+    tree = {"partition": "iid", "count": 3, "ranks": [1, 2, 4], "fraction": 0.6}
     run(configuration(method=method, rounds=3, lora={"r": 4}, clients=tree), tmp_path / "run", ignore)
     result = read_result(tmp_path / "run" / "rounds" / "0003")
     sent = {update.client_id: {pair.rank for pair in update.adapter.values()} for update in result.updates}

@@ -12,14 +12,17 @@ from tests.runs.test_run import events_of, ignore
 
 from fedex_lora import METHODS, load_model
 from fedex_lora.aggregation import get_method
+from fedex_lora.aggregation.momentum import NEGLIGIBLE
 from fedex_lora.config import base_folder
 from fedex_lora.errors import ModelError, TrainingError, UnreadableError, UnwritableError
 from fedex_lora.exactness import measure
 from fedex_lora.offline.verify import verify
+from fedex_lora.protocol import delta_sync
 from fedex_lora.protocol.envelopes import answer_of
 from fedex_lora.protocol.failures import Failure
 from fedex_lora.report.analysis import sent
 from fedex_lora.runs import clients as pools
+from fedex_lora.runs import listening
 from fedex_lora.runs.clients import ClientPool
 from fedex_lora.runs.emit import log_to
 from fedex_lora.runs.listening import Reply
@@ -79,6 +82,10 @@ def test_a_flat_spectrum_is_warned_of(tmp_path, monkeypatch):
     assert {event["round"] for event in told} <= {1, 2}
     assert all(event["tail"] > 1e-3 and "truncation is useless" in event["message"] for event in told)
     assert told
+
+
+def test_the_bounds_that_other_tests_change_are_these():
+    assert (measure.USELESS_TAIL, delta_sync.COLUMNS, listening.MAX_EXTRA_REJECTIONS, NEGLIGIBLE) == (0.7, 256, 100, 2.0**-40)
 
 
 def test_personal_factors_stay_with_their_clients(tmp_path):

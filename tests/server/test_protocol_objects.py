@@ -22,6 +22,7 @@ from fedex_lora.client.received import NeedsFull as ClientLacks
 from fedex_lora.client.received import StoredAnswer
 from fedex_lora.errors import AdapterError, ConfigError, StorageError, TrainingError, UsageError, WireError
 from fedex_lora.protocol.frame import split
+from fedex_lora.server.checks import sample
 from fedex_lora.server.verdicts import Accepted, Complete, Failed, Ignored, Late, NeedsFull, Rejected, Short
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -318,6 +319,45 @@ def test_an_update_that_is_asked_for_again_leaves_no_late_one_in_its_place():
         assert isinstance(server.receive(name, answer(clients[name], round.messages[name])), Accepted)
     round.ask_again(["c"])
     assert (round.ready().clients, round.ready().late) == (["a", "b"], frozenset())
+
+
+def test_a_round_heeds_weights_and_truncation():
+    """The parties have 16, 10 and 11 rows; of the residual's four ranks one is kept, or as many as bytes allow: none."""
+    server, clients = federation(weights="uniform")
+    assert one_round(server, clients).aggregate.weights == pytest.approx(dict.fromkeys("abc", 1 / 3))
+    server, clients = federation()
+    assert one_round(server, clients).aggregate.weights == pytest.approx({"a": 16 / 37, "b": 10 / 37, "c": 11 / 37})
+    for cut, ranks in (({"rank": 1}, {1}), ({"rank": 3}, {3}), ({"energy": 1e-9}, {1}), ({"bytes": 1}, {0})):
+        server, clients = federation(method="fedex-svd", truncation=cut)
+        gains = one_round(server, clients).aggregate.residual
+        assert {gains[module].rank if module in gains else 0 for module in FIRST} == ranks
+
+
+def test_how_many_rows_a_client_may_claim_is_the_servers_word():
+    server, _ = federation(messages={"max_examples": 12})
+    client = Client(Rules(), "a", FIRST)
+    client.receive(server.open_round(list("abc")).messages["a"])
+    verdict = server.receive("a", client.reply(13, {}, update=ClientUpdate("a", FIRST, 13, HEAD)))
+    assert isinstance(verdict, Rejected)
+    assert "messages.max_examples = 12" in verdict.reason
+
+
+def test_what_failed_in_the_round_before_does_not_fail_a_client_in_this_one():
+    server, clients = federation()
+    one_round(server, clients, absent="c")
+    round = server.open_round(list("abc"))
+    verdict = round.lost("c", "gone", 1)
+    assert isinstance(verdict, Rejected)
+    assert (verdict.round, "too late to matter" in verdict.reason) == (1, True)
+    assert "c" in round.missing
+    assert "c" not in round.failed
+
+
+def test_how_many_take_part_and_who():
+    for share, of, are in ((0.67, 3, 3), (0.66, 3, 2), (0.34, 3, 2), (0.5, 5, 3), (0.01, 9, 1), (0.1 + 0.2, 10, 3)):
+        assert len(sample([f"c{number}" for number in range(of)], share, 0, 1)) == are
+    assert len({tuple(sample(list("abcdefgh"), 0.25, seed, 1)) for seed in range(6)}) > 1
+    assert len({tuple(sample(list("abcdefgh"), 0.25, 0, round)) for round in range(1, 7)}) > 1
 
 
 def test_looking_whether_a_round_is_ready_changes_nothing():

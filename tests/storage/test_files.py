@@ -5,12 +5,17 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from tests.conftest import make_updates
 
+from fedex_lora.aggregation.flatten import unflatten_deltas
 from fedex_lora.errors import StorageError, UnwritableError, UsageError
+from fedex_lora.protocol.dumps import unpack
+from fedex_lora.storage import files
 from fedex_lora.storage.events import KINDS, ClientRejected, RoundStarted, append_event, read_events, record
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, read_manifest, replacing
 from fedex_lora.storage.tensors import load_delta, load_tensors, save_delta, save_tensors
@@ -169,3 +174,39 @@ def test_no_two_clients_share_a_file():
     assert len({safe_name(name) for name in names}) == len(names)
     assert safe_name("north") == "north"
     assert all(safe_name(name).strip(".") for name in names)
+
+
+def test_all_is_synced_before_a_rename_and_the_folder_after_it(tmp_path, monkeypatch):
+    """A killed process loses nothing that the system holds; a machine without power does."""
+    log, fsync, rename, replace = [], files.fsync, Path.rename, Path.replace
+
+    def noted(kind, real):
+        return lambda path, *more: (log.append((kind, Path(path).name)), real(path, *more))[1]
+
+    monkeypatch.setattr(files, "fsync", noted("sync", fsync))
+    monkeypatch.setattr(Path, "rename", noted("rename", rename))
+    monkeypatch.setattr(Path, "replace", noted("rename", replace))
+    with atomic_folder(tmp_path / "out", {}) as there:
+        (there / "x").write_text("1")
+    (at,) = [place for place, (kind, name) in enumerate(log) if kind == "rename" and name.startswith(f"{TEMPORARY}out")]
+    assert {("sync", "x"), ("sync", "manifest.json"), ("sync", log[at][1])} <= set(log[:at])
+    assert ("sync", tmp_path.name) in log[at + 1 :]
+    log.clear()
+    files.write_bytes(tmp_path / "y", b"2")
+    (at,) = [place for place, (kind, _) in enumerate(log) if kind == "rename"]
+    assert ("sync", log[at][1]) in log[:at]
+    assert ("sync", tmp_path.name) in log[at + 1 :]
+
+
+def test_dumps_of_older_versions_open():
+    """sha256 of the tensors alone, and parts behind a dot."""
+    tensors = {"x": torch.ones(2)}
+    sums = hashlib.sha256(b"x" + tensors["x"].numpy().tobytes()).hexdigest()
+    old = save(tensors, metadata={"client": json.dumps({"round": 3}), "sha256": sums})
+    assert unpack("client", old)[1] == {"round": 3}
+    with pytest.raises(StorageError, match="has changed"):
+        unpack("client", old[:-1] + b"!")
+    factors = {"moving|m.0.U": torch.ones(3, 1), "moving|m.0.V": torch.ones(1, 2)}
+    assert unflatten_deltas("moving", factors, dotted=True)["m.0"].dense().shape == (3, 2)
+    with pytest.raises(ValueError, match="moving"):
+        unflatten_deltas("moving", factors)

@@ -19,6 +19,7 @@ from fedex_lora.aggregation.truncation import without_blocks
 from fedex_lora.config import base_folder
 from fedex_lora.models.merge import logits
 from fedex_lora.storage.files import read_manifest
+from fedex_lora.storage.handout import _plain_name
 from fedex_lora.storage.result import read_result
 
 NAMES = ("st-mary", "ward-seven", "dr-jones")
@@ -331,3 +332,20 @@ def test_nothing_of_one_party_s_configuration_is_handed_on(handed):
         assert SECRET.encode() not in content, name
         assert str(base_folder().parent).encode() not in content, name  # a path of the machine that trained
     assert b'"base_model_name_or_path": "demo_base"' in every_byte(root / "parties")["trainable/adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("base", "plain"),
+    [
+        ("org/llama", "org/llama"),
+        ("llama", "llama"),
+        ("/srv/m/llama", "llama"),
+        ("~/llama/", "llama"),
+        ("./llama", "llama"),
+        ("a/b/llama", "llama"),
+        (r"C:\m\llama", "llama"),
+        (None, None),
+    ],
+)
+def test_a_base_is_called_by_its_name_and_never_by_its_path(base, plain):
+    assert _plain_name(base) == plain

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.cli.test_cli import call, one_line
@@ -17,12 +18,12 @@ from tests.runs.test_run import configuration, ignore
 
 from fedex_lora.cli import demo
 from fedex_lora.config import write_config
-from fedex_lora.errors import FedexLoraError, StorageError, UsageError
+from fedex_lora.errors import FedexLoraError, StorageError, UnwritableError, UsageError
 from fedex_lora.experiments.compare._runs import RunJob, done
 from fedex_lora.offline.verify import verify
 from fedex_lora.runs import run as runner
 from fedex_lora.runs.run import run
-from fedex_lora.server.checkpoint import load_checkpoint
+from fedex_lora.server.checkpoint import load_checkpoint, require_space
 from fedex_lora.storage import files as storage
 from fedex_lora.storage.files import TEMPORARY, atomic_folder, write_bytes, write_text
 from fedex_lora.storage.result import read_result
@@ -399,3 +400,11 @@ def test_a_manifest_that_says_something_else_is_one_line(change, finished, tmp_p
     for read in (read_result, load_checkpoint):
         with pytest.raises(StorageError, match="is not the result of an aggregation"):
             read(tmp_path / "round")
+
+
+def test_a_disk_that_is_too_full_is_said_before_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UnwritableError, match=r"GB are free at .*: set keep_rounds"):
+        run(configuration(rounds=1), tmp_path / "run", ignore)
+    assert not (tmp_path / "run").exists()
+    require_space(tmp_path / "not" / "yet", 1000)

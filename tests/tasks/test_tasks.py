@@ -14,6 +14,7 @@ from fedex_lora.errors import DataError
 from fedex_lora.tasks import TASKS, load_task
 from fedex_lora.tasks._completions import FULL, IGNORED, completion_metrics, tokenize_completions
 from fedex_lora.tasks._metrics import class_metrics
+from fedex_lora.tasks._task import _draw
 from fedex_lora.tasks.demo import COLOURS, WARDS, colour_of
 from fedex_lora.tasks.partition import partition
 from fedex_lora.tasks.scoring.choices import CHOICES
@@ -191,6 +192,39 @@ def test_every_row_belongs_to_one_client(clients):
     assert all(len(train) and abs(len(held) - 0.1 * (len(train) + len(held))) <= 1 for train, held in parts.values())
     again = partition(task, clients, seed=1)
     assert all(np.array_equal(parts[client][0], again[client][0]) for client in parts)
+
+
+def test_how_rows_are_dealt():
+    """What alpha, the column and the seed do; and that neither the order of a file nor its first rows decide anything."""
+    task = load_task(settings(), 0)
+
+    def dealt(seed=1, **clients):
+        return partition(task, Clients(**clients), seed)
+
+    def largest(parts):
+        return np.mean([np.bincount(task.classes[train], minlength=3).max() / len(train) for train, _ in parts.values()])
+
+    even, skewed = (largest(dealt(partition="dirichlet", dirichlet_alpha=alpha)) for alpha in (1000, 0.1))
+    assert even < 0.6 < skewed
+    for name, rows in dealt(partition="column", column="hospital").items():
+        assert set(task.train["hospital"].iloc[np.concatenate(rows)]) == {name}
+    by_ward = dealt(partition="dirichlet", column="hospital", dirichlet_alpha=0.05)
+    wards = [task.train["hospital"].iloc[train] for train, _ in by_ward.values()]
+    assert max(ward.value_counts(normalize=True).max() for ward in wards) > 0.8
+    (one, held), (other, _) = (dealt(seed)["client-0"] for seed in (1, 2))
+    assert not np.array_equal(one, other)
+    assert (np.diff(one) > 1).any()
+    assert held.max() > one.min()
+
+
+def test_rows_are_drawn_once_by_the_seed():
+    one, two = (load_task(settings(train_rows=20, eval_rows=9), seed) for seed in (0, 1))
+    assert not one.train.equals(two.train)
+    for seed in range(3):
+        drawn = _draw(100, 20, seed)
+        assert len(set(drawn.tolist())) == 20
+        assert list(drawn) == sorted(drawn)
+    assert not np.array_equal(_draw(100, 20, 0), _draw(100, 20, 1))
 
 
 def test_dirichlet_skews():

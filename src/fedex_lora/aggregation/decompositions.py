@@ -1,7 +1,7 @@
 """Splits: how the clients' updates become a rank-r adapter and a rest. Each reads like its equation.
 
-A split sees `g` modules of one shape and scaling `s`, from `k` clients, stacked as `ClientStack`. With `M = sum_i p_i B_i A_i` the ideal
-update (over s), the split is exact when `adapter + rest = M`, and so is a method whose base gains the whole rest.
+A split sees `g` modules of one shape and scaling `s`, from `k` clients, stacked as `ClientStack`. With `M / s = sum_i p_i B_i A_i` the
+ideal update over s, the split is exact when `adapter + rest = M / s`, and so is a method whose base gains the whole rest.
 """
 
 from collections.abc import Sequence
@@ -95,18 +95,18 @@ def factor_means_and_residual(clients: ClientStack) -> Split:
 
     R is a weighted covariance, `sum_i p_i (B_i - Bbar)(A_i - Abar)`, and the weighted deviations of B sum to zero, so
     `R = sum_{i<k} [p_i (B_i - Bbar)] [A_i - A_k]`: rank (k-1) r, in closed form. Differences come first, so R keeps all its digits in fp32
-    however small it is (1e-7 relative, where the mean of products minus the product of means has none left). An error of Bbar would be
-    multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent; one of Abar only by Bbar.
+    however small it is (1e-7 relative, where the mean of products minus the product of means has none left). Bbar is computed more
+    carefully than Abar: its error is multiplied by A_k, which is sqrt(k) times as large as Abar where clients are independent.
     """
     A, p = clients.A, clients.p
-    dA = from_last(A)
-    mean_B, U_t = centred_b(clients)
-    return Factors(A=weighted_sum(dA, p[:-1]).add_(A[:, -1]), B=mean_B), Factors(A=dA.flatten(1, 2), B=U_t)
+    dA, (B_mean, U_t) = from_last(A), centred_b(clients)  # A_i - A_k; Bbar and [p_i (B_i - Bbar)], transposed
+    A_mean = weighted_sum(dA, p[:-1]).add_(A[:, -1])
+    return Factors(A=A_mean, B=B_mean), Factors(A=dA.flatten(1, 2), B=U_t)
 
 
 def centred_b(clients: ClientStack) -> tuple[Tensor, Tensor]:
-    """`Bbar`, and `[p_1 (B_1 - Bbar), .., p_(k-1) (B_(k-1) - Bbar)]`, both transposed. The latter is made where it stays: side by side, or
-    turned over where rows of r numbers are too short to be worth a call each.
+    """`Bbar`, and `[p_1 (B_1 - Bbar), .., p_(k-1) (B_(k-1) - Bbar)]`, both transposed. Each is computed in the layout in
+    which it is kept; below rank `LONG` in the transposed one, because rows of r numbers are too short for a call each.
     """
     B, p = clients.B, clients.p
     g, k, r, out = B.shape
@@ -147,7 +147,7 @@ def padded_means(clients: ClientStack) -> Split:
 
 
 def products(clients: ClientStack) -> Factors:
-    """`M = sum_i p_i (B_i A_i - origin_i)` and what is held frozen, as one product of `sum r_i` (and more) columns."""
+    """`sum_i p_i (B_i A_i - origin_i)`, `M / s` without origins, and what is held frozen: one product of `sum r_i` (and more) columns."""
     p = clients.p[:, None, None]
     A, B = [clients.A], [p * clients.B]
     if clients.origins is not None:  # B A - B0 A0 = (B - B0) A + B0 (A - A0)

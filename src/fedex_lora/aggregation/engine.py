@@ -32,9 +32,9 @@ def aggregate(
 ) -> Aggregate:
     """Aggregate clients' updates by one of `METHODS`.
 
-    With `M = sum_i p_i s_i B_i A_i` per module (FedEx-LoRA, eq. 7-9), an exact method returns an adapter and a residual such
-    that `adapter.scaling * B @ A + residual.U @ residual.V = M`, to fp32 rounding. Sums run in the order of `in_order`, so the
-    bits do not depend on the order of arrival. Half-precision factors are aggregated in fp32.
+    With `M = sum_i p_i s_i B_i A_i` per module (FedEx-LoRA, eq. 7-9), an exact method without `state` returns an adapter and a
+    residual such that `adapter.scaling * B @ A + residual.U @ residual.V = M`, to fp32 rounding. Sums run in the order of `in_order`, so
+    the bits do not depend on the order of arrival. Half-precision factors are aggregated in fp32.
 
     Args:
         updates: one a client; the same modules and shapes in all of them, and the same rank unless the method takes ranks that differ.
@@ -185,7 +185,7 @@ def require_same_structure(updates: Sequence[ClientUpdate], row: Method) -> None
             _require_numbers(update.client_id, module, pair)
         for name, tensor in update.other.items():
             if tensor.shape != first.other[name].shape:
-                raise AggregationError(f"{who} differ in {name}: shape {tuple(first.other[name].shape)} against {tuple(tensor.shape)}")
+                raise AggregationError(f"{who} differ in {name} ({tuple(first.other[name].shape)}, {tuple(tensor.shape)}): train one model")
 
 
 def _require_numbers(client: str, module: str, pair: LoRAPair) -> None:
@@ -208,7 +208,7 @@ def require_continues(state: ServerState, updates: Sequence[ClientUpdate], row: 
                     f"client {update.client_id} does not continue module {module} of the global adapter: same names, shapes and rank"
                 )
         if len(state.adapter) < len(update.adapter):
-            raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have")
+            raise AggregationError(f"client {update.client_id} sent modules that the global adapter does not have: train its modules only")
 
 
 def _require_same_names(who: str, what: str, left: Mapping[str, object], right: Mapping[str, object]) -> None:
@@ -287,4 +287,4 @@ def _require_finite(ids: Sequence[str], modules: Sequence[str], clients: ClientS
         for position, module in enumerate(modules):
             if not finite(*(x[position, index] for x in clients.factors)):
                 raise AggregationError(f"client {client} sent NaN or infinity in {module}: leave it out, or lower its learning rate")
-    raise AggregationError(f"the mean of {modules[0]} overflows: some client's factors are near the largest number of their dtype")
+    raise AggregationError(f"the mean of {modules[0]} overflows: some client's factors are near their dtype's largest number; leave it out")

@@ -30,7 +30,7 @@ def balanced(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
 def orthonormal_a(adapter: Factors, reference: Factors, fresh: Tensor) -> Factors:
     """`A` with orthonormal rows, `B = U S` (FedSVD, arXiv 2505.12805); a zero product keeps the span of A.
 
-    Where A has more rows than columns it keeps its length in that many orthonormal ones, and zeros.
+    Where A has more rows than columns, only as many rows as it has columns are orthonormal; the others are zero.
     """
     Q, R = torch.linalg.qr(adapter.A.double().mT)  # A^T = Q R, so B^T A = (R B)^T Q^T
     U, S, V = torch.linalg.svd((R @ adapter.B.double()).mT, full_matrices=False)

@@ -12,9 +12,9 @@ from fedex_lora.types import Aggregate, ClientUpdate
 def merge(parts: Sequence[Aggregate], weights: Sequence[float]) -> Aggregate:
     """The aggregate of all clients from those of regions, in any order and over any tree.
 
-    A region's aggregate stands for its clients' models, `W0 + D + R_j + s Bbar_j Abar_j`, so the mean of all is
-    `M = sum_j w_j (s Bbar_j Abar_j + R_j)`: the mean factors of the regions' adapters, with the covariance between the regions and
-    `sum_j w_j R_j` as the residual (Chan, Golub and LeVeque 1979, for a covariance of matrices). The residual's rank stays at most
+    A region's aggregate stands for its clients' models, `W0 + D + s R_j + s Bbar_j Abar_j`, so the mean of all is
+    `M = sum_j w_j (s Bbar_j Abar_j + s R_j)`: the mean factors of the regions' adapters, with the covariance between the regions and
+    `sum_j w_j s R_j` as the residual (Chan, Golub and LeVeque 1979, for a covariance of matrices). The rank for `fedex` stays at most
     (k-1) r for k clients in all: `(J-1) r` between J regions, `(k_j-1) r` within each.
 
     Args:

@@ -4,7 +4,7 @@ With W the effective weight `W0 + D + P` of a module, `P = s B A` the adapter's 
 
     W_t = W_(t-1) + V_t,    V_t = h (E_t - W_(t-1)) + b V_(t-1),    V_0 = 0,
 
-where `E_t - W_(t-1) = R_t + P_t - P_(t-1)`, R the residual. The adapter stays what the method makes it, so the base takes up the rest:
+where `E_t - W_(t-1) = s R_t + P_t - P_(t-1)`, s R the residual. The adapter stays what the method makes it, so the base takes up the rest:
 `D_t = D_(t-1) + V_t - P_t + P_(t-1)`. All of that is known to who has base and adapter before the round and is sent R and P of it, so the
 server and its clients compute it alike, to the same bits, and nothing travels for it.
 """
@@ -32,7 +32,7 @@ def moved_base(
 
     Args:
         base_delta: `D_(t-1)`, with the velocity `V_(t-1)` where there is one.
-        residual: module path -> `R_t`, scaling included.
+        residual: module path -> `s R_t`.
         before, after: the global adapter before the round and after it; a module that is missing has a product of zero.
         pace: b and h.
 

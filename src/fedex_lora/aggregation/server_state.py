@@ -48,7 +48,7 @@ def step(
 ) -> tuple[ServerState, Aggregate]:
     """One round: aggregate the updates and put the residual into the base.
 
-    `D_v = D_{v-1} + s R_v`, so that `W0 + D_v + s Bbar Abar = sum_i p_i (W_i,start + s_i B_i A_i)`, the mean of the
+    `D_v = D_{v-1} + s R_v`. Under an exact method `W0 + D_v + s B A = sum_i p_i (W_i,start + s_i B_i A_i)`, the mean of the
     participants' models (FedEx-LoRA, eq. 5-9 and 13-14), whatever rank they train (`start_of`). With momentum or a learning rate the
     base also takes up what they add to it (`aggregation.momentum`).
 
@@ -218,6 +218,6 @@ def _continuing(state: ServerState, update: ClientUpdate) -> ClientUpdate:
             if not (
                 torch.equal(ours, theirs) or torch.allclose(ours.to(theirs.dtype), theirs, rtol=1e-6, atol=0)
             ):  # another scaling rounds
-                raise AggregationError(f"client {update.client_id} changed {part} of {module}, which method {state.method} freezes")
+                raise AggregationError(f"client {update.client_id} changed {part} of {module}, which {state.method} freezes: freeze it too")
             kept[module] = kept[module].with_part(part, ours)
     return replace(update, adapter=kept)

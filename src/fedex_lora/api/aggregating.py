@@ -61,7 +61,7 @@ class AggregatedFolders:
             for_parties: a folder to write beside it, for the parties to go on from: nothing of single adapters is in it.
 
         Raises:
-            UsageError: a folder that holds something, or lies in one that is read.
+            UsageError: a folder that holds something or lies in one that is read; or `for_parties` of fewer than two adapters that count.
         """
         target, parties, here = Path(out), None if for_parties is None else Path(for_parties), Path(self._here.name) / "out"
         require_apart(self._read, target, parties)
@@ -105,13 +105,13 @@ def aggregate(
 ) -> Any:
     """The exact mean of LoRA adapters: of `ClientUpdate`s, or of PEFT folders that were trained anywhere.
 
-    Per module `adapter.scaling * B @ A + residual = sum_i p_i s_i B_i A_i` (FedEx-LoRA, eq. 7-9), to fp32 rounding.
+    Without `state`, an exact method gives `s B A + residual = sum_i p_i s_i B_i A_i` per module (FedEx-LoRA, eq. 7-9), to fp32 rounding.
 
     Args:
         updates: one `ClientUpdate` a client, or one adapter folder.
         method: a name in `METHODS`, or METHOD+GAUGE.
-        weights: one number each, in their order or by name (a client's id, a folder's name); or of updates "num_examples" (the default)
-            or "uniform", of folders nothing for equal ones.
+        weights: one number each, in their order or by name (a client's id, a folder's name); or "uniform" (the default of folders), or of
+            updates "num_examples" (their default).
         truncation: of the residual, for `fedex-svd`.
         state: of updates the `ServerState` that the clients went on from; of folders the result folder that they were trained on top of.
         base: of folders: the base of all adapters, where they name it differently.
@@ -120,7 +120,7 @@ def aggregate(
         An `Aggregate` of updates, an `AggregatedFolders` of folders.
 
     Raises:
-        FedexLoraError: an adapter that is broken or does not fit the others, or weights that are impossible.
+        FedexLoraError: a broken or unfitting adapter, impossible weights, an unknown method, or arguments that are for the other kind.
 
     Example:
         >>> aggregate(["north", "south"], weights=[120, 80]).save("out")                  # doctest: +SKIP
@@ -132,7 +132,7 @@ def aggregate(
         raise UsageError("give ClientUpdates, or adapter folders, all of one kind")
     if kinds != {"folder"}:
         if base is not None:
-            raise UsageError("base= is for adapter folders")
+            raise UsageError("base= is for adapter folders: leave it out for ClientUpdates")
         if isinstance(weights, Mapping):
             weights = _shares("update", [update.client_id for update in updates], weights)
         return engine.aggregate(updates, method, "num_examples" if weights is None else weights, truncation, state)

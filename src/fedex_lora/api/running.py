@@ -75,7 +75,7 @@ class RunResult:
             round: after which round; "best" for `best_round`; by default the last.
 
         Raises:
-            UsageError: that round's folder is not there.
+            UsageError: no folder of that round, or no best one. ModelError: the method has no global model (fedsa).
         """
         return load_model(folder_after(self.folder, round), deepcopy(self._model) if self._model is not None else self._base)
 
@@ -136,10 +136,10 @@ def run(
         model: the base, with its head: a `PreTrainedModel`, of a class of your own, too; it stays as it is. None: `base.model`.
         processor: the model's tokenizer or image processor; None: that of `base.model`.
         metrics: `EvalPrediction` -> name -> number, beside the task's own, under other names. A causal LM's predictions are token ids.
-        on_event: told of everything that happens (`fedex_lora.storage.events`); None: a line a round on standard error. What it raises
+        on_event: told of everything that happens (`fedex_lora.storage.events`); None: lines on standard error. What it raises
             ends the run, and so does Ctrl-C: with `out`, what was done is kept.
         out: the run folder; None: a temporary one, see `RunResult.save`.
-        resume: go on with what `out` holds.
+        resume: resume the run in `out` from its last whole round; begin it where there is none.
 
     Raises:
         FedexLoraError: whatever is wrong with settings, rows or model, before anything is written; or training failed.

@@ -21,7 +21,7 @@ def aggregate(
     state: Annotated[Path | None, typer.Option(help="The result folder that the adapters were trained on top of.")] = None,
     truncate: Annotated[
         str | None,
-        typer.Option(help="fedex-svd: rank=R, energy=SHARE or bytes=N; by default the adapter's rank."),
+        typer.Option(help="fedex-svd: rank=R, energy=SHARE of |R|^2 or bytes=N a download; by default the adapter's rank."),
     ] = None,
     updates: Annotated[
         bool, typer.Option("--updates/--no-updates", help="Keep the adapters in OUT, so that verify can recompute the ideal.")
@@ -214,12 +214,12 @@ def _times(share: float) -> str:
 @one_line_errors
 def export(
     source: Annotated[Path, typer.Argument(help="A run folder (its last round), a round folder, or the OUT of aggregate.")],
-    form: Annotated[str, typer.Option("--as", help="merged, adapter or base+adapter.")],
+    form: Annotated[str, typer.Option("--as", help="merged: one model; adapter: one adapter for the base; base+adapter: both, to go on.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; must not exist or be empty.")],
     base: Annotated[str | None, typer.Option(help="The base model; by default as the folder says.")] = None,
     rank: Annotated[int | None, typer.Option(help="adapter: cut it to this rank; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16 or float16; what that costs is printed.")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="The largest size of a model's file, such as 2GB.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="The largest size of a model's file, such as 2GB; by default 50GB.")] = None,
     round: RoundOption = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -26,7 +26,7 @@ COLUMNS = 8  # of classes, that a table has room for
 def data(
     config: Annotated[Path, typer.Argument(help="A TOML file.")],
     set_: Overrides = None,
-    rows: Annotated[int, typer.Option(min=0, help="So many rows are shown, of each client in turn.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show in all, taken from the clients in turn.")] = 3,
     client: Annotated[str | None, typer.Option(metavar="NAME", help="Only this client's rows.")] = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -39,7 +39,7 @@ def evaluate(
     lm_eval: Annotated[str | None, typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of --task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="--lm-eval: a folder with task files of your own.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model; by default as the folder says.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Measure on so many rows only.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Measure on N rows, drawn at random; with --lm-eval on the first N.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
     generate: Annotated[
         list[str] | None,

@@ -19,7 +19,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the runs and the table go; an earlier demo there is replaced.")] = Path(
         "fedex-lora-demo"
     ),
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each method.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each method; by default 5.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

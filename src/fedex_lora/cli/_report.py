@@ -45,7 +45,7 @@ def figure(
     number: Annotated[int, typer.Argument(help="The paper's: 2, 4, 5 (by layer, first round) or 3, 6, 7, 8, 9 (across rounds).")],
     runs: Runs,
     out: Annotated[Path | None, typer.Option("-o", "--out", help=".pdf, .svg or .png; by default figure-N.pdf.")] = None,
-    value: Annotated[str, typer.Option(help="relative (to the ideal update) or scaled (by sqrt(out in)).")] = "relative",
+    value: Annotated[str, typer.Option(help="relative (to the ideal update) or scaled (divided by sqrt(out in)).")] = "relative",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

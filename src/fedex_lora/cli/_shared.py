@@ -22,7 +22,7 @@ RoundOption = Annotated[
     str | None,
     typer.Option(metavar="N|best", help="Of a run folder, after which round; best: on the clients' held-out rows; by default the last."),
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a key of the file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a key: V as in TOML; may be repeated.")]
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:

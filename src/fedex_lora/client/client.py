@@ -50,7 +50,7 @@ class Client:
         rules: what server and clients agree on.
         name: under which the server knows it.
         first: the initial adapter: the same for everyone who has the configuration and the base.
-        shared: of the clients in this process.
+        shared: one `fedex_lora.client.client.Shared()` for all clients of this process; None: its own.
         base: what the frozen base has gained before the first round, where a run starts from a result: the same for everyone, too.
 
     Attributes:
@@ -81,7 +81,7 @@ class Client:
         self._base = ""
 
     def receive(self, payload: bytes) -> Received:
-        """What a message asks of this client, which then has the message's version of the global model.
+        """Read a message: what it asks of this client, whose copy of the global model is then at the message's version.
 
         Raises:
             WireError: the message is not for it, altered, or contradicts itself or what the client has: answer with `fail("message")`.
@@ -215,11 +215,11 @@ class Client:
 
     def _asked(self) -> Asking:
         if self._work is None:
-            raise UsageError("receive a message before")
+            raise UsageError("receive a message before: call receive(message), then load and reply")
         return self._work
 
     def fail(self, code: str, rows: int = 0) -> bytes:
-        """The answer of a client that has no update; see `fedex_lora.protocol.failures.WORDS`. An error's text stays here."""
+        """The answer of a client without an update. `code` is of `protocol.failures.WORDS`; another one is sent as "unexpected"."""
         return encode_failure(Failure(code, rows), self.name, self._request)
 
     def dump(self, whole: bool = True) -> bytes:

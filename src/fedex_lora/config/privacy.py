@@ -22,22 +22,22 @@ class Privacy(ConfigTable):
         None,
         gt=0,
         le=100,
-        description="Of this run for each client, at most 100. Where it is set, training is private; else it is not.",
+        description="Bound on what the run's messages tell of one record of a client, at most 100. Set: training is private.",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Of (epsilon, delta): less than one over the rows.")
     clip_norm: float = Field(
-        1.0, ge=1e-6, le=1e6, description="C: each record's gradient, over all that is trained, is scaled down to this norm at most."
+        1.0, ge=1e-6, le=1e6, description="C: each record's gradient, over all that is trained, is scaled down to this L2 norm at most."
     )
     rows: Count | dict[str, Count] | None = Field(
         None,
-        description="How many training rows a client states, or client -> how many: its weight, its steps and its sampling rate. The true "
-        "number is nobody's business, for one record changes it.",
+        description="Required with epsilon: the number of training rows a client states, or client -> number: its weight, steps and "
+        "sampling rate. The true number is nobody's business, for one record changes it.",
     )
     budget: float | None = Field(
         None, gt=0, le=100, description="The most epsilon of all runs on a client's rows together, at most 100; by default `epsilon`."
     )
     ledger: Path | None = Field(
-        None, description="The file in which all that was ever trained on these rows is written down (fedex-lora ledger)."
+        None, description="Required with epsilon: the file in which all training on these rows is recorded (fedex-lora ledger)."
     )
     accountant: Literal["prv", "rdp"] = Field(
         "prv",

@@ -28,13 +28,13 @@ class ServerOptimizer(ConfigTable):
     )
     momentum_on: Literal["adapters", "all"] = Field(
         "adapters",
-        description="What both act on: the adapted weights, or heads and other tensors too. Where clients lack classes, a head with "
-        "momentum may collapse. With `local.head_rounds` adapters only: a frozen head would go on moving.",
+        description="What momentum and learning_rate act on: the adapted weights, or heads and other tensors too. Where clients lack "
+        "classes, a head with momentum may collapse. With `local.head_rounds` adapters only: a frozen head would go on moving.",
     )
     momentum_of: Literal["products", "factors"] = Field(
         "products",
-        description="fedit: of the products B A through the base, as above, or of the factors A and B by themselves, which is plain "
-        "FedAvgM (Hsu et al. 2019): a control.",
+        description="What momentum repeats: changes of the products s B A, through the base; or, fedit only, of the factors A and B by "
+        "themselves, which is plain FedAvgM (Hsu et al. 2019): a control.",
     )
 
     @property
@@ -94,7 +94,7 @@ def trainer_parts(name: str) -> tuple[str, str, str]:
 
 
 class Truncation(ConfigTable):
-    """How much of the residual the base gains under fedex-svd; nothing said: as many ranks as the adapter has."""
+    """How much of the residual the base gains under fedex-svd; by default as many ranks as the adapter has."""
 
     rank: int | None = Field(None, ge=1, description="fedex-svd: so many ranks of every module's residual.")
     energy: float | None = Field(None, gt=0, le=1, description="fedex-svd: the smallest rank with this share of |R|^2, for each module.")
@@ -158,7 +158,7 @@ def method_name(name: str) -> str:
 
 
 class Rules(ConfigTable):
-    """What server and clients of a run agree on: all but the model, the rows and how they are trained on.
+    """What server and clients agree on (`agreed`), with the tables that are one side's own; not the model, the rows or `[training]`.
 
     Example:
         >>> Rules(method="fedex", clients={"quorum": 0.6}).clients.quorum
@@ -167,7 +167,7 @@ class Rules(ConfigTable):
 
     method: Annotated[str, AfterValidator(method_name)] = Field("fedex", description="METHOD[+GAUGE], of docs/methods.md (fedavg: fedit).")
     seed: int = Field(0, ge=0, lt=2**32, description="Everything random derives from it.")
-    weights: Literal["num_examples", "uniform"] = Field("num_examples", description="What a client counts for.")
+    weights: Literal["num_examples", "uniform"] = Field("num_examples", description="Clients count by their training rows, or all alike.")
     clients: Clients = Clients()
     server: ServerOptimizer = ServerOptimizer()
     local: Local = Local()

@@ -84,7 +84,7 @@ class Lora(ConfigTable):
 
     r: int = Field(8, ge=1, description="Rank; by default 16 for texts that are written.")
     alpha: FiniteFloat = Field(16, gt=0, description="The scaling is alpha / r, or alpha / sqrt(r) with rslora; by default alpha = 2 r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the adapters' input.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapters' inputs that training sets to zero.")
     target_modules: list[str] | str | None = Field(
         None, description='Module names, a regular expression, "all-linear", or PEFT\'s default.'
     )
@@ -113,13 +113,13 @@ class TaskSettings(ConfigTable):
         "classification",
         description="custom: what is predicted: a class, a score, a text, what the assistant says in a chat, the class of an image.",
     )
-    text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom classification: one or two text columns.")
+    text: list[str] = Field(["text"], min_length=1, max_length=2, description="custom class or score: one or two text columns.")
     image: str | None = Field(
         None,
         description="custom image-classification: the column of the image (`image` by default): a file relative to task.data, or the "
         "encoded bytes (also as the hub's {bytes, path}).",
     )
-    label: str = Field("label", description="custom classification and regression: the column of the class, or of the score.")
+    label: str = Field("label", description="custom, also images: the column of the class, or of the score.")
     labels: list[str | int] | None = Field(
         None,
         min_length=2,
@@ -178,10 +178,10 @@ class TaskSettings(ConfigTable):
 class Clients(ConfigTable):
     """Who takes part, and who holds which rows."""
 
-    count: int = Field(3, ge=1, description='How many; not used with partition = "column".')
+    count: int = Field(3, ge=1, description='How many; not used with clients.data or partition = "column".')
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round.")
-    partition: Literal["iid", "dirichlet", "column"] = Field("iid", description="How the training rows are dealt out.")
-    dirichlet_alpha: float = Field(0.5, gt=0, description="dirichlet: small is skewed.")
+    partition: Literal["iid", "dirichlet", "column"] = Field("iid", description="Rows are dealt at random, by class, or by a column.")
+    dirichlet_alpha: float = Field(0.5, gt=0, description="dirichlet: concentration of each class's shares; small is skewed.")
     column: str | None = Field(
         None, description="column: one client for each of its values; dirichlet: the classes (the task's label by default)."
     )
@@ -201,7 +201,7 @@ class Clients(ConfigTable):
         description="Share of a round's participants whose updates must be there and accepted for the round to go on without the others. "
         "All of them by default: nobody is left out of the mean unless you allow it.",
     )
-    min_clients: int = Field(1, ge=1, description="The same as a number; both must hold.")
+    min_clients: int = Field(1, ge=1, description="The least number of such updates; quorum must hold too.")
     deadline: float | None = Field(
         None,
         gt=0,

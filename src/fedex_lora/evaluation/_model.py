@@ -17,7 +17,7 @@ from fedex_lora.models.build import build_model, model_kind, read_global, renami
 from fedex_lora.models.loading import config_of, load_base
 from fedex_lora.models.processor import load_processor
 from fedex_lora.models.resized import resized
-from fedex_lora.storage.adapter_folder import adapter_config, read_adapter_folder
+from fedex_lora.storage.adapter_folder import WEIGHTS, adapter_config, read_adapter_folder
 from fedex_lora.storage.files import FINAL, MANIFEST, read_manifest
 from fedex_lora.storage.peft_rules import MARK
 from fedex_lora.storage.result import DELTA
@@ -152,6 +152,8 @@ def _adapter(folder: Path, kind: Any, base: str | None, config: dict[str, Any]) 
     if not name:
         raise ModelError(f"{folder} does not say what its base is: give it by --base")
     require_revision(said, name)
+    if not (folder / WEIGHTS).is_file():
+        raise StorageError(f"{folder} has no {WEIGHTS}; a pickled adapter_model.bin is never opened here: save it as safetensors with PEFT")
     under, fresh = load_base(Base(model=name), kind, **config)
     settings, names = _named_as(under, folder)
     with warnings.catch_warnings(record=True) as told:

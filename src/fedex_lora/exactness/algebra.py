@@ -53,7 +53,7 @@ def summed(terms: Sequence[tuple[float, Delta]]) -> Delta:
 
 
 def image(delta: Delta) -> Tensor:
-    """An fp64 matrix with the singular values of D: `U R^T`, `out x q`, with `V^T = Q R`, since Q turns nothing longer; or D where that
+    """An fp64 matrix with the singular values of D: `U R^T`, `out x q`, with `V^T = Q R`, because Q keeps lengths; or D where that
     costs less.
 
     Where the factors cancel, this is as accurate as the matrix; their Gram matrices would lose half of the digits.

@@ -26,7 +26,7 @@ class Exactness:
 
     Attributes:
         error: module path -> |(W_eff - W0) - (E - W0)|.
-        ideal: module path -> |E - W0|.
+        ideal: module path -> |E - W0|, a number (`Result.ideal` has the matrices).
         effective_rank: module path -> `effective_rank` of got - ideal, where it was asked for.
     """
 
@@ -85,7 +85,7 @@ Held = Mapping[str, Mapping[str, Delta]]
 def ideal_update(
     base_delta: Mapping[str, Delta], updates: Sequence[ClientUpdate], weights: Mapping[str, float], held: Held | None = None
 ) -> Mapping[str, Delta]:
-    """`E - W0` per module: what the participants' models average to, `E = sum_i p_i (W0 + D + held_i + s_i B_i A_i)`, in fp64.
+    """`E - W0` per module, `E = sum_i p_i (W0 + D + held_i + s_i B_i A_i)` the mean of the participants' models (paper, eq. 7-9), in fp64.
 
     A module's is made when it is asked for: all of them would be twice the memory of the updates.
 
@@ -180,7 +180,7 @@ def audit(
 
 
 def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
-    """What averaging the factors alone would lose this round, `|s Bbar Abar - M| / |M|` (paper, section 6), whatever the method.
+    """What averaging the factors alone would lose this round, `|s Bbar Abar - M| / |M|`, `M = sum_i p_i s_i B_i A_i` (paper, section 6).
 
     Factors of lower rank are padded with zeros.
     """
@@ -193,7 +193,7 @@ def deviation(result: Aggregate, updates: Sequence[ClientUpdate]) -> Exactness:
 
 
 def residual(result: Aggregate, updates: Sequence[ClientUpdate]) -> Mapping[str, Delta]:
-    """`M - s Bbar Abar` per module, in fp64: what averaging the factors alone would lose this round. Made when it is asked for."""
+    """`M - s Bbar Abar` per module, in fp64, whatever the method's `Aggregate.residual` is; `M` as in `deviation`. Made when asked for."""
     ideal = ideal_update({}, updates, result.weights)
     return Made(result.adapter, lambda module: summed([(1.0, ideal[module]), (-1.0, _product(_mean_factors(module, result, updates)))]))
 

@@ -21,11 +21,11 @@ class AdaptedModel:
 
     Args:
         model: as `peft.get_peft_model` gives it, its adapter under any name; changed in place by `load`. What is trained becomes float32.
-        where: see `FrozenBase`.
+        where: "auto" folds the base delta into float32 weights and keeps it beside others; "fold" or "side" does one of them everywhere.
 
     Raises:
         AdapterError, ModelError: an adapter or a base that the algebra does not cover (DoRA, PiSSA, trained biases).
-        UsageError: it is no model, has adapters and is no `PeftModel`, or is of `load_model` on a base that had gained something.
+        UsageError: no model; adapters without a `PeftModel`; or a model of `load_model` whose base had gained something.
 
     Example:
         >>> model = AdaptedModel(get_peft_model(base, LoraConfig(r=8)))                   # doctest: +SKIP

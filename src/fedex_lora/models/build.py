@@ -55,7 +55,7 @@ def load_model(folder: str | Path, base: str | Path | PreTrainedModel) -> nn.Mod
 
     Raises:
         StorageError: the folder is broken.
-        ModelError: the base does not fit.
+        ModelError: the base does not fit, or the method has no global model (fedsa).
 
     Example:
         >>> model = load_model("runs/mrpc", "roberta-base")                              # doctest: +SKIP

@@ -61,13 +61,13 @@ def spent(history: Iterable[Mechanism], delta: float, accountant: str = "prv") -
     """Epsilon of everything together, at this delta.
 
     Args:
-        history: what was done on the rows, in any order. Of less noise than `LEAST` it is infinite.
+        history: what was done on the rows, in any order. With sigma below 0.1 the result is infinite.
         delta: of (epsilon, delta).
-        accountant: "prv" (an upper bound of the numerical composition, Gopi et al. 2021; of more than `FEW_STEPS`, above `LARGE`, or at a
-            delta that rounding could hide, that by Rényi divergences) or "rdp".
+        accountant: "prv": the upper bound of the numerical composition (Gopi et al. 2021), or the Rényi bound where there are more than
+            100,000 steps, epsilon is above 400, or delta is too small for float64; "rdp": the Rényi bound (Mironov et al. 2019).
 
     Raises:
-        ConfigError: Opacus cannot compute it.
+        ConfigError: Opacus cannot compute it. UsageError: Opacus is not installed (the extra `dp`).
 
     Example:
         >>> round(spent([Mechanism(sigma=1.1, rate=0.01, steps=1000)], delta=1e-5), 1)
@@ -126,7 +126,7 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
     """The smallest sigma from `LEAST` up, to a thousandth of it, with which so many steps spend at most epsilon.
 
     Raises:
-        ConfigError: no noise is enough.
+        ConfigError: no noise is enough, or see `spent`. UsageError: Opacus is not installed.
 
     Example:
         >>> round(noise_for(epsilon=1.0, delta=1e-5, rate=0.01, steps=1000), 1)
@@ -171,12 +171,12 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
     """What the private training of a client is in a run.
 
     Raises:
-        ConfigError: the settings say none that there is.
+        ConfigError: no number of rows is stated, or rows, batch, delta or steps that no plan allows; see `noise_for`.
     """
     privacy = config.privacy
     rows, batch = privacy.stated(client), _batch(config)
     if privacy.epsilon is None or rows is None:
-        raise ConfigError("no number of rows is stated: set privacy.rows")
+        raise ConfigError(f"no {'epsilon is set: set privacy.epsilon' if rows else 'number of rows is stated: set privacy.rows'}")
     if rows < batch:
         raise ConfigError(f"{rows} rows are stated, and a batch has {batch}: set training.per_device_train_batch_size lower")
     if rows > config.messages.max_examples:

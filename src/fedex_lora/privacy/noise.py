@@ -15,7 +15,7 @@ Stepping: TypeAlias = Callable[[nn.Parameter], tuple[Optimizer, Callable[[], Non
 """(what is trained) -> its optimiser, and what moves the learning rate on after a step."""
 
 
-def noise_of_training(stepping: Stepping, steps: int, deviation: float) -> float:
+def noise_of_training(stepping: Stepping, steps: int, std: float) -> float:
     """Standard deviation of a trained number after steps whose gradient is noise and nothing else.
 
     DP-SGD adds N(0, (sigma C)^2) to each number of a sum of clipped gradients, and divides by the expected batch b: the gradient of a
@@ -25,18 +25,18 @@ def noise_of_training(stepping: Stepping, steps: int, deviation: float) -> float
     Args:
         stepping: makes the optimiser of these numbers, which begin at zero.
         steps: how many.
-        deviation: sigma C / b.
+        std: sigma C / b.
 
     Example:
         >>> sgd = lambda numbers: (torch.optim.SGD([numbers], lr=0.1), lambda: None)
-        >>> round(noise_of_training(sgd, steps=100, deviation=2.0), 1)  # 0.1 * 2 * sqrt(100)
+        >>> round(noise_of_training(sgd, steps=100, std=2.0), 1)  # 0.1 * 2 * sqrt(100)
         2.0
     """
     numbers = nn.Parameter(torch.zeros(NUMBERS))
     optimizer, on = stepping(numbers)
     generator = torch.Generator().manual_seed(0)  # a measurement, which protects nobody
     for _ in range(steps):
-        numbers.grad = (deviation * torch.randn(NUMBERS, generator=generator)).to(numbers.device)
+        numbers.grad = (std * torch.randn(NUMBERS, generator=generator)).to(numbers.device)
         optimizer.step()
         on()
     return float(numbers.detach().double().square().mean().sqrt())
@@ -46,7 +46,7 @@ class UpdateNoise(NamedTuple):
     """Frobenius norms, over all adapted modules, of what clients' noise makes of a round's update; root mean squares.
 
     Attributes:
-        first: noise times what is there, and what is there times noise: of every method that trains both factors.
+        first: noise in one factor times the other factor; every method that trains both has it.
         products: noise times noise in the mean of the clients' products, the ideal.
         means: noise times noise in the product of the mean factors.
         residual: noise times noise in the residual, which is the difference of these two.
@@ -59,7 +59,7 @@ class UpdateNoise(NamedTuple):
 
 
 def noise_of_update(adapter: Adapter, deviations: Sequence[float], weights: Sequence[float]) -> UpdateNoise:
-    """Of clients that started from one adapter and trained both of its factors.
+    """The noise in a round's update, of clients that started from one adapter and trained both of its factors.
 
     Client i has `A + t_i E_i` and `B + t_i F_i`, with E_i and F_i of standard normal numbers, weight p_i, and scaling s. In the mean of
     products, in the product of means, and in the residual, noise times noise is `s sum_ij c_ij t_i t_j F_i E_j` with c = diag(p), p p^T

@@ -50,7 +50,7 @@ def write_figure(number: int, paths: Sequence[Path], out: Path, value: Value = "
         `out`; `data`, the numbers that are drawn; `observations`, which of the paper's hold (for each kind of run).
 
     Raises:
-        UsageError: no such figure, an unknown kind of file, a file that exists, or runs without LoRA updates.
+        UsageError: no such figure or value, an unknown kind of file, a file that exists or cannot be written, or runs without LoRA updates.
     """
     if number not in LAYERS + ROUNDS:
         raise UsageError(f"figure {number}: this draws 2, 4, 5 (by layer) and 3, 6, 7, 8, 9 (across rounds)")

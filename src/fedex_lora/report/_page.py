@@ -42,7 +42,7 @@ def write_report(paths: Sequence[Path], out: Path, evaluated: Sequence[Path] = (
         `out`, `bytes`, `runs`, `charts`, `tables`.
 
     Raises:
-        UsageError: a path holds no run, or they are too many to compare; or `out` or a file of `evaluated` is something else.
+        UsageError: no runs, or too many to compare; `out` or a file of `evaluated` is something else; or no extra `report`.
         StorageError: a run that cannot be read.
     """
     if out.is_dir():

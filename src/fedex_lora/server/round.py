@@ -61,7 +61,7 @@ class Round:
             raise UsageError(f"round {self.number} has ended: open the next one")
 
     def receive(self, client: str, payload: bytes) -> Verdict:
-        """See `Server.receive`."""
+        """See `Server.receive`; UsageError where the round has ended."""
         self._require_open()
         said = answer_in(payload)
         verdict = self._judged(client, payload, said)
@@ -69,7 +69,7 @@ class Round:
         return verdict
 
     def lost(self, client: str, reason: str, round: int | None = None) -> Verdict:
-        """The transport says that nothing will come of a client.
+        """The transport says that nothing will come of a client; UsageError where the round has ended.
 
         Args:
             client, reason: who and why.
@@ -87,7 +87,7 @@ class Round:
         return verdict
 
     def give_up(self, reason: str = "") -> list[Rejected]:
-        """Nobody is waited for any more. Whoever is missing is rejected, if a reason is given; its answer may come in the next round."""
+        """Wait for nobody any more. With a reason, who is missing is rejected and returned; its answer may still come in the next round."""
         silent, self.missing = sorted(self.missing), set()
         self._silent |= set(silent)
         if not reason:
@@ -282,12 +282,12 @@ class Round:
 
     @classmethod
     def restore(cls, server: ServerContext, payload: bytes) -> "Round":
-        """The inverse of `dump`, on the server that was dumped with it: see `Server.reopen`."""
+        """The inverse of `dump`, on the server that was dumped with it: see `Server.reopen`; StorageError where it is no such dump."""
         try:
             about = json.loads(payload)
             round = cls(server, about["phase"], about["participants"])
             if about["number"] != round.number:
-                raise StorageError(f"it is the dump of round {about['number']}, and the server is at round {round.number}")
+                raise StorageError(f"it is the dump of round {about['number']}, and the server is at round {round.number}: give its twin")
             round._requests.take(about["asked"])
             for name in ("receipts", "late"):
                 heard = about[name].items()

@@ -21,7 +21,7 @@ from fedex_lora.types import Adapter, ServerState
 
 
 class Server(ServerContext):
-    """One run's server.
+    """One run's server. UsageError where there are no clients, two have one name, or the rules need something that is not given.
 
     Args:
         rules: what server and clients agree on.
@@ -30,8 +30,8 @@ class Server(ServerContext):
         ranks: client -> its rank, where they differ.
         run: one word that no other run of these clients has.
         registry: who holds what; by default nobody anything.
-        base: the name of the base that all stand on, `AdaptedModel.base.name`; "": as most updates of the first mean say. Who has
-            another one is refused.
+        base: `AdaptedModel.base.name`, the base that all stand on; "": the one that most updates of the first mean name. An update of
+            another base is rejected.
 
     Attributes:
         round: the one that was opened last; None before. For the others see `ServerContext`.
@@ -67,7 +67,7 @@ class Server(ServerContext):
         if get_method(rules.method).core and not all("C" in pair.parts for pair in state.adapter.values()):
             raise UsageError(f"method {rules.method} trains cores between fixed factors: start from `AdaptedModel.cores()`")
         if rules.clients.ranks and not ranks:
-            raise UsageError("clients.ranks is of a run's configuration: give the server ranks={client: rank}")
+            raise UsageError("clients.ranks is of a run's configuration: build Server(rules, state, clients, ranks={client: rank})")
         super().__init__(rules, [], dict(ranks or {}), run, state, registry or ClientRegistry(), base=base)
         self.round: Round | None = None
         self.set_clients(clients)
@@ -84,7 +84,7 @@ class Server(ServerContext):
             other: the other trained tensors.
 
         Raises:
-            UsageError: the method trains no adapter, or one party's rows alone.
+            UsageError: the method averages no adapters, `rules.clients.ranks` is set (see the class), or see `set_clients`.
         """
         method = get_method(rules.method)
         if method.centralised or (adapter and not method.lora):
@@ -92,7 +92,7 @@ class Server(ServerContext):
         return cls(rules, init(adapter, other, rules.method, rules.seed), clients, run=run, base=base)
 
     def set_clients(self, clients: Collection[str]) -> None:
-        """Take off a client that is gone for good, or add one, between two rounds. A new one is sent everything.
+        """Set the names of all clients, between two rounds. Who is not among them is gone for good; a new one is sent everything.
 
         Raises:
             UsageError: nobody is left, two have one name, or the rules do not go with them.
@@ -109,7 +109,7 @@ class Server(ServerContext):
         self.state = replace(self.state, personal=personal)
 
     def open_round(self, participants: Sequence[str] | None = None, phase: Phase = "train") -> Round:
-        """Begin a round. One that is open and was not closed is given up; of it only is kept who holds what now.
+        """Begin a round. A round that is still open is given up; the server keeps of it only who holds what.
 
         Args:
             participants: whom to ask; by default the share of the clients that `clients.fraction` says, drawn by the run's seed.
@@ -128,7 +128,7 @@ class Server(ServerContext):
         return self.round
 
     def reopen(self, payload: bytes) -> Round:
-        """Go on with a round whose `dump` this is, on a server restored from the dump of the same moment.
+        """Resume the round of this `dump`, on a server restored from the dump of the same moment.
 
         Raises:
             StorageError: it is no such dump.
@@ -137,7 +137,7 @@ class Server(ServerContext):
         return self.round
 
     def receive(self, client: str, payload: bytes) -> Verdict:
-        """What came from a client, whom the transport has authenticated, in answer to this round's message or to one of the round before.
+        """Judge what came from a client, whom the transport has authenticated, as an answer to this round's message or the last round's.
 
         The caller keeps the update of an `Accepted` or `Late` verdict for `Round.close`.
         """

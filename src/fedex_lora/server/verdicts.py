@@ -58,7 +58,7 @@ class NeedsFull(Rejected):
 
 @dataclass(frozen=True, eq=False)
 class Ignored(Rejected):
-    """An answer of this client is there already, or this one answers something else than what was asked: it changes nothing."""
+    """A second answer of this client, or an answer to something that was not asked: it changes nothing."""
 
 
 Verdict: TypeAlias = Accepted | Late | Rejected | Failed | NeedsFull | Ignored

@@ -99,7 +99,7 @@ def atomic_folder(path: Path, manifest: Mapping[str, Any], sums: Mapping[str, st
             files = {name: (sums or {}).get(name) or checksum(file) for name, file in names.items()}
             write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n")
             temporary.chmod(0o755)
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 fsync(file)
             temporary.rename(path)  # onto nothing, or onto an empty folder: the system refuses anything else
             fsync(path.parent)

@@ -29,7 +29,7 @@ def _left_out(events: Events) -> dict[int, dict[str, str]]:
 def rounds(events: Events) -> pd.DataFrame:
     """A row a round, with round 0 (the untrained model) where it was measured.
 
-    Columns: `round`; the metrics on the evaluation rows; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
+    Columns: `round`; the metrics on the evaluation set; `exactness_error`, `realised_error`, `floor`, `deviation` and the other numbers of
     `round_done`; `bytes_down`, `bytes_up` of all clients, their sum over the rounds so far `bytes_total` (the one that brings the final
     model belongs to no round: `sent` counts it); `seconds`; `participants`, `accepted`, `refused`: how many clients; the clients' own
     rows as `held_out_METRIC`; `not_finite`: which errors could not be computed, in words (one that is not named there and missing was
@@ -86,7 +86,7 @@ def participation(events: Events) -> pd.DataFrame:
 
 
 def refusals(events: Events) -> pd.DataFrame:
-    """A row an answer that did not count: `round`, `client`, `reason`, `when` (in the round, or in the final measurement)."""
+    """A row a rejected answer: `round`, `client`, `reason`, `when` (in the round, or in the final measurement)."""
     rows, finished = [], set()
     for event in events:
         if isinstance(event, told.RoundDone):
@@ -105,8 +105,8 @@ def messages(events: Events) -> pd.DataFrame:
 def clients(events: Events) -> pd.DataFrame:
     """A row a round and client that answered.
 
-    Columns: `round`, `client`, `num_examples`, `bytes_up`, `train_loss`, `steps`, `seconds`, its own metrics on the model that it received
-    (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
+    Columns: `round`, `client`, `num_examples`, `bytes_up`, `late` (rounds), `train_loss`, `steps`, `seconds`, its own metrics on the model
+    that it received (`held_out_METRIC`), and `drift`: `|s_i B_i A_i - M| / |M|`, how far its update is from the participants' mean.
     """
     held = {(event.round + 1, name): own for event in of_kind(events, told.HeldOut) for name, own in event.clients.items()}
     drifts = {event.round: event.drift for event in of_kind(events, told.RoundDone)}

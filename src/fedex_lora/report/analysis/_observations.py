@@ -13,7 +13,7 @@ def observations(frame: pd.DataFrame, value: str = "relative", more_epochs: pd.D
 
     Args:
         frame: `analysis.modules` of a run.
-        value: "relative" to the ideal update, or "scaled" by sqrt(out in).
+        value: "relative" to the ideal update, or "scaled": divided by sqrt(out in).
         more_epochs: the same of a run that differs in its local epochs only, and has more of them.
 
     Returns:
