@@ -225,3 +225,12 @@ def test_what_the_security_page_names_is_there():
     assert [path for path in re.findall(r"`(tests/[\w/]+\.py)`", text) if not (ROOT / path).is_file()] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert {name for name in re.findall(r"`make ([\w-]+)`", text) if name not in targets} == set()
+
+
+def test_what_the_readme_says_of_exactness_is_in_the_tables():
+    """H2 in points, and balanced factors: `scripts.tables --check` compares those tables with the records."""
+    tables, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/evidence-tables.md", "README.md"))
+    for row in ("| H2 | fedex | fedit | 6 to 8 |", "| H2 | fedex | fedit | 8 to 10 |", "| fedex+balanced | fedex | 8 to 10 |"):
+        value, half = (100 * float(part) for part in re.search(re.escape(row) + r" ([-+][.\d]+) ± ([.\d]+) \|", tables).groups())
+        said = f"{value:.1f} ± {half:.1f}".replace("0.", ".")
+        assert said in readme, (row, said)

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fedex_lora
-from fedex_lora import __version__
+from fedex_lora import __version__, load_model
 from fedex_lora.cli import app, demo, main
 from fedex_lora.client.arguments import require_device, training_arguments
 from fedex_lora.config import base_folder, overridden, parse_config
 from fedex_lora.errors import ConfigError, UsageError, require_system
 from fedex_lora.report.analysis import sent
 from fedex_lora.storage.events import read_events
+from fedex_lora.storage.result import read_result
 
 CONFIG = f"""
 method = "fedex"
@@ -111,6 +112,23 @@ def test_aggregate_and_verify(adapters, tmp_path):
     assert result["max_relative_error"] < 1e-6
     assert result["residual_rank"] == 4
     assert call("verify", out).exit_code == 0
+
+
+def test_aggregate_truncates_as_it_is_told(adapters, tmp_path):
+    """In one step and on top of a state, each of which reads the option by itself."""
+    cut = ("--method", "fedex-svd", "--truncate", "rank=1")
+    assert call("aggregate", *adapters, *cut, "-o", tmp_path / "cut").exit_code == 0
+    assert {delta.rank for delta in read_result(tmp_path / "cut").base_delta.values()} == {1}
+    for number, folder in enumerate(adapters):
+        model = load_model(tmp_path / "cut", str(base_folder()))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        model.save_pretrained(tmp_path / f"next-{folder.name}")
+    following = [tmp_path / f"next-{folder.name}" for folder in adapters]
+    done = call("aggregate", *following, "--state", tmp_path / "cut", *cut, "-o", tmp_path / "again")
+    assert done.exit_code == 0, done.stderr
+    assert {delta.rank for delta in read_result(tmp_path / "again").base_delta.values()} == {2}
 
 
 def test_an_exact_result_that_is_not_exact_fails_verification(adapters, tmp_path):

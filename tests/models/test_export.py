@@ -270,3 +270,11 @@ def test_verify_says_shares_of_the_output(causal):
     shown = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["verify", str(causal), "--base", str(base_folder())])
     assert "are off by" in shown.stdout
     assert "of themselves" in shown.stdout
+
+
+def test_a_model_is_written_in_files_of_the_size_that_is_asked_for(causal, tmp_path):
+    for size, several in (("100KB", True), ("1GB", False)):
+        out = tmp_path / size
+        done = CliRunner().invoke(app, ["export", str(causal), "--as", "merged", "--max-shard-size", size, "-o", str(out)])
+        assert done.exit_code == 0, done.stderr
+        assert (len(list(out.glob("*.safetensors"))) > 1) == several

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ import threading
 import time
 
 import pytest
+from accelerate import tracking
 from rich.console import Console
 from tests.finished_runs import event, small_run, synthetic, written
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from fedex_lora.cli._shared import consoles
 from fedex_lora.cli.console import Display, console_table
 from fedex_lora.config import parse_config
 from fedex_lora.errors import UsageError
-from fedex_lora.runs.trackers import Trackers, scalars
+from fedex_lora.runs.trackers import Trackers, _opened, scalars
 from fedex_lora.storage.event_tail import tail_events
 from fedex_lora.storage.events import RoundDone, of_kind, read_events, record
 
@@ -210,3 +212,25 @@ def test_a_tracker_that_fails_later_changes_nothing(tmp_path, mlflow):
         run()
     assert [event for event, _ in said] == ["warning"]
     assert said[0][1].startswith("tracker mlflow failed and is told nothing more: ")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb", "trackio"])
+def test_accelerate_s_trackers_take_what_they_are_given(name, tmp_path, monkeypatch):
+    """Also those that are not installed here: by the signature of accelerate's class."""
+    taken, real = [], tracking.LOGGER_TYPE_TO_CLASS[name]
+
+    class Taking:
+        def __init__(self, **arguments):
+            made = inspect.signature(real.__init__)
+            taken.append(made.bind(self, **arguments).arguments)
+
+        def start(self):
+            taken.append("start")
+
+        def store_init_configuration(self, settings):
+            taken.append(settings["method"])
+
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", {name: Taking})
+    _opened(name, configuration(), tmp_path)
+    assert taken[1:] in (["start"], ["start", "fedex"])
+    assert "run_name" in taken[0] or "experiment_name" in taken[0]
