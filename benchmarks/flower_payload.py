@@ -82,7 +82,7 @@ class Peaks(threading.Thread):
 def attempt(deployment, root, failures):
     """One `flwr run` to its end; None after a failure, of which there may be two: the run then goes on from its last whole round."""
     try:
-        return deployment.finish(deployment.submit(root / "app"), root / "run", 3600)
+        return deployment.finish(deployment.submit(root / "app"), 3600)
     except TrainingError as error:
         failures.append(str(error).partition(": see ")[0])
         if len(failures) > 2:

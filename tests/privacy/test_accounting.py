@@ -1,10 +1,13 @@
 """Epsilon against `dp-accounting` (Google's, another method and code: privacy loss distributions), and the noise that is chosen for it."""
 
 import math
+from types import SimpleNamespace
 
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
+from opacus import accountants
+from tests.fake import raising
 
 from fedex_lora.config import parse_config
 from fedex_lora.errors import ConfigError, PrivacyError
@@ -99,11 +102,23 @@ def test_what_is_far_out_is_an_upper_bound_at_once(one, accountant):
         assert not one[0] >= 0.1
 
 
-def test_what_opacus_cannot_compute_is_one_line():
-    with pytest.raises(ConfigError, match=r"^epsilon of 1 steps of sigma 1 at rate 0.5 at delta 1e-30 cannot .* \(\w+\): set ") as caught:
-        spent([Mechanism(1.0, 0.5, 1)], 1e-30)
+def test_what_opacus_cannot_compute_is_one_line(monkeypatch):
+    real = accountants.create_accountant
+
+    def made(mechanism):
+        return SimpleNamespace(get_epsilon=raising(ValueError("two\nlines"))) if mechanism == "prv" else real(mechanism=mechanism)
+
+    monkeypatch.setattr(accountants, "create_accountant", made)
+    with pytest.raises(ConfigError, match=r"^epsilon of 7 steps of sigma 1.5 at rate 0.5 at delta 1e-05 cannot .* \(\w+\): set ") as caught:
+        spent([Mechanism(1.5, 0.5, 7)], 1e-5)
     assert "\n" not in str(caught.value)
-    assert 0 < spent([Mechanism(1.0, 0.5, 1)], 1e-30, "rdp") < 100
+
+
+def test_a_delta_that_rounding_could_hide_is_bounded_by_renyi_divergences():
+    """Opacus' numerical composition fails there, or, worse, may understate."""
+    for history, delta in (([Mechanism(1.0, 0.5, 1)], 1e-30), ([Mechanism(4.0, 0.01, 20_000)], 1e-12)):
+        assert 0 < spent(history, delta) == spent(history, delta, "rdp") < 100
+    assert spent([Mechanism(4.0, 0.01, 20_000)], 1e-6) < spent([Mechanism(4.0, 0.01, 20_000)], 1e-6, "rdp")
 
 
 def test_the_largest_epsilon_has_noise():

@@ -47,7 +47,7 @@ class RunResult:
         events: what happened.
         metrics: a row a round: metrics, errors, bytes, seconds.
         clients: a row a client and round.
-        best_round: the one that did best on the clients' held-out rows; None where not every client measured every round.
+        best_round: the best on the clients' held-out rows; None where not every client measured every round, or no number is finite.
 
     Example: see `fedex_lora.run`, which gives one.
     """

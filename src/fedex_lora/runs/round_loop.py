@@ -40,7 +40,7 @@ class Federation:
         clients: the ids of all clients.
         exchange: the transport.
         evaluate: the global model's metrics on the task's evaluation rows, from the server's state.
-        realised: (state, ideal) -> the exactness of the model's own layers, its floor, and more numbers for the round's event.
+        realised: (state, ideal) -> the exactness of the model's own layers, and more numbers for the round's event.
         format: how adapters are written, for result folders.
         facts: for manifests (base model, versions).
         ranks: client -> its rank, where they differ.

@@ -59,8 +59,7 @@ def run(config: Config, out: Path, emit: Emit, resume: bool = False, home: Calla
         place = home(config, emit)
         place.require(out)
         facts = place.federation().facts
-        if get_method(config.method).lora:  # of the whole model, which is trained, the rounds have all
-            _require_base(out, facts, config.base.model)
+        _require_base(out, facts, config)
         require_space(out, facts["disk_bytes"])
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -103,12 +102,13 @@ def _require_run(out: Path, config: Config) -> None:
         )
 
 
-def _require_base(out: Path, facts: Mapping[str, Any], name: str) -> None:
+def _require_base(out: Path, facts: Mapping[str, Any], config: Config) -> None:
     """The rounds of `out` were trained on this base, with this tokenizer, from this start."""
     events = read_events(out / EVENTS) if (out / EVENTS).exists() else []
     begun = list(of_kind(events, Started))
-    if any(one.base_fingerprint not in ("", facts.get("base_fingerprint", "")) for one in begun):
-        raise UsageError(f"{out} was trained on another base than {name} is now: give the one that it began with, or another out")
+    kept = get_method(config.method).lora  # of the whole model, which is trained, the rounds have all
+    if kept and any(one.base_fingerprint not in ("", facts.get("base_fingerprint", "")) for one in begun):
+        raise UsageError(f"{out} was trained on another base than {config.base.model} is now: give the one it began with, or another out")
     if any(one.base_identity not in ("", facts.get("base_identity", "")) for one in begun):
         raise UsageError(f"{out} began with another tokenizer, or another base.start, than there is now: give those, or another out")
 

@@ -178,7 +178,9 @@ def folder_after(run: Path, round: int | str | None) -> Path:
         raise UsageError(f"{run} is no run folder, so it has no rounds to choose of: leave the round out")
     number = best_round(run) if round == "best" else int(round) if str(round).isdigit() else 0
     if number is None:
-        raise UsageError(f"no round of {run} is called best: it is not done, or not every client measured every round: give a number")
+        raise UsageError(
+            f"no round of {run} is called best: it is not done, some rounds were not measured by all, or none is finite: give a number"
+        )
     there = [int(folder.name) for folder in reversed(run_rounds_of(run))]
     if number not in there:
         raise UsageError(f"{run} has no folder of round {round}: give best, or one of {', '.join(map(str, there))}")

@@ -3,13 +3,11 @@
 import shutil
 
 import pytest
-from tests.engines.flower.conftest import wait_for
+from tests.engines.flower.conftest import PATIENCE
 
 pytest.importorskip("trl", reason="the extra trl is not installed")
 
 from tests.engines.test_join import JOIN, digest, one_process  # noqa: F401
-
-from fedex_lora.engines.flower._local import ENDED
 
 
 def test_a_trl_script_over_a_deployment(federation, one_process, tmp_path):  # noqa: F811
@@ -17,7 +15,5 @@ def test_a_trl_script_over_a_deployment(federation, one_process, tmp_path):  # n
     app, out = tmp_path / "join", federation.root / "join"
     shutil.copytree(JOIN, app)
     run = federation.deployment.submit(app, "--run-config", f'out="{out}"')
-    wait_for(lambda: federation.deployment.is_over(run), pause=1)
-    wait_for(lambda: federation.deployment.run_status(run)["status"] in ENDED, pause=3)
-    assert federation.deployment.run_status(run)["status"] == ENDED[0], federation.deployment.log("superlink")[-3000:]
+    federation.deployment.finish(run, PATIENCE)
     assert digest(out) == digest(one_process)

@@ -149,14 +149,16 @@ class GridExchange:
     def _replies(self) -> Iterable[Reply]:
         for identity, asked in list(self._asked.items()):
             try:
-                found = [_reply(asked.client, asked.round, message) for message in self._grid.pull_messages([identity])]
-            except (OSError, HTTPError):
-                raise  # the link's, and not this answer's
+                messages = list(self._grid.pull_messages([identity]))
+            except (OSError, HTTPError, MemoryError):
+                raise  # the link's or the server's, and not this answer's
             except Exception as error:  # Flower's, of objects that are none of its own
-                found = [Reply(asked.client, None, f"its answer cannot be unpacked ({type(error).__name__})", asked.round)]
-            if found:
                 del self._asked[identity]
-            yield from found
+                yield Reply(asked.client, None, f"its answer cannot be unpacked ({type(error).__name__})", asked.round)
+                continue
+            for message in messages:
+                del self._asked[identity]
+                yield _reply(asked.client, asked.round, message)
 
 
 def _reply(client: str, round: int, message: Message) -> Reply:

@@ -8,7 +8,7 @@ PAYLOAD, ABOUT = "fedex-lora", "about"
 
 
 def to_record(payload: bytes, about: Mapping[str, str]) -> RecordDict:
-    """A Flower record with bytes of `protocol.messages`, and words beside them."""
+    """A Flower record with the bytes of a message, and words beside them."""
     array = Array(dtype="uint8", shape=(len(payload),), stype=PAYLOAD, data=payload)
     return RecordDict({PAYLOAD: ArrayRecord({PAYLOAD: array}), ABOUT: ConfigRecord(dict(about))})
 

@@ -16,7 +16,7 @@ class NodeRequest:
     """What a party is asked, with all that the answer depends on.
 
     Attributes:
-        payload: bytes of `protocol.messages`.
+        payload: bytes of a message.
         client: whom the server means.
         run: which run, as one word that no other run has.
         base: the fingerprint of the server's base; "" where it is not known.

@@ -228,7 +228,7 @@ def _claim(plan: Plan) -> str:
     """
     out, texts = plan.out, {PROTOCOL: canonical(plan), CONFIG: write_config(plan.config)}  # written in this order: the first one claims it
     found = {name: (out / name).read_text(encoding="utf-8") for name in texts if (out / name).is_file()}
-    if PROTOCOL not in found and (out / "runs").exists():
+    if PROTOCOL not in found and CONFIG in found and (out / "runs").exists():
         raise UsageError(f"{out} holds a comparison without a protocol, of an earlier version: give another --out, or remove it")
     if PROTOCOL not in found and out.exists() and not barely_begun(out):
         raise UsageError(f"{out} exists and is no comparison: give another --out")

@@ -36,7 +36,7 @@ class Choice:
 def best_point(plan: Plan, variant: Variant, ran: Ran, sign: int) -> Choice:
     """The best point of the grid: by the mean over the tuning seeds of `held_out_score`; the first of equal ones.
 
-    A point at which training fails with one of the seeds, or has no finite score, is no candidate.
+    A point at which training fails with one of the seeds is no candidate, nor is one of several whose score is not finite.
 
     Raises:
         TrainingError: it fails at every point.
@@ -46,7 +46,7 @@ def best_point(plan: Plan, variant: Variant, ran: Ran, sign: int) -> Choice:
         return Choice(points[0], WORST, [], [])
     runs = [[ran[variant.name, label(point), seed] for seed in plan.tuning_seeds] for point in points]
     scores = [_mean([held_out_score(run.curve, sign) if run.curve else None for run in at]) for at in runs]
-    candidates = [index for index, score in enumerate(scores) if score is not None and math.isfinite(score[0])]
+    candidates = [index for index, score in enumerate(scores) if score is not None and (len(points) == 1 or math.isfinite(score[0]))]
     if not candidates:
         reason = next((run.reason for run in runs[0] if run.curve is None), "what the clients measured on held-out rows is not finite")
         raise TrainingError(f"{variant.name} fails at every point of the grid: {label(points[0])}: {reason}")
