@@ -175,7 +175,7 @@ def test_a_classifier_in_memory(tmp_path):
     assert more.state.round == 2
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight += 0.1
-    with pytest.raises(UsageError, match=r"was trained on another base than .* is now: give the one that it began with, or another out"):
+    with pytest.raises(UsageError, match=r"was trained on another base than .* is now: give the one it began with, or another out"):
         fedex_lora.run({**tree, "rounds": 3}, **here, out=tmp_path / "run", resume=True)
     with pytest.raises(ModelError, match="tells 2 classes apart, and the task has 3"):
         fedex_lora.run({**tree, "task": {"labels": [0, 1, 2]}}, **here)
