@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from tests.test_imports import ROOT
 
-LINES = 31_453
+LINES = 31_441
 FILE, FUNCTION = 300, 55  # lines; a function's without signature and docstring
 ENTRIES = {
     "load",
