@@ -226,7 +226,7 @@ def test_a_late_answer_of_who_was_taken_off_is_ignored(restored):
     else:
         server.set_clients(["a", "b"])
     server.open_round(["a", "b"])
-    assert isinstance(server.receive("c", late["c"]), Ignored)
+    assert isinstance(server.receive("c", late), Ignored)
 
 
 def test_own_factors_of_who_was_taken_off_are_forgotten():
@@ -291,16 +291,22 @@ def test_a_round_ends_once_and_only_the_one_that_is_open():
         server.open_round(list("abc")).ask_again(["z"])
 
 
-def test_a_late_update_never_takes_the_place_of_one_that_is_on_time():
+def with_a_late_answer():
+    """A second round is open, and c has not sent its answer to the first."""
     server, clients = federation(clients={"quorum": 0.5, "late": "next"})
     round = server.open_round(list("abc"))
     late = {name: answer(clients[name], round.messages[name]) for name in "abc"}
     round.close([server.receive(name, late[name]).update for name in "ab"])
     clients["c"] = Client(server.rules, "c", FIRST)
     round = server.open_round(list("abc"))
+    return server, clients, round, late["c"]
+
+
+def test_a_late_update_never_takes_the_place_of_one_that_is_on_time():
+    server, clients, round, late = with_a_late_answer()
     now = {name: answer(clients[name], round.messages[name]) for name in "abc"}
     assert isinstance(server.receive("c", now["c"]), Accepted)
-    assert isinstance(server.receive("c", late["c"]), Ignored)
+    assert isinstance(server.receive("c", late), Ignored)
     updates = [server.receive(name, now[name]).update for name in "ab"]
     assert (round.ready().clients, round.ready().late) == (["a", "b", "c"], frozenset())
     assert len(updates) == 2
@@ -308,13 +314,8 @@ def test_a_late_update_never_takes_the_place_of_one_that_is_on_time():
 
 def test_an_update_that_is_asked_for_again_leaves_no_late_one_in_its_place():
     """A client whose update of this round was refused is judged by that, and not by the late one that it had sent before."""
-    server, clients = federation(clients={"quorum": 0.5, "late": "next"})
-    round = server.open_round(list("abc"))
-    late = {name: answer(clients[name], round.messages[name]) for name in "abc"}
-    round.close([server.receive(name, late[name]).update for name in "ab"])
-    clients["c"] = Client(server.rules, "c", FIRST)
-    round = server.open_round(list("abc"))
-    assert isinstance(server.receive("c", late["c"]), Late)
+    server, clients, round, late = with_a_late_answer()
+    assert isinstance(server.receive("c", late), Late)
     for name in "abc":
         assert isinstance(server.receive(name, answer(clients[name], round.messages[name])), Accepted)
     round.ask_again(["c"])
