@@ -226,7 +226,7 @@ def test_a_late_answer_of_who_was_taken_off_is_ignored(restored):
     else:
         server.set_clients(["a", "b"])
     server.open_round(["a", "b"])
-    assert isinstance(server.receive("c", late), Ignored)
+    assert isinstance(server.receive("c", late["c"]), Ignored)
 
 
 def test_own_factors_of_who_was_taken_off_are_forgotten():
