@@ -86,11 +86,11 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def above(error: float, floor: float) -> float:
-    """How many times its floor an error is: infinite where one of them is NaN, 0 beside an infinite floor.
+    """How many times its floor an error is: infinite where one is NaN, less than that beside a floor of 0, 0 beside an infinite one.
 
-    >>> above(3e-6, 1e-6), above(math.nan, 1.0), above(math.inf, math.inf), above(0.0, 0.0)
-    (3.0, inf, 0.0, 0.0)
+    >>> above(3e-6, 1e-6), above(math.nan, 1.0), above(math.inf, math.inf), above(0.0, 0.0), above(1.0, 0.0) < math.inf
+    (3.0, inf, 0.0, 0.0, True)
     """
     if math.isnan(error) or math.isnan(floor):
         return math.inf
-    return 0.0 if error == 0 or math.isinf(floor) else error / floor if floor else math.inf
+    return 0.0 if error == 0 or math.isinf(floor) else error / floor if floor else 1e308

@@ -72,7 +72,7 @@ class Realised(Exactness):
         if not self.error:
             return 0.0, 0.0
         finite = {name: size if math.isfinite(size) else math.nan for name, size in self.rounding.items()}
-        module = max(self.error, key=lambda name: (math.isnan(self.error[name] + finite[name]), above(self.error[name], finite[name])))
+        module = max(self.error, key=lambda name: above(self.error[name], finite[name]))
         size = self.ideal[module] or math.hypot(*self.ideal.values())
         return relative_error(self.error[module], size), relative_error(self.rounding[module], size)
 
