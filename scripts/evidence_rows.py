@@ -41,8 +41,9 @@ def places(data: Path, out: Path) -> None:
 def main(data: Path, out: Path) -> None:
     topics(data / "math", out / "topics")
     places(data / "e2e", out / "places")
-    for path in sorted(out.glob("*/*.*")):
-        print(f"{path}: {len(pd.read_json(path, lines=True) if path.suffix == '.jsonl' else pd.read_csv(path)):,} rows")
+    for setting in ("places", "topics"):
+        for path in sorted((out / setting).iterdir()):
+            print(f"{path}: {len(pd.read_json(path, lines=True) if path.suffix == '.jsonl' else pd.read_csv(path)):,} rows")
 
 
 if __name__ == "__main__":
