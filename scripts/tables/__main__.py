@@ -8,6 +8,7 @@ A page has a place for each, between `<!-- table NAME -->` and `<!-- /table -->`
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from scripts.tables import configuration, evidence, methods, precision, scale_out, smollm2
@@ -15,7 +16,9 @@ from scripts.tables import configuration, evidence, methods, precision, scale_ou
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "configuration.md": configuration.tables,
-    "evidence-tables.md": evidence.tables,
+    "evidence-notes.md": partial(evidence.tables, "notes"),
+    "evidence-tables.md": partial(evidence.tables, "places", "sentiment", "lost", "hours"),
+    "evidence-topics.md": partial(evidence.tables, "topics"),
     "methods.md": methods.tables,
     "precision.md": precision.tables,
     "reproduction-results.md": smollm2.tables,

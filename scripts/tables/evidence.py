@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import sys
 import tarfile
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -86,18 +88,34 @@ def tests() -> list[str]:
     return lines
 
 
-def lost(name: str, method: dict[str, Any]) -> str:
-    """How far plain averaging is from the mean of products, all modules together: in the first round and in the last, mean of the seeds."""
+def averaged(name: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The rounds of an arm's test runs, seed by seed; none: there are no records."""
     archive = RECORDS / name / "runs.tar.xz"
     if not archive.is_file():
-        return "no records"
+        return []
     wanted = {f"runs/{method['name']}/{label(method['settings'])}/seed-{seed}/events.jsonl" for seed in method["seeds"]}
     with tarfile.open(archive) as tar:
         files = [tar.extractfile(member).read().decode() for member in tar if member.name in wanted]
     if len(files) != len(wanted):
         sys.exit(f"{archive} has {len(files)} of {len(wanted)} runs of {method['name']}")
-    runs = [[event["deviation"] for event in map(json.loads, file.splitlines()) if event["event"] == "round_done"] for file in files]
-    return f"{mean(run[0] for run in runs):.0%}, {mean(run[-1] for run in runs):.0%}"
+    return [[event for event in map(json.loads, file.splitlines()) if event["event"] == "round_done"] for file in files]
+
+
+def lost(name: str, method: dict[str, Any]) -> str:
+    """How far plain averaging is from the mean of products, all modules together: in the first round and in the last, mean of the seeds."""
+    runs = averaged(name, method)
+    return f"{mean(run[0]['deviation'] for run in runs):.0%}, {mean(run[-1]['deviation'] for run in runs):.0%}" if runs else "no records"
+
+
+def losses(ended: dict[str, dict[str, Any]]) -> list[str]:
+    """The same as Frobenius norms over all modules, of what is lost and of the mean of products."""
+    lines = head("setting", "lost, first round", "last", "mean of products, first round", "last")
+    for name, result in ended.items():
+        reference = next(method for method in result["methods"] if method["name"] == result["reference"])
+        runs = averaged(name, reference)
+        norms = [mean(math.hypot(*run[at]["modules"][which]) for run in runs) for which in ("deviation", "ideal") for at in (0, -1)]
+        lines.append(row(name, *(f"{norm:.2f}" for norm in norms)))
+    return lines
 
 
 def last_rounds(result: dict[str, Any], method: dict[str, Any]) -> list[float]:
@@ -138,20 +156,31 @@ def asked(result: dict[str, Any]) -> list[str]:
 
 
 def contrasts(result: dict[str, Any]) -> list[str]:
-    """Differences that the protocol does not ask for; no p is corrected."""
-    rounds, lines = result["rounds"], head("difference of", "and", "mean of rounds", "difference", "p")
-    arms = {method["name"]: last_rounds(result, method) for method in result["methods"]}
-    for one, other in CONTRASTS:
+    """Differences that the protocol does not ask for; of H1's arms at equal rounds too, and of each with itself. No p is corrected."""
+    rounds, (here, there) = result["rounds"], next(test["rounds"] for test in result["tests"] if test["name"] == "H1")
+    ours, control = next(test["variants"] for test in result["tests"] if test["name"] == "H1")
+    alone = [(f"fedex{gauge}", f"fedit{gauge}") for gauge in ("", "+balanced")]
+    asked = [
+        *((one, other, (rounds, rounds), LAST) for one, other in CONTRASTS),
+        *((one, one, (here, there), LAST) for one in (ours, control)),
+        (ours, control, (here, here), LAST),
+        *((one, other, (at, at), many) for one, other in alone for at, many in ((here, LAST), (rounds, 1))),
+    ]
+    arms = {method["name"]: list(method["seeds"].values()) for method in result["methods"]}
+    lines = head("difference of", "and", "mean of rounds", "difference", "p")
+    for one, other, (first, second), many in asked:
         if {one, other} <= arms.keys():
-            found = paired([here - there for here, there in zip(arms[one], arms[other], strict=True)])
+            pairs = zip(arms[one], arms[other], strict=True)
+            found = paired([at_round(mine, first, many) - at_round(yours, second, many) for mine, yours in pairs])
+            spans = [f"{at - many + 1} to {at}" if many > 1 else str(at) for at in (first, second)]
             difference = f"{found.mean:+.4f} ± {found.half_width:.4f}"
-            lines.append(row(one, other, f"{rounds - LAST + 1} to {rounds}", difference, f"{found.p:.2g}"))
+            lines.append(row(one, other, ", ".join(dict.fromkeys(spans)), difference, f"{found.p:.2g}"))
     return lines
 
 
 def hours(ended: list[str]) -> list[str]:
     """Core-hours of the rounds of each comparison's runs, tuning included; a run has one thread."""
-    lines = head("comparison", "runs", "core-hours: median of a run, times their number", "by the clock")
+    lines = head("comparison", "runs", "core-hours, if each run took the median", "hours of all rounds, two runs at once")
     for name in ended:
         with tarfile.open(RECORDS / name / "runs.tar.xz") as tar:
             files = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith("events.jsonl")]
@@ -174,12 +203,18 @@ def summary() -> dict[str, list[str]]:
     return {"primary": tests()}
 
 
-def tables() -> dict[str, list[str]]:
-    """Places of what has ended are in the page."""
+def tables(*about: str) -> dict[str, list[str]]:
+    """Those of some settings, with what was added to them. Places of what has ended are in the page."""
+    return {name: lines for name, lines in _all().items() if re.split("[/ ]", name)[0] in about}
+
+
+@cache
+def _all() -> dict[str, list[str]]:
     ended = {name: result for name in [*SETTINGS, *ADDED] if (result := found(name))}
     made = {f"{name} arms": arms(result) for name, result in ended.items()} | {
         f"{name} tests": asked(result) for name, result in ended.items()
     }
     equivalences = {name: result for name, result in ended.items() if name in SETTINGS and primary(result)["kind"] == "equivalence"}
-    made |= {f"{name} contrasts": contrasts(ended[name]) for name in ("notes", "topics")}
+    made |= {f"{name} contrasts": contrasts(ended[name]) for name in ("notes", "topics", "places") if name in ended}
+    made["lost"] = losses({name: result for name, result in ended.items() if name in SETTINGS})
     return made | {f"{name} power": power(result) for name, result in equivalences.items()} | {"hours": hours(list(ended))}
