@@ -180,6 +180,12 @@ def test_what_a_node_lacks_is_said(made):
     assert "double quote" in node_file(node(made, "client = 'a\"b'\n")).problems[0]
     (made / "ward" / "few").mkdir()
     assert "few/x.csv does not exist" in node_file(node(made, 'data = "few"\ntrain = "x.csv"\n')).problems[0]
+    path = node(made, "threads = 99999999999\nmax_megabytes = 0\n")
+    path.write_text(path.read_text().replace("example.org:443", "example.org:99999"))
+    problems = node_file(path).problems
+    assert [any(problem.startswith(key) for problem in problems) for key in ("superlink = ", "threads = ", "max_megabytes = ")] == [
+        True
+    ] * 3
     path.write_text("client = ")
     for wrong, told in ((path, "is not TOML"), (made / "none.toml", "does not exist"), (made, "is a folder")):
         done = fedex_lora("flower", "node", wrong)
@@ -192,6 +198,10 @@ def test_a_certificate_that_has_expired_is_named(made, monkeypatch, tmp_path):
     with monkeypatch.context() as then:
         then.setattr(_keys, "datetime", there)
         _keys.make_certificates(tmp_path, ["localhost"])
+    chain = tmp_path / "chain.crt"
+    chain.write_bytes((tmp_path / "server.pem").read_bytes() + (made / "server" / "ca.crt").read_bytes())
+    tls = f'ssl_certfile = "{chain}"\n'
+    assert any("chain.crt expired on" in problem for problem in server_file(server(made, tls)).problems)
     assert "ca.crt expired on" in node_file(node(made, f'root_certificates = "{tmp_path / "ca.crt"}"\n')).problems[0]
 
 

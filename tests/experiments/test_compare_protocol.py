@@ -284,6 +284,9 @@ def test_a_damaged_line_in_the_middle_is_not_passed_over(compared, tmp_path):
     events.write_text("".join([*lines[:number], lines[number][:20] + "\n", *lines[number + 1 :]]))
     with pytest.raises(StorageError, match=f"line {number + 1} is damaged"):
         read_events(events)
+    events.write_bytes("".join(lines[:number]).encode() + b"\xff\n" + "".join(lines[number + 1 :]).encode())
+    with pytest.raises(StorageError, match=f"line {number + 1} is damaged"):
+        read_events(events)
     table = (out / "compare.md").read_text()
     assert _again(out).exit_code == 0
     assert len(read_events(events)) == len(lines)

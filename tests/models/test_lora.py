@@ -249,7 +249,10 @@ def edit_config(folder, **changes):
         ({"init_lora_weights": "lora_ga"}, "lora_ga"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"lora_alpha": "x"}, "lora_alpha is x, not a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000000"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a text"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type must be a text"),
         ({"alpha_pattern": {"(": 3}}, "no regular expression"),
     ],
 )
@@ -406,3 +409,5 @@ def test_patterns_reach_the_adapter(gpt2):
         assert (pair.rank, pair.scaling) == (rank, pytest.approx(alpha / rank**0.5))
     with pytest.raises(AdapterError, match=r"lora\.rank_pattern: no adapted module is called 'nope'"):
         add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), lora.model_copy(update={"rank_pattern": {"nope": 1}}), "causal-lm")
+    with pytest.raises(AdapterError, match=r"lora\.target_modules: no adapted module is called 'c_atn'"):
+        add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), Lora(target_modules=["c_atn", "c_fc"]), "causal-lm")

@@ -245,8 +245,10 @@ def test_a_second_round_without_its_state_or_with_a_stale_one_is_refused(bases, 
     with pytest.raises(FedexLoraError, match="was trained on another base delta than the one in --state"):
         aggregate_folders(third, tmp_path / "three", "fedex", WEIGHTS, one)
     plain_folder = trained(Kind(), bases / "llama", tmp_path / "plain", 9)
-    with pytest.raises(FedexLoraError, match="does not say what its base had gained, and others do"):
+    with pytest.raises(FedexLoraError, match="does not say what its base had gained: give the result folder whose model"):
         aggregate_folders([third[0], plain_folder], tmp_path / "three", "fedex", WEIGHTS, two)
+    said = aggregate_folders(pair(bases, tmp_path), tmp_path / "three", "fedex", WEIGHTS, one)  # the first round's once more
+    assert [note.partition(":")[0] for note in said["notes"]] == ["no adapter says what its base had gained"]
 
 
 def test_a_vocabulary_that_only_the_state_holds_goes_on(bases, tmp_path):

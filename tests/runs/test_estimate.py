@@ -80,6 +80,16 @@ def test_steps_are_those_of_trainer(training, tmp_path):
     assert all(event["steps"] == steps_of(event["num_examples"], training_arguments(config)) for event in done)
 
 
+def test_who_is_asked_seldom_lacks_no_more_rounds_than_there_are(tmp_path):
+    """Whatever the fraction, one of the four is asked."""
+    found = []
+    for fraction in (0.25, 1e-9):
+        config = configuration(rounds=3, clients=SOME | {"fraction": fraction})
+        place = LocalSimulation(config, ignore)
+        found.append(bytes_of(config, place.initial(), 4, place.host.ranks))
+    assert found[0] == found[1]
+
+
 def test_a_run_that_is_estimated_first_has_the_same_bits(tmp_path):
     config = configuration(lora={"dropout": 0.1}, clients={"fraction": 0.6})
     run(config, tmp_path / "plain", ignore)

@@ -209,8 +209,8 @@ def test_a_party_is_taken_off_for_good_and_another_one_joins():
     assert len(server.registry.log.gains) < kept
     assert "c" not in server.registry.version
     assert off(server, clients) < 1e-6
-    for wrong in ([], ["a", "a"]):
-        with pytest.raises(UsageError, match="a server needs clients"):
+    for wrong in ([], ["a", "a"], "ab", ["a", ""]):
+        with pytest.raises(UsageError, match="a server needs a list of clients"):
             server.set_clients(wrong)
 
 
@@ -521,3 +521,14 @@ def test_what_has_no_exact_mean_is_no_adapted_model(setting):
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **setting))
     with pytest.raises(AdapterError, match=r"the adapter of this model: .*train with"):
         AdaptedModel(model)
+
+
+def test_a_merged_adapter_is_no_adapted_model():
+    """What `load` writes would not reach the outputs."""
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(UsageError, match="merged into its base: call unmerge_adapter"):
+        AdaptedModel(model)
+    model.unmerge_adapter()
+    AdaptedModel(model)

@@ -1,5 +1,6 @@
 """Training on this machine: `demo`, `run`, `compare`."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,7 +77,7 @@ def run(
         with Display(console) as display:
             state = run_here(settings, out, both, resume, home)
     except KeyboardInterrupt:
-        fail(f"interrupted; what was done is kept: the same command with --out {out} --resume goes on", 130)
+        fail(f"interrupted; what was done is kept: the same command with --out {shlex.quote(str(out))} --resume goes on", 130)
     for line in ending_lines(state, out, places[0].pool.accounts):
         console.print(line, highlight=False)
     if as_json:

@@ -46,5 +46,5 @@ def ledger(
     for one in listed:
         words = (one.client or "if one party", one.run or "all runs", one.rows or "all rows")
         numbers = (str(one.rounds), str(one.answered), str(one.steps), f"{one.epsilon:.3f}")
-        table.add_row(*(ascii(word)[1:-1].replace("[", r"\[") for word in words), *numbers)
+        table.add_row(*(ascii(word)[1:-1] for word in words), *numbers)
     console.print(table if listed else "nothing was trained on these rows", highlight=False)

@@ -95,6 +95,8 @@ def _require_sensible(key: str, value: Any, kind: type[TrainingArguments]) -> No
     positive = key in ("learning_rate", "num_train_epochs", "gradient_accumulation_steps") or "batch_size" in key
     if number and positive and value <= 0:
         raise ConfigError(f"training.{key} = {value!r}: it must be greater than zero")
+    if key == "max_steps" and value == 0:
+        raise ConfigError("training.max_steps = 0 would train nothing: give a number of steps, or leave it out")
 
 
 @dataclass(frozen=True, eq=False)

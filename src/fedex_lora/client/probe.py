@@ -50,8 +50,9 @@ def check_trainer(model: nn.Module, rows: Dataset, work: TrainingContext) -> Non
             loss.backward()  # type: ignore[no-untyped-call]
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
             if is_out_of_memory(error):
+                size = f"{max(map(len, rows['input_ids']))} tokens" if "input_ids" in rows.column_names else "images"
                 raise ConfigError(
-                    f"memory runs out in the first batch, of up to two rows ({_tokens(rows)}): lower task.max_length, set "
+                    f"memory runs out in the first batch, of up to two rows ({size}): lower task.max_length, set "
                     "training.gradient_checkpointing = true, or load the base in 4 bits (base.quantization = 'nf4')",
                     "memory",
                 ) from None
@@ -135,10 +136,6 @@ def _require_readable(model: nn.Module, rows: Dataset, work: TrainingContext) ->
         require_fitting(model, rows, work)
     if work.trainer is not None:
         work.trainer.check(rows)
-
-
-def _tokens(rows: Dataset) -> str:
-    return f"{max(map(len, rows['input_ids']))} tokens" if "input_ids" in rows.column_names else "images"
 
 
 def require_fitting(model: nn.Module, rows: Dataset, work: TrainingContext) -> None:

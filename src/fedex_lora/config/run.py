@@ -190,7 +190,7 @@ class Rules(ConfigTable):
 class Config(Rules):
     """One run."""
 
-    rounds: int = Field(5, ge=1, description="Aggregation rounds.")
+    rounds: int = Field(5, ge=1, le=10**9, description="Aggregation rounds.")
     keep_rounds: int | None = Field(
         None,
         ge=2,

@@ -25,7 +25,7 @@ class AdaptedModel:
 
     Raises:
         AdapterError, ModelError: an adapter or a base that the algebra does not cover (DoRA, PiSSA, trained biases).
-        UsageError: no model; adapters without a `PeftModel`; or a model of `load_model` whose base had gained something.
+        UsageError: no model; adapters without a `PeftModel`, or merged; or a model of `load_model` whose base had gained something.
 
     Example:
         >>> model = AdaptedModel(get_peft_model(base, LoraConfig(r=8)))                   # doctest: +SKIP
@@ -46,6 +46,8 @@ class AdaptedModel:
                 f"AdaptedModel takes what peft.get_peft_model gives, and this is a {type(model).__name__} with adapters in it: wrap the "
                 "plain base by get_peft_model(base, LoraConfig(...))"
             )
+        if any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer)):
+            raise UsageError("the adapters of this model are merged into its base: call unmerge_adapter() first")
         train_in_float32(model)
         self.model, self.base = model, FrozenBase(model, where)
         self._frozen = dict[str, bytes]()

@@ -103,6 +103,7 @@ def export(
     }
     want, bare, frozen = _logits_with_and_without(result, name)
     change = float((want - bare).abs().max())
+    rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
     with atomic_folder(out, facts) as folder:
         got, bound, size = _write(folder, form, result, adapter, name, stored, frozen)
         error, off = float((got - want).abs().max() / want.abs().max()), float((got - want).abs().max())
@@ -122,7 +123,6 @@ def export(
         if not math.isfinite(error) or (exact and not (error < same and (off < 0.1 * change or error < TINY))):
             raise ModelError(f"the {form} export gives other logits than the run, by {error:.1e} of the largest: is {name} the run's base?")
     vllm = _vllm(form, int(numbers["rank"]), result, name, out.absolute(), dtype)
-    rounds = {"round": result.manifest["round"], "best_round": best_round(source)}
     notes = [said] if said else []
     return {"as": form, "out": str(out), "base_model": name, "dtype": facts["dtype"], **numbers, **rounds, "vllm": vllm, "notes": notes}
 

@@ -62,7 +62,8 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules{known}") from None
     require_plain_lora(config.to_dict(), "lora")
     adapter = read_model(wrapped)
-    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+    named = [] if isinstance(lora.target_modules, str) else [re.escape(name) for name in lora.target_modules or []]
+    for key, patterns in (("target_modules", named), ("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapter):
                 raise AdapterError(f"lora.{key}: no adapted module is called {pattern!r}: correct it, or remove it")

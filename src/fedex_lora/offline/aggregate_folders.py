@@ -35,6 +35,8 @@ from fedex_lora.storage.handout import OF_BASE, for_parties
 from fedex_lora.storage.result import StoredResult, read_result, write_result
 from fedex_lora.types import ClientUpdate, LowRank, ServerState
 
+UNMARKED = "no adapter says what its base had gained: if one was not trained on the model of --state, this error does not show it"
+
 
 @dataclass(frozen=True, eq=False)
 class AggregationJob:
@@ -114,7 +116,9 @@ def aggregate_folders(
         )
     before = None if previous is None else read_result(previous / "final" if (previous / "final").is_dir() else previous)
     described, like = _described(folders, base, before)
-    require_marks(folders, [one.folder.mark for one in described], before.mark if before else None)
+    marks, below = [one.folder.mark for one in described], before.mark if before else None
+    require_marks(folders, marks, below)
+    unmarked = [UNMARKED] if below and not any(marks) else []
     names = distinct_names(folders)
     files = dict(zip(names, described, strict=True))
     blockless, facts = blockless or parties is not None, _facts(folders, weights, like, before)
@@ -127,7 +131,7 @@ def aggregate_folders(
         "base_model": like.config["base_model_name_or_path"],
         **outcome,
         "weights": {name: outcome["weights"][name] for name in names},
-        "notes": [one.rule.told(str(folder)) for folder, one in zip(folders, described, strict=True) if one.rule],
+        "notes": [one.rule.told(str(folder)) for folder, one in zip(folders, described, strict=True) if one.rule] + unmarked,
         "out": str(out),
         **({"for_parties": str(parties)} if parties else {}),
     }

@@ -174,7 +174,8 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
         ConfigError: no number of rows is stated, or rows, batch, delta or steps that no plan allows; see `noise_for`.
     """
     privacy = config.privacy
-    rows, batch = privacy.stated(client), _batch(config)
+    rows = privacy.stated(client)
+    batch = _whole(config, "per_device_train_batch_size", BATCH) * _whole(config, "gradient_accumulation_steps", 1)  # expected, of a step
     if privacy.epsilon is None or rows is None:
         raise ConfigError(f"no {'epsilon is set: set privacy.epsilon' if rows else 'number of rows is stated: set privacy.rows'}")
     if rows < batch:
@@ -193,11 +194,6 @@ def privacy_plan(config: Config, client: str) -> PrivacyPlan:
     mechanism = Mechanism(sigma, rate, steps)
     epsilon = spent([mechanism._replace(steps=steps * config.rounds)], privacy.delta, privacy.accountant)
     return PrivacyPlan(mechanism, config.rounds, batch, privacy.clip_norm, rows, epsilon, privacy.delta)
-
-
-def _batch(config: Config) -> int:
-    """The expected number of records of a step."""
-    return _whole(config, "per_device_train_batch_size", BATCH) * _whole(config, "gradient_accumulation_steps", 1)
 
 
 def _steps(config: Config, rows: int, batch: int) -> int:

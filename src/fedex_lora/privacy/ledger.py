@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
@@ -150,7 +151,7 @@ def read_ledger(path: Path) -> list[RoundLine]:
 
 def _missing(path: Path) -> PrivacyError:
     return PrivacyError(
-        f"there is no ledger {path}: if nothing was ever trained on these rows, begin one: fedex-lora ledger {path} --begin"
+        f"there is no ledger {path}: if nothing was ever trained on these rows, begin one: fedex-lora ledger {quote(str(path))} --begin"
     )
 
 

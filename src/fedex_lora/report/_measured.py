@@ -88,7 +88,8 @@ def _metrics(both: list[Evaluation]) -> Sortable:
         apart = math.nan if one is None or other is None or metric in COUNTS else one - other
         more = [f"{apart:+.4f}" if math.isfinite(apart) else ""]
         rows.append([metric, *shown, *(more if len(both) > 1 else [])])
-    names = _apart([one.model for one in both])
+    models = [one.model for one in both]
+    names = [f"{name} ({number})" if models.count(name) > 1 else name for number, name in enumerate(models, start=1)]
     return sortable("Metrics", pd.DataFrame(rows, columns=["metric", *names, *(["difference"] if len(both) > 1 else [])]))
 
 
@@ -104,7 +105,3 @@ def _by_class(both: list[Evaluation]) -> Sortable:
         frame.insert(4, f"F1 of {both[1].model}", [one.f1 for one in both[1].classes])
     formats = {column: fixed for column in frame.columns if column not in ("name", "support")}
     return sortable("By class", frame, formats, {"name": "class", "f1": "F1", "support": "rows"})
-
-
-def _apart(names: list[str]) -> list[str]:
-    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]

@@ -1,11 +1,11 @@
 """The page: sections, data, styles and the charting library in one HTML file that asks nothing of a network."""
 
-import base64
-import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def page(runs: Sequence[Run], evaluations: Sequence[Evaluation] = ()) -> tuple[s
             data=_json([{"spec": chart.embedded(), "choices": chart.choices} for chart in charts]),
             setups=[_setup(group.label, group.first) for group in groups],
             style=_text("page.css"),
-            policy=" ".join(_policy(script) for script in scripts.values()),
+            policy=" ".join(f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts.values()),
             version=__version__,
             **scripts,
         )
@@ -121,10 +121,6 @@ def vl_library() -> str:
 
 def _text(name: str) -> str:
     return (files("fedex_lora.report") / name).read_text(encoding="utf-8")
-
-
-def _policy(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _json(value: Any) -> str:

@@ -116,7 +116,7 @@ def bytes_of(config: Config, state: ServerState, clients: int, ranks: Mapping[st
     row = get_method(config.method)
     taking_part = 1 if row.centralised else participants(config.clients.fraction, clients)
     largest = sorted(ranks.values(), reverse=True)[:taking_part]
-    missed = math.ceil(1 / config.clients.fraction)
+    missed = min(config.rounds, math.ceil(clients / taking_part))
     other = sum(tensor.numel() * tensor.element_size() for tensor in state.other.values())
     envelope = MESSAGE + ENTRY * (len(state.other) + 2 * len(state.adapter))
     gains = 2 * ENTRY * missed * len(state.adapter) if row.residual_rank else 0

@@ -76,12 +76,9 @@ def first_config(file: Path, eval_file: Path | None = None, model: str = DEMO, l
     said = [*guess.said, *_of_clients(rows, column, count), *_of_files(rows, held, eval_file is not None), *_measured(tree)]
     reads = "texts of 56 words" if guess.task["kind"] != IMAGES else "texts, and no images"
     said += [f"base.model: EDIT. demo is a tiny model for {reads}; give a hub name or a folder"] if model == DEMO else []
-    return "".join(f"# {_printable(line)}\n" for line in said) + tomli_w.dumps(tree)
-
-
-def _printable(line: str) -> str:
-    """Names of columns may have line breaks, and comments of TOML may not."""
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: found[0].encode("unicode_escape").decode(), line)
+    # Names of columns may have line breaks, and comments of TOML may not.
+    lines = [re.sub(r"[\x00-\x1f\x7f]", lambda found: found[0].encode("unicode_escape").decode(), line) for line in said]
+    return "".join(f"# {line}\n" for line in lines) + tomli_w.dumps(tree)
 
 
 def _measured(tree: dict[str, Any]) -> list[str]:

@@ -97,8 +97,8 @@ class Server(ServerContext):
         Raises:
             UsageError: nobody is left, two have one name, or the rules do not go with them.
         """
-        if not clients or len(set(clients)) < len(clients):
-            raise UsageError("a server needs clients, each under a name of its own")
+        if isinstance(clients, str) or not all(clients or [""]) or len(set(clients)) < len(clients):
+            raise UsageError("a server needs a list of clients, each under a name of its own")
         require_rules(self.rules, len(clients), bool(self.ranks))
         self.clients = sorted(clients)
         self.registry = self.registry.with_clients(self.clients)

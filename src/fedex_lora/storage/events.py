@@ -269,7 +269,7 @@ def read_events(path: Path) -> list[Event]:
     Raises:
         StorageError: another line cannot be read.
     """
-    *whole, last = (read_event(line) for line in path.read_text(encoding="utf-8").split("\n"))
+    *whole, last = (read_event(line) for line in path.read_bytes().split(b"\n"))
     if None in whole:
         raise StorageError(f"{path}: line {whole.index(None) + 1} is damaged: copy the file again from where it came")
     return [event for event in (*whole, last) if event]

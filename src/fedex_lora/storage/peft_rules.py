@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -87,9 +88,12 @@ def require_plain_lora(config: Mapping[str, Any], where: str) -> None:
 
 
 def _require_numbers(config: Mapping[str, Any], where: str) -> None:
-    """alpha is a number, names are a list of texts, and the patterns map regular expressions to numbers."""
-    if not isinstance(config.get("lora_alpha", 8), int | float):
-        raise AdapterError(f"{where}: lora_alpha is {config['lora_alpha']!r}, not a number")
+    """alpha is a number, names are texts, and the patterns map regular expressions to numbers."""
+    if not isinstance(alpha := config.get("lora_alpha", 8), int | float) or (isinstance(alpha, int) and abs(alpha) > sys.float_info.max):
+        raise AdapterError(f"{where}: lora_alpha is {str(alpha)[:40]}, not a number that float64 has")
+    for key in ("base_model_name_or_path", "task_type", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise AdapterError(f"{where}: {key} must be a text, or null")
     names = config.get("modules_to_save") or []
     if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"{where}: modules_to_save must be a list of names")

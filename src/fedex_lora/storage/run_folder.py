@@ -176,7 +176,7 @@ def folder_after(run: Path, round: int | str | None) -> Path:
         return run
     if not (run / EVENTS).is_file():
         raise UsageError(f"{run} is no run folder, so it has no rounds to choose of: leave the round out")
-    number = best_round(run) if round == "best" else int(round) if str(round).isdigit() else 0
+    number = best_round(run) if round == "best" else int(round) if str(round).isdecimal() else 0
     if number is None:
         raise UsageError(
             f"no round of {run} is called best: it is not done, some rounds were not measured by all, or none is finite: give a number"

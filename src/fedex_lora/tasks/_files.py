@@ -125,12 +125,15 @@ def _table(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
         if twice := next((name for name in header if header.count(name) > 1), None):
             raise ValueError(f"its header has the column {twice!r} twice")
         line = before + reader.line_num + 1
-        for cells in reader:
-            if len(cells) > len(header):
-                raise ValueError(f"line {line} has more fields than its header: quote fields that hold the separator {separator!r}")
-            if cells:
-                yield line, dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
-            line = before + reader.line_num + 1
+        try:
+            for cells in reader:
+                if len(cells) > len(header):
+                    raise ValueError(f"line {line} has more fields than its header: quote fields that hold the separator {separator!r}")
+                if cells:
+                    yield line, dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
+                line = before + reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"the row of line {line}: {error}") from None
 
 
 def _json(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
@@ -153,7 +156,13 @@ def _json(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=_Written, parse_float=_Written, parse_constant=_constant)
+    return json.loads(text, parse_int=_Written, parse_float=_Written, parse_constant=_constant, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError("an object has one key twice")
+    return made
 
 
 def _constant(word: str) -> _Written | None:

@@ -93,12 +93,16 @@ def node_file(path: Path) -> Startable:
     given, problems = _read(tree, path.absolute().parent, Supernode, NodeSettings)
     problems += [f"{name} is missing: add it" for name in ("superlink", "auth_supernode_private_key") if not given.get(name)]
     address = str(given.get("superlink", ""))
-    if address and not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d+", address):
+    if address and not (re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", address) and 0 < int(address.rpartition(":")[2]) < 2**16):
         problems.append(f"superlink = {address!r}: give HOST:PORT, such as federation.example.org:443")
     if given.get("train") and not given.get("data"):
         problems.append("train is a file in data, which is missing: add it")
     elif given.get("train") and Path(given["data"]).is_dir() and (fault := _file(Path(given["data"], given["train"]))):
         problems.append(f"train: {fault}")
+    if not 0 <= given.get("threads", 0) <= 1024:
+        problems.append(f"threads = {given['threads']}: give a number from 1 to 1024, or leave it out")
+    if not given.get("max_megabytes", 1) > 0:
+        problems.append(f"max_megabytes = {given['max_megabytes']}: every message would be refused: raise it, or leave it out")
     about = {name: value for name, value in given.items() if name in _names(NodeSettings)}
     problems += NodeSettings(**about).private_problems({key for key, value in tree.items() if value != ""})
     if given.get("rows") == "dealt":
@@ -127,7 +131,8 @@ def server_file(path: Path) -> Startable:
         problems.append('nodes: write a table [nodes] with lines such as ward-a = "ward-a.pub"')
         named = {}
     nodes = {name: _absolute(file, folder) for name, file in named.items()}
-    faults = {name: fault for name, key in nodes.items() if (fault := _public_key(key))}
+    public = partial(_key, what="public key of a node", load=load_ssh_public_key, kind=EllipticCurvePublicKey)
+    faults = {name: fault for name, key in nodes.items() if (fault := public(key))}
     problems += [f"nodes.{name}: {fault}" for name, fault in faults.items()]
     keys = {name: key.read_bytes().split()[1] for name, key in nodes.items() if name not in faults}
     twice = [name for name, key in keys.items() if Counter(keys.values())[key] > 1]
@@ -195,7 +200,7 @@ def _options(given: Mapping[str, Any], kind: type) -> list[str]:
 
 
 def _absolute(value: str, folder: Path) -> Path:
-    return Path(os.path.abspath(folder / Path(value).expanduser()))
+    return Path(os.path.abspath(folder / os.path.expanduser(value)))
 
 
 def _of_the_hub(model: str, folder: Path) -> bool:
@@ -232,11 +237,12 @@ def _socket(path: Path) -> str:
     return "" if len(os.fsencode(path)) < 100 else f"{path} is too long for a socket: give a path of at most 100 characters"
 
 
-def _certificate(path: Path) -> str:
+def _certificate(path: Path, own: bool = False) -> str:
+    """One that counts is enough; of a server's own it is the first, and others are of those who signed it."""
     if fault := _file(path):
         return fault
     try:
-        ends = max(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(path.read_bytes()))
+        ends = max(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(path.read_bytes())[: 1 if own else None])
     except ValueError:
         return f"{path} holds no certificate (fedex-lora flower keys makes them)"
     return "" if ends > datetime.datetime.now(datetime.UTC) else f"the certificate {path} expired on {ends:%Y-%m-%d}"
@@ -252,7 +258,7 @@ def _hosts(certificate: Path) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
-def _key(path: Path, load: Callable[[bytes], object], kind: type, what: str) -> str:
+def _key(path: Path, what: str, load: Callable[[bytes], object], kind: type = object) -> str:
     if fault := _file(path):
         return fault
     try:
@@ -262,25 +268,15 @@ def _key(path: Path, load: Callable[[bytes], object], kind: type, what: str) -> 
     return "" if fits else f"{path} is no {what} (fedex-lora flower keys makes them)"
 
 
-def _node_key(path: Path) -> str:
-    return _key(path, lambda text: load_ssh_private_key(text, None), EllipticCurvePrivateKey, "private key of a node")
-
-
-def _public_key(path: Path) -> str:
-    return _key(path, load_ssh_public_key, EllipticCurvePublicKey, "public key of a node")
-
-
-def _server_key(path: Path) -> str:
-    return _key(path, lambda text: load_pem_private_key(text, None), object, "private key without a password")
-
-
 CHECKS: dict[str, Callable[[Path], str]] = {
     "root_certificates": _certificate,
-    "auth_supernode_private_key": _node_key,
+    "auth_supernode_private_key": partial(
+        _key, what="private key of a node", load=partial(load_ssh_private_key, password=None), kind=EllipticCurvePrivateKey
+    ),
     "trusted_entities": _file,
     "ssl_ca_certfile": _certificate,
-    "ssl_certfile": _certificate,
-    "ssl_keyfile": _server_key,
+    "ssl_certfile": partial(_certificate, own=True),
+    "ssl_keyfile": partial(_key, what="private key without a password", load=partial(load_pem_private_key, password=None)),
     "data": _folder,
     "model": _folder,
     "start": _folder,
