@@ -229,9 +229,8 @@ def test_what_the_security_page_names_is_there():
 
 def test_what_the_readme_says_of_exactness_is_in_the_tables():
     """H2 in points, and balanced factors: `scripts.tables --check` compares those tables with the records."""
-    notes, topics, readme = (
-        " ".join((ROOT / name).read_text().split()) for name in ("docs/evidence-notes.md", "docs/evidence-topics.md", "README.md")
-    )
+    names = ("docs/evidence-notes.md", "docs/evidence-topics.md", "docs/evidence-tables.md", "README.md")
+    notes, topics, losses, readme = (" ".join((ROOT / name).read_text().split()) for name in names)
     for row in (
         "| fedex | fedit | 2 to 4 |",
         "| H2 | fedex | fedit | 6 to 8 |",
@@ -240,4 +239,8 @@ def test_what_the_readme_says_of_exactness_is_in_the_tables():
     ):
         value, half = (100 * float(part) for part in re.search(re.escape(row) + r" ([-+][.\d]+) ± ([.\d]+) \|", notes + topics).groups())
         said = re.sub(r"\b0\.", ".", f"{value:.1f} ± {half:.1f}")
+        assert said in readme, (row, said)
+    for row in ("| H2, balanced |", "| **H2, balanced momentum** |", "| momentum for fedit+balanced |", "| momentum for fedex+balanced |"):
+        value, half = re.search(re.escape(row) + r" [^|]* \| [^|]* \| 4 to 6 \| -0?(\.\d+) ± 0?(\.\d+) \|", losses).groups()
+        said = f"{round(float(value), 3)} ± {round(float(half), 3)}".replace("0.", ".")
         assert said in readme, (row, said)

@@ -112,7 +112,8 @@ def losses(ended: dict[str, dict[str, Any]]) -> list[str]:
     lines = head("setting", "lost, first round", "last", "mean of products, first round", "last")
     for name, result in ended.items():
         reference = next(method for method in result["methods"] if method["name"] == result["reference"])
-        runs = averaged(name, reference)
+        if not (runs := averaged(name, reference)):
+            continue
         norms = [mean(math.hypot(*run[at]["modules"][which]) for run in runs) for which in ("deviation", "ideal") for at in (0, -1)]
         lines.append(row(name, *(f"{norm:.2f}" for norm in norms)))
     return lines
@@ -159,16 +160,17 @@ def contrasts(result: dict[str, Any]) -> list[str]:
     """Differences that the protocol does not ask for; of H1's arms at equal rounds too, and of each with itself. No p is corrected."""
     rounds, (here, there) = result["rounds"], next(test["rounds"] for test in result["tests"] if test["name"] == "H1")
     ours, control = next(test["variants"] for test in result["tests"] if test["name"] == "H1")
-    alone = [(f"fedex{gauge}", f"fedit{gauge}") for gauge in ("", "+balanced")]
+    alone = [(f"fedex{gauge}{rest}", f"fedit{gauge}{rest}") for gauge in ("", "+balanced") for rest in ("", " momentum")]
     asked = [
         *((one, other, (rounds, rounds), LAST) for one, other in CONTRASTS),
         *((one, one, (here, there), LAST) for one in (ours, control)),
         (ours, control, (here, here), LAST),
+        (ours, "fedit", (here, here), LAST),
         *((one, other, (at, at), many) for one, other in alone for at, many in ((here, LAST), (rounds, 1))),
     ]
     arms = {method["name"]: list(method["seeds"].values()) for method in result["methods"]}
     lines = head("difference of", "and", "mean of rounds", "difference", "p")
-    for one, other, (first, second), many in asked:
+    for one, other, (first, second), many in dict.fromkeys(asked):
         if {one, other} <= arms.keys():
             pairs = zip(arms[one], arms[other], strict=True)
             found = paired([at_round(mine, first, many) - at_round(yours, second, many) for mine, yours in pairs])

@@ -18,7 +18,7 @@ import fedex_lora.models.export as exporting
 from fedex_lora import load_model
 from fedex_lora.cli import app
 from fedex_lora.config import base_folder
-from fedex_lora.errors import ModelError
+from fedex_lora.errors import ModelError, StorageError
 from fedex_lora.models.export import export, logits
 from fedex_lora.models.merge import plain_model
 from fedex_lora.offline.aggregate_folders import aggregate_folders
@@ -181,6 +181,14 @@ def test_an_export_that_is_not_the_run_is_not_left_behind(causal, tmp_path, monk
     with pytest.raises(ModelError, match="gives other logits than the run"):
         export(causal, "merged", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_log_is_damaged_is_said_before_anything_is_written(causal, tmp_path):
+    run = shutil.copytree(causal, tmp_path / "run")
+    (run / "events.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(StorageError, match=r"events\.jsonl: line 1 is damaged"):
+        export(run, "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

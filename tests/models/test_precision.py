@@ -115,12 +115,13 @@ def _without_delta(model):
 
 def test_every_round_says_what_the_layers_compute(finished):
     """The audit: from the factors below 1e-6; of the layers' own outputs within a few floors of their precision."""
-    _, out = finished
+    (_, quantization), out = finished
     started = events_of(out, "started")[0]
     assert started["base_delta"] == {"fold": 0, "side": 14}
     for event in events_of(out, "round_done"):
         assert event["exactness_error"] < 1e-6
-        assert event["realised_error"] < 8 * event["floor"]
+        # By the CPU: on one with AMX the float32 sums of NF4's layers were off by 2.4 floors, where others stay below 2.
+        assert event["realised_error"] < (8 if quantization == "int8" else 4) * event["floor"]
 
 
 def test_folding_into_such_weights_loses_the_delta(finished):

@@ -242,10 +242,10 @@ def test_a_second_round_without_its_state_or_with_a_stale_one_is_refused(bases, 
     with pytest.warns(UserWarning, match="fedex_lora_base_delta"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / "llama"), folders[0])  # which is not right, and says so
     third = second(bases, tmp_path, two, "third")
-    with pytest.raises(FedexLoraError, match="was trained on another base delta than the one in --state"):
+    with pytest.raises(FedexLoraError, match="was trained on another base delta than that of --state"):
         aggregate_folders(third, tmp_path / "three", "fedex", WEIGHTS, one)
     plain_folder = trained(Kind(), bases / "llama", tmp_path / "plain", 9)
-    with pytest.raises(FedexLoraError, match="does not say what its base had gained: give the result folder whose model"):
+    with pytest.raises(FedexLoraError, match="does not say what its base had gained, and others do: save it from"):
         aggregate_folders([third[0], plain_folder], tmp_path / "three", "fedex", WEIGHTS, two)
     said = aggregate_folders(pair(bases, tmp_path), tmp_path / "three", "fedex", WEIGHTS, one)  # the first round's once more
     assert [note.partition(":")[0] for note in said["notes"]] == ["no adapter says what its base had gained"]

@@ -111,6 +111,8 @@ def test_lines_are_those_of_the_file(tmp_path):
         ("a.csv", b"text,label\n1,2\n1,2,3\n", "line 3 has more fields than its header"),
         ("a.csv", b'text,label\n1,2\n"1,2\n', "cannot be read: the row of line 3: "),
         ("a.csv", b'text,label\n1,2\n"x" y,2\n', "the row of line 3: "),
+        ("a.csv", b'"text" x,label\n1,2\n', "the row of line 1: "),
+        ("a.jsonl", b'{"a": {"b": 1, "b": 2}}\n', "line 1: an object has one key twice"),
         ("a.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "an object has one key twice"),
         ("a.csv", b"\n".join([b"text"] + [b"row"] * 4000 + ["Zoë".encode("latin-1")]), r"is not UTF-8 \(line 4002\): .*iconv -f latin1"),
         ("a.csv", "text\nrow\n".encode("utf-16"), r"is not UTF-8 \(line 1\): .*iconv -f utf-16 -t utf-8"),

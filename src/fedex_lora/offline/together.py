@@ -273,5 +273,6 @@ def require_marks(folders: Sequence[Path], marks: Sequence[str | None], below: s
                 f"{folder} was trained on what the base had gained by then, not on the plain base: give by --state the result folder that "
                 "its model was loaded from"
             )
-        on = "was trained on another base delta than the one in --state" if mark else "does not say what its base had gained"
-        raise AggregationError(f"{folder} {on}: give the result folder whose model, from fedex_lora.load_model, it was saved from")
+        if mark is None:
+            raise AggregationError(f"{folder} does not say what its base had gained, and others do: save it from load_model's model")
+        raise AggregationError(f"{folder} was trained on another base delta than that of --state: give the result that its model is of")

@@ -97,7 +97,7 @@ def remove_temporaries(out: Path) -> None:
             shutil.rmtree(stray) if stray.is_dir() and not stray.is_symlink() else stray.unlink()
     events = out / EVENTS
     if events.exists() and (text := events.read_bytes()) and not text.endswith(b"\n"):
-        write_text(events, text[: text.rfind(b"\n") + 1].decode("utf-8"))
+        os.truncate(events, text.rfind(b"\n") + 1)
 
 
 def strays(out: Path, part: str = "") -> list[Path]:

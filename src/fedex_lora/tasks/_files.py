@@ -121,11 +121,12 @@ def _table(path: Path, opener: Callable[..., IO[str]]) -> Numbered:
         if not said:
             file.seek(0)
         reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=not tabs)
-        header = next(reader, [])
-        if twice := next((name for name in header if header.count(name) > 1), None):
-            raise ValueError(f"its header has the column {twice!r} twice")
-        line = before + reader.line_num + 1
+        line = before + 1
         try:
+            header = next(reader, [])
+            if twice := next((name for name in header if header.count(name) > 1), None):
+                raise ValueError(f"its header has the column {twice!r} twice")
+            line = before + reader.line_num + 1
             for cells in reader:
                 if len(cells) > len(header):
                     raise ValueError(f"line {line} has more fields than its header: quote fields that hold the separator {separator!r}")

@@ -233,10 +233,6 @@ def _ledger(path: Path) -> str:
     return "" if os.access(path, os.W_OK) else f"this user cannot write to {path}"
 
 
-def _socket(path: Path) -> str:
-    return "" if len(os.fsencode(path)) < 100 else f"{path} is too long for a socket: give a path of at most 100 characters"
-
-
 def _certificate(path: Path, own: bool = False) -> str:
     """One that counts is enough; of a server's own it is the first, and others are of those who signed it."""
     if fault := _file(path):
@@ -282,5 +278,5 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "start": _folder,
     "state": _state,
     "ledger": _ledger,
-    "worker": _socket,
+    "worker": lambda path: "" if len(os.fsencode(path)) < 100 else f"{path} is too long for a socket: give less than 100 characters",
 }  # what is a path -> what is wrong with it, or nothing
