@@ -157,24 +157,35 @@ def asked(result: dict[str, Any]) -> list[str]:
 
 
 def contrasts(result: dict[str, Any]) -> list[str]:
-    """Differences that the protocol does not ask for; of H1's arms at equal rounds too, and of each with itself. No p is corrected."""
+    """Differences that the protocol does not ask for; of H1's arms at equal rounds too, and of each with itself."""
     rounds, (here, there) = result["rounds"], next(test["rounds"] for test in result["tests"] if test["name"] == "H1")
     ours, control = next(test["variants"] for test in result["tests"] if test["name"] == "H1")
     alone = [(f"fedex{gauge}{rest}", f"fedit{gauge}{rest}") for gauge in ("", "+balanced") for rest in ("", " momentum")]
     asked = [
-        *((one, other, (rounds, rounds), LAST) for one, other in CONTRASTS),
-        *((one, one, (here, there), LAST) for one in (ours, control)),
-        (ours, control, (here, here), LAST),
-        (ours, "fedit", (here, here), LAST),
-        *((one, other, (at, at), many) for one, other in alone for at, many in ((here, LAST), (rounds, 1))),
+        *((one, other, (rounds, rounds), (LAST, LAST)) for one, other in CONTRASTS),
+        *((one, one, (here, there), (LAST, LAST)) for one in (ours, control)),
+        *((ours, other, (here, here), (LAST, LAST)) for other in (control, "fedit")),
+        *((one, other, (at, at), (many, many)) for one, other in alone for at, many in ((here, LAST), (rounds, 1))),
     ]
+    return differences(result, asked)
+
+
+def of_heads(result: dict[str, Any]) -> list[str]:
+    """Where the arms are when their heads are frozen, after round 2, and what each gains from there."""
+    rounds, (_, ours, *cores) = result["rounds"], [method["name"] for method in result["methods"]]
+    lead = [(core, ours, (2, 2), (1, 1)) for core in cores]
+    return differences(result, [*lead, *((arm, arm, (rounds, 2), (LAST, 1)) for arm in (ours, *cores))])
+
+
+def differences(result: dict[str, Any], asked: list[tuple[str, str, tuple[int, int], tuple[int, int]]]) -> list[str]:
+    """One arm minus another, each after a round or as the mean of so many up to that one; no p is corrected."""
     arms = {method["name"]: list(method["seeds"].values()) for method in result["methods"]}
     lines = head("difference of", "and", "mean of rounds", "difference", "p")
-    for one, other, (first, second), many in dict.fromkeys(asked):
+    for one, other, at, many in dict.fromkeys(asked):
         if {one, other} <= arms.keys():
             pairs = zip(arms[one], arms[other], strict=True)
-            found = paired([at_round(mine, first, many) - at_round(yours, second, many) for mine, yours in pairs])
-            spans = [f"{at - many + 1} to {at}" if many > 1 else str(at) for at in (first, second)]
+            found = paired([at_round(mine, at[0], many[0]) - at_round(yours, at[1], many[1]) for mine, yours in pairs])
+            spans = [f"{last - count + 1} to {last}" if count > 1 else str(last) for last, count in zip(at, many, strict=True)]
             difference = f"{found.mean:+.4f} ± {found.half_width:.4f}"
             lines.append(row(one, other, ", ".join(dict.fromkeys(spans)), difference, f"{found.p:.2g}"))
     return lines
@@ -183,13 +194,18 @@ def contrasts(result: dict[str, Any]) -> list[str]:
 def hours(ended: list[str]) -> list[str]:
     """Core-hours of the rounds of each comparison's runs, tuning included; a run has one thread."""
     lines = head("comparison", "runs", "core-hours, if each run took the median", "hours of all rounds, two runs at once")
+    found = list[tuple[int, float, float]]()
     for name in ended:
         with tarfile.open(RECORDS / name / "runs.tar.xz") as tar:
             files = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith("events.jsonl")]
         runs = [[event["seconds"] for event in map(json.loads, file.splitlines()) if event["event"] == "round_done"] for file in files]
         took = [sum(seconds) / 3600 for seconds in runs]
-        lines.append(row(name, str(len(took)), f"{median(took) * len(took):.1f}", f"{sum(took):.1f}"))
-    return lines
+        found.append((len(took), median(took) * len(took), sum(took)))
+        lines.append(row(name, str(len(took)), *(f"{hours:.1f}" for hours in found[-1][1:])))
+    return [
+        *lines,
+        row("together", *(f"{sum(column):.{digits}f}" for column, digits in zip(zip(*found, strict=True), (0, 1, 1), strict=True))),
+    ]
 
 
 def power(result: dict[str, Any]) -> list[str]:
@@ -218,5 +234,6 @@ def _all() -> dict[str, list[str]]:
     }
     equivalences = {name: result for name, result in ended.items() if name in SETTINGS and primary(result)["kind"] == "equivalence"}
     made |= {f"{name} contrasts": contrasts(ended[name]) for name in ("notes", "topics", "places") if name in ended}
+    made |= {"topics/heads contrasts": of_heads(ended["topics/heads"])} if "topics/heads" in ended else {}
     made["lost"] = losses({name: result for name, result in ended.items() if name in SETTINGS})
     return made | {f"{name} power": power(result) for name, result in equivalences.items()} | {"hours": hours(list(ended))}
