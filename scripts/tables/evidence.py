@@ -88,7 +88,7 @@ def tests() -> list[str]:
     return lines
 
 
-def averaged(name: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:
+def rounds_of(name: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The rounds of an arm's test runs, seed by seed; none: there are no records."""
     archive = RECORDS / name / "runs.tar.xz"
     if not archive.is_file():
@@ -103,7 +103,7 @@ def averaged(name: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 def lost(name: str, method: dict[str, Any]) -> str:
     """How far plain averaging is from the mean of products, all modules together: in the first round and in the last, mean of the seeds."""
-    runs = averaged(name, method)
+    runs = rounds_of(name, method)
     return f"{mean(run[0]['deviation'] for run in runs):.0%}, {mean(run[-1]['deviation'] for run in runs):.0%}" if runs else "no records"
 
 
@@ -112,7 +112,7 @@ def losses(ended: dict[str, dict[str, Any]]) -> list[str]:
     lines = head("setting", "lost, first round", "last", "mean of products, first round", "last")
     for name, result in ended.items():
         reference = next(method for method in result["methods"] if method["name"] == result["reference"])
-        if not (runs := averaged(name, reference)):
+        if not (runs := rounds_of(name, reference)):
             continue
         norms = [mean(math.hypot(*run[at]["modules"][which]) for run in runs) for which in ("deviation", "ideal") for at in (0, -1)]
         lines.append(row(name, *(f"{norm:.2f}" for norm in norms)))
@@ -202,10 +202,8 @@ def hours(ended: list[str]) -> list[str]:
         took = [sum(seconds) / 3600 for seconds in runs]
         found.append((len(took), median(took) * len(took), sum(took)))
         lines.append(row(name, str(len(took)), *(f"{hours:.1f}" for hours in found[-1][1:])))
-    return [
-        *lines,
-        row("together", *(f"{sum(column):.{digits}f}" for column, digits in zip(zip(*found, strict=True), (0, 1, 1), strict=True))),
-    ]
+    runs, quiet, real = (sum(column) for column in zip(*found, strict=True))
+    return [*lines, row("together", str(runs), f"{quiet:.1f}", f"{real:.1f}")]
 
 
 def power(result: dict[str, Any]) -> list[str]:

@@ -186,7 +186,7 @@ def one_line(result, status):
         (["training.seed=1"], 2, "seed is set by fedex-lora"),
         (["training.learning_rate=abc"], 2, "training.learning_rate = 'abc': give a finite number"),
         (["training.learning_rate=-1"], 2, "must be greater than zero"),
-        (["training.max_steps=0"], 2, "training.max_steps = 0 would train nothing"),
+        (["training.max_steps=0"], 2, "training.max_steps = 0: it must be greater than zero"),
         (["training.per_device_train_batch_size=0"], 2, "must be greater than zero"),
         (["training.optim=lomo"], 2, "refused by transformers"),
         (["training.eval_on_start=true"], 2, "eval_on_start is set by fedex-lora"),

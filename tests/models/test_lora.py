@@ -409,5 +409,5 @@ def test_patterns_reach_the_adapter(gpt2):
         assert (pair.rank, pair.scaling) == (rank, pytest.approx(alpha / rank**0.5))
     with pytest.raises(AdapterError, match=r"lora\.rank_pattern: no adapted module is called 'nope'"):
         add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), lora.model_copy(update={"rank_pattern": {"nope": 1}}), "causal-lm")
-    with pytest.raises(AdapterError, match=r"lora\.target_modules: no adapted module is called 'c_atn'"):
-        add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), Lora(target_modules=["c_atn", "c_fc"]), "causal-lm")
+    with pytest.raises(AdapterError, match=r"lora\.target_modules: no module is called 'mlp\.c_atn'"):
+        add_lora(load_base(Base(model=str(gpt2)), "causal-lm"), Lora(target_modules=["mlp.c_atn", "c_fc"]), "causal-lm")

@@ -51,9 +51,8 @@ def init(
         print_json({"app": str(folder), "out": str(run), "clients": names})
         return
     console = consoles(False)
-    console.print(
-        f"app folder {folder}: start it by flwr run {shlex.quote(str(folder))} CONNECTION; the run goes to {run}", highlight=False
-    )
+    start = f"flwr run {shlex.quote(str(folder))} CONNECTION"
+    console.print(f"app folder {folder}: start it by {start}; the run goes to {run}", highlight=False)
     console.print(
         "fedex-lora flower keys writes a file for the server and for each node, which start them: docs/deployment.md", highlight=False
     )

@@ -47,7 +47,7 @@ def run_demo(out: Path, rounds: int | None, console: Console) -> dict[str, Any]:
     )
     console.print(
         "one run a method does not say which is better: with 20 seeds on such notes exactness alone gained 1.2 +- 0.9 points, momentum "
-        "and balanced factors three to five each; on real data little of it, or nothing, could be shown (docs/when-exactness-matters.md)",
+        "and balanced factors three to five each; on real data exactness gained little or nothing (docs/when-exactness-matters.md)",
         highlight=False,
     )
     result = {"base_accuracy": base, "methods": rows}

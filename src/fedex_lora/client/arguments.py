@@ -93,10 +93,8 @@ def _require_sensible(key: str, value: Any, kind: type[TrainingArguments]) -> No
     if number and (not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not math.isfinite(value)):
         raise ConfigError(f"training.{key} = {value!r}: give a {'whole' if whole else 'finite'} number")
     positive = key in ("learning_rate", "num_train_epochs", "gradient_accumulation_steps") or "batch_size" in key
-    if number and positive and value <= 0:
+    if number and ((positive and value <= 0) or (key == "max_steps" and value == 0)):  # -1 is transformers' word for unset
         raise ConfigError(f"training.{key} = {value!r}: it must be greater than zero")
-    if key == "max_steps" and value == 0:
-        raise ConfigError("training.max_steps = 0 would train nothing: give a number of steps, or leave it out")
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,11 +62,12 @@ def add_lora(loaded: Loaded, lora: Lora, kind: Kind) -> PeftModel:
         raise AdapterError(f"no LoRA for this model: {str(error).splitlines()[0]}: set lora.target_modules{known}") from None
     require_plain_lora(config.to_dict(), "lora")
     adapter = read_model(wrapped)
-    named = [] if isinstance(lora.target_modules, str) else [re.escape(name) for name in lora.target_modules or []]
-    modules = [name for name, _ in wrapped.named_modules()]  # one that is trained whole may be a target too: PEFT passes it over
-    for key, patterns in (("target_modules", named), ("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+    for target in [] if isinstance(lora.target_modules, str) else lora.target_modules or []:  # one that is trained whole is passed over
+        if not any(f".{name}".endswith(f".{target}") for name, _ in wrapped.named_modules()):
+            raise AdapterError(f"lora.target_modules: no module is called {target!r}: correct it, or remove it")
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (modules if key == "target_modules" else adapter)):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapter):
                 raise AdapterError(f"lora.{key}: no adapted module is called {pattern!r}: correct it, or remove it")
     for name, pair in adapter.items():
         if pair.rank > min(pair.shape):

@@ -274,5 +274,7 @@ def require_marks(folders: Sequence[Path], marks: Sequence[str | None], below: s
                 "its model was loaded from"
             )
         if mark is None:
-            raise AggregationError(f"{folder} does not say what its base had gained, and others do: save it from load_model's model")
-        raise AggregationError(f"{folder} was trained on another base delta than that of --state: give the result that its model is of")
+            raise AggregationError(f"{folder} does not say what its base had gained, and others do: save it from the model of load_model")
+        raise AggregationError(
+            f"{folder} was trained on another base delta than that of --state: give the folder its model was loaded from"
+        )

@@ -97,7 +97,7 @@ class Server(ServerContext):
         Raises:
             UsageError: nobody is left, two have one name, or the rules do not go with them.
         """
-        if isinstance(clients, str) or not all(clients or [""]) or len(set(clients)) < len(clients):
+        if not clients or isinstance(clients, str) or not all(clients) or len(set(clients)) < len(clients):
             raise UsageError("a server needs a list of clients, each under a name of its own")
         require_rules(self.rules, len(clients), bool(self.ranks))
         self.clients = sorted(clients)

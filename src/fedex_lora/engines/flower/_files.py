@@ -234,7 +234,7 @@ def _ledger(path: Path) -> str:
 
 
 def _certificate(path: Path, own: bool = False) -> str:
-    """One that counts is enough; of a server's own it is the first, and others are of those who signed it."""
+    """Expired if all are; of a server's own file if the first is, for those behind it are of who signed it."""
     if fault := _file(path):
         return fault
     try:
